@@ -1,0 +1,193 @@
+"""Runs functions on W long-lived processes that talk over gloo.
+
+The session fixture ``ranks`` (tests/conftest.py) is used like this::
+
+    def total(number: int) -> int:  # at the top level of a test file
+        value = torch.tensor(number + dist.get_rank())
+        dist.all_reduce(value)
+        return int(value)
+
+
+    def test_ranks_add_up(ranks: Ranks) -> None:
+        assert ranks(3).run(total, 10) == [33, 33, 33]
+
+The processes are started once and shared by all W. Each run gets a process group of its own over
+a new rendezvous file, so that nothing leaks from one run to the next. Functions are found again in
+the workers by file and name; arguments and results are pickled. A function that raises on one rank
+would leave the others waiting in a collective: they get a few seconds, then all are replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from socket import socketpair
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TESTS = Path(__file__).resolve().parent
+GRACE_SECONDS = 5.0
+
+
+class RankError(AssertionError):
+    """Some ranks raised, died or ran out of time; the message holds their tracebacks."""
+
+
+class Worker:
+    """One process that runs functions on request."""
+
+    def __init__(self) -> None:
+        ours, theirs = socketpair()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-P", str(TESTS / "ranks.py"), str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Ranks:
+    """``ranks(W)`` gives W of the processes, starting those that are missing."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
+
+    def __call__(self, num_ranks: int) -> Pool:
+        while len(self.workers) < num_ranks:
+            self.workers.append(Worker())
+        return Pool(self, num_ranks)
+
+    def stop(self) -> None:
+        while self.workers:
+            self.workers.pop().stop()
+
+
+class Pool:
+    """The first W processes, for as many runs as wanted."""
+
+    def __init__(self, ranks: Ranks, num_ranks: int) -> None:
+        self.ranks = ranks
+        self.num_ranks = num_ranks
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """What ``function(*args)`` returned on each rank, in rank order.
+
+        The function runs inside a gloo process group of W ranks (``torch.distributed``).
+
+        Raises:
+            RankError: a rank raised, died, or none answered within ``timeout`` seconds.
+        """
+        self.ranks(self.num_ranks)
+        workers = self.ranks.workers[: self.num_ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            init_method = f"file://{folder}/rendezvous"
+            for rank, worker in enumerate(workers):
+                request = (_address(function), args, init_method, rank, self.num_ranks, timeout)
+                worker.connection.send_bytes(pickle.dumps(request))
+            answers = _collect(workers, time.monotonic() + timeout)
+        failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if len(answers) < self.num_ranks or any(worker.process.poll() for worker in workers):
+            self.ranks.stop()
+        if failures or len(answers) < self.num_ranks:
+            missing = [rank for rank in range(self.num_ranks) if rank not in answers]
+            raise RankError(_report(failures, missing, self.num_ranks))
+        return [answers[rank][1] for rank in range(self.num_ranks)]
+
+
+def _address(function: Callable[..., Any]) -> tuple[str, str]:
+    """Module name and name in it; the worker imports it from the tests folder."""
+    module, name = function.__module__, function.__qualname__
+    assert "." not in name, f"{name} must stand at the top level of its file"
+    return module, name
+
+
+def _collect(workers: list[Worker], deadline: float) -> dict[int, tuple[bool, Any]]:
+    """Answers by rank, until all are there, one died, or time is up."""
+    pending = {worker.connection: rank for rank, worker in enumerate(workers)}
+    answers: dict[int, tuple[bool, Any]] = {}
+    while pending and (left := deadline - time.monotonic()) > 0:
+        for connection in wait(list(pending), timeout=left):
+            assert isinstance(connection, Connection)
+            rank = pending.pop(connection)
+            try:
+                answers[rank] = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                answers[rank] = False, f"the process ended with code {workers[rank].process.wait()}"
+            if not answers[rank][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    return answers
+
+
+def _report(failures: dict[int, str], missing: list[int], num_ranks: int) -> str:
+    lines = [f"rank {rank} of {num_ranks}:\n{text}" for rank, text in sorted(failures.items())]
+    if missing:
+        lines.append(f"no answer from rank {missing} of {num_ranks}")
+    return "\n".join(["", *lines])
+
+
+def make_tests_importable() -> None:
+    """Lets ``tests.<folder>.<file>`` be imported without the repository root on the path.
+
+    With the root on ``sys.path`` the folder ``kernels`` would answer to ``import kernels``.
+    """
+    package = types.ModuleType("tests")
+    package.__path__ = [str(TESTS)]
+    sys.modules.setdefault("tests", package)
+
+
+def _answer(request: bytes) -> tuple[bool, Any]:
+    """Runs one request inside a process group of its own."""
+    try:
+        address, args, init_method, rank, num_ranks, timeout = pickle.loads(request)
+        module, name = address
+        __import__(module)
+        dist.init_process_group(
+            "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout),
+        )
+        try:
+            return True, getattr(sys.modules[module], name)(*args)
+        finally:
+            dist.destroy_process_group()
+    except BaseException:
+        return False, traceback.format_exc()
+
+
+def serve(connection: Connection) -> None:
+    """Answers requests until the other side closes the connection."""
+    make_tests_importable()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        ok, value = _answer(request)
+        try:
+            reply = pickle.dumps((ok, value))
+        except Exception:
+            reply = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(reply)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
