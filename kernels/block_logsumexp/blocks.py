@@ -1,0 +1,81 @@
+"""The list of tiles of the logit matrix that a loss looks at."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Blocks", "Rounds", "every_pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Rule that counts a candidate once although several rounds of blocks contain it.
+
+    Position i meets item j in round q when ``|position_chunks[i, q] - item_chunks[j, q]| <= reach``.
+    A block of round q keeps the pairs that no earlier round met, so a pair enters the sum once. That is
+    the union of the rounds, the same value as lowering a logit by the log of its number of meetings.
+
+    Attributes:
+        position_chunks: (N, r) int32, chunk of each position in each round.
+        item_chunks: (R, r) int32, chunk of each row in each round.
+        reach: Number of neighbouring chunks on each side.
+        block_rounds: (T,) int64, round of each block.
+    """
+
+    position_chunks: Tensor
+    item_chunks: Tensor
+    reach: int
+    block_rounds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """T blocks, each a set of positions times a set of rows; never their logits.
+
+    Block t holds the pairs ``pair_positions[pair_starts[t]:pair_starts[t + 1]]`` and the rows
+    ``items[item_starts[t]:item_ends[t]]``. Pair p adds its log-sum-exp to slot ``pair_slots[p]``.
+
+    Attributes:
+        pair_positions: (P,) int64 row of ``states`` of each pair; None: pair p is position p.
+        pair_starts: (T + 1,) int64.
+        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q.
+        item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
+        item_ends: (T,) int64 into ``items``.
+        targets: (N,) int64 row of each position's target, which is never its candidate; -1 where the
+            target is not among the rows.
+        num_slots: Length of the output.
+        pair_slots: (P,) int64; None: the slot of a pair is its position.
+        offsets: (Q,) float32 subtracted from the logits of an entry of ``items``; None: zero.
+        rounds: Rule against counting a candidate twice; None: blocks count as they are listed.
+    """
+
+    pair_positions: Tensor | None
+    pair_starts: Tensor
+    items: Tensor | None
+    item_starts: Tensor
+    item_ends: Tensor
+    targets: Tensor
+    num_slots: int
+    pair_slots: Tensor | None = None
+    offsets: Tensor | None = None
+    rounds: Rounds | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks T."""
+        return self.item_starts.numel()
+
+
+def every_pair(num_rows: int, targets: Tensor) -> Blocks:
+    """One block of all N positions times all R rows: the full softmax."""
+    device = targets.device
+    return Blocks(
+        pair_positions=None,
+        pair_starts=torch.tensor([0, targets.numel()], device=device),
+        items=None,
+        item_starts=torch.zeros(1, dtype=torch.int64, device=device),
+        item_ends=torch.full((1,), num_rows, dtype=torch.int64, device=device),
+        targets=targets,
+        num_slots=targets.numel(),
+    )

@@ -1,0 +1,58 @@
+"""Definition of the block log-sum-exp: dense, any dtype, differentiable by autograd."""
+
+import torch
+from torch import Tensor
+
+from shardrec.kernels.block_logsumexp.blocks import Blocks
+
+__all__ = ["block_logsumexp_reference"]
+
+
+def block_logsumexp_reference(
+    states: Tensor, rows: Tensor, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of every slot and logit of every target, with all (N, R) logits in memory.
+
+    Args:
+        states: (N, D) float.
+        rows: (R, D) float, same dtype.
+        blocks: The pairs that count.
+
+    Returns:
+        (num_slots,) log-sum-exp, -inf for a slot without candidates, and (N,) target logits, 0 where
+        the target is not among the rows.
+    """
+    logits = states @ rows.T
+    pieces: list[list[Tensor]] = [[] for _ in range(blocks.num_slots)]
+    for block in range(blocks.num_blocks):
+        _append_block(pieces, logits, blocks, block)
+    empty = torch.full((1,), -torch.inf, dtype=logits.dtype)
+    sums = [torch.logsumexp(torch.cat(piece), 0) if piece else empty[0] for piece in pieces]
+    here = blocks.targets >= 0
+    target_logits = logits.new_zeros(states.shape[0])
+    target_logits = target_logits.index_put(
+        (here.nonzero()[:, 0],), logits[here, blocks.targets[here]]
+    )
+    return torch.stack(sums) if sums else logits.new_zeros(0), target_logits
+
+
+def _append_block(pieces: list[list[Tensor]], logits: Tensor, blocks: Blocks, block: int) -> None:
+    entries = range(int(blocks.item_starts[block]), int(blocks.item_ends[block]))
+    for pair in range(int(blocks.pair_starts[block]), int(blocks.pair_starts[block + 1])):
+        position = pair if blocks.pair_positions is None else int(blocks.pair_positions[pair])
+        slot = position if blocks.pair_slots is None else int(blocks.pair_slots[pair])
+        for entry in entries:
+            row = entry if blocks.items is None else int(blocks.items[entry])
+            if row == int(blocks.targets[position]) or _met_before(blocks, block, position, row):
+                continue
+            offset = 0.0 if blocks.offsets is None else blocks.offsets[entry].to(logits.dtype)
+            pieces[slot].append((logits[position, row] - offset).reshape(1))
+
+
+def _met_before(blocks: Blocks, block: int, position: int, row: int) -> bool:
+    if blocks.rounds is None:
+        return False
+    rounds = blocks.rounds
+    earlier = int(rounds.block_rounds[block])
+    distance = rounds.position_chunks[position, :earlier] - rounds.item_chunks[row, :earlier]
+    return bool((distance.abs() <= rounds.reach).any())

@@ -1,0 +1,23 @@
+"""Random integers and signs that are functions of counters, the same on every device and rank."""
+
+from shardrec.kernels.negatives.draws import (
+    STREAM_HASH,
+    STREAM_MIX,
+    STREAM_NEGATIVES,
+    draw_below,
+    random_signs,
+)
+from shardrec.kernels.negatives.proposals import InBatch, Mixture, Popularity, Proposal, Uniform
+
+__all__ = [
+    "STREAM_HASH",
+    "STREAM_MIX",
+    "STREAM_NEGATIVES",
+    "InBatch",
+    "Mixture",
+    "Popularity",
+    "Proposal",
+    "Uniform",
+    "draw_below",
+    "random_signs",
+]
