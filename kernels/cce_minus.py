@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, block_logsumexp
+from shardrec.kernels.block_logsumexp import (
+    Blocks,
+    block_logsumexp,
+    compact_rows,
+    local_rows,
+)
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform
 from shardrec.kernels.reduction import (
     candidate_loss,
@@ -20,7 +25,7 @@ from shardrec.kernels.reduction import (
     scale_states,
 )
 
-__all__ = ["Sampler", "compact_rows", "sampled_cross_entropy"]
+__all__ = ["Sampler", "sampled_cross_entropy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +57,7 @@ class Sampler:
         """Number of sets of draws."""
         return max(1, -(-self.num_positions // self.share))
 
-    def blocks(
-        self, positions: Tensor, targets: Tensor, first_row: int, num_rows: int
-    ) -> Blocks:
+    def blocks(self, positions: Tensor, targets: Tensor, first_row: int, num_rows: int) -> Blocks:
         """Blocks of ``positions`` times the draws that lie in [first_row, first_row + num_rows).
 
         Args:
@@ -75,7 +78,7 @@ class Sampler:
             items=items[inside] - first_row,
             item_starts=F.pad(item_ends[:-1], (1, 0)),
             item_ends=item_ends,
-            targets=_local_rows(targets, first_row, num_rows),
+            targets=local_rows(targets, first_row, num_rows),
             num_slots=positions.numel(),
             offsets=offsets[inside],
         )
@@ -172,39 +175,3 @@ def sampled_cross_entropy(
     )
     logsumexp = logsumexp - sampler.correction(positions, targets)
     return reduce_loss(candidate_loss(logsumexp, target_logits), weights, reduction)
-
-
-def compact_rows(table: Tensor, blocks: Blocks, sparse: bool) -> tuple[Tensor, Blocks]:
-    """The rows that ``blocks`` touches, and the blocks in terms of them.
-
-    Args:
-        table: (R, D).
-        blocks: Blocks with an explicit list of items.
-        sparse: Whether the gradient of ``table`` is sparse.
-
-    Returns:
-        (U, D) rows in ascending order, differentiable with respect to ``table``, and the blocks.
-    """
-    assert blocks.items is not None and blocks.rounds is None
-    here = blocks.targets >= 0
-    used, index = torch.unique(torch.cat([blocks.items, blocks.targets[here]]), return_inverse=True)
-    num_entries = blocks.items.numel()
-    targets = blocks.targets.clone()
-    targets[here] = index[num_entries:]
-    compact = Blocks(
-        pair_positions=blocks.pair_positions,
-        pair_starts=blocks.pair_starts,
-        items=index[:num_entries],
-        item_starts=blocks.item_starts,
-        item_ends=blocks.item_ends,
-        targets=targets,
-        num_slots=blocks.num_slots,
-        pair_slots=blocks.pair_slots,
-        offsets=blocks.offsets,
-    )
-    return F.embedding(used, table, sparse=sparse), compact
-
-
-def _local_rows(items: Tensor, first_row: int, num_rows: int) -> Tensor:
-    inside = (items >= first_row) & (items < first_row + num_rows)
-    return torch.where(inside, items - first_row, -1)

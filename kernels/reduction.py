@@ -36,7 +36,9 @@ def check_inputs(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}; choose one")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; 1.0 leaves logits alone")
+        raise ValueError(
+            f"temperature must be positive, got {temperature}; 1.0 leaves logits alone"
+        )
     if states.dim() != 2 or table.dim() != 2 or states.shape[1] != table.shape[1]:
         raise ValueError(
             "states and table must be (N, D) and (V, D), got "

@@ -6,9 +6,24 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import cpu
-from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, every_pair
+from shardrec.kernels.block_logsumexp.blocks import (
+    Blocks,
+    Rounds,
+    compact_rows,
+    every_pair,
+    local_rows,
+)
 
-__all__ = ["Blocks", "Rounds", "backward", "block_logsumexp", "every_pair", "forward"]
+__all__ = [
+    "Blocks",
+    "Rounds",
+    "backward",
+    "block_logsumexp",
+    "compact_rows",
+    "every_pair",
+    "forward",
+    "local_rows",
+]
 
 
 def block_logsumexp(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -54,9 +69,7 @@ def backward(
 
 class _BlockLogsumexp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, rows: Tensor, blocks: Blocks
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         logsumexp, target_logits = forward(states, rows, blocks)
         ctx.save_for_backward(states, rows, logsumexp)
         ctx.blocks = blocks

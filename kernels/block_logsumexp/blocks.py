@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Blocks", "Rounds", "every_pair"]
+__all__ = ["Blocks", "Rounds", "compact_rows", "every_pair", "local_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +80,44 @@ def every_pair(num_rows: int, targets: Tensor) -> Blocks:
         targets=targets,
         num_slots=targets.numel(),
     )
+
+
+def local_rows(items: Tensor, first_row: int, num_rows: int) -> Tensor:
+    """Row of each global item in the shard [first_row, first_row + num_rows), -1 where outside.
+
+    >>> local_rows(torch.tensor([4, 5, 9]), first_row=5, num_rows=3)
+    tensor([-1,  0, -1])
+    """
+    inside = (items >= first_row) & (items < first_row + num_rows)
+    return torch.where(inside, items - first_row, -1)
+
+
+def compact_rows(table: Tensor, blocks: Blocks, sparse: bool) -> tuple[Tensor, Blocks]:
+    """The rows that ``blocks`` touches, and the blocks in terms of them.
+
+    Args:
+        table: (R, D).
+        blocks: Blocks with an explicit list of items.
+        sparse: Whether the gradient of ``table`` is sparse.
+
+    Returns:
+        (U, D) rows in ascending order, differentiable with respect to ``table``, and the blocks.
+    """
+    assert blocks.items is not None and blocks.rounds is None
+    here = blocks.targets >= 0
+    used, index = torch.unique(torch.cat([blocks.items, blocks.targets[here]]), return_inverse=True)
+    num_entries = blocks.items.numel()
+    targets = blocks.targets.clone()
+    targets[here] = index[num_entries:]
+    compact = Blocks(
+        pair_positions=blocks.pair_positions,
+        pair_starts=blocks.pair_starts,
+        items=index[:num_entries],
+        item_starts=blocks.item_starts,
+        item_ends=blocks.item_ends,
+        targets=targets,
+        num_slots=blocks.num_slots,
+        pair_slots=blocks.pair_slots,
+        offsets=blocks.offsets,
+    )
+    return F.embedding(used, table, sparse=sparse), compact

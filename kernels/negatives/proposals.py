@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shardrec.kernels.negatives.draws import STREAM_NEGATIVES, draw_below
+from shardrec.kernels.negatives.draws import draw_below
 
 __all__ = ["InBatch", "Mixture", "Popularity", "Proposal", "Uniform"]
 
@@ -18,9 +18,7 @@ _POPULARITY_TOTAL = 1 << 50
 class Proposal(Protocol):
     """A distribution over the V items."""
 
-    def draw(
-        self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
-    ) -> Tensor:
+    def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items; a function of the arguments alone."""
         ...
 
@@ -36,9 +34,7 @@ class Uniform:
         """Stores the number of items V, in [1, 2**31)."""
         self.num_items = num_items
 
-    def draw(
-        self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
-    ) -> Tensor:
+    def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
         return draw_below(self.num_items, blocks, num_draws, seed=seed, step=step, stream=stream)
 
@@ -65,9 +61,7 @@ class Popularity:
         self._ends = weights.cumsum(0)
         self._total = int(self._ends[-1])
 
-    def draw(
-        self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
-    ) -> Tensor:
+    def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
         high_bound, low_bound = self._total >> 30, 1 << 30
         draws = draw_below(low_bound, blocks, 2 * num_draws, seed=seed, step=step, stream=stream)
@@ -98,9 +92,7 @@ class InBatch:
         self._counts = counts
         self._total = int(counts.sum())
 
-    def draw(
-        self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
-    ) -> Tensor:
+    def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
         bound = max(self._targets.numel(), 1)
         draws = draw_below(bound, blocks, num_draws, seed=seed, step=step, stream=stream)
@@ -122,9 +114,7 @@ class Mixture:
         self._parts = tuple(parts)
         self._total = sum(count for _, count in self._parts)
 
-    def draw(
-        self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
-    ) -> Tensor:
+    def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items; ``num_draws`` must be the sum of the parts."""
         if num_draws != self._total:
             raise ValueError(
