@@ -1,0 +1,272 @@
+"""What a training run tells the outside: four hooks, and the callbacks that come with the trainer.
+
+Every rank calls its hooks at the same steps with the same numbers. The callbacks below are attached
+to rank 0 only; a callback of yours runs on every rank and may use collectives.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+__all__ = [
+    "Callback",
+    "CheckpointReport",
+    "EndReport",
+    "JsonLines",
+    "MinuteLines",
+    "ProgressBar",
+    "StepReport",
+    "TensorBoard",
+    "ValidationReport",
+    "progress",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """One optimizer step, over all ranks.
+
+    Attributes:
+        step: steps taken so far, this one included.
+        epoch: epochs completed, as a fraction.
+        loss: mean over the positions of the global batch.
+        learning_rate: of the encoder, after warm-up and decay.
+        gradient_norm: over encoder and table, before clipping.
+        positions: N, real positions in the global batch.
+        padding_share: share of the encoder's positions that were padding.
+        seconds: wall time of the step, data loading included.
+        skipped: whether the step was skipped because loss or gradients were not finite.
+        num_skipped: steps skipped so far.
+        memory_bytes: highest memory use so far of the process (or of its GPU) that uses most.
+        statistics: what the loss reports, averaged over the micro-batches.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    positions: int
+    padding_share: float
+    seconds: float
+    skipped: bool
+    num_skipped: int
+    memory_bytes: int
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationReport:
+    """Metrics on the validation users, equal on every rank."""
+
+    step: int
+    epoch: float
+    metrics: Mapping[str, float]
+    improved: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointReport:
+    """A complete checkpoint was written to ``folder``."""
+
+    step: int
+    folder: str
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndReport:
+    """How a run ended.
+
+    Attributes:
+        output: the run folder.
+        reason: what stopped it, in words.
+        step: optimizer steps taken.
+        epoch: epochs completed, as a fraction.
+        seconds: wall time of the run, validation and checkpoints included.
+        seconds_per_step: median over the steps, the first one left out.
+        positions_per_second: real positions trained per second of step time, over all ranks.
+        padding_share: share of the encoder's positions that were padding, over the run.
+        memory_bytes: highest memory use of the process (or of its GPU) that used most.
+        num_skipped: steps skipped because loss or gradients were not finite.
+        best_step: the step of the best validation; None when there was none.
+        best_metrics: the metrics of that validation.
+    """
+
+    output: str
+    reason: str
+    step: int
+    epoch: float
+    seconds: float
+    seconds_per_step: float
+    positions_per_second: float
+    padding_share: float
+    memory_bytes: int
+    num_skipped: int
+    best_step: int | None
+    best_metrics: Mapping[str, float]
+
+
+class Callback(Protocol):
+    """Four hooks; inherit from this class to have the ones you leave out do nothing."""
+
+    def on_step(self, report: StepReport) -> None:
+        """After every optimizer step, skipped ones included."""
+
+    def on_validation(self, report: ValidationReport) -> None:
+        """After every validation."""
+
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        """After every checkpoint that is complete."""
+
+    def on_end(self, report: EndReport) -> None:
+        """Once, when training is over."""
+
+
+class JsonLines(Callback):
+    """Appends one JSON object a line to a file: every ``every``-th step and every other event."""
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        """Store the path; the file is opened for each line, so nothing is lost in a crash."""
+        self.path = path
+        self.every = every
+
+    def on_step(self, report: StepReport) -> None:  # noqa: D102
+        if report.skipped or report.step % self.every == 0 or report.step == 1:
+            self._write("step", report)
+
+    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+        self._write("validation", report)
+
+    def on_checkpoint(self, report: CheckpointReport) -> None:  # noqa: D102
+        self._write("checkpoint", report)
+
+    def on_end(self, report: EndReport) -> None:  # noqa: D102
+        self._write("end", report)
+
+    def _write(self, event: str, report: Any) -> None:
+        line = {"event": event, "time": round(time.time(), 3)} | dataclasses.asdict(report)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class TensorBoard(Callback):
+    """Writes steps, metrics and loss statistics as TensorBoard scalars."""
+
+    def __init__(self, folder: Path, every: int = 1) -> None:
+        """Store the folder; the event file is opened by the first event."""
+        self.folder = folder
+        self.every = every
+        self.writer: SummaryWriter | None = None
+
+    def on_step(self, report: StepReport) -> None:  # noqa: D102
+        if report.skipped or report.step % self.every:
+            return
+        values = {
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+            "padding_share": report.padding_share,
+            "positions_per_second": report.positions / report.seconds,
+            "seconds_per_step": report.seconds,
+            "memory_gib": report.memory_bytes / 2**30,
+        }
+        self._write("train", values | dict(report.statistics), report.step)
+
+    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+        self._write("validation", report.metrics, report.step)
+
+    def on_end(self, report: EndReport) -> None:  # noqa: D102
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder))  # type: ignore[no-untyped-call]
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)  # type: ignore[no-untyped-call]
+
+
+class ProgressBar(Callback):
+    """A bar on a terminal, with the loss, the last validation and positions per second."""
+
+    def __init__(self, total: int | None, stream: TextIO) -> None:
+        """Start the bar.
+
+        Args:
+            total: steps of the whole run where known.
+            stream: the terminal.
+        """
+        self.bar = tqdm(total=total, file=stream, unit="step", dynamic_ncols=True)
+
+    def on_step(self, report: StepReport) -> None:  # noqa: D102
+        self.bar.update(report.step - self.bar.n)
+        self.bar.set_postfix_str(_summary(report))
+
+    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+        self.bar.write(_line(report), file=self.bar.fp)
+
+    def on_end(self, report: EndReport) -> None:  # noqa: D102
+        self.bar.write(f"stopped at step {report.step}: {report.reason}", file=self.bar.fp)
+        self.bar.close()
+
+
+class MinuteLines(Callback):
+    """One line a minute, and one for each validation: for logs of a scheduler."""
+
+    def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
+        """Store where to write; the first step writes the first line."""
+        self.total = total
+        self.stream = stream
+        self.interval_seconds = interval_seconds
+        self.last = float("-inf")
+
+    def on_step(self, report: StepReport) -> None:  # noqa: D102
+        if time.monotonic() - self.last < self.interval_seconds:
+            return
+        self.last = time.monotonic()
+        of_total = f"/{self.total}" if self.total else ""
+        self._write(f"step {report.step}{of_total} epoch {report.epoch:.2f} {_summary(report)}")
+
+    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+        self._write(_line(report))
+
+    def on_end(self, report: EndReport) -> None:  # noqa: D102
+        self._write(f"stopped at step {report.step}: {report.reason}")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+
+def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
+    """A bar where ``stream`` is a terminal, one line a minute elsewhere.
+
+    Args:
+        total: steps of the whole run where known.
+        stream: where to write.
+    """
+    return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
+
+
+def _summary(report: StepReport) -> str:
+    text = (
+        f"loss {report.loss:.4f} {report.seconds:.3f} s/step "
+        f"{report.positions / report.seconds:,.0f} positions/s {report.memory_bytes / 2**30:.2f} GiB"
+    )
+    return text + (f" skipped {report.num_skipped}" if report.num_skipped else "")
+
+
+def _line(report: ValidationReport) -> str:
+    metrics = " ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+    mark = " (best)" if report.improved else ""
+    return f"validation at step {report.step}{mark}: {metrics}"
