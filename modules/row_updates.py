@@ -1,0 +1,153 @@
+"""The optimizers of the item table: each touches a row at most once per step.
+
+All work through the shard in ranges of rows, so that a step's extra memory is one range and not
+copies of the shard. A gradient is either dense (R, D) or coalesced sparse COO over rows; a sparse
+one stays sparse except for ``adam``, whose momentum moves every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shardrec.modules.torchrec_adapter import ShardedTable
+
+__all__ = ["AdamUpdate", "FusedUpdate", "RowUpdate", "SparseAdamUpdate", "range_size"]
+
+MAX_RANGE = 65_536
+MIN_RANGE = 1_024
+
+
+class RowUpdate(Protocol):
+    """Applies one gradient to the rows of one shard."""
+
+    def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
+        """One update: gradient is dense (R, D) or coalesced COO; step counts from 1."""
+
+    def states(self) -> dict[str, Tensor]:
+        """The optimizer's memory by name, (R,) or (R, D), aliasing what the updates use."""
+
+
+class FusedUpdate:
+    """SGD, Adagrad or row-wise Adagrad through fbgemm's fused backward."""
+
+    def __init__(self, table: ShardedTable) -> None:
+        """Uses the optimizer that ``table`` was built with."""
+        self.table = table
+        self.range = range_size(table.rows.shape[0])
+
+    def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
+        """Updates the rows that the gradient names."""
+        self.table.set_learning_rate(learning_rate)
+        for rows, values in _chunks(gradient, self.range):
+            self.table.update_rows(rows, values)
+
+    def states(self) -> dict[str, Tensor]:
+        """``sum``: of squares for adagrad (R, D), of their row means for rowwise_adagrad (R,)."""
+        return self.table.optimizer_states()
+
+
+class AdamUpdate:
+    """torch.optim.Adam on the whole shard; a sparse gradient counts as zero elsewhere."""
+
+    def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
+        """Allocates both moments; ``rows`` (R, D) are updated in place."""
+        self.rows = rows.detach().requires_grad_()
+        self.optimizer = torch.optim.Adam([self.rows], betas=betas, eps=eps, fused=True)
+        # Made here and not in the first step, whose peak memory is promised.
+        self.state = {
+            "step": torch.zeros((), device=rows.device),
+            "exp_avg": torch.zeros_like(rows, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(rows, requires_grad=False),
+        }
+        self.optimizer.state[self.rows] = self.state
+
+    def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
+        """Updates every row."""
+        if not self.rows.numel():
+            return
+        self.state["step"].fill_(step - 1)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.rows.grad = gradient.to_dense() if gradient.is_sparse else gradient
+        self.optimizer.step()
+        self.rows.grad = None
+
+    def states(self) -> dict[str, Tensor]:
+        """The two moments, (R, D) each."""
+        return {name: self.state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+
+class SparseAdamUpdate:
+    """torch.optim.SparseAdam, one a range of rows: moments move only where a gradient is."""
+
+    def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
+        """Allocates both moments; ``rows`` (R, D) are updated in place."""
+        self.exp_avg = torch.zeros_like(rows, requires_grad=False)
+        self.exp_avg_sq = torch.zeros_like(rows, requires_grad=False)
+        size = range_size(rows.shape[0])
+        self.starts = range(0, rows.shape[0], size)
+        self.parameters = [
+            rows.detach()[start : start + size].requires_grad_() for start in self.starts
+        ]
+        self.optimizers = []
+        for start, parameter in zip(self.starts, self.parameters, strict=True):
+            optimizer = torch.optim.SparseAdam([parameter], betas=betas, eps=eps)
+            optimizer.state[parameter] = {
+                "step": 0,
+                "exp_avg": self.exp_avg[start : start + size],
+                "exp_avg_sq": self.exp_avg_sq[start : start + size],
+            }
+            self.optimizers.append(optimizer)
+
+    def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
+        """Updates the rows that the gradient names; a dense gradient names all."""
+        for start, parameter, optimizer in zip(
+            self.starts, self.parameters, self.optimizers, strict=True
+        ):
+            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.state[parameter]["step"] = step - 1
+            parameter.grad = _rows_between(gradient, start, start + parameter.shape[0])
+            optimizer.step()
+            parameter.grad = None
+
+    def states(self) -> dict[str, Tensor]:
+        """The two moments, (R, D) each."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+def range_size(num_rows: int) -> int:
+    """Rows in one range: about 1 % of a small shard, 65,536 of a large one.
+
+    >>> range_size(10), range_size(1_000_000), range_size(100_000_000)
+    (1024, 10000, 65536)
+    """
+    return max(MIN_RANGE, min(MAX_RANGE, num_rows // 100))
+
+
+def _chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows (M,), values (M, D)) of at most ``size`` rows that together are the gradient."""
+    if gradient.is_sparse:
+        rows, values = gradient.indices()[0], gradient.values()
+        yield from zip(rows.split(size), values.split(size), strict=True)
+        return
+    for start in range(0, gradient.shape[0], size):
+        values = gradient[start : start + size]
+        yield torch.arange(start, start + values.shape[0], device=gradient.device), values
+
+
+def _rows_between(gradient: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a gradient as coalesced COO (stop - start, D), values not copied."""
+    if gradient.is_sparse:
+        rows = gradient.indices()[0]
+        bounds = torch.tensor([start, stop], device=rows.device)
+        first, last = torch.searchsorted(rows, bounds).tolist()
+        local, values = rows[first:last] - start, gradient.values()[first:last]
+    else:
+        local, values = torch.arange(stop - start, device=gradient.device), gradient[start:stop]
+    shape = (stop - start, gradient.shape[1])
+    return torch.sparse_coo_tensor(
+        local[None], values, shape, is_coalesced=True, check_invariants=False
+    )

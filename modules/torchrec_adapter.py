@@ -1,0 +1,322 @@
+"""One row-wise sharded TorchRec table whose updates wait until they are asked for.
+
+The only file that touches private names of TorchRec and fbgemm; ``check_private_names`` lists them.
+
+TorchRec's fused optimizers update a row inside ``backward``. Here the look-up runs fbgemm's table
+(a "TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
+then runs the TBE forward and backward once more on a range of rows, which is fbgemm's fused update.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torchrec.distributed.comm_ops import get_gradient_division
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+__all__ = ["FUSED_OPTIMIZERS", "ShardedTable", "check_private_names"]
+
+TABLE = "catalog"  # "items" would collide with a method of ModuleDict
+FEATURE = "item"
+FUSED_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+
+# (module, class, attribute): what this file uses although nobody promised it.
+_PRIVATE_NAMES = [
+    ("torchrec.distributed.embedding", "ShardedEmbeddingCollection", "_create_lookups"),
+    (
+        "torchrec.distributed.embedding_lookup",
+        "GroupedEmbeddingsLookup",
+        "_create_embedding_kernel",
+    ),
+    ("torchrec.distributed.batched_embedding_kernel", "BatchedFusedEmbedding", "emb_module"),
+    ("torchrec.distributed.comm_ops", "get_gradient_division", "__call__"),
+]
+_PRIVATE_ATTRIBUTES = ["_lookups", "_emb_modules"]
+
+
+def check_private_names() -> list[str]:
+    """What broke: a line for each private name of TorchRec or fbgemm that is gone."""
+    broken = []
+    for module, owner, attribute in _PRIVATE_NAMES:
+        found = getattr(importlib.import_module(module), owner, None)
+        if found is None or not hasattr(found, attribute):
+            broken.append(f"{module}.{owner}.{attribute} is gone")
+    return broken
+
+
+class ShardedTable:
+    """This rank's rows of one (V, D) float32 table, spread row-wise over the ranks of a group.
+
+    Attributes:
+        rows: (R, D) float32 on ``device``; aliases the storage that the look-up reads.
+        first_row: global index of ``rows[0]``.
+        pairs: (rows (M,) int64 local, gradients (M, D)) recorded by backward, in order. The
+            gradients are sums over all ranks' look-ups, never divided by the number of ranks.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        *,
+        optimizer: str,
+        eps: float,
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        """Plans and allocates; ``rows`` are random until somebody fills them.
+
+        Args:
+            num_rows: V.
+            width: D, a multiple of 4.
+            optimizer: a key of ``FUSED_OPTIMIZERS``; what ``update_rows`` applies.
+            eps: added to the root by the two Adagrads.
+            group: the ranks that share the table.
+            device: where the rows live.
+        """
+        self.device = device
+        self.num_rows = num_rows
+        self.width = width
+        self.num_ranks = dist.get_world_size(group)
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        collection = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name=TABLE,
+                    num_embeddings=num_rows,
+                    embedding_dim=width,
+                    feature_names=[FEATURE],
+                )
+            ],
+            device=torch.device("meta"),
+        )
+        sharder = EmbeddingCollectionSharder(
+            fused_params={
+                "optimizer": FUSED_OPTIMIZERS[optimizer],
+                "learning_rate": 0.0,
+                "eps": eps,
+            }
+        )
+        self.plan = _plan(collection, sharder, self.num_ranks, device)
+        # TorchRec fills each shard from the global generator: what comes after must not notice W.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._model = DistributedModelParallel(
+                collection,
+                env=ShardingEnv.from_process_group(group),
+                device=device,
+                plan=self.plan,
+                sharders=[sharder],
+                init_data_parallel=False,
+            )
+        self._tbe = _find_tbe(self._model)
+        self._tbe_forward: Callable[..., Tensor] = self._tbe.forward
+        self._tbe.forward = self._deferred_forward
+        self._handle = torch.zeros((), device=device, requires_grad=True)
+        self.rows: Tensor = self._tbe.split_embedding_weights()[0]
+        block = -(-num_rows // self.num_ranks)
+        self.first_row = min(block * dist.get_rank(group), num_rows)
+        assert self.rows.shape == (min(block, num_rows - self.first_row), width)
+
+    def lookup(self, items: Tensor) -> Tensor:
+        """The vectors of ``items``; backward appends to ``pairs`` on the ranks that own them.
+
+        Args:
+            items: (M,) int64 in [0, V); M may be 0 and differ by rank.
+
+        Returns:
+            (M, D) float32.
+
+        Collectives: all-to-all of ids and of vectors, in backward of gradients: every rank has to
+        call it, and to run backward through what it got, as many times as the others.
+        """
+        # One bag a rank, whatever M is, so that all ranks agree on the number of bags.
+        lengths = torch.tensor([items.numel()], device=self.device)
+        features = KeyedJaggedTensor(keys=[FEATURE], values=items, lengths=lengths)
+        vectors: Tensor = self._model(features)[FEATURE].values()
+        return _ContiguousGradient.apply(vectors)
+
+    def update_rows(self, rows: Tensor, gradients: Tensor) -> None:
+        """Applies fbgemm's fused optimizer to some rows, once each.
+
+        Args:
+            rows: (M,) int64 local row indices without duplicates.
+            gradients: (M, D) float32, contiguous; read only.
+        """
+        if not rows.numel():
+            return
+        offsets = torch.tensor([0, rows.numel()], device=self.device)
+        with torch.enable_grad():
+            self._tbe_forward(rows, offsets).backward(gradients)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The learning rate of the updates that follow."""
+        self._tbe.set_learning_rate(learning_rate)
+
+    def optimizer_states(self) -> dict[str, Tensor]:
+        """The optimizer's memory by name, aliasing its storage: (R,) or (R, D); {} for sgd."""
+        if self._tbe.optimizer == EmbOptimType.EXACT_SGD:
+            return {}
+        (states,) = self._tbe.split_optimizer_states()
+        return {"sum": states[0]}
+
+    def describe(self, optimizer: str, states: Mapping[str, Tensor]) -> str:
+        """The plan as text: what is sharded how, and rows and bytes of each rank.
+
+        Args:
+            optimizer: the name to print.
+            states: this rank's row-aligned tensors, for the bytes that a row costs.
+        """
+        planned = self.plan.plan[""][TABLE]
+        shards = [
+            (*shard.shard_offsets, *shard.shard_sizes) for shard in planned.sharding_spec.shards
+        ]
+        row_bytes = sum(value.element_size() * value.shape[1:].numel() for value in states.values())
+        lines = [
+            f"catalog: {self.num_rows:,} rows x {self.width} float32, {planned.sharding_type} over "
+            f"{self.num_ranks} ranks, kernel {planned.compute_kernel} in {self.device.type} memory",
+            f"optimizer: {optimizer}, deferred; {row_bytes} bytes a row with its state",
+        ]
+        for rank, (first, _, count, _) in enumerate(shards):
+            megabytes = count * row_bytes / 1e6
+            lines.append(f"rank {rank}: {count:,} rows from {first:,}, {megabytes:,.1f} MB")
+        return "\n".join(lines)
+
+    def _deferred_forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        return _DeferredLookup.apply(self._handle, self, indices, offsets)
+
+    def _read(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        if not self.rows.shape[0]:  # fbgemm's CPU kernel refuses a table without rows
+            return self.rows.new_empty((0, self.rows.shape[1]))
+        return self._tbe_forward(indices, offsets)
+
+    def _record(self, rows: Tensor, gradients: Tensor) -> None:
+        # TorchRec divides by the number of ranks on the way back, as if gradients were averaged.
+        if self.num_ranks > 1 and get_gradient_division():
+            gradients = gradients * self.num_ranks
+        self.pairs.append((rows, gradients))
+
+
+class _DeferredLookup(torch.autograd.Function):
+    """The TBE forward without autograd; backward records pairs and leaves the table alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, handle: Tensor, table: ShardedTable, indices: Tensor, offsets: Tensor
+    ) -> Tensor:
+        ctx.table = table
+        ctx.save_for_backward(indices)
+        return table._read(indices, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[None, None, None, None]:
+        (indices,) = ctx.saved_tensors
+        ctx.table._record(indices, gradients)
+        return None, None, None, None
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; TorchRec's backward flattens its gradient with ``view``."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, vectors: Tensor) -> Tensor:
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradients: Tensor) -> Tensor:
+        return gradients.contiguous()
+
+
+def _plan(
+    collection: EmbeddingCollection,
+    sharder: EmbeddingCollectionSharder,
+    num_ranks: int,
+    device: torch.device,
+) -> ShardingPlan:
+    """TorchRec's plan, constrained to row-wise in the device's own memory."""
+    constraints = ParameterConstraints(
+        sharding_types=[ShardingType.ROW_WISE.value],
+        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+    )
+    try:
+        with _planner_advice_off():
+            planner = EmbeddingShardingPlanner(
+                topology=_topology(num_ranks, device),
+                constraints={TABLE: constraints},
+                storage_reservation=FixedPercentageStorageReservation(percentage=0.1),
+            )
+            return planner.plan(collection, [sharder])
+    except PlannerError as error:
+        (table,) = collection.embedding_configs()
+        raise ValueError(
+            f"catalog must fit in the memory of {num_ranks} ranks, got {table.num_embeddings} rows "
+            f"of width {table.embedding_dim}; use more ranks or a smaller width ({error})"
+        ) from error
+
+
+@contextmanager
+def _planner_advice_off() -> Iterator[None]:
+    """Hides the planner's warnings: they advise on choices that the constraints already made."""
+    logger = logging.getLogger("torchrec.distributed.planner")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _topology(num_ranks: int, device: torch.device) -> Topology:
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device_bytes = None
+    if device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    return Topology(
+        world_size=num_ranks,
+        local_world_size=num_ranks,
+        compute_device=device.type,
+        ddr_cap=host_bytes,
+        hbm_cap=device_bytes,
+    )
+
+
+def _find_tbe(model: DistributedModelParallel) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """The fbgemm table inside the sharded collection."""
+    try:
+        (lookup,) = model.module._lookups
+        (kernel,) = lookup._emb_modules
+        tbe = kernel.emb_module
+    except (AttributeError, ValueError) as error:
+        broken = "; ".join(check_private_names()) or f"cannot walk {_PRIVATE_ATTRIBUTES}: {error}"
+        raise RuntimeError(
+            f"torchrec must keep the names that torchrec_adapter.py uses, got: {broken}; "
+            "install a version set that `shardrec doctor` accepts"
+        ) from error
+    assert isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen)
+    return tbe
