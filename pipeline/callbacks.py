@@ -6,6 +6,7 @@ to rank 0 only; a callback of yours runs on every rank and may use collectives.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -122,15 +123,19 @@ class Callback(Protocol):
 
     def on_step(self, report: StepReport) -> None:
         """After every optimizer step, skipped ones included."""
+        return None
 
     def on_validation(self, report: ValidationReport) -> None:
         """After every validation."""
+        return None
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
         """After every checkpoint that is complete."""
+        return None
 
     def on_end(self, report: EndReport) -> None:
         """Once, when training is over."""
+        return None
 
 
 class JsonLines(Callback):
@@ -157,7 +162,7 @@ class JsonLines(Callback):
     def _write(self, event: str, report: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3)} | dataclasses.asdict(report)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
 
 class TensorBoard(Callback):
@@ -192,9 +197,9 @@ class TensorBoard(Callback):
 
     def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder))  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(self.folder))
         for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(f"{group}/{name}", value, step)
 
 
 class ProgressBar(Callback):
@@ -258,10 +263,18 @@ def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
     return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
 
 
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _summary(report: StepReport) -> str:
     text = (
         f"loss {report.loss:.4f} {report.seconds:.3f} s/step "
-        f"{report.positions / report.seconds:,.0f} positions/s {report.memory_bytes / 2**30:.2f} GiB"
+        f"{report.positions / report.seconds:,.0f} positions/s "
+        f"{report.memory_bytes / 2**30:.2f} GiB"
     )
     return text + (f" skipped {report.num_skipped}" if report.num_skipped else "")
 
