@@ -1,0 +1,96 @@
+"""Imports go one way: launch → pipeline → modules → kernels. Read from the syntax trees."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("kernels", "modules", "pipeline", "launch")
+
+# Packages from outside that a layer may name; a layer that is not here may use any.
+ALLOWED_PACKAGES = {"kernels": {"torch", "triton"}}
+# Packages from outside that a layer must leave to another.
+FORBIDDEN_PACKAGES = {"modules": {"pyarrow", "duckdb", "torchx"}, "pipeline": {"triton", "torchx"}}
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of every import, wherever in the file it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def violation(layer: str, name: str) -> str | None:
+    """Why a file of ``layer`` may not import ``name``; None when it may."""
+    top, _, rest = name.partition(".")
+    if top == "shardrec":
+        target = rest.partition(".")[0]
+        if target not in LAYERS:
+            return f"{name} is not in one of {LAYERS}"
+        if LAYERS.index(target) > LAYERS.index(layer):
+            return f"{layer} must not import {name}, which stands above it"
+        return None
+    if top in sys.stdlib_module_names:
+        return None
+    if top in LAYERS:
+        return f"write shardrec.{name}"
+    if layer in ALLOWED_PACKAGES and top not in ALLOWED_PACKAGES[layer]:
+        return f"{layer} may import only {sorted(ALLOWED_PACKAGES[layer])}, got {name}"
+    if top in FORBIDDEN_PACKAGES.get(layer, ()):
+        return f"{layer} must leave {top} to another layer"
+    return None
+
+
+def reads_environment(tree: ast.AST) -> bool:
+    """Whether the file touches ``os.environ`` or ``os.getenv``."""
+    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return any(node.attr in ("environ", "getenv", "putenv") for node in attributes)
+
+
+def violations(layer: str, source: str, where: str) -> list[str]:
+    tree = ast.parse(source)
+    found = [reason for name in imported_names(tree) if (reason := violation(layer, name))]
+    if layer != "launch" and reads_environment(tree):
+        found.append("environment variables are read in launch only")
+    return [f"{where}: {reason}" for reason in found]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_import_goes_down(layer: str) -> None:
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files, f"{layer} has no files: the walk looks in the wrong place"
+    found = [
+        line
+        for file in files
+        for line in violations(layer, file.read_text(), str(file.relative_to(ROOT)))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("layer", "source", "words"),
+    [
+        ("kernels", "from shardrec.modules import losses", "stands above"),
+        ("modules", "import shardrec.pipeline.train", "stands above"),
+        ("pipeline", "def late():\n    from shardrec.launch import cli", "stands above"),
+        ("kernels", "import torchrec", "may import only"),
+        ("kernels", "import numpy as np", "may import only"),
+        ("modules", "import pyarrow.parquet as pq", "another layer"),
+        ("modules", "from kernels import cut_cross_entropy", "write shardrec.kernels"),
+        ("pipeline", "import os\nthreads = os.environ['OMP_NUM_THREADS']", "launch only"),
+    ],
+)
+def test_a_planted_violation_is_found(layer: str, source: str, words: str) -> None:
+    (found,) = violations(layer, source, "planted.py")
+    assert words in found
+
+
+def test_a_downward_import_passes() -> None:
+    source = "import math\nimport torch\nfrom shardrec.kernels import cut_cross_entropy\n"
+    assert violations("modules", source, "planted.py") == []
