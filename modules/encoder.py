@@ -1,0 +1,301 @@
+"""Causal transformers over item vectors: SASRec as published, and a modern variant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["EncoderConfig", "TransformerEncoder"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """What `TransformerEncoder` is built from.
+
+    Attributes:
+        width: D, the length of an item vector and of a state.
+        max_length: the longest sequence, in positions.
+        kind: "sasrec" is the block of the SASRec paper and its public code: the query alone is
+            normalised, the residual adds the normalised query, attention has no output
+            projection, the feed-forward is point-wise with ReLU and D hidden units. "modern" is
+            pre-norm with SwiGLU.
+        num_blocks: transformer blocks.
+        num_heads: attention heads; must divide ``width``.
+        dropout: share of activations dropped in training, on the input and in the residual
+            branches.
+        attention_dropout: share of attention weights dropped in training. None means ``dropout``
+            for "sasrec" (as published) and 0 for "modern". Above 0 the CPU stores (L, L) weights.
+        norm: "layer" or "rms"; None means "layer" for "sasrec" (the only choice) and "rms".
+        positions: "learned" or "rotary"; None means "learned" for "sasrec" (the only choice)
+            and "rotary".
+        hidden: hidden units of the feed-forward; None means ``width`` for "sasrec" and 8/3 of it,
+            rounded up to a multiple of 16, for "modern".
+    """
+
+    width: int
+    max_length: int
+    kind: Literal["sasrec", "modern"] = "sasrec"
+    num_blocks: int = 2
+    num_heads: int = 1
+    dropout: float = 0.2
+    attention_dropout: float | None = None
+    norm: Literal["layer", "rms"] | None = None
+    positions: Literal["learned", "rotary"] | None = None
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and combinations that no encoder can have."""
+        for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
+            _require_positive(f"encoder.{name}", getattr(self, name))
+        _require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
+        _require_choice("encoder.norm", self.norm, (None, "layer", "rms"))
+        _require_choice("encoder.positions", self.positions, (None, "learned", "rotary"))
+        for name in ("dropout", "attention_dropout"):
+            _require_share(f"encoder.{name}", getattr(self, name))
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"encoder.width must be divisible by encoder.num_heads, got {self.width} and "
+                f"{self.num_heads}; change one of them"
+            )
+        if self.kind == "sasrec" and (self.norm == "rms" or self.positions == "rotary"):
+            raise ValueError(
+                "encoder.norm and encoder.positions must be 'layer' and 'learned' for kind "
+                f"'sasrec', got {self.norm!r} and {self.positions!r}; use kind 'modern'"
+            )
+        if self.resolved_positions == "rotary" and (self.width // self.num_heads) % 2:
+            raise ValueError(
+                "encoder.width / encoder.num_heads must be even for rotary positions, got "
+                f"{self.width // self.num_heads}; change it or use positions 'learned'"
+            )
+
+    @property
+    def resolved_attention_dropout(self) -> float:
+        """The attention dropout in force."""
+        if self.attention_dropout is not None:
+            return self.attention_dropout
+        return self.dropout if self.kind == "sasrec" else 0.0
+
+    @property
+    def resolved_positions(self) -> str:
+        """The kind of positions in force."""
+        return self.positions or ("learned" if self.kind == "sasrec" else "rotary")
+
+    @property
+    def resolved_norm(self) -> str:
+        """The norm in force."""
+        return self.norm or ("layer" if self.kind == "sasrec" else "rms")
+
+    @property
+    def resolved_hidden(self) -> int:
+        """Hidden units of the feed-forward in force."""
+        if self.hidden is not None:
+            return self.hidden
+        return self.width if self.kind == "sasrec" else 16 * math.ceil(self.width / 6)
+
+
+class TransformerEncoder(nn.Module):
+    """Turns item vectors into states: (B, L, D) -> (B, L, D), each position seeing only the past.
+
+    Sequences are padded on the right. A real position then never sees padding, so no key mask is
+    needed; states at padded positions mean nothing and must be dropped by the caller.
+    Item vectors are scaled by sqrt(D) on the way in.
+    """
+
+    def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
+        """Build the blocks and draw their weights.
+
+        Args:
+            config: sizes and kind.
+            seed: of the first weights; equal seeds give equal weights on every rank.
+        """
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.position_vectors: nn.Parameter | None = None
+        if config.resolved_positions == "learned":
+            self.position_vectors = nn.Parameter(torch.empty(config.max_length, width))
+        self.rotary = _Rotary(config) if config.resolved_positions == "rotary" else None
+        block = _SASRecBlock if config.kind == "sasrec" else _ModernBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
+        self.final_norm = _build_norm(config)
+        self._draw_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _draw_weights(self, generator: torch.Generator) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.position_vectors is not None:
+            nn.init.xavier_uniform_(self.position_vectors, generator=generator)
+        for block in self.blocks:
+            if isinstance(block, _ModernBlock):
+                # Keeps the residual stream's variance near one at the start, whatever the depth.
+                for branch in (block.attention_out, block.feed_forward_out):
+                    branch.weight.mul_(1 / math.sqrt(2 * len(self.blocks)))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """States of all positions.
+
+        Args:
+            vectors: (B, L, D) float; item vectors in time order, padded on the right;
+                L at most ``max_length``, B may be 0.
+
+        Returns:
+            (B, L, D); gradients flow to ``vectors``. Float32 under autocast.
+
+        Raises:
+            ValueError: the shape does not fit the config.
+
+        Collectives: none.
+        """
+        self._check(vectors)
+        if vectors.numel() == 0:  # attention kernels refuse empty batches on some devices
+            return vectors + sum(parameter.sum() * 0 for parameter in self.parameters())
+        length = vectors.shape[1]
+        x = vectors * math.sqrt(self.config.width)
+        if self.position_vectors is not None:
+            x = x + self.position_vectors[:length]
+        x = F.dropout(x, self.config.dropout, self.training)
+        rotation = self.rotary(length) if self.rotary is not None else None
+        for block in self.blocks:
+            x = block(x, rotation)
+        states: Tensor = self.final_norm(x)
+        return states
+
+    def _check(self, vectors: Tensor) -> None:
+        config = self.config
+        if vectors.dim() != 3 or vectors.shape[2] != config.width:
+            raise ValueError(
+                f"vectors must be of shape (B, L, {config.width}), got {tuple(vectors.shape)}; "
+                "check that encoder.width is the width of the catalog"
+            )
+        if vectors.shape[1] > config.max_length:
+            raise ValueError(
+                f"sequences must have at most {config.max_length} positions, got "
+                f"{vectors.shape[1]}; cut them or raise encoder.max_length"
+            )
+
+
+class _SASRecBlock(nn.Module):
+    """The published block; note that both residuals add the *normalised* input."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.resolved_hidden
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.attention_dropout = config.resolved_attention_dropout
+        self.attention_norm = _build_norm(config)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.feed_forward_norm = _build_norm(config)
+        self.feed_forward_in = nn.Linear(width, hidden)
+        self.feed_forward_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        normed = self.attention_norm(x)
+        query = _split_heads(self.query(normed), self.num_heads)
+        key, value = self.key_value(x).chunk(2, dim=-1)
+        key, value = _split_heads(key, self.num_heads), _split_heads(value, self.num_heads)
+        share = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)
+        normed = self.feed_forward_norm(normed + _join_heads(mixed))
+        inner = F.dropout(F.relu(self.feed_forward_in(normed)), self.dropout, self.training)
+        return normed + F.dropout(self.feed_forward_out(inner), self.dropout, self.training)
+
+
+class _ModernBlock(nn.Module):
+    """Pre-norm attention with one projection for query, key and value, then SwiGLU."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.resolved_hidden
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.attention_dropout = config.resolved_attention_dropout
+        self.attention_norm = _build_norm(config)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.feed_forward_norm = _build_norm(config)
+        self.feed_forward_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.feed_forward_out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        projected = self.query_key_value(self.attention_norm(x))
+        query, key, value = (
+            _split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
+        )
+        if rotation is not None:
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
+        share = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)
+        branch = self.attention_out(_join_heads(mixed))
+        x = x + F.dropout(branch, self.dropout, self.training)
+        gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
+        branch = self.feed_forward_out(F.silu(gate) * inner)
+        return x + F.dropout(branch, self.dropout, self.training)
+
+
+class _Rotary(nn.Module):
+    """Cosines and sines of the angles by which queries and keys are turned."""
+
+    angles: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        half = config.width // config.num_heads // 2
+        frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
+        angles = torch.outer(torch.arange(config.max_length, dtype=torch.float32), frequencies)
+        self.register_buffer("angles", torch.stack((angles.cos(), angles.sin())), persistent=False)
+
+    def forward(self, length: int) -> Tensor:
+        return self.angles[:, :length]  # (2, L, D / heads / 2)
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
+    cosine, sine = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, D) -> (B, heads, L, D / heads), a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    """(B, heads, L, D / heads) -> (B, L, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _build_norm(config: EncoderConfig) -> nn.Module:
+    if config.resolved_norm == "rms":
+        return nn.RMSNorm(config.width, eps=1e-6)
+    return nn.LayerNorm(config.width, eps=1e-8 if config.kind == "sasrec" else 1e-6)
+
+
+def _require_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; set a positive whole number")
+
+
+def _require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        named = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise ValueError(f"{name} must be one of {named}, got {value!r}; pick one of them")
+
+
+def _require_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}; 0 turns it off")
