@@ -5,21 +5,18 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", a
 
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import block_logsumexp, every_pair
-from shardrec.kernels.reduction import (
-    candidate_loss,
-    check_inputs,
-    reduce_loss,
-    scale_rows,
-    scale_states,
-)
+from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
+from shardrec.kernels.exchange import Chunk
+from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.shard import RowShard
+from shardrec.kernels.streaming import streamed_logsumexp
 
 __all__ = ["cut_cross_entropy"]
 
 
 def cut_cross_entropy(
     states: Tensor,
-    table: Tensor,
+    table: Tensor | RowShard,
     targets: Tensor,
     *,
     weights: Tensor | None = None,
@@ -33,7 +30,7 @@ def cut_cross_entropy(
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype.
+        table: (V, D), same dtype, or this rank's shard of it.
         targets: (N,) int64 in [0, V).
         weights: (N,) float factors of the positions' losses; the mean divides by their sum.
         reduction: "mean", "sum" or "none".
@@ -41,18 +38,32 @@ def cut_cross_entropy(
         temperature: Divides the logits.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and ``table``.
+        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
+        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
+        number with respect to its own states and rows.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape disagrees or a target is out of range.
+        ValueError: a shape disagrees or a target is out of range, on this rank or another.
 
-    Collectives: none.
+    Collectives: none for a tensor; those of ``streamed_logsumexp`` for a shard.
     """
-    check_inputs(states, table, targets, weights, reduction, temperature)
-    states = scale_states(states, normalize, temperature)
-    table = scale_rows(table, normalize)
-    logsumexp, target_logits = block_logsumexp(
-        states, table, every_pair(table.shape[0], targets.long())
-    )
-    return reduce_loss(candidate_loss(logsumexp, target_logits), weights, reduction)
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    logsumexp, target_logits = streamed_logsumexp(problem, _EveryItem(problem))
+    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
+
+
+class _EveryItem:
+    """The plan in which every item is a candidate of every position."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._exchange = problem.exchange
+        self.first_slot = problem.exchange.first_position
+        self.num_slots = problem.states.shape[0]
+
+    def chunk_of(self) -> Tensor:
+        return self._exchange.even_chunks(self._exchange.min_chunks)
+
+    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
+        return every_pair(row_ids.count, row_ids.find(targets)), chunk.positions

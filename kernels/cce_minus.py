@@ -10,22 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import (
-    Blocks,
-    block_logsumexp,
-    compact_rows,
-    local_rows,
-)
+from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform
-from shardrec.kernels.reduction import (
-    candidate_loss,
-    check_inputs,
-    reduce_loss,
-    scale_rows,
-    scale_states,
-)
+from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.shard import RowShard
+from shardrec.kernels.streaming import streamed_logsumexp
 
 __all__ = ["Sampler", "sampled_cross_entropy"]
+
+# Draws in memory at a time: 2**20 int64 are 8 MiB.
+_DRAWS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +35,8 @@ class Sampler:
             ``i mod ceil(num_positions / share)``.
         seed: Key of the generator.
         step: Training step.
-        parity: Correct with the number of kept draws and ``Q(j) / (1 - Q(y))`` as in the paper, instead
-            of K and Q as drawn.
+        parity: Correct with the number of kept draws and ``Q(j) / (1 - Q(y))`` as in the paper,
+            instead of K and Q as drawn.
     """
 
     proposal: Proposal
@@ -57,55 +52,51 @@ class Sampler:
         """Number of sets of draws."""
         return max(1, -(-self.num_positions // self.share))
 
-    def blocks(self, positions: Tensor, targets: Tensor, first_row: int, num_rows: int) -> Blocks:
-        """Blocks of ``positions`` times the draws that lie in [first_row, first_row + num_rows).
+    @property
+    def blocks_at_once(self) -> int:
+        """Number of sets of draws that are in memory together."""
+        return max(1, _DRAWS_AT_ONCE // self.num_negatives)
+
+    def draw(self, blocks: Tensor) -> Tensor:
+        """(len(blocks), K) int64 items."""
+        return self.proposal.draw(
+            blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
+        )
+
+    def log_probability(self, items: Tensor) -> Tensor:
+        """Float32 ``log Q`` of each item."""
+        return self.proposal.probability(items).log().float()
+
+    def drawn_rows(self, row_ids: RowIds, targets: Tensor) -> Tensor:
+        """Ascending items of the shard that are drawn by any block or stand among ``targets``."""
+        drawn = torch.zeros(row_ids.count + 1, dtype=torch.bool, device=targets.device)
+        drawn[row_ids.find(targets)] = True  # -1, another shard's item, marks the extra entry
+        all_blocks = torch.arange(self.num_blocks, device=targets.device)
+        for blocks in all_blocks.split(self.blocks_at_once):
+            drawn[row_ids.find(self.draw(blocks).flatten())] = True
+        return drawn[:-1].nonzero()[:, 0] + row_ids.first
+
+    def correction(self, positions: Tensor, targets: Tensor) -> Tensor:
+        """(n,) float32 to subtract from the log-sum-exp of logits lowered by ``log Q``.
 
         Args:
             positions: (n,) int64 global positions.
-            targets: (n,) int64 global items.
-            first_row: Global index of the shard's first row.
-            num_rows: R, rows of the shard.
+            targets: (n,) int64 their targets.
         """
-        block_of = positions % self.num_blocks
-        order = torch.argsort(block_of, stable=True)
-        present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
-        items, offsets = self._draw(present)
-        inside = (items >= first_row) & (items < first_row + num_rows)
-        item_ends = inside.sum(1).cumsum(0)
-        return Blocks(
-            pair_positions=order,
-            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-            items=items[inside] - first_row,
-            item_starts=F.pad(item_ends[:-1], (1, 0)),
-            item_ends=item_ends,
-            targets=local_rows(targets, first_row, num_rows),
-            num_slots=positions.numel(),
-            offsets=offsets[inside],
-        )
-
-    def correction(self, positions: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float32 to subtract from the log-sum-exp of logits lowered by ``log Q``."""
         if not self.parity:
-            constant = torch.tensor(float(self.num_negatives)).log()
-            return constant.to(targets.device).expand(targets.shape)
-        block_of, line_of = torch.unique(positions % self.num_blocks, return_inverse=True)
-        items, _ = self._draw(block_of)
-        kept = torch.zeros_like(targets)
-        for column in items.unbind(1):
-            kept += column[line_of] != targets
+            constant = torch.tensor(float(self.num_negatives), device=targets.device)
+            return constant.log().expand(targets.shape)
+        kept = torch.empty_like(targets)
+        for part in torch.arange(targets.numel(), device=targets.device).split(self.blocks_at_once):
+            items = self.draw(positions[part] % self.num_blocks)
+            kept[part] = (items != targets[part, None]).sum(1)
         rest = 1 - self.proposal.probability(targets)
         return (kept.clamp(min=1) / rest).log().float()
-
-    def _draw(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        items = self.proposal.draw(
-            blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
-        )
-        return items, self.proposal.probability(items).log().float()
 
 
 def sampled_cross_entropy(
     states: Tensor,
-    table: Tensor,
+    table: Tensor | RowShard,
     targets: Tensor,
     *,
     num_negatives: int,
@@ -122,12 +113,12 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of every target among K sampled rows, with the sampling bias removed.
 
-    ``loss_i = log(exp(s_iy) + sum_k exp(s_in_k - log(K Q(n_k)))) - s_iy``; a draw equal to the target
-    is left out. The draws are never stored beyond one chunk and come again in backward.
+    ``loss_i = log(exp(s_iy) + sum_k exp(s_in_k - log(K Q(n_k)))) - s_iy``; a draw equal to the
+    target is left out. The draws are never stored beyond one chunk and come again in backward.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype.
+        table: (V, D), same dtype, or this rank's shard of it.
         targets: (N,) int64 in [0, V).
         num_negatives: K draws per block of positions.
         share: Positions that share their draws; 1 is the published form, None the whole batch.
@@ -142,36 +133,77 @@ def sampled_cross_entropy(
         temperature: Divides the logits.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and ``table``.
+        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
+        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
+        number with respect to its own states and rows.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range.
+        ValueError: a shape disagrees, or a target or option is out of range,
+            on this rank or another.
 
-    Collectives: none.
+    Collectives: none for a tensor; for a shard one gather of the targets, and those of
+    ``streamed_logsumexp``.
     """
-    check_inputs(states, table, targets, weights, reduction, temperature)
-    num_positions = states.shape[0]
-    share = max(num_positions, 1) if share is None else share
-    if num_negatives < 1 or share < 1:
+    if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
             f"num_negatives and share must be positive, got {num_negatives} and {share}; "
-            "share=1 draws for each position"
+            "share=1 draws for each position, None once for the batch"
         )
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    num_positions = problem.exchange.num_positions
     sampler = Sampler(
-        proposal=proposal or Uniform(table.shape[0]),
+        proposal=proposal or Uniform(problem.num_items),
         num_negatives=num_negatives,
         num_positions=num_positions,
-        share=share,
+        share=max(num_positions, 1) if share is None else share,
         seed=seed,
         step=step,
         parity=parity,
     )
-    positions = torch.arange(num_positions, device=states.device)
-    blocks = sampler.blocks(positions, targets.long(), 0, table.shape[0])
-    rows, blocks = compact_rows(table, blocks, sparse_grad)
-    logsumexp, target_logits = block_logsumexp(
-        scale_states(states, normalize, temperature), scale_rows(rows, normalize), blocks
-    )
-    logsumexp = logsumexp - sampler.correction(positions, targets)
-    return reduce_loss(candidate_loss(logsumexp, target_logits), weights, reduction)
+    all_targets = problem.exchange.gather_all(problem.targets)
+    problem = problem.restrict(sampler.drawn_rows(problem.row_ids, all_targets), sparse_grad)
+    plan = _SampledItems(sampler, problem)
+    logsumexp, target_logits = streamed_logsumexp(problem, plan)
+    positions = torch.arange(plan.num_slots, device=states.device) + plan.first_slot
+    logsumexp = logsumexp - sampler.correction(positions, problem.targets)
+    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
+
+
+class _SampledItems:
+    """The plan in which the candidates of a position are the draws of its block."""
+
+    def __init__(self, sampler: Sampler, problem: Problem) -> None:
+        self._sampler = sampler
+        self._exchange = problem.exchange
+        self._device = problem.targets.device
+        self.first_slot = problem.exchange.first_position
+        self.num_slots = problem.states.shape[0]
+
+    def chunk_of(self) -> Tensor:
+        sampler, exchange = self._sampler, self._exchange
+        num_blocks = sampler.num_blocks
+        num_chunks = max(exchange.min_chunks, -(-num_blocks // sampler.blocks_at_once))
+        positions = torch.arange(exchange.num_positions, device=self._device)
+        return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
+
+    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
+        block_of = chunk.positions % self._sampler.num_blocks
+        order = torch.argsort(block_of, stable=True)
+        present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
+        items = self._sampler.draw(present)
+        rows = row_ids.find(items)
+        here = rows >= 0
+        item_ends = here.sum(1).cumsum(0)
+        blocks = Blocks(
+            pair_positions=order,
+            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
+            items=rows[here],
+            item_starts=F.pad(item_ends[:-1], (1, 0)),
+            item_ends=item_ends,
+            targets=row_ids.find(targets),
+            num_slots=order.numel(),
+            offsets=self._sampler.log_probability(items[here]),
+        )
+        return blocks, chunk.positions

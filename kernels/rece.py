@@ -1,8 +1,8 @@
 """Reduced cross-entropy (RECE): candidates from neighbouring chunks of a random hash, over rounds.
 
-Source: Gusak et al., "RECE: Reduced Cross-Entropy Loss for Large-Catalogue Sequential Recommenders",
-arXiv 2408.02354. Positions are placed by bucket, not by rank, so that a position meets the items of its
-own bucket although the histograms of positions and items differ.
+Source: Gusak et al., "RECE: Reduced Cross-Entropy Loss for Large-Catalogue Sequential
+Recommenders", arXiv 2408.02354. Positions are placed by bucket, not by rank, so that a position
+meets the items of its own bucket although the histograms of positions and items differ.
 """
 
 import math
@@ -12,24 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, block_logsumexp, local_rows
+from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
+from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_HASH, random_signs
-from shardrec.kernels.reduction import (
-    candidate_loss,
-    check_inputs,
-    reduce_loss,
-    scale_rows,
-    scale_states,
-)
+from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
 from shardrec.kernels.select import best_direction
+from shardrec.kernels.shard import RowShard
+from shardrec.kernels.streaming import streamed_logsumexp
 
 __all__ = [
     "Histogram",
-    "RoundPlan",
-    "check_options",
     "default_num_buckets",
     "hash_buckets",
-    "histogram",
+    "gather_histogram",
     "item_chunks",
     "position_chunks",
     "reduced_cross_entropy",
@@ -47,53 +42,6 @@ class Histogram:
 
     total: Tensor
     before: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class RoundPlan:
-    """Chunk of every row of a shard in every round, from which blocks for any positions follow.
-
-    Attributes:
-        chunks: (R, r) int32 chunk of each row.
-        num_chunks: n_c.
-        reach: e; a position in chunk t meets items of chunks t - e .. t + e.
-        first_row: Global index of the shard's first row.
-    """
-
-    chunks: Tensor
-    num_chunks: int
-    reach: int
-    first_row: int
-
-    def blocks(self, chunks: Tensor, targets: Tensor) -> Blocks:
-        """Blocks of every round for positions with the given chunks.
-
-        Args:
-            chunks: (n, r) int32 chunk of each position in each round.
-            targets: (n,) int64 global items.
-        """
-        num_rows, num_rounds = self.chunks.shape
-        positions, pair_starts, items, starts, ends, rounds = [], [], [], [], [], []
-        for index in range(num_rounds):
-            order, first, sizes = _group(chunks[:, index])
-            item_chunk, item_order = self.chunks[:, index].sort(stable=True)
-            positions.append(order)
-            pair_starts.append(sizes)
-            items.append(item_order)
-            lower, upper = first - self.reach, first + self.reach + 1
-            starts.append(torch.searchsorted(item_chunk, lower) + index * num_rows)
-            ends.append(torch.searchsorted(item_chunk, upper) + index * num_rows)
-            rounds.append(torch.full_like(first, index, dtype=torch.int64))
-        return Blocks(
-            pair_positions=torch.cat(positions),
-            pair_starts=F.pad(torch.cat(pair_starts).cumsum(0), (1, 0)),
-            items=torch.cat(items),
-            item_starts=torch.cat(starts),
-            item_ends=torch.cat(ends),
-            targets=local_rows(targets, self.first_row, num_rows),
-            num_slots=targets.numel(),
-            rounds=Rounds(chunks, self.chunks, self.reach, torch.cat(rounds)),
-        )
 
 
 def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
@@ -118,16 +66,25 @@ def hash_buckets(
     return buckets
 
 
-def histogram(buckets: Tensor, num_buckets: int) -> Tensor:
-    """(r, n_b) int64 number of vectors in each bucket of each round."""
-    rounds = torch.arange(buckets.shape[1], device=buckets.device)
-    flat = (buckets.long() + rounds * num_buckets).flatten()
-    counts = torch.bincount(flat, minlength=buckets.shape[1] * num_buckets)
-    return counts.view(buckets.shape[1], num_buckets)
+def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> Histogram:
+    """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
+
+    Args:
+        buckets: (n, r) int32 buckets of this rank's vectors.
+        num_buckets: n_b.
+        exchange: The way to the other ranks.
+
+    Collectives: one gather of (r, n_b) counts.
+    """
+    num_rounds = buckets.shape[1]
+    flat = buckets.long() + torch.arange(num_rounds, device=buckets.device) * num_buckets
+    counts = torch.bincount(flat.flatten(), minlength=num_rounds * num_buckets)
+    by_rank = exchange.stack(counts.view(num_rounds, num_buckets))
+    return Histogram(by_rank.sum(0), by_rank[: exchange.rank].sum(0))
 
 
 def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
-    """(R, r) int32 chunk of every row: its place in the order by (bucket, index), cut into n_c parts.
+    """(R, r) int32 chunk of every row: its place by (bucket, index), cut into n_c parts.
 
     Args:
         buckets: (R, r) int32.
@@ -144,8 +101,8 @@ def position_chunks(
 ) -> Tensor:
     """(n, r) int32 chunk of every position, in the coordinate of the items.
 
-    With ``align="bucket"`` the k-th of P positions of a bucket stands where item k I / P of the I items
-    of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
+    With ``align="bucket"`` the k-th of P positions of a bucket stands where item k I / P of the I
+    items of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
 
     Args:
         buckets: (n, r) int32.
@@ -167,7 +124,7 @@ def position_chunks(
 
 def reduced_cross_entropy(
     states: Tensor,
-    table: Tensor,
+    table: Tensor | RowShard,
     targets: Tensor,
     *,
     num_buckets: int | None = None,
@@ -184,13 +141,13 @@ def reduced_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of every target among the rows that a random hash puts near its position.
 
-    In each round positions and rows are ordered by the nearest of n_b random sign vectors and cut into
-    n_c chunks; a position meets the rows of its chunk and of e chunks on either side. A row met in
-    several rounds counts once.
+    In each round positions and rows are ordered by the nearest of n_b random sign vectors and cut
+    into n_c chunks; a position meets the rows of its chunk and of e chunks on either side. A row
+    met in several rounds counts once.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype.
+        table: (V, D), same dtype, or this rank's shard of it.
         targets: (N,) int64 in [0, V).
         num_buckets: n_b; ``sqrt(4 min(N, V) (1 + 2 e))`` when None.
         num_chunks: n_c; as many as buckets when None.
@@ -205,35 +162,94 @@ def reduced_cross_entropy(
         temperature: Divides the logits.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and ``table``.
+        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
+        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
+        number with respect to its own states and rows.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range.
+        ValueError: a shape disagrees, or a target or option is out of range, on this rank or
+            another.
 
-    Collectives: none.
+    Collectives: none for a tensor; for a shard two gathers of histograms and those of
+    ``streamed_logsumexp``.
     """
-    check_inputs(states, table, targets, weights, reduction, temperature)
-    check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
+    _check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
     if num_buckets is None:
-        num_buckets = default_num_buckets(states.shape[0], table.shape[0], num_neighbor_chunks)
+        num_positions = problem.exchange.num_positions
+        num_buckets = default_num_buckets(num_positions, problem.num_items, num_neighbor_chunks)
     num_chunks = num_buckets if num_chunks is None else num_chunks
-    states, table = scale_states(states, normalize, temperature), scale_rows(table, normalize)
     with torch.no_grad():
-        row_buckets = hash_buckets(table, num_buckets, num_rounds, seed=seed, step=step)
-        own_buckets = hash_buckets(states, num_buckets, num_rounds, seed=seed, step=step)
-        rows = _alone(histogram(row_buckets, num_buckets))
-        own = _alone(histogram(own_buckets, num_buckets))
-        plan = RoundPlan(
-            item_chunks(row_buckets, rows, num_chunks), num_chunks, num_neighbor_chunks, 0
+        row_buckets = hash_buckets(
+            problem.scaled_rows(), num_buckets, num_rounds, seed=seed, step=step
         )
-        chunks = position_chunks(own_buckets, own, rows, num_chunks, align)
-        blocks = plan.blocks(chunks, targets.long())
-    logsumexp, target_logits = block_logsumexp(states, table, blocks)
-    return reduce_loss(candidate_loss(logsumexp, target_logits), weights, reduction)
+        own_buckets = hash_buckets(problem.states, num_buckets, num_rounds, seed=seed, step=step)
+        rows = gather_histogram(row_buckets, num_buckets, problem.exchange)
+        own = gather_histogram(own_buckets, num_buckets, problem.exchange)
+        plan = _NearbyChunks(
+            problem,
+            position_chunks(own_buckets, own, rows, num_chunks, align),
+            item_chunks(row_buckets, rows, num_chunks),
+            num_neighbor_chunks,
+        )
+    logsumexp, target_logits = streamed_logsumexp(problem, plan)
+    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
 
 
-def check_options(
+class _NearbyChunks:
+    """The plan in which a position meets the items of its chunk and of ``reach`` on either side.
+
+    Args:
+        problem: The batch and the table.
+        position_chunks: (N, r) int32 chunk of each position of this rank.
+        row_chunks: (R, r) int32 chunk of each row of this shard.
+        reach: e.
+    """
+
+    def __init__(
+        self, problem: Problem, position_chunks: Tensor, row_chunks: Tensor, reach: int
+    ) -> None:
+        self._exchange = problem.exchange
+        self._position_chunks = position_chunks
+        self._row_chunks = row_chunks
+        self._reach = reach
+        # (r, R): the chunks of each round in ascending order, and the rows in that order.
+        self._sorted_chunks, self._row_order = row_chunks.T.contiguous().sort(dim=1, stable=True)
+        self.first_slot = problem.exchange.first_position
+        self.num_slots = problem.states.shape[0]
+
+    def chunk_of(self) -> Tensor:
+        return self._exchange.even_chunks(self._exchange.min_chunks)
+
+    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
+        position_chunks = self._exchange.gather(self._position_chunks, chunk)
+        num_rounds, num_rows = self._row_order.shape
+        orders, all_sizes, starts, ends, rounds = [], [], [], [], []
+        for index in range(num_rounds):
+            order, present, sizes = _group(position_chunks[:, index])
+            sorted_chunks = self._sorted_chunks[index]
+            first, last = present - self._reach, present + self._reach
+            starts.append(torch.searchsorted(sorted_chunks, first) + index * num_rows)
+            ends.append(torch.searchsorted(sorted_chunks, last, right=True) + index * num_rows)
+            orders.append(order)
+            all_sizes.append(sizes)
+            rounds.append(torch.full_like(sizes, index))
+        blocks = Blocks(
+            pair_positions=torch.cat(orders),
+            pair_starts=F.pad(torch.cat(all_sizes).cumsum(0), (1, 0)),
+            items=self._row_order.flatten(),
+            item_starts=torch.cat(starts),
+            item_ends=torch.cat(ends),
+            targets=row_ids.find(targets),
+            num_slots=targets.numel(),
+            rounds=Rounds(position_chunks, self._row_chunks, self._reach, torch.cat(rounds)),
+        )
+        return blocks, chunk.positions
+
+
+def _check_options(
     num_buckets: int | None,
     num_chunks: int | None,
     num_rounds: int,
@@ -250,10 +266,6 @@ def check_options(
         )
     if align not in ("bucket", "rank"):
         raise ValueError(f"align must be 'bucket' or 'rank', got {align!r}; choose one")
-
-
-def _alone(total: Tensor) -> Histogram:
-    return Histogram(total, torch.zeros_like(total))
 
 
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Scalable cross-entropy (SCE): buckets of the positions and rows nearest to random centres.
 
-Source: Mezentsev et al., "Scalable Cross-Entropy Loss for Sequential Recommendations with Large Item
-Catalogs", arXiv 2409.18721.
+Source: Mezentsev et al., "Scalable Cross-Entropy Loss for Sequential Recommendations with Large
+Item Catalogs", arXiv 2409.18721.
 """
 
 import math
@@ -11,20 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, block_logsumexp, compact_rows, local_rows
+from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, random_signs
-from shardrec.kernels.reduction import (
-    candidate_loss,
-    check_inputs,
-    reduce_loss,
-    scale_rows,
-    scale_states,
-)
-from shardrec.kernels.select import topk_rows
+from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.select import merge_topk, topk_rows
+from shardrec.kernels.shard import RowShard
+from shardrec.kernels.streaming import streamed_logsumexp
 
 __all__ = [
     "Buckets",
     "default_num_buckets",
+    "fill_buckets",
     "largest_per_position",
     "mixed_centres",
     "plain_centres",
@@ -48,48 +46,12 @@ class Buckets:
     positions: Tensor
     items: Tensor
 
-    def pairs(self, first_position: int, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Global position and bucket of the pairs of a range of positions, both (P,) int64."""
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Global position and bucket of every pair, both (n_b * b_x,) int64, in pair order."""
         buckets = torch.arange(self.positions.shape[0], device=self.positions.device)
-        buckets = buckets[:, None].expand_as(self.positions)
-        inside = self.positions >= first_position
-        inside &= self.positions < first_position + num_positions
-        positions, buckets = self.positions[inside], buckets[inside]
-        order = torch.argsort(positions, stable=True)
-        return positions[order], buckets[order]
-
-    def blocks(
-        self,
-        pair_rows: Tensor,
-        pair_buckets: Tensor,
-        targets: Tensor,
-        first_row: int,
-        num_rows: int,
-    ) -> Blocks:
-        """One block per bucket, of the given pairs times the bucket's items on a shard.
-
-        Args:
-            pair_rows: (P,) int64 row of ``states`` of each pair.
-            pair_buckets: (P,) int64 bucket of each pair.
-            targets: (n,) int64 global items of the states.
-            first_row: Global index of the shard's first row.
-            num_rows: R, rows of the shard.
-        """
-        num_buckets = self.items.shape[0]
-        order = torch.argsort(pair_buckets, stable=True)
-        sizes = torch.bincount(pair_buckets, minlength=num_buckets)
-        inside = (self.items >= first_row) & (self.items < first_row + num_rows)
-        item_ends = inside.sum(1).cumsum(0)
-        return Blocks(
-            pair_positions=pair_rows[order],
-            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-            items=self.items[inside] - first_row,
-            item_starts=F.pad(item_ends[:-1], (1, 0)),
-            item_ends=item_ends,
-            targets=local_rows(targets, first_row, num_rows),
-            num_slots=pair_rows.numel(),
-            pair_slots=order,
-        )
+        buckets = buckets[:, None].expand_as(self.positions).flatten()
+        positions, order = self.positions.flatten().sort(stable=True)
+        return positions, buckets[order]
 
 
 def default_num_buckets(num_positions: int) -> int:
@@ -111,8 +73,8 @@ def mixed_centres(
 ) -> Tensor:
     """(n_b, D) float32 random combinations of the states, the share of these positions.
 
-    Line b is ``sum_i omega_ib x_i`` with omega random signs of (global position i, b); the shares of
-    several ranks add up. The signs are never stored beyond a tile of positions.
+    Line b is ``sum_i omega_ib x_i`` with omega random signs of (global position i, b); the shares
+    of several ranks add up. The signs are never stored beyond a tile of positions.
 
     Args:
         states: (N, D); no gradient is taken.
@@ -164,9 +126,53 @@ def largest_per_position(
     return padded[winner], covered
 
 
+def fill_buckets(
+    problem: Problem, centres: Tensor, positions_per_bucket: int, items_per_bucket: int
+) -> Buckets:
+    """The positions and items with the largest inner product with each centre, over all ranks.
+
+    Chosen in float32, ties by lower index.
+
+    Args:
+        problem: The batch and the table.
+        centres: (n_b, D) float32, the same on every rank.
+        positions_per_bucket: b_x.
+        items_per_bucket: b_y.
+
+    Collectives: two gathers of (n_b, b_x) and two of (n_b, b_y) scores and indices.
+    """
+    exchange = problem.exchange
+    positions = _best_of_all_ranks(
+        topk_rows(centres, problem.states, positions_per_bucket),
+        exchange.first_position,
+        min(positions_per_bucket, exchange.num_positions),
+        exchange,
+    )
+    items = _best_of_all_ranks(
+        topk_rows(centres, problem.scaled_rows(), items_per_bucket),
+        problem.row_ids.first,
+        min(items_per_bucket, problem.num_items),
+        exchange,
+    )
+    return Buckets(positions, items)
+
+
+def _best_of_all_ranks(
+    found: tuple[Tensor, Tensor], first: int, k: int, exchange: Exchange
+) -> Tensor:
+    """(n_b, k) int64 global indices of the best of all ranks' lists."""
+    scores, indices = found
+    missing = k - scores.shape[1]
+    scores = F.pad(scores, (0, missing), value=-torch.inf)
+    indices = F.pad(indices + first, (0, missing), value=torch.iinfo(torch.int64).max)
+    stacked_scores = exchange.stack(scores).transpose(0, 1).flatten(1)
+    stacked_indices = exchange.stack(indices).transpose(0, 1).flatten(1)
+    return merge_topk(stacked_scores, stacked_indices, k)[1]
+
+
 def scalable_cross_entropy(
     states: Tensor,
-    table: Tensor,
+    table: Tensor | RowShard,
     targets: Tensor,
     *,
     num_buckets: int | None = None,
@@ -183,13 +189,13 @@ def scalable_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of every target among the rows of its hardest bucket.
 
-    For each of n_b random centres the b_x positions and the b_y rows of largest inner product form a
-    bucket (ties by lower index); a position's loss is the largest over its buckets, and positions in
-    no bucket give none. Mean over the covered positions.
+    For each of n_b random centres the b_x positions and the b_y rows of largest inner product form
+    a bucket (ties by lower index); a position's loss is the largest over its buckets, and
+    positions in no bucket give none. Mean over the covered positions.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype.
+        table: (V, D), same dtype, or this rank's shard of it.
         targets: (N,) int64 in [0, V).
         num_buckets: n_b; ``2 sqrt(N)`` when None.
         positions_per_bucket: b_x; ``2 sqrt(N)`` when None.
@@ -205,17 +211,21 @@ def scalable_cross_entropy(
 
     Returns:
         () float32; with "none" (N,) float32 and the (N,) bool mask of covered positions. Gradients
-        flow to ``states`` and, through the buckets' logits, to ``table``.
+        flow to ``states`` and, through the buckets' logits, to the rows. With a shard, mean and sum
+        are over all ranks, and backward on all ranks gives each the gradient of that number with
+        respect to its own states and rows.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range.
+        ValueError: a shape disagrees, or a target or option is out of range, on this rank or
+            another.
 
-    Collectives: none.
+    Collectives: none for a tensor; for a shard those of ``fill_buckets`` and
+    ``streamed_logsumexp``, a sum of the centres and a gather of the targets.
     """
-    check_inputs(states, table, targets, weights, reduction, temperature)
-    num_positions = states.shape[0]
-    default = default_num_buckets(num_positions)
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    default = default_num_buckets(problem.exchange.num_positions)
     num_buckets = default if num_buckets is None else num_buckets
     per_bucket = default if positions_per_bucket is None else positions_per_bucket
     if min(num_buckets, per_bucket, items_per_bucket) < 1:
@@ -223,21 +233,63 @@ def scalable_cross_entropy(
             "num_buckets, positions_per_bucket and items_per_bucket must be positive, got "
             f"{num_buckets}, {per_bucket} and {items_per_bucket}; None takes the default"
         )
-    scaled = scale_states(states, normalize, temperature)
     with torch.no_grad():
-        if mix:
-            centres = mixed_centres(scaled, 0, num_buckets, seed=seed, step=step)
-        else:
-            centres = plain_centres(num_buckets, states.shape[1], seed=seed, step=step)
-            centres = centres.to(states.device)
-        _, positions = topk_rows(centres, scaled, per_bucket)
-        _, items = topk_rows(centres, scale_rows(table, normalize), items_per_bucket)
-    buckets = Buckets(positions, items)
-    pair_rows, pair_buckets = buckets.pairs(0, num_positions)
-    blocks = buckets.blocks(pair_rows, pair_buckets, targets.long(), 0, table.shape[0])
-    rows, blocks = compact_rows(table, blocks, sparse_grad)
-    logsumexp, target_logits = block_logsumexp(scaled, scale_rows(rows, normalize), blocks)
-    pair_loss = candidate_loss(logsumexp, target_logits[pair_rows])
-    loss, covered = largest_per_position(pair_loss, pair_rows, num_positions)
-    reduced = reduce_loss(loss, weights, reduction, covered)
+        centres = _centres(problem, num_buckets, mix, seed, step)
+        buckets = fill_buckets(problem, centres, per_bucket, items_per_bucket)
+    all_targets = problem.exchange.gather_all(problem.targets)
+    problem = problem.restrict(torch.cat([buckets.items.flatten(), all_targets]), sparse_grad)
+    plan = _BucketItems(buckets, problem)
+    logsumexp, target_logits = streamed_logsumexp(problem, plan)
+    pair_loss = candidate_loss(logsumexp, target_logits[plan.own_pairs])
+    loss, covered = largest_per_position(pair_loss, plan.own_pairs, states.shape[0])
+    reduced = problem.reduce(loss, reduction, covered)
     return (reduced, covered) if reduction == "none" else reduced
+
+
+def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int) -> Tensor:
+    if not mix:
+        width = problem.states.shape[1]
+        centres = plain_centres(num_buckets, width, seed=seed, step=step)
+        return centres.to(problem.states.device)
+    exchange = problem.exchange
+    own = mixed_centres(problem.states, exchange.first_position, num_buckets, seed=seed, step=step)
+    return exchange.sum(own)
+
+
+class _BucketItems:
+    """The plan in which a pair's candidates are the items of its bucket; a slot is a pair."""
+
+    def __init__(self, buckets: Buckets, problem: Problem) -> None:
+        exchange = problem.exchange
+        self._exchange = exchange
+        self._items = buckets.items
+        self._positions, self._buckets = buckets.pairs()
+        first = exchange.first_position
+        borders = torch.tensor([first, first + problem.states.shape[0]]).to(self._positions)
+        start, end = torch.searchsorted(self._positions, borders).tolist()
+        self.first_slot = start
+        self.num_slots = end - start
+        self.own_pairs = self._positions[start:end] - first
+
+    def chunk_of(self) -> Tensor:
+        return self._exchange.even_chunks(self._exchange.min_chunks)
+
+    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
+        place = RowIds(0, chunk.positions.numel(), chunk.positions).find(self._positions)
+        slots = (place >= 0).nonzero()[:, 0]
+        order = torch.argsort(self._buckets[slots], stable=True)
+        sizes = torch.bincount(self._buckets[slots], minlength=self._items.shape[0])
+        rows = row_ids.find(self._items)
+        here = rows >= 0
+        item_ends = here.sum(1).cumsum(0)
+        blocks = Blocks(
+            pair_positions=place[slots][order],
+            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
+            items=rows[here],
+            item_starts=F.pad(item_ends[:-1], (1, 0)),
+            item_ends=item_ends,
+            targets=row_ids.find(targets),
+            num_slots=slots.numel(),
+            pair_slots=order,
+        )
+        return blocks, slots

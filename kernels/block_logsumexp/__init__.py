@@ -1,35 +1,17 @@
 """Log-sum-exp over a list of blocks of the logit matrix, without its logits in memory."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import cpu
-from shardrec.kernels.block_logsumexp.blocks import (
-    Blocks,
-    Rounds,
-    compact_rows,
-    every_pair,
-    local_rows,
-)
+from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, RowIds, every_pair
 
-__all__ = [
-    "Blocks",
-    "Rounds",
-    "backward",
-    "block_logsumexp",
-    "compact_rows",
-    "every_pair",
-    "forward",
-    "local_rows",
-]
+__all__ = ["Blocks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
 
 
-def block_logsumexp(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the candidates of every slot, and the logit of every target.
 
-    The workspace is one tile of logits; backward computes the tiles again.
+    The workspace is one tile of logits.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
@@ -38,16 +20,10 @@ def block_logsumexp(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tenso
 
     Returns:
         (num_slots,) float32, -inf for a slot without candidates, and (N,) float32 target logits, 0
-        where the target is not among the rows. Gradients flow to ``states`` and ``rows`` in their
-        dtype; they are accumulated in float32.
+        where the target is not among the rows.
 
     Collectives: none.
     """
-    return _BlockLogsumexp.apply(states, rows, blocks)  # type: ignore[no-any-return]
-
-
-def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The two results of :func:`block_logsumexp`, outside of autograd."""
     return cpu.forward(states, rows, blocks)
 
 
@@ -58,30 +34,24 @@ def backward(
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(N, D) and (R, D) float32 gradients of ``states`` and ``rows``.
+    grad_rows: Tensor,
+) -> Tensor:
+    """(N, D) float32 gradient of ``states``; adds that of ``rows`` to (R, D) float32 ``grad_rows``.
 
-    ``logsumexp`` may be a total over several shards, of which ``rows`` is one; the result is then the
-    share of this shard.
+    ``logsumexp`` may be a total over several shards, of which ``rows`` is one; both gradients are
+    then the share of this shard. Tiles are computed again, never kept.
+
+    Args:
+        states: (N, D) float.
+        rows: (R, D) float.
+        blocks: The blocks of the forward.
+        logsumexp: (num_slots,) float32 of all candidates.
+        grad_logsumexp: (num_slots,) float32.
+        grad_target_logits: (N,) float32.
+        grad_rows: (R, D) float32 accumulator.
+
+    Collectives: none.
     """
-    return cpu.backward(states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits)
-
-
-class _BlockLogsumexp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        logsumexp, target_logits = forward(states, rows, blocks)
-        ctx.save_for_backward(states, rows, logsumexp)
-        ctx.blocks = blocks
-        return logsumexp, target_logits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_logsumexp: Tensor, grad_target_logits: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        states, rows, logsumexp = ctx.saved_tensors
-        grad_states, grad_rows = backward(
-            states, rows, ctx.blocks, logsumexp, grad_logsumexp, grad_target_logits
-        )
-        return grad_states.to(states.dtype), grad_rows.to(rows.dtype), None
+    return cpu.backward(
+        states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
+    )

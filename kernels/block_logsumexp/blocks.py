@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Blocks", "Rounds", "compact_rows", "every_pair", "local_rows"]
+__all__ = ["Blocks", "RowIds", "Rounds", "every_pair"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
     """Rule that counts a candidate once although several rounds of blocks contain it.
 
-    Position i meets item j in round q when ``|position_chunks[i, q] - item_chunks[j, q]| <= reach``.
-    A block of round q keeps the pairs that no earlier round met, so a pair enters the sum once. That is
-    the union of the rounds, the same value as lowering a logit by the log of its number of meetings.
+    Position i meets item j in round q when ``|position_chunks[i, q] - item_chunks[j, q]| <=
+    reach``. A block of round q keeps the pairs that no earlier round met, so a pair enters the sum
+    once. That is the union of the rounds, the same value as lowering a logit by the log of its
+    number of meetings.
 
     Attributes:
         position_chunks: (N, r) int32, chunk of each position in each round.
@@ -43,8 +43,8 @@ class Blocks:
         items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q.
         item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
         item_ends: (T,) int64 into ``items``.
-        targets: (N,) int64 row of each position's target, which is never its candidate; -1 where the
-            target is not among the rows.
+        targets: (N,) int64 row of each position's target, which is never its candidate; -1 where
+            the target is not among the rows.
         num_slots: Length of the output.
         pair_slots: (P,) int64; None: the slot of a pair is its position.
         offsets: (Q,) float32 subtracted from the logits of an entry of ``items``; None: zero.
@@ -82,42 +82,30 @@ def every_pair(num_rows: int, targets: Tensor) -> Blocks:
     )
 
 
-def local_rows(items: Tensor, first_row: int, num_rows: int) -> Tensor:
-    """Row of each global item in the shard [first_row, first_row + num_rows), -1 where outside.
+@dataclass(frozen=True, slots=True)
+class RowIds:
+    """Which global items the rows of a tensor are, in ascending order.
 
-    >>> local_rows(torch.tensor([4, 5, 9]), first_row=5, num_rows=3)
-    tensor([-1,  0, -1])
+    Attributes:
+        first: Item of row 0, when the rows are a contiguous range of the catalog.
+        count: Number of rows.
+        sparse: (count,) int64 ascending items, when they are not a range; None for a range.
     """
-    inside = (items >= first_row) & (items < first_row + num_rows)
-    return torch.where(inside, items - first_row, -1)
 
+    first: int
+    count: int
+    sparse: Tensor | None = None
 
-def compact_rows(table: Tensor, blocks: Blocks, sparse: bool) -> tuple[Tensor, Blocks]:
-    """The rows that ``blocks`` touches, and the blocks in terms of them.
+    def find(self, items: Tensor) -> Tensor:
+        """Row of each global item, -1 where it is not among the rows; of the shape of ``items``.
 
-    Args:
-        table: (R, D).
-        blocks: Blocks with an explicit list of items.
-        sparse: Whether the gradient of ``table`` is sparse.
-
-    Returns:
-        (U, D) rows in ascending order, differentiable with respect to ``table``, and the blocks.
-    """
-    assert blocks.items is not None and blocks.rounds is None
-    here = blocks.targets >= 0
-    used, index = torch.unique(torch.cat([blocks.items, blocks.targets[here]]), return_inverse=True)
-    num_entries = blocks.items.numel()
-    targets = blocks.targets.clone()
-    targets[here] = index[num_entries:]
-    compact = Blocks(
-        pair_positions=blocks.pair_positions,
-        pair_starts=blocks.pair_starts,
-        items=index[:num_entries],
-        item_starts=blocks.item_starts,
-        item_ends=blocks.item_ends,
-        targets=targets,
-        num_slots=blocks.num_slots,
-        pair_slots=blocks.pair_slots,
-        offsets=blocks.offsets,
-    )
-    return F.embedding(used, table, sparse=sparse), compact
+        >>> RowIds(first=5, count=3).find(torch.tensor([4, 5, 9]))
+        tensor([-1,  0, -1])
+        """
+        if self.sparse is None:
+            inside = (items >= self.first) & (items < self.first + self.count)
+            return torch.where(inside, items - self.first, -1)
+        if not self.count:
+            return torch.full_like(items, -1)
+        place = torch.searchsorted(self.sparse, items).clamp_(max=self.count - 1)
+        return torch.where(self.sparse[place] == items, place, -1)

@@ -1,7 +1,7 @@
 """Block log-sum-exp in plain PyTorch, one tile of logits at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 
 __all__ = ["TILE_ITEMS", "TILE_POSITIONS", "backward", "forward"]
 
-# Tile of logits: 256 x 4096 floats are 4 MiB, which the shared cache holds while six passes go over it.
+# Tile of logits: 256 x 4096 floats are 4 MiB, which the shared cache holds while six passes go
+# over it.
 TILE_POSITIONS = 256
 TILE_ITEMS = 4096
 
@@ -40,16 +41,15 @@ def backward(
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(N, D) and (R, D) float32 gradients; every tile of probabilities is computed again.
+    grad_rows: Tensor,
+) -> Tensor:
+    """(N, D) float32 gradient of ``states``; adds that of ``rows`` to (R, D) float32 ``grad_rows``.
 
-    ``logsumexp`` may cover more candidates than ``blocks`` (the other shards of a table): then the
-    result is this shard's share of the gradient.
+    Every tile of probabilities is computed again.
     """
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-    for tile in _tiles(blocks):
+    for tile in _tiles(_without_idle_pairs(blocks, grad_logsumexp)):
         logits, block_states, block_rows = _tile_logits(states, rows, blocks, tile)
         logits.sub_(shift[tile.slots][:, None]).exp_().mul_(grad_logsumexp[tile.slots][:, None])
         _add_product(grad_states, tile.positions, logits, block_rows)
@@ -59,7 +59,21 @@ def backward(
     weight = grad_target_logits[here][:, None]
     grad_states.index_add_(0, here, rows[target_rows].float() * weight)
     grad_rows.index_add_(0, target_rows, states[here].float() * weight)
-    return grad_states, grad_rows
+    return grad_states
+
+
+def _without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
+    """The blocks less the pairs whose slot gets no gradient, such as all but one bucket of sce."""
+    if blocks.pair_slots is None or blocks.pair_positions is None:
+        return blocks
+    busy = grad_logsumexp[blocks.pair_slots] != 0
+    kept_before = torch.nn.functional.pad(busy.cumsum(0), (1, 0))
+    return replace(
+        blocks,
+        pair_positions=blocks.pair_positions[busy],
+        pair_slots=blocks.pair_slots[busy],
+        pair_starts=kept_before[blocks.pair_starts],
+    )
 
 
 def _tiles(blocks: Blocks) -> Iterator[_Tile]:

@@ -19,8 +19,8 @@ def block_logsumexp_reference(
         blocks: The pairs that count.
 
     Returns:
-        (num_slots,) log-sum-exp, -inf for a slot without candidates, and (N,) target logits, 0 where
-        the target is not among the rows.
+        (num_slots,) log-sum-exp, -inf for a slot without candidates, and (N,) target logits, 0
+        where the target is not among the rows.
     """
     logits = states @ rows.T
     pieces: list[list[Tensor]] = [[] for _ in range(blocks.num_slots)]

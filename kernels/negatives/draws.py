@@ -16,7 +16,7 @@ STREAM_HASH = 1 << 16
 def draw_below(
     bound: int, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
 ) -> Tensor:
-    """(len(blocks), num_draws) int64 in [0, bound), uniform; entry (b, k) depends on blocks[b] and k.
+    """(len(blocks), num_draws) int64, uniform in [0, bound); entry (b, k) is of blocks[b] and k.
 
     A draw is ``floor(bound * u)`` with ``u`` a 64-bit fixed-point fraction, so for ``bound`` up to
     2**31 each value's probability is within 2**-32 of ``1 / bound`` relative.

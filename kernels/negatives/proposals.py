@@ -1,4 +1,4 @@
-"""Distributions that negatives are drawn from, each with its own probability for the logQ correction."""
+"""Distributions that negatives are drawn from, each with its own probability for logQ."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,0 +1,137 @@
+"""The exchange between the ranks of a process group."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardrec.kernels.exchange import Chunk, chunk_members
+
+__all__ = ["CHUNK_POSITIONS", "Collective", "total_over_ranks"]
+
+# States of other ranks in memory at a time: 16,384 x 256 floats are 16 MiB.
+CHUNK_POSITIONS = 16384
+
+
+class Collective:
+    """Exchange over a process group; each rank's positions are one range of the global batch."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, num_positions: int, device: torch.device, failed: bool
+    ) -> None:
+        """Learns how many positions every rank has and whether all accept their inputs.
+
+        Args:
+            group: Ranks that hold the shards.
+            num_positions: N of this rank.
+            device: Where the tensors are.
+            failed: Whether this rank refuses its inputs.
+
+        Raises:
+            ValueError: on every rank, where any rank refuses.
+
+        Collectives: one gather of two numbers.
+        """
+        self._group = group
+        self._device = device
+        self.rank = dist.get_rank(group)
+        world_size = dist.get_world_size(group)
+        facts = self.stack(torch.tensor([num_positions, int(failed)], device=device)).tolist()
+        refusing = [rank for rank, (_, failure) in enumerate(facts) if failure]
+        if refusing:
+            raise ValueError(
+                f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
+                f"{world_size}; its own message says why"
+            )
+        self._counts = [count for count, _ in facts]
+        self._starts = [sum(self._counts[:rank]) for rank in range(world_size)]
+        self.first_position = self._starts[self.rank]
+        self.num_positions = sum(self._counts)
+        self.min_chunks = max(1, -(-self.num_positions // CHUNK_POSITIONS))
+
+    def even_chunks(self, num_chunks: int) -> Tensor:
+        """(num_positions,) int64 chunk of each global position, an even share of every rank."""
+        parts = [
+            torch.arange(count, device=self._device) * num_chunks // max(count, 1)
+            for count in self._counts
+        ]
+        return torch.cat(parts)
+
+    def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
+        """The chunks of an assignment, in the same order on every rank."""
+        borders = torch.tensor([*self._starts, self.num_positions], device=self._device)
+        for positions in chunk_members(chunk_of):
+            splits = torch.searchsorted(positions, borders).tolist()
+            own = slice(splits[self.rank], splits[self.rank + 1])
+            counts = tuple(end - start for start, end in zip(splits, splits[1:], strict=False))
+            yield Chunk(positions, positions[own] - self.first_position, own, counts)
+
+    def gather(self, local: Tensor, chunk: Chunk) -> Tensor:
+        """(n, ...) values at the chunk's positions; one all-gather padded to the largest share."""
+        width = max(chunk.counts)
+        sent = local.new_zeros((width, *local.shape[1:]))
+        sent[: chunk.own.numel()] = local[chunk.own]
+        received = self.stack(sent)
+        if min(chunk.counts) == width:
+            return received.flatten(0, 1)
+        return torch.cat([part[:n] for part, n in zip(received, chunk.counts, strict=True)])
+
+    def reduce_scatter(self, full: Tensor, chunk: Chunk) -> Tensor:
+        """(n_own, D) sum over ranks at this rank's positions; one padded reduce-scatter."""
+        width = max(chunk.counts)
+        padded = full.new_zeros((len(chunk.counts), width, *full.shape[1:]))
+        for line, part in zip(padded, full.split(chunk.counts), strict=True):
+            line[: part.shape[0]] = part
+        received = torch.empty_like(padded[0])
+        dist.reduce_scatter_tensor(received, padded.flatten(0, 1), group=self._group)
+        return received[: chunk.own.numel()]
+
+    def gather_all(self, local: Tensor) -> Tensor:
+        """(num_positions, ...) values at all positions; one padded all-gather."""
+        chunk = next(self.chunks(self.even_chunks(1)), None)
+        return local if chunk is None else self.gather(local, chunk)
+
+    def stack(self, local: Tensor) -> Tensor:
+        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
+        world_size = dist.get_world_size(self._group)
+        received = local.new_empty((world_size * local.numel(),))
+        dist.all_gather_into_tensor(received, local.contiguous().flatten(), group=self._group)
+        return received.view(world_size, *local.shape)
+
+    def sum(self, local: Tensor) -> Tensor:
+        """Sum over ranks; one all-reduce, no gradient."""
+        result = local.detach().clone()
+        dist.all_reduce(result, group=self._group)
+        return result
+
+    def max(self, local: Tensor) -> Tensor:
+        """Maximum over ranks; one all-reduce, no gradient."""
+        result = local.detach().clone()
+        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self._group)
+        return result
+
+    def total(self, local: Tensor) -> Tensor:
+        """Sum over ranks; backward hands the gradient on to this rank's term."""
+        return total_over_ranks(local, self._group)
+
+
+def total_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over ranks of a tensor, with the gradient of the sum for this rank's term.
+
+    Collectives: one all-reduce, none without a group.
+    """
+    return local if group is None else _TotalOverRanks.apply(local, group)
+
+
+class _TotalOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        result = local.clone()
+        dist.all_reduce(result, group=group)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

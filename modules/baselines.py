@@ -1,0 +1,192 @@
+"""The losses that others use, everything in memory: references and baselines to compare with."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardrec.kernels.exchange import Chunk, Exchange
+from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
+from shardrec.kernels.problem import Problem, Scaling, pose
+from shardrec.kernels.shard import RowShard
+
+__all__ = ["binary_cross_entropy", "eager_cross_entropy", "generalized_binary_cross_entropy"]
+
+
+def eager_cross_entropy(
+    states: Tensor,
+    table: Tensor | RowShard,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Full softmax cross-entropy that stores the logits of all positions and rows.
+
+    Arguments, results and errors are those of ``cut_cross_entropy``; the memory is O(N V / W) on
+    each of W ranks, and a rank holds the states of all.
+
+    Collectives: a gather of states and targets, two reductions; backward the transposes.
+    """
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    exchange = problem.exchange
+    chunk = _whole_batch(exchange)
+    all_states = _Gather.apply(problem.states, exchange, chunk)
+    rows = problem.row_ids.find(exchange.gather_all(problem.targets))
+    logits = all_states.float() @ problem.scaled_rows().float().T
+    shard_logsumexp = (
+        torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(rows.shape, -torch.inf)
+    )
+    logsumexp = _LogsumexpOverRanks.apply(shard_logsumexp, exchange)
+    target_logits = _SumOverRanks.apply(_pick(logits, rows[:, None])[:, 0], exchange)
+    loss = (logsumexp - target_logits)[chunk.own_slice]
+    return problem.reduce(loss, reduction)
+
+
+def binary_cross_entropy(
+    states: Tensor,
+    table: Tensor | RowShard,
+    targets: Tensor,
+    *,
+    num_negatives: int = 1,
+    seed: int,
+    step: int = 0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Binary cross-entropy of the target against the mean over K uniform negatives (SASRec).
+
+    ``loss_i = -log sigmoid(s_iy) - mean_k log(1 - sigmoid(s_in_k))``. Stores (N, K, D).
+
+    Collectives: those of ``eager_cross_entropy``, of (N, K + 1) logits.
+    """
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    positive, negative = _sampled_logits(problem, num_negatives, seed, step)
+    loss = F.softplus(-positive) + F.softplus(negative).mean(1)
+    return problem.reduce(loss, reduction)
+
+
+def generalized_binary_cross_entropy(
+    states: Tensor,
+    table: Tensor | RowShard,
+    targets: Tensor,
+    *,
+    num_negatives: int = 256,
+    calibration: float = 0.75,
+    seed: int,
+    step: int = 0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
+    """GBCE: binary cross-entropy whose positive probability is raised to the power beta.
+
+    ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` with ``alpha = K / (V - 1)`` (Petrov and
+    Macdonald, arXiv 2308.07192, equation 9); negatives are summed as there. Stores (N, K, D).
+
+    Collectives: those of ``binary_cross_entropy``.
+    """
+    scaling = Scaling(normalize, temperature)
+    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    positive, negative = _sampled_logits(problem, num_negatives, seed, step)
+    alpha = num_negatives / max(problem.num_items - 1, 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+    loss = beta * F.softplus(-positive) + F.softplus(negative).sum(1)
+    return problem.reduce(loss, reduction)
+
+
+def _sampled_logits(
+    problem: Problem, num_negatives: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """(N,) target logits and (N, K) logits of negatives of this rank's positions.
+
+    A negative equal to the target is replaced by the next item.
+    """
+    exchange = problem.exchange
+    chunk = _whole_batch(exchange)
+    targets = exchange.gather_all(problem.targets)
+    negatives = draw_below(
+        problem.num_items,
+        chunk.positions,
+        num_negatives,
+        seed=seed,
+        step=step,
+        stream=STREAM_NEGATIVES,
+    )
+    negatives = torch.where(
+        negatives == targets[:, None], (negatives + 1) % problem.num_items, negatives
+    )
+    rows = problem.row_ids.find(torch.cat([targets[:, None], negatives], dim=1))
+    all_states = _Gather.apply(problem.states, exchange, chunk)
+    if problem.rows.shape[0]:
+        candidates = F.embedding(rows.clamp(min=0), problem.scaled_rows())
+        shard_logits = torch.einsum("nd,nkd->nk", all_states, candidates) * (rows >= 0)
+    else:
+        shard_logits = all_states.new_zeros(rows.shape) + 0 * problem.rows.sum()
+    logits = _SumOverRanks.apply(shard_logits.float(), exchange)[chunk.own_slice]
+    return logits[:, 0], logits[:, 1:]
+
+
+def _pick(logits: Tensor, rows: Tensor) -> Tensor:
+    """Entries of each line at ``rows``, 0 where a row is -1."""
+    if not logits.shape[1]:
+        return 0 * logits.sum() + logits.new_zeros(rows.shape)
+    return logits.gather(1, rows.clamp(min=0)) * (rows >= 0)
+
+
+def _whole_batch(exchange: Exchange) -> Chunk:
+    chunk = next(iter(exchange.chunks(exchange.even_chunks(1))), None)
+    if chunk is None:
+        raise ValueError("states must hold a position on some rank, got none; skip the batch")
+    return chunk
+
+
+class _Gather(torch.autograd.Function):
+    """States of all ranks; gradients go back to their owners, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, exchange: Exchange, chunk: Chunk) -> Tensor:
+        ctx.exchange, ctx.chunk = exchange, chunk
+        return exchange.gather(states, chunk).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.reduce_scatter(grad, ctx.chunk), None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum of the ranks' shares; each rank uses its own positions, so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.sum(share).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.sum(grad), None
+
+
+class _LogsumexpOverRanks(torch.autograd.Function):
+    """Log-sum-exp over the shards' log-sum-exps."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        largest = exchange.max(share)
+        total = exchange.sum((share - largest).exp()).log() + largest
+        ctx.save_for_backward((share - total).exp())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return ctx.exchange.sum(grad) * weight, None

@@ -1,0 +1,422 @@
+"""The losses as a training step calls them: options in a dataclass, one signature for all.
+
+The functions behind them take a plain table or a ``RowShard`` of any row-sharded table; they stand
+in ``shardrec.kernels`` and are named here again for users of the sharded face.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardrec.kernels import (
+    RowShard,
+    cut_cross_entropy,
+    reduced_cross_entropy,
+    sampled_cross_entropy,
+    scalable_cross_entropy,
+)
+from shardrec.kernels.collective import Collective, total_over_ranks
+from shardrec.kernels.negatives import InBatch, Mixture, Popularity, Proposal, Uniform
+from shardrec.modules.baselines import (
+    binary_cross_entropy,
+    eager_cross_entropy,
+    generalized_binary_cross_entropy,
+)
+
+__all__ = [
+    "BCE",
+    "CCE",
+    "GBCE",
+    "LOSSES",
+    "RECE",
+    "SCE",
+    "CCEMinus",
+    "EagerCE",
+    "Loss",
+    "LossOutput",
+    "Step",
+    "cut_cross_entropy",
+    "reduced_cross_entropy",
+    "sampled_cross_entropy",
+    "scalable_cross_entropy",
+]
+
+_PROPOSALS = ("uniform", "popularity", "in_batch", "mixed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a loss may know besides states, table and targets; the same on every rank.
+
+    Attributes:
+        seed: Key of all random choices.
+        step: Training step.
+        item_counts: (V,) int64 training events of each item; needed by proposals other than
+            uniform.
+    """
+
+    seed: int
+    step: int
+    item_counts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A loss and what it says about itself.
+
+    Attributes:
+        loss: () float32 mean over the positions of all ranks, the same on every rank.
+        statistics: Numbers to log, by name.
+    """
+
+    loss: Tensor
+    statistics: dict[str, float]
+
+
+class Loss(Protocol):
+    """A loss with its options."""
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss of the batch of all ranks.
+
+        Args:
+            states: (N, D) states at the real positions of this rank.
+            table: The item table or this rank's shard of it.
+            targets: (N,) int64 items.
+            weights: (N,) float factors of the positions' losses, or None.
+            step: Seed, step and item counts.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CCE:
+    """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
+
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss; nothing is drawn, so ``step`` does not matter."""
+        loss = cut_cross_entropy(
+            states,
+            table,
+            targets,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CCEMinus:
+    """Options of ``sampled_cross_entropy``.
+
+    Attributes:
+        num_negatives: K, draws per block of positions.
+        share: Positions per block; 1 as published, 0 for the whole batch.
+        proposal: uniform, popularity, in_batch, or mixed (half in-batch, half uniform).
+        popularity_exponent: Power of the training counts in the popularity proposal.
+        parity: The paper's form of the correction.
+    """
+
+    num_negatives: int = 1024
+    share: int = 128
+    proposal: str = "uniform"
+    popularity_exponent: float = 1.0
+    parity: bool = False
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the name of the proposal."""
+        if self.proposal not in _PROPOSALS:
+            raise ValueError(
+                f"proposal must be one of {_PROPOSALS}, got {self.proposal!r}; choose one"
+            )
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss; the table's gradient is sparse."""
+        loss = sampled_cross_entropy(
+            states,
+            table,
+            targets,
+            num_negatives=self.num_negatives,
+            share=self.share or None,
+            seed=step.seed,
+            step=step.step,
+            proposal=self._proposal(table, targets, step.item_counts),
+            parity=self.parity,
+            sparse_grad=True,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+    def _proposal(
+        self, table: Tensor | RowShard, targets: Tensor, counts: Tensor | None
+    ) -> Proposal:
+        num_items = table.num_rows if isinstance(table, RowShard) else table.shape[0]
+        if self.proposal == "uniform":
+            return Uniform(num_items)
+        if counts is None:
+            raise ValueError(
+                f"item_counts must be given for proposal {self.proposal!r}, got None; "
+                "pass the training counts of all items in the Step"
+            )
+        if self.proposal == "popularity":
+            return Popularity(counts, self.popularity_exponent)
+        group = table.group if isinstance(table, RowShard) else None
+        in_batch = InBatch(_targets_of_all_ranks(targets, group), counts)
+        if self.proposal == "in_batch":
+            return in_batch
+        half = self.num_negatives // 2
+        return Mixture([(in_batch, half), (Uniform(num_items), self.num_negatives - half)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SCE:
+    """Options of ``scalable_cross_entropy``; 0 takes the default that follows from the batch.
+
+    Attributes:
+        num_buckets: n_b, or 0 for ``2 sqrt(N)``.
+        positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``.
+        items_per_bucket: b_y.
+        mix: Centres are random combinations of the states.
+    """
+
+    num_buckets: int = 0
+    positions_per_bucket: int = 0
+    items_per_bucket: int = 256
+    mix: bool = True
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss over covered positions and their share; the table's gradient is sparse."""
+        weighted, covered = scalable_cross_entropy(
+            states,
+            table,
+            targets,
+            num_buckets=self.num_buckets or None,
+            positions_per_bucket=self.positions_per_bucket or None,
+            items_per_bucket=self.items_per_bucket,
+            mix=self.mix,
+            seed=step.seed,
+            step=step.step,
+            sparse_grad=True,
+            weights=weights,
+            reduction="none",
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        factors = torch.ones_like(weighted) if weights is None else weights
+        group = table.group if isinstance(table, RowShard) else None
+        sums = torch.stack([weighted.sum(), (factors * covered).sum()])
+        counts = torch.tensor([float(covered.sum()), covered.numel()], device=sums.device)
+        sums = total_over_ranks(torch.cat([sums, counts]), group)
+        norm, num_covered, num_positions = sums[1:].tolist()
+        statistics = {"covered_share": num_covered / max(num_positions, 1)}
+        return LossOutput(sums[0] / (norm or 1.0), statistics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RECE:
+    """Options of ``reduced_cross_entropy``; 0 takes the default that follows from the batch.
+
+    Attributes:
+        num_buckets: n_b, or 0 for ``sqrt(4 min(N, V) (1 + 2 e))``.
+        num_chunks: n_c, or 0 for as many as buckets.
+        num_rounds: r.
+        num_neighbor_chunks: e.
+        align: "bucket", or "rank" as published.
+    """
+
+    num_buckets: int = 0
+    num_chunks: int = 0
+    num_rounds: int = 4
+    num_neighbor_chunks: int = 1
+    align: str = "bucket"
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss; the table's gradient is dense."""
+        loss = reduced_cross_entropy(
+            states,
+            table,
+            targets,
+            num_buckets=self.num_buckets or None,
+            num_chunks=self.num_chunks or None,
+            num_rounds=self.num_rounds,
+            num_neighbor_chunks=self.num_neighbor_chunks,
+            align=self.align,
+            seed=step.seed,
+            step=step.step,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagerCE:
+    """Options of the full softmax with all logits in memory: a baseline."""
+
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss; nothing is drawn, so ``step`` does not matter."""
+        loss = eager_cross_entropy(
+            states,
+            table,
+            targets,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BCE:
+    """Options of binary cross-entropy against uniform negatives of each position: a baseline."""
+
+    num_negatives: int = 1
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss."""
+        loss = binary_cross_entropy(
+            states,
+            table,
+            targets,
+            num_negatives=self.num_negatives,
+            seed=step.seed,
+            step=step.step,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GBCE:
+    """Options of gBCE (arXiv 2308.07192): a baseline.
+
+    Attributes:
+        num_negatives: K uniform negatives per position.
+        calibration: t in [0, 1]; 0 is BCE, 1 calibrates the scores fully.
+    """
+
+    num_negatives: int = 256
+    calibration: float = 0.75
+    normalize: bool = False
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        step: Step,
+    ) -> LossOutput:
+        """Mean loss."""
+        loss = generalized_binary_cross_entropy(
+            states,
+            table,
+            targets,
+            num_negatives=self.num_negatives,
+            calibration=self.calibration,
+            seed=step.seed,
+            step=step.step,
+            weights=weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+        return LossOutput(loss, {})
+
+
+LOSSES: dict[str, type[CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE]] = {
+    "cce": CCE,
+    "cce_minus": CCEMinus,
+    "sce": SCE,
+    "rece": RECE,
+    "eager_ce": EagerCE,
+    "bce": BCE,
+    "gbce": GBCE,
+}
+
+
+def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return targets.long()
+    exchange = Collective(group, targets.numel(), targets.device, failed=False)
+    return exchange.gather_all(targets.long())
