@@ -24,6 +24,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torchrec.distributed import collective_utils
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -124,6 +125,7 @@ class ShardedTable:
             }
         )
         self.plan = _plan(collection, sharder, self.num_ranks, device)
+        _forget_former_groups()
         # TorchRec fills each shard from the global generator: what comes after must not notice W.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._model = DistributedModelParallel(
@@ -304,6 +306,16 @@ def _topology(num_ranks: int, device: torch.device) -> Topology:
         ddr_cap=host_bytes,
         hbm_cap=device_bytes,
     )
+
+
+def _forget_former_groups() -> None:
+    """Makes TorchRec repeat its start-up broadcast.
+
+    It takes part once a process: one that was in another group before would sit this one out, and
+    its new peers would wait for it.
+    """
+    if hasattr(collective_utils, "_INITIALIZED"):
+        collective_utils._INITIALIZED = False
 
 
 def _find_tbe(model: DistributedModelParallel) -> SplitTableBatchedEmbeddingBagsCodegen:

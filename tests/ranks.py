@@ -19,8 +19,10 @@ would leave the others waiting in a collective: they get a few seconds, then all
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,15 +53,24 @@ class Worker:
     def __init__(self) -> None:
         ours, theirs = socketpair()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-P", str(TESTS / "ranks.py"), str(theirs.fileno())]
+        self.stacks = tempfile.NamedTemporaryFile("r")
+        files = [str(theirs.fileno()), self.stacks.name]
+        command = [sys.executable, "-P", str(TESTS / "ranks.py"), *files]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self.connection = Connection(ours.detach())
+
+    def where(self) -> str:
+        """The Python stacks of a process that does not answer."""
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        return self.stacks.read()
 
     def stop(self) -> None:
         self.connection.close()
         self.process.kill()
         self.process.wait()
+        self.stacks.close()
 
 
 class Ranks:
@@ -102,11 +113,14 @@ class Pool:
                 worker.connection.send_bytes(pickle.dumps(request))
             answers = _collect(workers, time.monotonic() + timeout)
         failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
-        if len(answers) < self.num_ranks or any(worker.process.poll() for worker in workers):
+        for rank in set(range(self.num_ranks)) - answers.keys():
+            failures[rank] = f"no answer in {timeout} s, it was here:\n{workers[rank].where()}"
+        if len(answers) < self.num_ranks or any(
+            worker.process.poll() is not None for worker in workers
+        ):
             self.ranks.stop()
-        if failures or len(answers) < self.num_ranks:
-            missing = [rank for rank in range(self.num_ranks) if rank not in answers]
-            raise RankError(_report(failures, missing, self.num_ranks))
+        if failures:
+            raise RankError(_report(failures, self.num_ranks))
         return [answers[rank][1] for rank in range(self.num_ranks)]
 
 
@@ -134,10 +148,8 @@ def _collect(workers: list[Worker], deadline: float) -> dict[int, tuple[bool, An
     return answers
 
 
-def _report(failures: dict[int, str], missing: list[int], num_ranks: int) -> str:
+def _report(failures: dict[int, str], num_ranks: int) -> str:
     lines = [f"rank {rank} of {num_ranks}:\n{text}" for rank, text in sorted(failures.items())]
-    if missing:
-        lines.append(f"no answer from rank {missing} of {num_ranks}")
     return "\n".join(["", *lines])
 
 
@@ -190,4 +202,5 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1, file=open(sys.argv[2], "w"))
     serve(Connection(int(sys.argv[1])))
