@@ -1,0 +1,159 @@
+"""TorchX components: the stages as jobs for a laptop, Slurm or Kubernetes.
+
+By path, ``torchx run -s local_cwd launch/components.py:train -j 1x2 -- --prepared data --run run``;
+from an installed wheel, ``shardrec launch train -j 1x2 -- --prepared data --run run``.
+What follows ``--`` is what the stage's own command takes; ``shardrec train --help`` lists it.
+
+TorchX reads signatures from the syntax tree: it knows ``Optional[Dict]``, not ``dict | None``.
+"""
+# ruff: noqa: UP006, UP035, UP045
+
+from typing import Dict, List, Optional
+
+import torchx.specs as specs
+from torchx.components import dist
+
+import shardrec
+
+CLI = "shardrec.launch.cli"
+IMAGE = f"shardrec:{shardrec.__version__}"
+
+# The working directory may be a checkout, whose folder `kernels` would hide the package so named.
+ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
+
+
+def train(
+    *arguments: str,
+    j: str = "1x1",
+    image: str = IMAGE,
+    name: str = "/train",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803 (TorchX's own spelling of this option)
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
+
+    Args:
+        arguments: after ``--``, everything `shardrec train` takes
+        j: nodes x workers on each, such as 1x2 or 4x8; one worker a GPU
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: experiment/job, or /job
+        h: named resource of the scheduler; takes the place of cpu, gpu and memMB
+        cpu: CPUs for each node
+        gpu: GPUs for each node
+        memMB: memory for each node, in MB
+        env: variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+        rdzv_port: port on the first node where several nodes meet; unused with one node
+    """
+    app = dist.ddp(
+        "train",
+        *arguments,
+        m=CLI,
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        j=j,
+        env=ENVIRONMENT | (env or {}),
+        max_retries=max_retries,
+        mounts=mounts,
+        rdzv_port=rdzv_port,
+    )
+    app.roles[0].name = "train"
+    return app
+
+
+def evaluate(
+    *arguments: str,
+    j: str = "1x1",
+    image: str = IMAGE,
+    name: str = "/evaluate",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Ranks the whole catalog for every test user of a prepared folder and writes the metrics.
+
+    Args:
+        arguments: after ``--``, everything `shardrec evaluate` takes
+        j: nodes x workers on each; need not be what the run was trained with
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: experiment/job, or /job
+        h: named resource of the scheduler; takes the place of cpu, gpu and memMB
+        cpu: CPUs for each node
+        gpu: GPUs for each node
+        memMB: memory for each node, in MB
+        env: variables for the workers
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+        rdzv_port: port on the first node where several nodes meet; unused with one node
+    """
+    app = dist.ddp(
+        "evaluate",
+        *arguments,
+        m=CLI,
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        j=j,
+        env=ENVIRONMENT | (env or {}),
+        max_retries=max_retries,
+        mounts=mounts,
+        rdzv_port=rdzv_port,
+    )
+    app.roles[0].name = "evaluate"
+    return app
+
+
+def prepare(
+    *arguments: str,
+    image: str = IMAGE,
+    name: str = "prepare",
+    h: Optional[str] = None,
+    cpu: int = 4,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Turns an event log into a prepared folder, in one process on one node.
+
+    Args:
+        arguments: after ``--``, everything `shardrec prepare` takes
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: job name
+        h: named resource of the scheduler; takes the place of cpu and memMB
+        cpu: CPUs
+        memMB: memory in MB
+        env: variables for the process
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+    """
+    role = specs.Role(
+        name="prepare",
+        image=image,
+        entrypoint="shardrec",
+        args=["prepare", *arguments],
+        env=ENVIRONMENT | (env or {}),
+        max_retries=max_retries,
+        resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=name, roles=[role])
