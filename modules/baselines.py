@@ -41,9 +41,8 @@ def eager_cross_entropy(
     shard_logsumexp = (
         torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(rows.shape, -torch.inf)
     )
-    logsumexp = _LogsumexpOverRanks.apply(shard_logsumexp, exchange)
-    target_logits = _SumOverRanks.apply(_pick(logits, rows[:, None])[:, 0], exchange)
-    loss = (logsumexp - target_logits)[chunk.own_slice]
+    shares = torch.stack([shard_logsumexp, _pick(logits, rows[:, None])[:, 0]])
+    loss = _CrossEntropyOverRanks.apply(shares, exchange)[chunk.own_slice]
     return problem.reduce(loss, reduction)
 
 
@@ -130,7 +129,9 @@ def _sampled_logits(
         candidates = F.embedding(rows.clamp(min=0), problem.scaled_rows())
         shard_logits = torch.einsum("nd,nkd->nk", all_states, candidates) * (rows >= 0)
     else:
-        shard_logits = all_states.new_zeros(rows.shape) + 0 * problem.rows.sum()
+        # An empty shard still takes part in backward, through both of its inputs.
+        nothing = 0 * (all_states.sum() + problem.rows.sum())
+        shard_logits = all_states.new_zeros(rows.shape) + nothing
     logits = _SumOverRanks.apply(shard_logits.float(), exchange)[chunk.own_slice]
     return logits[:, 0], logits[:, 1:]
 
@@ -175,18 +176,23 @@ class _SumOverRanks(torch.autograd.Function):
         return ctx.exchange.sum(grad), None
 
 
-class _LogsumexpOverRanks(torch.autograd.Function):
-    """Log-sum-exp over the shards' log-sum-exps."""
+class _CrossEntropyOverRanks(torch.autograd.Function):
+    """(n,) log-sum-exp less target logit, of the (2, n) shares of each shard.
+
+    One function, so that every rank runs its collectives in the same order in backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, shares: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        largest = exchange.max(share)
-        total = exchange.sum((share - largest).exp()).log() + largest
-        ctx.save_for_backward((share - total).exp())
-        return total
+        largest = exchange.max(shares[0])
+        sums = exchange.sum(torch.stack([(shares[0] - largest).exp(), shares[1]]))
+        logsumexp = sums[0].log() + largest
+        ctx.save_for_backward((shares[0] - logsumexp).exp())
+        return logsumexp - sums[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return ctx.exchange.sum(grad) * weight, None
+        total = ctx.exchange.sum(grad)
+        return torch.stack([total * weight, -total]), None

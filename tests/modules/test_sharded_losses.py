@@ -1,0 +1,119 @@
+"""Invariant A for the losses: the same batch on 1, 2 or 3 ranks gives the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.ranks import RankError, Ranks
+
+from shardrec.modules.losses import LOSSES, Step
+from shardrec.modules.shard import RowShard
+
+NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
+# Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
+POSITION_ENDS = {1: (53,), 2: (37, 53), 3: (20, 20, 53)}
+ROW_ENDS = {1: (211,), 2: (106, 211), 3: (120, 211, 211)}
+
+CASES = {
+    "cce": {},
+    "cce-cosine": {"normalize": True, "temperature": 0.2},
+    "cce_minus": {"num_negatives": 40, "share": 8},
+    "cce_minus-single": {"num_negatives": 9, "share": 1, "normalize": True},
+    "cce_minus-batch": {"num_negatives": 64, "share": 0, "proposal": "popularity"},
+    "cce_minus-in_batch": {"num_negatives": 30, "share": 16, "proposal": "in_batch"},
+    "cce_minus-mixed": {"num_negatives": 31, "share": 16, "proposal": "mixed"},
+    "cce_minus-parity": {"num_negatives": 50, "share": 8, "parity": True},
+    "sce": {"num_buckets": 9, "positions_per_bucket": 11, "items_per_bucket": 23},
+    "sce-plain": {"num_buckets": 9, "mix": False, "items_per_bucket": 23},
+    "sce-wide": {"num_buckets": 3, "positions_per_bucket": 99, "items_per_bucket": 500},
+    "rece": {"num_buckets": 16, "num_rounds": 3},
+    "rece-rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"},
+    "rece-cosine": {"num_buckets": 16, "num_rounds": 2, "normalize": True},
+    "eager_ce": {},
+    "bce": {"num_negatives": 3},
+    "gbce": {"num_negatives": 7},
+}
+
+
+@dataclass
+class Result:
+    loss: float
+    statistics: dict[str, float]
+    grad_states: torch.Tensor
+    grad_rows: torch.Tensor
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
+    table = torch.randn(NUM_ITEMS, WIDTH, generator=generator)
+    targets = torch.randint(0, NUM_ITEMS, (NUM_POSITIONS,), generator=generator)
+    weights = torch.rand(NUM_POSITIONS, generator=generator)
+    counts = torch.randint(0, 50, (NUM_ITEMS,), generator=generator)
+    return states, table, targets, weights, counts
+
+
+def part(ends: tuple[int, ...], rank: int) -> slice:
+    return slice(ends[rank - 1] if rank else 0, ends[rank])
+
+
+def sharded_loss(case: str, with_group: bool = True) -> Result:
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    states, table, targets, weights, counts = batch()
+    own, held = part(POSITION_ENDS[num_ranks], rank), part(ROW_ENDS[num_ranks], rank)
+    own_states = states[own].clone().requires_grad_()
+    rows = table[held].clone().requires_grad_()
+    group = dist.group.WORLD if with_group else None
+    shard = RowShard(rows, held.start, NUM_ITEMS, group)
+    loss = LOSSES[case.split("-")[0]](**CASES[case])
+    output = loss(
+        own_states,
+        shard,
+        targets[own],
+        weights=weights[own],
+        step=Step(seed=3, step=7, item_counts=counts),
+    )
+    output.loss.backward()
+    assert own_states.grad is not None and rows.grad is not None
+    grad_rows = rows.grad.to_dense() if rows.grad.is_sparse else rows.grad
+    return Result(float(output.loss), output.statistics, own_states.grad, grad_rows)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_do_not_change_a_loss_or_its_gradients(ranks: Ranks, case: str) -> None:
+    alone = ranks(1).run(sharded_loss, case, False)[0]
+    assert alone.loss > 0 and alone.grad_states.abs().sum() > 0 and alone.grad_rows.abs().sum() > 0
+    for num_ranks in (1, 2, 3):
+        results = ranks(num_ranks).run(sharded_loss, case)
+        for result in results:
+            assert result.loss == pytest.approx(alone.loss, rel=2e-6)
+            assert result.statistics == alone.statistics
+        grad_states = torch.cat([result.grad_states for result in results])
+        grad_rows = torch.cat([result.grad_rows for result in results])
+        torch.testing.assert_close(grad_states, alone.grad_states, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad_rows, alone.grad_rows, rtol=1e-4, atol=1e-6)
+
+
+def refused_on_one_rank() -> str:
+    states = torch.zeros(2, 4)
+    target = 99 if dist.get_rank() == 1 else 0
+    shard = RowShard(torch.zeros(5, 4), 5 * dist.get_rank(), 10, dist.group.WORLD)
+    try:
+        LOSSES["cce"]()(states, shard, torch.tensor([0, target]), step=Step(seed=0, step=0))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_bad_target_on_one_rank_is_an_error_on_every_rank(ranks: Ranks) -> None:
+    messages = ranks(2).run(refused_on_one_rank)
+    assert "refusal on rank 1 of 2" in messages[0]
+    assert "targets must be in [0, 10), got 0..99" in messages[1]
+
+
+def test_a_failing_function_is_reported(ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="KeyError"):
+        ranks(2).run(sharded_loss, "no such case")
