@@ -1,0 +1,91 @@
+"""The four losses as their papers state them: dense, any dtype, differentiable by autograd.
+
+Candidates are inputs here, so that each definition is short; the functions of this package choose
+them. All return the (N,) losses of the positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "cross_entropy_reference",
+    "reduced_cross_entropy_reference",
+    "sampled_cross_entropy_reference",
+    "scalable_cross_entropy_reference",
+]
+
+
+def cross_entropy_reference(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """``log sum_j exp(s_ij) - s_iy``."""
+    return F.cross_entropy(states @ table.T, targets, reduction="none")
+
+
+def sampled_cross_entropy_reference(
+    states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, corrections: Tensor
+) -> Tensor:
+    """``log(exp(s_iy) + sum_k exp(s_in_k - c_ik)) - s_iy`` over draws other than the target.
+
+    Args:
+        states: (N, D).
+        table: (V, D).
+        targets: (N,) int64.
+        negatives: (N, K) int64.
+        corrections: (N, K).
+    """
+    logits = states @ table.T
+    positive = logits.gather(1, targets[:, None])
+    negative = logits.gather(1, negatives) - corrections
+    negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
+    return torch.logsumexp(torch.cat([positive, negative], dim=1), 1) - positive[:, 0]
+
+
+def scalable_cross_entropy_reference(
+    states: Tensor, table: Tensor, targets: Tensor, positions: Tensor, items: Tensor
+) -> Tensor:
+    """Largest cross-entropy of a position over its buckets; 0 for a position in no bucket.
+
+    Args:
+        states: (N, D).
+        table: (V, D).
+        targets: (N,) int64.
+        positions: (n_b, b_x) int64 positions of each bucket.
+        items: (n_b, b_y) int64 items of each bucket.
+    """
+    logits = states @ table.T
+    losses: list[list[Tensor]] = [[] for _ in range(states.shape[0])]
+    for members, candidates in zip(positions.tolist(), items.tolist(), strict=True):
+        for position in members:
+            target = int(targets[position])
+            others = [item for item in candidates if item != target]
+            scores = logits[position, [target, *others]]
+            losses[position].append(torch.logsumexp(scores, 0) - scores[0])
+    nothing = logits.sum() * 0
+    return torch.stack([max(loss) if loss else nothing for loss in losses])
+
+
+def reduced_cross_entropy_reference(
+    states: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    position_chunks: Tensor,
+    item_chunks: Tensor,
+    reach: int,
+) -> Tensor:
+    """Cross-entropy over all meetings, each logit lowered by the log of its number of meetings.
+
+    Args:
+        states: (N, D).
+        table: (V, D).
+        targets: (N,) int64.
+        position_chunks: (N, r) int chunk of each position in each round.
+        item_chunks: (V, r) int chunk of each item in each round.
+        reach: e.
+    """
+    logits = states @ table.T
+    positive = logits.gather(1, targets[:, None])
+    met = (position_chunks[:, None] - item_chunks[None]).abs() <= reach
+    met &= (torch.arange(table.shape[0]) != targets[:, None])[:, :, None]
+    count = met.sum(2, keepdim=True)
+    lowered = (logits[:, :, None] - count.to(logits.dtype).log()).masked_fill(~met, -torch.inf)
+    return torch.logsumexp(torch.cat([positive, lowered.flatten(1)], dim=1), 1) - positive[:, 0]

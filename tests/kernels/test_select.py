@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shardrec.kernels.select import best_direction, cpu, merge_topk, stable_topk, topk_rows
+from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
+
+
+def few_values(rows: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, (rows, width), generator=generator).float()
+
+
+@pytest.mark.parametrize("tile", [16, 1 << 22])
+@pytest.mark.parametrize("k", [1, 7, 64, 200])
+@pytest.mark.parametrize("num_rows", [1, 63, 199])
+def test_ties_go_to_the_lower_row(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, k: int, tile: int
+) -> None:
+    monkeypatch.setattr(cpu, "TILE_SCORES", tile)
+    queries, rows = few_values(5, 3, 0), few_values(num_rows, 3, 1)
+    scores, chosen = topk_rows(queries, rows, k)
+    expected_scores, expected = topk_rows_reference(queries, rows, k)
+    assert torch.equal(scores, expected_scores) and torch.equal(chosen, expected)
+
+
+def test_no_rows_give_empty_lists() -> None:
+    scores, chosen = topk_rows(few_values(5, 3, 0), torch.zeros(0, 3), 4)
+    assert scores.shape == chosen.shape == (5, 0)
+
+
+def test_equal_scores_everywhere_keep_the_first_columns() -> None:
+    _, chosen = stable_topk(torch.ones(2, 100), 5)
+    assert chosen.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_merged_lists_of_shards_equal_one_list() -> None:
+    queries, rows = few_values(5, 3, 0), few_values(90, 3, 1)
+    parts = [topk_rows(queries, rows[a:b], 8) for a, b in ((0, 40), (40, 90))]
+    scores = torch.cat([parts[1][0], parts[0][0]], dim=1)
+    chosen = torch.cat([parts[1][1] + 40, parts[0][1]], dim=1)
+    merged = merge_topk(scores, chosen, 8)
+    expected = topk_rows_reference(queries, rows, 8)
+    assert torch.equal(merged[0], expected[0]) and torch.equal(merged[1], expected[1])
+
+
+@pytest.mark.parametrize("tile", [16, 1 << 22])
+def test_best_direction_is_the_lower_of_equals(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(cpu, "TILE_SCORES", tile)
+    directions, rows = few_values(9, 3, 0), few_values(77, 3, 1)
+    expected = best_direction_reference(directions, rows)
+    assert torch.equal(best_direction(directions, rows), expected)
