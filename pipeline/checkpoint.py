@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.pipeline.group import on_all_ranks, on_first_rank, rank_of, size_of
+
 __all__ = [
     "CheckpointState",
     "Checkpoints",
@@ -71,7 +73,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:08d}"
         save_checkpoint(path, state, self.group)
-        if _rank(self.group) == 0:
+        if rank_of(self.group) == 0:
             names = self._index() | {"last": path.name} | ({"best": path.name} if best else {})
             write_atomically(self.folder / "index.json", json.dumps(names))
             for old in self.folder.glob("step-*"):
@@ -110,15 +112,15 @@ def save_checkpoint(
         group: the ranks that write together; None for one process.
 
     Raises:
-        OSError: a rank could not write; raised on all ranks, and ``folder`` is not there.
+        OSError: a rank could not write; raised on all ranks, and ``folder`` is as it was.
 
     Collectives: three gathers of a small object.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    _together(lambda: _start(partial), group, only_first=True)
-    written = _together(lambda: _write(partial, state, group), group)
+    on_first_rank(lambda: _start(partial), group)
+    written = on_all_ranks(lambda: _write(partial, state, group), group)
     files = {name: entry for part in written for name, entry in part.items()}
-    _together(lambda: _finish(partial, folder, files), group, only_first=True)
+    on_first_rank(lambda: _finish(partial, folder, files), group)
 
 
 def load_checkpoint(folder: Path, rows: range | None = None) -> CheckpointState:
@@ -167,8 +169,8 @@ def _start(partial: Path) -> None:
 def _write(
     partial: Path, state: CheckpointState, group: dist.ProcessGroup | None
 ) -> dict[str, dict[str, Any]]:
-    rank = _rank(group)
-    table = f"table-{rank:05d}-of-{_size(group):05d}.pt"
+    rank = rank_of(group)
+    table = f"table-{rank:05d}-of-{size_of(group):05d}.pt"
     rows = {name: value.detach().cpu().contiguous() for name, value in state.table.items()}
     files = {table: _save(partial / table, rows)}
     files[table] |= {"first_row": int(rows["first_row"]), "rows": _count(rows)}
@@ -261,32 +263,3 @@ def _entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _together(work: Any, group: dist.ProcessGroup | None, *, only_first: bool = False) -> list[Any]:
-    """Run ``work`` on every rank (or the first), and raise on all if it failed on one."""
-    result: Any = None
-    error: str | None = None
-    if not only_first or _rank(group) == 0:
-        try:
-            result = work()
-        except (OSError, RuntimeError) as raised:  # torch.save says RuntimeError for a full disk
-            error = f"rank {_rank(group)}: {raised}"
-    answers = [(result, error)] * _size(group)
-    if _size(group) > 1:
-        dist.all_gather_object(answers, (result, error), group=group)
-    errors = [text for _, text in answers if text is not None]
-    if errors:
-        raise OSError(
-            f"checkpoint must be written by every rank, got {'; '.join(errors)}; "
-            "free some space or choose another folder, the last checkpoint is untouched"
-        )
-    return [value for value, _ in answers]
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if group is not None else 0
-
-
-def _size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if group is not None else 1

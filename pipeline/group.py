@@ -1,0 +1,60 @@
+"""Small questions to a process group, where None stands for a single process."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["on_all_ranks", "on_first_rank", "rank_of", "size_of", "sum_over_ranks"]
+
+Result = TypeVar("Result")
+
+
+def rank_of(group: dist.ProcessGroup | None) -> int:
+    """This process's rank."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """W."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum ``values`` over the ranks, in place.
+
+    Collectives: one all-reduce.
+    """
+    if group is not None:
+        dist.all_reduce(values, group=group)
+
+
+def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
+    """What ``work`` returned on each rank; if it raised on one, all raise what it raised.
+
+    Collectives: one gather of small objects.
+    """
+    if group is None:
+        return [work()]
+    answer: tuple[Result | None, Exception | None]
+    try:
+        answer = work(), None
+    except Exception as error:
+        answer = None, error
+    answers = [answer] * size_of(group)
+    dist.all_gather_object(answers, answer, group=group)
+    for rank, (_, raised) in enumerate(answers):
+        if raised is not None:
+            raised.add_note(f"raised on rank {rank} of {len(answers)}")
+            raise raised
+    return [result for result, _ in answers]  # type: ignore[misc]
+
+
+def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
+    """What ``work`` returned on rank 0, on every rank; if it raised there, all raise that.
+
+    Collectives: one gather of small objects.
+    """
+    first = rank_of(group) == 0
+    return on_all_ranks(lambda: work() if first else None, group)[0]  # type: ignore[return-value]
