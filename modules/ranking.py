@@ -1,0 +1,220 @@
+"""Exact ranking of the whole catalog over a row-sharded table.
+
+The states of all ranks travel in chunks; each rank scores its own rows in blocks, so that nothing
+of size (states x V) exists; candidates and counts travel back. Scores are float32, and equal scores
+rank by the lower item index.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shardrec.modules.ranking_exchange import Ragged, Ranks, real_rows, rounds
+from shardrec.modules.ranking_shard import (
+    Blocks,
+    LocalRows,
+    own_scores,
+    shard_counts,
+    shard_top,
+    top_lowest,
+)
+from shardrec.modules.shard import RowShard
+
+__all__ = ["Blocks", "Ragged", "ranks_in_lists", "target_ranks", "top_items"]
+
+
+@torch.no_grad()
+def top_items(
+    states: Tensor,
+    shard: RowShard,
+    k: int,
+    *,
+    seen: Ragged | None = None,
+    keep: Ragged | None = None,
+    allowed: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items of each state, best first.
+
+    Args:
+        states: (B, D) float; B differs by rank and may be 0.
+        shard: the table; rows beyond ``shard.num_rows`` are padding and never returned.
+        k: length of the lists, the same on every rank.
+        seen: items of each state that must not be returned.
+        keep: items of each state that are returned all the same, although ``seen`` names them
+            (the targets of an evaluation).
+        allowed: (V,) bool, the same on every rank; items that may be returned at all.
+        blocks: how much is worked on at a time; the same on every rank.
+
+    Returns:
+        Scores (B, k) float32 and items (B, k) int64. Where fewer than ``k`` items are left,
+        the list ends with score -inf and item -1.
+
+    Raises:
+        ValueError: an argument does not fit, or a score is not a number; on every rank.
+
+    Collectives: gathers and all-to-alls on ``shard.group``; ranks without states call it too.
+    """
+    ranks = Ranks(shard.group)
+    blocks = blocks or Blocks()
+    refusal = _refusal(states, shard, k, {"seen": seen, "keep": keep}, allowed)
+    counts = ranks.agree(states, shard, refusal, (k, seen is None, blocks.states))
+    local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
+    pairs = _without(seen, keep, shard.num_rows)
+    scores, items = [], []
+    for start, sizes in rounds(counts, blocks.states):
+        chunk = ranks.gather(states, sizes, start).float()
+        seen_pairs = None if pairs is None else ranks.gather_ragged(pairs, sizes, start)
+        found_scores, found_items = shard_top(local, chunk, seen_pairs, k, blocks)
+        best, order = top_lowest(ranks.send_back(found_scores, sizes), k)
+        scores.append(best)
+        items.append(ranks.send_back(found_items, sizes).gather(1, order))
+    joined = torch.cat([states.new_empty(0, k, dtype=torch.float32), *scores])
+    joined_items = torch.cat([_no_items(states, k), *items])
+    ranks.require_numbers(joined)
+    return joined, joined_items.masked_fill_(joined == -math.inf, -1)
+
+
+@torch.no_grad()
+def target_ranks(
+    states: Tensor,
+    shard: RowShard,
+    targets: Tensor | Ragged,
+    *,
+    seen: Ragged | None = None,
+    allowed: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """The exact rank of each target in the whole catalog; 0 is the best.
+
+    A rank is the number of items with a higher score, or an equal one and a lower index, that are
+    not hidden. Neither ``seen`` nor ``allowed`` hides the target itself; ``seen`` hides no target.
+
+    Args:
+        states: (B, D) float; B differs by rank and may be 0.
+        shard: the table.
+        targets: (B,) int64, or several for each state as values (T,) and lengths (B,).
+        seen: items of each state that are left out.
+        allowed: (V,) bool, the same on every rank; other items are left out.
+        blocks: how much is worked on at a time; the same on every rank.
+
+    Returns:
+        (T,) int64 in the order of the targets.
+
+    Raises:
+        ValueError: an argument does not fit, or a target's score is not a number; on every rank.
+
+    Collectives: gathers and sums on ``shard.group``; ranks without states call it too.
+    """
+    ranks = Ranks(shard.group)
+    wanted = (targets, torch.ones_like(targets)) if isinstance(targets, Tensor) else targets
+    blocks = blocks or Blocks()
+    refusal = _refusal(states, shard, 1, {"seen": seen, "targets": wanted}, allowed)
+    counts = ranks.agree(states, shard, refusal, (0, seen is None, blocks.states))
+    local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
+    pairs = _without(seen, wanted, shard.num_rows)
+    result, met = [], []
+    for start, sizes in rounds(counts, blocks.states):
+        chunk = ranks.gather(states, sizes, start).float()
+        seen_pairs = None if pairs is None else ranks.gather_ragged(pairs, sizes, start)
+        target_pairs = ranks.gather_ragged(wanted, sizes, start)
+        thresholds = ranks.sum(own_scores(local, chunk, target_pairs))
+        above = shard_counts(local, chunk, seen_pairs, target_pairs, thresholds, blocks)
+        result.append(ranks.sum(above)[ranks.owned(target_pairs[1], sizes)])
+        met.append(thresholds)
+    ranks.require_numbers(torch.cat([states.new_empty(0), *met]))
+    return torch.cat([_no_items(states), *result])
+
+
+def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
+    """Ranks of targets inside recommended lists; ``missing`` for those that are not there.
+
+    With lists of k items this is all that metrics at k or less need: one pass over the catalog
+    instead of two.
+
+    Args:
+        items: (B, k) int64 from `top_items` (with ``keep=targets`` where seen items are hidden).
+        targets: values (T,) and lengths (B,).
+        missing: the rank to report beyond the list, such as the number of items.
+
+    Returns:
+        (T,) int64.
+
+    Collectives: none.
+
+    >>> items = torch.tensor([[4, 2, 9], [1, 3, -1]])
+    >>> ranks_in_lists(items, (torch.tensor([9, 5, 1]), torch.tensor([2, 1])), missing=10).tolist()
+    [2, 10, 0]
+    """
+    values, lengths = targets
+    hits = items[torch.repeat_interleave(lengths)] == values[:, None]  # (T, k)
+    place = (hits * torch.arange(items.shape[1], device=items.device)).sum(1)
+    return place.masked_fill_(~hits.any(1), missing)
+
+
+def _no_items(like: Tensor, *width: int) -> Tensor:
+    return torch.empty(0, *width, dtype=torch.int64, device=like.device)
+
+
+def _without(seen: Ragged | None, keep: Ragged | None, num_rows: int) -> Ragged | None:
+    """``seen`` without the pairs (state, item) that ``keep`` names too.
+
+    >>> seen = torch.tensor([5, 7, 5]), torch.tensor([2, 1])
+    >>> _without(seen, (torch.tensor([7, 7]), torch.tensor([1, 1])), num_rows=10)
+    (tensor([5, 5]), tensor([1, 1]))
+    """
+    if seen is None or keep is None:
+        return seen
+    owners, kept_owners = (torch.repeat_interleave(lengths) for _, lengths in (seen, keep))
+    pairs, kept = owners * num_rows + seen[0], kept_owners * num_rows + keep[0]
+    left = ~torch.isin(pairs, kept)
+    return seen[0][left], torch.bincount(owners[left], minlength=len(seen[1]))
+
+
+def _refusal(
+    states: Tensor,
+    shard: RowShard,
+    k: int,
+    ragged: dict[str, Ragged | None],
+    allowed: Tensor | None,
+) -> str | None:
+    """What is wrong with the arguments, if anything."""
+    if k < 1:
+        return f"k must be at least 1, got {k}; ask for at least one item"
+    if states.dim() != 2 or states.shape[1] != shard.rows.shape[1]:
+        return (
+            f"states must be of shape (B, {shard.rows.shape[1]}), got {tuple(states.shape)}; "
+            "pass one state for each user, as wide as the table"
+        )
+    if allowed is not None and (allowed.dtype, len(allowed)) != (torch.bool, shard.num_rows):
+        return (
+            f"allowed must be bool of length {shard.num_rows}, got {allowed.dtype} of length "
+            f"{len(allowed)}; give one answer for every item"
+        )
+    messages = (_ragged_refusal(name, pair, states, shard) for name, pair in ragged.items())
+    return next((message for message in messages if message), None)
+
+
+def _ragged_refusal(
+    name: str, ragged: Ragged | None, states: Tensor, shard: RowShard
+) -> str | None:
+    if ragged is None:
+        return None
+    values, lengths = ragged
+    if values.dtype != torch.int64 or lengths.dtype != torch.int64:
+        return f"{name} must be int64, got {values.dtype} and {lengths.dtype}; convert them"
+    if len(lengths) != len(states) or int(lengths.sum()) != len(values):
+        return (
+            f"{name} must have one length for each of {len(states)} states, adding up to its "
+            f"{len(values)} values, got {len(lengths)} lengths that add up to {int(lengths.sum())}"
+            "; pass (values, lengths)"
+        )
+    if len(values) and not (0 <= int(values.min()) and int(values.max()) < shard.num_rows):
+        return (
+            f"{name} must be items in [0, {shard.num_rows}), got {int(values.min())} to "
+            f"{int(values.max())}; pass dense indices, not item ids"
+        )
+    return None
