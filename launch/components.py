@@ -44,7 +44,7 @@ def train(
         image: container image that has shardrec installed (local_cwd and slurm use no image)
         name: experiment/job, or /job
         h: named resource of the scheduler; takes the place of cpu, gpu and memMB
-        cpu: CPUs for each node
+        cpu: CPUs for each node, shared out among its workers
         gpu: GPUs for each node
         memMB: memory for each node, in MB
         env: variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
@@ -68,8 +68,7 @@ def train(
         mounts=mounts,
         rdzv_port=rdzv_port,
     )
-    app.roles[0].name = "train"
-    return app
+    return _finish(app, "train", j)
 
 
 def evaluate(
@@ -94,7 +93,7 @@ def evaluate(
         image: container image that has shardrec installed (local_cwd and slurm use no image)
         name: experiment/job, or /job
         h: named resource of the scheduler; takes the place of cpu, gpu and memMB
-        cpu: CPUs for each node
+        cpu: CPUs for each node, shared out among its workers
         gpu: GPUs for each node
         memMB: memory for each node, in MB
         env: variables for the workers
@@ -118,8 +117,7 @@ def evaluate(
         mounts=mounts,
         rdzv_port=rdzv_port,
     )
-    app.roles[0].name = "evaluate"
-    return app
+    return _finish(app, "evaluate", j)
 
 
 def prepare(
@@ -157,3 +155,12 @@ def prepare(
         mounts=specs.parse_mounts(mounts) if mounts else [],
     )
     return specs.AppDef(name=name, roles=[role])
+
+
+def _finish(app: specs.AppDef, stage: str, j: str) -> specs.AppDef:
+    """Name the role after its stage and give each worker its share of the node's CPUs."""
+    (role,) = app.roles
+    role.name = stage
+    workers = int(j.rpartition("x")[2])
+    role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
+    return app

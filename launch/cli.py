@@ -1,0 +1,117 @@
+"""The ``shardrec`` command: one subcommand for each stage, and one rule for what goes wrong.
+
+Exit codes: 0 the output is complete; 1 it failed, and the last line says why; 2 the input or an
+option is wrong, in one line; 130 interrupted. Nothing but 0 leaves a finished-looking output.
+"""
+
+import dis
+import importlib
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+import shardrec
+
+COMMANDS = {
+    "synth": "generate an event log whose best possible metrics are known",
+    "prepare": "turn an event log into a prepared folder that training streams",
+    "train": "train on a prepared folder",
+    "evaluate": "rank the whole catalog for the test users and write the metrics",
+    "launch": "run train, evaluate or prepare through TorchX, here or on a cluster",
+    "doctor": "say what is installed, whether it fits together, how to mend it",
+    "demo": "the whole job on generated data or on your own log, with a table",
+}
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else BAD_INPUT
+    if words[0] == "--version":
+        print(shardrec.__version__)
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        from shardrec.pipeline.config import unknown_name
+
+        print(f"shardrec: {unknown_name('command', name, list(COMMANDS))}", file=sys.stderr)
+        return BAD_INPUT
+    return run(name, rest)
+
+
+def usage() -> str:
+    """What ``shardrec --help`` prints."""
+    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: shardrec COMMAND [options]; shardrec COMMAND --help says more",
+            "",
+            "Trains sequential recommenders over row-sharded catalogs of items.",
+            "",
+            *lines,
+            "",
+            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 130 interrupted",
+        ]
+    )
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run a subcommand; errors that were raised for the user become one line on stderr."""
+    try:
+        commands = importlib.import_module("shardrec.launch.commands")
+        return int(getattr(commands, name)(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (error.name or "shardrec").partition(".")[0] == "shardrec":
+            raise
+        message = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
+        print(f"shardrec {name}: {message}", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        print(f"shardrec {name}: {spell(error)}", file=sys.stderr)
+        return exit_code(error)
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether ``error`` was raised on purpose to tell the user, and not by a bug.
+
+    So it is when a ``raise`` of this package made it (a failed assertion excepted), or when the
+    operating system refused something.
+    """
+    if isinstance(error, OSError):
+        return True
+    last = _last_frame(error.__traceback__)
+    if isinstance(error, AssertionError) or last is None:
+        return False
+    ours = last.tb_frame.f_globals.get("__name__", "").startswith("shardrec.")
+    instruction = last.tb_frame.f_code.co_code[last.tb_lasti]
+    return ours and instruction == dis.opmap["RAISE_VARARGS"]
+
+
+def _last_frame(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def spell(error: Exception) -> str:
+    """The message in one line."""
+    text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def exit_code(error: Exception) -> int:
+    """2 when the input is at fault, 1 when something failed on the way."""
+    missing = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    wrong = (ValueError, TypeError, PermissionError, *missing)
+    return BAD_INPUT if isinstance(error, wrong) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Starts a TorchX component from Python and shows what its workers say while it runs."""
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pprint import pformat
+from typing import TextIO
+
+from torchx.runner import Runner, get_runner
+from torchx.schedulers.api import Stream
+from torchx.specs import AppDef, AppDryRunInfo, AppState
+
+from shardrec.launch import components
+
+COMPONENTS = ("train", "evaluate", "prepare")
+
+# How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
+COMPLAINT = re.compile(r"(\[[^]]*\]:)?shardrec (train|evaluate|prepare): (?P<what>.*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A component, its arguments, and where it should run.
+
+    Attributes:
+        component: one of ``COMPONENTS``.
+        arguments: the component's options, then ``--``, then the stage's own.
+        scheduler: local_cwd, slurm, kubernetes or another that TorchX knows.
+        settings: the scheduler's own options, such as ``partition=gpu,time=60``.
+        log_dir: where local workers' output is kept; None forgets it at the end.
+    """
+
+    component: str
+    arguments: tuple[str, ...]
+    scheduler: str = "local_cwd"
+    settings: str = ""
+    log_dir: Path | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the workers run on this machine, under this process."""
+        return self.scheduler.startswith("local")
+
+
+def describe(job: Job) -> str:
+    """What the scheduler would be asked, without asking it."""
+    with get_runner() as runner:
+        request = _request(runner, job)
+        return f"{pformat(request._app)}\n\n{request}"
+
+
+def submit(job: Job) -> str:
+    """Hand ``job`` to its scheduler and return TorchX's handle of it."""
+    with get_runner() as runner:
+        return str(runner.schedule(_request(runner, job)))
+
+
+def run_here(job: Job, stream: TextIO = sys.stderr) -> str | None:
+    """Run ``job`` on this machine to its end, its output line by line on ``stream``.
+
+    The workers end with this process: an interrupt reaches them too.
+
+    Returns:
+        None when every worker ended well; else what a worker said was wrong, or nothing.
+    """
+    _find_our_programs()
+    with get_runner() as runner:
+        request = _request(runner, job)
+        app: AppDef = request._app
+        handle = runner.schedule(request)
+        role = app.roles[0]
+        copies = [
+            _Copy(runner, handle, role.name, node, stream) for node in range(role.num_replicas)
+        ]
+        for copy in copies:
+            copy.start()
+        status = runner.wait(handle, wait_interval=0.2)
+        for copy in copies:
+            copy.join(timeout=10)
+    if status is not None and status.state == AppState.SUCCEEDED:
+        return None
+    return next((copy.complaint for copy in copies if copy.complaint), "")
+
+
+def _request(runner: Runner, job: Job) -> AppDryRunInfo:
+    """The scheduler's request; exits with the component's usage when its options are wrong."""
+    settings: Mapping[str, object] = runner.scheduler_run_opts(job.scheduler).cfg_from_str(
+        job.settings
+    )
+    if job.is_local and job.log_dir is not None:
+        settings = {**settings, "log_dir": str(job.log_dir)}
+    path = f"{components.__file__}:{job.component}"
+    return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
+
+
+class _Copy(threading.Thread):
+    """Copies one node's output to ``stream`` until the node ends.
+
+    Attributes:
+        complaint: the first line in which a worker's command said what was wrong.
+    """
+
+    def __init__(self, runner: Runner, handle: str, role: str, node: int, stream: TextIO) -> None:
+        super().__init__(daemon=True)
+        self.complaint = ""
+        self._stream = stream
+        self._open = partial(
+            runner.log_lines, handle, role, node, should_tail=True, streams=Stream.COMBINED
+        )
+
+    def run(self) -> None:
+        for line in self._open():
+            print(line.rstrip("\n"), file=self._stream, flush=True)
+            found = COMPLAINT.match(line)
+            if found and not self.complaint:
+                self.complaint = found["what"].strip()
+
+
+def _find_our_programs() -> None:
+    """Let local workers find ``torchrun`` and ``shardrec`` in an environment not activated."""
+    folder = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The component's own options, and the stage's arguments after ``--``.
+
+    Example:
+        >>> split(["-j", "1x2", "--", "--prepared", "data"])
+        (['-j', '1x2'], ['--prepared', 'data'])
+    """
+    words = list(words)
+    if "--" not in words:
+        return words, []
+    cut = words.index("--")
+    return words[:cut], words[cut + 1 :]

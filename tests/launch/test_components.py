@@ -1,0 +1,93 @@
+"""The components as TorchX reads them: by path, with help, and as requests to three schedulers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TORCHX = str(Path(sys.executable).parent / "torchx")
+STAGE = ["--", "--prepared", "data", "--run", "run", "loss=sce"]
+
+
+def torchx(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [TORCHX, "run", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def dry_run(scheduler: list[str], component: str, *words: str) -> str:
+    path = f"launch/components.py:{component}"
+    done = torchx("--dryrun", "-s", *scheduler, "--workspace", "", path, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("component", "words"),
+    [
+        ("train", ["-j str", "one worker a GPU", "--max_retries int", "--image str", "--env str"]),
+        ("evaluate", ["-j str", "need not be what the run was trained with"]),
+        ("prepare", ["one process on one node", "--memMB int"]),
+    ],
+)
+def test_the_docstring_is_the_help(component: str, words: list[str]) -> None:
+    done = torchx("-s", "local_cwd", f"launch/components.py:{component}", "--help")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert [word for word in words if word not in text] == []
+
+
+def test_a_misspelt_component_option_is_refused() -> None:
+    done = torchx("-s", "local_cwd", "--dryrun", "launch/components.py:train", "--gpus", "8")
+    assert done.returncode != 0
+    assert "unrecognized arguments: --gpus" in done.stderr
+
+
+def test_local_workers_share_the_cpus_and_leave_the_folder_off_the_path() -> None:
+    text = dry_run(["local_cwd"], "train", "-j", "1x2", "--cpu", "8", *STAGE)
+    joined = "".join(text.split())
+    assert "'PYTHONSAFEPATH':'1'" in joined
+    assert "'OMP_NUM_THREADS':'4'" in joined
+    assert "--nnodes 1 --nproc_per_node 2" in " ".join(text.replace("'", " ").split())
+
+
+def test_given_variables_win_over_ours() -> None:
+    text = dry_run(["local_cwd"], "train", "--env", "OMP_NUM_THREADS=3,NCCL_DEBUG=INFO", *STAGE)
+    assert "'OMP_NUM_THREADS': '3'" in text
+    assert "'NCCL_DEBUG': 'INFO'" in text
+
+
+def test_slurm_is_asked_for_nodes_that_meet_at_the_first() -> None:
+    words = ["-j", "2x8", "--cpu", "96", "--gpu", "8", "--memMB", "500000", "--max_retries", "2"]
+    text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE)
+    assert text.count("#SBATCH --job-name=train-") == 2
+    assert "--cpus-per-task=96 --mem=500000 --gpus-per-task=8" in text
+    assert "--partition=gpu" in text
+    assert "TORCHX_MAX_RETRIES=2" in text
+    assert "--nnodes 2 --nproc_per_node 8" in text
+    assert "-m shardrec.launch.cli train --prepared data --run run loss=sce" in text
+    assert "PYTHONSAFEPATH=1" in text
+    assert "OMP_NUM_THREADS=12" in text
+
+
+def test_kubernetes_is_asked_for_pods_with_image_gpus_and_mounts() -> None:
+    pytest.importorskip("kubernetes")
+    words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
+    mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
+    text = dry_run(["kubernetes", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    request = text.partition("=== SCHEDULER REQUEST ===")[2]
+    assert request.count("image: me/shardrec:1") == 2
+    assert request.count("nvidia.com/gpu: '4'") == 4
+    assert "queue: jobs" in request
+    assert "maxRetry: 3" in request
+    assert "mountPath: /data" in request
+    assert "loss=sce" in request
+
+
+def test_prepare_is_one_process_without_a_rendezvous() -> None:
+    text = dry_run(["slurm"], "prepare", "--cpu", "16", "--", "--events", "log.parquet")
+    assert "torchrun" not in text
+    assert "shardrec prepare --events log.parquet" in text
+    assert "--cpus-per-task=16" in text

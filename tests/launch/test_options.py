@@ -1,0 +1,125 @@
+import argparse
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from shardrec.launch.options import Parser, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Names of columns.
+
+    Attributes:
+        user: column of the user.
+        item: column of the item.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kitchen:
+    """A stage's config.
+
+    Attributes:
+        source: where the
+            events lie.
+        num_pots: pots on 100% of the stove.
+        heat: how hot.
+        kind: which kind.
+        spices: any number of them.
+        limit: bytes, or none.
+        salted: whether to salt.
+        columns: names.
+    """
+
+    source: str
+    num_pots: int = 3
+    heat: float = 0.5
+    kind: Literal["gas", "coal"] = "gas"
+    spices: tuple[str, ...] = ()
+    limit: int | None = None
+    salted: bool = False
+    columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self) -> None:
+        if self.num_pots < 1:
+            raise ValueError(f"num_pots must be at least 1, got {self.num_pots}; use more pots")
+
+
+def parser() -> Parser:
+    made = Parser("cook", "Cooks.")
+    add_options(made, Kitchen)
+    return made
+
+
+def read(*words: str) -> Kitchen:
+    return read_options(Kitchen, parser().parse(words))
+
+
+def test_defaults_are_the_config_s_own() -> None:
+    assert read("--source", "log") == Kitchen(source="log")
+
+
+def test_every_leaf_can_be_set() -> None:
+    words = "--source log --num-pots 1_000 --heat 1e-3 --kind coal --spices salt,pepper --limit 7"
+    kitchen = read(*words.split(), "--salted", "--columns.user", "customer")
+    assert kitchen == Kitchen(
+        source="log",
+        num_pots=1000,
+        heat=1e-3,
+        kind="coal",
+        spices=("salt", "pepper"),
+        limit=7,
+        salted=True,
+        columns=Columns(user="customer"),
+    )
+    assert read("--source", "log", "--limit", "none").limit is None
+    assert not read("--source", "log", "--no-salted").salted
+
+
+def test_the_help_says_what_the_docstring_says_with_type_and_default() -> None:
+    text = " ".join(parser().format_help().split())
+    assert "--source STR where the events lie." in text
+    assert "--num-pots INT pots on 100% of the stove. (default: 3)" in text
+    assert "--kind {gas,coal} which kind. (default: gas)" in text
+    assert "--spices STR,STR,… any number of them. (default: nothing)" in text
+    assert "--columns.user STR column of the user. (default: user_id)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: --source"),
+        (["--sourc", "log"], "the following arguments are required: --source"),
+        (["--source", "log", "--num-pot", "2"], "did you mean --num-pots"),
+        (["--source", "log", "--num-pots", "two"], "--num-pots must be int, got 'two'"),
+        (["--source", "log", "--kind", "oil"], "--kind must be 'gas' or 'coal', got 'oil'"),
+        (["--source", "log", "more"], "arguments must follow an option, got 'more'"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line_with_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read(*words)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_the_config_s_own_checks_speak_through() -> None:
+    with pytest.raises(ValueError, match="num_pots must be at least 1, got 0"):
+        read("--source", "log", "--num-pots", "0")
+
+
+def test_positional_arguments_may_stand_between_options() -> None:
+    made = Parser("cook", "Cooks.")
+    made.add_argument("--run")
+    made.add_argument("overrides", nargs="*")
+    namespace = made.parse(["a=1", "--run", "here", "b=2"])
+    assert namespace == argparse.Namespace(run="here", overrides=["a=1", "b=2"])
