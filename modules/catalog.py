@@ -147,7 +147,7 @@ class Catalog:
         Collectives: none.
         """
         pairs, gradient = self._table.pairs, self._rows.grad
-        if not pairs and (gradient is None or not gradient.is_sparse):
+        if not pairs and (gradient is None or not gradient.is_sparse or gradient.is_coalesced()):
             return
         with torch.no_grad():
             if gradient is not None and not gradient.is_sparse:
