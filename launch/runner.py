@@ -2,17 +2,19 @@
 
 import os
 import re
+import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pprint import pformat
-from typing import TextIO
 
 from torchx.runner import Runner, get_runner
 from torchx.schedulers.api import Stream
+from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
@@ -60,8 +62,13 @@ def submit(job: Job) -> str:
         return str(runner.schedule(_request(runner, job)))
 
 
-def run_here(job: Job, stream: TextIO = sys.stderr) -> str | None:
-    """Run ``job`` on this machine to its end, its output line by line on ``stream``.
+def print_line(line: str) -> None:
+    """Pass a worker's line on to our own stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
+    """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
 
     The workers end with this process: an interrupt reaches them too.
 
@@ -69,14 +76,12 @@ def run_here(job: Job, stream: TextIO = sys.stderr) -> str | None:
         None when every worker ended well; else what a worker said was wrong, or nothing.
     """
     _find_our_programs()
-    with get_runner() as runner:
+    with _interrupts_as_usual(), get_runner() as runner:
         request = _request(runner, job)
         app: AppDef = request._app
         handle = runner.schedule(request)
         role = app.roles[0]
-        copies = [
-            _Copy(runner, handle, role.name, node, stream) for node in range(role.num_replicas)
-        ]
+        copies = [_Copy(runner, handle, role.name, node, show) for node in range(role.num_replicas)]
         for copy in copies:
             copy.start()
         status = runner.wait(handle, wait_interval=0.2)
@@ -85,6 +90,19 @@ def run_here(job: Job, stream: TextIO = sys.stderr) -> str | None:
     if status is not None and status.state == AppState.SUCCEEDED:
         return None
     return next((copy.complaint for copy in copies if copy.complaint), "")
+
+
+@contextmanager
+def _interrupts_as_usual() -> Iterator[None]:
+    """Undo what TorchX does to SIGINT and SIGTERM for good, and let it mean KeyboardInterrupt."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SignalException:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _request(runner: Runner, job: Job) -> AppDryRunInfo:
@@ -99,23 +117,25 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
 
 
 class _Copy(threading.Thread):
-    """Copies one node's output to ``stream`` until the node ends.
+    """Hands one node's output to ``show`` until the node ends.
 
     Attributes:
         complaint: the first line in which a worker's command said what was wrong.
     """
 
-    def __init__(self, runner: Runner, handle: str, role: str, node: int, stream: TextIO) -> None:
+    def __init__(
+        self, runner: Runner, handle: str, role: str, node: int, show: Callable[[str], None]
+    ) -> None:
         super().__init__(daemon=True)
         self.complaint = ""
-        self._stream = stream
+        self._show = show
         self._open = partial(
             runner.log_lines, handle, role, node, should_tail=True, streams=Stream.COMBINED
         )
 
     def run(self) -> None:
         for line in self._open():
-            print(line.rstrip("\n"), file=self._stream, flush=True)
+            self._show(line.rstrip("\n"))
             found = COMPLAINT.match(line)
             if found and not self.complaint:
                 self.complaint = found["what"].strip()
