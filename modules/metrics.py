@@ -1,0 +1,392 @@
+"""Ranking metrics as torchmetrics: sums over users, the same on any number of ranks.
+
+`update` of each metric takes what it needs, by these names:
+
+- ``ranks`` (T,) int64: rank of each target, 0 the best, anything >= k for "not in the list"
+- ``lengths`` (B,) int64: targets of each user, in the order of ``ranks``; None means one each
+- ``targets`` (T,) int64: the target items
+- ``items`` (B, >= k) int64: recommended items, best first, -1 where a list is short
+
+`shardrec.modules.ranking` makes ``ranks`` and ``items``. Users without targets are left out of each
+mean over users. Sums are float64 and counts int64. Before the first user a mean is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+__all__ = [
+    "MRR",
+    "NDCG",
+    "Coverage",
+    "HitRate",
+    "PopularityRecall",
+    "Recall",
+    "Surprisal",
+    "popularity_buckets",
+    "ranking_metrics",
+]
+
+BUCKETS = ("head", "torso", "tail")
+
+
+def ranking_metrics(
+    ks: Sequence[int],
+    *,
+    num_items: int,
+    item_counts: Tensor,
+    num_users: int,
+    process_group: dist.ProcessGroup | None = None,
+) -> MetricCollection:
+    """All metrics at every k: keys such as "NDCG@10" and "Recall@10/tail".
+
+    Update it with ``ranks``, ``lengths``, ``targets`` and ``items`` by name.
+
+    Args:
+        ks: list lengths.
+        num_items: V.
+        item_counts: (V,) int64, training events of each item.
+        num_users: training users.
+        process_group: ranks whose sums are added; None means all.
+
+    Returns:
+        A collection without compute groups: torchmetrics would merge metrics of different k whose
+        sums happen to be equal after the first batch.
+
+    Collectives: none here; `compute` gathers the sums.
+    """
+    metrics: dict[str, Metric] = {}
+    for k in ks:
+        metrics |= {
+            f"NDCG@{k}": NDCG(k, process_group),
+            f"Recall@{k}": Recall(k, process_group),
+            f"HitRate@{k}": HitRate(k, process_group),
+            f"MRR@{k}": MRR(k, process_group),
+            f"Coverage@{k}": Coverage(k, num_items, process_group),
+            f"Surprisal@{k}": Surprisal(k, item_counts, num_users, process_group),
+            f"PopularityRecall@{k}": PopularityRecall(k, item_counts, process_group),
+        }
+    return MetricCollection(metrics, compute_groups=False)
+
+
+class _MeanOverUsers(Metric):
+    """Mean of one number per user who has targets; a subclass says which number."""
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    total: Tensor
+    num_users: Tensor
+
+    def __init__(self, k: int, process_group: dist.ProcessGroup | None = None) -> None:
+        """Start at zero users.
+
+        Args:
+            k: length of the list that counts.
+            process_group: ranks whose sums are added; None means all.
+        """
+        super().__init__(process_group=process_group)
+        self.k = _require_positive(k)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
+        """Add users.
+
+        Args:
+            ranks: (T,) int64.
+            lengths: (B,) int64; None means one target for each user.
+        """
+        lengths = _lengths_of(ranks, lengths)
+        self.total += self.per_user(ranks, lengths)[lengths > 0].sum()
+        self.num_users += (lengths > 0).sum()
+
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64, the number of each user; any value for users without targets."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """() float64; NaN before the first user."""
+        return self.total / self.num_users
+
+
+class NDCG(_MeanOverUsers):
+    """Discounted gain of the targets in the list, over that of a perfect list.
+
+    A target at rank r < k gains 1 / log2(r + 2); a perfect list has all targets, at most k of
+    them, in front.
+
+    >>> metric = NDCG(k=3)
+    >>> metric.update(torch.tensor([0, 2, 5]), torch.tensor([2, 1]))  # (1 + 1/2) / (1 + 0.6309), 0
+    >>> round(metric.compute().item(), 4)
+    0.4599
+    """
+
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """Gain over perfect gain."""
+        places = torch.arange(2, self.k + 2, dtype=torch.float64, device=ranks.device)
+        perfect = places.log2().reciprocal().cumsum(0)  # (k,)
+        gains = (ranks.double() + 2).log2().reciprocal().where(ranks < self.k, 0.0)
+        return _sum_by_user(gains, lengths) / perfect[lengths.clamp(1, self.k) - 1]
+
+
+class Recall(_MeanOverUsers):
+    """Share of a user's targets that are in the list.
+
+    With several targets it differs from `HitRate`; with one it is the same number.
+
+    >>> metric = Recall(k=3)
+    >>> metric.update(torch.tensor([0, 2, 7, 9, 1]), torch.tensor([4, 1]))  # 2/4 and 1/1
+    >>> metric.compute().item()
+    0.75
+    """
+
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """Targets found over targets."""
+        return _sum_by_user((ranks < self.k).double(), lengths) / lengths
+
+
+class HitRate(_MeanOverUsers):
+    """Share of users with at least one target in the list.
+
+    >>> metric = HitRate(k=3)
+    >>> metric.update(torch.tensor([0, 2, 7, 9, 4]), torch.tensor([4, 1]))
+    >>> metric.compute().item()
+    0.5
+    """
+
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """1 where any target was found."""
+        return (_sum_by_user((ranks < self.k).double(), lengths) > 0).double()
+
+
+class MRR(_MeanOverUsers):
+    """Mean of 1 / (1 + rank) of a user's best target, 0 where it is not in the list.
+
+    >>> metric = MRR(k=3)
+    >>> metric.update(torch.tensor([4, 1, 3]), torch.tensor([2, 1]))  # 1/2 and 0
+    >>> metric.compute().item()
+    0.25
+    """
+
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """Reciprocal of the first place at which a target was found."""
+        found = (ranks.double() + 1).reciprocal().where(ranks < self.k, 0.0)
+        owners = torch.repeat_interleave(lengths)
+        return found.new_zeros(len(lengths)).scatter_reduce(0, owners, found, "amax")
+
+
+class Coverage(Metric):
+    """Share of the catalog's V items that are in at least one list.
+
+    The state is one byte for each item, merged by maximum. Every catalog item counts in V, also
+    those that training never saw.
+
+    >>> metric = Coverage(k=2, num_items=8)
+    >>> metric.update(torch.tensor([[3, 5, 1], [5, -1, -1]]))
+    >>> metric.compute().item()
+    0.25
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    recommended: Tensor
+
+    def __init__(
+        self, k: int, num_items: int, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Start with no item recommended.
+
+        Args:
+            k: length of the list that counts.
+            num_items: V.
+            process_group: ranks that are merged; None means all.
+        """
+        super().__init__(process_group=process_group)
+        self.k, self.num_items = _require_positive(k), num_items
+        marks = torch.zeros(num_items, dtype=torch.uint8)
+        self.add_state("recommended", marks, dist_reduce_fx="max")
+
+    def update(self, items: Tensor) -> None:
+        """Mark the items of (B, >= k) lists."""
+        listed = _lists_of(items, self.k)
+        self.recommended[listed[listed >= 0]] = 1
+
+    def compute(self) -> Tensor:
+        """() float64."""
+        return self.recommended.count_nonzero().double() / self.num_items
+
+
+class Surprisal(Metric):
+    """How rare the recommended items are: 0 means known to all users, 1 known to one or none.
+
+    As RePlay defines it, the self-information of an item that u of U training users know is
+    log2(U / u) / log2(U), and an item that nobody knows counts as known to one. A user's number is
+    the sum over the list divided by k, and the metric is the mean over users.
+
+    >>> metric = Surprisal(k=2, item_users=torch.tensor([8, 4, 1, 0]), num_users=8)
+    >>> metric.update(torch.tensor([[0, 1, 3], [2, 3, 0]]))  # (0 + 1/3) / 2 and (1 + 1) / 2
+    >>> round(metric.compute().item(), 4)
+    0.5833
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    total: Tensor
+    num_users: Tensor
+    surprise: Tensor
+
+    def __init__(
+        self,
+        k: int,
+        item_users: Tensor,
+        num_users: int,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Start at zero users.
+
+        Args:
+            k: length of the list that counts.
+            item_users: (V,) int64, training users of each item. Training events stand in where
+                users repeat items seldom; a count above ``num_users`` is taken as ``num_users``.
+            num_users: U, training users; at least 2.
+            process_group: ranks whose sums are added; None means all.
+        """
+        super().__init__(process_group=process_group)
+        if num_users < 2:
+            raise ValueError(
+                f"num_users must be at least 2, got {num_users}; surprisal compares with the "
+                "information in one user of many"
+            )
+        self.k = _require_positive(k)
+        known = item_users.clamp(1, num_users).double()
+        scale = torch.tensor(num_users, dtype=torch.float64).log2()
+        self.register_buffer("surprise", (num_users / known).log2() / scale, persistent=False)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, items: Tensor) -> None:
+        """Add users by their (B, >= k) lists; absent items (-1) add nothing."""
+        listed = _lists_of(items, self.k)
+        self.total += self.surprise[listed[listed >= 0]].sum() / self.k
+        self.num_users += len(listed)
+
+    def compute(self) -> Tensor:
+        """() float64; NaN before the first user."""
+        return self.total / self.num_users
+
+
+class PopularityRecall(Metric):
+    """Share of targets found in the list, apart for head, torso and tail items.
+
+    Buckets are those of `popularity_buckets`. The share is over targets, not users, because one
+    user's targets fall into several buckets.
+
+    >>> metric = PopularityRecall(k=3, item_counts=torch.tensor([9, 9, 9, 0]))
+    >>> metric.update(torch.tensor([0, 5, 2, 8]), torch.tensor([0, 0, 1, 3]))
+    >>> {name: value.item() for name, value in metric.compute().items()}
+    {'Recall@3/head': 0.5, 'Recall@3/torso': 1.0, 'Recall@3/tail': 0.0}
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    found: Tensor
+    asked: Tensor
+    buckets: Tensor
+
+    def __init__(
+        self, k: int, item_counts: Tensor, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Start at zero targets.
+
+        Args:
+            k: length of the list that counts.
+            item_counts: (V,) int64, training events of each item.
+            process_group: ranks whose counts are added; None means all.
+        """
+        super().__init__(process_group=process_group)
+        self.k = _require_positive(k)
+        self.register_buffer("buckets", popularity_buckets(item_counts), persistent=False)
+        for name in ("found", "asked"):
+            zeros = torch.zeros(len(BUCKETS), dtype=torch.int64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, ranks: Tensor, targets: Tensor) -> None:
+        """Add targets: (T,) ranks and (T,) items."""
+        if ranks.shape != targets.shape:
+            raise ValueError(
+                f"ranks must be one for each target, got shapes {tuple(ranks.shape)} and "
+                f"{tuple(targets.shape)}; pass both in the same order"
+            )
+        buckets = self.buckets[targets].long()
+        self.asked += torch.bincount(buckets, minlength=len(BUCKETS))
+        self.found += torch.bincount(buckets[ranks < self.k], minlength=len(BUCKETS))
+
+    def compute(self) -> dict[str, Tensor]:
+        """() float64 by bucket; NaN for a bucket without targets."""
+        shares = self.found.double() / self.asked
+        return {f"Recall@{self.k}/{name}": shares[i] for i, name in enumerate(BUCKETS)}
+
+
+def popularity_buckets(item_counts: Tensor) -> Tensor:
+    """The bucket of each item: 0 head, 1 torso, 2 tail, a third of the training events each.
+
+    Items are ordered by falling count, equal counts by index; an item belongs to the third in
+    which its first event falls. Items without events are tail.
+
+    Args:
+        item_counts: (V,) int64, training events of each item.
+
+    Returns:
+        (V,) uint8.
+
+    >>> popularity_buckets(torch.tensor([1, 6, 0, 3, 2])).tolist()
+    [2, 0, 2, 1, 2]
+    """
+    counts, order = item_counts.long().sort(descending=True, stable=True)
+    before = counts.cumsum(0) - counts
+    third = (3 * before // counts.sum().clamp(min=1)).masked_fill(counts == 0, 2)
+    return torch.empty_like(order).index_copy_(0, order, third).to(torch.uint8)
+
+
+def _sum_by_user(values: Tensor, lengths: Tensor) -> Tensor:
+    sums = values.new_zeros(len(lengths))
+    return sums.index_add_(0, torch.repeat_interleave(lengths), values)
+
+
+def _lengths_of(ranks: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return torch.ones_like(ranks)
+    if int(lengths.sum()) != len(ranks):
+        raise ValueError(
+            f"lengths must add up to the number of ranks, got {int(lengths.sum())} and "
+            f"{len(ranks)}; pass one rank for each target"
+        )
+    return lengths
+
+
+def _lists_of(items: Tensor, k: int) -> Tensor:
+    if items.dim() != 2 or items.shape[1] < k:
+        raise ValueError(
+            f"items must be of shape (B, {k}) or longer, got {tuple(items.shape)}; "
+            "ask the ranking for more items"
+        )
+    return items[:, :k]
+
+
+def _require_positive(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}; a list needs a place")
+    return k
