@@ -66,10 +66,11 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """Metrics on the validation users, equal on every rank."""
+    """Metrics on the validation users, equal on every rank; ``metric`` is the deciding one."""
 
     step: int
     epoch: float
+    metric: str
     metrics: Mapping[str, float]
     improved: bool
     seconds: float
@@ -280,6 +281,9 @@ def _summary(report: StepReport) -> str:
 
 
 def _line(report: ValidationReport) -> str:
-    metrics = " ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+    place = "@" + report.metric.rpartition("@")[2]
+    shown = {report.metric: report.metrics[report.metric]}
+    shown |= {name: value for name, value in report.metrics.items() if name.endswith(place)}
+    metrics = " ".join(f"{name} {value:.4f}" for name, value in shown.items())
     mark = " (best)" if report.improved else ""
     return f"validation at step {report.step}{mark}: {metrics}"

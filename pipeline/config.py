@@ -103,10 +103,11 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     """The message for a name that does not exist, with near matches.
 
     Example:
-        >>> unknown_name("metric", "ndgc@10", ["ndcg@10", "mrr@10"])
-        "metric must be a known name, got 'ndgc@10'; did you mean ndcg@10?"
+        >>> unknown_name("metric", "ndgc@10", ["NDCG@10", "MRR@10"])
+        "metric must be a known name, got 'ndgc@10'; did you mean NDCG@10?"
     """
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    lower = {one.lower(): one for one in known}
+    near = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5)]
     last = {full.rpartition(".")[2]: full for full in known}
     near += [
         last[key]

@@ -6,9 +6,24 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["on_all_ranks", "on_first_rank", "rank_of", "size_of", "sum_over_ranks"]
+__all__ = [
+    "default_group",
+    "on_all_ranks",
+    "on_first_rank",
+    "on_this_rank",
+    "rank_of",
+    "size_of",
+    "sum_over_ranks",
+]
 
 Result = TypeVar("Result")
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """The default process group, where somebody (a launcher) made one of several ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
 
 
 def rank_of(group: dist.ProcessGroup | None) -> int:
@@ -49,6 +64,18 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
             raised.add_note(f"raised on rank {rank} of {len(answers)}")
             raise raised
     return [result for result, _ in answers]  # type: ignore[misc]
+
+
+def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
+    """What ``work`` returned here; if it raised on one rank, all raise what it raised.
+
+    Unlike ``on_all_ranks`` nothing but errors travels, so results may be large.
+
+    Collectives: one gather of small objects.
+    """
+    results: list[Result] = []
+    on_all_ranks(lambda: results.append(work()), group)
+    return results[0]
 
 
 def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:

@@ -35,7 +35,12 @@ STEP = StepReport(
     statistics={"collisions": 3.0},
 )
 VALIDATION = ValidationReport(
-    step=2, epoch=0.2, metrics={"ndcg@10": 0.25}, improved=True, seconds=1.0
+    step=2,
+    epoch=0.2,
+    metric="ndcg@10",
+    metrics={"ndcg@10": 0.25, "ndcg@5": 0.2},
+    improved=True,
+    seconds=1.0,
 )
 CHECKPOINT = CheckpointReport(step=2, folder="run/checkpoints/step-2", best=True, seconds=0.1)
 END = EndReport(
@@ -73,7 +78,7 @@ def test_json_lines_hold_every_kth_step_and_every_other_event(tmp_path: Path) ->
     events = [(line["event"], line["step"]) for line in lines]
     assert events == [("step", 1), ("step", 2), ("validation", 2), ("checkpoint", 2), ("end", 3)]
     assert lines[0]["loss"] == 2.5 and lines[0]["statistics"] == {"collisions": 3.0}
-    assert lines[2]["metrics"] == {"ndcg@10": 0.25}
+    assert lines[2]["metrics"] == {"ndcg@10": 0.25, "ndcg@5": 0.2}
 
 
 def test_a_skipped_step_is_always_written(tmp_path: Path) -> None:

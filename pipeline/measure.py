@@ -1,0 +1,155 @@
+"""Metrics of a model, or of popularity, over evaluation users and the whole catalog, at any W."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from shardrec.modules.metrics import ranking_metrics
+from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
+from shardrec.modules.shard import RowShard
+from shardrec.pipeline.data import EvaluationBatch, Prepared
+from shardrec.pipeline.group import sum_over_ranks
+
+__all__ = ["MeasureConfig", "Scorer", "measure"]
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+"""From items (B, L) int64 and lengths (B,) int64 to states (B, D); collectives allowed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureConfig:
+    """How evaluation users are ranked.
+
+    Attributes:
+        ks: list lengths of the metrics.
+        filter_seen: leave out items of the history; never the targets themselves.
+        batch_size: users at a time on each rank.
+        block_states: states of all ranks that are scored at a time.
+        block_rows: rows of a shard that are scored at a time.
+    """
+
+    ks: tuple[int, ...] = (5, 10, 20)
+    filter_seen: bool = False
+    batch_size: int = 256
+    block_states: int = 256
+    block_rows: int = 65_536
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
+        for name in ("batch_size", "block_states", "block_rows"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; raise it")
+
+    def metric_names(self) -> list[str]:
+        """The metrics a best checkpoint can be chosen by."""
+        kinds = ("NDCG", "Recall", "HitRate", "MRR", "Coverage")
+        return [f"{kind}@{k}" for kind in kinds for k in self.ks]
+
+
+def measure(
+    scorer: Scorer,
+    shard: RowShard,
+    batches: Iterable[EvaluationBatch],
+    config: MeasureConfig,
+    prepared: Prepared,
+) -> dict[str, float]:
+    """Metrics over all users of ``batches``, the same on every rank.
+
+    Args:
+        scorer: makes the states that are scored against the rows.
+        shard: the rows.
+        batches: this rank's part of as many batches on every rank.
+        config: list lengths and the seen filter.
+        prepared: the data; training counts define popularity and what is new.
+
+    Returns:
+        Metrics by name; those with the suffix ``/known`` leave out targets that training never
+        saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
+        was measured.
+
+    Collectives: those of the scorer and of the ranking for each batch, then one gather.
+    """
+    meter = _Meter(shard, config, prepared)
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(shard.rows.device)
+            meter.add(batch, scorer(batch.items, batch.lengths))
+    return meter.result()
+
+
+class _Meter:
+    """Sums over users."""
+
+    def __init__(self, shard: RowShard, config: MeasureConfig, prepared: Prepared) -> None:
+        self.shard = shard
+        self.config = config
+        self.counts = prepared.item_counts().to(shard.rows.device)
+        self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
+        self.all = self._metrics(prepared)
+        self.known = self._metrics(prepared)
+        # users, targets, new targets, repeated targets
+        self.sums = torch.zeros(4, dtype=torch.int64, device=shard.rows.device)
+
+    def add(self, batch: EvaluationBatch, states: Tensor) -> None:
+        """Rank one batch and count its users."""
+        targets, seen = batch.targets, batch.seen
+        k = max(self.config.ks)
+        hidden = seen if self.config.filter_seen else None
+        _, items = top_items(states, self.shard, k, seen=hidden, keep=targets, blocks=self.blocks)
+        ranks = ranks_in_lists(items, targets, missing=self.shard.num_rows + k)
+        is_new = self.counts[targets[0]] == 0
+        is_repeated = _repeated(targets, seen, self.shard.num_rows)
+        self._update(self.all, ranks, targets, items)
+        owners = torch.repeat_interleave(targets[1])
+        kept = torch.bincount(owners[~is_new], minlength=len(targets[1]))
+        self._update(self.known, ranks[~is_new], (targets[0][~is_new], kept), items)
+        self.sums += torch.stack(
+            [(targets[1] > 0).sum(), targets[1].sum(), is_new.sum(), is_repeated.sum()]
+        )
+
+    def result(self) -> dict[str, float]:
+        """The numbers of all ranks."""
+        sum_over_ranks(self.sums, self.shard.group)
+        users, targets, new, repeated = self.sums.tolist()
+        values = {name: float(value) for name, value in self.all.compute().items()}
+        for name, value in self.known.compute().items():
+            if not name.startswith(("Coverage", "Surprisal")):  # of lists, not of targets
+                values[f"{name}/known"] = float(value)
+        return values | {
+            "users": users,
+            "targets": targets,
+            "new_target_share": new / max(1, targets),
+            "repeated_target_share": repeated / max(1, targets),
+        }
+
+    def _metrics(self, prepared: Prepared) -> MetricCollection:
+        return ranking_metrics(
+            self.config.ks,
+            num_items=prepared.num_items,
+            item_counts=self.counts,
+            num_users=max(2, prepared.num_train_sequences),
+            process_group=self.shard.group,
+        ).to(self.shard.rows.device)
+
+    def _update(
+        self, metrics: MetricCollection, ranks: Tensor, targets: Ragged, items: Tensor
+    ) -> None:
+        metrics.update(ranks=ranks, lengths=targets[1], targets=targets[0], items=items)
+
+
+def _repeated(targets: Ragged, seen: Ragged, num_items: int) -> Tensor:
+    """Whether each target is an item of its user's history.
+
+    Example:
+        >>> targets = torch.tensor([3, 4, 3]), torch.tensor([2, 1])
+        >>> _repeated(targets, (torch.tensor([4, 5, 5]), torch.tensor([2, 1])), num_items=9)
+        tensor([False,  True, False])
+    """
+    pairs = [torch.repeat_interleave(n) * num_items + values for values, n in (targets, seen)]
+    return torch.isin(pairs[0], pairs[1])

@@ -1,0 +1,114 @@
+"""Encoder and catalog together: items in, states at real positions out."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.shard import RowShard
+
+__all__ = ["Model", "real_positions"]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A sequence encoder over a sharded catalog.
+
+    Attributes:
+        encoder: (B, L, D) to (B, L, D), causal; the same on every rank.
+        catalog: the item vectors, spread over the ranks.
+        precision: of the encoder's products; "auto" is bfloat16 on CUDA and float32 elsewhere.
+        normalize: whether the loss compares unit-length rows, so that ranking must too.
+    """
+
+    encoder: nn.Module
+    catalog: Catalog
+    precision: Precision = "auto"
+    normalize: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where encoder and catalog live."""
+        return self.catalog.device
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the catalog; None for one process."""
+        return self.catalog.shard.group
+
+    def states(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """States at the real positions of this rank's sequences.
+
+        Args:
+            items: (B, L) int64, right padded; B may be 0 and differ by rank.
+            lengths: (B,) int64 in [1, L].
+
+        Returns:
+            (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
+
+        Collectives: those of ``Catalog.lookup``, forward and backward.
+        """
+        positions = real_positions(lengths, items.shape[1])
+        vectors = self.catalog.lookup(items.reshape(-1)[positions])
+        if not positions.numel():
+            return vectors  # still part of the graph: the look-up's backward needs every rank
+        return self._encode(vectors, positions, items.shape)
+
+    def scored_shard(self) -> RowShard:
+        """The rows that states are scored against; a copy where rows must have unit length."""
+        shard = self.catalog.shard
+        rows = shard.rows.detach()
+        return dataclasses.replace(shard, rows=F.normalize(rows) if self.normalize else rows)
+
+    def last_states(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """The state after the last item of each sequence.
+
+        Args:
+            items: (B, L) int64, right padded; B may be 0 and differ by rank.
+            lengths: (B,) int64 in [1, L].
+
+        Returns:
+            (B, D) float32.
+
+        Collectives: those of ``Catalog.lookup``.
+        """
+        return self.states(items, lengths)[lengths.cumsum(0) - 1]
+
+    def _encode(self, vectors: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+        padded = vectors.new_zeros(shape.numel(), vectors.shape[1])
+        padded = padded.index_copy(0, positions, vectors).view(*shape, -1)  # (B, L, D)
+        with self._autocast():
+            states: Tensor = self.encoder(padded)
+        return states.to(vectors.dtype).reshape(-1, vectors.shape[1])[positions]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        wanted = self.precision == "bfloat16" or (
+            self.precision == "auto" and self.device.type == "cuda"
+        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def real_positions(lengths: Tensor, max_length: int) -> Tensor:
+    """Flat indices of the real positions of a right-padded (B, L) tensor.
+
+    Args:
+        lengths: (B,) int64.
+        max_length: L.
+
+    Returns:
+        (N,) int64, ascending.
+
+    Example:
+        >>> real_positions(torch.tensor([2, 0, 1]), 3)
+        tensor([0, 1, 6])
+    """
+    is_real = torch.arange(max_length, device=lengths.device) < lengths[:, None]
+    return is_real.reshape(-1).nonzero()[:, 0]

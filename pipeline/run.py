@@ -1,0 +1,298 @@
+"""A run: its complete config, and its folder.
+
+::
+
+    config.json       the complete config
+    run.json          which data it belongs to, whose encoder it is, versions
+    metrics.jsonl     steps, validations, checkpoints, end
+    tensorboard/      the same as scalars
+    checkpoints/      the last and the best
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardrec import __version__
+from shardrec.modules.catalog import Catalog, CatalogConfig
+from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
+from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
+from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.config import from_json, to_json, unknown_name
+from shardrec.pipeline.data import BatchConfig, Prepared
+from shardrec.pipeline.group import on_this_rank
+from shardrec.pipeline.measure import MeasureConfig
+from shardrec.pipeline.model import Model, Precision
+from shardrec.pipeline.step import OptimizerConfig
+
+__all__ = [
+    "LimitConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "build_model",
+    "open_run",
+    "require_new",
+    "start_run",
+]
+
+OURS = "shardrec"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitConfig:
+    """When a run ends; the first limit reached counts.
+
+    Attributes:
+        max_epochs: passes over the training sequences.
+        max_steps: optimizer steps.
+        max_minutes: wall time of the run on rank 0's clock.
+    """
+
+    max_epochs: int | None = 20
+    max_steps: int | None = None
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a run without end and limits that allow no step."""
+        values = {name: getattr(self, name) for name in ("max_epochs", "max_steps", "max_minutes")}
+        if all(value is None for value in values.values()):
+            raise ValueError("limits must name at least one limit, got none; set max_epochs")
+        for name, value in values.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"limits.{name} must be above 0, got {value}; none turns it off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """When the model is measured on the validation users, and what follows.
+
+    Attributes:
+        every_epochs: after this many epochs; None: not by epochs.
+        every_steps: after this many steps; None: not by steps.
+        metric: the one that decides which checkpoint is best and when to stop; larger is better.
+        patience: validations without a better one before the run stops; None: never.
+        measure: how the users are ranked.
+    """
+
+    every_epochs: int | None = 1
+    every_steps: int | None = None
+    metric: str = "NDCG@10"
+    patience: int | None = None
+    measure: MeasureConfig = MeasureConfig(ks=(10,))
+
+    def __post_init__(self) -> None:
+        """Refuse a metric that will not be measured, and numbers below 1."""
+        known = self.measure.metric_names()
+        if self.metric not in known:
+            raise ValueError(unknown_name("validation.metric", self.metric, known))
+        for name in ("every_epochs", "every_steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"validation.{name} must be at least 1, got {value}; or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a run depends on.
+
+    Attributes:
+        data: the prepared folder.
+        output: the run folder; must not exist or be empty.
+        loss: what is minimised.
+        catalog: start and optimizer of the item table.
+        encoder: sizes and kind of the encoder; its width is the table's too.
+        batches: how sequences become batches.
+        optimizer: learning rates of the encoder, clipping, accumulation.
+        limits: when to stop.
+        validation: when to measure.
+        seed: of all random choices.
+        device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
+        precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
+        log_every: steps between two step lines in metrics.jsonl and TensorBoard.
+        show_progress: whether rank 0 prints config, plan and progress.
+    """
+
+    data: str
+    output: str
+    loss: CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE = field(default_factory=CCE)
+    catalog: CatalogConfig = field(default_factory=CatalogConfig)
+    encoder: EncoderConfig
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    seed: int = 1
+    device: str = "auto"
+    precision: Precision = "auto"
+    log_every: int = 10
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse names that mean nothing."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}; pick one")
+        if self.log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {self.log_every}; raise it")
+
+
+def start_run(config: TrainConfig, prepared: Prepared, encoder: str = OURS) -> Path:
+    """Make the run folder and say in it what the run is.
+
+    Args:
+        config: of the run; ``config.output`` is the folder.
+        prepared: the data.
+        encoder: whose encoder it is, in words, where it is not ours.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds something already; it is left as it is.
+    """
+    folder = require_new(Path(config.output))
+    folder.mkdir(parents=True, exist_ok=True)
+    details = {
+        "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
+        "encoder": encoder,
+        "versions": {
+            "shardrec": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_atomically(folder / "run.json", json.dumps(details, indent=1))
+    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
+    return folder
+
+
+def require_new(folder: Path) -> Path:
+    """The folder, if it does not exist or is empty.
+
+    Raises:
+        FileExistsError: it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"output must be a new or empty folder, got {folder}, which holds another run or other "
+            "files; choose another name or remove it"
+        )
+    return folder
+
+
+def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
+    """The config of a run that belongs to ``prepared``.
+
+    Args:
+        folder: a run folder.
+        prepared: the data it is to be used with.
+        own_encoder: whether the encoder will be built from the config.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: the run was trained on other data, or with an encoder that was handed in.
+    """
+    details, config = (_read(folder, name) for name in ("run.json", "config.json"))
+    theirs = details["data"]
+    if theirs["fingerprint"] != prepared.fingerprint:
+        raise ValueError(
+            f"the run must belong to the prepared data, got {folder} of {config.get('data')} with "
+            f"{theirs['num_items']} items, and data with {prepared.num_items} items and another "
+            "fingerprint; give the folder the run was trained on, or train again"
+        )
+    if own_encoder and details["encoder"] != OURS:
+        raise ValueError(
+            f"encoder must be given for a run that trained {details['encoder']}, got none; "
+            "pass a module of the same shapes"
+        )
+    return from_json(TrainConfig, config)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run must be a folder that train wrote, got {folder} without {name}; check the path"
+        )
+    return json.loads(path.read_text())
+
+
+def build_model(
+    config: TrainConfig,
+    num_items: int,
+    encoder: nn.Module | None,
+    group: dist.ProcessGroup | None,
+) -> Model:
+    """An untrained model: the same encoder on every rank, and this rank's rows.
+
+    Args:
+        config: of the run.
+        num_items: V.
+        encoder: used instead of the one the config describes; rank 0's weights count.
+        group: the ranks that share the catalog; None for one process.
+
+    Raises:
+        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D).
+
+    Collectives: a broadcast of the encoder's weights, those of the catalog's start.
+    """
+    device = pick_device(config.device)
+    own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
+    own = own.to(device)
+    on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
+    if group is not None:
+        for tensor in own.state_dict().values():
+            dist.broadcast(tensor, 0, group=group)
+    catalog = Catalog(
+        num_items,
+        config.encoder.width,
+        config.catalog,
+        group=group,
+        device=device,
+        seed=config.seed,
+    )
+    return Model(own, catalog, config.precision, normalize=config.loss.normalize)
+
+
+@torch.no_grad()
+def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
+    """Refuse an encoder of the wrong shape, or one that looks ahead.
+
+    Raises:
+        ValueError: it returns another shape, or its first state changes with the last vector.
+    """
+    was_training = encoder.training
+    vectors = torch.ones(2, 2, width, device=device)
+    vectors[1, 1] = torch.linspace(-2, 2, width, device=device)
+    states = encoder.eval()(vectors)
+    encoder.train(was_training)
+    if states.shape != vectors.shape:
+        raise ValueError(
+            f"encoder must return shape {tuple(vectors.shape)} for that input, got "
+            f"{tuple(states.shape)}; give a module from (B, L, D) to (B, L, D)"
+        )
+    if not torch.allclose(states[0, 0], states[1, 0], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            "encoder must be causal, got one whose first state changes with the second item; "
+            "mask the future, or it will be trained on its own targets"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        ValueError: CUDA is asked for and does not answer.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError(
+            "device must be one that is there, got cuda without a GPU; use auto or cpu"
+        )
+    use_cuda = found and name != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
