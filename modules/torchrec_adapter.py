@@ -1,6 +1,6 @@
 """One row-wise sharded TorchRec table whose updates wait until they are asked for.
 
-The only file that touches private names of TorchRec and fbgemm; ``check_private_names`` lists them.
+The only file that touches private names of TorchRec and fbgemm.
 
 TorchRec's fused optimizers update a row inside ``backward``. Here the look-up runs fbgemm's table
 (a "TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
@@ -9,7 +9,6 @@ then runs the TBE forward and backward once more on a range of rows, which is fb
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torchrec.distributed import collective_utils
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -37,7 +37,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-__all__ = ["FUSED_OPTIMIZERS", "ShardedTable", "check_private_names"]
+__all__ = ["FUSED_OPTIMIZERS", "ShardedTable"]
 
 TABLE = "catalog"  # "items" would collide with a method of ModuleDict
 FEATURE = "item"
@@ -47,28 +47,8 @@ FUSED_OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 
-# (module, class, attribute): what this file uses although nobody promised it.
-_PRIVATE_NAMES = [
-    ("torchrec.distributed.embedding", "ShardedEmbeddingCollection", "_create_lookups"),
-    (
-        "torchrec.distributed.embedding_lookup",
-        "GroupedEmbeddingsLookup",
-        "_create_embedding_kernel",
-    ),
-    ("torchrec.distributed.batched_embedding_kernel", "BatchedFusedEmbedding", "emb_module"),
-    ("torchrec.distributed.comm_ops", "get_gradient_division", "__call__"),
-]
-_PRIVATE_ATTRIBUTES = ["_lookups", "_emb_modules"]
-
-
-def check_private_names() -> list[str]:
-    """What broke: a line for each private name of TorchRec or fbgemm that is gone."""
-    broken = []
-    for module, owner, attribute in _PRIVATE_NAMES:
-        found = getattr(importlib.import_module(module), owner, None)
-        if found is None or not hasattr(found, attribute):
-            broken.append(f"{module}.{owner}.{attribute} is gone")
-    return broken
+# From the wrapped model to its one TBE; a list on the way holds one element.
+_WAY_TO_TBE = ("module", "_lookups", "_emb_modules", "emb_module")
 
 
 class ShardedTable:
@@ -125,12 +105,13 @@ class ShardedTable:
             }
         )
         self.plan = _plan(collection, sharder, self.num_ranks, device)
+        _place(self.plan, group, device)
         _forget_former_groups()
         # TorchRec fills each shard from the global generator: what comes after must not notice W.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._model = DistributedModelParallel(
                 collection,
-                env=ShardingEnv.from_process_group(group),
+                env=_environment(group, device),
                 device=device,
                 plan=self.plan,
                 sharders=[sharder],
@@ -282,6 +263,33 @@ def _plan(
         ) from error
 
 
+def _place(plan: ShardingPlan, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Puts global ranks and the devices that ranks really have into the shards' placements.
+
+    The planner counts both from 0, which is wrong in a subgroup and on a second node.
+    """
+    devices = [""] * dist.get_world_size(group)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    dist.all_gather_object(devices, str(device), group)
+    planned = plan.plan[""][TABLE]
+    planned.ranks = [dist.get_global_rank(group, rank) for rank in planned.ranks]
+    shards = planned.sharding_spec.shards
+    for shard, rank, name in zip(shards, planned.ranks, devices, strict=True):
+        shard.placement = type(shard.placement)(f"rank:{rank}/{name}")
+
+
+def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
+    """What ``ShardingEnv.from_process_group`` gives, for a group of any of the ranks.
+
+    That one makes its device mesh of the first ranks of the world, whoever is in the group.
+    """
+    env = ShardingEnv(dist.get_world_size(group), dist.get_rank(group))
+    env.process_group = group
+    env.device_mesh = DeviceMesh.from_group(group, device.type)
+    return env
+
+
 @contextmanager
 def _planner_advice_off() -> Iterator[None]:
     """Hides the planner's warnings: they advise on choices that the constraints already made."""
@@ -318,17 +326,23 @@ def _forget_former_groups() -> None:
         collective_utils._INITIALIZED = False
 
 
-def _find_tbe(model: DistributedModelParallel) -> SplitTableBatchedEmbeddingBagsCodegen:
+def _find_tbe(model: object) -> SplitTableBatchedEmbeddingBagsCodegen:
     """The fbgemm table inside the sharded collection."""
-    try:
-        (lookup,) = model.module._lookups
-        (kernel,) = lookup._emb_modules
-        tbe = kernel.emb_module
-    except (AttributeError, ValueError) as error:
-        broken = "; ".join(check_private_names()) or f"cannot walk {_PRIVATE_ATTRIBUTES}: {error}"
-        raise RuntimeError(
-            f"torchrec must keep the names that torchrec_adapter.py uses, got: {broken}; "
-            "install a version set that `shardrec doctor` accepts"
-        ) from error
-    assert isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen)
-    return tbe
+    found, way = model, type(model).__name__
+    for name in _WAY_TO_TBE:
+        way += f".{name}"
+        found = getattr(found, name, None)
+        if isinstance(found, list | torch.nn.ModuleList):
+            found = found[0] if len(found) == 1 else None
+        if found is None:
+            raise RuntimeError(_broken(way, "one object"))
+    if not isinstance(found, SplitTableBatchedEmbeddingBagsCodegen):
+        raise RuntimeError(_broken(way, SplitTableBatchedEmbeddingBagsCodegen.__name__))
+    return found
+
+
+def _broken(way: str, expected: str) -> str:
+    return (
+        f"torchrec must have {expected} at {way}, got something else or nothing; "
+        "install the versions of torch, torchrec and fbgemm that match"
+    )
