@@ -1,7 +1,7 @@
 """The manifest of a prepared folder: what is in it, where it came from, and whether it is complete.
 
-``manifest.json`` is written last, so a folder that has one is whole; sizes and checksums say whether
-it still is.
+``manifest.json`` is written last, so a folder that has one is whole; sizes and checksums say
+whether it still is.
 """
 
 import dataclasses

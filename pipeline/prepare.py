@@ -1,0 +1,430 @@
+"""The prepare stage: an event log in, a folder of sequences, splits and a manifest out.
+
+Splits:
+
+* ``temporal`` (default): events from one global time on are for testing. Counts, popularity,
+  filters and training sequences come from earlier events only. Validation is by users (the default:
+  one in ten gives up the last event before the test part, so that training still sees the newest
+  weeks) or by time (the part just before the test part, for all users: training ends earlier).
+* ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
+  than three events only train. There is no clock in it: filters count the whole log.
+
+Targets are the user's ``last`` held-out event, with everything before it as history, or ``all`` of
+them, with what precedes the split as history. Items first seen after the split stay in the catalog
+with count 0 (unless ``min_item_events`` asks for training events), and users without history before
+it are counted and left out. Events of one user at one time keep the order of the log.
+"""
+
+import dataclasses
+import datetime
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+import shardrec
+from shardrec.pipeline.config import to_json
+from shardrec.pipeline.events import EventColumns, EventLog
+from shardrec.pipeline.manifest import Manifest, read_manifest, write_manifest
+from shardrec.pipeline.sequences import Written, write_items, write_sequences
+from shardrec.pipeline.sorted_log import SortedLog, SortOptions, sort_log
+from shardrec.pipeline.split import (
+    Cuts,
+    count_items,
+    leave_one_out_cuts,
+    temporal_cuts,
+    training_counts,
+)
+from shardrec.pipeline.spread import load_per_rank, spread_by_popularity
+from shardrec.pipeline.staging import staged_folder
+
+__all__ = ["PrepareConfig", "prepare"]
+
+Array = npt.NDArray[Any]
+_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+_LOAD_RANKS = (2, 4, 8)
+_WITHOUT_EFFECT = ("events", "output", "memory_limit", "threads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Options of ``prepare``.
+
+    Attributes:
+        events: Parquet file, folder, glob, or URI that pyarrow opens.
+        output: folder to write; it must not exist, or hold the same result already.
+        user_column, item_column, time_column: names in the log. Ids are integers of 0 or more, or
+            strings; times are whole numbers, timestamps, dates or ISO text.
+        event_column: column that ``event_types`` selects from.
+        event_types: values of ``event_column`` to keep; the others are counted and left out.
+        weight_column: numbers of 0 or more that multiply the loss of the event as a target.
+        split: "temporal" or "leave_one_out".
+        test_quantile: share of the events, in global time order, before the test part (0.9).
+        test_time: instead, the first time of the test part: a number, or ISO text where the log has
+            timestamps (numbers then are microseconds).
+        validation: "users", "time" (temporal split only), or "none".
+        validation_users: with "users", how many; by default all for leave_one_out, else one in ten
+            and at most 10,000.
+        validation_quantile: with "time", share of the events before the validation part (0.8).
+        validation_time: instead, the first time of the validation part.
+        targets: "last" or "all" held-out events of a user.
+        min_user_events: events a user needs before the test part (leave_one_out: in all).
+        min_item_events: events an item needs before the test part (leave_one_out: in all); counted
+            before users are dropped.
+        keep_duplicates: keep events that repeat another one in every column read.
+        sequences_per_row_group: rows of a row group in train, validation and test.
+        seed: of the users' order.
+        memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
+        threads: of DuckDB; by default as many as this process may use.
+    """
+
+    events: str
+    output: str
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    event_column: str | None = None
+    event_types: tuple[str, ...] = ()
+    weight_column: str | None = None
+    split: Literal["temporal", "leave_one_out"] = "temporal"
+    test_quantile: float | None = None
+    test_time: int | str | None = None
+    validation: Literal["users", "time", "none"] = "users"
+    validation_users: int | None = None
+    validation_quantile: float | None = None
+    validation_time: int | str | None = None
+    targets: Literal["last", "all"] = "last"
+    min_user_events: int = 2
+    min_item_events: int = 0
+    keep_duplicates: bool = False
+    sequences_per_row_group: int = 2048
+    seed: int = 0
+    memory_limit: str = "512MB"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges, and refuse options that would be ignored."""
+        _check_choice("split", self.split, ("temporal", "leave_one_out"))
+        _check_choice("validation", self.validation, ("users", "time", "none"))
+        _check_choice("targets", self.targets, ("last", "all"))
+        _check_numbers(self)
+        _check_used(self)
+        if "://" in self.output:
+            raise ValueError(
+                f"output must be a local folder, got {self.output!r}; prepare here and copy it"
+            )
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
+            raise ValueError(
+                f"memory_limit must be a size, got {self.memory_limit!r}; say 512MB or 2GiB"
+            )
+
+    def columns(self) -> EventColumns:
+        """The columns of the log to read."""
+        return EventColumns(
+            user=self.user_column,
+            item=self.item_column,
+            time=self.time_column,
+            event=self.event_column,
+            event_types=self.event_types,
+            weight=self.weight_column,
+        )
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Prepare a log for training; does nothing when ``config.output`` already holds the result.
+
+    The output appears whole, by a rename, or not at all.
+
+    Args:
+        config: what to read, how to split, where to write.
+
+    Returns:
+        The manifest of ``config.output``.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        FileExistsError: the output folder holds something else.
+        ValueError: the log breaks the contract; the message names file, row group and column.
+        MemoryError: ``memory_limit`` is too low.
+        OSError: the disk is full.
+    """
+    log = EventLog.open(config.events, config.columns())
+    found = _find_result(config, log)
+    if found is not None:
+        return found
+    with staged_folder(Path(config.output)) as (folder, work):
+        sorted_log = sort_log(
+            log,
+            work,
+            SortOptions(
+                memory_limit=config.memory_limit,
+                threads=config.threads or len(os.sched_getaffinity(0)),
+                seed=config.seed,
+                keep_duplicates=config.keep_duplicates,
+            ),
+        )
+        manifest = _write(config, log, sorted_log, folder)
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def is_prepared(config: PrepareConfig) -> bool:
+    """Whether ``config.output`` already holds what ``prepare(config)`` would write.
+
+    Raises:
+        FileExistsError: the output folder holds something else.
+    """
+    return _find_result(config, EventLog.open(config.events, config.columns())) is not None
+
+
+def _find_result(config: PrepareConfig, log: EventLog) -> Manifest | None:
+    folder = Path(config.output)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
+    if not os.path.lexists(folder):
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        raise FileExistsError(
+            f"output must be a new folder or a complete result, got {str(folder)!r} ({error}); "
+            "choose another folder or delete it"
+        ) from error
+    if manifest.config != _stored_config(config) or manifest.source != _source(log):
+        ours, theirs = _stored_config(config), manifest.config
+        changed = [name for name in ours if ours[name] != theirs.get(name)] or ["the log's files"]
+        raise FileExistsError(
+            f"output must be a new folder or hold this very result, got {str(folder)!r}, which "
+            f"differs in {', '.join(changed)}; choose another folder or delete it"
+        )
+    return manifest
+
+
+def _write(config: PrepareConfig, log: EventLog, events: SortedLog, folder: Path) -> Manifest:
+    test_time, validation_time = _cut_times(config, log, events)
+    item_kept = _kept_items(config, events, test_time)
+    cuts = _cuts(config, events, item_kept, test_time, validation_time)
+    counts = training_counts(events, cuts)
+    catalog = np.flatnonzero(item_kept)
+    order = catalog[spread_by_popularity(counts[catalog])]
+    item_index = np.zeros(len(item_kept), np.int64)
+    item_index[order] = np.arange(len(order))
+    items = write_items(folder, events.item_ids, order, counts)
+    written = write_sequences(
+        folder,
+        events,
+        cuts,
+        item_index,
+        counts,
+        last_target_only=config.targets == "last",
+        group_rows=config.sequences_per_row_group,
+    )
+    _check_written(config, written)
+    return Manifest(
+        shardrec_version=shardrec.__version__,
+        config=_stored_config(config),
+        source=_source(log),
+        columns=_columns(config, log),
+        split={
+            "kind": config.split,
+            "targets": config.targets,
+            "validation": config.validation,
+            "test_time": test_time,
+            "validation_time": validation_time,
+        },
+        counts=_counts(log, events, cuts, counts) | written.counts,
+        quantiles={
+            "train_sequence_length": _quantiles(written.lengths),
+            "item_count": _quantiles(counts[order]),
+        },
+        load_per_rank={str(ranks): load_per_rank(counts[order], ranks) for ranks in _LOAD_RANKS},
+        files=(items, *written.files),
+    )
+
+
+def _cut_times(
+    config: PrepareConfig, log: EventLog, events: SortedLog
+) -> tuple[int | None, int | None]:
+    """First time of the test part and of the validation part, where the split has them."""
+    if config.split == "leave_one_out":
+        return None, None
+    first, last = events.time_range()
+    test = _cut("test", config.test_time, config.test_quantile or 0.9, log, events)
+    if not first < test <= last:
+        raise ValueError(
+            f"the test part must start after the first and not after the last time of the log "
+            f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
+            "split=leave_one_out where the times are an order only"
+        )
+    if config.validation != "time":
+        return test, None
+    quantile = config.validation_quantile or 0.8
+    validation = _cut("validation", config.validation_time, quantile, log, events)
+    if not first < validation < test:
+        raise ValueError(
+            f"the validation part must start after {first} and before the test part at {test}, "
+            f"got {validation}; set validation_time or validation_quantile"
+        )
+    return test, validation
+
+
+def _cut(
+    name: str, time: int | str | None, quantile: float, log: EventLog, events: SortedLog
+) -> int:
+    if time is None:
+        return events.time_at(quantile)
+    if isinstance(time, int):
+        return time
+    if log.time_type != "timestamp[us]":
+        raise ValueError(
+            f"{name}_time must be a number because the log's times are, got {time!r}; "
+            "give it in the log's unit"
+        )
+    try:
+        moment = datetime.datetime.fromisoformat(time)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}_time must be ISO text or a number, got {time!r}; say 2024-01-31"
+        ) from error
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return (moment - epoch) // datetime.timedelta(microseconds=1)
+
+
+def _kept_items(config: PrepareConfig, events: SortedLog, test_time: int | None) -> Array:
+    if config.min_item_events == 0:
+        kept: Array = np.ones(len(events.item_ids), bool)
+    else:
+        kept = count_items(events, test_time) >= config.min_item_events
+    if kept.sum() < 2:
+        raise ValueError(
+            f"the catalog must have at least 2 items, got {int(kept.sum())}; "
+            "check item_column and lower min_item_events"
+        )
+    return kept
+
+
+def _cuts(
+    config: PrepareConfig,
+    events: SortedLog,
+    item_kept: Array,
+    test_time: int | None,
+    validation_time: int | None,
+) -> Cuts:
+    num_users = 0 if config.validation == "none" else config.validation_users
+    if test_time is None:
+        return leave_one_out_cuts(
+            events,
+            item_kept,
+            min_user_events=config.min_user_events,
+            validation_users=num_users,
+        )
+    return temporal_cuts(
+        events,
+        item_kept,
+        test_time=test_time,
+        validation_time=validation_time,
+        min_user_events=config.min_user_events,
+        validation_users=num_users,
+    )
+
+
+def _check_written(config: PrepareConfig, written: Written) -> None:
+    if written.counts["train_sequences"] == 0:
+        raise ValueError(
+            "at least one user must have 2 or more training events, got none; check user_column "
+            f"(is it a session or a row number?), lower min_user_events={config.min_user_events} "
+            "or move the split"
+        )
+
+
+def _counts(log: EventLog, events: SortedLog, cuts: Cuts, counts: Array) -> dict[str, int]:
+    unique = events.num_events
+    in_catalog = int(cuts.total.sum())
+    catalog_counts = counts[cuts.item_kept]
+    return {
+        "events_read": log.events_read,
+        "events_other_type": log.events_read - unique - events.duplicates,
+        "duplicates_dropped": events.duplicates,
+        "events_of_dropped_items": unique - in_catalog,
+        "events_of_dropped_users": int(cuts.total[~cuts.kept].sum()),
+        "users": int(cuts.kept.sum()),
+        "users_dropped": int((~cuts.kept).sum()),
+        "items": len(catalog_counts),
+        "items_dropped": int((~cuts.item_kept).sum()),
+        "items_without_training_events": int((catalog_counts == 0).sum()),
+        "train_events": int(catalog_counts.sum()),
+        "train_users": int((cuts.kept & (cuts.train_end > 0)).sum()),
+        "test_users_without_history": int(((cuts.total > 0) & (cuts.test_start == 0)).sum()),
+    }
+
+
+def _quantiles(values: Array) -> dict[str, int]:
+    found = np.quantile(values, _QUANTILES, method="inverted_cdf")
+    return {f"{q:g}": int(value) for q, value in zip(_QUANTILES, found, strict=True)}
+
+
+def _stored_config(config: PrepareConfig) -> dict[str, Any]:
+    data: dict[str, Any] = to_json(config)
+    return {name: value for name, value in data.items() if name not in _WITHOUT_EFFECT}
+
+
+def _source(log: EventLog) -> dict[str, Any]:
+    return {"files": [dataclasses.asdict(file) for file in log.files]}
+
+
+def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:
+    weight = {"name": config.weight_column, "type": "float"} if config.weight_column else None
+    return {
+        "user": {"name": config.user_column, "type": log.user_type},
+        "item": {"name": config.item_column, "type": log.item_type},
+        "time": {"name": config.time_column, "type": log.time_type},
+        "weight": weight,
+    }
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}; choose one")
+
+
+def _check_numbers(config: PrepareConfig) -> None:
+    least = {"min_user_events": 1, "min_item_events": 0, "sequences_per_row_group": 1, "seed": 0}
+    least |= {"threads": 1, "validation_users": 1}
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}; raise it")
+    for name in ("test_quantile", "validation_quantile"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}; say 0.9")
+
+
+def _check_used(config: PrepareConfig) -> None:
+    """Refuse options that the others switch off."""
+    temporal, by_time = config.split == "temporal", config.validation == "time"
+    rules = [
+        ("test_quantile", temporal, "split=temporal"),
+        ("test_time", temporal, "split=temporal"),
+        ("test_quantile", config.test_time is None, "no test_time"),
+        ("validation_quantile", by_time, "validation=time"),
+        ("validation_time", by_time, "validation=time"),
+        ("validation_quantile", config.validation_time is None, "no validation_time"),
+        ("validation_users", config.validation == "users", "validation=users"),
+        ("event_column", bool(config.event_types), "event_types"),
+        ("event_types", config.event_column is not None, "event_column"),
+    ]
+    for name, used, needs in rules:
+        value = getattr(config, name)
+        if value not in (None, ()) and not used:
+            raise ValueError(
+                f"{name} must come with {needs}, got {value!r} without; drop one or set the other"
+            )
+    if by_time and not temporal:
+        raise ValueError(
+            "validation must be users or none with split=leave_one_out, got 'time'; choose one"
+        )

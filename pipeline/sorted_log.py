@@ -1,0 +1,300 @@
+"""The whole log sorted by (user, time, file, row), as plain columns on disk, in little memory.
+
+DuckDB numbers the ids, joins and sorts, and spills where its memory limit says so. Users are
+numbered in a seeded hash order, so whatever walks the sorted columns meets them in that order.
+Events of one user at one time keep the order of the log: files by path, then rows.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shardrec.pipeline.events import EventLog
+
+Array = npt.NDArray[Any]
+_BLOCK_EVENTS = 1 << 20
+_ARROW_ROWS = 131_072
+_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SortOptions:
+    """How to sort: ``memory_limit`` as DuckDB spells it, ``seed`` of the users' order."""
+
+    memory_limit: str
+    threads: int
+    seed: int
+    keep_duplicates: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """The events of whole users ``first_user .. stop_user - 1``.
+
+    Attributes:
+        user: (E,) int64, ascending.
+        item: (E,) int64, number of the item in ``SortedLog.item_ids``.
+        time: (E,) int64, ascending inside a user.
+        weight: (E,) float32, or None.
+    """
+
+    first_user: int
+    stop_user: int
+    user: Array
+    item: Array
+    time: Array
+    weight: Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SortedLog:
+    """The sorted columns in ``folder`` and what their numbers stand for.
+
+    Attributes:
+        user_ids: ids in the seeded hash order; position = number.
+        item_ids: ids in ascending order; position = number.
+        user_events: (users,) int64, events of each user.
+        duplicates: exact duplicates that were dropped.
+        has_weight: whether there is a weight column.
+    """
+
+    folder: Path
+    user_ids: pa.Array
+    item_ids: pa.Array
+    user_events: Array
+    duplicates: int
+    has_weight: bool
+
+    @property
+    def num_events(self) -> int:
+        """Events without the dropped duplicates."""
+        return int(self.user_events.sum())
+
+    def blocks(self) -> Iterator[Block]:
+        """Runs of whole users, about a million events each (more where one user has more)."""
+        ends = np.cumsum(self.user_events)
+        starts = ends - self.user_events
+        cuts = np.flatnonzero(np.diff(starts // _BLOCK_EVENTS)) + 1
+        bounds = [0, *cuts.tolist(), len(starts)]
+        for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            count = int(ends[stop - 1] - starts[first])
+            yield self._block(first, stop, int(starts[first]), count)
+
+    def _block(self, first: int, stop: int, start: int, count: int) -> Block:
+        return Block(
+            first_user=first,
+            stop_user=stop,
+            user=np.repeat(np.arange(first, stop), self.user_events[first:stop]),
+            item=self._read("item", np.int64, start, count),
+            time=self._read("time", np.int64, start, count),
+            weight=self._read("weight", np.float32, start, count) if self.has_weight else None,
+        )
+
+    def _read(self, name: str, dtype: Any, start: int, count: int) -> Array:
+        offset = start * np.dtype(dtype).itemsize
+        return np.fromfile(self.folder / name, dtype=dtype, count=count, offset=offset)
+
+    def time_at(self, share: float) -> int:
+        """The time of event floor(share * events) in global time order, without sorting.
+
+        Narrows the range of times to one value by counting, so it needs no memory to speak of.
+        """
+        rank = min(int(share * self.num_events), self.num_events - 1)
+        low, high = self.time_range()
+        while low < high:
+            width = -(-(high - low + 1) // 65_536)
+            counts = np.zeros(65_536, np.int64)
+            below = 0
+            for block in self.blocks():
+                inside = block.time[(block.time >= low) & (block.time <= high)]
+                below += int((block.time < low).sum())
+                bins = (inside - low) // width
+                counts += np.bincount(bins, minlength=65_536)
+            cell = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
+            low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
+        return low
+
+    def time_range(self) -> tuple[int, int]:
+        """The first and the last time of the log."""
+        ranges = [(int(block.time.min()), int(block.time.max())) for block in self.blocks()]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def sort_log(log: EventLog, folder: Path, options: SortOptions) -> SortedLog:
+    """Read ``log`` once and leave its sorted columns in ``folder``.
+
+    Args:
+        log: the events.
+        folder: an empty folder on a local disk, for the columns and for what DuckDB spills.
+        options: limits and seed.
+
+    Raises:
+        ValueError: a value of the log breaks the contract, or no event is left.
+        MemoryError: ``memory_limit`` is too low.
+        OSError: the disk is full.
+    """
+    with _database(folder, options) as database:
+        _ingest(database, log)
+        _check_not_empty(database, log)
+        seeded = f"md5_number(concat('{options.seed}:', id)), id"
+        user_ids = _number(database, "user", seeded)
+        item_ids = _number(database, "item", "id")
+        user_events, duplicates = _write_columns(
+            database, folder, len(user_ids), options.keep_duplicates, log
+        )
+    return SortedLog(
+        folder=folder,
+        user_ids=user_ids,
+        item_ids=item_ids,
+        user_events=user_events,
+        duplicates=duplicates,
+        has_weight=log.columns.weight is not None,
+    )
+
+
+@contextlib.contextmanager
+def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyConnection]:
+    path = folder / "events.duckdb"
+    settings = {
+        "memory_limit": options.memory_limit,
+        "threads": options.threads,
+        "temp_directory": str(folder / "spill"),
+        "preserve_insertion_order": False,
+    }
+    try:
+        database = duckdb.connect(str(path), config=settings)
+        try:
+            yield database
+        finally:
+            database.close()
+            path.unlink(missing_ok=True)
+    except duckdb.OutOfMemoryException as error:
+        raise MemoryError(
+            f"memory_limit must be large enough to sort the log, got {options.memory_limit!r} "
+            f"({_first_line(error)}); raise it, or lower threads"
+        ) from error
+    except duckdb.IOException as error:
+        raise OSError(
+            f"the folder of the output must have room for the log and its sorted copy, got "
+            f"{_first_line(error)}; free some space"
+        ) from error
+
+
+def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
+    user, item = _SQL_TYPES[log.user_type], _SQL_TYPES[log.item_type]
+    weight = ", weight FLOAT" if log.columns.weight is not None else ""
+    database.execute(
+        f"CREATE TABLE events (user_id {user}, item_id {item}, time BIGINT, row BIGINT, "
+        f"event INTEGER{weight})"
+    )
+    database.execute("BEGIN TRANSACTION")
+    for table in log.tables():
+        database.register("part", table)
+        database.execute("INSERT INTO events SELECT * FROM part")
+        database.unregister("part")
+    database.execute("COMMIT")
+
+
+def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
+    row = database.execute("SELECT count(*) FROM events").fetchone()
+    if row is not None and row[0]:
+        return
+    if log.events_read:
+        seen = ", ".join(repr(kind) for kind in sorted(log.event_types_seen))
+        raise ValueError(
+            f"event_types must select at least one event, got {list(log.columns.event_types)} "
+            f"where the log has {seen or 'nulls only'}; correct the spelling"
+        )
+    raise ValueError("the event log must hold at least one event, got none; check the path")
+
+
+def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str) -> pa.Array:
+    """Number the ids of ``kind`` by ``order`` in a table ``<kind>_numbers``; returns the ids."""
+    database.execute(
+        f"CREATE TABLE {kind}_numbers AS "
+        f"SELECT id, (row_number() OVER (ORDER BY {order}) - 1)::BIGINT AS number "
+        f"FROM (SELECT DISTINCT {kind}_id AS id FROM events)"
+    )
+    ids = database.sql(f"SELECT id FROM {kind}_numbers ORDER BY number").to_arrow_table()
+    return ids.column(0).combine_chunks()
+
+
+def _write_columns(
+    database: duckdb.DuckDBPyConnection,
+    folder: Path,
+    num_users: int,
+    keep_duplicates: bool,
+    log: EventLog,
+) -> tuple[Array, int]:
+    """Write the sorted columns; returns events per user and the number of dropped duplicates."""
+    weight = ", e.weight" if log.columns.weight is not None else ""
+    events = database.sql(
+        f"SELECT u.number, i.number, e.time, e.event{weight} FROM events e "
+        "JOIN user_numbers u ON e.user_id = u.id JOIN item_numbers i ON e.item_id = i.id "
+        "ORDER BY u.number, e.time, e.row"
+    ).to_arrow_reader(_ARROW_ROWS)
+    user_events = np.zeros(num_users, np.int64)
+    total = 0
+    names = ["item", "time"] + (["weight"] if weight else [])
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        for columns in _tie_aligned(events):
+            total += len(columns[0])
+            kept = columns if keep_duplicates else _drop_duplicates(columns)
+            if len(kept[0]):
+                first, last = int(kept[0][0]), int(kept[0][-1])
+                user_events[first : last + 1] += np.bincount(kept[0] - first)
+            parts = dict(zip(["user", "item", "time", "event", "weight"], kept, strict=False))
+            for name, file in files.items():
+                parts[name].tofile(file)
+    return user_events, total - int(user_events.sum())
+
+
+def _tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
+    """Columns (user, item, time, event[, weight]) cut where user or time changes."""
+    rest: list[Array] = []
+    for batch in reader:
+        columns = [column.to_numpy() for column in batch.columns]
+        if rest:
+            columns = [np.concatenate(pair) for pair in zip(rest, columns, strict=True)]
+        changes = np.flatnonzero(~_ties(columns[0], columns[2]))
+        cut = int(changes[-1]) + 1 if len(changes) else 0
+        if cut:
+            yield [column[:cut] for column in columns]
+        rest = [column[cut:] for column in columns]
+    if rest:
+        yield rest
+
+
+def _ties(user: Array, time: Array) -> Array:
+    """(E - 1,) bool: event k + 1 has the user and the time of event k."""
+    same: Array = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    return same
+
+
+def _drop_duplicates(columns: list[Array]) -> list[Array]:
+    """The columns without events that repeat an earlier one in every column."""
+    tie = _ties(columns[0], columns[2])
+    in_tie = np.flatnonzero(np.append(tie, False) | np.append(False, tie))
+    if not len(in_tie):
+        return columns
+    group = np.append(0, np.cumsum(~tie))[in_tie]
+    keys = [group, columns[1][in_tie]] + [column[in_tie] for column in columns[3:]]
+    order = np.lexsort(keys[::-1])
+    repeats = np.ones(len(order) - 1, bool)
+    for key in keys:
+        repeats &= key[order][1:] == key[order][:-1]
+    keep = np.ones(len(columns[0]), bool)
+    keep[in_tie[order[1:][repeats]]] = False
+    return [column[keep] for column in columns]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
