@@ -36,6 +36,7 @@ class Blocks:
 
     Block t holds the pairs ``pair_positions[pair_starts[t]:pair_starts[t + 1]]`` and the rows
     ``items[item_starts[t]:item_ends[t]]``. Pair p adds its log-sum-exp to slot ``pair_slots[p]``.
+    Within a round no slot stands in two blocks.
 
     Attributes:
         pair_positions: (P,) int64 row of ``states`` of each pair; None: pair p is position p.

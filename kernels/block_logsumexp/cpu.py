@@ -1,37 +1,62 @@
-"""Block log-sum-exp in plain PyTorch, one tile of logits at a time."""
+"""Block log-sum-exp in plain PyTorch: one tile of logits at a time, reused for all of them.
+
+The full softmax walks over contiguous tiles. Lists of blocks are cut into pieces that fit a tile,
+and pieces of similar size are worked on in batches, since a product of 20 x 1000 takes less time
+than the calls around it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 
-__all__ = ["TILE_ITEMS", "TILE_POSITIONS", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
-# Tile of logits: 256 x 4096 floats are 4 MiB, which the shared cache holds while six passes go
-# over it.
-TILE_POSITIONS = 256
-TILE_ITEMS = 4096
+# A tile of 2**20 logits is 4 MiB: it stays in the shared cache while many passes go over it.
+TILE_LOGITS = 1 << 20
+TILE_POSITIONS = 1024
+PIECE_ITEMS = 1 << 14
+# A batch of blocks is padded to its largest; blocks smaller than this share of it open a new batch.
+LEAST_FILL = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
-    positions: slice | Tensor  # into states
-    slots: slice | Tensor  # into the output
-    items: slice | Tensor  # into rows
-    entries: slice  # into blocks.items and blocks.offsets
+class _Batch:
+    """G blocks padded to p pairs and q items.
+
+    Attributes:
+        positions: (G, p) int64 rows of states; any row where there is no pair.
+        slots: (G, p) int64; ``num_slots`` where there is no pair.
+        items: (G, q) int64 rows; any row where there is no item.
+        offsets: (G, q) float32; infinite where there is no item.
+        round: Round of the blocks.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    items: Tensor
+    offsets: Tensor
     round: int
 
 
 def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """(num_slots,) log-sum-exps and (N,) target logits, float32; see the package's function."""
-    logsumexp = states.new_full((blocks.num_slots,), -torch.inf, dtype=torch.float32)
-    for tile in _tiles(blocks):
-        logits, _, _ = _tile_logits(states, rows, blocks, tile)
-        logsumexp[tile.slots] = torch.logaddexp(logsumexp[tile.slots], logits.logsumexp(1))
-    return logsumexp, _target_logits(states, rows, blocks.targets)
+    # One entry more than there are slots takes what padded pairs would add.
+    logsumexp = states.new_full((blocks.num_slots + 1,), -torch.inf, dtype=torch.float32)
+    if blocks.items is None:
+        for positions, _, logits in _contiguous_tiles(states, rows, blocks.targets):
+            logsumexp[positions] = torch.logaddexp(logsumexp[positions], _logsumexp(logits))
+    else:
+        for batch in _batches(blocks):
+            logits, _, _ = _batch_logits(states, rows, blocks, batch)
+            part = _logsumexp(logits)
+            # Blocks of one round have no slot twice, so reading and writing by index is safe.
+            logsumexp[batch.slots] = torch.logaddexp(logsumexp[batch.slots], part)
+    return logsumexp[:-1], _target_logits(states, rows, blocks.targets)
 
 
 def backward(
@@ -48,18 +73,189 @@ def backward(
     Every tile of probabilities is computed again.
     """
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-    for tile in _tiles(_without_idle_pairs(blocks, grad_logsumexp)):
-        logits, block_states, block_rows = _tile_logits(states, rows, blocks, tile)
-        logits.sub_(shift[tile.slots][:, None]).exp_().mul_(grad_logsumexp[tile.slots][:, None])
-        _add_product(grad_states, tile.positions, logits, block_rows)
-        _add_product(grad_rows, tile.items, logits.T, block_states)
-    here = (blocks.targets >= 0).nonzero()[:, 0]
-    target_rows = blocks.targets[here]
-    weight = grad_target_logits[here][:, None]
-    grad_states.index_add_(0, here, rows[target_rows].float() * weight)
-    grad_rows.index_add_(0, target_rows, states[here].float() * weight)
+    # Lines without candidates, padded pairs among them, have gradient 0.
+    shift = F.pad(logsumexp.masked_fill(logsumexp == -torch.inf, 0.0), (0, 1))
+    weight = F.pad(grad_logsumexp, (0, 1))
+    if blocks.items is None:
+        for positions, items, logits in _contiguous_tiles(states, rows, blocks.targets):
+            _to_gradient(logits, shift[positions], weight[positions])
+            grad_states[positions].addmm_(logits, rows[items].float())
+            grad_rows[items].addmm_(logits.T, states[positions].float())
+    else:
+        for batch in _batches(_without_idle_pairs(blocks, grad_logsumexp)):
+            logits, batch_states, batch_rows = _batch_logits(states, rows, blocks, batch)
+            _to_gradient(logits, shift[batch.slots], weight[batch.slots])
+            parts = torch.bmm(logits, batch_rows), torch.bmm(logits.transpose(1, 2), batch_states)
+            grad_states.index_add_(0, batch.positions.flatten(), parts[0].flatten(0, 1))
+            grad_rows.index_add_(0, batch.items.flatten(), parts[1].flatten(0, 1))
+    _add_target_gradient(states, rows, blocks.targets, grad_target_logits, grad_states, grad_rows)
     return grad_states
+
+
+def _contiguous_tiles(
+    states: Tensor, rows: Tensor, targets: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Positions, items and logits of the tiles of all positions times all rows; one buffer."""
+    num_positions, num_rows = states.shape[0], rows.shape[0]
+    height = min(TILE_POSITIONS, num_positions)
+    width = TILE_LOGITS // max(height, 1)
+    buffer = torch.empty(height * min(width, num_rows), device=states.device)
+    for first_item in range(0, num_rows, width):
+        items = slice(first_item, min(first_item + width, num_rows))
+        transposed = rows[items].float().T
+        for first in range(0, num_positions, height):
+            positions = slice(first, min(first + height, num_positions))
+            shape = (positions.stop - first, items.stop - first_item)
+            logits = buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(states[positions].float(), transposed, out=logits)
+            inside = targets[positions] - first_item
+            lines = ((inside >= 0) & (inside < shape[1])).nonzero()[:, 0]
+            logits[lines, inside[lines]] = -torch.inf
+            yield positions, items, logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Pieces of blocks, each small enough for a tile; all (T,) int64."""
+
+    first_pair: Tensor
+    end_pair: Tensor
+    first_item: Tensor
+    end_item: Tensor
+    round: Tensor
+    item_part: Tensor
+
+    def pick(self, index: Tensor) -> "_Pieces":
+        return _Pieces(*(getattr(self, name)[index] for name in self.__slots__))
+
+
+def _cut(blocks: Blocks) -> _Pieces:
+    """The pieces of all blocks that hold any pair and item."""
+    heights = blocks.pair_starts.diff()
+    widths = blocks.item_ends - blocks.item_starts
+    rounds = torch.zeros_like(widths) if blocks.rounds is None else blocks.rounds.block_rounds
+    most_pairs = (TILE_LOGITS // widths.clamp(1, PIECE_ITEMS)).clamp(max=TILE_POSITIONS)
+    pair_parts = -(-heights // most_pairs)
+    item_parts = -(-widths // PIECE_ITEMS)
+    of_block = torch.repeat_interleave(pair_parts * item_parts)
+    first_piece = (pair_parts * item_parts).cumsum(0) - pair_parts * item_parts
+    number = torch.arange(of_block.numel(), device=of_block.device) - first_piece[of_block]
+    pair_part, item_part = number // item_parts[of_block], number % item_parts[of_block]
+    first_pair = blocks.pair_starts[:-1][of_block] + pair_part * most_pairs[of_block]
+    first_item = blocks.item_starts[of_block] + item_part * PIECE_ITEMS
+    return _Pieces(
+        first_pair=first_pair,
+        end_pair=torch.minimum(first_pair + most_pairs[of_block], blocks.pair_starts[1:][of_block]),
+        first_item=first_item,
+        end_item=torch.minimum(first_item + PIECE_ITEMS, blocks.item_ends[of_block]),
+        round=rounds[of_block],
+        item_part=item_part,
+    )
+
+
+def _batches(blocks: Blocks) -> Iterator[_Batch]:
+    """The pieces in batches of one round, one part of their block's items, and similar size."""
+    pieces = _cut(blocks)
+    # Stable sorts, the least significant key first.
+    pieces = pieces.pick(torch.argsort(pieces.first_pair - pieces.end_pair, stable=True))
+    pieces = pieces.pick(torch.argsort(pieces.item_part, stable=True))
+    pieces = pieces.pick(torch.argsort(pieces.round, stable=True))
+    shapes = zip(
+        pieces.round.tolist(),
+        pieces.item_part.tolist(),
+        (pieces.end_pair - pieces.first_pair).tolist(),
+        (pieces.end_item - pieces.first_item).tolist(),
+        strict=True,
+    )
+    for start, end in _runs(list(shapes)):
+        members = torch.arange(start, end, device=pieces.round.device)
+        yield _padded(blocks, pieces.pick(members))
+
+
+def _runs(shapes: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs of (round, item part, height, width) that fit one tile when padded to their largest.
+
+    Heights descend within a round and part.
+
+    >>> list(_runs([(0, 0, 8, 4), (0, 0, 7, 4), (0, 0, 2, 4), (1, 0, 2, 4)]))
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    start = width = 0
+    for index, (round_, part, height, piece_width) in enumerate(shapes):
+        first_round, first_part, first_height, _ = shapes[start]
+        wider = max(width, piece_width)
+        fits = (index - start + 1) * first_height * wider <= TILE_LOGITS
+        alike = (round_, part) == (first_round, first_part) and height >= LEAST_FILL * first_height
+        if index > start and not (fits and alike):
+            yield start, index
+            start, wider = index, piece_width
+        width = wider
+    if shapes:
+        yield start, len(shapes)
+
+
+def _padded(blocks: Blocks, pieces: _Pieces) -> _Batch:
+    assert blocks.items is not None
+    pairs, is_pair = _ranges(pieces.first_pair, pieces.end_pair)
+    entries, is_item = _ranges(pieces.first_item, pieces.end_item)
+    positions = pairs if blocks.pair_positions is None else blocks.pair_positions[pairs]
+    slots = positions if blocks.pair_slots is None else blocks.pair_slots[pairs]
+    offsets = torch.zeros(entries.shape, device=entries.device)
+    if blocks.offsets is not None:
+        offsets = blocks.offsets[entries]
+    return _Batch(
+        positions=positions,
+        slots=slots.masked_fill(~is_pair, blocks.num_slots),
+        items=blocks.items[entries],
+        offsets=offsets.masked_fill(~is_item, torch.inf),
+        round=int(pieces.round[0]),
+    )
+
+
+def _ranges(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, longest) members of ranges, the first one repeated as padding, and which are real.
+
+    >>> _ranges(torch.tensor([3, 7]), torch.tensor([5, 8]))[0].tolist()
+    [[3, 4], [7, 7]]
+    """
+    steps = torch.arange(int((ends - starts).max()), device=starts.device)
+    members = starts[:, None] + steps
+    real = members < ends[:, None]
+    return torch.where(real, members, starts[:, None]), real
+
+
+def _batch_logits(
+    states: Tensor, rows: Tensor, blocks: Blocks, batch: _Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, p, q) logits, -inf where a pair does not count, and the (G, ., D) states and rows."""
+    batch_states, batch_rows = states[batch.positions].float(), rows[batch.items].float()
+    logits = torch.bmm(batch_states, batch_rows.transpose(1, 2))
+    logits.sub_(batch.offsets[:, None])
+    is_target = blocks.targets[batch.positions][:, :, None] == batch.items[:, None]
+    logits.masked_fill_(is_target, -torch.inf)
+    if blocks.rounds is not None:
+        _mask_met_before(logits, blocks.rounds, batch)
+    return logits, batch_states, batch_rows
+
+
+def _mask_met_before(logits: Tensor, rounds: Rounds, batch: _Batch) -> None:
+    for earlier in range(batch.round):
+        position_chunks = rounds.position_chunks[:, earlier][batch.positions]
+        item_chunks = rounds.item_chunks[:, earlier][batch.items]
+        distance = position_chunks[:, :, None] - item_chunks[:, None]
+        logits.masked_fill_(distance.abs_() <= rounds.reach, -torch.inf)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension; overwrites its input."""
+    largest = logits.amax(-1)
+    largest.masked_fill_(largest == -torch.inf, 0.0)
+    return logits.sub_(largest[..., None]).exp_().sum(-1).log_().add_(largest)
+
+
+def _to_gradient(logits: Tensor, shift: Tensor, weight: Tensor) -> None:
+    """Overwrites logits with ``weight * exp(logit - shift)``."""
+    logits.sub_(shift[..., None]).exp_().mul_(weight[..., None])
 
 
 def _without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
@@ -67,7 +263,7 @@ def _without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
     if blocks.pair_slots is None or blocks.pair_positions is None:
         return blocks
     busy = grad_logsumexp[blocks.pair_slots] != 0
-    kept_before = torch.nn.functional.pad(busy.cumsum(0), (1, 0))
+    kept_before = F.pad(busy.cumsum(0), (1, 0))
     return replace(
         blocks,
         pair_positions=blocks.pair_positions[busy],
@@ -76,61 +272,22 @@ def _without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
     )
 
 
-def _tiles(blocks: Blocks) -> Iterator[_Tile]:
-    pair_starts = blocks.pair_starts.tolist()
-    item_starts, item_ends = blocks.item_starts.tolist(), blocks.item_ends.tolist()
-    block_rounds = blocks.rounds.block_rounds.tolist() if blocks.rounds else [0] * len(item_ends)
-    for block, (first_item, end_item) in enumerate(zip(item_starts, item_ends, strict=True)):
-        first_pair, end_pair = pair_starts[block], pair_starts[block + 1]
-        for pair in range(first_pair, end_pair, TILE_POSITIONS):
-            pairs = slice(pair, min(pair + TILE_POSITIONS, end_pair))
-            positions = pairs if blocks.pair_positions is None else blocks.pair_positions[pairs]
-            slots = positions if blocks.pair_slots is None else blocks.pair_slots[pairs]
-            for item in range(first_item, end_item, TILE_ITEMS):
-                entries = slice(item, min(item + TILE_ITEMS, end_item))
-                items = entries if blocks.items is None else blocks.items[entries]
-                yield _Tile(positions, slots, items, entries, block_rounds[block])
-
-
-def _tile_logits(
-    states: Tensor, rows: Tensor, blocks: Blocks, tile: _Tile
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of one tile, -inf where a pair does not count, with its states and rows in float32."""
-    block_states, block_rows = states[tile.positions].float(), rows[tile.items].float()
-    logits = block_states @ block_rows.T
-    if blocks.offsets is not None:
-        logits.sub_(blocks.offsets[tile.entries])
-    _mask_targets(logits, blocks.targets[tile.positions], tile.items)
-    if blocks.rounds is not None:
-        _mask_met_before(logits, blocks.rounds, tile)
-    return logits, block_states, block_rows
-
-
-def _mask_targets(logits: Tensor, targets: Tensor, items: slice | Tensor) -> None:
-    if isinstance(items, Tensor):
-        logits.masked_fill_(targets[:, None] == items, -torch.inf)
-        return
-    inside = ((targets >= items.start) & (targets < items.stop)).nonzero()[:, 0]
-    logits[inside, targets[inside] - items.start] = -torch.inf
-
-
-def _mask_met_before(logits: Tensor, rounds: Rounds, tile: _Tile) -> None:
-    position_chunks = rounds.position_chunks[tile.positions]
-    item_chunks = rounds.item_chunks[tile.items]
-    for earlier in range(tile.round):
-        distance = position_chunks[:, earlier, None] - item_chunks[:, earlier]
-        logits.masked_fill_(distance.abs_() <= rounds.reach, -torch.inf)
-
-
-def _add_product(total: Tensor, index: slice | Tensor, left: Tensor, right: Tensor) -> None:
-    if isinstance(index, Tensor):
-        total.index_add_(0, index, left @ right)
-    else:
-        total[index].addmm_(left, right)
-
-
 def _target_logits(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     result = torch.zeros(states.shape[0], dtype=torch.float32, device=states.device)
     here = (targets >= 0).nonzero()[:, 0]
     result[here] = torch.linalg.vecdot(states[here].float(), rows[targets[here]].float())
     return result
+
+
+def _add_target_gradient(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    grad_target_logits: Tensor,
+    grad_states: Tensor,
+    grad_rows: Tensor,
+) -> None:
+    here = (targets >= 0).nonzero()[:, 0]
+    weight = grad_target_logits[here][:, None]
+    grad_states.index_add_(0, here, rows[targets[here]].float() * weight)
+    grad_rows.index_add_(0, targets[here], states[here].float() * weight)

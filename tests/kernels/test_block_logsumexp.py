@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tolerance import assert_as_close_as_eager
+from torch import Tensor
+
+from shardrec.kernels.block_logsumexp import Blocks, Rounds, backward, cpu, every_pair, forward
+from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
+
+NUM_POSITIONS, NUM_ROWS, WIDTH = 23, 31, 6
+
+
+def listed(with_rounds: bool) -> Blocks:
+    """Blocks of uneven sizes: an empty one, repeats of items, overlaps, targets elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(NUM_POSITIONS, generator=generator)
+    targets = torch.randint(-1, NUM_ROWS, (NUM_POSITIONS,), generator=generator)
+    items = torch.randint(0, NUM_ROWS, (60,), generator=generator)
+    pair_starts = torch.tensor([0, 9, 9, 10, 23])
+    item_starts, item_ends = torch.tensor([0, 5, 40, 17]), torch.tensor([20, 9, 40, 60])
+    rounds = None
+    if with_rounds:
+        order, pair_starts = order.repeat(2), torch.tensor([0, 9, 9, 23, 33, 46])
+        item_starts = torch.tensor([0, 5, 10, 31, 17])
+        item_ends = torch.tensor([31, 9, 31, 60, 60])
+        # Within a round a row stands once, as the rule against counting twice presumes.
+        items = torch.cat([torch.arange(31), torch.randperm(31, generator=generator)[:29]])
+        rounds = Rounds(
+            torch.randint(0, 4, (NUM_POSITIONS, 2), generator=generator).int(),
+            torch.randint(0, 4, (NUM_ROWS, 2), generator=generator).int(),
+            1,
+            torch.tensor([0, 0, 0, 1, 1]),
+        )
+    return Blocks(
+        pair_positions=order,
+        pair_starts=pair_starts,
+        items=items,
+        item_starts=item_starts,
+        item_ends=item_ends,
+        targets=targets,
+        num_slots=NUM_POSITIONS,
+        offsets=torch.rand(60, generator=generator),
+        rounds=rounds,
+    )
+
+
+CASES = {
+    "full": every_pair(NUM_ROWS, torch.arange(NUM_POSITIONS) - 1),
+    "listed": listed(with_rounds=False),
+    "rounds": listed(with_rounds=True),
+}
+
+
+@pytest.mark.parametrize("tile", [8, 64, 1 << 20])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, case: str, tile: int
+) -> None:
+    monkeypatch.setattr(cpu, "TILE_LOGITS", tile)
+    monkeypatch.setattr(cpu, "TILE_POSITIONS", 5 if tile < 100 else 1024)
+    monkeypatch.setattr(cpu, "PIECE_ITEMS", 7 if tile < 100 else 1 << 14)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
+    rows = torch.randn(NUM_ROWS, WIDTH, generator=generator)
+    grads = torch.rand(2, NUM_POSITIONS, generator=generator)
+    blocks = CASES[case]
+    truth = by_definition(states.double(), rows.double(), blocks, grads.double())
+    eager = by_definition(states, rows, blocks, grads)
+    logsumexp, target_logits = forward(states, rows, blocks)
+    grad_rows = torch.ones_like(rows)
+    grad_states = backward(states, rows, blocks, logsumexp, grads[0], grads[1], grad_rows)
+    finite = truth[0].isfinite()
+    assert torch.equal(logsumexp.isfinite(), finite)
+    ours = [logsumexp[finite], target_logits, grad_states, grad_rows - 1]
+    truth[0], eager[0] = truth[0][finite], eager[0][finite]
+    for mine, theirs, right in zip(ours, eager, truth, strict=True):
+        assert_as_close_as_eager(mine, theirs, right)
+
+
+def by_definition(states: Tensor, rows: Tensor, blocks: Blocks, grads: Tensor) -> list[Tensor]:
+    states, rows = states.clone().requires_grad_(), rows.clone().requires_grad_()
+    logsumexp, target_logits = block_logsumexp_reference(states, rows, blocks)
+    finite = logsumexp.isfinite()
+    total = (logsumexp[finite] * grads[0][finite]).sum() + (target_logits * grads[1]).sum()
+    gradients = torch.autograd.grad(total, (states, rows))
+    return [logsumexp.detach(), target_logits.detach(), *gradients]
+
+
+def test_a_slot_without_candidates_is_minus_infinity_and_has_no_gradient() -> None:
+    blocks = every_pair(1, torch.tensor([0, -1]))
+    states, rows = torch.ones(2, 4), torch.ones(1, 4)
+    logsumexp, target_logits = forward(states, rows, blocks)
+    assert logsumexp.tolist() == [-torch.inf, 4.0] and target_logits.tolist() == [4.0, 0.0]
+    grad_rows = torch.zeros(1, 4)
+    grad_states = backward(
+        states, rows, blocks, logsumexp, torch.tensor([1.0, 0.0]), torch.zeros(2), grad_rows
+    )
+    assert not grad_states.any() and not grad_rows.any()
+
+
+def test_an_empty_shard_gives_nothing() -> None:
+    states, rows = torch.ones(2, 4), torch.zeros(0, 4)
+    logsumexp, target_logits = forward(states, rows, every_pair(0, torch.tensor([-1, -1])))
+    assert logsumexp.tolist() == [-torch.inf] * 2 and target_logits.tolist() == [0.0, 0.0]
