@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardrec.modules.ranking_exchange import Ragged
 
-__all__ = ["Blocks", "LocalRows", "own_scores", "shard_counts", "shard_top", "top_lowest"]
+__all__ = ["Blocks", "LocalRows", "TopSearch", "own_scores", "shard_counts", "top_lowest"]
 
 _TILE_SCORES = 2**20  # 4 MiB: scores are masked and compared while they are in the cache
 _LEAST_COLUMNS = 16  # narrower products take another path in BLAS and round differently
@@ -83,43 +83,73 @@ class _Hidden:
             scores.index_fill_(0, self.blocked[low:high] - start, -math.inf)
 
 
-def shard_top(
-    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
-) -> tuple[Tensor, Tensor]:
-    """Best items of this shard for (M, D) states, equal scores by lower index.
+class TopSearch:
+    """Searches one shard for the best items of chunk after chunk of states, in the same memory."""
 
-    Returns:
-        (M, k) scores and global items; where the shard has fewer, the scores end in -inf.
-    """
-    num_rows, num_states = len(local.rows), len(states)
-    states = _widen(states)
-    tile, block = _grid(states, blocks, num_rows)
-    group = max(1, math.isqrt(block // k))
-    hidden = _Hidden(local, seen, tile)
-    buffer = states.new_empty(block + group, len(states))
-    best = states.new_full((len(states), k), -math.inf)
-    best_rows = torch.zeros_like(best, dtype=torch.int64)
-    for start in range(0, num_rows, block):
-        rows = local.rows[start : start + block]
-        scores = buffer[: -(-len(rows) // group) * group]
-        scores[len(rows) :] = -math.inf
-        for first in range(0, len(rows), tile):
-            part = scores[first : min(first + tile, len(rows))]
-            _score(rows[first : first + tile], states, part)
-            hidden.cover(part, start + first)
-        values, found = _block_top(scores.unflatten(0, (-1, group)), k)
-        best, order = top_lowest(torch.cat((best, values), 1), k)
-        best_rows = torch.cat((best_rows, found + start), 1).gather(1, order)
-    return best[:num_states], best_rows[:num_states] + local.first_row
+    def __init__(self, local: LocalRows, k: int, blocks: Blocks) -> None:
+        """Store what to search.
+
+        Args:
+            local: the rows of this shard.
+            k: items wanted for each state.
+            blocks: how much is worked on at a time.
+        """
+        self.local, self.k, self.blocks = local, k, blocks
+        self.memory = torch.empty(0, device=local.rows.device)
+
+    def search(self, states: Tensor, seen: Ragged | None) -> tuple[Tensor, Tensor]:
+        """Best items of (M, D) float32 states, equal scores by lower index.
+
+        Returns:
+            (M, k) scores and global items; where the shard has fewer, the scores end in -inf.
+        """
+        num_rows, num_states = len(self.local.rows), len(states)
+        states = _widen(states)
+        tile, block = _grid(states, self.blocks, num_rows)
+        group = max(1, min(tile, math.isqrt(block // self.k)))
+        tile, block = tile - tile % group, block - block % (tile - tile % group)
+        hidden = _Hidden(self.local, seen, tile)
+        best = states.new_full((len(states), self.k), -math.inf)
+        best_rows = torch.zeros_like(best, dtype=torch.int64)
+        for start in range(0, num_rows, block):
+            size = min(block, num_rows - start)
+            scores = self._room(-(-size // group), group, len(states))
+            maxima = self._score_block(states, hidden, range(start, start + size, tile), scores)
+            values, found = _best_of_groups(scores, maxima, self.k)
+            best, order = top_lowest(torch.cat((best, values), 1), self.k)
+            best_rows = torch.cat((best_rows, found + start), 1).gather(1, order)
+        return best[:num_states], best_rows[:num_states] + self.local.first_row
+
+    def _room(self, *shape: int) -> Tensor:
+        if self.memory.numel() < math.prod(shape):
+            self.memory = self.memory.new_empty(math.prod(shape))
+        return self.memory[: math.prod(shape)].view(shape)
+
+    def _score_block(
+        self, states: Tensor, hidden: _Hidden, starts: range, scores: Tensor
+    ) -> Tensor:
+        """Fill (groups, group, M) scores tile by tile; returns the (groups, M) best of groups."""
+        flat, group = scores.flatten(0, 1), scores.shape[1]
+        flat[starts.stop - starts.start :] = -math.inf
+        maxima = scores.new_empty(len(scores), len(states))
+        for start in starts:
+            rows = self.local.rows[start : min(start + starts.step, starts.stop)]
+            first = start - starts.start
+            part = flat[first : first + len(rows)]
+            _score(rows, states, part)
+            hidden.cover(part, start)
+            groups = slice(first // group, -(-(first + len(rows)) // group))
+            torch.amax(scores[groups], 1, out=maxima[groups])
+        return maxima
 
 
-def _block_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best rows of a (groups, group, M) block: (M, <= k) scores and rows of the block.
+def _best_of_groups(scores: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Best rows of (groups, group, M) scores: (M, <= k) scores and rows of the block.
 
     The k best rows lie in the k groups whose best rows are best, ties by lower group.
     """
-    num_groups, group, num_states = scores.shape
-    _, groups = top_lowest(scores.amax(1).T.contiguous(), k)  # (M, <= k)
+    _, group, num_states = scores.shape
+    _, groups = top_lowest(maxima.T.contiguous(), k)  # (M, <= k)
     groups = groups.sort(1).values  # candidates in row order, so that ties stay in row order
     rows = groups[:, :, None] * group + torch.arange(group, device=scores.device)
     rows = rows.flatten(1)  # (M, <= k * group)
