@@ -69,13 +69,13 @@ class Prepared:
     @property
     def train_files(self) -> list[Path]:
         """The training files in order."""
-        names = sorted(file["path"] for file in self.manifest.files)
+        names = sorted(file.path for file in self.manifest.files)
         return [self.path / name for name in names if name.startswith("train/")]
 
     @property
     def fingerprint(self) -> str:
         """Short hash of the files' checksums: equal for equal data."""
-        files = sorted((file["path"], file["sha256"]) for file in self.manifest.files)
+        files = sorted((file.path, file.sha256) for file in self.manifest.files)
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
     def item_counts(self) -> Tensor:
@@ -91,7 +91,9 @@ class Prepared:
         groups = RowGroups([path], ["item_id", "item", "count"])
         columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
         empty = pq.read_schema(path).field(name).type
-        return pa.concat_arrays([c for column in columns for c in column.chunks] or [pa.array([], empty)])
+        return pa.concat_arrays(
+            [c for column in columns for c in column.chunks] or [pa.array([], empty)]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,9 @@ class TrainingBatches:
                     " restore the setting or start a new run"
                 )
         if not 0 <= state["step"] <= len(self):
-            raise ValueError(f"step must be in [0, {len(self)}], got {state['step']}; load another state")
+            raise ValueError(
+                f"step must be in [0, {len(self)}], got {state['step']}; load another state"
+            )
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -303,13 +307,17 @@ class TrainingBatches:
             luck.append(random[piece.first : piece.last])
             base += len(values)
         flat = torch.from_numpy(_joined(items, np.int64))
-        weight = torch.from_numpy(_joined(weights, np.float32)) if self.prepared.has_weights else None
+        weight = (
+            torch.from_numpy(_joined(weights, np.float32)) if self.prepared.has_weights else None
+        )
         start, length = (torch.from_numpy(_joined(part, np.int64)) for part in (starts, lengths))
         return _Samples(flat, weight, start, length), _joined(luck, np.float64)
 
     def _items(self, row_group: int, table: pa.Table) -> tuple[Ints, Ints]:
         values, offsets = flat_list(table, "items")
-        _check_items(values, self.prepared.num_items, f"{self._groups.name(row_group)}, column items")
+        _check_items(
+            values, self.prepared.num_items, f"{self._groups.name(row_group)}, column items"
+        )
         return values.astype(np.int64, copy=False), offsets
 
     def _weights(self, row_group: int, table: pa.Table, offsets: Ints) -> npt.NDArray[Any]:
@@ -430,7 +438,9 @@ class EvaluationBatches:
         stop = self.num_users * (rank + 1) // world_size
         ends = np.cumsum(self._groups.rows)
         pieces = []
-        for index, (end, rows) in enumerate(zip(ends.tolist(), self._groups.rows.tolist(), strict=True)):
+        for index, (end, rows) in enumerate(
+            zip(ends.tolist(), self._groups.rows.tolist(), strict=True)
+        ):
             first, last = max(start - (end - rows), 0), min(stop - (end - rows), rows)
             if first < last:
                 pieces.append(Piece(index, first, last))

@@ -131,7 +131,13 @@ class EpochOrder:
         return generator.permutation(num_samples), generator.random(num_samples)
 
     def deal(
-        self, window: Window, start: int, sizes: Ints, lengths: Ints, luck: Floats, places: tuple[int, int]
+        self,
+        window: Window,
+        start: int,
+        sizes: Ints,
+        lengths: Ints,
+        luck: Floats,
+        places: tuple[int, int],
     ) -> tuple[Ints, Ints]:
         """Which samples are where in the batches of a window, for a range of places.
 

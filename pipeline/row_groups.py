@@ -133,5 +133,7 @@ def _gone(path: Path) -> FileNotFoundError:
 def _stored_bytes(row_group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     chunks = [row_group.column(index) for index in range(row_group.num_columns)]
     return sum(
-        chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns
+        chunk.total_compressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.split(".")[0] in columns
     )

@@ -60,11 +60,23 @@ class SynthConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes and probabilities that no log can have."""
-        for name in ("users", "items", "clusters", "tastes", "chunk_events", "duration_s", "report_users"):
+        for name in (
+            "users",
+            "items",
+            "clusters",
+            "tastes",
+            "chunk_events",
+            "duration_s",
+            "report_users",
+        ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(self.items >= TOP, "items", f"at least {TOP} (ranking is judged at {TOP})", self.items)
-        _require(self.clusters <= self.items, "clusters", f"at most items = {self.items}", self.clusters)
+        _require(
+            self.items >= TOP, "items", f"at least {TOP} (ranking is judged at {TOP})", self.items
+        )
+        _require(
+            self.clusters <= self.items, "clusters", f"at most items = {self.items}", self.clusters
+        )
         needed = 2 * self.users
         _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
         _require(self.markov_events >= 0, "markov_events", "0 or more", self.markov_events)
@@ -176,11 +188,15 @@ class _World:
 
     def generator(self, *key: int) -> np.random.Generator:
         """Random numbers that depend on the seed and ``key`` only."""
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.config.seed, *key])))
+        return np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([self.config.seed, *key]))
+        )
 
     def draw_cluster(self, uniform: Floats) -> Ints:
         """Clusters by their own popularity."""
-        found = np.searchsorted(self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right")
+        found = np.searchsorted(
+            self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right"
+        )
         return np.minimum(found, self.config.clusters - 1)
 
     def draw_item(self, cluster: Ints, uniform: Floats) -> Ints:
@@ -220,7 +236,9 @@ def _blocks(world: _World) -> Iterator[_Block]:
         yield _block(world, world.generator(1, index), first, last - first, budget)
 
 
-def _block(world: _World, random: np.random.Generator, first: int, users: int, budget: int) -> _Block:
+def _block(
+    world: _World, random: np.random.Generator, first: int, users: int, budget: int
+) -> _Block:
     """Users ``first .. first + users``, ``budget`` events in all, at least two each."""
     lengths = _lengths(random, users, budget, world.config.length_spread)
     # Longest first: the users who still act at step t are a prefix, so that a step is a slice.
@@ -390,7 +408,9 @@ class _Judge:
         """(U, 10) best items by the generator's probabilities, some users at a time."""
         parts = [
             self.world.top_items(
-                self.world.cluster_probability(tastes[start : start + 1000], previous[start : start + 1000])
+                self.world.cluster_probability(
+                    tastes[start : start + 1000], previous[start : start + 1000]
+                )
             )
             for start in range(0, len(previous), 1000)
         ]

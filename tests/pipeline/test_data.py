@@ -1,0 +1,451 @@
+"""Order, coverage, resumption, bytes and errors of the data loader."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from shardrec.pipeline.data import (
+    Batch,
+    BatchConfig,
+    EvaluationBatches,
+    Prepared,
+    TrainingBatches,
+)
+
+WORLD_SIZES = (1, 2, 3, 4)
+NUM_ITEMS = 1 << 19
+
+
+def write_prepared(
+    folder: Path,
+    lengths: np.ndarray,
+    *,
+    row_group_size: int = 8,
+    files: int = 2,
+    weights: bool = False,
+    test_users: int = 23,
+) -> Path:
+    """A folder in prepare's format whose events count up: event e of the whole log is item e."""
+    (folder / "train").mkdir(parents=True)
+    rows = np.array_split(np.arange(len(lengths)), files)
+    first = np.cumsum(lengths) - lengths
+    for part, members in enumerate(rows):
+        sequences = [np.arange(first[r], first[r] + lengths[r]) for r in members]
+        columns = {
+            "user_id": pa.array(members),
+            "items": pa.array(sequences, pa.list_(pa.int64())),
+            "length": pa.array(lengths[members], pa.int32()),
+        }
+        if weights:
+            columns["weights"] = pa.array([s / 2 for s in sequences], pa.list_(pa.float32()))
+        write(folder / f"train/part-{part:05d}.parquet", columns, row_group_size)
+    for name in ("validation", "test"):
+        histories = [np.arange(u, u + 1 + u % 7) for u in range(test_users)]
+        targets = [np.arange(100 + u, 101 + u + u % 3) for u in range(test_users)]
+        columns = {
+            "user_id": pa.array(np.arange(test_users)),
+            "items": pa.array(histories, pa.list_(pa.int64())),
+            "targets": pa.array(targets, pa.list_(pa.int64())),
+        }
+        write(folder / f"{name}.parquet", columns, row_group_size)
+    items = np.arange(NUM_ITEMS if len(lengths) < 9 else 0)
+    columns = {
+        "item_id": pa.array(items * 10),
+        "item": pa.array(items),
+        "count": pa.array(items % 5),
+    }
+    write(folder / "items.parquet", columns, 1 << 18)
+    write_manifest(folder, lengths, weights)
+    return folder
+
+
+def write(path: Path, columns: dict[str, pa.Array], row_group_size: int) -> None:
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size, write_page_checksum=True)
+
+
+def write_manifest(folder: Path, lengths: np.ndarray, weights: bool) -> None:
+    names = ("items.parquet", "validation.parquet", "test.parquet")
+    paths = sorted((folder / "train").iterdir()) + [folder / name for name in names]
+    files = [
+        {
+            "path": str(path.relative_to(folder)),
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "rows": pq.read_metadata(path).num_rows,
+            "row_groups": pq.read_metadata(path).num_row_groups,
+        }
+        for path in paths
+    ]
+    column = {"name": "w", "type": "float"} if weights else None
+    manifest = {
+        "format": "shardrec.prepared",
+        "schema_version": 1,
+        "shardrec_version": "0.1.0",
+        "config": {},
+        "source": {"files": []},
+        "columns": {
+            "user": {"name": "user_id", "type": "int64"},
+            "item": {"name": "item_id", "type": "int64"},
+            "time": {"name": "timestamp", "type": "int64"},
+            "weight": column,
+        },
+        "split": {
+            "kind": "temporal",
+            "targets": "last",
+            "validation": "users",
+            "test_time": None,
+            "validation_time": None,
+        },
+        "counts": {"items": NUM_ITEMS, "train_sequences": len(lengths)},
+        "quantiles": {},
+        "load_per_rank": {},
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def lengths_of(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, 30, size=rows)
+
+
+def loader(folder: Path, rank: int = 0, world_size: int = 1, **options: object) -> TrainingBatches:
+    config = {"batch_size": 10, "shuffle_row_groups": 3} | options
+    max_length = config.pop("max_length", 9)
+    return TrainingBatches(
+        Prepared.open(folder),
+        BatchConfig(**config),
+        max_length=max_length,
+        rank=rank,
+        world_size=world_size,
+        seed=3,
+    )
+
+
+def sequences(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of each sequence, without padding."""
+    return [
+        (row[:n].tolist(), target[:n].tolist())
+        for row, target, n in zip(batch.items, batch.targets, batch.lengths.tolist(), strict=True)
+    ]
+
+
+def global_batches(folder: Path, world_size: int, **options: object) -> list[list[object]]:
+    """One epoch: the ranks' parts of each global batch, put together in order of rank."""
+    parts = [list(loader(folder, rank, world_size, **options)) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    return [sum((sequences(batch) for batch in step), []) for step in zip(*parts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("data") / "prepared", lengths_of(157))
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_global_batches_do_not_depend_on_the_number_of_ranks(
+    folder: Path, world_size: int, windows: str
+) -> None:
+    assert global_batches(folder, world_size, windows=windows) == global_batches(
+        folder, 1, windows=windows
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_position_comes_once_an_epoch(folder: Path, world_size: int, batch_size: int) -> None:
+    batches = global_batches(folder, world_size, windows="all", batch_size=batch_size)
+    inputs = [item for batch in batches for items, _ in batch for item in items]
+    targets = [item for batch in batches for _, items in batch for item in items]
+    lengths = lengths_of(157)
+    ends = np.cumsum(lengths)
+    expected = np.setdiff1d(np.arange(ends[-1]), ends - 1)
+    assert sorted(inputs) == expected.tolist()
+    assert sorted(targets) == (expected + 1).tolist()
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_the_last_window_is_the_end_of_each_sequence(folder: Path) -> None:
+    found = sorted(pair for batch in global_batches(folder, 1) for pair in batch)
+    lengths = lengths_of(157)
+    ends = np.cumsum(lengths)
+    expected = []
+    for end, length in zip(ends.tolist(), lengths.tolist(), strict=True):
+        taken = min(length - 1, 9)
+        inputs = list(range(end - 1 - taken, end - 1))
+        expected.append((inputs, [item + 1 for item in inputs]))
+    assert found == sorted(expected)
+
+
+def test_epochs_differ_and_a_seed_repeats(folder: Path) -> None:
+    batches = loader(folder)
+    first, second = ([sequences(batch) for batch in batches] for _ in range(2))
+    assert batches.epoch == 2
+    assert first != second
+    assert [sequences(batch) for batch in loader(folder)] == first
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+@pytest.mark.parametrize("later", [1, 2, 3])
+def test_restoring_at_every_step_gives_the_same_tail_at_any_number_of_ranks(
+    folder: Path, windows: str, later: int
+) -> None:
+    def two_epochs(batches: TrainingBatches) -> list[list[object]]:
+        while batches.epoch < 2:
+            for batch in batches:
+                states.append(json.loads(json.dumps(batches.state_dict())))
+                whole.append(sequences(batch))
+        return whole
+
+    whole: list[list[object]] = []
+    states: list[dict[str, object]] = [loader(folder, windows=windows).state_dict()]
+    two_epochs(loader(folder, windows=windows))
+    for done, state in enumerate(states):
+        tails = []
+        for rank in range(later):
+            batches = loader(folder, rank, later, windows=windows)
+            batches.load_state_dict(state)
+            tail = [sequences(batch) for batch in batches]
+            while batches.epoch < 2:
+                tail += [sequences(batch) for batch in batches]
+            tails.append(tail)
+        joined = [sum(parts, []) for parts in zip(*tails, strict=True)]
+        assert joined[: len(whole) - done] == whole[done:]
+
+
+def test_a_state_of_another_order_is_refused(folder: Path) -> None:
+    state = loader(folder).state_dict()
+    with pytest.raises(ValueError, match="batch_size must be 10 to go on from this state, got 20"):
+        loader(folder, batch_size=20).load_state_dict(state)
+    state["step"] = 99
+    with pytest.raises(ValueError, match=r"step must be in \[0, 16\], got 99"):
+        loader(folder).load_state_dict(state)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spread = np.random.default_rng(1).lognormal(2.5, 0.8, size=20_000)
+    lengths = np.clip(spread, 2, 300).astype(np.int64)
+    folder = tmp_path_factory.mktemp("large") / "prepared"
+    return write_prepared(folder, lengths, row_group_size=256, files=3)
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+@pytest.mark.parametrize("batch_size", [37, 256, 2000])
+def test_four_ranks_together_read_little_more_than_the_data(
+    large: Path, windows: str, batch_size: int
+) -> None:
+    options = {"batch_size": batch_size, "windows": windows, "shuffle_row_groups": 32}
+    read = 0
+    for rank in range(4):
+        batches = loader(large, rank, 4, max_length=50, **options)
+        for _ in batches:
+            pass
+        read += batches.bytes_read
+    stored = sum(path.stat().st_size for path in Prepared.open(large).train_files)
+    assert 0.9 * stored < read < 1.2 * stored
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_row_groups_are_opened_twice_only_where_ranks_or_windows_meet(
+    large: Path, world_size: int
+) -> None:
+    options = {"batch_size": 64, "shuffle_row_groups": 16}
+    opened = 0
+    for rank in range(world_size):
+        batches = loader(large, rank, world_size, **options)
+        before = batches.bytes_read
+        for _ in batches:
+            pass
+        opened += batches.bytes_read - before
+    groups = batches._groups
+    one_pass = loader(large, **options | {"shuffle_row_groups": 10_000})
+    before = one_pass.bytes_read
+    for _ in one_pass:
+        pass
+    share = opened / (one_pass.bytes_read - before)
+    num_windows = len(groups) // 16
+    # Row groups differ a little in bytes, hence the margin.
+    assert share <= 1.02 * (1 + (num_windows * world_size - 1) / len(groups))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts the process's reads")
+def test_counted_bytes_are_what_the_process_reads(large: Path) -> None:
+    def read_by_process() -> int:
+        match = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
+        assert match
+        return int(match[1])
+
+    batches = loader(large, 1, 4, shuffle_row_groups=16, batch_size=64)
+    counted, before = batches.bytes_read, read_by_process()
+    for _ in batches:
+        pass
+    counted, really = batches.bytes_read - counted, read_by_process() - before
+    assert counted <= really < 1.02 * counted + 20_000
+
+
+@pytest.mark.parametrize(("batch_size", "limit"), [(64, 0.15), (512, 0.25)])
+def test_length_buckets_keep_padding_low(large: Path, batch_size: int, limit: float) -> None:
+    batches = loader(large, batch_size=batch_size, shuffle_row_groups=32, max_length=50)
+    slots = real = 0
+    for batch in batches:
+        slots += batch.items.numel()
+        real += batch.num_positions
+    assert batches.padding_share == pytest.approx(1 - real / slots)
+    # Without buckets it is above one half.
+    assert batches.padding_share < limit
+
+
+def test_padding_is_zero_and_real_positions_are_packed_in_order(folder: Path) -> None:
+    batch = next(iter(loader(folder)))
+    flat = batch.real_positions()
+    assert batch.items.reshape(-1)[flat].tolist() == sum((s for s, _ in sequences(batch)), [])
+    padding = torch.ones(batch.items.numel(), dtype=torch.bool).index_fill(0, flat, False)
+    assert not batch.items.reshape(-1)[padding].any()
+    assert not batch.targets.reshape(-1)[padding].any()
+    assert batch.items.shape[1] == batch.lengths.max()
+
+
+def test_ranks_without_sequences_still_get_every_batch(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "p", np.array([4, 3, 5]), files=1)
+    parts = [list(loader(folder, rank, 4, batch_size=2)) for rank in range(4)]
+    assert [len(part) for part in parts] == [2, 2, 2, 2]
+    empty = parts[0][0]
+    assert empty.items.shape == (0, 1) and empty.lengths.shape == (0,)
+    assert sum(batch.num_positions for part in parts for batch in part) == 9
+
+
+def test_the_weight_of_a_position_is_its_targets(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "p", lengths_of(20), weights=True)
+    for batch in loader(folder, windows="all"):
+        assert batch.weights is not None and batch.weights.dtype == torch.float32
+        assert torch.equal(batch.weights, batch.targets / 2)
+    assert batch.to("cpu").weights is not None
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_each_user_is_evaluated_once_over_ranks(folder: Path, world_size: int) -> None:
+    prepared, users = Prepared.open(folder), []
+    counts = set()
+    for rank in range(world_size):
+        batches = EvaluationBatches(
+            prepared, "test", batch_size=3, max_length=4, rank=rank, world_size=world_size
+        )
+        given = list(batches)
+        counts |= {len(given), len(batches)}
+        for batch in given:
+            seen, targets = (
+                [part.tolist() for part in values.split(lengths.tolist())]
+                for values, lengths in (batch.seen, batch.targets)
+            )
+            for row, length, history, wanted in zip(
+                batch.items.tolist(), batch.lengths.tolist(), seen, targets, strict=True
+            ):
+                assert row[:length] == history[-4:] and not any(row[length:])
+                users.append((history[0], history, wanted))
+    assert len(counts) == 1
+    expected = [
+        (u, list(range(u, u + 1 + u % 7)), list(range(100 + u, 101 + u + u % 3))) for u in range(23)
+    ]
+    assert sorted(users) == expected
+
+
+def test_a_split_without_users_gives_no_batches(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "p", lengths_of(5), test_users=0)
+    batches = EvaluationBatches(Prepared.open(folder), "validation", batch_size=3, max_length=4)
+    assert batches.num_users == len(batches) == len(list(batches)) == 0
+
+
+def test_items_are_read_with_their_ids(tmp_path: Path) -> None:
+    prepared = Prepared.open(write_prepared(tmp_path / "p", np.array([3])))
+    assert prepared.num_items == NUM_ITEMS and prepared.num_train_sequences == 1
+    assert torch.equal(prepared.item_counts(), torch.arange(NUM_ITEMS) % 5)
+    assert prepared.item_ids()[7].as_py() == 70
+
+
+def damaged(tmp_path: Path) -> tuple[TrainingBatches, Path]:
+    """A loader over one file that is about to be damaged."""
+    folder = write_prepared(tmp_path / "p", lengths_of(40), files=1, weights=True)
+    return loader(folder), folder / "train/part-00000.parquet"
+
+
+def test_a_flipped_bit_is_named_by_file_row_group_and_column(tmp_path: Path) -> None:
+    batches, path = damaged(tmp_path)
+    footer = pq.read_metadata(path).row_group(3)
+    chunk = next(
+        footer.column(i) for i in range(4) if footer.column(i).path_in_schema.startswith("weights")
+    )
+    data = bytearray(path.read_bytes())
+    data[chunk.dictionary_page_offset + chunk.total_compressed_size // 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"part-00000.parquet, row group 3, column weights must be"
+    ):
+        list(batches)
+
+
+def test_a_file_cut_short_under_way_is_named_with_its_row_group(tmp_path: Path) -> None:
+    batches, path = damaged(tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
+    with pytest.raises(ValueError, match=r"part-00000.parquet, row group \d, column items must be"):
+        list(batches)
+
+
+def test_a_file_cut_short_before_the_start_is_named(tmp_path: Path) -> None:
+    _, path = damaged(tmp_path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="part-00000.parquet"):
+        loader(tmp_path / "p")
+
+
+def test_a_file_without_a_footer_is_named(tmp_path: Path) -> None:
+    _, path = damaged(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"PAR2"
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match="part-00000.parquet must end in a readable Parquet footer"
+    ):
+        loader(tmp_path / "p")
+
+
+def test_a_vanished_file_is_named(tmp_path: Path) -> None:
+    batches, path = damaged(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="part-00000.parquet must be there"):
+        list(batches)
+    with pytest.raises(FileNotFoundError, match="part-00000.parquet"):
+        loader(tmp_path / "p")
+
+
+def test_an_item_outside_the_catalog_is_named_by_place(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "p", np.array([5, 4]), files=1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["counts"]["items"] = 7
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"row group 0, column items must be in \[0, 7\), got 0 to 8"
+    ):
+        list(loader(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"windows": "first"}, "windows must be last or all, got 'first'"),
+        ({"shuffle_row_groups": -1}, "shuffle_row_groups must be at least 1, got -1"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
+    ],
+)
+def test_wrong_options_are_refused(folder: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(folder, **options)
