@@ -4,10 +4,172 @@ A stage is imported by the command that needs it, so that ``prepare`` does not w
 """
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shardrec.launch.options import Parser
+from shardrec.launch.options import Parser, add_options, read_options
+
+if TYPE_CHECKING:
+    from shardrec.pipeline.measure import MeasureConfig
+    from shardrec.pipeline.prepare import PrepareConfig
+    from shardrec.pipeline.train import TrainConfig
+
+
+def synth(arguments: Sequence[str]) -> int:
+    """Generate a log and say how well the best possible model would do on it."""
+    from shardrec.pipeline.synth import SynthConfig, generate
+
+    parser = Parser(
+        "synth",
+        "Writes a generated event log to one Parquet file: popularity by Zipf's law, users with\n"
+        "drifting tastes, and order that matters. Equal options write equal events, at any size.\n"
+        "Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and of popularity.",
+        "example: shardrec synth --output log.parquet --users 40000 --items 50000 --events 1000000",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
+    add_options(parser, SynthConfig)
+    options = parser.parse(arguments)
+    print(generate(read_options(SynthConfig, options), options.output))
+    print(f"wrote {options.output}")
+    return 0
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """Turn an event log into a prepared folder."""
+    from shardrec.pipeline.prepare import prepare as run_prepare
+
+    config = read_prepare(arguments)
+    manifest = run_prepare(config)
+    for name, count in manifest.counts.items():
+        print(f"{name.replace('_', ' '):<40} {count:>14,}")
+    print(f"wrote {config.output}")
+    return 0
+
+
+def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
+    """The config that the arguments of ``prepare`` spell; exits when they are wrong."""
+    from shardrec.pipeline.prepare import PrepareConfig
+
+    parser = Parser(
+        "prepare",
+        "Reads an event log (Parquet: user, item, time) and writes what training and evaluation\n"
+        "stream: sequences, splits, item counts, and a manifest that is there only when all is.\n"
+        "Sorting spills to disk: the log may be larger than memory. Asked again for the same, it\n"
+        "does nothing.",
+        "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output data",
+    )
+    add_options(parser, PrepareConfig)
+    return read_options(PrepareConfig, parser.parse(arguments))
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train on a prepared folder, alone or as one of the launcher's workers."""
+    from shardrec.launch.distributed import process_group
+    from shardrec.pipeline.train import train as run_train
+
+    config = read_train(arguments)
+    with process_group():
+        run_train(config)
+    return 0
+
+
+def read_train(arguments: Sequence[str]) -> "TrainConfig":
+    """The config that the arguments of ``train`` spell; exits when they are wrong."""
+    from shardrec.pipeline.recipes import RECIPES
+
+    from shardrec.pipeline.config import describe, override, unknown_name
+
+    parser = Parser(
+        "train",
+        "Trains on a prepared folder and writes a run folder: the best and the last weights,\n"
+        "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one process;\n"
+        "`shardrec launch train` starts several. Options of the model are set by dotted names:\n"
+        "  shardrec train --prepared data --run run --recipe demo loss=cce_minus encoder.width=64",
+    )
+    parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    lines = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
+    example = describe(RECIPES["demo"](data="DIR", output="DIR"))
+    parser.epilog = "\n".join(
+        ["recipes:", *lines, "", "options, as the recipe `demo` sets them:", example]
+    )
+    options = parser.parse(arguments)
+    if options.recipe not in RECIPES:
+        raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
+    recipe = RECIPES[options.recipe](data=options.prepared, output=options.run)
+    return override(recipe, options.overrides)
+
+
+def first_line(documented: object) -> str:
+    """First line of a docstring."""
+    return (documented.__doc__ or "").strip().partition("\n")[0]
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Rank the whole catalog for the users of a split and write the metrics into the run."""
+    from shardrec.launch.distributed import process_group
+    from shardrec.pipeline.evaluate import evaluate as run_evaluate
+    from shardrec.pipeline.evaluate import evaluate_popularity
+    from shardrec.pipeline.group import rank_of
+
+    options, config = read_evaluate(arguments)
+    with process_group() as (group, _):
+        if options.run is None:
+            metrics = evaluate_popularity(options.prepared, config, split=options.split)
+        else:
+            wanted = {"split": options.split, "checkpoint": options.checkpoint}
+            metrics = run_evaluate(options.run, options.prepared, config, **wanted)["metrics"]
+        if rank_of(group) == 0:
+            print_metrics(metrics)
+            if options.run is not None:
+                print(f"wrote {Path(options.run) / 'metrics.json'}")
+    return 0
+
+
+def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":
+    """What the arguments of ``evaluate`` spell; exits when they are wrong."""
+    from shardrec.pipeline.measure import MeasureConfig
+
+    parser = Parser(
+        "evaluate",
+        "Ranks the whole catalog for the users of a split and writes metrics.json into the run:\n"
+        "NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, recall by\n"
+        "popularity, and the protocol they follow. Metrics that end in /known leave out targets\n"
+        "that training never saw. Any number of workers may evaluate what any number trained.",
+        "example: shardrec evaluate --prepared data --run run --filter-seen",
+    )
+    parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--run", metavar="DIR", help="folder of `train`")
+    judged.add_argument(
+        "--popularity", action="store_true", help="judge the ranking by training counts instead"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    add_options(parser, MeasureConfig)
+    options = parser.parse(arguments)
+    return options, read_options(MeasureConfig, options)
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """One kind of metric a line, one list length a column; then what was measured."""
+    table: dict[str, dict[int, float]] = {}
+    for name, value in metrics.items():
+        kind, at, rest = name.partition("@")
+        if at:
+            length, slash, suffix = rest.partition("/")
+            table.setdefault(kind + slash + suffix, {})[int(length)] = value
+    lengths = sorted({length for row in table.values() for length in row})
+    print(f"{'':<22}" + "".join(f"{f'@{length}':>10}" for length in lengths))
+    for kind, row in table.items():
+        print(f"{kind:<22}" + "".join(f"{row[length]:>10.4f}" for length in lengths))
+    for name in (name for name in metrics if "@" not in name):
+        value = metrics[name]
+        print(f"{name:<22}{value:>10,}" if isinstance(value, int) else f"{name:<22}{value:>10.4f}")
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -64,6 +226,12 @@ def launch(arguments: Sequence[str]) -> int:
 
 def check_stage_arguments(stage: str, arguments: Sequence[str]) -> None:
     """Refuse wrong options here, before a job waits in a queue to be told."""
+    if stage == "train":
+        read_train(arguments)
+    elif stage == "evaluate":
+        read_evaluate(arguments)
+    else:
+        read_prepare(arguments)
 
 
 def doctor(arguments: Sequence[str]) -> int:

@@ -127,11 +127,12 @@ def _build(cls: type[Config], values: dict[str, Any], prefix: str) -> Config:
 
 
 def _descriptions(cls: type[Any]) -> dict[str, str]:
-    """First paragraph about each field in the docstring."""
+    """What the docstring says of each field; one entry may name several, with commas."""
     documented = docstring_parser.parse(cls.__doc__ or "", docstring_parser.Style.GOOGLE)
     return {
-        parameter.arg_name: " ".join((parameter.description or "").split()).replace("``", "")
+        name.strip(): " ".join((parameter.description or "").split()).replace("``", "")
         for parameter in documented.params
+        for name in parameter.arg_name.split(",")
     }
 
 
