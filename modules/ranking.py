@@ -16,9 +16,9 @@ from shardrec.modules.ranking_exchange import Ragged, Ranks, real_rows, rounds
 from shardrec.modules.ranking_shard import (
     Blocks,
     LocalRows,
-    TopSearch,
     own_scores,
     shard_counts,
+    shard_top,
     top_lowest,
 )
 from shardrec.modules.shard import RowShard
@@ -64,12 +64,11 @@ def top_items(
     counts = ranks.agree(states, shard, refusal, (k, seen is None, blocks.states))
     local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
     pairs = _without(seen, keep, shard.num_rows)
-    search = TopSearch(local, k, blocks)
     scores, items = [], []
     for start, sizes in rounds(counts, blocks.states):
         chunk = ranks.gather(states, sizes, start).float()
         seen_pairs = None if pairs is None else ranks.gather_ragged(pairs, sizes, start)
-        found_scores, found_items = search.search(chunk, seen_pairs)
+        found_scores, found_items = shard_top(local, chunk, seen_pairs, k, blocks)
         best, order = top_lowest(ranks.send_back(found_scores, sizes), k)
         scores.append(best)
         items.append(ranks.send_back(found_items, sizes).gather(1, order))

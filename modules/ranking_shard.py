@@ -1,12 +1,13 @@
 """What one rank does with its own rows when a catalog is ranked; no collectives.
 
 Scores are kept with rows first and states last, so that reductions over rows run along contiguous
-memory. A block of them is written in tiles that fit the cache.
+memory. They exist for one tile of rows at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,31 +15,37 @@ from torch import Tensor
 
 from shardrec.modules.ranking_exchange import Ragged
 
-__all__ = ["Blocks", "LocalRows", "TopSearch", "own_scores", "shard_counts", "top_lowest"]
+__all__ = ["Blocks", "LocalRows", "own_scores", "shard_counts", "shard_top", "top_lowest"]
 
-_TILE_SCORES = 2**20  # 4 MiB: scores are masked and compared while they are in the cache
+_GROUP = 64  # rows whose best score decides whether they are looked into
 _LEAST_COLUMNS = 16  # narrower products take another path in BLAS and round differently
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """How much is worked on at a time: ``states * rows`` scores of 4 bytes exist at once.
+    """How much is worked on at a time: about ``states * rows`` scores of 4 bytes exist at once.
 
     Attributes:
         states: states of all ranks together that are ranked at a time; more suit a GPU.
-        rows: rows of a shard that are scored at a time.
+        rows: rows of a shard that are scored at a time; None means 2**20 scores (4 MiB, which
+            stay in a CPU's cache) and on a GPU 2**26.
     """
 
     states: int = 256
-    rows: int = 65_536
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse empty blocks, and rows that a float32 count cannot hold."""
-        if not (self.states >= 1 and 1 <= self.rows <= 2**24):
+        if not (self.states >= 1 and (self.rows is None or 1 <= self.rows <= 2**24)):
             raise ValueError(
                 "blocks must have states >= 1 and rows in [1, 2**24], got "
                 f"{self.states} and {self.rows}; leave them out for the defaults"
             )
+
+    def rows_of_tile(self, states: Tensor, num_rows: int) -> int:
+        """Rows scored at a time for these (M, D) states."""
+        scores = 2**26 if states.is_cuda else 2**20
+        return max(1, min(self.rows or max(_GROUP, scores // max(1, len(states))), num_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,79 +90,116 @@ class _Hidden:
             scores.index_fill_(0, self.blocked[low:high] - start, -math.inf)
 
 
-class TopSearch:
-    """Searches one shard for the best items of chunk after chunk of states, in the same memory."""
+def shard_top(
+    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Best items of this shard for (M, D) float32 states, equal scores by lower index.
 
-    def __init__(self, local: LocalRows, k: int, blocks: Blocks) -> None:
-        """Store what to search.
+    Returns:
+        (M, k) scores and global items; where the shard has fewer, the scores end in -inf, and
+        where any score is not a number, they begin with NaN.
+    """
+    num_states = len(states)
+    states = _widen(states)
+    search = _TopSearch(len(states), k, like=states)
+    for start, scores in _tiles(local, states, seen, blocks):
+        search.add(scores, start)
+    search.merge()
+    search.best[search.not_numbers, 0] = math.nan
+    return search.best[:num_states], search.best_rows[:num_states] + local.first_row
+
+
+def _tiles(
+    local: LocalRows, states: Tensor, seen: Ragged | None, blocks: Blocks
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and (n, M) scores of each tile in row order, hidden scores at -inf.
+
+    All tiles are written to the same memory.
+    """
+    tile = blocks.rows_of_tile(states, len(local.rows))
+    hidden = _Hidden(local, seen, tile)
+    memory = states.new_empty(tile, len(states))
+    for start in range(0, len(local.rows), tile):
+        rows = local.rows[start : start + tile]
+        scores = memory[: len(rows)]
+        torch.mm(rows.float(), states.T, out=scores)
+        hidden.cover(scores, start)
+        yield start, scores
+
+
+class _TopSearch:
+    """Finds the best items of one shard for a chunk of states, tile by tile.
+
+    Most rows cannot enter a list that is already good: a tile is first reduced to the best score
+    of each group of rows, and only groups that beat a state's k-th score so far are looked into.
+    """
+
+    def __init__(self, num_states: int, k: int, like: Tensor) -> None:
+        """Start with empty lists.
 
         Args:
-            local: the rows of this shard.
+            num_states: M, columns of the tiles to come.
             k: items wanted for each state.
-            blocks: how much is worked on at a time.
+            like: a tensor on the device of the tiles.
         """
-        self.local, self.k, self.blocks = local, k, blocks
-        self.memory = torch.empty(0, device=local.rows.device)
+        self.k = k
+        self.best = torch.full((num_states, k), -math.inf, device=like.device)
+        self.best_rows = torch.zeros(num_states, k, dtype=torch.int64, device=like.device)
+        # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
+        self.floor = self.best[:, -1].clone()
+        self.not_numbers = torch.zeros_like(self.floor, dtype=torch.bool)
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.num_pending = 0
 
-    def search(self, states: Tensor, seen: Ragged | None) -> tuple[Tensor, Tensor]:
-        """Best items of (M, D) float32 states, equal scores by lower index.
+    def add(self, scores: Tensor, first_row: int) -> None:
+        """Take in a (n, M) tile; tiles must come in row order."""
+        groups = scores[: len(scores) - len(scores) % _GROUP].unflatten(0, (-1, _GROUP))
+        if len(groups):
+            self._add_groups(groups, first_row)
+        rest = scores[len(groups) * _GROUP :]
+        if len(rest):
+            self._add_groups(rest[None], first_row + len(groups) * _GROUP)
 
-        Returns:
-            (M, k) scores and global items; where the shard has fewer, the scores end in -inf.
-        """
-        num_rows, num_states = len(self.local.rows), len(states)
-        states = _widen(states)
-        tile, block = _grid(states, self.blocks, num_rows)
-        group = max(1, min(tile, math.isqrt(block // self.k)))
-        tile, block = tile - tile % group, block - block % (tile - tile % group)
-        hidden = _Hidden(self.local, seen, tile)
-        best = states.new_full((len(states), self.k), -math.inf)
-        best_rows = torch.zeros_like(best, dtype=torch.int64)
-        for start in range(0, num_rows, block):
-            size = min(block, num_rows - start)
-            scores = self._room(-(-size // group), group, len(states))
-            maxima = self._score_block(states, hidden, range(start, start + size, tile), scores)
-            values, found = _best_of_groups(scores, maxima, self.k)
-            best, order = top_lowest(torch.cat((best, values), 1), self.k)
-            best_rows = torch.cat((best_rows, found + start), 1).gather(1, order)
-        return best[:num_states], best_rows[:num_states] + self.local.first_row
+    def _add_groups(self, groups: Tensor, first_row: int) -> None:
+        maxima = groups.amax(1)  # (groups, M)
+        self.not_numbers |= maxima.isnan().any(0)
+        hot, states = (maxima > self.floor).nonzero(as_tuple=True)
+        if len(hot) > 2 * self.k * len(self.floor):
+            self._raise_floor(maxima)
+            hot, states = (maxima > self.floor).nonzero(as_tuple=True)
+        values = groups[hot, :, states]  # (hot, group)
+        inner, place = (values > self.floor[states, None]).nonzero(as_tuple=True)
+        rows = first_row + hot[inner] * groups.shape[1] + place
+        self.pending.append((states[inner], rows, values[inner, place]))
+        self.num_pending += len(rows)
+        if self.num_pending > self.k * len(self.floor) // 2:
+            self.merge()
 
-    def _room(self, *shape: int) -> Tensor:
-        if self.memory.numel() < math.prod(shape):
-            self.memory = self.memory.new_empty(math.prod(shape))
-        return self.memory[: math.prod(shape)].view(shape)
+    def _raise_floor(self, maxima: Tensor) -> None:
+        """The k-th best group holds a row that good, so nothing worse can enter."""
+        if len(maxima) >= self.k:
+            kth = maxima.topk(self.k, 0).values[-1]
+            below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
+            self.floor = torch.maximum(self.floor, below)
 
-    def _score_block(
-        self, states: Tensor, hidden: _Hidden, starts: range, scores: Tensor
-    ) -> Tensor:
-        """Fill (groups, group, M) scores tile by tile; returns the (groups, M) best of groups."""
-        flat, group = scores.flatten(0, 1), scores.shape[1]
-        flat[starts.stop - starts.start :] = -math.inf
-        maxima = scores.new_empty(len(scores), len(states))
-        for start in starts:
-            rows = self.local.rows[start : min(start + starts.step, starts.stop)]
-            first = start - starts.start
-            part = flat[first : first + len(rows)]
-            _score(rows, states, part)
-            hidden.cover(part, start)
-            groups = slice(first // group, -(-(first + len(rows)) // group))
-            torch.amax(scores[groups], 1, out=maxima[groups])
-        return maxima
-
-
-def _best_of_groups(scores: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best rows of (groups, group, M) scores: (M, <= k) scores and rows of the block.
-
-    The k best rows lie in the k groups whose best rows are best, ties by lower group.
-    """
-    _, group, num_states = scores.shape
-    _, groups = top_lowest(maxima.T.contiguous(), k)  # (M, <= k)
-    groups = groups.sort(1).values  # candidates in row order, so that ties stay in row order
-    rows = groups[:, :, None] * group + torch.arange(group, device=scores.device)
-    rows = rows.flatten(1)  # (M, <= k * group)
-    places = rows * num_states + torch.arange(num_states, device=scores.device)[:, None]
-    values, order = top_lowest(scores.view(-1).take(places), k)
-    return values, rows.gather(1, order)
+    def merge(self) -> None:
+        """Bring the pending rows into the lists."""
+        if not self.pending:
+            return
+        states, rows, values = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
+        self.pending, self.num_pending = [], 0
+        states, order = states.sort(stable=True)  # rows of a state stay in row order
+        counts = torch.bincount(states, minlength=len(self.floor))
+        places = torch.arange(len(states), device=states.device)
+        places += self.k - (counts.cumsum(0) - counts)[states]
+        most = self.k + int(counts.max())
+        merged = self.best.new_full((len(self.floor), most), -math.inf)
+        merged_rows = self.best_rows.new_zeros(len(self.floor), most)
+        merged[:, : self.k], merged_rows[:, : self.k] = self.best, self.best_rows
+        merged[states, places], merged_rows[states, places] = values[order], rows[order]
+        self.best, order = top_lowest(merged, self.k)
+        self.best_rows = merged_rows.gather(1, order)
+        self.floor = self.best[:, -1].clone()
 
 
 def top_lowest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -207,19 +251,14 @@ def shard_counts(
     work = _Targets.of(local, targets, thresholds, len(states))
     states = _widen(states[work.order])
     seen = None if seen is None else (seen[0], work.place[seen[1]])
-    tile, _ = _grid(states, blocks, len(local.rows))
-    hidden = _Hidden(local, seen, tile)
+    tile = blocks.rows_of_tile(states, len(local.rows))
     bounds = _tile_bounds(work.rows[work.by_row], len(local.rows), tile)
-    scores, below = states.new_empty(2, min(tile, len(local.rows)), len(states))
-    for start in range(0, len(local.rows), tile):
-        rows = local.rows[start : start + tile]
-        part = scores[: len(rows)]
-        _score(rows, states, part)
-        hidden.cover(part, start)
-        work.count(part, below[: len(rows)], start)
+    memory = states.new_empty(tile, len(states))
+    for start, scores in _tiles(local, states, seen, blocks):
+        work.count(scores, memory[: len(scores)], start)
         low, high = bounds[start // tile], bounds[start // tile + 1]
         for first in range(low, high, len(states)):
-            work.count_ties(part, work.by_row[first : min(first + len(states), high)], start)
+            work.count_ties(scores, work.by_row[first : min(first + len(states), high)], start)
     return torch.empty_like(work.counts).index_copy_(0, work.original, work.counts)
 
 
@@ -288,17 +327,6 @@ class _Targets:
         ties = (lower & (columns == thresholds)).sum(0)
         itself = columns.gather(0, rows[None])[0] > thresholds
         self.counts[picked] += ties - itself.long()
-
-
-def _score(rows: Tensor, states: Tensor, out: Tensor) -> None:
-    torch.mm(rows.float(), states.T, out=out)
-
-
-def _grid(states: Tensor, blocks: Blocks, num_rows: int) -> tuple[int, int]:
-    """Rows of a tile, and of a block, which is a whole number of tiles."""
-    block = max(1, min(blocks.rows, num_rows))
-    tile = block if states.is_cuda else max(1, min(block, _TILE_SCORES // max(1, len(states))))
-    return tile, block - block % tile
 
 
 def _widen(states: Tensor) -> Tensor:

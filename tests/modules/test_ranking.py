@@ -169,7 +169,7 @@ def test_block_sizes_change_nothing(num_users: int, num_items: int, blocks: Bloc
 
 def test_many_tiles_and_groups_equal_a_full_sort() -> None:
     problem = problem_of(3, 20_011)
-    blocks = Blocks(states=4096, rows=9_000)
+    blocks = Blocks(states=4096, rows=1_700)
     scores, items = top_items(problem.states, whole(problem), 25, blocks=blocks)
     expected_scores, expected_items = expected_top(problem, 25, hide=False)
     assert items.tolist() == expected_items
