@@ -19,36 +19,44 @@ class Collective:
     """Exchange over a process group; each rank's positions are one range of the global batch."""
 
     def __init__(
-        self, group: dist.ProcessGroup, num_positions: int, device: torch.device, failed: bool
+        self,
+        group: dist.ProcessGroup,
+        num_positions: int,
+        num_rows: int,
+        device: torch.device,
+        *,
+        failed: bool = False,
     ) -> None:
         """Learns how many positions every rank has and whether all accept their inputs.
 
         Args:
             group: Ranks that hold the shards.
             num_positions: N of this rank.
+            num_rows: R of this rank.
             device: Where the tensors are.
             failed: Whether this rank refuses its inputs.
 
         Raises:
             ValueError: on every rank, where any rank refuses.
 
-        Collectives: one gather of two numbers.
+        Collectives: one gather of three numbers.
         """
         self._group = group
         self._device = device
         self.rank = dist.get_rank(group)
         world_size = dist.get_world_size(group)
-        facts = self.stack(torch.tensor([num_positions, int(failed)], device=device)).tolist()
-        refusing = [rank for rank, (_, failure) in enumerate(facts) if failure]
+        facts = self.stack(torch.tensor([num_positions, num_rows, int(failed)], device=device))
+        self._counts, rows, failures = facts.T.tolist()
+        refusing = [rank for rank, failure in enumerate(failures) if failure]
         if refusing:
             raise ValueError(
                 f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
                 f"{world_size}; its own message says why"
             )
-        self._counts = [count for count, _ in facts]
         self._starts = [sum(self._counts[:rank]) for rank in range(world_size)]
         self.first_position = self._starts[self.rank]
         self.num_positions = sum(self._counts)
+        self.largest_shard = max(rows)
         self.min_chunks = max(1, -(-self.num_positions // CHUNK_POSITIONS))
 
     def even_chunks(self, num_chunks: int) -> Tensor:

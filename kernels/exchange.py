@@ -35,12 +35,14 @@ class Exchange(Protocol):
         first_position: Global index of this rank's first position.
         num_positions: Positions of all ranks.
         min_chunks: Number of chunks that bounds what is in memory of other ranks.
+        largest_shard: Rows of the largest shard.
     """
 
     rank: int
     first_position: int
     num_positions: int
     min_chunks: int
+    largest_shard: int
 
     def even_chunks(self, num_chunks: int) -> Tensor:
         """(num_positions,) int64 chunk of each global position, an even share of every rank."""
@@ -86,9 +88,10 @@ class Alone:
     first_position = 0
     min_chunks = 1
 
-    def __init__(self, num_positions: int, device: torch.device) -> None:
-        """Stores the number of positions N and where they are."""
+    def __init__(self, num_positions: int, num_rows: int, device: torch.device) -> None:
+        """Stores the number of positions N and of rows V, and where they are."""
         self.num_positions = num_positions
+        self.largest_shard = num_rows
         self._device = device
 
     def even_chunks(self, num_chunks: int) -> Tensor:

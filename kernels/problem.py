@@ -71,6 +71,16 @@ class Problem:
         row_ids = RowIds(first=0, count=used.numel(), sparse=used + self.row_ids.first)
         return replace(self, rows=F.embedding(used, self.rows, sparse=sparse), row_ids=row_ids)
 
+    def coefficients(self, reduction: str) -> Tensor:
+        """(N,) float32 factor of each position's loss in the sum or the mean over all ranks.
+
+        Collectives: one sum of a number for the mean.
+        """
+        if reduction == "sum":
+            return self.weights
+        norm = self.exchange.sum(self.weights.sum())
+        return self.weights / torch.where(norm > 0, norm, torch.ones_like(norm))
+
     def reduce(self, loss: Tensor, reduction: str, covered: Tensor | None = None) -> Tensor:
         """The weighted losses (none), or over all ranks their sum or mean by the sum of weights.
 
@@ -117,7 +127,7 @@ def pose(
         TypeError: a dtype is wrong.
         ValueError: a shape or a value is wrong, here or on another rank.
 
-    Collectives: with a group, one gather of two numbers.
+    Collectives: with a group, one gather of three numbers.
     """
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
     refusal = _refusal(states, shard, targets, weights, reduction)
@@ -125,11 +135,17 @@ def pose(
     if shard.group is None:
         if refusal:
             raise refusal
-        exchange = Alone(states.shape[0], states.device)
+        exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
     else:
         num_positions = states.shape[0] if states.dim() else 0
         try:
-            exchange = Collective(shard.group, num_positions, shard.rows.device, bool(refusal))
+            exchange = Collective(
+                shard.group,
+                num_positions,
+                shard.rows.shape[0],
+                shard.rows.device,
+                failed=refusal is not None,
+            )
         except ValueError as error:
             raise refusal or error from None
     scaled = F.normalize(states, dim=1) if scaling.normalize else states

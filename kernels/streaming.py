@@ -10,7 +10,7 @@ from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.problem import Problem
 
-__all__ = ["Plan", "streamed_logsumexp"]
+__all__ = ["Plan", "combine_shards", "streamed_logsumexp"]
 
 
 class Plan(Protocol):
@@ -62,7 +62,7 @@ class _StreamedLogsumexp(torch.autograd.Function):
             targets = exchange.gather(problem.targets, chunk)
             blocks, slots = plan.blocks(chunk, targets, problem.row_ids)
             shard = block_logsumexp.forward(exchange.gather(states, chunk), rows, blocks)
-            chunk_logsumexp, chunk_target_logits = _combine(*shard, exchange)
+            chunk_logsumexp, chunk_target_logits = combine_shards(*shard, exchange)
             own, local = _own_slots(slots, plan)
             logsumexp[local] = chunk_logsumexp[own]
             target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
@@ -107,8 +107,13 @@ def _own_slots(slots: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return own, slots[own] - plan.first_slot
 
 
-def _combine(logsumexp: Tensor, target_logits: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and target logits over all shards, of the shares of each."""
+def combine_shards(
+    logsumexp: Tensor, target_logits: Tensor, exchange: Exchange
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps and target logits over all shards, of the shares of each.
+
+    Collectives: a maximum, and one sum over both.
+    """
     largest = exchange.max(logsumexp.clone())
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
     sums = exchange.sum(torch.cat([(logsumexp - shift).exp_(), target_logits]))

@@ -418,5 +418,5 @@ LOSSES: dict[str, type[CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE]] = {
 def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return targets.long()
-    exchange = Collective(group, targets.numel(), targets.device, failed=False)
+    exchange = Collective(group, targets.numel(), 0, targets.device)
     return exchange.gather_all(targets.long())

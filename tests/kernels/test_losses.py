@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardrec.kernels import (
     cut_cross_entropy,
+    fused_cce,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
@@ -217,7 +218,7 @@ def test_rece_equals_its_definition_with_the_same_chunks(
     size: tuple[int, int, int], reach: int, align: str
 ) -> None:
     states, table, targets = batch(size)
-    alone = Alone(size[0], states.device)
+    alone = Alone(size[0], size[1], states.device)
     rows = hash_buckets(table, 12, 4, seed=3, step=2)
     own = hash_buckets(states, 12, 4, seed=3, step=2)
     of_rows, of_own = (gather_histogram(buckets, 12, alone) for buckets in (rows, own))
@@ -280,6 +281,47 @@ def test_one_bucket_or_chunk_that_holds_everything_is_the_full_softmax(name: str
     check(everything(name), cross_entropy_reference, batch((37, 101, 12)), torch.float32)
 
 
+def gradients_of(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("size", [*SIZES, (300, 90000, 4)], ids=ids)
+def test_the_gradient_taken_in_forward_equals_the_one_computed_again(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], scale: float
+) -> None:
+    states, table, targets = batch(size, scale)
+    states.requires_grad_(), table.requires_grad_()
+    weights = torch.rand(size[0], generator=torch.Generator().manual_seed(0))
+    results = []
+    for least_positions in (1, 1 << 30):
+        monkeypatch.setattr(fused_cce, "LEAST_POSITIONS", least_positions)
+        loss = cut_cross_entropy(states, table, targets, weights=weights)
+        is_fused = "FusedCrossEntropy" in graph_names(loss)
+        assert is_fused == (least_positions == 1)
+        results.append([loss.detach(), *gradients_of(3 * loss, states, table)])
+    for fused, streamed in zip(*results, strict=True):
+        torch.testing.assert_close(fused, streamed, rtol=1e-4, atol=2e-6 * scale)
+
+
+def graph_names(loss: Tensor) -> str:
+    names, nodes = "", [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names += node.name()
+            nodes.extend(parent for parent, _ in node.next_functions)
+    return names
+
+
+def test_a_second_backward_through_the_fused_pass_is_refused() -> None:
+    states, table, targets = batch((5, 9, 4))
+    loss = cut_cross_entropy(states.requires_grad_(), table, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward must run once"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["cce", "sce", "rece3"])
 @pytest.mark.parametrize("scale", [100.0, 3000.0])
 def test_saturated_logits_stay_exact(name: str, scale: float) -> None:
@@ -300,7 +342,7 @@ def test_buckets_of_positions_meet_their_own_buckets_of_items() -> None:
     for align in ("bucket", "rank"):
         row_buckets = hash_buckets(rows, 20, 1, seed=0, step=0)
         buckets = hash_buckets(states, 20, 1, seed=0, step=0)
-        alone = Alone(500, rows.device)
+        alone = Alone(500, 2000, rows.device)
         of_rows, of_own = (gather_histogram(b, 20, alone) for b in (row_buckets, buckets))
         chunks = position_chunks(buckets, of_own, of_rows, 20, align)
         row_chunks = item_chunks(row_buckets, of_rows, 20)
