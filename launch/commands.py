@@ -245,3 +245,21 @@ def doctor(arguments: Sequence[str]) -> int:
         "exit codes: 0 training can start here, 1 something must be mended first",
     ).parse(arguments)
     return run()
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """The whole job, on generated data or on the user's log."""
+    from rich.console import Console
+
+    from shardrec.launch.demo import DemoConfig, run_demo
+
+    parser = Parser(
+        "demo",
+        "Generates a log (or takes yours), prepares it, trains every loss for the same number of\n"
+        "steps on TorchX workers, ranks the whole catalog for the test users, and prints a table,\n"
+        "the paths of what was written, and the commands for your own data.",
+        "example: shardrec demo --events path/to/log.parquet --user-column customer",
+    )
+    add_options(parser, DemoConfig)
+    run_demo(read_options(DemoConfig, parser.parse(arguments)), Console())
+    return 0

@@ -1,0 +1,261 @@
+"""``shardrec demo``: the whole job, from an event log to a table that compares the losses.
+
+generate (or the user's own log) → prepare → popularity, then each loss for the same number of steps
+on TorchX workers → evaluate over the whole catalog → a table, and what to type next.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from shardrec.launch.runner import Job, run_here
+from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
+from shardrec.pipeline.events import EventLog
+from shardrec.pipeline.measure import MeasureConfig
+from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.synth import SynthConfig, generate
+
+LOSSES = ("cce", "cce_minus", "sce", "rece")
+METRICS = ("NDCG@10", "Recall@10", "MRR@10", "Coverage@10")
+MEASURE = MeasureConfig(ks=(10,))
+MARK = ".shardrec-demo"
+
+# What a worker of rank 0 says that is worth a line on the screen.
+NEWS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Options of ``demo``.
+
+    Attributes:
+        events: your log: Parquet file, folder, glob, or URI that pyarrow opens; none generates one.
+        output: folder to write; an earlier demo in it is replaced, anything else is refused.
+        user_column, item_column, time_column: names in your log.
+        steps: optimizer steps of each loss.
+        workers: processes that share the catalog.
+        recipe: what each run starts from.
+        users, items, size: of the generated log; size is its number of events.
+        seed: of the generated log and of the training.
+    """
+
+    events: str | None = None
+    output: str = "demo"
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    steps: int = 100
+    workers: int = 2
+    recipe: str = "demo"
+    users: int = 20_000
+    items: int = 50_000
+    size: int = 400_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse counts that train nothing."""
+        for name in ("steps", "workers"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; raise it")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; popularity has no steps to time."""
+
+    name: str
+    metrics: Mapping[str, float]
+    seconds_per_step: float | None = None
+    memory_bytes: int | None = None
+
+
+def run_demo(config: DemoConfig, console: Console) -> list[Row]:
+    """Run the whole job and print the table.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        FileExistsError: the output folder holds something that is not an earlier demo.
+        RuntimeError: a training run failed.
+    """
+    check_log(config)
+    start_folder(config.folder)
+    log = config.events or generate_log(config, console)
+    prepared = prepare_log(config, log, console)
+    rows = [Row("popularity", evaluate_popularity(str(prepared), MEASURE))]
+    for loss in LOSSES:
+        rows.append(train_and_evaluate(config, prepared, loss, console))
+    console.print(table(rows, config))
+    console.print(next_steps(config, log, prepared), soft_wrap=True, highlight=False, markup=False)
+    return rows
+
+
+def check_log(config: DemoConfig) -> None:
+    """Refuse a log that cannot be read, or that replacing an earlier demo would delete.
+
+    Raises:
+        FileNotFoundError, ValueError: with the reason.
+    """
+    if config.events is None:
+        return
+    if config.folder.resolve() in Path(config.events).resolve().parents:
+        raise ValueError(
+            f"events must lie outside the folder that is replaced, got {config.events} in "
+            f"{config.folder}; move the log or choose another --output"
+        )
+    EventLog.open(config.events, prepare_options(config, config.events).columns())
+
+
+def start_folder(folder: Path) -> None:
+    """Make the output folder, in place of an earlier demo if there is one.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise FileExistsError(
+            f"output must be new or an earlier demo, got {folder} with other files; choose another "
+            "with --output"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MARK).write_text("Made by `shardrec demo`, which may replace this folder.\n")
+
+
+def generate_log(config: DemoConfig, console: Console) -> str:
+    """Write a log whose best possible metrics are known, and say them."""
+    console.rule("generate")
+    path = config.folder / "events.parquet"
+    size = SynthConfig(users=config.users, items=config.items, events=config.size, seed=config.seed)
+    console.print(str(generate(size, path)), highlight=False)
+    return str(path)
+
+
+def prepare_log(config: DemoConfig, log: str, console: Console) -> Path:
+    """Turn the log into a prepared folder."""
+    console.rule("prepare")
+    options = prepare_options(config, log)
+    counts = prepare(options).counts
+    console.print(
+        f"{counts['train_sequences']:,} training sequences, {counts['items']:,} items, "
+        f"{counts['test_users']:,} test users",
+        highlight=False,
+    )
+    return Path(options.output)
+
+
+def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
+    """How the log is read and split."""
+    return PrepareConfig(
+        events=log,
+        output=str(config.folder / "prepared"),
+        user_column=config.user_column,
+        item_column=config.item_column,
+        time_column=config.time_column,
+    )
+
+
+def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
+    """Train with ``loss`` on the workers, then rank the catalog for the test users here."""
+    console.rule(f"train: {loss}")
+    run = config.folder / "runs" / loss
+    train(config, prepared, run, loss, console)
+    end = read_end(run)
+    metrics = evaluate(str(run), str(prepared), MEASURE)["metrics"]
+    return Row(loss, metrics, end["seconds_per_step"], end["memory_bytes"])
+
+
+def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Console) -> None:
+    """Start the workers through TorchX; their output goes to a log, the news to the screen.
+
+    Raises:
+        RuntimeError: a worker failed.
+    """
+    stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
+    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
+    component = ["-j", f"1x{config.workers}"]
+    job = Job(component="train", arguments=(*component, "--", *stage, *options))
+    path = config.folder / "logs" / f"{loss}.log"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as log:
+        complaint = run_here(job, lambda line: pass_on(line, log, console))
+    if complaint is not None:
+        raise RuntimeError(
+            f"training with {loss} failed: {complaint or 'no reason given'}; see {path}"
+        )
+
+
+def pass_on(line: str, log: TextIO, console: Console) -> None:
+    """Keep a worker's line, and show it where it is news."""
+    print(line, file=log)
+    news = NEWS.match(line)
+    if news:
+        console.print(news[1], highlight=False, markup=False)
+
+
+def read_end(run: Path) -> dict[str, Any]:
+    """The last report of a run: how it ended."""
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    return dict(json.loads(last))
+
+
+def table(rows: list[Row], config: DemoConfig) -> Table:
+    """The comparison as rich shows it; the best of each metric is bold."""
+    made = Table(
+        title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked"
+    )
+    made.add_column("loss")
+    for name in (*METRICS, "s/step", "peak GiB"):
+        made.add_column(name, justify="right")
+    best = {name: max(row.metrics[name] for row in rows) for name in METRICS}
+    for row in rows:
+        cells = [mark(row.metrics[name], best[name]) for name in METRICS]
+        seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
+        memory = "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f}"
+        made.add_row(row.name, *cells, seconds, memory)
+    return made
+
+
+def mark(value: float, best: float) -> str:
+    """The number, bold where it is the best.
+
+    Example:
+        >>> mark(0.25, 0.25), mark(0.125, 0.25)
+        ('[bold]0.2500[/bold]', '0.1250')
+    """
+    return f"[bold]{value:.4f}[/bold]" if value == best else f"{value:.4f}"
+
+
+def next_steps(config: DemoConfig, log: str, prepared: Path) -> str:
+    """What was written, and the commands that do the same with the user's own log."""
+    folder = config.folder
+    lines = [
+        "",
+        f"events     {log}",
+        f"prepared   {prepared}",
+        *(f"run        {folder / 'runs' / loss}" for loss in LOSSES),
+        f"logs       {folder / 'logs'}",
+        "",
+        "Your own log (Parquet with user_id, item_id, timestamp; other names by option):",
+        "  make demo EVENTS=path/to/log.parquet",
+        "or stage by stage, for as long as it takes:",
+        "  shardrec prepare --events path/to/log.parquet --output data",
+        f"  shardrec launch train -j 1x{config.workers} -- --prepared data --run run "
+        f"--recipe {config.recipe} loss=cce",
+        "  shardrec evaluate --prepared data --run run",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Jobs that really run: TorchX starts torchrun, which starts workers that meet over gloo."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardrec.launch.runner import Job, describe, run_here, split
+from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.synth import SynthConfig, generate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = (
+    "encoder.width=8",
+    "encoder.num_layers=1",
+    "encoder.num_heads=1",
+    "encoder.max_length=8",
+    "batches.batch_size=64",
+    "limits.max_steps=3",
+    "validation.every_epochs=none",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    size = SynthConfig(users=300, items=203, events=3_000, clusters=16, report_users=100)
+    generate(size, folder / "log.parquet")
+    prepare(PrepareConfig(events=str(folder / "log.parquet"), output=str(folder / "prepared")))
+    return folder / "prepared"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process without a launcher."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    words = ["train", "--prepared", str(prepared), "--run", str(run), *SMALL, "log_every=1"]
+    command = [sys.executable, "-P", "-m", "shardrec.launch.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return losses(run)
+
+
+@pytest.mark.parametrize("layout", ["1x2", "2x1"])
+def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
+    layout: str, prepared: Path, alone: list[float], tmp_path: Path
+) -> None:
+    run, lines = tmp_path / "run", list[str]()
+    component = ("-j", layout, "--rdzv_port", str(free_port()), "--cpu", "2")
+    stage = ("--prepared", str(prepared), "--run", str(run), *SMALL, "log_every=1")
+    complaint = run_here(Job(component="train", arguments=(*component, "--", *stage)), lines.append)
+    assert complaint is None, "\n".join(lines)
+    assert losses(run) == pytest.approx(alone, rel=1e-4)
+    assert any("[0]:" in line and "step" in line for line in lines), "rank 0's progress is shown"
+    assert not any("PYTHONSAFEPATH" in line for line in lines)
+
+
+def test_a_failing_worker_is_quoted_and_the_job_has_failed(tmp_path: Path) -> None:
+    lines = list[str]()
+    stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
+    job = Job(component="train", arguments=("-j", "1x2", "--", *stage), log_dir=tmp_path / "logs")
+    complaint = run_here(job, lines.append)
+    assert complaint is not None and "nothing" in complaint, "\n".join(lines)
+    assert list((tmp_path / "logs").rglob("combined.log"))
+
+
+def test_the_command_checks_the_stage_s_options_before_it_starts_anything(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from shardrec.launch import cli
+
+    stage = ["--prepared", "data", "--run", str(tmp_path / "run"), "encoder.widht=8"]
+    assert cli.main(["launch", "train", "-j", "1x2", "--", *stage]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean encoder.width" in said
+    assert said.count("\n") == 1
+
+
+def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
+    log = prepared.parent / "log.parquet"
+    stage = ("--events", str(log), "--output", str(tmp_path / "out"))
+    lines = list[str]()
+    complaint = run_here(Job(component="prepare", arguments=("--", *stage)), lines.append)
+    assert complaint is None, "\n".join(lines)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_a_request_for_another_scheduler_is_described_and_not_submitted() -> None:
+    text = describe(
+        Job(component="train", arguments=("-j", "2x8", "--gpu", "8"), scheduler="slurm")
+    )
+    assert "sbatch" in text
+    assert "--nproc_per_node 8" in text
+
+
+def test_the_stage_s_arguments_follow_two_dashes() -> None:
+    assert split(["-j", "1x2"]) == (["-j", "1x2"], [])
+    assert split(["--", "a", "--", "b"]) == ([], ["a", "--", "b"])
