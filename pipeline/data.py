@@ -1,25 +1,30 @@
 """Prepared data as batches of tensors, deterministic by (seed, epoch) and the same for any W.
 
-What is where in an epoch is decided in `shardrec.pipeline.order`; reading is in `shardrec.pipeline.row_groups`. There is no Python loop over
-sequences: list columns become one flat tensor and offsets, and a batch is index arithmetic on them.
+`shardrec.pipeline.order` decides what is where in an epoch, `shardrec.pipeline.row_groups` reads, and
+`shardrec.pipeline.batches` cuts tensors. There is no Python loop over sequences: list columns
+become one flat tensor and offsets, and a batch is index arithmetic on them.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
-from shardrec.pipeline.manifest import Manifest, read_manifest
+from shardrec.pipeline.batches import (
+    Batch,
+    EvaluationBatch,
+    Samples,
+    cut_windows,
+    gathered,
+    num_windows,
+    padded,
+)
 from shardrec.pipeline.order import EpochOrder, Piece, Window
+from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.row_groups import RowGroups, flat_list
 
 __all__ = [
@@ -32,103 +37,6 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int64]
-Ragged = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A prepared folder whose manifest was read and found complete."""
-
-    path: Path
-    manifest: Manifest
-
-    @classmethod
-    def open(cls, path: str | Path) -> "Prepared":
-        """Read and check the manifest.
-
-        Raises:
-            FileNotFoundError, ValueError: the folder is not a complete prepared folder.
-        """
-        return cls(Path(path), read_manifest(Path(path)))
-
-    @property
-    def num_items(self) -> int:
-        """V."""
-        return self.manifest.counts["items"]
-
-    @property
-    def num_train_sequences(self) -> int:
-        """Rows of the training files."""
-        return self.manifest.counts["train_sequences"]
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether events carry a weight."""
-        return self.manifest.columns["weight"] is not None
-
-    @property
-    def train_files(self) -> list[Path]:
-        """The training files in order."""
-        names = sorted(file.path for file in self.manifest.files)
-        return [self.path / name for name in names if name.startswith("train/")]
-
-    @property
-    def fingerprint(self) -> str:
-        """Short hash of the files' checksums: equal for equal data."""
-        files = sorted((file.path, file.sha256) for file in self.manifest.files)
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-
-    def item_counts(self) -> Tensor:
-        """(V,) int64 training events of each item."""
-        return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
-
-    def item_ids(self) -> pa.Array:
-        """(V,) the log's own ids (int64 or string) by item."""
-        return self._items("item_id")
-
-    def _items(self, name: str) -> pa.Array:
-        path = self.path / "items.parquet"
-        groups = RowGroups([path], ["item_id", "item", "count"])
-        columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
-        empty = pq.read_schema(path).field(name).type
-        return pa.concat_arrays(
-            [c for column in columns for c in column.chunks] or [pa.array([], empty)]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """This rank's part of a global batch; B may be 0, L is at least 1.
-
-    Attributes:
-        items: (B, L) int64, oldest first, padded with 0 on the right.
-        lengths: (B,) int64 real positions.
-        targets: (B, L) int64 next items, padded with 0.
-        weights: (B, L) float32 of the targets, padded with 0; None where the data has none.
-    """
-
-    items: Tensor
-    lengths: Tensor
-    targets: Tensor
-    weights: Tensor | None = None
-
-    @property
-    def num_positions(self) -> int:
-        """N, real positions."""
-        return int(self.lengths.sum())
-
-    def real_positions(self) -> Tensor:
-        """(N,) int64 indices of the real positions in the flattened (B * L)."""
-        length = self.items.shape[1]
-        real = torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
-        return real.flatten().nonzero().flatten()
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return Batch(
-            self.items.to(device), self.lengths.to(device), self.targets.to(device), weights
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +46,8 @@ class BatchConfig:
     Attributes:
         batch_size: sequences in a global batch, over all ranks.
         windows: of a sequence longer than the encoder takes, its "last" window or "all" of them.
-        shuffle_row_groups: row groups in a shuffle window, at least. More mix better and take more memory.
+        shuffle_row_groups: row groups in a shuffle window, at least (where there are as many). More
+            mix better, take more memory, and make fewer row groups be read by two ranks.
     """
 
     batch_size: int = 128
@@ -153,31 +62,13 @@ class BatchConfig:
             raise ValueError(f"windows must be last or all, got {self.windows!r}; pick one")
 
 
-@dataclass(frozen=True, slots=True)
-class _Samples:
-    """Samples of some row groups over one flat tensor: sample s reads ``start[s] .. start[s] + length[s]``."""
-
-    items: Tensor
-    weights: Tensor | None
-    start: Tensor
-    length: Tensor
-
-    def batch(self, chosen: Tensor) -> Batch:
-        """The chosen samples, padded to the longest of them."""
-        start, length = self.start[chosen], self.length[chosen]
-        items, real, place = _padded(self.items, start, length)
-        weights = None
-        if self.weights is not None:
-            weights = self.weights[place + real] * real
-        return Batch(items, length, self.items[place + real] * real, weights)
-
-
 class TrainingBatches:
     """This rank's parts of the global batches, epoch after epoch.
 
-    ``for batch in batches`` runs from where the loader stands to the end of the epoch; the next loop is
-    the next epoch. Every real position comes exactly once in an epoch over all ranks. In the last, short batch of an epoch some ranks may have no sequences.
-    All ranks take the same number of steps. Reading opens no collective.
+    ``for batch in batches`` runs from where the loader stands to the end of the epoch; the next loop
+    is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
+    take the same number of steps; in the last, short batch of an epoch some may have no sequences.
+    Collectives: none.
 
     Attributes:
         epoch: the epoch of the next batch, from 0.
@@ -196,7 +87,7 @@ class TrainingBatches:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        """Read the footers of the training files (and the lengths of all sequences for windows="all").
+        """Read the training files' footers, and for windows="all" the lengths of all sequences.
 
         Args:
             prepared: an open prepared folder.
@@ -244,8 +135,8 @@ class TrainingBatches:
         for name, value in self._order_key().items():
             if state["order"].get(name) != value:
                 raise ValueError(
-                    f"{name} must be {state['order'].get(name)} to go on from this state, got {value};"
-                    " restore the setting or start a new run"
+                    f"{name} must be {state['order'].get(name)} to go on from this state,"
+                    f" got {value}; restore the setting or start a new run"
                 )
         if not 0 <= state["step"] <= len(self):
             raise ValueError(
@@ -290,28 +181,29 @@ class TrainingBatches:
 
     def _read(
         self, order: EpochOrder, pieces: list[Piece]
-    ) -> tuple[_Samples, npt.NDArray[np.float64]]:
+    ) -> tuple[Samples, npt.NDArray[np.float64]]:
         """The samples of the pieces in the epoch's order, and their random numbers."""
         items, weights, starts, lengths, luck, base = [], [], [], [], [], 0
         for piece in pieces:
             table = self._groups.read(piece.row_group, self._columns)
             values, offsets = self._items(piece.row_group, table)
-            start, length = _windows(offsets, self.max_length, self.config.windows)
-            shuffled, random = order.shuffled(piece.row_group, len(start))
+            begin, size = cut_windows(offsets, self.max_length, self.config.windows)
+            shuffled, random = order.shuffled(piece.row_group, len(begin))
             kept = shuffled[piece.first : piece.last]
             items.append(values)
             if self.prepared.has_weights:
                 weights.append(self._weights(piece.row_group, table, offsets))
-            starts.append(start[kept] + base)
-            lengths.append(length[kept])
+            starts.append(begin[kept] + base)
+            lengths.append(size[kept])
             luck.append(random[piece.first : piece.last])
             base += len(values)
         flat = torch.from_numpy(_joined(items, np.int64))
         weight = (
             torch.from_numpy(_joined(weights, np.float32)) if self.prepared.has_weights else None
         )
-        start, length = (torch.from_numpy(_joined(part, np.int64)) for part in (starts, lengths))
-        return _Samples(flat, weight, start, length), _joined(luck, np.float64)
+        start = torch.from_numpy(_joined(starts, np.int64))
+        length = torch.from_numpy(_joined(lengths, np.int64))
+        return Samples(flat, weight, start, length), _joined(luck, np.float64)
 
     def _items(self, row_group: int, table: pa.Table) -> tuple[Ints, Ints]:
         values, offsets = flat_list(table, "items")
@@ -336,7 +228,7 @@ class TrainingBatches:
         counts = []
         for index in range(len(self._groups)):
             length = self._groups.read(index, ["length"]).column("length").to_numpy()
-            counts.append(int(_num_windows(length.astype(np.int64), self.max_length).sum()))
+            counts.append(int(num_windows(length.astype(np.int64), self.max_length).sum()))
         return np.array(counts, dtype=np.int64)
 
     def _order_key(self) -> dict[str, Any]:
@@ -350,37 +242,11 @@ class TrainingBatches:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationBatch:
-    """Some users of this rank; B may be 0, L is at least 1.
-
-    Attributes:
-        items: (B, L) int64, the last L items of each history, padded with 0 on the right.
-        lengths: (B,) int64.
-        targets: values (T,) and lengths (B,): the items each user took next, oldest first.
-        seen: values (S,) and lengths (B,): the whole history of each user.
-    """
-
-    items: Tensor
-    lengths: Tensor
-    targets: Ragged
-    seen: Ragged
-
-    def to(self, device: torch.device | str) -> "EvaluationBatch":
-        """The batch on another device."""
-        return EvaluationBatch(
-            self.items.to(device),
-            self.lengths.to(device),
-            (self.targets[0].to(device), self.targets[1].to(device)),
-            (self.seen[0].to(device), self.seen[1].to(device)),
-        )
-
-
 class EvaluationBatches:
     """This rank's contiguous share of the users of a split, a row group at a time.
 
-    Every rank gives out the same number of batches; where its users are used up they are empty. Inside a row group users come
-    by length of history, so that little is computed on padding.
+    Every rank gives out the same number of batches; where its users are used up they are empty.
+    Inside a row group users come by length of history, so that little is computed on padding.
     """
 
     def __init__(
@@ -458,52 +324,10 @@ class EvaluationBatches:
         users = torch.arange(piece.first, piece.last)
         users = users[torch.argsort(item_offsets.diff()[users], stable=True)]
         for chosen in users.split(self.batch_size):
-            seen = _gathered(items, item_offsets, chosen)
+            seen = gathered(items, item_offsets, chosen)
             length = seen[1].clamp(max=self.max_length)
-            padded, _, _ = _padded(items, item_offsets[chosen + 1] - length, length)
-            yield EvaluationBatch(padded, length, _gathered(targets, target_offsets, chosen), seen)
-
-
-def _windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Ints]:
-    """Start and number of positions of each sample of (rows + 1,) list offsets.
-
-    A sequence of n items has n - 1 positions; windows are cut from its end, so that the first is the short one.
-
-    >>> start, length = _windows(np.array([0, 6]), 2, "all")
-    >>> start.tolist(), length.tolist()
-    ([3, 1, 0], [2, 2, 1])
-    """
-    rows = np.diff(offsets)
-    counts = _num_windows(rows, max_length)
-    if windows == "last":
-        counts = np.ones_like(counts)
-    row = np.repeat(np.arange(len(rows)), counts)
-    index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    end = np.maximum(rows[row] - 1, 0) - index * max_length
-    start = np.maximum(end - max_length, 0)
-    return offsets[row] + start, end - start
-
-
-def _num_windows(lengths: Ints, max_length: int) -> Ints:
-    """Windows of sequences of so many items; one at least, so that every row is a sample."""
-    return np.maximum(-(-(lengths - 1) // max_length), 1)
-
-
-def _padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of ``values`` as rows, padded with 0; the (B, L) mask of real places; their index in ``values``."""
-    longest = max(int(length.max()), 1) if len(length) else 1
-    offset = torch.arange(longest)
-    real = offset < length[:, None]
-    place = (start[:, None] + offset) * real
-    return values[place] * real if len(length) else place, real, place
-
-
-def _gathered(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
-    """The lists of ``rows`` end to end, and their lengths."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    before = lengths.cumsum(0) - lengths
-    shift = torch.repeat_interleave(offsets[rows] - before, lengths)
-    return values[torch.arange(len(shift)) + shift], lengths
+            last, _, _ = padded(items, item_offsets[chosen + 1] - length, length)
+            yield EvaluationBatch(last, length, gathered(targets, target_offsets, chosen), seen)
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

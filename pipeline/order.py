@@ -1,10 +1,11 @@
 """The order of training data: which sample is in which global batch, at any number of ranks.
 
-An epoch permutes the row groups and cuts the list of their samples into shuffle windows of whole batches. A window
-is a matrix of batches x places, filled place by place: place p of all batches of the window comes
-from one run of the list, so from one or two row groups. A rank takes a contiguous range of places of
-every batch, hence a contiguous run of the list: all ranks together open at most W - 1 row groups twice inside
-a window, and one more where two windows meet. Nothing here depends on the rank but that range.
+An epoch permutes the row groups and cuts the list of their samples into shuffle windows of whole
+batches. A window is a matrix of batches x places, filled place by place: place p of all batches of
+the window comes from one run of the list, so from one or two row groups. A rank takes a contiguous
+range of places of every batch, hence a contiguous run of the list: all ranks together open at most
+W - 1 row groups twice inside a window, and one more where two windows meet. With G row groups and
+w in a window they open at most G * (1 + W / w). Nothing depends on the rank but its range.
 """
 
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class EpochOrder:
         Args:
             samples: (G,) number of samples in each row group.
             batch_size: samples in a global batch.
-            shuffle_row_groups: row groups in a window, about; never less than this where there are as many.
+            shuffle_row_groups: row groups in a window, at least (where there are as many).
             seed: of the run.
             epoch: counted from 0.
         """
@@ -97,7 +98,7 @@ class EpochOrder:
     def pieces(self, window: Window, start: int, stop: int) -> list[Piece]:
         """The parts of row groups that hold samples ``start .. stop`` of the window, whole.
 
-        A part is what the window holds of a row group, although the range needs less of the first and the last.
+        A part is all that the window holds of a row group, also where the range needs less of it.
         """
         if start >= stop:
             return []
@@ -150,8 +151,8 @@ class EpochOrder:
             places: the range; its runs lie inside the pieces.
 
         Returns:
-            (T,) indices of the samples of the range, batch by batch and by place inside a batch, and
-            (num_steps,) how many of them each batch takes.
+            (T,) indices of the samples of the range, batch by batch and by place inside a batch,
+            and (num_steps,) how many of them each batch takes.
         """
         key = lengths * (1.0 + LENGTH_JITTER * (luck - 0.5))
         place = self._place(window, start, sizes, key)
@@ -168,7 +169,7 @@ class EpochOrder:
         return taken[by_batch], np.bincount(step, minlength=window.num_steps)
 
     def _place(self, window: Window, start: int, sizes: Ints, key: Floats) -> Ints:
-        """(S,) the place of each sample; a place gets short and long samples of its row group evenly."""
+        """(S,) the place of each sample; each gets short and long samples of a piece evenly."""
         piece = np.repeat(np.arange(len(sizes)), sizes)
         # Every list position's place, and how far down its place's share of the piece it is.
         position = np.arange(start, start + len(key))

@@ -64,9 +64,9 @@ class RowGroups:
         except FileNotFoundError:
             raise _gone(self._paths[self._file[index]]) from None
         except (OSError, pa.ArrowException) as error:
+            place = f"{self.name(index)}, column {self._damaged(index, columns)}"
             raise ValueError(
-                f"{self.name(index)}, column {self._damaged(index, columns)} must be readable Parquet,"
-                f" got {error}; prepare the data again"
+                f"{place} must be readable Parquet, got {error}; prepare the data again"
             ) from error
         for name in columns:
             if table.column(name).null_count:
@@ -117,8 +117,8 @@ def _footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
     missing = sorted(set(columns) - set(footer.schema.to_arrow_schema().names))
     if missing:
         raise ValueError(
-            f"{path} must have the columns {', '.join(columns)}, got a file without {', '.join(missing)};"
-            " prepare the data again"
+            f"{path} must have the columns {', '.join(columns)},"
+            f" got a file without {', '.join(missing)}; prepare the data again"
         )
     return footer
 

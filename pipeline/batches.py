@@ -1,0 +1,149 @@
+"""Batches of tensors, and the index arithmetic that cuts them out of flat tensors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Batch",
+    "EvaluationBatch",
+    "Ragged",
+    "Samples",
+    "cut_windows",
+    "gathered",
+    "num_windows",
+    "padded",
+]
+
+Ints = npt.NDArray[np.int64]
+Ragged = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This rank's part of a global batch; B may be 0, L is at least 1.
+
+    Attributes:
+        items: (B, L) int64, oldest first, padded with 0 on the right.
+        lengths: (B,) int64 real positions.
+        targets: (B, L) int64 next items, padded with 0.
+        weights: (B, L) float32 of the targets, padded with 0; None where the data has none.
+    """
+
+    items: Tensor
+    lengths: Tensor
+    targets: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """N, real positions."""
+        return int(self.lengths.sum())
+
+    def real_positions(self) -> Tensor:
+        """(N,) int64 indices of the real positions in the flattened (B * L)."""
+        length = self.items.shape[1]
+        real = torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
+        return real.flatten().nonzero().flatten()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(
+            self.items.to(device), self.lengths.to(device), self.targets.to(device), weights
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationBatch:
+    """Some users of this rank; B may be 0, L is at least 1.
+
+    Attributes:
+        items: (B, L) int64, the last L items of each history, padded with 0 on the right.
+        lengths: (B,) int64.
+        targets: values (T,) and lengths (B,): the items each user took next, oldest first.
+        seen: values (S,) and lengths (B,): the whole history of each user.
+    """
+
+    items: Tensor
+    lengths: Tensor
+    targets: Ragged
+    seen: Ragged
+
+    def to(self, device: torch.device | str) -> "EvaluationBatch":
+        """The batch on another device."""
+        return EvaluationBatch(
+            self.items.to(device),
+            self.lengths.to(device),
+            (self.targets[0].to(device), self.targets[1].to(device)),
+            (self.seen[0].to(device), self.seen[1].to(device)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Samples over one flat tensor: sample s starts at ``start[s]``, with ``length[s]`` positions."""
+
+    items: Tensor
+    weights: Tensor | None
+    start: Tensor
+    length: Tensor
+
+    def batch(self, chosen: Tensor) -> Batch:
+        """The chosen samples, padded to the longest of them."""
+        start, length = self.start[chosen], self.length[chosen]
+        items, real, place = padded(self.items, start, length)
+        weights = None
+        if self.weights is not None:
+            weights = self.weights[place + real] * real
+        return Batch(items, length, self.items[place + real] * real, weights)
+
+
+def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Ints]:
+    """Start and number of positions of each sample of (rows + 1,) list offsets.
+
+    A sequence of n items has n - 1 positions. Windows are cut from its end: the first is the short one.
+
+    >>> start, length = cut_windows(np.array([0, 6]), 2, "all")
+    >>> start.tolist(), length.tolist()
+    ([3, 1, 0], [2, 2, 1])
+    """
+    rows = np.diff(offsets)
+    counts = num_windows(rows, max_length)
+    if windows == "last":
+        counts = np.ones_like(counts)
+    row = np.repeat(np.arange(len(rows)), counts)
+    index = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = np.maximum(rows[row] - 1, 0) - index * max_length
+    start = np.maximum(end - max_length, 0)
+    return offsets[row] + start, end - start
+
+
+def num_windows(lengths: Ints, max_length: int) -> Ints:
+    """Windows of sequences of so many items; one at least, so that every row is a sample."""
+    return np.maximum(-(-(lengths - 1) // max_length), 1)
+
+
+def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of ``values`` as rows of one length.
+
+    Returns:
+        (B, L) values padded with 0; (B, L) bool, where they are real; (B, L) their indices in
+        ``values``, 0 where they are not.
+    """
+    longest = max(int(length.max()), 1) if len(length) else 1
+    offset = torch.arange(longest)
+    real = offset < length[:, None]
+    place = (start[:, None] + offset) * real
+    return values[place] * real if len(length) else place, real, place
+
+
+def gathered(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
+    """The lists of ``rows`` end to end, and their lengths."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    before = lengths.cumsum(0) - lengths
+    shift = torch.repeat_interleave(offsets[rows] - before, lengths)
+    return values[torch.arange(len(shift)) + shift], lengths

@@ -1,0 +1,78 @@
+"""A prepared folder, open for reading."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from shardrec.pipeline.manifest import Manifest, read_manifest
+from shardrec.pipeline.row_groups import RowGroups
+
+__all__ = ["Prepared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prepared folder whose manifest was read and found complete."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Prepared":
+        """Read and check the manifest.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder is not a complete prepared folder.
+        """
+        return cls(Path(path), read_manifest(Path(path)))
+
+    @property
+    def num_items(self) -> int:
+        """V."""
+        return self.manifest.counts["items"]
+
+    @property
+    def num_train_sequences(self) -> int:
+        """Rows of the training files."""
+        return self.manifest.counts["train_sequences"]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether events carry a weight."""
+        return self.manifest.columns["weight"] is not None
+
+    @property
+    def train_files(self) -> list[Path]:
+        """The training files in order."""
+        names = sorted(file.path for file in self.manifest.files)
+        return [self.path / name for name in names if name.startswith("train/")]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the files' checksums: equal for equal data."""
+        files = sorted((file.path, file.sha256) for file in self.manifest.files)
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+    def item_counts(self) -> Tensor:
+        """(V,) int64 training events of each item."""
+        return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
+
+    def item_ids(self) -> pa.Array:
+        """(V,) the log's own ids (int64 or string) by item."""
+        return self._items("item_id")
+
+    def _items(self, name: str) -> pa.Array:
+        path = self.path / "items.parquet"
+        groups = RowGroups([path], ["item_id", "item", "count"])
+        columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
+        empty = pq.read_schema(path).field(name).type
+        return pa.concat_arrays(
+            [c for column in columns for c in column.chunks] or [pa.array([], empty)]
+        )
