@@ -133,7 +133,7 @@ class _Meter:
             self.config.ks,
             num_items=prepared.num_items,
             item_counts=self.counts,
-            num_users=max(2, prepared.num_train_sequences),
+            num_users=max(2, prepared.manifest.counts["train_users"]),
             process_group=self.shard.group,
         ).to(self.shard.rows.device)
 

@@ -95,6 +95,16 @@ class ValidationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"validation.{name} must be at least 1, got {value}; or none")
+        if self.patience is not None and not self.is_on:
+            raise ValueError(
+                f"validation.patience must be none without validation, got {self.patience}; "
+                "set validation.every_epochs or every_steps"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are validations at all."""
+        return self.every_epochs is not None or self.every_steps is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

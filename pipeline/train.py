@@ -115,6 +115,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
         world_size=size_of(group),
         seed=config.seed,
     )
+    _check_validation(config.validation, prepared)
     steps_per_epoch = -(-len(batches) // config.optimizer.accumulate)
     total_steps = _total_steps(config.limits, steps_per_epoch)
     model = build_model(config, prepared.num_items, encoder, group)
@@ -286,9 +287,7 @@ class _Loop:
         return self.step / self.run.steps_per_epoch
 
     def _finish(self, reason: str) -> EndReport:
-        config = self.run.config.validation
-        wanted = config.every_steps is not None or config.every_epochs is not None
-        if wanted and self.validated_step < self.step:
+        if self.run.config.validation.is_on and self.validated_step < self.step:
             self._validate()
         if self.saved_step < self.step:
             self._save(best=False)
@@ -309,6 +308,15 @@ class _Loop:
         for callback in self.callbacks:
             callback.on_end(report)
         return report
+
+
+def _check_validation(config: ValidationConfig, prepared: Prepared) -> None:
+    if config.is_on and not prepared.manifest.counts["validation_users"]:
+        raise ValueError(
+            "validation must be off where the data has no validation users, got "
+            f"every_epochs={config.every_epochs} and every_steps={config.every_steps}; set "
+            "validation.every_epochs=none, or prepare with validation users"
+        )
 
 
 def _own_callbacks(run: Run) -> list[Callback]:

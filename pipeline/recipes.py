@@ -1,0 +1,111 @@
+"""Complete configs to start from: each is a function of the prepared folder and the run folder.
+
+Copy one into your own code, or change its options by dotted names on the command line. Tables of
+fewer than a million items learn by Adam, larger ones by row-wise Adagrad, which keeps one number a
+row. Dropout, batch and length follow the published SASRec settings unless a recipe says why not.
+"""
+
+from typing import Protocol
+
+from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.encoder import EncoderConfig
+from shardrec.modules.losses import CCE, CCEMinus
+from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.step import OptimizerConfig
+
+__all__ = ["RECIPES", "Recipe", "beauty", "demo", "epinions", "large_catalog", "tiny_cpu"]
+
+
+class Recipe(Protocol):
+    """A config for the prepared folder ``data`` and the run folder ``output``."""
+
+    __name__: str
+
+    def __call__(self, data: str, output: str) -> TrainConfig:
+        """The complete config."""
+        ...
+
+
+def tiny_cpu(data: str, output: str) -> TrainConfig:
+    """Twenty steps of a very small model: a smoke test, and the numbers refactors must keep."""
+    return TrainConfig(
+        data=data,
+        output=output,
+        loss=CCE(),
+        catalog=CatalogConfig(optimizer="rowwise_adagrad", learning_rate=0.05),
+        encoder=EncoderConfig(width=16, max_length=16, dropout=0.1),
+        batches=BatchConfig(batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        limits=LimitConfig(max_epochs=None, max_steps=20),
+        validation=ValidationConfig(every_epochs=None, every_steps=10),
+        device="cpu",
+    )
+
+
+def demo(data: str, output: str) -> TrainConfig:
+    """A minute on two CPU cores for a catalog of some ten thousand items."""
+    return TrainConfig(
+        data=data,
+        output=output,
+        loss=CCEMinus(num_negatives=1024, share=128),
+        catalog=CatalogConfig(optimizer="adam", learning_rate=2e-3, betas=(0.9, 0.98)),
+        encoder=EncoderConfig(width=64, max_length=20, dropout=0.1),
+        batches=BatchConfig(batch_size=256),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, clip_norm=5.0),
+        limits=LimitConfig(max_epochs=10),
+        validation=ValidationConfig(every_epochs=2, patience=2),
+    )
+
+
+def beauty(data: str, output: str) -> TrainConfig:
+    """Amazon Beauty 2014 (12,101 items, 5-core), leave-one-out, as SASRec is usually reported."""
+    return TrainConfig(
+        data=data,
+        output=output,
+        loss=CCE(),
+        catalog=CatalogConfig(optimizer="adam", learning_rate=1e-3, betas=(0.9, 0.98)),
+        encoder=EncoderConfig(width=64, max_length=50, num_heads=1, dropout=0.5),
+        batches=BatchConfig(batch_size=256),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        limits=LimitConfig(max_epochs=100),
+        validation=ValidationConfig(every_epochs=2, patience=5),
+    )
+
+
+def epinions(data: str, output: str) -> TrainConfig:
+    """Epinions (296,277 items), split by time: a tail so long that most items have few events."""
+    return TrainConfig(
+        data=data,
+        output=output,
+        loss=CCEMinus(num_negatives=4096, share=128),
+        catalog=CatalogConfig(optimizer="adam", learning_rate=1e-3, betas=(0.9, 0.98)),
+        encoder=EncoderConfig(width=64, max_length=50, dropout=0.3),
+        batches=BatchConfig(batch_size=256),
+        optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=5.0),
+        limits=LimitConfig(max_epochs=20),
+        validation=ValidationConfig(every_epochs=1, patience=4),
+    )
+
+
+def large_catalog(data: str, output: str) -> TrainConfig:
+    """Millions of items on GPUs: sampled softmax with half of the negatives from the batch."""
+    return TrainConfig(
+        data=data,
+        output=output,
+        loss=CCEMinus(num_negatives=16_384, share=128, proposal="mixed"),
+        catalog=CatalogConfig(optimizer="rowwise_adagrad", learning_rate=0.02),
+        encoder=EncoderConfig(
+            kind="modern", width=256, max_length=200, num_blocks=4, num_heads=4, dropout=0.1
+        ),
+        batches=BatchConfig(batch_size=4096, windows="all"),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, warmup_steps=1000, decay="cosine", clip_norm=1.0
+        ),
+        limits=LimitConfig(max_epochs=5),
+        validation=ValidationConfig(every_epochs=1, patience=2),
+    )
+
+
+_ALL: tuple[Recipe, ...] = (demo, tiny_cpu, beauty, epinions, large_catalog)
+RECIPES: dict[str, Recipe] = {recipe.__name__: recipe for recipe in _ALL}
