@@ -4,11 +4,14 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import cpu
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, RowIds, every_pair
+from shardrec.kernels.device import choose_backend
 
 __all__ = ["Blocks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
 
 
-def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def forward(
+    states: Tensor, rows: Tensor, blocks: Blocks, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the candidates of every slot, and the logit of every target.
 
     The workspace is one tile of logits.
@@ -17,6 +20,7 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tenso
         states: (N, D) float32, bfloat16 or float16.
         rows: (R, D) of the same dtype.
         blocks: The (positions x rows) blocks that count.
+        backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Returns:
         (num_slots,) float32, -inf for a slot without candidates, and (N,) float32 target logits, 0
@@ -24,6 +28,10 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tenso
 
     Collectives: none.
     """
+    if choose_backend(states, backend) == "triton":
+        from shardrec.kernels.block_logsumexp import gpu
+
+        return gpu.forward(states, rows, blocks)
     return cpu.forward(states, rows, blocks)
 
 
@@ -35,6 +43,7 @@ def backward(
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
     grad_rows: Tensor,
+    backend: str = "auto",
 ) -> Tensor:
     """(N, D) float32 gradient of ``states``; adds that of ``rows`` to (R, D) float32 ``grad_rows``.
 
@@ -48,10 +57,17 @@ def backward(
         logsumexp: (num_slots,) float32 of all candidates.
         grad_logsumexp: (num_slots,) float32.
         grad_target_logits: (N,) float32.
-        grad_rows: (R, D) float32 accumulator.
+        grad_rows: (R, D) float32 accumulator, contiguous.
+        backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Collectives: none.
     """
+    if choose_backend(states, backend) == "triton":
+        from shardrec.kernels.block_logsumexp import gpu
+
+        return gpu.backward(
+            states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
+        )
     return cpu.backward(
         states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
     )

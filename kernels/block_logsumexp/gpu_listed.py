@@ -1,0 +1,224 @@
+"""Triton kernels of listed blocks: positions and rows by index, offsets, the rule of rounds.
+
+A program finds its work in a table of tiles (``schedule.py``). Products: 2 D FLOP for each pair of
+a block forward and 8 D backward, rounded up to whole tiles. Bytes: every block reads its rows once
+for each tile of its positions; the gradient of rows is written once per entry of ``items`` and read
+once to be added up.
+"""
+
+import triton
+import triton.language as tl
+
+from shardrec.kernels.block_logsumexp.tile_math import (
+    LN2,
+    LOG2E,
+    add_exponentials,
+    load_tile,
+    met_before,
+    streamed_logits,
+)
+
+__all__ = [
+    "add_rows_kernel",
+    "listed_forward_kernel",
+    "listed_rows_backward_kernel",
+    "listed_states_backward_kernel",
+]
+
+
+@triton.jit
+def _load_pairs(pair_positions, pair_slots, targets, o_pairs, end):
+    """Positions, slots, targets and mask of a run of pairs."""
+    m_pairs = o_pairs < end
+    b_positions = tl.load(pair_positions + o_pairs, mask=m_pairs, other=0)
+    b_slots = tl.load(pair_slots + o_pairs, mask=m_pairs, other=0)
+    b_targets = tl.load(targets + b_positions, mask=m_pairs, other=-1)
+    return b_positions, b_slots, b_targets, m_pairs
+
+
+@triton.jit
+def listed_forward_kernel(
+    states, rows, pair_positions, pair_slots, items, targets, offsets,
+    position_chunks, item_chunks, tiles, logsumexp, num_tiles, width, num_rounds, reach,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Adds the candidates of a tile of pairs to the log-sum-exps of their slots.
+
+    Grid: tiles. ``tiles`` is (5, num_tiles) int64: first and end pair, first and end entry, round.
+    No two pairs of one launch share a slot, so that each slot has one writer.
+    """
+    i_tile = tl.program_id(0)
+    end_pair = tl.load(tiles + num_tiles + i_tile)
+    first, end = tl.load(tiles + 2 * num_tiles + i_tile), tl.load(tiles + 3 * num_tiles + i_tile)
+    round_index = tl.load(tiles + 4 * num_tiles + i_tile).to(tl.int32)
+    o_pairs = tl.load(tiles + i_tile) + tl.arange(0, POSITIONS)
+    b_positions, b_slots, b_targets, m_pairs = _load_pairs(
+        pair_positions, pair_slots, targets, o_pairs, end_pair
+    )
+    b_max = tl.full((POSITIONS,), -float("inf"), dtype=tl.float32)
+    b_sum = tl.zeros((POSITIONS,), dtype=tl.float32)
+    for entry in range(first, end, ITEMS):
+        o_entries = entry + tl.arange(0, ITEMS)
+        m_entries = o_entries < end
+        b_items = tl.load(items + o_entries, mask=m_entries, other=0)
+        b_logits = streamed_logits(
+            states, b_positions, m_pairs, rows, b_items, m_entries, width,
+            POSITIONS, ITEMS, WIDTH, PRECISION,
+        )  # fmt: skip
+        if OFFSETS:
+            b_logits -= tl.load(offsets + o_entries, mask=m_entries, other=0.0)[None, :]
+        keep = m_entries[None, :] & (b_items[None, :] != b_targets[:, None])
+        if ROUNDS:
+            keep = keep & ~met_before(
+                position_chunks, b_positions, m_pairs, item_chunks, b_items, m_entries,
+                round_index, num_rounds, reach, POSITIONS, ITEMS,
+            )  # fmt: skip
+        b_logits = tl.where(keep, b_logits * LOG2E, -float("inf"))
+        b_max, b_sum = add_exponentials(b_max, b_sum, b_logits)
+    b_before = tl.load(logsumexp + b_slots, mask=m_pairs, other=-float("inf")) * LOG2E
+    b_new = tl.maximum(b_max, b_before)
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.exp2(b_before - b_shift)
+    tl.store(logsumexp + b_slots, (b_new + tl.log2(b_sum)) * LN2, mask=m_pairs)
+
+
+@triton.jit
+def listed_states_backward_kernel(
+    states, rows, pair_positions, pair_slots, items, targets, offsets,
+    position_chunks, item_chunks, tiles, logsumexp, grad_logsumexp, scale, grad_states,
+    num_tiles, width, num_rounds, reach,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradient of a tile of pairs to the (N, D) float32 gradient of their states.
+
+    Grid: (tiles, parts of the width); ``tiles`` as in the forward. No two pairs of one launch share
+    a position, so that each output element has one writer.
+    """
+    i_tile = tl.program_id(0)
+    first_column = tl.program_id(1) * OUT
+    end_pair = tl.load(tiles + num_tiles + i_tile)
+    first, end = tl.load(tiles + 2 * num_tiles + i_tile), tl.load(tiles + 3 * num_tiles + i_tile)
+    round_index = tl.load(tiles + 4 * num_tiles + i_tile).to(tl.int32)
+    o_pairs = tl.load(tiles + i_tile) + tl.arange(0, POSITIONS)
+    b_positions, b_slots, b_targets, m_pairs = _load_pairs(
+        pair_positions, pair_slots, targets, o_pairs, end_pair
+    )
+    b_shift = tl.load(logsumexp + b_slots, mask=m_pairs, other=0.0)
+    b_grad = tl.load(grad_logsumexp + b_slots, mask=m_pairs, other=0.0)
+    b_total = tl.zeros((POSITIONS, OUT), dtype=tl.float32)
+    for entry in range(first, end, ITEMS):
+        o_entries = entry + tl.arange(0, ITEMS)
+        m_entries = o_entries < end
+        b_items = tl.load(items + o_entries, mask=m_entries, other=0)
+        b_logits = streamed_logits(
+            states, b_positions, m_pairs, rows, b_items, m_entries, width,
+            POSITIONS, ITEMS, WIDTH, PRECISION,
+        )  # fmt: skip
+        if OFFSETS:
+            b_logits -= tl.load(offsets + o_entries, mask=m_entries, other=0.0)[None, :]
+        keep = m_entries[None, :] & (b_items[None, :] != b_targets[:, None])
+        if ROUNDS:
+            keep = keep & ~met_before(
+                position_chunks, b_positions, m_pairs, item_chunks, b_items, m_entries,
+                round_index, num_rounds, reach, POSITIONS, ITEMS,
+            )  # fmt: skip
+        b_logits = tl.where(keep, (b_logits - b_shift[:, None]) * LOG2E, -float("inf"))
+        b_rows = load_tile(rows, b_items, m_entries, first_column, width, OUT)
+        b_share = (tl.exp2(b_logits) * b_grad[:, None]).to(b_rows.dtype)
+        b_total = tl.dot(b_share, b_rows, b_total, input_precision=PRECISION)
+    o_columns = first_column + tl.arange(0, OUT)
+    o_out = b_positions[:, None] * width + o_columns[None, :]
+    mask = m_pairs[:, None] & (o_columns < width)[None, :]
+    b_total = b_total * tl.load(scale) + tl.load(grad_states + o_out, mask=mask, other=0.0)
+    tl.store(grad_states + o_out, b_total, mask=mask)
+
+
+@triton.jit
+def listed_rows_backward_kernel(
+    states, rows, pair_positions, pair_slots, items, targets, offsets,
+    position_chunks, item_chunks, tiles, covers, logsumexp, grad_logsumexp, grad_entries,
+    num_tiles, num_covers, first_entry, width, num_rounds, reach,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of each entry of ``items``, from every block that holds it; one writer each.
+
+    Grid: (tiles, parts of the width). ``tiles`` is (4, num_tiles) int64: first and end entry, first
+    and end cover; ``covers`` is (3, num_covers) int64: first and end pair and round of a block.
+    ``grad_entries`` is (.., D) float32, its line 0 is entry ``first_entry``.
+    """
+    i_tile = tl.program_id(0)
+    first_column = tl.program_id(1) * OUT
+    o_entries = tl.load(tiles + i_tile) + tl.arange(0, ITEMS)
+    m_entries = o_entries < tl.load(tiles + num_tiles + i_tile)
+    b_items = tl.load(items + o_entries, mask=m_entries, other=0)
+    if OFFSETS:
+        b_offsets = tl.load(offsets + o_entries, mask=m_entries, other=0.0)
+    b_total = tl.zeros((ITEMS, OUT), dtype=tl.float32)
+    first_cover = tl.load(tiles + 2 * num_tiles + i_tile)
+    for cover in range(first_cover, tl.load(tiles + 3 * num_tiles + i_tile)):
+        end_pair = tl.load(covers + num_covers + cover)
+        round_index = tl.load(covers + 2 * num_covers + cover).to(tl.int32)
+        for pair in range(tl.load(covers + cover), end_pair, POSITIONS):
+            b_positions, b_slots, b_targets, m_pairs = _load_pairs(
+                pair_positions, pair_slots, targets, pair + tl.arange(0, POSITIONS), end_pair
+            )
+            b_shift = tl.load(logsumexp + b_slots, mask=m_pairs, other=0.0)
+            b_grad = tl.load(grad_logsumexp + b_slots, mask=m_pairs, other=0.0)
+            b_logits = streamed_logits(
+                rows, b_items, m_entries, states, b_positions, m_pairs, width,
+                ITEMS, POSITIONS, WIDTH, PRECISION,
+            )  # fmt: skip
+            if OFFSETS:
+                b_logits -= b_offsets[:, None]
+            keep = m_pairs[None, :] & (b_items[:, None] != b_targets[None, :])
+            if ROUNDS:
+                keep = keep & ~met_before(
+                    item_chunks, b_items, m_entries, position_chunks, b_positions, m_pairs,
+                    round_index, num_rounds, reach, ITEMS, POSITIONS,
+                )  # fmt: skip
+            b_logits = tl.where(keep, (b_logits - b_shift[None, :]) * LOG2E, -float("inf"))
+            b_states = load_tile(states, b_positions, m_pairs, first_column, width, OUT)
+            b_share = (tl.exp2(b_logits) * b_grad[None, :]).to(b_states.dtype)
+            b_total = tl.dot(b_share, b_states, b_total, input_precision=PRECISION)
+    o_columns = first_column + tl.arange(0, OUT)
+    o_out = (o_entries - first_entry)[:, None] * width + o_columns[None, :]
+    tl.store(grad_entries + o_out, b_total, mask=m_entries[:, None] & (o_columns < width)[None, :])
+
+
+@triton.jit
+def add_rows_kernel(
+    source, weights, order, sorted_rows, run_ends, total, scale, width,
+    LINES: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Adds to each row of (R, D) float32 ``total`` the weighted lines of ``source`` listed for it.
+
+    Grid: (entries, parts of the width). Entries are sorted by row; the program of the first entry
+    of a row adds up its whole run in order, the others leave, so each row has one writer. Rows
+    below 0 are left out.
+    """
+    i_entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(sorted_rows + i_entry)
+    before = tl.load(sorted_rows + i_entry - 1, mask=i_entry > 0, other=-1)
+    if row == before:
+        return
+    o_columns = tl.program_id(1) * OUT + tl.arange(0, OUT)
+    m_columns = o_columns < width
+    end = tl.load(run_ends + i_entry)
+    b_total = tl.zeros((OUT,), dtype=tl.float32)
+    for entry in range(i_entry, end, LINES):
+        o_entries = entry + tl.arange(0, LINES)
+        m_entries = o_entries < end
+        b_lines = tl.load(order + o_entries, mask=m_entries, other=0)
+        b_weights = tl.load(weights + b_lines, mask=m_entries, other=0.0)
+        b_source = tl.load(
+            source + b_lines[:, None] * width + o_columns[None, :],
+            mask=m_entries[:, None] & m_columns[None, :],
+            other=0.0,
+        )
+        b_total += tl.sum(b_source.to(tl.float32) * b_weights[:, None], 0)
+    o_out = row * width + o_columns
+    b_total = b_total * tl.load(scale) + tl.load(total + o_out, mask=m_columns, other=0.0)
+    tl.store(total + o_out, b_total, mask=m_columns)

@@ -1,0 +1,70 @@
+"""Pieces of the Triton kernels: tiles of logits, the running sum, and who is a candidate."""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "add_exponentials",
+    "held_logits",
+    "load_tile",
+    "met_before",
+    "streamed_logits",
+]
+
+# Logits are kept in base 2 inside a kernel, because the hardware has exp2 only.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(matrix, o_rows, m_rows, first_column, width, WIDTH: tl.constexpr):
+    """(len(o_rows), WIDTH) part of a (.., width) matrix, 0 outside; ``o_rows`` is int64."""
+    o_columns = first_column + tl.arange(0, WIDTH)
+    mask = m_rows[:, None] & (o_columns < width)[None, :]
+    return tl.load(matrix + o_rows[:, None] * width + o_columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def held_logits(b_left, b_right, PRECISION: tl.constexpr):
+    """(L, R) float32 inner products of two tiles that hold the whole width."""
+    return tl.dot(b_left, tl.trans(b_right), input_precision=PRECISION)
+
+
+@triton.jit
+def streamed_logits(
+    left, o_left, m_left, right, o_right, m_right, width,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(LEFT, RIGHT) float32 inner products, a part of the width at a time."""
+    b_logits = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
+    for first_column in range(0, width, WIDTH):
+        b_left = load_tile(left, o_left, m_left, first_column, width, WIDTH)
+        b_right = load_tile(right, o_right, m_right, first_column, width, WIDTH)
+        b_logits = tl.dot(b_left, tl.trans(b_right), b_logits, input_precision=PRECISION)
+    return b_logits
+
+
+@triton.jit
+def add_exponentials(b_max, b_sum, b_logits):
+    """Running maximum and sum of exponentials per line, with a tile of base-2 logits added."""
+    b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+    # A line without candidates so far has maximum -inf: shift by 0, so that no inf - inf occurs.
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
+    return b_new, b_sum
+
+
+@triton.jit
+def met_before(
+    chunks_left, o_left, m_left, chunks_right, o_right, m_right, round_index, num_rounds, reach,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """(LEFT, RIGHT) bool: whether an earlier round than ``round_index`` holds the pair."""
+    met = tl.zeros((LEFT, RIGHT), dtype=tl.int1)
+    for earlier in range(0, round_index):
+        b_left = tl.load(chunks_left + o_left * num_rounds + earlier, mask=m_left, other=0)
+        b_right = tl.load(chunks_right + o_right * num_rounds + earlier, mask=m_right, other=0)
+        met = met | (tl.abs(b_left[:, None] - b_right[None, :]) <= reach)
+    return met

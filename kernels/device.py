@@ -1,0 +1,108 @@
+"""What the launchers need to know of a device, and which backend serves it."""
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BACKENDS",
+    "architecture_of",
+    "choose_backend",
+    "num_processors",
+    "operand",
+    "precision_of",
+]
+
+BACKENDS = ("auto", "torch", "triton")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_ARCHITECTURE = 80
+
+
+def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
+    """ "torch" or "triton": what serves operations on a tensor like this one.
+
+    "auto" takes Triton on NVIDIA GPUs from sm_80 for float32, bfloat16 and float16, and plain
+    PyTorch elsewhere; on a GPU that Triton does not serve a warning says why.
+
+    Args:
+        tensor: Its device and dtype decide.
+        backend: "auto", or the name of the backend to force.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or Triton is forced where it cannot run.
+
+    >>> choose_backend(torch.zeros(1))
+    'torch'
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}; choose one")
+    if backend == "torch":
+        return "torch"
+    reason = _triton_refusal(tensor)
+    if backend == "auto":
+        if reason and tensor.device.type == "cuda":
+            warnings.warn(f"plain PyTorch serves this GPU, because {reason}", stacklevel=3)
+        if tensor.device.type == "cuda" and not reason:
+            return "triton"
+        return "torch"
+    if reason:
+        raise ValueError(f"backend must be 'torch' here, got 'triton', because {reason}")
+    return "triton"
+
+
+def _triton_refusal(tensor: Tensor) -> str | None:
+    """Why Triton cannot serve the tensor; None when it can."""
+    if tensor.is_floating_point() and tensor.dtype not in _TRITON_DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if tensor.device.type == "cpu":
+        if _interprets():
+            return None
+        return "Triton runs on a CPU in its interpreter only; set TRITON_INTERPRET=1 to test"
+    if tensor.device.type != "cuda" or torch.version.hip is not None:
+        return "the kernels are built for NVIDIA GPUs only"
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if major * 10 + minor < _MIN_ARCHITECTURE:
+        return f"the kernels need sm_{_MIN_ARCHITECTURE} or newer and this GPU is sm_{major}{minor}"
+    return None
+
+
+def _interprets() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def architecture_of(device: torch.device) -> int:
+    """80, 90 or 100 as in sm_90, the nearest one at or below the device's; 0 in the interpreter."""
+    if device.type == "cpu":
+        return 0
+    major, _ = torch.cuda.get_device_capability(device)
+    return min(major, 10) * 10
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 stands in for them in the interpreter."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def operand(matrix: Tensor) -> Tensor:
+    """The matrix as a kernel reads it: contiguous.
+
+    In the interpreter bfloat16 becomes float32, because its product of bfloat16 tiles is wrong.
+    """
+    if matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16:
+        return matrix.float()
+    return matrix.contiguous()
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """ "ieee", or "tf32" where ``torch.get_float32_matmul_precision()`` allows it."""
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
