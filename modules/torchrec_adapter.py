@@ -153,9 +153,8 @@ class ShardedTable:
         """
         if not rows.numel():
             return
-        offsets = torch.tensor([0, rows.numel()], device=self.device)
         with torch.enable_grad():
-            self._tbe_forward(rows, offsets).backward(gradients)
+            self._tbe_forward(rows, _one_row_bags(rows)).backward(gradients)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """The learning rate of the updates that follow."""
@@ -191,12 +190,13 @@ class ShardedTable:
         return "\n".join(lines)
 
     def _deferred_forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
-        return _DeferredLookup.apply(self._handle, self, indices, offsets)
+        # The bags of TorchRec, one a rank, would each be the work of one GPU warp.
+        return _DeferredLookup.apply(self._handle, self, indices)
 
-    def _read(self, indices: Tensor, offsets: Tensor) -> Tensor:
+    def _read(self, indices: Tensor) -> Tensor:
         if not self.rows.shape[0]:  # fbgemm's CPU kernel refuses a table without rows
             return self.rows.new_empty((0, self.rows.shape[1]))
-        return self._tbe_forward(indices, offsets)
+        return self._tbe_forward(indices, _one_row_bags(indices))
 
     def _record(self, rows: Tensor, gradients: Tensor) -> None:
         # TorchRec divides by the number of ranks on the way back, as if gradients were averaged.
@@ -209,19 +209,22 @@ class _DeferredLookup(torch.autograd.Function):
     """The TBE forward without autograd; backward records pairs and leaves the table alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, handle: Tensor, table: ShardedTable, indices: Tensor, offsets: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, handle: Tensor, table: ShardedTable, indices: Tensor) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices)
-        return table._read(indices, offsets)
+        return table._read(indices)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, gradients: Tensor) -> tuple[None, None, None]:
         (indices,) = ctx.saved_tensors
         ctx.table._record(indices, gradients)
-        return None, None, None, None
+        return None, None, None
+
+
+def _one_row_bags(rows: Tensor) -> Tensor:
+    """(M + 1,) offsets that make a bag of each of M rows."""
+    return torch.arange(rows.numel() + 1, device=rows.device)
 
 
 class _ContiguousGradient(torch.autograd.Function):
