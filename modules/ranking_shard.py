@@ -27,16 +27,16 @@ class Blocks:
 
     Attributes:
         states: states of all ranks together that are ranked at a time; more suit a GPU.
-        rows: rows of a shard that are scored at a time; None means 2**20 scores (4 MiB, which
-            stay in a CPU's cache) and on a GPU 2**26.
+        rows: most rows of a shard that are scored at a time. Fewer are, where 2**20 scores
+            (4 MiB, which stay in a CPU's cache; on a GPU 2**26) are reached before.
     """
 
     states: int = 256
-    rows: int | None = None
+    rows: int = 65_536
 
     def __post_init__(self) -> None:
         """Refuse empty blocks, and rows that a float32 count cannot hold."""
-        if not (self.states >= 1 and (self.rows is None or 1 <= self.rows <= 2**24)):
+        if not (self.states >= 1 and 1 <= self.rows <= 2**24):
             raise ValueError(
                 "blocks must have states >= 1 and rows in [1, 2**24], got "
                 f"{self.states} and {self.rows}; leave them out for the defaults"
@@ -44,8 +44,8 @@ class Blocks:
 
     def rows_of_tile(self, states: Tensor, num_rows: int) -> int:
         """Rows scored at a time for these (M, D) states."""
-        scores = 2**26 if states.is_cuda else 2**20
-        return max(1, min(self.rows or max(_GROUP, scores // max(1, len(states))), num_rows))
+        enough = max(_GROUP, (2**26 if states.is_cuda else 2**20) // max(1, len(states)))
+        return max(1, min(self.rows, enough, num_rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, target_ranks, top_items
 from shardrec.modules.ranking_shard import top_lowest
@@ -174,6 +175,52 @@ def test_many_tiles_and_groups_equal_a_full_sort() -> None:
     expected_scores, expected_items = expected_top(problem, 25, hide=False)
     assert items.tolist() == expected_items
     assert scores.tolist() == expected_scores
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_orders_that_defeat_pruning_change_nothing(order: str) -> None:
+    table = {
+        "rising": torch.arange(5_000.0),
+        "falling": -torch.arange(5_000.0),
+        "equal": torch.zeros(5_000),
+    }[order][:, None]
+    states = torch.tensor([[1.0], [-1.0], [0.0]])
+    expected = (states @ table.T).sort(dim=1, descending=True, stable=True)
+    shard, blocks = RowShard(table, 0, 5_000, None), Blocks(rows=300)
+    scores, items = top_items(states, shard, 7, blocks=blocks)
+    assert torch.equal(items, expected.indices[:, :7])
+    assert torch.equal(scores, expected.values[:, :7])
+    targets = expected.indices[:, [0, 6, 2_500, 4_999]]
+    places = target_ranks(states, shard, (targets.flatten(), torch.tensor([4, 4, 4])))
+    assert places.tolist() == [0, 6, 2_500, 4_999] * 3
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, Tensor):
+                self.numel = max(self.numel, part.numel())
+        return result
+
+
+def test_memory_is_bounded_by_a_block_and_not_by_the_catalog() -> None:
+    generator = torch.Generator().manual_seed(4)
+    states = torch.randn(300, 4, generator=generator)
+    table = torch.randn(40_000, 4, generator=generator)
+    shard, blocks = RowShard(table, 0, 40_000, None), Blocks(states=32, rows=5_000)
+    targets = torch.randint(0, 40_000, (300,), generator=generator)
+    with LargestResult() as largest:
+        top_items(states, shard, 10, blocks=blocks)
+        target_ranks(states, shard, targets, blocks=blocks)
+    assert largest.numel <= max(32 * 5_000, table.numel())
+    assert largest.numel < 300 * 40_000 / 50
 
 
 def test_random_floats_rank_as_a_float64_sort_where_margins_exceed_rounding() -> None:
