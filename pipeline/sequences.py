@@ -194,7 +194,8 @@ def _schemas(log: SortedLog) -> tuple[pa.Schema, pa.Schema]:
     user = pa.field("user_id", log.user_ids.type, nullable=False)
     items = pa.list_(pa.field("element", pa.int64(), nullable=False))
     weights = pa.list_(pa.field("element", pa.float32(), nullable=False))
-    train = [user, pa.field("items", items, nullable=False)]
+    length = pa.field("length", pa.int32(), nullable=False)
+    train = [user, pa.field("items", items, nullable=False), length]
     if log.has_weight:
         train.append(pa.field("weights", weights, nullable=False))
     evaluation = [user, train[1], pa.field("targets", items, nullable=False)]
@@ -208,6 +209,7 @@ def _train_table(log: SortedLog, sequences: _Sequences) -> pa.Table:
     columns = [
         log.user_ids.take(pa.array(sequences.user[rows])),
         _lists(sequences.items, starts, lengths, schema.field("items").type),
+        pa.array(lengths, pa.int32()),
     ]
     if sequences.weights is not None:
         columns.append(_lists(sequences.weights, starts, lengths, schema.field("weights").type))
