@@ -124,6 +124,9 @@ class ShardedTable:
         self.rows: Tensor = self._tbe.split_embedding_weights()[0]
         block = -(-num_rows // self.num_ranks)
         self.first_row = min(block * dist.get_rank(group), num_rows)
+        # TorchRec builds the rest of itself in the first look-up; better here than in a timed step.
+        with torch.no_grad(), _quiet("torch.fx._symbolic_trace"):
+            self.lookup(torch.empty(0, dtype=torch.int64, device=device))
         assert self.rows.shape == (min(block, num_rows - self.first_row), width)
 
     def lookup(self, items: Tensor) -> Tensor:
@@ -251,7 +254,7 @@ def _plan(
         compute_kernels=[EmbeddingComputeKernel.FUSED.value],
     )
     try:
-        with _planner_advice_off():
+        with _quiet("torchrec.distributed.planner"):
             planner = EmbeddingShardingPlanner(
                 topology=_topology(num_ranks, device),
                 constraints={TABLE: constraints},
@@ -294,15 +297,17 @@ def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
 
 
 @contextmanager
-def _planner_advice_off() -> Iterator[None]:
-    """Hides the planner's warnings: they advise on choices that the constraints already made."""
-    logger = logging.getLogger("torchrec.distributed.planner")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet(*names: str) -> Iterator[None]:
+    """Hides warnings of some loggers: advice on choices that are not the user's to make."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _topology(num_ranks: int, device: torch.device) -> Topology:

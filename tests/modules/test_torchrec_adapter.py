@@ -90,11 +90,17 @@ def test_a_table_larger_than_memory_is_refused_before_it_is_made() -> None:
         build(num_rows=10**12)
 
 
-def test_planning_restores_the_log_level() -> None:
-    logger = logging.getLogger("torchrec.distributed.planner")
-    level = logger.level
-    build()
-    assert logger.level == level
+def test_building_and_looking_up_warn_of_nothing_and_restore_log_levels(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
+    ]
+    levels = [logger.level for logger in loggers]
+    build().lookup(torch.tensor([1])).sum().backward()
+    assert [logger.level for logger in loggers] == levels
+    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
 
 
 def count_gradients(divide: bool) -> tuple[list[float], bool]:
