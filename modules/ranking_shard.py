@@ -140,11 +140,11 @@ class _TopSearch:
         Args:
             num_states: M, columns of the tiles to come.
             k: items wanted for each state.
-            like: a tensor on the device of the tiles.
+            like: a float32 tensor on the device of the tiles.
         """
         self.k = k
-        self.best = torch.full((num_states, k), -math.inf, device=like.device)
-        self.best_rows = torch.zeros(num_states, k, dtype=torch.int64, device=like.device)
+        self.best = like.new_full((num_states, k), -math.inf)
+        self.best_rows = torch.zeros_like(self.best, dtype=torch.int64)
         # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
         self.floor = self.best[:, -1].clone()
         self.not_numbers = torch.zeros_like(self.floor, dtype=torch.bool)

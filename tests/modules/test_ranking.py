@@ -311,9 +311,8 @@ def test_no_gradient_and_no_change_of_inputs() -> None:
 def test_ranks_in_lists_equal_exact_ranks_within_the_list() -> None:
     problem = problem_of(30, 60)
     shard = whole(problem)
-    options = {"seen": problem.seen, "allowed": torch.ones(60, dtype=torch.bool)}
-    _, items = top_items(problem.states, shard, 20, keep=problem.targets, **options)
-    exact = target_ranks(problem.states, shard, problem.targets, **options)
+    _, items = top_items(problem.states, shard, 20, seen=problem.seen, keep=problem.targets)
+    exact = target_ranks(problem.states, shard, problem.targets, seen=problem.seen)
     found = ranks_in_lists(items, problem.targets, missing=60)
     assert torch.equal(found, exact.where(exact < 20, 60))
 
@@ -420,10 +419,9 @@ def test_a_gpu_ranks_as_the_cpu_does() -> None:
     problem = problem_of(50, 3000)
     move = lambda pairs: (pairs[0].cuda(), pairs[1].cuda())  # noqa: E731
     shard = RowShard(problem.table.cuda(), 0, 3000, None)
-    options = {"seen": move(problem.seen), "allowed": problem.allowed.cuda()}
-    scores, items = top_items(
-        problem.states.cuda(), shard, 20, keep=move(problem.targets), **options
-    )
+    states, seen, targets = problem.states.cuda(), move(problem.seen), move(problem.targets)
+    allowed = problem.allowed.cuda()
+    scores, items = top_items(states, shard, 20, seen=seen, keep=targets, allowed=allowed)
     assert (scores.tolist(), items.tolist()) == expected_top(problem, 20, hide=True)
-    places = target_ranks(problem.states.cuda(), shard, move(problem.targets), **options)
+    places = target_ranks(states, shard, targets, seen=seen, allowed=allowed)
     assert places.tolist() == expected_ranks(problem, hide=True)
