@@ -27,6 +27,8 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--"]:  # some releases of argparse let torchrun pass it on, others do not
+        words = words[1:]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else BAD_INPUT

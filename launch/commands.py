@@ -77,9 +77,8 @@ def train(arguments: Sequence[str]) -> int:
 
 def read_train(arguments: Sequence[str]) -> "TrainConfig":
     """The config that the arguments of ``train`` spell; exits when they are wrong."""
-    from shardrec.pipeline.recipes import RECIPES
-
     from shardrec.pipeline.config import describe, override, unknown_name
+    from shardrec.pipeline.recipes import RECIPES
 
     parser = Parser(
         "train",
@@ -93,14 +92,14 @@ def read_train(arguments: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     lines = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
-    example = describe(RECIPES["demo"](data="DIR", output="DIR"))
+    example = describe(RECIPES["demo"]("DIR", "DIR"))
     parser.epilog = "\n".join(
         ["recipes:", *lines, "", "options, as the recipe `demo` sets them:", example]
     )
     options = parser.parse(arguments)
     if options.recipe not in RECIPES:
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
-    recipe = RECIPES[options.recipe](data=options.prepared, output=options.run)
+    recipe = RECIPES[options.recipe](options.prepared, options.run)
     return override(recipe, options.overrides)
 
 

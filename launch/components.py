@@ -21,6 +21,9 @@ IMAGE = f"shardrec:{shardrec.__version__}"
 # The working directory may be a checkout, whose folder `kernels` would hide the package so named.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 
+# Without it torchrun takes our `--run` for an abbreviation of its own `--run-path`.
+TO_US = ("--",)
+
 
 def train(
     *arguments: str,
@@ -53,6 +56,7 @@ def train(
         rdzv_port: port on the first node where several nodes meet; unused with one node
     """
     app = dist.ddp(
+        *TO_US,
         "train",
         *arguments,
         m=CLI,
@@ -102,6 +106,7 @@ def evaluate(
         rdzv_port: port on the first node where several nodes meet; unused with one node
     """
     app = dist.ddp(
+        *TO_US,
         "evaluate",
         *arguments,
         m=CLI,

@@ -186,7 +186,14 @@ def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Con
         RuntimeError: a worker failed.
     """
     stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
-    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
+    options = [
+        f"loss={loss}",
+        "limits.max_epochs=none",
+        f"limits.max_steps={config.steps}",
+        "validation.every_epochs=none",
+        "validation.patience=none",
+        f"seed={config.seed}",
+    ]
     component = ["-j", f"1x{config.workers}"]
     job = Job(component="train", arguments=(*component, "--", *stage, *options))
     path = config.folder / "logs" / f"{loss}.log"

@@ -67,7 +67,7 @@ def test_slurm_is_asked_for_nodes_that_meet_at_the_first() -> None:
     assert "--partition=gpu" in text
     assert "TORCHX_MAX_RETRIES=2" in text
     assert "--nnodes 2 --nproc_per_node 8" in text
-    assert "-m shardrec.launch.cli train --prepared data --run run loss=sce" in text
+    assert "-m shardrec.launch.cli -- train --prepared data --run run loss=sce" in text
     assert "PYTHONSAFEPATH=1" in text
     assert "OMP_NUM_THREADS=12" in text
 

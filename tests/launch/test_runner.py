@@ -13,15 +13,7 @@ from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SMALL = (
-    "encoder.width=8",
-    "encoder.num_layers=1",
-    "encoder.num_heads=1",
-    "encoder.max_length=8",
-    "batches.batch_size=64",
-    "limits.max_steps=3",
-    "validation.every_epochs=none",
-)
+SMALL = ("--recipe", "tiny_cpu", "encoder.dropout=0", "limits.max_steps=3", "log_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +40,21 @@ def losses(run: Path) -> list[float]:
 def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process without a launcher."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    words = ["train", "--prepared", str(prepared), "--run", str(run), *SMALL, "log_every=1"]
+    words = ["train", "--prepared", str(prepared), "--run", str(run), *SMALL]
     command = [sys.executable, "-P", "-m", "shardrec.launch.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return losses(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["1x2", "2x1"])
 def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
     layout: str, prepared: Path, alone: list[float], tmp_path: Path
 ) -> None:
     run, lines = tmp_path / "run", list[str]()
     component = ("-j", layout, "--rdzv_port", str(free_port()), "--cpu", "2")
-    stage = ("--prepared", str(prepared), "--run", str(run), *SMALL, "log_every=1")
+    stage = ("--prepared", str(prepared), "--run", str(run), *SMALL)
     complaint = run_here(Job(component="train", arguments=(*component, "--", *stage)), lines.append)
     assert complaint is None, "\n".join(lines)
     assert losses(run) == pytest.approx(alone, rel=1e-4)
@@ -69,6 +62,7 @@ def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
     assert not any("PYTHONSAFEPATH" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_failing_worker_is_quoted_and_the_job_has_failed(tmp_path: Path) -> None:
     lines = list[str]()
     stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
@@ -100,9 +94,7 @@ def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_a_request_for_another_scheduler_is_described_and_not_submitted() -> None:
-    text = describe(
-        Job(component="train", arguments=("-j", "2x8", "--gpu", "8"), scheduler="slurm")
-    )
+    text = describe(Job(component="train", arguments=("-j", "2x8"), scheduler="slurm"))
     assert "sbatch" in text
     assert "--nproc_per_node 8" in text
 
