@@ -106,7 +106,8 @@ class TransformerEncoder(nn.Module):
 
     Sequences are padded on the right. A real position then never sees padding, so no key mask is
     needed; states at padded positions mean nothing and must be dropped by the caller.
-    Item vectors are scaled by sqrt(D) on the way in.
+    Item vectors are scaled by sqrt(D) on the way in. Learned positions count from the first item
+    (the published SASRec pads on the left and so counts from the last).
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
@@ -130,18 +131,19 @@ class TransformerEncoder(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self, generator: torch.Generator) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if self.position_vectors is not None:
-            nn.init.xavier_uniform_(self.position_vectors, generator=generator)
         for block in self.blocks:
+            assert isinstance(block, _SASRecBlock | _ModernBlock)
+            for linear, num_fused in block.projections():
+                for part in linear.weight.chunk(num_fused):  # as if they were apart
+                    nn.init.xavier_uniform_(part, generator=generator)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
             if isinstance(block, _ModernBlock):
                 # Keeps the residual stream's variance near one at the start, whatever the depth.
                 for branch in (block.attention_out, block.feed_forward_out):
                     branch.weight.mul_(1 / math.sqrt(2 * len(self.blocks)))
+        if self.position_vectors is not None:
+            nn.init.xavier_uniform_(self.position_vectors, generator=generator)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """States of all positions.
@@ -202,6 +204,11 @@ class _SASRecBlock(nn.Module):
         self.feed_forward_in = nn.Linear(width, hidden)
         self.feed_forward_out = nn.Linear(hidden, width)
 
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Each projection, and how many are fused in it."""
+        apart = (self.query, self.feed_forward_in, self.feed_forward_out)
+        return [(self.key_value, 2), *((linear, 1) for linear in apart)]
+
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         normed = self.attention_norm(x)
         query = _split_heads(self.query(normed), self.num_heads)
@@ -229,6 +236,12 @@ class _ModernBlock(nn.Module):
         self.feed_forward_norm = _build_norm(config)
         self.feed_forward_in = nn.Linear(width, 2 * hidden, bias=False)
         self.feed_forward_out = nn.Linear(hidden, width, bias=False)
+
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Each projection, and how many are fused in it."""
+        apart = (self.attention_out, self.feed_forward_out)
+        fused = [(self.query_key_value, 3), (self.feed_forward_in, 2)]
+        return [*fused, *((linear, 1) for linear in apart)]
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         projected = self.query_key_value(self.attention_norm(x))

@@ -95,6 +95,14 @@ def test_weights_are_a_function_of_the_seed(config: EncoderConfig) -> None:
     assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
+def test_fused_projections_start_as_wide_as_separate_ones() -> None:
+    config = EncoderConfig(width=64, max_length=5, kind="modern")
+    bound = math.sqrt(6 / (64 + 64))
+    for block in TransformerEncoder(config).blocks:
+        for part in block.get_parameter("query_key_value.weight").chunk(3):
+            assert 0.95 * bound < part.abs().max() <= bound
+
+
 @each_config
 def test_training_is_repeatable_under_a_seed_and_dropout_acts_only_there(
     config: EncoderConfig,
