@@ -73,12 +73,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:08d}"
         save_checkpoint(path, state, self.group)
-        if rank_of(self.group) == 0:
-            names = self._index() | {"last": path.name} | ({"best": path.name} if best else {})
-            write_atomically(self.folder / "index.json", json.dumps(names))
-            for old in self.folder.glob("step-*"):
-                if old.name not in names.values():
-                    shutil.rmtree(old)
+        on_first_rank(lambda: self._keep(path.name, best), self.group)
         return path
 
     def find(self, which: Literal["last", "best"]) -> Path:
@@ -95,6 +90,13 @@ class Checkpoints:
                 "train until the first checkpoint is written"
             )
         return self.folder / name
+
+    def _keep(self, name: str, best: bool) -> None:
+        names = self._index() | {"last": name} | ({"best": name} if best else {})
+        write_atomically(self.folder / "index.json", json.dumps(names))
+        for old in self.folder.glob("step-*"):
+            if old.name not in names.values():
+                shutil.rmtree(old)
 
     def _index(self) -> dict[str, str]:
         path = self.folder / "index.json"

@@ -26,6 +26,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: of the encoder; the table's is ``catalog.learning_rate``.
         betas: decay of Adam's two moments.
+        eps: added to the root in Adam's update.
         weight_decay: of the encoder, decoupled (AdamW).
         warmup_steps: steps over which both learning rates rise from 0.
         decay: after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
@@ -36,6 +37,7 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
     decay: Literal["constant", "cosine"] = "constant"
@@ -116,6 +118,7 @@ class Stepper:
             [{"params": self.parameters}],
             lr=config.learning_rate,
             betas=config.betas,
+            eps=config.eps,
             weight_decay=config.weight_decay,
         )
 

@@ -1,0 +1,389 @@
+"""The trainer: the same on any number of ranks, and honest about what it did."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.pipeline.small_data import prepare_small, small_config
+from tests.ranks import RankError, Ranks
+from torch import Tensor, nn
+
+from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.encoder import EncoderConfig
+from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
+from shardrec.pipeline.callbacks import (
+    Callback,
+    CheckpointReport,
+    EndReport,
+    StepReport,
+    ValidationReport,
+)
+from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.train import build, train
+
+# The gradient of a key's bias is rounding and nothing else: without this Adam would blow it up.
+EPS = 1e-4
+OFF = ValidationConfig(every_epochs=None)
+
+
+class Recorder(Callback):
+    """Keeps every report."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.validations: list[ValidationReport] = []
+        self.checkpoints: list[CheckpointReport] = []
+        self.ends: list[EndReport] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self.validations.append(report)
+
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        self.checkpoints.append(report)
+
+    def on_end(self, report: EndReport) -> None:
+        self.ends.append(report)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_small(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def weighted_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_small(tmp_path_factory.mktemp("weighted"), weight_column="weight")
+
+
+def run_and_summarise(config: TrainConfig) -> dict[str, Any]:
+    """Losses, metrics, weights of a run on the ranks of the default group."""
+    recorder = Recorder()
+    train(config, callbacks=[recorder])
+    folder = Checkpoints(Path(config.output) / "checkpoints", None).find("last")
+    state = load_checkpoint(folder)
+    return {
+        "losses": [report.loss for report in recorder.steps],
+        "norms": [report.gradient_norm for report in recorder.steps],
+        "positions": [report.positions for report in recorder.steps],
+        "metrics": [dict(report.metrics) for report in recorder.validations],
+        "encoder": {name: value.clone() for name, value in state.encoder.items()},
+        "rows": state.table["rows"].clone(),
+    }
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["positions"] == expected["positions"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    torch.testing.assert_close(found["rows"], expected["rows"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["encoder"], expected["encoder"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [
+        (CCE(), "rowwise_adagrad"),
+        (CCE(), "adam"),
+        (CCEMinus(num_negatives=16, share=8), "sparse_adam"),
+        (CCEMinus(num_negatives=16, share=8, proposal="mixed"), "adagrad"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_the_number_of_ranks_is_not_a_hyperparameter(
+    ranks: Ranks, data: str, tmp_path: Path, loss: Any, optimizer: str
+) -> None:
+    config = small_config(
+        data,
+        tmp_path / "alone",
+        loss=loss,
+        catalog=CatalogConfig(optimizer=optimizer),
+        limits=LimitConfig(max_steps=7),
+        optimizer=OptimizerConfig(clip_norm=0.5, warmup_steps=3, learning_rate=3e-3, eps=EPS),
+    )
+    alone = run_and_summarise(config)
+    assert alone["losses"][-1] < alone["losses"][0]
+    for num_ranks in (2, 3):
+        config = dataclasses.replace(config, output=str(tmp_path / f"ranks-{num_ranks}"))
+        for found in ranks(num_ranks).run(run_and_summarise, config):
+            assert_same_run(found, alone)
+            for theirs, ours in zip(found["metrics"], alone["metrics"], strict=True):
+                assert theirs == pytest.approx(ours, rel=1e-3, nan_ok=True)
+
+
+def test_a_rank_without_sequences_takes_part(ranks: Ranks, data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path / "alone",
+        batches=BatchConfig(batch_size=2),  # fewer sequences than ranks
+        limits=LimitConfig(max_steps=3),
+        optimizer=OptimizerConfig(eps=EPS),
+        validation=OFF,
+    )
+    alone = run_and_summarise(config)
+    config = dataclasses.replace(config, output=str(tmp_path / "ranks"))
+    for found in ranks(3).run(run_and_summarise, config):
+        assert_same_run(found, alone)
+
+
+@pytest.mark.parametrize("loss", [SCE(items_per_bucket=16), RECE()], ids=["sce", "rece"])
+def test_bucketed_losses_train_on_two_ranks(
+    ranks: Ranks, data: str, tmp_path: Path, loss: Any
+) -> None:
+    config = small_config(data, tmp_path / "run", loss=loss, validation=OFF)
+    first, second = ranks(2).run(run_and_summarise, config)
+    assert first["losses"] == second["losses"]
+    assert first["losses"][-1] < first["losses"][0]
+
+
+def test_accumulated_batches_are_one_large_batch(weighted_data: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"validation": OFF, "limits": LimitConfig(max_epochs=3)}
+    whole = small_config(
+        weighted_data,
+        tmp_path / "whole",
+        batches=BatchConfig(batch_size=1000),
+        optimizer=OptimizerConfig(eps=EPS),
+        **settings,
+    )
+    parts = small_config(
+        weighted_data,
+        tmp_path / "parts",
+        batches=BatchConfig(batch_size=17),
+        optimizer=OptimizerConfig(accumulate=1000, eps=EPS),
+        **settings,
+    )
+    assert_same_run(run_and_summarise(parts), run_and_summarise(whole))
+
+
+def test_a_run_repeats_itself_with_dropout(data: str, tmp_path: Path) -> None:
+    encoder = EncoderConfig(width=16, max_length=8, dropout=0.5)
+    runs = [
+        run_and_summarise(small_config(data, tmp_path / name, encoder=encoder, validation=OFF))
+        for name in ("first", "second")
+    ]
+    assert runs[0]["losses"] == runs[1]["losses"]
+    plain = run_and_summarise(small_config(data, tmp_path / "plain", validation=OFF))
+    assert plain["losses"] != runs[0]["losses"]
+
+
+class Running(nn.Module):
+    """Not ours: the running mean of the vectors, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        count = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)[:, None]
+        return vectors + self.linear(vectors.cumsum(1) / count)
+
+
+def train_another_encoder(config: TrainConfig) -> dict[str, Any]:
+    torch.manual_seed(dist.get_rank())  # the ranks start apart: rank 0's weights must win
+    recorder = Recorder()
+    encoder = Running()
+    train(config, encoder=encoder, callbacks=[recorder])
+    return {
+        "losses": [report.loss for report in recorder.steps],
+        "weight": encoder.linear.weight.detach(),
+    }
+
+
+def test_any_causal_module_can_be_the_encoder(ranks: Ranks, data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", validation=OFF)
+    first, second = ranks(2).run(train_another_encoder, config)
+    assert first["losses"] == second["losses"] and first["losses"][-1] < first["losses"][0]
+    assert torch.equal(first["weight"], second["weight"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["encoder"] == "Running"
+
+
+def test_an_encoder_without_parameters_trains_the_table(data: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    config = small_config(data, tmp_path / "run", validation=OFF)
+    train(config, encoder=nn.Identity(), callbacks=[recorder])
+    assert recorder.steps[-1].loss < recorder.steps[0].loss
+
+
+def test_an_encoder_of_another_shape_or_that_looks_ahead_is_refused(
+    data: str, tmp_path: Path
+) -> None:
+    config = small_config(data, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"encoder must return shape \(2, 2, 16\)"):
+        train(config, encoder=nn.Linear(16, 8))
+
+    class LooksAhead(nn.Module):
+        def forward(self, vectors: Tensor) -> Tensor:
+            return vectors + vectors.flip(1)
+
+    with pytest.raises(ValueError, match="encoder must be causal"):
+        train(config, encoder=LooksAhead())
+    assert not (tmp_path / "run").exists()
+
+
+class Breaks(nn.Module):
+    """Turns into NaN after some calls in training, for a while."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.first, self.last, self.calls = first, last, 0
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        self.calls += self.training
+        is_broken = self.training and self.first <= self.calls <= self.last
+        states: Tensor = self.linear(vectors)
+        return states * (float("nan") if is_broken else 1.0)
+
+
+def train_a_breaking_encoder(config: TrainConfig) -> dict[str, Any]:
+    recorder = Recorder()
+    last = 3 if dist.is_initialized() and dist.get_rank() == 1 else 0  # only one rank breaks
+    report = train(config, encoder=Breaks(2, last), callbacks=[recorder])
+    return {"skipped": [step.skipped for step in recorder.steps], "num": report.num_skipped}
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    ranks: Ranks, data: str, tmp_path: Path
+) -> None:
+    config = small_config(data, tmp_path / "run", limits=LimitConfig(max_steps=5), validation=OFF)
+    for found in ranks(2).run(train_a_breaking_encoder, config):
+        assert found == {"skipped": [False, True, True, False, False], "num": 2}
+
+
+def test_steps_that_stay_not_finite_end_the_run(data: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    config = small_config(data, tmp_path / "run", optimizer=OptimizerConfig(max_skipped=3))
+    with pytest.raises(FloatingPointError, match=r"got 3 steps in a row \(up to step 4\)"):
+        train(config, encoder=Breaks(2, 10**6), callbacks=[recorder])
+    assert [step.num_skipped for step in recorder.steps] == [0, 1, 2, 3]
+
+
+def test_a_skipped_step_changes_nothing(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", limits=LimitConfig(max_steps=1), validation=OFF)
+    encoder = Breaks(1, 1)
+    before = encoder.linear.weight.detach().clone()
+    rows = build(small_config(data, tmp_path / "other")).stepper.model.catalog.shard.rows
+    train(config, encoder=encoder)
+    assert torch.equal(encoder.linear.weight, before)
+    saved = load_checkpoint(Checkpoints(tmp_path / "run" / "checkpoints", None).find("last"))
+    assert torch.equal(saved.table["rows"], rows)
+
+
+def test_the_run_stops_when_nothing_improves(data: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    config = small_config(
+        data,
+        tmp_path / "run",
+        optimizer=OptimizerConfig(learning_rate=0.0),
+        catalog=CatalogConfig(learning_rate=0.0),
+        limits=LimitConfig(max_epochs=50),
+        validation=ValidationConfig(every_epochs=None, every_steps=2, patience=3),
+    )
+    report = train(config, callbacks=[recorder])
+    assert report.reason == "no better NDCG@10 in 3 validations"
+    assert [one.step for one in recorder.validations] == [2, 4, 6, 8]
+    assert [one.improved for one in recorder.validations] == [True, False, False, False]
+    assert report.best_step == 2 and recorder.ends == [report]
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert checkpoints == ["step-00000002", "step-00000008"]
+
+
+def test_each_limit_ends_the_run(data: str, tmp_path: Path) -> None:
+    ends = {
+        "max_steps reached": LimitConfig(max_epochs=2, max_steps=3),
+        "max_epochs reached": LimitConfig(max_epochs=1, max_steps=300),
+        "max_minutes reached": LimitConfig(max_epochs=None, max_minutes=1e-9),
+    }
+    for index, (reason, limits) in enumerate(ends.items()):
+        config = small_config(data, tmp_path / str(index), limits=limits, validation=OFF)
+        report = train(config)
+        assert report.reason == reason
+        saved = load_checkpoint(Checkpoints(Path(config.output) / "checkpoints", None).find("last"))
+        assert saved.progress["step"] == report.step > 0
+
+
+def test_training_learns_the_successor_of_an_item(data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path / "run",
+        catalog=CatalogConfig(optimizer="adam", learning_rate=1e-2),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        limits=LimitConfig(max_epochs=30),
+        validation=ValidationConfig(every_epochs=10, metric="NDCG@5", measure=_measure_at_5()),
+    )
+    report = train(config)
+    assert report.best_metrics["NDCG@5"] > 0.4  # chance is about 0.06
+
+
+def _measure_at_5() -> Any:
+    measure = ValidationConfig().measure
+    return dataclasses.replace(measure, ks=(5,))
+
+
+def test_the_run_folder_says_what_the_run_was(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", log_every=2)
+    report = train(config)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["loss"]["type"] == "cce" and stored["encoder"]["width"] == 16
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    events = [line["event"] for line in lines]
+    assert events.count("validation") == 2 and events[-1] == "end"
+    assert lines[-1]["memory_bytes"] > 10**7 and 0 < lines[-1]["padding_share"] < 0.5
+    assert report.seconds_per_step > 0 and report.positions_per_second > 0
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_left_alone(
+    ranks: Ranks, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    config = small_config(data, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="output must be a new or empty folder"):
+        train(config)
+    with pytest.raises(RankError, match="output must be a new or empty folder"):
+        ranks(2).run(run_and_summarise, config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_bad_options_are_refused_with_the_way_out(data: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean NDCG@10"):
+        ValidationConfig(metric="ndgc@10")
+    with pytest.raises(ValueError, match="limits must name at least one limit"):
+        LimitConfig(max_epochs=None)
+    with pytest.raises(ValueError, match="limits.max_steps must be above 0, got 0"):
+        LimitConfig(max_steps=0)
+    with pytest.raises(ValueError, match="optimizer.accumulate must be at least 1"):
+        OptimizerConfig(accumulate=0)
+    with pytest.raises(ValueError, match="optimizer.clip_norm must be above 0"):
+        OptimizerConfig(clip_norm=0.0)
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda"):
+        small_config(data, tmp_path, device="gpu")
+    with pytest.raises(ValueError, match="validation.patience must be none without"):
+        ValidationConfig(every_epochs=None, patience=3)
+    endless = small_config(
+        data,
+        tmp_path / "run",
+        limits=LimitConfig(max_epochs=None, max_minutes=1.0),
+        optimizer=OptimizerConfig(decay="cosine"),
+    )
+    with pytest.raises(ValueError, match="optimizer.decay must be 'constant'"):
+        train(endless)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_without_validation_users_is_refused(tmp_path: Path) -> None:
+    data = prepare_small(tmp_path / "data", validation="none")
+    with pytest.raises(ValueError, match="validation must be off"):
+        train(small_config(data, tmp_path / "run"))
+    report = train(small_config(data, tmp_path / "run", validation=OFF))
+    assert report.best_step is None and report.best_metrics == {}
