@@ -1,0 +1,149 @@
+"""Each loss of the benchmark, ours and the baselines, held to its definition in float64."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import baselines
+import torch
+from torch import Tensor
+
+from shardrec import kernels
+from shardrec.kernels import reference
+from shardrec.kernels.negatives import STREAM_HASH, STREAM_MIX, Uniform, random_signs
+
+__all__ = ["check", "make_batch"]
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+# Small sizes that divide evenly: then the chunks of the published algorithm are ours.
+_N, _D, _V, _K, _SEED = 256, 16, 2048, 64, 7
+_TOLERANCE = 1e-5
+
+
+def make_batch(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """Random states (N, D) and table (V, D), and targets (N,) that prefer some items."""
+    generator = torch.Generator().manual_seed(N + V)
+    states = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    table = (torch.randn(V, D, generator=generator) * D**-0.5).to(dtype).requires_grad_()
+    targets = (V ** torch.rand(N, generator=generator, dtype=torch.float64)).long().clamp(0, V - 1)
+    return states, table, targets
+
+
+def check(loss: str) -> None:
+    """Raises AssertionError where ours or a baseline differs from the definition.
+
+    Loss and both gradients, with the same random choices for all.
+    """
+    definition, operations = {
+        "cce": _cce,
+        "cce_minus": _cce_minus,
+        "sce": _sce,
+        "rece": _rece,
+    }[loss](make_batch(_N, _D, _V))
+    truth = make_batch(_N, _D, _V, torch.float64)
+    expected = _evaluate(definition, truth)
+    for name, operation in operations.items():
+        found = _evaluate(operation, make_batch(_N, _D, _V))
+        for part, value in expected.items():
+            error = (found[part].double() - value).abs().max() if part in found else 0.0
+            scale = value.abs().max()
+            assert error <= _TOLERANCE * scale, f"{loss}: {part} of {name} is off by {error:.2g}"
+
+
+def _evaluate(operation: Operation, batch: Batch) -> dict[str, Tensor]:
+    loss = operation(*batch)
+    if loss is not None:
+        loss.backward()
+    gradients = [part.grad for part in batch[:2]]
+    values = {"states' gradient": gradients[0], "table's gradient": gradients[1]}
+    found = {name: value.to_dense() for name, value in values.items() if value is not None}
+    return found if loss is None else found | {"loss": loss.detach()}
+
+
+def _mean(losses: Callable[..., Tensor], **choices: Any) -> Operation:
+    return lambda *batch: losses(*batch, **choices).mean()
+
+
+def _cce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+    return _mean(reference.cross_entropy_reference), {
+        "ours": kernels.cut_cross_entropy,
+        "eager": baselines.eager_cce,
+        "chunked": partial(baselines.chunked_cce, block=100),
+    }
+
+
+def _cce_minus(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+    drawn = Uniform(_V).draw(torch.arange(2), _K, seed=_SEED, step=0, stream=0)
+    negatives = drawn[torch.arange(_N) % 2]
+    shared = drawn[:1].expand(_N, _K)
+    correction = torch.tensor(_K / _V).log().expand(_N, _K)
+    mine = partial(kernels.sampled_cross_entropy, num_negatives=_K, share=_N // 2, seed=_SEED)
+    # The fair baseline has one set of draws, so it is held to the eager one with that set.
+    batches = [make_batch(_N, _D, _V) for _ in range(2)]
+    fair = baselines.fair_cce_minus(*batches[0], drawn[0])
+    assert torch.allclose(fair, baselines.eager_cce_minus(*batches[1], shared)), "fair CE- is off"
+    definition = _mean(
+        reference.sampled_cross_entropy_reference, negatives=negatives, corrections=correction
+    )
+    return definition, {
+        "ours": mine,
+        "ours with a sparse gradient": partial(mine, sparse_grad=True),
+        "eager": partial(baselines.eager_cce_minus, negatives=negatives),
+        "chunked": partial(baselines.chunked_cce_minus, negatives=negatives, block=100),
+    }
+
+
+def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+    states, table, _ = (part.detach() for part in batch)
+    centres = random_signs(0, 32, _D, seed=_SEED, step=0, stream=STREAM_MIX)
+    positions = (centres @ states.T).topk(32, 1).indices
+    items = (centres @ table.T).topk(_K, 1).indices
+    covered = torch.bincount(positions.flatten(), minlength=_N) > 0
+    sizes: dict[str, Any] = {"centres": centres, "b_x": 32, "b_y": _K}
+    mine = partial(
+        kernels.scalable_cross_entropy,
+        num_buckets=32,
+        positions_per_bucket=32,
+        items_per_bucket=_K,
+        mix=False,
+        seed=_SEED,
+    )
+
+    def definition(*batch: Tensor) -> Tensor:
+        losses = reference.scalable_cross_entropy_reference(*batch, positions, items)
+        return losses.sum() / covered.sum()
+
+    return definition, {
+        "ours": mine,
+        "ours with a sparse gradient": partial(mine, sparse_grad=True),
+        "eager": partial(baselines.eager_sce, **sizes),
+        "chunked": partial(baselines.chunked_sce, **sizes, block=5),
+    }
+
+
+def _rece(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+    states, table, _ = (part.detach() for part in batch)
+    lines = [random_signs(0, 64, _D, seed=_SEED, step=0, stream=STREAM_HASH + q) for q in (0, 1, 2)]
+    plan = [baselines.chunks_of(states, table, line, num_chunks=32, reach=1) for line in lines]
+    own = torch.stack([back // order.shape[1] for order, _, back, _ in plan], 1)
+    rows = torch.stack([of_item for *_, of_item in plan], 1)
+    definition = _mean(
+        reference.reduced_cross_entropy_reference, position_chunks=own, item_chunks=rows, reach=1
+    )
+    sizes: dict[str, Any] = {"directions": torch.stack(lines), "num_chunks": 32, "reach": 1}
+    mine = partial(
+        kernels.reduced_cross_entropy,
+        num_buckets=64,
+        num_chunks=32,
+        num_rounds=3,
+        num_neighbor_chunks=1,
+        align="rank",
+        seed=_SEED,
+    )
+    return definition, {
+        "ours": mine,
+        "eager": partial(baselines.eager_rece, **sizes),
+        "chunked": partial(baselines.chunked_rece, **sizes, block=5),
+    }

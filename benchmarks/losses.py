@@ -1,0 +1,253 @@
+"""How fast and how lean is each loss alone, forward and backward, on a CPU?
+
+For each loss: a check against its definition in float64, then medians of our function and of the
+baselines in one process, then peak memory of each in a process of its own, apart from the table's
+gradient. No figure is written for an operation that fails its check.
+
+    python benchmarks/losses.py --threads 2
+    python benchmarks/losses.py --losses cce sce --catalog 100000 --positions 512 --repeats 1
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import baselines
+from loss_checks import check, make_batch
+from record import (
+    RESULTS,
+    Results,
+    call_fresh,
+    median,
+    peak_rss_since_reset,
+    reset_peak_rss,
+    rss_bytes,
+    timed,
+)
+
+from shardrec import kernels
+from shardrec.kernels.rece import default_num_buckets
+
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""Takes states, table and targets; gives the mean loss, or does its own backward."""
+
+NUM_NEGATIVES, SHARE, ITEMS_PER_BUCKET, ROUNDS, REACH, SEED = 1024, 128, 256, 4, 1, 7
+BLOCKS = {"cce": (64, 256, 1024), "cce_minus": (16, 64, 256), "sce": (8, 32), "rece": (1, 8, 32)}
+LOSSES = tuple(BLOCKS)
+
+
+def ours(loss: str, sparse_grad: bool = False) -> Operation:
+    """Our function with the options of the table."""
+    sparse = {"sparse_grad": True} if sparse_grad else {}
+    by_name: dict[str, Operation] = {
+        "cce": kernels.cut_cross_entropy,
+        "cce_minus": partial(
+            kernels.sampled_cross_entropy,
+            num_negatives=NUM_NEGATIVES,
+            share=SHARE,
+            seed=SEED,
+            **sparse,
+        ),
+        "sce": partial(
+            kernels.scalable_cross_entropy, items_per_bucket=ITEMS_PER_BUCKET, seed=SEED, **sparse
+        ),
+        "rece": partial(
+            kernels.reduced_cross_entropy,
+            num_rounds=ROUNDS,
+            num_neighbor_chunks=REACH,
+            seed=SEED,
+        ),
+    }
+    return by_name[loss]
+
+
+def baseline(loss: str, block: int | None) -> Operation:
+    """Everything in memory, or ``block`` positions, buckets or chunks at a time."""
+
+    def run(states: Tensor, table: Tensor, targets: Tensor) -> Tensor | None:
+        N, V = len(states), len(table)
+        chosen: tuple[Any, ...] = ()
+        if loss == "cce_minus":
+            chosen = (torch.randint(V, (N, NUM_NEGATIVES)),)
+        elif loss == "sce":
+            n_b = round(2 * N**0.5)
+            chosen = (torch.randn(n_b, N) @ states.detach(), min(n_b, N), ITEMS_PER_BUCKET)
+        elif loss == "rece":
+            n_b = default_num_buckets(N, V, REACH)
+            chosen = (torch.randn(ROUNDS, n_b, states.shape[1]), n_b, REACH)
+        if block is None:
+            return getattr(baselines, f"eager_{loss}")(states, table, targets, *chosen)
+        return getattr(baselines, f"chunked_{loss}")(states, table, targets, *chosen, block)
+
+    return run
+
+
+def fair(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """CE- as one matrix product, its negatives shared by the batch."""
+    negatives = torch.randint(len(table), (NUM_NEGATIVES,))
+    return baselines.fair_cce_minus(states, table, targets, negatives)
+
+
+def operation(loss: str, name: str) -> Operation:
+    """The operation of a name: ours, ours_sparse, eager, chunked_BLOCK or fair."""
+    if name == "fair":
+        return fair
+    if name.startswith("ours"):
+        return ours(loss, sparse_grad=name == "ours_sparse")
+    return baseline(loss, int(name.removeprefix("chunked_")) if name != "eager" else None)
+
+
+def step(function: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Forward and backward; the gradients stay until the next step."""
+    batch[0].grad = batch[1].grad = None
+    loss = function(*batch)
+    if loss is not None:
+        loss.backward()
+
+
+def gemm_gflops(N: int, D: int, width: int = 8192) -> float:
+    """GFLOP/s of the three products of a tile of the softmax, the best of several calls."""
+    states, rows, logits = torch.randn(N, D), torch.randn(width, D), torch.empty(N, width)
+    grad_states, grad_rows = torch.empty(N, D), torch.empty(width, D)
+
+    def products() -> None:
+        torch.mm(states, rows.T, out=logits)
+        torch.mm(logits, rows, out=grad_states)
+        torch.mm(logits.T, states, out=grad_rows)
+
+    products()
+    return 6 * N * D * width / min(timed(products) for _ in range(7)) / 1e9
+
+
+def time_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Medians of several operations, called in turn so that they share the machine's moods."""
+    batch = make_batch(job["positions"], job["width"], job["catalog"])
+    functions = {name: operation(job["loss"], name) for name in job["operations"]}
+    for function in functions.values():
+        step(function, batch)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(job["repeats"]):
+        for name, function in functions.items():
+            times[name].append(timed(lambda function=function: step(function, batch)))
+    return {"times_s": times, "gemm_gflops": gemm_gflops(job["positions"], job["width"])}
+
+
+def memory_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of one forward and backward beyond its inputs and the table's gradient."""
+    function = operation(job["loss"], job["operation"])
+    step(function, make_batch(64, job["width"], 1000))
+    batch = make_batch(job["positions"], job["width"], job["catalog"])
+    gc.collect()
+    before = rss_bytes()
+    reset_peak_rss()
+    step(function, batch)
+    grad = batch[1].grad
+    parts = (grad._indices(), grad._values()) if grad.is_sparse else (grad,)
+    gradient = sum(part.nbytes for part in parts)
+    return {"peak_bytes": max(0, peak_rss_since_reset() - before - gradient)}
+
+
+def measure(loss: str, catalog: int, options: argparse.Namespace, results: Results) -> None:
+    """Appends the missing row of one loss and catalog size."""
+    key = {
+        "loss": loss,
+        "positions": options.positions,
+        "width": options.width,
+        "catalog": catalog,
+        "threads": options.threads,
+    }
+    if results.has(key):
+        return
+    check(loss)
+    job = key | {"repeats": options.repeats}
+    names = ["ours"] + ["ours_sparse"] * (loss in ("cce_minus", "sce"))
+    if catalog <= options.largest_baseline:
+        chunked = [f"chunked_{block}" for block in BLOCKS[loss]]
+        swept = call_fresh(__file__, job | {"kind": "time", "operations": chunked, "repeats": 2})
+        best = min(chunked, key=lambda name: median(swept["times_s"][name]))
+        names += [best, "eager"] + ["fair"] * (loss == "cce_minus")
+    answer = call_fresh(__file__, job | {"kind": "time", "operations": names})
+    row: dict[str, Any] = {
+        "times_s": answer["times_s"],
+        "gemm_gflops": round(answer["gemm_gflops"], 1),
+    }
+    row["median_s"] = {name: median(times) for name, times in answer["times_s"].items()}
+    row["peak_mib"] = {}
+    for name in names:
+        peak = call_fresh(__file__, job | {"kind": "memory", "operation": name})["peak_bytes"]
+        row["peak_mib"][name] = round(peak / 2**20, 2)
+    if loss == "cce":
+        flops = 6 * options.positions * options.width * catalog
+        row["share_of_gemm"] = round(flops / row["median_s"]["ours"] / 1e9 / row["gemm_gflops"], 3)
+    results.append(key, **row, ratios=ratios(row))
+
+
+def ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """Ours over each baseline: time and memory."""
+    found = {}
+    for mine in (name for name in row["median_s"] if name.startswith("ours")):
+        for other in (name for name in row["median_s"] if not name.startswith("ours")):
+            found[f"{mine}/{other}"] = {
+                part: round(row[part][mine] / max(row[part][other], 1e-6), 4)
+                for part in ("median_s", "peak_mib")
+            }
+    return found
+
+
+def summary(results: Results) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| loss | V | ours s | ours MiB | against | time | memory |",
+        "|---|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in results.rows:
+        key = row["key"]
+        for mine in (name for name in row["median_s"] if name.startswith("ours")):
+            head = f"| {key['loss']}{mine[4:]} | {key['catalog']:,} "
+            head += f"| {row['median_s'][mine]:.3f} | {row['peak_mib'][mine]:.1f} "
+            pairs = {
+                k.split("/")[1]: v for k, v in row["ratios"].items() if k.startswith(mine + "/")
+            }
+            for other, ratio in (pairs or {"-": {"median_s": 1.0, "peak_mib": 1.0}}).items():
+                lines.append(
+                    f"{head}| {other} | {ratio['median_s']:.3f} | {ratio['peak_mib']:.4f} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
+    parser.add_argument("--catalog", nargs="+", type=int, default=[100_000, 1_000_000])
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--largest-baseline", type=int, default=100_000, help="V of the baselines")
+    parser.add_argument("--output", default=str(RESULTS / "losses_cpu.jsonl"))
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        torch.set_num_threads(options.job["threads"])
+        job = {"time": time_job, "memory": memory_job}[options.job["kind"]]
+        print(json.dumps(job(options.job)))
+        return
+    results = Results(options.output)
+    for catalog in options.catalog:
+        for loss in options.losses:
+            measure(loss, catalog, options, results)
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    main()

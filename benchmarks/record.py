@@ -1,0 +1,165 @@
+"""Rows of a JSON-lines file: what was measured, by which command, commit, versions and machine."""
+
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "RESULTS",
+    "Results",
+    "call_fresh",
+    "median",
+    "peak_rss_bytes",
+    "peak_rss_since_reset",
+    "reset_peak_rss",
+    "rss_bytes",
+    "timed",
+]
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "triton", "pyarrow", "duckdb")
+
+
+class Results:
+    """A file of results, one JSON object a line; a row that is there is not measured again.
+
+    Args:
+        path: The file; made with its folder when the first row is appended.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the rows that are there."""
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.rows = [json.loads(line) for line in self.path.read_text().splitlines() if line]
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether a row with these values is in the file."""
+        return self.find(key) is not None
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The last row whose ``key`` is this one."""
+        # Compared as JSON, so that a tuple equals the list it was stored as.
+        wanted = json.dumps(key, sort_keys=True)
+        matching = (r for r in self.rows if json.dumps(r["key"], sort_keys=True) == wanted)
+        return max(matching, key=lambda row: row["run"]["time"], default=None)
+
+    def append(self, key: dict[str, Any], **measured: Any) -> dict[str, Any]:
+        """Adds a row to the file and prints it."""
+        row = {"key": key, **measured, "run": _run()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        shown = {name: value for name, value in row.items() if name not in ("run", "times_s")}
+        print(json.dumps(shown), flush=True)
+        return row
+
+
+def call_fresh(script: str, job: dict[str, Any], *, python: str = sys.executable) -> dict[str, Any]:
+    """Runs ``python script --job JSON`` in a fresh process; its last line of output is the answer.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with its last lines.
+    """
+    # Machine paths of the interpreter and of temporary files stay out of the stored command.
+    command = [python, script, "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(script).name} {job} failed:\n{done.stderr[-3000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def median(values: Sequence[float]) -> float:
+    """Median, rounded to a microsecond."""
+    return round(statistics.median(values), 6)
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_rss() -> None:
+    """Lets ``peak_rss_since_reset`` begin again at the resident memory of now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_since_reset() -> int:
+    """Largest resident memory of this process since ``reset_peak_rss``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _run() -> dict[str, Any]:
+    """When, by which command, at which commit, with which versions, on which machine."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": _command(),
+        "commit": _commit(),
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+
+
+def _command() -> str:
+    """The command without the folders of its paths, which say nothing elsewhere."""
+    arguments = [Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_kib / 2**20, 1),
+        "load": round(os.getloadavg()[0], 2),
+    }
