@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
 
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.data import BatchConfig
@@ -16,18 +18,21 @@ NUM_USERS = 97
 
 
 def write_log(path: Path, *, seed: int = 0, num_users: int = NUM_USERS) -> Path:
-    """Events of users whose next item is a fixed successor four times in five."""
+    """Events of users whose next item is a fixed successor four times in five.
+
+    Users act in turn. The tenth event of each is one of three late items that come nowhere else.
+    """
     generator = np.random.default_rng(seed)
     successor = generator.permutation(NUM_ITEMS)
-    users, items = [], []
+    users, items, times = [], [], []
     for user in range(num_users):
         item = int(generator.integers(NUM_ITEMS))
-        for _ in range(int(generator.integers(3, 14))):
+        for turn in range(int(generator.integers(3, 14))):
             users.append(user)
-            items.append(item)
+            items.append(NUM_ITEMS + user % 3 if turn == 9 else item)
+            times.append(turn * num_users + user)
             follows = generator.random() < 0.8
             item = int(successor[item]) if follows else int(generator.integers(NUM_ITEMS))
-    times = np.arange(len(users))
     weights = generator.random(len(users)).astype(np.float32) + 0.5
     columns = {"user_id": users, "item_id": items, "timestamp": times, "weight": weights}
     pq.write_table(pa.table(columns), path)
@@ -61,3 +66,15 @@ def small_config(data: str, output: Path | str, **options: object) -> TrainConfi
         "device": "cpu",
     }
     return TrainConfig(**(settings | options))  # type: ignore[arg-type]
+
+
+class Running(nn.Module):
+    """Not ours: the running mean of the vectors, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        count = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)[:, None]
+        return vectors + self.linear(vectors.cumsum(1) / count)

@@ -1,0 +1,191 @@
+"""Evaluation: the numbers of brute force, on any number of ranks, with the protocol beside them."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests.pipeline.small_data import Running, prepare_small, small_config
+from tests.ranks import Ranks
+from torch import Tensor
+
+from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.losses import CCE
+from shardrec.modules.shard import RowShard
+from shardrec.pipeline.data import EvaluationBatches, Prepared
+from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
+from shardrec.pipeline.measure import MeasureConfig, measure
+from shardrec.pipeline.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Split by time, all later events as targets: new items, repeated targets, several of each."""
+    folder = tmp_path_factory.mktemp("data")
+    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
+
+
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2)
+    train(small_config(data, folder, catalog=catalog))
+    return str(folder)
+
+
+def rank_by_brute_force(scores: Tensor, hidden: set[int], target: int) -> int:
+    """Items that stand before the target: a higher score, or an equal one and a lower index."""
+    ours = float(scores[target])
+    before = 0
+    for item, score in enumerate(scores.tolist()):
+        if item != target and item not in hidden:
+            before += score > ours or (score == ours and item < target)
+    return before
+
+
+def metrics_by_brute_force(data: str, scores: Tensor, *, filter_seen: bool) -> dict[str, float]:
+    """The metrics at 5 when every user gets the same scores, written out by hand."""
+    users = pq.read_table(Path(data) / "test.parquet").to_pylist()
+    counts = Prepared.open(data).item_counts().tolist()
+    ndcg, hits, recall, known, listed = [], [], [], [], set[int]()
+    tally = Counter[str]()
+    for user in users:
+        targets, seen = user["targets"], set(user["items"])
+        hidden = seen - set(targets) if filter_seen else set()
+        ranks = [rank_by_brute_force(scores, hidden, target) for target in targets]
+        gains = [1 / math.log2(rank + 2) for rank in ranks if rank < 5]
+        perfect = sum(1 / math.log2(place + 2) for place in range(min(5, len(targets))))
+        ndcg.append(sum(gains) / perfect)
+        hits.append(float(bool(gains)))
+        recall.append(len(gains) / len(targets))
+        kept = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if counts[item]]
+        known += [sum(kept) / len(kept)] if kept else []
+        candidates = [item for item in range(len(scores)) if item not in hidden]
+        listed |= set(sorted(candidates, key=lambda item: (-float(scores[item]), item))[:5])
+        tally["targets"] += len(targets)
+        tally["new"] += sum(counts[item] == 0 for item in targets)
+        tally["repeated"] += sum(item in seen for item in targets)
+    return {
+        "NDCG@5": sum(ndcg) / len(users),
+        "HitRate@5": sum(hits) / len(users),
+        "Recall@5": sum(recall) / len(users),
+        "Recall@5/known": sum(known) / len(known),
+        "Coverage@5": len(listed) / len(scores),
+        "users": len(users),
+        "targets": tally["targets"],
+        "new_target_share": tally["new"] / tally["targets"],
+        "repeated_target_share": tally["repeated"] / tally["targets"],
+    }
+
+
+@pytest.mark.parametrize("filter_seen", [False, True], ids=["all-items", "seen-hidden"])
+def test_popularity_gets_the_metrics_of_brute_force(data: str, filter_seen: bool) -> None:
+    found = evaluate_popularity(data, MeasureConfig(ks=(5,), filter_seen=filter_seen))
+    counts = Prepared.open(data).item_counts().float()
+    expected = metrics_by_brute_force(data, counts, filter_seen=filter_seen)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert 0 < expected["repeated_target_share"] < 1
+    assert 0 < expected["new_target_share"] < 1
+    assert expected["targets"] > expected["users"] > 40
+
+
+def test_ties_go_to_the_lower_item(data: str) -> None:
+    prepared = Prepared.open(data)
+    shard = RowShard(torch.zeros(prepared.num_items, 1), 0, prepared.num_items, None)
+    batches = EvaluationBatches(prepared, "test", batch_size=7, max_length=4)
+    config = MeasureConfig(ks=(5,))
+    found = measure(lambda items, _: torch.ones(len(items), 1), shard, batches, config, prepared)
+    expected = metrics_by_brute_force(data, torch.zeros(prepared.num_items), filter_seen=False)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def measure_on_ranks(run: str, data: str) -> tuple[dict[str, float], dict[str, float]]:
+    config = MeasureConfig(ks=(5, 10), filter_seen=True, batch_size=9, block_rows=7)
+    return evaluate(run, data, config)["metrics"], evaluate_popularity(data, config)
+
+
+def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str) -> None:
+    alone = measure_on_ranks(run, data)
+    for num_ranks in (2, 3):
+        for found in ranks(num_ranks).run(measure_on_ranks, run, data):
+            assert found[0] == pytest.approx(alone[0], nan_ok=True)
+            assert found[1] == pytest.approx(alone[1], nan_ok=True)
+
+
+def test_metrics_and_protocol_are_written(run: str, data: str) -> None:
+    report = evaluate(run, data, MeasureConfig(ks=(5,), filter_seen=True), checkpoint="last")
+    stored = json.loads((Path(run) / "metrics.json").read_text())
+    assert stored["metrics"]["NDCG@5"] == report["metrics"]["NDCG@5"] > 0
+    assert stored["protocol"]["split"] == "test"
+    assert stored["protocol"]["seen_items"] == "removed, targets excepted"
+    assert stored["protocol"]["data"]["kind"] == "temporal"
+    assert stored["checkpoint"]["which"] == "last" and stored["checkpoint"]["step"] > 0
+    assert not list(Path(run).glob(".metrics*"))
+
+
+def test_a_trained_model_beats_popularity_and_validates_as_it_evaluates(
+    run: str, data: str
+) -> None:
+    config = MeasureConfig(ks=(10,))
+    best = evaluate(run, data, config, split="validation")["metrics"]["NDCG@10"]
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
+    validations = [line["metrics"]["NDCG@10"] for line in lines if line["event"] == "validation"]
+    assert best == pytest.approx(max(validations))
+    assert best > evaluate_popularity(data, config, split="validation")["NDCG@10"]
+
+
+def test_normalised_losses_are_ranked_by_angle(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", loss=CCE(normalize=True, temperature=0.1))
+    train(config)
+    found = evaluate(str(tmp_path / "run"), data)["metrics"]["NDCG@10"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert lines[-1]["best_metrics"].keys() and found >= 0
+
+
+def test_a_run_of_other_data_is_refused(run: str, tmp_path: Path) -> None:
+    other = prepare_small(tmp_path / "other")
+    with pytest.raises(ValueError, match="the run must belong to the prepared data"):
+        evaluate(run, other)
+
+
+def test_a_folder_that_is_no_run_is_refused(data: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run must be a folder that train wrote"):
+        evaluate(str(tmp_path), data)
+
+
+def test_a_run_without_checkpoint_is_refused(run: str, data: str, tmp_path: Path) -> None:
+    for name in ("run.json", "config.json"):
+        (tmp_path / name).write_text((Path(run) / name).read_text())
+    with pytest.raises(FileNotFoundError, match="must hold a complete checkpoint"):
+        evaluate(str(tmp_path), data)
+
+
+def test_a_run_of_a_foreign_encoder_wants_that_encoder(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run")
+    train(config, encoder=Running())
+    with pytest.raises(ValueError, match="encoder must be given for a run that trained Running"):
+        evaluate(config.output, data)
+    found = evaluate(config.output, data, split="validation", encoder=Running())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert found["metrics"]["NDCG@10"] == pytest.approx(lines[-1]["best_metrics"]["NDCG@10"])
+
+
+def test_bad_measures_are_refused() -> None:
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"ks": ()}, "ks must be list lengths"),
+        ({"ks": (0, 5)}, "ks must be list lengths"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ]
+    for changes, message in options:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(MeasureConfig(), **changes)
+
+
+def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
+    found = evaluate(run, data, MeasureConfig(ks=(100,)))["metrics"]
+    assert found["Recall@100"] == 1.0
