@@ -112,19 +112,23 @@ class SortedLog:
             width = -(-(high - low + 1) // 65_536)
             counts = np.zeros(65_536, np.int64)
             below = 0
-            for block in self.blocks():
-                inside = block.time[(block.time >= low) & (block.time <= high)]
-                below += int((block.time < low).sum())
-                bins = (inside - low) // width
-                counts += np.bincount(bins, minlength=65_536)
+            for times in self._times():
+                inside = times[(times >= low) & (times <= high)]
+                below += int((times < low).sum())
+                counts += np.bincount((inside - low) // width, minlength=65_536)
             cell = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
             low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
         return low
 
     def time_range(self) -> tuple[int, int]:
         """The first and the last time of the log."""
-        ranges = [(int(block.time.min()), int(block.time.max())) for block in self.blocks()]
+        ranges = [(int(times.min()), int(times.max())) for times in self._times()]
         return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def _times(self) -> Iterator[Array]:
+        """The column of times alone, in pieces."""
+        for start in range(0, self.num_events, _BLOCK_EVENTS):
+            yield self._read("time", np.int64, start, _BLOCK_EVENTS)
 
 
 def sort_log(log: EventLog, folder: Path, options: SortOptions) -> SortedLog:
@@ -194,12 +198,11 @@ def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
         f"CREATE TABLE events (user_id {user}, item_id {item}, time BIGINT, row BIGINT, "
         f"event INTEGER{weight})"
     )
-    database.execute("BEGIN TRANSACTION")
+    # One commit a part: a single transaction held 2.1 GiB for 20 million events, this 0.7 GiB.
     for table in log.tables():
-        database.register("part", table)
+        database.register("part", table.combine_chunks())
         database.execute("INSERT INTO events SELECT * FROM part")
         database.unregister("part")
-    database.execute("COMMIT")
 
 
 def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
