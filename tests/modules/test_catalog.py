@@ -1,85 +1,32 @@
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.modules.small_catalogs import (
+    BETAS,
+    CPU,
+    WIDTH,
+    Case,
+    alone,
+    build,
+    encoder_loss,
+    initial_rows,
+    learning_rate,
+    own_part,
+    table_loss,
+)
 from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
 from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
 
-CPU = torch.device("cpu")
-WIDTH = 8
 STEPS = 3
 MAX_NORM = 1.5
-BETAS = (0.9, 0.98)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A little training run; ``loss`` says how the loss reaches the rows."""
-
-    optimizer: str
-    num_items: int
-    loss: str  # "dense", "sparse" or "none"
-    num_micro_batches: int = 2
-
-    @property
-    def config(self) -> CatalogConfig:
-        return CatalogConfig(optimizer=self.optimizer, betas=BETAS, eps=1e-6, init_std=0.5)
-
-    def items(self, step: int, micro_batch: int) -> Tensor:
-        """(9,) look-ups of the global batch, duplicates among them."""
-        generator = torch.Generator().manual_seed(100 * step + micro_batch)
-        return torch.randint(self.num_items, (9,), generator=generator)
-
-    def candidates(self, step: int) -> Tensor:
-        """(7,) items that a sparse loss scores: duplicates, and some that are looked up too."""
-        looked_up = self.items(step, 0)
-        return torch.cat([looked_up[:3], self.items(step + 50, 0)[:3], looked_up[:1]])
-
-    def weight(self) -> Tensor:
-        """(V, D) that make the gradient of each row different."""
-        return torch.randn(self.num_items, WIDTH, generator=torch.Generator().manual_seed(7))
-
-
-def learning_rate(step: int) -> float:
-    return 0.3 / (step + 1)
-
-
-def encoder_loss(vectors: Tensor) -> Tensor:
-    return (vectors - 1).square().sum() / 9
-
-
-def table_loss(case: Case, step: int, rows: Tensor, first_row: int) -> Tensor:
-    """Depends on the given rows only; summed over shards it is the loss of the whole table."""
-    weight = case.weight()[first_row : first_row + rows.shape[0]]
-    if case.loss == "dense":
-        return (rows * weight).sin().sum()
-    local = case.candidates(step) - first_row
-    local = local[(local >= 0) & (local < rows.shape[0])]
-    return (F.embedding(local, rows, sparse=True) * weight[local]).sin().sum()
-
-
-def own_part(items: Tensor) -> Tensor:
-    """Uneven parts of the global batch; the last of several ranks gets nothing."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    if num_ranks == 1:
-        return items
-    cuts = torch.tensor([0, 2, 9, 9] if num_ranks == 3 else [0, 9, 9])
-    return items[int(cuts[rank]) : int(cuts[rank + 1])]
-
-
-def build(case: Case) -> Catalog:
-    group = dist.group.WORLD
-    return Catalog(case.num_items, WIDTH, case.config, group=group, device=CPU, seed=3)
 
 
 def train_sharded(case: Case) -> dict[str, Any]:
@@ -158,12 +105,6 @@ def train_alone(case: Case) -> dict[str, Any]:
     return {"norms": norms, "rows": rows.detach()}
 
 
-def initial_rows(num_items: int, seed: int) -> Tensor:
-    config = CatalogConfig(init_std=0.5)
-    catalog = Catalog(num_items, WIDTH, config, group=None, device=CPU, seed=seed)
-    return catalog.shard.rows.detach().clone()
-
-
 @pytest.mark.parametrize("loss", ["dense", "sparse", "none"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
@@ -214,10 +155,10 @@ def test_initial_rows_depend_on_seed_and_item_only(ranks: Ranks, num_items: int)
     for num_ranks in (1, 2, 3):
         found = ranks(num_ranks).run(make_shard, num_items)
         assert torch.equal(torch.cat([rows for rows, *_ in found]), expected)
-        for rows, first_row, num_rows, alone in found:
+        for rows, first_row, num_rows, ungrouped in found:
             assert torch.equal(rows, expected[first_row : first_row + len(rows)])
             assert num_rows == num_items
-            assert alone == (num_ranks == 1)
+            assert ungrouped == (num_ranks == 1)
     assert not torch.equal(initial_rows(num_items, seed=4), expected)
 
 
@@ -234,22 +175,6 @@ def test_making_a_catalog_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     initial_rows(50, seed=1)
     assert torch.equal(torch.rand(3), expected)
-
-
-def alone(optimizer: str, num_items: int = 20) -> Catalog:
-    config = CatalogConfig(optimizer=optimizer, learning_rate=0.1)
-    return Catalog(num_items, WIDTH, config, group=None, device=CPU, seed=1)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "sparse_adam"])
-def test_rows_without_a_gradient_stay_as_they_are(optimizer: str) -> None:
-    catalog = alone(optimizer)
-    before = catalog.shard.rows.detach().clone()
-    for _ in range(2):
-        catalog.lookup(torch.tensor([4, 7, 4])).sum().backward()
-        catalog.step()
-    changed = (catalog.shard.rows.detach() != before).any(1).nonzero().flatten()
-    assert changed.tolist() == [4, 7]
 
 
 def test_lookup_gradient_stays_sparse_until_a_dense_one_joins() -> None:
@@ -304,81 +229,6 @@ def test_lookup_without_autograd_records_nothing() -> None:
     with torch.no_grad():
         assert not catalog.lookup(torch.tensor([1, 2])).requires_grad
     assert float(catalog.squared_gradient_norm()) == 0.0
-
-
-def train_and_keep(case: Case, states: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
-    """Two steps after loading the joined state of another number of ranks, or from scratch."""
-    catalog = build(case)
-    if states is not None:
-        catalog.load_state_dict(join(states))
-    for step in range(2):
-        first = catalog.num_steps
-        vectors = catalog.lookup(own_part(case.items(first, 0)))
-        shard = catalog.shard
-        (encoder_loss(vectors) + table_loss(case, first, shard.rows, shard.first_row)).backward()
-        catalog.step(learning_rate=None if step else learning_rate(first))
-    return catalog.state_dict()
-
-
-def join(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of one process from those of all ranks."""
-    joined = dict(states[0])
-    for name in joined:
-        if name == "rows" or name.startswith("optimizer."):
-            joined[name] = torch.cat([state[name] for state in states])
-    return joined
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_saved_at_one_number_of_ranks_goes_on_at_another(
-    ranks: Ranks, optimizer: str
-) -> None:
-    case = Case(optimizer, 13, "sparse")
-    states = ranks(3).run(train_and_keep, case, None)
-    expected = join(ranks(1).run(train_and_keep, case, states))
-    assert int(expected["num_steps"]) == 4
-    for num_ranks in (2, 3):
-        found = join(ranks(num_ranks).run(train_and_keep, case, states))
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_saved_state_is_restored_exactly(optimizer: str) -> None:
-    catalog, other = alone(optimizer), alone(optimizer)
-    catalog.lookup(torch.tensor([4, 5])).sum().backward()
-    catalog.step(learning_rate=0.7)
-    other.load_state_dict(catalog.state_dict())
-    for name, value in other.state_dict().items():
-        assert torch.equal(value, catalog.state_dict()[name]), name
-    for each in (catalog, other):
-        each.lookup(torch.tensor([4, 9])).square().sum().backward()
-        each.step()
-    assert torch.equal(catalog.shard.rows, other.shard.rows)
-
-
-def test_state_of_a_smaller_catalog_leaves_new_rows_as_initialised() -> None:
-    small, large = alone("adagrad", 20), alone("adagrad", 25)
-    small.lookup(torch.tensor([4])).sum().backward()
-    small.step()
-    new_rows = large.shard.rows.detach()[20:].clone()
-    large.load_state_dict(small.state_dict())
-    assert torch.equal(large.shard.rows[:20], small.shard.rows)
-    assert torch.equal(large.shard.rows[20:], new_rows)
-
-
-def test_state_that_does_not_fit_is_refused() -> None:
-    catalog = alone("adagrad")
-    state = catalog.state_dict()
-    with pytest.raises(ValueError, match="another optimizer"):
-        catalog.load_state_dict(alone("sgd").state_dict())
-    with pytest.raises(ValueError, match="join the saved shards"):
-        catalog.load_state_dict(state | {"rows": state["rows"][:5]})
-    with pytest.raises(ValueError, match="join the saved shards"):
-        catalog.load_state_dict(alone("adagrad", 30).state_dict())
-    with pytest.raises(ValueError, match="build the catalog with the saved width"):
-        catalog.load_state_dict(state | {"rows": state["rows"][:, :4]})
 
 
 def look_up_wrong_item(bad_rank: int) -> str:
@@ -461,42 +311,3 @@ def test_description_names_the_plan(ranks: Ranks) -> None:
 
 def describe(num_items: int) -> str:
     return build(Case("rowwise_adagrad", num_items, "none")).describe()
-
-
-def step_memory(optimizer: str, dense: bool) -> tuple[int, int]:
-    """(extra bytes at the peak of step(), bytes of the shard) in a fresh heap."""
-    config = CatalogConfig(optimizer=optimizer)
-    catalog = Catalog(200_000, 64, config, group=None, device=CPU, seed=1)
-    extra = 0
-    for _ in range(2):
-        catalog.lookup(torch.randint(200_000, (20_000,))).sum().backward()
-        if dense:
-            catalog.shard.rows.sum().backward()
-        catalog.merge_gradients()
-        before = start_peak()
-        catalog.step(0.5)
-        extra = max(extra, memory("VmHWM") - before)
-    return extra, catalog.shard.rows.nbytes
-
-
-def start_peak() -> int:
-    """Resident bytes, after giving back what is free and resetting the peak."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-@pytest.mark.parametrize("gradient", ["dense", "sparse"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_step_needs_a_tenth_of_the_shard_beside_one_dense_gradient(
-    ranks: Ranks, optimizer: str, gradient: str
-) -> None:
-    ((extra, shard),) = ranks(1).run(step_memory, optimizer, gradient == "dense")
-    # The gradient is there before step(), but adam has to make a sparse one dense.
-    makes_dense = optimizer == "adam" and gradient == "sparse"
-    assert extra <= (0.1 + makes_dense) * shard
