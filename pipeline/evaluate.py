@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint, write_atomically
-from shardrec.pipeline.data import EvaluationBatches, Prepared
+from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.group import (
     default_group,
     on_first_rank,
@@ -21,13 +21,11 @@ from shardrec.pipeline.group import (
     rank_of,
     size_of,
 )
-from shardrec.pipeline.measure import MeasureConfig, measure
+from shardrec.pipeline.measure import MeasureConfig, Split, measure, open_users
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.run import TrainConfig, build_model, open_run
 
 __all__ = ["evaluate", "evaluate_popularity", "load_model"]
-
-Split = Literal["validation", "test"]
 
 
 def evaluate(
@@ -69,7 +67,7 @@ def evaluate(
         lambda: Checkpoints(Path(run) / "checkpoints", None).find(checkpoint), group
     )
     model, progress = load_model(trained, folder, prepared, encoder)
-    batches = open_batches(prepared, split, config, trained.encoder.max_length, group)
+    batches = open_users(prepared, split, config, trained.encoder.max_length, group)
     metrics = measure(model.last_states, model.scored_shard(), batches, config, prepared)
     seconds = time.monotonic() - started
     report = {
@@ -99,7 +97,7 @@ def evaluate_popularity(
     """
     group, config = default_group(), config or MeasureConfig()
     prepared = on_this_rank(lambda: Prepared.open(data), group)
-    batches = open_batches(prepared, split, config, 1, group)
+    batches = open_users(prepared, split, config, 1, group)
     return measure(_same_state, popularity_shard(prepared, group), batches, config, prepared)
 
 
@@ -137,24 +135,6 @@ def load_model(
     model.catalog.load_state_dict(state.table)
     model.encoder.eval()
     return model, state.progress
-
-
-def open_batches(
-    prepared: Prepared,
-    split: Split,
-    config: MeasureConfig,
-    max_length: int,
-    group: dist.ProcessGroup | None,
-) -> EvaluationBatches:
-    """This rank's evaluation users."""
-    return EvaluationBatches(
-        prepared,
-        split,
-        batch_size=config.batch_size,
-        max_length=max_length,
-        rank=rank_of(group),
-        world_size=size_of(group),
-    )
 
 
 def describe_protocol(prepared: Prepared, split: Split, config: MeasureConfig) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Small questions to a process group, where None stands for a single process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
     "default_group",
+    "in_step",
     "on_all_ranks",
     "on_first_rank",
     "on_this_rank",
@@ -85,3 +87,51 @@ def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -
     """
     first = rank_of(group) == 0
     return on_all_ranks(lambda: work() if first else None, group)[0]  # type: ignore[return-value]
+
+
+def in_step(
+    items: Iterable[Result], group: dist.ProcessGroup | None, device: torch.device
+) -> Iterator[Result]:
+    """The same items; when making the next one fails on a rank, all ranks raise.
+
+    Without this the other ranks would wait for the failed one in their next collective. Every rank
+    must have the same number of items.
+
+    Args:
+        items: what this rank works on.
+        group: the ranks.
+        device: where the group's collectives find their tensors.
+
+    Raises:
+        RuntimeError: another rank failed; that rank raises its own error.
+
+    Collectives: one all-reduce of a number for each item, and one at the end.
+    """
+    iterator = iter(items)
+    if group is None:
+        yield from iterator
+        return
+    while True:
+        item, error = _next(iterator)
+        failed = torch.tensor(float(error is not None), device=device)
+        sum_over_ranks(failed, group)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(
+                f"data must be readable on every rank, got a failure on {int(failed)} of "
+                f"{size_of(group)}; the message of that rank says what to do"
+            )
+        if not item:
+            return
+        yield item[0]
+
+
+def _next(iterator: Iterator[Result]) -> tuple[list[Result], Exception | None]:
+    """The next item in a list, an empty list at the end, or what went wrong."""
+    try:
+        return [next(iterator)], None
+    except StopIteration:
+        return [], None
+    except Exception as error:
+        return [], error

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from shardrec.modules.metrics import ranking_metrics
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.data import EvaluationBatch, Prepared
-from shardrec.pipeline.group import sum_over_ranks
+from shardrec.pipeline.data import EvaluationBatch, EvaluationBatches, Prepared
+from shardrec.pipeline.group import in_step, on_this_rank, rank_of, size_of, sum_over_ranks
 
-__all__ = ["MeasureConfig", "Scorer", "measure"]
+__all__ = ["MeasureConfig", "Scorer", "Split", "measure", "open_users"]
 
+Split = Literal["validation", "test"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """From items (B, L) int64 and lengths (B,) int64 to states (B, D); collectives allowed."""
 
@@ -77,10 +80,41 @@ def measure(
     """
     meter = _Meter(shard, config, prepared)
     with torch.no_grad():
-        for batch in batches:
+        for batch in in_step(batches, shard.group, shard.rows.device):
             batch = batch.to(shard.rows.device)
             meter.add(batch, scorer(batch.items, batch.lengths))
     return meter.result()
+
+
+def open_users(
+    prepared: Prepared,
+    split: Split,
+    config: MeasureConfig,
+    max_length: int,
+    group: dist.ProcessGroup | None,
+) -> EvaluationBatches:
+    """This rank's users of a split.
+
+    Args:
+        prepared: the data.
+        split: which users.
+        config: how many at a time.
+        max_length: items of a history that the scorer reads.
+        group: the ranks that share the users.
+
+    Collectives: one gather of small objects.
+    """
+    return on_this_rank(
+        lambda: EvaluationBatches(
+            prepared,
+            split,
+            batch_size=config.batch_size,
+            max_length=max_length,
+            rank=rank_of(group),
+            world_size=size_of(group),
+        ),
+        group,
+    )
 
 
 class _Meter:

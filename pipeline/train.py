@@ -27,9 +27,16 @@ from shardrec.pipeline.callbacks import (
 )
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
 from shardrec.pipeline.config import describe, to_json
-from shardrec.pipeline.data import Batch, EvaluationBatches, Prepared, TrainingBatches
-from shardrec.pipeline.group import default_group, on_first_rank, on_this_rank, rank_of, size_of
-from shardrec.pipeline.measure import measure
+from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
+from shardrec.pipeline.group import (
+    default_group,
+    in_step,
+    on_first_rank,
+    on_this_rank,
+    rank_of,
+    size_of,
+)
+from shardrec.pipeline.measure import measure, open_users
 from shardrec.pipeline.run import (
     OURS,
     LimitConfig,
@@ -107,13 +114,16 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
     group = default_group()
     on_first_rank(lambda: require_new(Path(config.output)), group)
     prepared = on_this_rank(lambda: Prepared.open(config.data), group)
-    batches = TrainingBatches(
-        prepared,
-        config.batches,
-        max_length=config.encoder.max_length,
-        rank=rank_of(group),
-        world_size=size_of(group),
-        seed=config.seed,
+    batches = on_this_rank(
+        lambda: TrainingBatches(
+            prepared,
+            config.batches,
+            max_length=config.encoder.max_length,
+            rank=rank_of(group),
+            world_size=size_of(group),
+            seed=config.seed,
+        ),
+        group,
     )
     _check_validation(config.validation, prepared)
     steps_per_epoch = -(-len(batches) // config.optimizer.accumulate)
@@ -160,9 +170,10 @@ class _Loop:
 
     def _batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of one step after another, epoch after epoch."""
+        model = self.run.stepper.model
         self.fetch_started = time.monotonic()
         while self.run.steps_per_epoch:
-            epoch = iter(self.run.batches)
+            epoch = in_step(self.run.batches, model.group, model.device)
             while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
                 yield batches
                 self.fetch_started = time.monotonic()
@@ -216,13 +227,12 @@ class _Loop:
         started = time.monotonic()
         config, model = self.run.config.validation, self.run.stepper.model
         model.encoder.eval()
-        batches = EvaluationBatches(
+        batches = open_users(
             self.run.prepared,
             "validation",
-            batch_size=config.measure.batch_size,
-            max_length=self.run.config.encoder.max_length,
-            rank=rank_of(model.group),
-            world_size=size_of(model.group),
+            config.measure,
+            self.run.config.encoder.max_length,
+            model.group,
         )
         shard = model.scored_shard()
         metrics = measure(model.last_states, shard, batches, config.measure, self.run.prepared)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -377,3 +379,43 @@ def test_validation_without_validation_users_is_refused(tmp_path: Path) -> None:
         train(small_config(data, tmp_path / "run"))
     report = train(small_config(data, tmp_path / "run", validation=OFF))
     assert report.best_step is None and report.best_metrics == {}
+
+
+def break_one_row_group(data: str) -> None:
+    """Put an item outside the catalog into the first row group, and bring the manifest in line."""
+    path = Path(data) / "train" / "part-00000.parquet"
+    file = pq.ParquetFile(path)
+    groups = [file.read_row_group(index) for index in range(file.num_row_groups)]
+    items = groups[0]["items"].to_pylist()
+    items[0][0] = 10**6
+    column = pa.array(items, groups[0].schema.field("items").type)
+    groups[0] = groups[0].set_column(groups[0].schema.get_field_index("items"), "items", column)
+    with pq.ParquetWriter(path, file.schema_arrow) as writer:
+        for group in groups:
+            writer.write_table(group.cast(file.schema_arrow))
+    manifest = json.loads((Path(data) / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == "train/part-00000.parquet":
+            entry["bytes"] = path.stat().st_size
+    (Path(data) / "manifest.json").write_text(json.dumps(manifest))
+
+
+def train_and_catch(config: TrainConfig) -> str:
+    try:
+        train(config)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_rank_that_cannot_read_stops_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    data = prepare_small(tmp_path / "data")
+    break_one_row_group(data)
+    batches = BatchConfig(batch_size=1000, shuffle_row_groups=1)
+    config = small_config(data, tmp_path / "run", batches=batches)
+    messages = ranks(3).run(train_and_catch, config, timeout=30)
+    where = [message for message in messages if "row group 0, column items must be" in message]
+    assert where and all(
+        message in where or "the message of that rank" in message for message in messages
+    )
+    assert len(where) < 3
