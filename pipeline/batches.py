@@ -85,7 +85,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Samples over one flat tensor: sample s starts at ``start[s]``, with ``length[s]`` positions."""
+    """Samples over one flat tensor: sample s has ``length[s]`` positions from ``start[s]``."""
 
     items: Tensor
     weights: Tensor | None
@@ -105,7 +105,7 @@ class Samples:
 def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Ints]:
     """Start and number of positions of each sample of (rows + 1,) list offsets.
 
-    A sequence of n items has n - 1 positions. Windows are cut from its end: the first is the short one.
+    A sequence of n items has n - 1 positions. Windows are cut from its end; the first is short.
 
     >>> start, length = cut_windows(np.array([0, 6]), 2, "all")
     >>> start.tolist(), length.tolist()

@@ -1,7 +1,7 @@
 """Prepared data as batches of tensors, deterministic by (seed, epoch) and the same for any W.
 
-`shardrec.pipeline.order` decides what is where in an epoch, `shardrec.pipeline.row_groups` reads, and
-`shardrec.pipeline.batches` cuts tensors. There is no Python loop over sequences: list columns
+`shardrec.pipeline.order` decides what is where in an epoch, `shardrec.pipeline.row_groups` reads,
+and `shardrec.pipeline.batches` cuts tensors. There is no Python loop over sequences: list columns
 become one flat tensor and offsets, and a batch is index arithmetic on them.
 """
 
@@ -65,8 +65,8 @@ class BatchConfig:
 class TrainingBatches:
     """This rank's parts of the global batches, epoch after epoch.
 
-    ``for batch in batches`` runs from where the loader stands to the end of the epoch; the next loop
-    is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
+    ``for batch in batches`` runs from where the loader stands to the end of the epoch, and the next
+    loop is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
     take the same number of steps; in the last, short batch of an epoch some may have no sequences.
     Collectives: none.
 

@@ -1,0 +1,268 @@
+"""Generated event logs whose own next-item probabilities are known.
+
+Items live in clusters. A user holds a few tastes (clusters); now and then one is forgotten and
+drawn anew (drift). The cluster of the next event comes from one of three places:
+
+- a taste of the user, with probability ``taste`` (a model has to read the whole history for it),
+- the successor of the previous event's cluster, with probability ``follow`` (order matters),
+- the clusters' own popularity, with probability ``1 - taste - follow`` (noise nobody can predict).
+
+Inside a cluster items follow Zipf's law. So the probability of item j is
+``P(j) = P(cluster of j | tastes, previous cluster) * zipf(rank of j in its cluster)``,
+and the best possible ranking is known for every event. An item's vector needs to learn little more
+than its cluster, and most events fall on few items, so a small model learns from few events.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["TOP", "Block", "Floats", "Ints", "SynthConfig", "World", "blocks", "top_columns"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+EVENTS_PER_BLOCK = 1 << 20
+TOP = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SynthConfig:
+    """What to generate; two equal configs write equal events.
+
+    Attributes:
+        users: how many users; each gets at least two events.
+        items: size of the catalog; rare items may get no event.
+        events: how many events, exactly.
+        seed: of all random choices.
+        clusters: groups of items.
+        tastes: clusters a user holds at a time.
+        taste: probability that an event comes from one of the user's tastes.
+        follow: probability that it comes from the successor of the previous event's cluster.
+        drift: probability, at each event, that one taste is drawn anew.
+        item_exponent: of Zipf's law inside a cluster.
+        cluster_exponent: of Zipf's law over clusters.
+        length_spread: standard deviation of the logarithm of events per user.
+        start_time: first second of the log.
+        duration_s: seconds the log covers.
+        chunk_events: rows in a Parquet row group; changes the layout of the file, never the events.
+        report_users: last events the report is made on, at most.
+        markov_events: events that the item-level Markov baseline counts, at most (8 bytes each).
+    """
+
+    users: int = 40_000
+    items: int = 50_000
+    events: int = 1_000_000
+    seed: int = 0
+    clusters: int = 128
+    tastes: int = 3
+    taste: float = 0.65
+    follow: float = 0.25
+    drift: float = 0.02
+    item_exponent: float = 1.2
+    cluster_exponent: float = 0.5
+    length_spread: float = 0.7
+    start_time: int = 1_600_000_000
+    duration_s: int = 365 * 86_400
+    chunk_events: int = 1 << 20
+    report_users: int = 4_000
+    markov_events: int = 20_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and probabilities that no log can have."""
+        for name in (
+            "users",
+            "items",
+            "clusters",
+            "tastes",
+            "chunk_events",
+            "duration_s",
+            "report_users",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(
+            self.items >= TOP, "items", f"at least {TOP} (ranking is judged at {TOP})", self.items
+        )
+        _require(
+            self.clusters <= self.items, "clusters", f"at most items = {self.items}", self.clusters
+        )
+        needed = 2 * self.users
+        _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
+        _require(self.markov_events >= 0, "markov_events", "0 or more", self.markov_events)
+        for name in ("taste", "follow", "drift"):
+            _require(0.0 <= getattr(self, name) <= 1.0, name, "within [0, 1]", getattr(self, name))
+        total = self.taste + self.follow
+        _require(total <= 1.0 + 1e-9, "taste + follow", "at most 1", total)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Events of one run of users in user-major order, and each user's state before the last event.
+
+    ``user`` (E,), ``item`` (E,) internal index, ``time`` (E,), ``last`` (U,) position of the last
+    event, ``tastes`` (U, M) and ``previous`` (U,) the clusters that the last event was drawn from.
+    """
+
+    user: Ints
+    item: Ints
+    time: Ints
+    last: Ints
+    tastes: Ints
+    previous: Ints
+
+
+class World:
+    """The fixed part of the process. Item i is in cluster i % C and has rank i // C in it."""
+
+    def __init__(self, config: SynthConfig) -> None:
+        """Draw what all users share."""
+        self.config = config
+        generator = self.generator(0)
+        clusters = config.clusters
+        popularity = np.arange(1, clusters + 1, dtype=np.float64) ** -config.cluster_exponent
+        self.popularity: Floats = generator.permutation(popularity / popularity.sum())
+        self.popularity_cdf: Floats = np.cumsum(self.popularity)
+        ring = generator.permutation(clusters)
+        self.successor: Ints = np.empty(clusters, dtype=np.int64)
+        self.successor[ring] = np.roll(ring, -1)
+        self.item_ids: Ints = generator.permutation(config.items)
+        self.sizes: Ints = (config.items - np.arange(clusters) + clusters - 1) // clusters
+        zipf = np.arange(1, self.sizes[0] + 1, dtype=np.float64) ** -config.item_exponent
+        self.zipf: Floats = zipf
+        self.zipf_cdf: Floats = np.cumsum(zipf)
+        self.users_per_block = max(1, EVENTS_PER_BLOCK * config.users // config.events)
+
+    def generator(self, *key: int) -> np.random.Generator:
+        """Random numbers that depend on the seed and ``key`` only."""
+        return np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([self.config.seed, *key]))
+        )
+
+    def draw_cluster(self, uniform: Floats) -> Ints:
+        """Clusters by their own popularity."""
+        found = np.searchsorted(
+            self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right"
+        )
+        return np.minimum(found, self.config.clusters - 1)
+
+    def draw_item(self, cluster: Ints, uniform: Floats) -> Ints:
+        """Items by Zipf's law inside ``cluster``."""
+        size = self.sizes[cluster]
+        found = np.searchsorted(self.zipf_cdf, uniform * self.zipf_cdf[size - 1], side="right")
+        return np.minimum(found, size - 1) * self.config.clusters + cluster
+
+    def cluster_probability(self, tastes: Ints, previous: Ints) -> Floats:
+        """(U, C) float64: P(next cluster) with (U, M) tastes after (U,) previous clusters."""
+        config = self.config
+        noise = 1.0 - config.taste - config.follow
+        probability = np.tile(noise * self.popularity, (len(previous), 1))
+        users = np.arange(len(previous))
+        for slot in range(config.tastes):
+            np.add.at(probability, (users, tastes[:, slot]), config.taste / config.tastes)
+        probability[users, self.successor[previous]] += config.follow
+        return probability
+
+    def top_items(self, cluster_probability: Floats) -> Ints:
+        """(U, 10) int64: the items of highest P(cluster) * zipf, among the heads of clusters."""
+        heads = np.arange(min(TOP, len(self.zipf)))[None, :, None]
+        clusters = np.arange(self.config.clusters)[None, None, :]
+        inside = self.zipf[heads] / self.zipf_cdf[self.sizes - 1]
+        inside = np.where(heads < self.sizes, inside, 0.0)
+        score = (cluster_probability[:, None, :] * inside).reshape(len(cluster_probability), -1)
+        items = (heads * self.config.clusters + clusters).reshape(-1)
+        return items[top_columns(score)]
+
+
+def blocks(world: World) -> Iterator[Block]:
+    """The log, one run of users after the other; each block has its own random stream."""
+    config = world.config
+    for index, first in enumerate(range(0, config.users, world.users_per_block)):
+        last = min(first + world.users_per_block, config.users)
+        budget = config.events * last // config.users - config.events * first // config.users
+        yield _block(world, world.generator(1, index), first, last - first, budget)
+
+
+def _block(world: World, random: np.random.Generator, first: int, users: int, budget: int) -> Block:
+    """Users ``first .. first + users``, ``budget`` events in all, at least two each."""
+    lengths = _lengths(random, users, budget, world.config.length_spread)
+    # Longest first: the users who still act at step t are a prefix, so that a step is a slice.
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths)
+    offset, counts = (ends - lengths)[order], lengths[order]
+    active = np.searchsorted(-counts, -np.arange(1, counts[0] + 1), side="right")
+    cluster, tastes, previous = _walk(world, random, active, offset, budget)
+    item = world.draw_item(cluster, random.random(budget))
+    back = np.argsort(order, kind="stable")
+    return Block(
+        user=np.repeat(np.arange(first, first + users), lengths),
+        item=item,
+        time=_times(world.config, random, lengths, ends),
+        last=ends - 1,
+        tastes=tastes[back],
+        previous=previous[back],
+    )
+
+
+def _walk(
+    world: World, random: np.random.Generator, active: Ints, offset: Ints, budget: int
+) -> tuple[Ints, Ints, Ints]:
+    """Clusters of all events, step by step over the users who still act.
+
+    Returns:
+        (E,) clusters in user-major order; (U, M) tastes and (U,) previous cluster at the last event.
+    """
+    config = world.config
+    users = len(offset)
+    cluster = np.empty(budget, dtype=np.int64)
+    tastes = world.draw_cluster(random.random((users, config.tastes)))
+    previous = world.draw_cluster(random.random(users))
+    current = previous.copy()
+    for step, count in enumerate(active):
+        rows = np.arange(count)
+        if step:
+            previous[:count] = current[:count]
+            drifted = np.flatnonzero(random.random(count) < config.drift)
+            slots = random.integers(config.tastes, size=len(drifted))
+            tastes[drifted, slots] = world.draw_cluster(random.random(len(drifted)))
+        choice = random.random(count)
+        taken = tastes[rows, random.integers(config.tastes, size=count)]
+        chosen = np.where(choice < config.taste, taken, world.successor[previous[:count]])
+        noise = np.flatnonzero(choice >= config.taste + config.follow)
+        chosen[noise] = world.draw_cluster(random.random(len(noise)))
+        current[:count] = chosen
+        cluster[offset[:count] + step] = chosen
+    return cluster, tastes, previous
+
+
+def _lengths(random: np.random.Generator, users: int, budget: int, spread: float) -> Ints:
+    """(U,) int64 event counts: two each, the rest shared out in log-normal proportion, exact in sum."""
+    share = np.cumsum(np.exp(spread * random.standard_normal(users)))
+    cuts = np.floor(share * ((budget - 2 * users) / share[-1])).astype(np.int64)
+    cuts[-1] = budget - 2 * users
+    return 2 + np.diff(cuts, prepend=0)
+
+
+def _times(config: SynthConfig, random: np.random.Generator, lengths: Ints, ends: Ints) -> Ints:
+    """(E,) int64 seconds, ascending per user: from a random first day to the end of the log."""
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    # n gaps and a rest: exponential spacings are uniform times in order.
+    total = np.cumsum(random.standard_exponential(int(ends[-1])))
+    before = np.where(ends > lengths, total[ends - lengths - 1], 0.0)
+    inside = total - before[users]
+    whole = total[ends - 1] - before + random.standard_exponential(len(lengths))
+    start = random.random(len(lengths)) * 0.9
+    moment = start[users] + (1.0 - start[users]) * inside / whole[users]
+    return config.start_time + np.floor(moment * config.duration_s).astype(np.int64)
+
+
+def top_columns(score: Floats) -> Ints:
+    """(U, 10) int64 columns of the highest scores, lower index first among equals."""
+    return np.argsort(-score, axis=1, kind="stable")[:, :TOP]
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value}; choose another value")
