@@ -17,6 +17,7 @@ it are counted and left out. Events of one user at one time keep the order of th
 
 import dataclasses
 import datetime
+import logging
 import os
 import re
 from pathlib import Path
@@ -134,7 +135,7 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Prepare a log for training; does nothing when ``config.output`` already holds the result.
+    """Prepare a log for training; says so and does nothing when the result is there already.
 
     The output appears whole, by a rename, or not at all.
 
@@ -154,6 +155,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     log = EventLog.open(config.events, config.columns())
     found = _find_result(config, log)
     if found is not None:
+        message = "%s already holds the result of this config and this log: nothing to do"
+        logging.getLogger(__name__).warning(message, config.output)
         return found
     with staged_folder(Path(config.output)) as (folder, work):
         sorted_log = sort_log(
@@ -169,15 +172,6 @@ def prepare(config: PrepareConfig) -> Manifest:
         manifest = _write(config, log, sorted_log, folder)
         write_manifest(folder, manifest)
     return manifest
-
-
-def is_prepared(config: PrepareConfig) -> bool:
-    """Whether ``config.output`` already holds what ``prepare(config)`` would write.
-
-    Raises:
-        FileExistsError: the output folder holds something else.
-    """
-    return _find_result(config, EventLog.open(config.events, config.columns())) is not None
 
 
 def _find_result(config: PrepareConfig, log: EventLog) -> Manifest | None:
