@@ -95,11 +95,6 @@ class ValidationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"validation.{name} must be at least 1, got {value}; or none")
-        if self.patience is not None and not self.is_on:
-            raise ValueError(
-                f"validation.patience must be none without validation, got {self.patience}; "
-                "set validation.every_epochs or every_steps"
-            )
 
     @property
     def is_on(self) -> bool:
