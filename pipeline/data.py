@@ -66,8 +66,9 @@ class TrainingBatches:
     """This rank's parts of the global batches, epoch after epoch.
 
     ``for batch in batches`` runs from where the loader stands to the end of the epoch, and the next
-    loop is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
-    take the same number of steps; in the last, short batch of an epoch some may have no sequences.
+    loop is the next epoch. Over all ranks every real position comes exactly once in an epoch. All
+    ranks take the same number of steps; in the last, short batch of an epoch some may have no
+    sequences.
     Collectives: none.
 
     Attributes:

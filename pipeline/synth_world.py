@@ -212,7 +212,7 @@ def _walk(
     """Clusters of all events, step by step over the users who still act.
 
     Returns:
-        (E,) clusters in user-major order; (U, M) tastes and (U,) previous cluster at the last event.
+        (E,) clusters in user-major order; (U, M) tastes and (U,) previous cluster at the end.
     """
     config = world.config
     users = len(offset)
@@ -238,7 +238,7 @@ def _walk(
 
 
 def _lengths(random: np.random.Generator, users: int, budget: int, spread: float) -> Ints:
-    """(U,) int64 event counts: two each, the rest shared out in log-normal proportion, exact in sum."""
+    """(U,) int64 event counts: two each, the rest in log-normal proportion, exact in sum."""
     share = np.cumsum(np.exp(spread * random.standard_normal(users)))
     cuts = np.floor(share * ((budget - 2 * users) / share[-1])).astype(np.int64)
     cuts[-1] = budget - 2 * users
