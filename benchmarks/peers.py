@@ -1,0 +1,151 @@
+"""How fast and how lean is a training step against RePlay and RecTools, all else equal?
+
+The same generated sequences, batch, length, width, blocks, heads, dropout, negatives and optimizer
+(Adam); float32; every real target trained; each trainer in a process of its own. By default every
+user has more events than the length, so that no trainer gains or loses by padding. Seconds per step
+are medians of the time from the end of one step to the end of the next, data loading included.
+
+    pip install "torch==2.13.0"; pip install "replay-rec[torch]"                (in one venv)
+    pip install "torch==2.13.0"; pip install "rectools[torch]" "pyarrow==23.0.1"  (in another)
+    python benchmarks/peers.py --replay VENV/bin/python --rectools VENV2/bin/python --work peers
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parent))
+from losses import gemm_gflops
+from record import RESULTS, Results, call_fresh, median
+
+from shardrec.pipeline.data import Prepared
+from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.synth import SynthConfig, generate
+
+FOLDER = Path(__file__).parent
+TRAINERS = {  # row name: script, loss, options of ours
+    "shardrec cce": ("shardrec", "full", {"loss": "cce"}),
+    "shardrec cce_minus share=128": ("shardrec", "sampled", {"loss": "cce_minus"}),
+    "shardrec cce_minus share=batch": ("shardrec", "sampled", {"loss": "cce_minus", "share": 0}),
+    "RePlay CE": ("replay", "full", {}),
+    "RePlay CESampled": ("replay", "sampled", {}),
+    "RecTools softmax": ("rectools", "full", {}),
+    "RecTools sampled_softmax": ("rectools", "sampled", {}),
+}
+
+
+def prepared_log(work: Path, users: int, items: int, spread: float) -> Path:
+    """The prepared folder of the generated log, made when it is not there."""
+    log = work / f"log-{users}-{items}-{spread:g}.parquet"
+    folder = log.with_suffix("")
+    if not log.exists():
+        sizes = {"users": users, "items": items, "events": users * 53, "markov_events": 0}
+        # Popularity is nearly flat, so that nearly every item occurs: it does not change the speed.
+        shape = {"length_spread": spread, "item_exponent": 0.2, "report_users": 100}
+        generate(SynthConfig(**sizes, **shape), log)
+    prepare(PrepareConfig(events=str(log), output=str(folder), split="leave_one_out"))
+    sequences = sequences_of(folder)
+    if not sequences.exists():
+        sequences.parent.mkdir()
+        tables = [pq.read_table(path) for path in Prepared.open(folder).train_files]
+        # RePlay cannot have a column of the name "items".
+        pq.write_table(pa.concat_tables(tables).rename_columns({"items": "item_id"}), sequences)
+    return folder
+
+
+def sequences_of(folder: Path) -> Path:
+    """The training sequences of a prepared folder as the other trainers read them."""
+    return folder.parent / f"{folder.name}-sequences" / "train.parquet"
+
+
+def measure(name: str, folder: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains for a few steps in a fresh process; what it took."""
+    which, loss, extra = TRAINERS[name]
+    prepared = Prepared.open(folder)
+    job = {
+        "data": str(folder),
+        "sequences": str(sequences_of(folder)),
+        "num_items": prepared.num_items,
+        "full": loss == "full",
+        "batch": batch,
+        "length": options.length,
+        "width": options.width,
+        "negatives": options.negatives,
+        "threads": options.threads,
+        "warmup": options.warmup,
+        "steps": options.steps,
+        **extra,
+    }
+    python = {"shardrec": sys.executable, "replay": options.replay, "rectools": options.rectools}
+    # Libraries read the number of threads when they start.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    return call_fresh(str(FOLDER / f"peer_{which}.py"), job, python=python[which])
+
+
+def main() -> None:
+    """Measures what is missing and prints seconds and memory of each trainer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--replay", help="python of the environment with RePlay")
+    parser.add_argument("--rectools", help="python of the environment with RecTools")
+    parser.add_argument("--work", type=Path, default=Path("runs/peers"), help="folder of the logs")
+    parser.add_argument("--users", type=int, default=10_000)
+    parser.add_argument("--catalog", nargs="+", type=int, default=[20_000, 100_000])
+    parser.add_argument("--batch", type=int, help="sequences (default: 128, from 100,000 items 32)")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the sequences' log-lengths")
+    parser.add_argument("--length", type=int, default=50)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--negatives", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--output", default=str(RESULTS / "peers_cpu.jsonl"))
+    options = parser.parse_args()
+    results = Results(options.output)
+    shape = ("users", "spread", "length", "width", "negatives", "threads")
+    for catalog in options.catalog:
+        batch = options.batch or (128 if catalog < 100_000 else 32)
+        folder = prepared_log(options.work, options.users, catalog, options.spread)
+        for name in options.trainers:
+            if TRAINERS[name][0] != "shardrec" and not getattr(options, TRAINERS[name][0]):
+                print(f"left out {name}: no --{TRAINERS[name][0]} given")
+                continue
+            key = {"trainer": name, "catalog": catalog, "batch": batch}
+            key |= {part: getattr(options, part) for part in shape}
+            if results.has(key):
+                continue
+            answer = measure(name, folder, batch, options)
+            times = answer.pop("times_s")
+            row = {"median_s": median(times), "times_s": times} | answer
+            row["peak_gib"] = round(row.pop("peak_bytes") / 2**30, 3)
+            if name == "shardrec cce":
+                targets, width = answer["targets_per_step"], options.width
+                row["gemm_gflops"] = round(gemm_gflops(int(targets), width), 1)
+                flops = 6 * targets * answer["num_items"] * width
+                row["share_of_gemm"] = round(flops / row["median_s"] / 1e9 / row["gemm_gflops"], 3)
+            results.append(key, **row)
+    print(summary(results))
+
+
+def summary(results: Results) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| trainer | V | batch | s/step | peak GiB | targets/step |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in results.rows:
+        key = row["key"]
+        lines.append(
+            f"| {key['trainer']} | {key['catalog']:,} | {key['batch']} | {row['median_s']:.3f} "
+            f"| {row['peak_gib']:.2f} | {row['targets_per_step']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
