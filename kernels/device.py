@@ -21,7 +21,7 @@ _MIN_ARCHITECTURE = 80
 
 
 def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
-    """ "torch" or "triton": what serves operations on a tensor like this one.
+    """Which backend serves operations on a tensor like this one: "torch" or "triton".
 
     "auto" takes Triton on NVIDIA GPUs from sm_80 for float32, bfloat16 and float16, and plain
     PyTorch elsewhere; on a GPU that Triton does not serve a warning says why.
@@ -102,7 +102,7 @@ def operand(matrix: Tensor) -> Tensor:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """ "ieee", or "tf32" where ``torch.get_float32_matmul_precision()`` allows it."""
+    """Precision of float32 products: ieee, or tf32 where PyTorch is told to allow it."""
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

@@ -20,6 +20,7 @@ KERNELS = (
     "listed_rows_backward",
     "group_maxima",
     "best_sign_direction",
+    "mixed_signs",
 )
 
 _DERIVED = "derived from registers and shared memory"

@@ -14,9 +14,11 @@ from shardrec.kernels.block_logsumexp.tile_math import (
     LOG2E,
     add_exponentials,
     held_logits,
-    load_tile,
-    streamed_logits,
+    load_span,
+    span_logits,
 )
+
+# mypy: disable-error-code="no-untyped-def"
 
 __all__ = ["full_forward_kernel", "full_rows_backward_kernel", "full_states_backward_kernel"]
 
@@ -27,6 +29,12 @@ def _part(first, end, i_part, num_parts, TILE: tl.constexpr):
     per_part = tl.cdiv(tl.cdiv(end - first, TILE), num_parts) * TILE
     part_first = first + i_part * per_part
     return part_first, tl.minimum(part_first + per_part, end)
+
+
+@triton.jit
+def _count(first, end, TILE: tl.constexpr):
+    """Lines of the tile at ``first`` that are before ``end``, int32."""
+    return tl.minimum(end - first, TILE).to(tl.int32)
 
 
 @triton.jit
@@ -41,37 +49,37 @@ def full_forward_kernel(
     holds the first and end position and the first and end row.
     """
     i_part = tl.program_id(1).to(tl.int64)
-    first_position, end_position = tl.load(bounds), tl.load(bounds + 1)
+    position = tl.load(bounds) + tl.program_id(0).to(tl.int64) * POSITIONS
+    num_here = _count(position, tl.load(bounds + 1), POSITIONS)
     first, end = _part(tl.load(bounds + 2), tl.load(bounds + 3), i_part, tl.num_programs(1), ITEMS)
-    o_positions = first_position + tl.program_id(0).to(tl.int64) * POSITIONS
-    o_positions += tl.arange(0, POSITIONS)
-    m_positions = o_positions < end_position
-    b_targets = tl.load(targets + o_positions, mask=m_positions, other=-1)
+    o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
+    m_positions = o_positions < num_here
+    b_targets = tl.load(targets + position + o_positions, mask=m_positions, other=-1)
     b_max = tl.full((POSITIONS,), -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros((POSITIONS,), dtype=tl.float32)
     if HOLD:
-        b_states = load_tile(states, o_positions, m_positions, 0, width, WIDTH)
+        b_states = load_span(states, position, num_here, 0, width, POSITIONS, WIDTH)
     for item in range(first, end, ITEMS):
-        o_items = item + tl.arange(0, ITEMS)
-        m_items = o_items < end
+        num_items = _count(item, end, ITEMS)
         if HOLD:
-            b_rows = load_tile(rows, o_items, m_items, 0, width, WIDTH)
+            b_rows = load_span(rows, item, num_items, 0, width, ITEMS, WIDTH)
             b_logits = held_logits(b_states, b_rows, PRECISION)
         else:
-            b_logits = streamed_logits(
-                states, o_positions, m_positions, rows, o_items, m_items, width,
+            b_logits = span_logits(
+                states, position, num_here, rows, item, num_items, width,
                 POSITIONS, ITEMS, WIDTH, PRECISION,
             )  # fmt: skip
-        keep = m_items[None, :] & (o_items[None, :] != b_targets[:, None])
+        b_own = (b_targets - item).to(tl.int32)
+        keep = (o_items < num_items)[None, :] & (o_items[None, :] != b_own[:, None])
         b_logits = tl.where(keep, b_logits * LOG2E, -float("inf"))
         b_max, b_sum = add_exponentials(b_max, b_sum, b_logits)
     b_logsumexp = (b_max + tl.log2(b_sum)) * LN2
-    tl.store(partials + i_part * num_positions + o_positions, b_logsumexp, mask=m_positions)
+    tl.store(partials + i_part * num_positions + position + o_positions, b_logsumexp, m_positions)
 
 
 @triton.jit
 def full_states_backward_kernel(
-    states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_states, num_positions, width,
+    states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_states, num_lines, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
     PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -81,44 +89,45 @@ def full_states_backward_kernel(
     writer.
     """
     i_part = tl.program_id(1).to(tl.int64)
-    first_position, end_position = tl.load(bounds), tl.load(bounds + 1)
+    position = tl.load(bounds) + tl.program_id(0).to(tl.int64) * POSITIONS
+    num_here = _count(position, tl.load(bounds + 1), POSITIONS)
     first, end = _part(tl.load(bounds + 2), tl.load(bounds + 3), i_part, tl.num_programs(1), ITEMS)
     first_column = tl.program_id(2) * OUT
-    o_positions = first_position + tl.program_id(0).to(tl.int64) * POSITIONS
-    o_positions += tl.arange(0, POSITIONS)
-    m_positions = o_positions < end_position
-    b_targets = tl.load(targets + o_positions, mask=m_positions, other=-1)
-    b_shift = tl.load(logsumexp + o_positions, mask=m_positions, other=0.0)
-    b_grad = tl.load(grad_logsumexp + o_positions, mask=m_positions, other=0.0)
-    b_total = tl.zeros((POSITIONS, OUT), dtype=tl.float32)
+    o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
+    m_positions = o_positions < num_here
+    b_targets = tl.load(targets + position + o_positions, mask=m_positions, other=-1)
+    b_shift = tl.load(logsumexp + position + o_positions, mask=m_positions, other=0.0)
+    b_grad = tl.load(grad_logsumexp + position + o_positions, mask=m_positions, other=0.0)
+    o_columns = tl.arange(0, OUT)
+    mask = m_positions[:, None] & (o_columns < width - first_column)[None, :]
+    grad_states += (i_part * num_lines + position) * width + first_column
+    o_out = o_positions[:, None] * width + o_columns[None, :]
+    b_scale = tl.load(scale)
+    b_total = tl.load(grad_states + o_out, mask=mask, other=0.0) / b_scale
     if HOLD:
-        b_states = load_tile(states, o_positions, m_positions, 0, width, WIDTH)
+        b_states = load_span(states, position, num_here, 0, width, POSITIONS, WIDTH)
     for item in range(first, end, ITEMS):
-        o_items = item + tl.arange(0, ITEMS)
-        m_items = o_items < end
+        num_items = _count(item, end, ITEMS)
         if HOLD:
-            b_rows = load_tile(rows, o_items, m_items, 0, width, WIDTH)
+            b_rows = load_span(rows, item, num_items, 0, width, ITEMS, WIDTH)
             b_logits = held_logits(b_states, b_rows, PRECISION)
         else:
-            b_logits = streamed_logits(
-                states, o_positions, m_positions, rows, o_items, m_items, width,
+            b_logits = span_logits(
+                states, position, num_here, rows, item, num_items, width,
                 POSITIONS, ITEMS, WIDTH, PRECISION,
             )  # fmt: skip
-            b_rows = load_tile(rows, o_items, m_items, first_column, width, OUT)
-        keep = m_items[None, :] & (o_items[None, :] != b_targets[:, None])
+            b_rows = load_span(rows, item, num_items, first_column, width, ITEMS, OUT)
+        b_own = (b_targets - item).to(tl.int32)
+        keep = (o_items < num_items)[None, :] & (o_items[None, :] != b_own[:, None])
         b_logits = tl.where(keep, (b_logits - b_shift[:, None]) * LOG2E, -float("inf"))
         b_share = (tl.exp2(b_logits) * b_grad[:, None]).to(b_rows.dtype)
         b_total = tl.dot(b_share, b_rows, b_total, input_precision=PRECISION)
-    o_columns = first_column + tl.arange(0, OUT)
-    o_out = (i_part * num_positions + o_positions)[:, None] * width + o_columns[None, :]
-    mask = m_positions[:, None] & (o_columns < width)[None, :]
-    b_total = b_total * tl.load(scale) + tl.load(grad_states + o_out, mask=mask, other=0.0)
-    tl.store(grad_states + o_out, b_total, mask=mask)
+    tl.store(grad_states + o_out, b_total * b_scale, mask=mask)
 
 
 @triton.jit
 def full_rows_backward_kernel(
-    states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_rows, num_rows, width,
+    states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_rows, num_lines, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
     PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -130,32 +139,35 @@ def full_rows_backward_kernel(
     i_part = tl.program_id(1).to(tl.int64)
     first, end = _part(tl.load(bounds), tl.load(bounds + 1), i_part, tl.num_programs(1), POSITIONS)
     first_column = tl.program_id(2) * OUT
-    o_items = tl.load(bounds + 2) + tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
-    m_items = o_items < tl.load(bounds + 3)
-    b_total = tl.zeros((ITEMS, OUT), dtype=tl.float32)
+    item = tl.load(bounds + 2) + tl.program_id(0).to(tl.int64) * ITEMS
+    num_items = _count(item, tl.load(bounds + 3), ITEMS)
+    o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
+    o_columns = tl.arange(0, OUT)
+    mask = (o_items < num_items)[:, None] & (o_columns < width - first_column)[None, :]
+    grad_rows += (i_part * num_lines + item) * width + first_column
+    o_out = o_items[:, None] * width + o_columns[None, :]
+    b_scale = tl.load(scale)
+    b_total = tl.load(grad_rows + o_out, mask=mask, other=0.0) / b_scale
     if HOLD:
-        b_rows = load_tile(rows, o_items, m_items, 0, width, WIDTH)
+        b_rows = load_span(rows, item, num_items, 0, width, ITEMS, WIDTH)
     for position in range(first, end, POSITIONS):
-        o_positions = position + tl.arange(0, POSITIONS)
-        m_positions = o_positions < end
-        b_targets = tl.load(targets + o_positions, mask=m_positions, other=-1)
-        b_shift = tl.load(logsumexp + o_positions, mask=m_positions, other=0.0)
-        b_grad = tl.load(grad_logsumexp + o_positions, mask=m_positions, other=0.0)
+        num_here = _count(position, end, POSITIONS)
+        m_positions = o_positions < num_here
+        b_targets = tl.load(targets + position + o_positions, mask=m_positions, other=-1)
+        b_shift = tl.load(logsumexp + position + o_positions, mask=m_positions, other=0.0)
+        b_grad = tl.load(grad_logsumexp + position + o_positions, mask=m_positions, other=0.0)
         if HOLD:
-            b_states = load_tile(states, o_positions, m_positions, 0, width, WIDTH)
+            b_states = load_span(states, position, num_here, 0, width, POSITIONS, WIDTH)
             b_logits = held_logits(b_rows, b_states, PRECISION)
         else:
-            b_logits = streamed_logits(
-                rows, o_items, m_items, states, o_positions, m_positions, width,
+            b_logits = span_logits(
+                rows, item, num_items, states, position, num_here, width,
                 ITEMS, POSITIONS, WIDTH, PRECISION,
             )  # fmt: skip
-            b_states = load_tile(states, o_positions, m_positions, first_column, width, OUT)
-        keep = m_positions[None, :] & (o_items[:, None] != b_targets[None, :])
+            b_states = load_span(states, position, num_here, first_column, width, POSITIONS, OUT)
+        b_own = (b_targets - item).to(tl.int32)
+        keep = m_positions[None, :] & (o_items[:, None] != b_own[None, :])
         b_logits = tl.where(keep, (b_logits - b_shift[None, :]) * LOG2E, -float("inf"))
         b_share = (tl.exp2(b_logits) * b_grad[None, :]).to(b_states.dtype)
         b_total = tl.dot(b_share, b_states, b_total, input_precision=PRECISION)
-    o_columns = first_column + tl.arange(0, OUT)
-    o_out = (i_part * num_rows + o_items)[:, None] * width + o_columns[None, :]
-    mask = m_items[:, None] & (o_columns < width)[None, :]
-    b_total = b_total * tl.load(scale) + tl.load(grad_rows + o_out, mask=mask, other=0.0)
-    tl.store(grad_rows + o_out, b_total, mask=mask)
+    tl.store(grad_rows + o_out, b_total * b_scale, mask=mask)

@@ -18,6 +18,8 @@ from shardrec.kernels.block_logsumexp.tile_math import (
     streamed_logits,
 )
 
+# mypy: disable-error-code="no-untyped-def"
+
 __all__ = [
     "add_rows_kernel",
     "listed_forward_kernel",
@@ -107,7 +109,11 @@ def listed_states_backward_kernel(
     )
     b_shift = tl.load(logsumexp + b_slots, mask=m_pairs, other=0.0)
     b_grad = tl.load(grad_logsumexp + b_slots, mask=m_pairs, other=0.0)
-    b_total = tl.zeros((POSITIONS, OUT), dtype=tl.float32)
+    o_columns = first_column + tl.arange(0, OUT)
+    o_out = b_positions[:, None] * width + o_columns[None, :]
+    mask = m_pairs[:, None] & (o_columns < width)[None, :]
+    b_scale = tl.load(scale)
+    b_total = tl.load(grad_states + o_out, mask=mask, other=0.0) / b_scale
     for entry in range(first, end, ITEMS):
         o_entries = entry + tl.arange(0, ITEMS)
         m_entries = o_entries < end
@@ -128,11 +134,7 @@ def listed_states_backward_kernel(
         b_rows = load_tile(rows, b_items, m_entries, first_column, width, OUT)
         b_share = (tl.exp2(b_logits) * b_grad[:, None]).to(b_rows.dtype)
         b_total = tl.dot(b_share, b_rows, b_total, input_precision=PRECISION)
-    o_columns = first_column + tl.arange(0, OUT)
-    o_out = b_positions[:, None] * width + o_columns[None, :]
-    mask = m_pairs[:, None] & (o_columns < width)[None, :]
-    b_total = b_total * tl.load(scale) + tl.load(grad_states + o_out, mask=mask, other=0.0)
-    tl.store(grad_states + o_out, b_total, mask=mask)
+    tl.store(grad_states + o_out, b_total * b_scale, mask=mask)
 
 
 @triton.jit

@@ -3,13 +3,17 @@
 import triton
 import triton.language as tl
 
+# mypy: disable-error-code="no-untyped-def"
+
 __all__ = [
     "LN2",
     "LOG2E",
     "add_exponentials",
     "held_logits",
+    "load_span",
     "load_tile",
     "met_before",
+    "span_logits",
     "streamed_logits",
 ]
 
@@ -27,9 +31,36 @@ def load_tile(matrix, o_rows, m_rows, first_column, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_span(matrix, first, count, first_column, width, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    """(LINES, WIDTH) part of a (.., width) matrix from line ``first`` on, 0 beyond ``count`` lines.
+
+    The address of the tile is one int64 scalar and the rest int32, which saves registers.
+    """
+    o_lines = tl.arange(0, LINES)
+    o_columns = tl.arange(0, WIDTH)
+    mask = (o_lines < count)[:, None] & (o_columns < width - first_column)[None, :]
+    tile = matrix + (first * width + first_column)
+    return tl.load(tile + (o_lines[:, None] * width + o_columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def held_logits(b_left, b_right, PRECISION: tl.constexpr):
     """(L, R) float32 inner products of two tiles that hold the whole width."""
     return tl.dot(b_left, tl.trans(b_right), input_precision=PRECISION)
+
+
+@triton.jit
+def span_logits(
+    left, first_left, num_left, right, first_right, num_right, width,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(LEFT, RIGHT) float32 inner products of two runs of lines, a part of the width at a time."""
+    b_logits = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
+    for first_column in range(0, width, WIDTH):
+        b_left = load_span(left, first_left, num_left, first_column, width, LEFT, WIDTH)
+        b_right = load_span(right, first_right, num_right, first_column, width, RIGHT, WIDTH)
+        b_logits = tl.dot(b_left, tl.trans(b_right), b_logits, input_precision=PRECISION)
+    return b_logits
 
 
 @triton.jit

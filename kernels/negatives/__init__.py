@@ -5,6 +5,7 @@ from shardrec.kernels.negatives.draws import (
     STREAM_MIX,
     STREAM_NEGATIVES,
     draw_below,
+    mixed_signs,
     random_signs,
 )
 from shardrec.kernels.negatives.proposals import InBatch, Mixture, Popularity, Proposal, Uniform
@@ -19,5 +20,6 @@ __all__ = [
     "Proposal",
     "Uniform",
     "draw_below",
+    "mixed_signs",
     "random_signs",
 ]

@@ -3,9 +3,20 @@
 import torch
 from torch import Tensor
 
+from shardrec.kernels.device import choose_backend
 from shardrec.kernels.negatives.reference import philox
 
-__all__ = ["STREAM_HASH", "STREAM_MIX", "STREAM_NEGATIVES", "draw_below", "random_signs"]
+__all__ = [
+    "STREAM_HASH",
+    "STREAM_MIX",
+    "STREAM_NEGATIVES",
+    "draw_below",
+    "mixed_signs",
+    "random_signs",
+]
+
+# Lines of signs in memory at a time.
+_MIX_TILE = 1024
 
 # One stream per purpose, so that draws for different purposes never share a counter.
 STREAM_NEGATIVES = 0
@@ -14,7 +25,14 @@ STREAM_HASH = 1 << 16
 
 
 def draw_below(
-    bound: int, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int
+    bound: int,
+    blocks: Tensor,
+    num_draws: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    backend: str = "auto",
 ) -> Tensor:
     """(len(blocks), num_draws) int64, uniform in [0, bound); entry (b, k) is of blocks[b] and k.
 
@@ -28,9 +46,14 @@ def draw_below(
         seed: Key of the generator, 64 bits.
         step: Training step.
         stream: Purpose of the draws; two streams are independent.
+        backend: "auto", "torch" or "triton"; the draws are the same.
     """
     if not 1 <= bound < 2**31:
         raise ValueError(f"bound must be in [1, 2**31), got {bound}; split the catalog")
+    if choose_backend(blocks, backend) == "triton":
+        from shardrec.kernels.negatives import gpu
+
+        return gpu.draw_below(bound, blocks, num_draws, seed=seed, step=step, stream=stream)
     calls = torch.arange((num_draws + 1) // 2, device=blocks.device)
     words = philox(seed, calls[None, :], blocks[:, None], step, stream)
     high = torch.stack([words[0], words[2]], dim=-1).flatten(1)[:, :num_draws]
@@ -47,3 +70,39 @@ def random_signs(
     words = philox(seed, calls[None, :], lines[:, None], step, stream)
     bits = torch.stack(words, dim=-1)[..., None] >> torch.arange(32) & 1
     return bits.flatten(1)[:, :width].float().mul_(-2).add_(1)
+
+
+def mixed_signs(
+    states: Tensor,
+    first_line: int,
+    num_columns: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    backend: str = "auto",
+) -> Tensor:
+    """(num_columns, D) float32 ``sum_i sign(first_line + i, column) * states[i]``.
+
+    The signs are those of ``random_signs``, never stored beyond a tile.
+
+    Args:
+        states: (N, D) float; no gradient is taken.
+        first_line: Line of the signs that ``states[0]`` meets.
+        num_columns: Number of combinations.
+        seed: Key of the generator.
+        step: Training step.
+        stream: Purpose of the draws.
+        backend: "auto", "torch" or "triton"; with Triton the signs are made inside the product.
+    """
+    if choose_backend(states, backend) == "triton":
+        from shardrec.kernels.negatives import gpu
+
+        return gpu.mixed_signs(states, first_line, num_columns, seed=seed, step=step, stream=stream)
+    total = torch.zeros((num_columns, states.shape[1]), device=states.device)
+    for start in range(0, states.shape[0], _MIX_TILE):
+        part = states[start : start + _MIX_TILE].float()
+        line, lines = first_line + start, part.shape[0]
+        signs = random_signs(line, lines, num_columns, seed=seed, step=step, stream=stream)
+        total.addmm_(signs.to(states.device).T, part)
+    return total

@@ -3,9 +3,66 @@
 import torch
 from torch import Tensor
 
-from shardrec.kernels.select.cpu import best_direction, stable_topk, topk_rows
+from shardrec.kernels.device import choose_backend
+from shardrec.kernels.negatives import random_signs
+from shardrec.kernels.select import cpu
+from shardrec.kernels.select.cpu import best_direction, stable_topk
 
-__all__ = ["best_direction", "merge_topk", "stable_topk", "topk_rows"]
+__all__ = ["best_direction", "best_sign_direction", "merge_topk", "stable_topk", "topk_rows"]
+
+
+def topk_rows(
+    queries: Tensor, rows: Tensor, k: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(Q, k) scores and (Q, k) rows with the largest inner product, sorted, ties by lower row.
+
+    The workspace is a tile of scores and the lists themselves, independent of R.
+
+    Args:
+        queries: (Q, D) float; rounded to the dtype of the rows.
+        rows: (R, D) float.
+        k: Number per query; where it is above R the lists have R entries.
+        backend: "auto", "torch" or "triton"; see ``choose_backend``.
+
+    Returns:
+        float32 scores and int64 rows. No gradient.
+    """
+    queries = queries.to(rows.dtype)
+    if choose_backend(rows, backend) == "triton":
+        from shardrec.kernels.select import gpu
+
+        return gpu.topk_rows(queries, rows, k)
+    return cpu.topk_rows(queries, rows, k)
+
+
+def best_sign_direction(
+    vectors: Tensor,
+    num_directions: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    backend: str = "auto",
+) -> Tensor:
+    """(n,) int64 index of the random sign vector of largest inner product, the lower of equals.
+
+    Direction i is line i of ``random_signs`` with the same seed, step and stream.
+
+    Args:
+        vectors: (n, D) float; no gradient is taken.
+        num_directions: n_b.
+        seed: Key of the generator.
+        step: Training step.
+        stream: Purpose of the draws.
+        backend: "auto", "torch" or "triton"; with Triton the signs are made inside the product.
+    """
+    if choose_backend(vectors, backend) == "triton":
+        from shardrec.kernels.select import gpu
+
+        return gpu.best_sign_direction(vectors, num_directions, seed=seed, step=step, stream=stream)
+    width = vectors.shape[1]
+    directions = random_signs(0, num_directions, width, seed=seed, step=step, stream=stream)
+    return best_direction(directions.to(vectors.device), vectors)
 
 
 def merge_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

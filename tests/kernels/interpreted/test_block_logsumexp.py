@@ -38,7 +38,7 @@ def some_targets(n: int, r: int) -> Tensor:
 
 
 def listed(n: int, r: int, *, offsets: bool) -> Blocks:
-    """Blocks of uneven sizes, one without pairs, one without items, items repeated and overlapping."""
+    """Blocks of uneven sizes, one without pairs, one without items; items repeat and overlap."""
     generator = torch.Generator().manual_seed(n + r)
     starts = torch.tensor([0, n // 3, n // 3, n - 1, n])
     items = torch.randint(0, r, (2 * r + 3,), generator=generator)
