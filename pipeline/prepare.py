@@ -19,17 +19,17 @@ import dataclasses
 import datetime
 import logging
 import os
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.events import EventColumns, EventLog
+from shardrec.pipeline.events import EventLog
 from shardrec.pipeline.manifest import Manifest, read_manifest, write_manifest
+from shardrec.pipeline.prepare_config import PrepareConfig
 from shardrec.pipeline.sequences import Written, write_items, write_sequences
 from shardrec.pipeline.sorted_log import SortedLog, SortOptions, sort_log
 from shardrec.pipeline.split import (
@@ -48,90 +48,6 @@ Array = npt.NDArray[Any]
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 _LOAD_RANKS = (2, 4, 8)
 _WITHOUT_EFFECT = ("events", "output", "memory_limit", "threads")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
-    """Options of ``prepare``.
-
-    Attributes:
-        events: Parquet file, folder, glob, or URI that pyarrow opens.
-        output: folder to write; it must not exist, or hold the same result already.
-        user_column, item_column, time_column: names in the log. Ids are integers of 0 or more, or
-            strings; times are whole numbers, timestamps, dates or ISO text.
-        event_column: column that ``event_types`` selects from.
-        event_types: values of ``event_column`` to keep; the others are counted and left out.
-        weight_column: numbers of 0 or more that multiply the loss of the event as a target.
-        split: "temporal" or "leave_one_out".
-        test_quantile: share of the events, in global time order, before the test part (0.9).
-        test_time: instead, the first time of the test part: a number, or ISO text where the log has
-            timestamps (numbers then are microseconds).
-        validation: "users", "time" (temporal split only), or "none".
-        validation_users: with "users", how many; by default all for leave_one_out, else one in ten
-            and at most 10,000.
-        validation_quantile: with "time", share of the events before the validation part (0.8).
-        validation_time: instead, the first time of the validation part.
-        targets: "last" or "all" held-out events of a user.
-        min_user_events: events a user needs before the test part (leave_one_out: in all).
-        min_item_events: events an item needs before the test part (leave_one_out: in all); counted
-            before users are dropped.
-        keep_duplicates: keep events that repeat another one in every column read.
-        sequences_per_row_group: rows of a row group in train, validation and test.
-        seed: of the users' order.
-        memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
-        threads: of DuckDB; by default as many as this process may use.
-    """
-
-    events: str
-    output: str
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    time_column: str = "timestamp"
-    event_column: str | None = None
-    event_types: tuple[str, ...] = ()
-    weight_column: str | None = None
-    split: Literal["temporal", "leave_one_out"] = "temporal"
-    test_quantile: float | None = None
-    test_time: int | str | None = None
-    validation: Literal["users", "time", "none"] = "users"
-    validation_users: int | None = None
-    validation_quantile: float | None = None
-    validation_time: int | str | None = None
-    targets: Literal["last", "all"] = "last"
-    min_user_events: int = 2
-    min_item_events: int = 0
-    keep_duplicates: bool = False
-    sequences_per_row_group: int = 2048
-    seed: int = 0
-    memory_limit: str = "512MB"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges, and refuse options that would be ignored."""
-        _check_choice("split", self.split, ("temporal", "leave_one_out"))
-        _check_choice("validation", self.validation, ("users", "time", "none"))
-        _check_choice("targets", self.targets, ("last", "all"))
-        _check_numbers(self)
-        _check_used(self)
-        if "://" in self.output:
-            raise ValueError(
-                f"output must be a local folder, got {self.output!r}; prepare here and copy it"
-            )
-        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
-            raise ValueError(
-                f"memory_limit must be a size, got {self.memory_limit!r}; say 512MB or 2GiB"
-            )
-
-    def columns(self) -> EventColumns:
-        """The columns of the log to read."""
-        return EventColumns(
-            user=self.user_column,
-            item=self.item_column,
-            time=self.time_column,
-            event=self.event_column,
-            event_types=self.event_types,
-            weight=self.weight_column,
-        )
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -378,47 +294,3 @@ def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:
         "time": {"name": config.time_column, "type": log.time_type},
         "weight": weight,
     }
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}; choose one")
-
-
-def _check_numbers(config: PrepareConfig) -> None:
-    least = {"min_user_events": 1, "min_item_events": 0, "sequences_per_row_group": 1, "seed": 0}
-    least |= {"threads": 1, "validation_users": 1}
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}; raise it")
-    for name in ("test_quantile", "validation_quantile"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}; say 0.9")
-
-
-def _check_used(config: PrepareConfig) -> None:
-    """Refuse options that the others switch off."""
-    temporal, by_time = config.split == "temporal", config.validation == "time"
-    rules = [
-        ("test_quantile", temporal, "split=temporal"),
-        ("test_time", temporal, "split=temporal"),
-        ("test_quantile", config.test_time is None, "no test_time"),
-        ("validation_quantile", by_time, "validation=time"),
-        ("validation_time", by_time, "validation=time"),
-        ("validation_quantile", config.validation_time is None, "no validation_time"),
-        ("validation_users", config.validation == "users", "validation=users"),
-        ("event_column", bool(config.event_types), "event_types"),
-        ("event_types", config.event_column is not None, "event_column"),
-    ]
-    for name, used, needs in rules:
-        value = getattr(config, name)
-        if value not in (None, ()) and not used:
-            raise ValueError(
-                f"{name} must come with {needs}, got {value!r} without; drop one or set the other"
-            )
-    if by_time and not temporal:
-        raise ValueError(
-            "validation must be users or none with split=leave_one_out, got 'time'; choose one"
-        )
