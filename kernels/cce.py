@@ -25,6 +25,7 @@ def cut_cross_entropy(
     reduction: str = "mean",
     normalize: bool = False,
     temperature: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of every target among all rows of ``table``.
 
@@ -38,6 +39,7 @@ def cut_cross_entropy(
         reduction: "mean", "sum" or "none".
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
+        backend: "auto" goes by the device; "torch" or "triton" forces one.
 
     Returns:
         () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
@@ -55,8 +57,17 @@ def cut_cross_entropy(
         for a shard.
     """
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
-    if reduction != "none" and _takes_gradient(problem) and fits_cache(problem):
+    problem = pose(
+        states,
+        table,
+        targets,
+        weights=weights,
+        reduction=reduction,
+        scaling=scaling,
+        backend=backend,
+    )
+    in_cache = problem.backend == "torch" and fits_cache(problem)
+    if reduction != "none" and _takes_gradient(problem) and in_cache:
         own = fused_cross_entropy(problem, problem.coefficients(reduction))
         return problem.exchange.total(own)
     logsumexp, target_logits = streamed_logsumexp(problem, _EveryItem(problem))

@@ -110,6 +110,7 @@ def sampled_cross_entropy(
     reduction: str = "mean",
     normalize: bool = False,
     temperature: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of every target among K sampled rows, with the sampling bias removed.
 
@@ -131,6 +132,7 @@ def sampled_cross_entropy(
         reduction: "mean", "sum" or "none".
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
+        backend: "auto" goes by the device; "torch" or "triton" forces one.
 
     Returns:
         () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
@@ -151,7 +153,15 @@ def sampled_cross_entropy(
             "share=1 draws for each position, None once for the batch"
         )
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    problem = pose(
+        states,
+        table,
+        targets,
+        weights=weights,
+        reduction=reduction,
+        scaling=scaling,
+        backend=backend,
+    )
     num_positions = problem.exchange.num_positions
     sampler = Sampler(
         proposal=proposal or Uniform(problem.num_items),

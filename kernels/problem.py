@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.collective import Collective
+from shardrec.kernels.device import choose_backend
 from shardrec.kernels.exchange import Alone, Exchange
 from shardrec.kernels.shard import RowShard
 
@@ -44,6 +45,7 @@ class Problem:
         num_items: V.
         scaling: How logits follow from states and rows.
         exchange: The way to the other ranks.
+        backend: What serves the operations on states and rows, "torch" or "triton".
     """
 
     states: Tensor
@@ -54,6 +56,7 @@ class Problem:
     num_items: int
     scaling: Scaling
     exchange: Exchange
+    backend: str
 
     def scaled_rows(self) -> Tensor:
         """(R, D) rows, of unit length when the scaling says so."""
@@ -112,6 +115,7 @@ def pose(
     weights: Tensor | None,
     reduction: str,
     scaling: Scaling,
+    backend: str = "auto",
 ) -> Problem:
     """The problem, checked on every rank before anything travels.
 
@@ -122,13 +126,16 @@ def pose(
         weights: (N,) float, not negative, or None for ones.
         reduction: none, mean or sum.
         scaling: How logits follow from states and rows.
+        backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or a value is wrong, here or on another rank.
+        ValueError: a shape or a value is wrong, here or on another rank, or the backend does not
+            serve this device.
 
     Collectives: with a group, one gather of three numbers.
     """
+    chosen = choose_backend(states, backend)
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
     refusal = _refusal(states, shard, targets, weights, reduction)
     exchange: Exchange
@@ -160,6 +167,7 @@ def pose(
         num_items=shard.num_rows,
         scaling=scaling,
         exchange=exchange,
+        backend=chosen,
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange
-from shardrec.kernels.negatives import STREAM_HASH, random_signs
+from shardrec.kernels.negatives import STREAM_HASH
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
-from shardrec.kernels.select import best_direction
+from shardrec.kernels.select import best_sign_direction
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import streamed_logsumexp
 
@@ -54,15 +54,25 @@ def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
 
 
 def hash_buckets(
-    vectors: Tensor, num_buckets: int, num_rounds: int, *, seed: int, step: int
+    vectors: Tensor,
+    num_buckets: int,
+    num_rounds: int,
+    *,
+    seed: int,
+    step: int,
+    backend: str = "auto",
 ) -> Tensor:
     """(n, r) int32 bucket of every vector: the random sign vector of largest inner product."""
     buckets = torch.empty((vectors.shape[0], num_rounds), dtype=torch.int32, device=vectors.device)
     for index in range(num_rounds):
-        directions = random_signs(
-            0, num_buckets, vectors.shape[1], seed=seed, step=step, stream=STREAM_HASH + index
+        buckets[:, index] = best_sign_direction(
+            vectors,
+            num_buckets,
+            seed=seed,
+            step=step,
+            stream=STREAM_HASH + index,
+            backend=backend,
         )
-        buckets[:, index] = best_direction(directions.to(vectors.device), vectors)
     return buckets
 
 
@@ -138,6 +148,7 @@ def reduced_cross_entropy(
     reduction: str = "mean",
     normalize: bool = False,
     temperature: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of every target among the rows that a random hash puts near its position.
 
@@ -160,6 +171,7 @@ def reduced_cross_entropy(
         reduction: "mean", "sum" or "none".
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
+        backend: "auto" goes by the device; "torch" or "triton" forces one.
 
     Returns:
         () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
@@ -176,16 +188,31 @@ def reduced_cross_entropy(
     """
     _check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    problem = pose(
+        states,
+        table,
+        targets,
+        weights=weights,
+        reduction=reduction,
+        scaling=scaling,
+        backend=backend,
+    )
     if num_buckets is None:
         num_positions = problem.exchange.num_positions
         num_buckets = default_num_buckets(num_positions, problem.num_items, num_neighbor_chunks)
     num_chunks = num_buckets if num_chunks is None else num_chunks
     with torch.no_grad():
-        row_buckets = hash_buckets(
-            problem.scaled_rows(), num_buckets, num_rounds, seed=seed, step=step
+        row_buckets, own_buckets = (
+            hash_buckets(
+                vectors,
+                num_buckets,
+                num_rounds,
+                seed=seed,
+                step=step,
+                backend=problem.backend,
+            )
+            for vectors in (problem.scaled_rows(), problem.states)
         )
-        own_buckets = hash_buckets(problem.states, num_buckets, num_rounds, seed=seed, step=step)
         rows = gather_histogram(row_buckets, num_buckets, problem.exchange)
         own = gather_histogram(own_buckets, num_buckets, problem.exchange)
         plan = _NearbyChunks(

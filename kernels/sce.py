@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange
-from shardrec.kernels.negatives import STREAM_MIX, random_signs
+from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
 from shardrec.kernels.select import merge_topk, topk_rows
 from shardrec.kernels.shard import RowShard
@@ -28,8 +28,6 @@ __all__ = [
     "plain_centres",
     "scalable_cross_entropy",
 ]
-
-_MIX_TILE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,13 @@ def plain_centres(num_buckets: int, width: int, *, seed: int, step: int) -> Tens
 
 
 def mixed_centres(
-    states: Tensor, first_position: int, num_buckets: int, *, seed: int, step: int
+    states: Tensor,
+    first_position: int,
+    num_buckets: int,
+    *,
+    seed: int,
+    step: int,
+    backend: str = "auto",
 ) -> Tensor:
     """(n_b, D) float32 random combinations of the states, the share of these positions.
 
@@ -82,20 +86,17 @@ def mixed_centres(
         num_buckets: n_b.
         seed: Key of the generator.
         step: Training step.
+        backend: "auto", "torch" or "triton".
     """
-    centres = torch.zeros((num_buckets, states.shape[1]), device=states.device)
-    for start in range(0, states.shape[0], _MIX_TILE):
-        part = states[start : start + _MIX_TILE].float()
-        signs = random_signs(
-            first_position + start,
-            part.shape[0],
-            num_buckets,
-            seed=seed,
-            step=step,
-            stream=STREAM_MIX,
-        )
-        centres.addmm_(signs.to(states.device).T, part)
-    return centres
+    return mixed_signs(
+        states,
+        first_position,
+        num_buckets,
+        seed=seed,
+        step=step,
+        stream=STREAM_MIX,
+        backend=backend,
+    )
 
 
 def largest_per_position(
@@ -143,13 +144,13 @@ def fill_buckets(
     """
     exchange = problem.exchange
     positions = _best_of_all_ranks(
-        topk_rows(centres, problem.states, positions_per_bucket),
+        topk_rows(centres, problem.states, positions_per_bucket, problem.backend),
         exchange.first_position,
         min(positions_per_bucket, exchange.num_positions),
         exchange,
     )
     items = _best_of_all_ranks(
-        topk_rows(centres, problem.scaled_rows(), items_per_bucket),
+        topk_rows(centres, problem.scaled_rows(), items_per_bucket, problem.backend),
         problem.row_ids.first,
         min(items_per_bucket, problem.num_items),
         exchange,
@@ -186,6 +187,7 @@ def scalable_cross_entropy(
     reduction: str = "mean",
     normalize: bool = False,
     temperature: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of every target among the rows of its hardest bucket.
 
@@ -208,6 +210,7 @@ def scalable_cross_entropy(
         reduction: "mean", "sum" or "none".
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
+        backend: "auto" goes by the device; "torch" or "triton" forces one.
 
     Returns:
         () float32; with "none" (N,) float32 and the (N,) bool mask of covered positions. Gradients
@@ -224,7 +227,15 @@ def scalable_cross_entropy(
     ``streamed_logsumexp``, a sum of the centres and a gather of the targets.
     """
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
+    problem = pose(
+        states,
+        table,
+        targets,
+        weights=weights,
+        reduction=reduction,
+        scaling=scaling,
+        backend=backend,
+    )
     default = default_num_buckets(problem.exchange.num_positions)
     num_buckets = default if num_buckets is None else num_buckets
     per_bucket = default if positions_per_bucket is None else positions_per_bucket
@@ -252,7 +263,14 @@ def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int
         centres = plain_centres(num_buckets, width, seed=seed, step=step)
         return centres.to(problem.states.device)
     exchange = problem.exchange
-    own = mixed_centres(problem.states, exchange.first_position, num_buckets, seed=seed, step=step)
+    own = mixed_centres(
+        problem.states,
+        exchange.first_position,
+        num_buckets,
+        seed=seed,
+        step=step,
+        backend=problem.backend,
+    )
     return exchange.sum(own)
 
 

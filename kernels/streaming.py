@@ -61,7 +61,9 @@ class _StreamedLogsumexp(torch.autograd.Function):
         for chunk in exchange.chunks(plan.chunk_of()):
             targets = exchange.gather(problem.targets, chunk)
             blocks, slots = plan.blocks(chunk, targets, problem.row_ids)
-            shard = block_logsumexp.forward(exchange.gather(states, chunk), rows, blocks)
+            shard = block_logsumexp.forward(
+                exchange.gather(states, chunk), rows, blocks, problem.backend
+            )
             chunk_logsumexp, chunk_target_logits = combine_shards(*shard, exchange)
             own, local = _own_slots(slots, plan)
             logsumexp[local] = chunk_logsumexp[own]
@@ -96,6 +98,7 @@ class _StreamedLogsumexp(torch.autograd.Function):
                 columns[1],
                 exchange.gather(grad_target_logits, chunk),
                 grad_rows,
+                problem.backend,
             )
             grad_states[chunk.own] = exchange.reduce_scatter(part, chunk).to(states.dtype)
         return grad_states, grad_rows.to(rows.dtype), None, None
