@@ -16,6 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typing_extensions import override
 
 __all__ = [
     "Callback",
@@ -147,17 +148,21 @@ class JsonLines(Callback):
         self.path = path
         self.every = every
 
-    def on_step(self, report: StepReport) -> None:  # noqa: D102
+    @override
+    def on_step(self, report: StepReport) -> None:
         if report.skipped or report.step % self.every == 0 or report.step == 1:
             self._write("step", report)
 
-    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+    @override
+    def on_validation(self, report: ValidationReport) -> None:
         self._write("validation", report)
 
-    def on_checkpoint(self, report: CheckpointReport) -> None:  # noqa: D102
+    @override
+    def on_checkpoint(self, report: CheckpointReport) -> None:
         self._write("checkpoint", report)
 
-    def on_end(self, report: EndReport) -> None:  # noqa: D102
+    @override
+    def on_end(self, report: EndReport) -> None:
         self._write("end", report)
 
     def _write(self, event: str, report: Any) -> None:
@@ -175,7 +180,8 @@ class TensorBoard(Callback):
         self.every = every
         self.writer: SummaryWriter | None = None
 
-    def on_step(self, report: StepReport) -> None:  # noqa: D102
+    @override
+    def on_step(self, report: StepReport) -> None:
         if report.skipped or report.step % self.every:
             return
         values = {
@@ -189,10 +195,12 @@ class TensorBoard(Callback):
         }
         self._write("train", values | dict(report.statistics), report.step)
 
-    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+    @override
+    def on_validation(self, report: ValidationReport) -> None:
         self._write("validation", report.metrics, report.step)
 
-    def on_end(self, report: EndReport) -> None:  # noqa: D102
+    @override
+    def on_end(self, report: EndReport) -> None:
         if self.writer is not None:
             self.writer.close()
 
@@ -215,14 +223,17 @@ class ProgressBar(Callback):
         """
         self.bar = tqdm(total=total, file=stream, unit="step", dynamic_ncols=True)
 
-    def on_step(self, report: StepReport) -> None:  # noqa: D102
+    @override
+    def on_step(self, report: StepReport) -> None:
         self.bar.update(report.step - self.bar.n)
         self.bar.set_postfix_str(_summary(report))
 
-    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+    @override
+    def on_validation(self, report: ValidationReport) -> None:
         self.bar.write(_line(report), file=self.bar.fp)
 
-    def on_end(self, report: EndReport) -> None:  # noqa: D102
+    @override
+    def on_end(self, report: EndReport) -> None:
         self.bar.write(f"stopped at step {report.step}: {report.reason}", file=self.bar.fp)
         self.bar.close()
 
@@ -237,17 +248,20 @@ class MinuteLines(Callback):
         self.interval_seconds = interval_seconds
         self.last = float("-inf")
 
-    def on_step(self, report: StepReport) -> None:  # noqa: D102
+    @override
+    def on_step(self, report: StepReport) -> None:
         if time.monotonic() - self.last < self.interval_seconds:
             return
         self.last = time.monotonic()
         of_total = f"/{self.total}" if self.total else ""
         self._write(f"step {report.step}{of_total} epoch {report.epoch:.2f} {_summary(report)}")
 
-    def on_validation(self, report: ValidationReport) -> None:  # noqa: D102
+    @override
+    def on_validation(self, report: ValidationReport) -> None:
         self._write(_line(report))
 
-    def on_end(self, report: EndReport) -> None:  # noqa: D102
+    @override
+    def on_end(self, report: EndReport) -> None:
         self._write(f"stopped at step {report.step}: {report.reason}")
 
     def _write(self, line: str) -> None:

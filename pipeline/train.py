@@ -263,6 +263,9 @@ class _Loop:
             progress={
                 "step": self.step,
                 "num_skipped": self.num_skipped,
+                "best_step": self.best.step if self.best else None,
+                "best_metrics": dict(self.best.metrics) if self.best else {},
+                "validations_since_best": self.validations_since_best,
                 "data": self.run.batches.state_dict(),
             },
             config=to_json(self.run.config),
