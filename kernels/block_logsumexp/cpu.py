@@ -20,6 +20,8 @@ __all__ = ["backward", "forward"]
 TILE_LOGITS = 1 << 20
 TILE_POSITIONS = 1024
 PIECE_ITEMS = 1 << 14
+# The rows that a batch copies together: 2**21 floats are 8 MiB.
+BATCH_FLOATS = 1 << 21
 # A batch of blocks is padded to its largest; blocks smaller than this share of it open a new batch.
 LEAST_FILL = 0.5
 
@@ -51,7 +53,7 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tenso
         for positions, _, logits in _contiguous_tiles(states, rows, blocks.targets):
             logsumexp[positions] = torch.logaddexp(logsumexp[positions], _logsumexp(logits))
     else:
-        for batch in _batches(blocks):
+        for batch in _batches(blocks, states.shape[1]):
             logits, _, _ = _batch_logits(states, rows, blocks, batch)
             part = _logsumexp(logits)
             # Blocks of one round have no slot twice, so reading and writing by index is safe.
@@ -82,7 +84,7 @@ def backward(
             grad_states[positions].addmm_(logits, rows[items].float())
             grad_rows[items].addmm_(logits.T, states[positions].float())
     else:
-        for batch in _batches(_without_idle_pairs(blocks, grad_logsumexp)):
+        for batch in _batches(_without_idle_pairs(blocks, grad_logsumexp), states.shape[1]):
             logits, batch_states, batch_rows = _batch_logits(states, rows, blocks, batch)
             _to_gradient(logits, shift[batch.slots], weight[batch.slots])
             parts = torch.bmm(logits, batch_rows), torch.bmm(logits.transpose(1, 2), batch_states)
@@ -153,7 +155,7 @@ def _cut(blocks: Blocks) -> _Pieces:
     )
 
 
-def _batches(blocks: Blocks) -> Iterator[_Batch]:
+def _batches(blocks: Blocks, width: int) -> Iterator[_Batch]:
     """The pieces in batches of one round, one part of their block's items, and similar size."""
     pieces = _cut(blocks)
     # Stable sorts, the least significant key first.
@@ -167,24 +169,25 @@ def _batches(blocks: Blocks) -> Iterator[_Batch]:
         (pieces.end_item - pieces.first_item).tolist(),
         strict=True,
     )
-    for start, end in _runs(list(shapes)):
+    for start, end in _runs(list(shapes), max(1, BATCH_FLOATS // width)):
         members = torch.arange(start, end, device=pieces.round.device)
         yield _padded(blocks, pieces.pick(members))
 
 
-def _runs(shapes: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int]]:
+def _runs(shapes: list[tuple[int, int, int, int]], most_items: int) -> Iterator[tuple[int, int]]:
     """Runs of (round, item part, height, width) that fit one tile when padded to their largest.
 
-    Heights descend within a round and part.
+    Heights descend within a round and part; a run has at most ``most_items`` items in all.
 
-    >>> list(_runs([(0, 0, 8, 4), (0, 0, 7, 4), (0, 0, 2, 4), (1, 0, 2, 4)]))
+    >>> list(_runs([(0, 0, 8, 4), (0, 0, 7, 4), (0, 0, 2, 4), (1, 0, 2, 4)], most_items=99))
     [(0, 2), (2, 3), (3, 4)]
     """
     start = width = 0
     for index, (round_, part, height, piece_width) in enumerate(shapes):
         first_round, first_part, first_height, _ = shapes[start]
         wider = max(width, piece_width)
-        fits = (index - start + 1) * first_height * wider <= TILE_LOGITS
+        num_items = (index - start + 1) * wider
+        fits = num_items * first_height <= TILE_LOGITS and num_items <= most_items
         alike = (round_, part) == (first_round, first_part) and height >= LEAST_FILL * first_height
         if index > start and not (fits and alike):
             yield start, index

@@ -5,13 +5,13 @@ from torch import Tensor
 
 __all__ = ["best_direction", "stable_topk", "topk_rows"]
 
-TILE_SCORES = 1 << 22
+TILE_SCORES = 1 << 21
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(Q, k) scores and (Q, k) rows with the largest inner product, sorted, ties by lower row.
 
-    The workspace is a tile of 2**22 scores and the lists themselves, independent of R.
+    The workspace is a tile of 2**21 scores and the lists themselves, independent of R.
 
     Args:
         queries: (Q, D) float.
