@@ -51,8 +51,10 @@ class MeasureConfig:
 
     def metric_names(self) -> list[str]:
         """The metrics a best checkpoint can be chosen by."""
-        kinds = ("NDCG", "Recall", "HitRate", "MRR", "Coverage")
-        return [f"{kind}@{k}" for kind in kinds for k in self.ks]
+        kinds = ("NDCG", "Recall", "HitRate", "MRR")
+        names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
+        coverage = [f"Coverage@{k}" for k in self.ks]
+        return names + coverage + [f"{name}/known" for name in names]
 
 
 def measure(

@@ -249,7 +249,8 @@ def build_model(
     device = pick_device(config.device)
     own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
     own = own.to(device)
-    on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
+    if encoder is not None:
+        on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
     if group is not None:
         for tensor in own.state_dict().values():
             dist.broadcast(tensor, 0, group=group)

@@ -78,6 +78,7 @@ def train(
     """Train until a limit or the patience is reached; the run folder then holds last and best.
 
     Runs in one process as it is, and on the ranks of the default process group where there is one.
+    Every step seeds torch's global generator from (seed, step, rank).
 
     Args:
         config: the same on every rank.

@@ -26,6 +26,7 @@ from shardrec.pipeline.callbacks import (
 )
 from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
 from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import build, train
@@ -303,6 +304,23 @@ def test_each_limit_ends_the_run(data: str, tmp_path: Path) -> None:
         assert saved.progress["step"] == report.step > 0
 
 
+def step_at_the_end(config: TrainConfig) -> int:
+    return train(config).step
+
+
+def test_all_ranks_stop_together_when_time_is_up(ranks: Ranks, data: str, tmp_path: Path) -> None:
+    limits = LimitConfig(max_epochs=None, max_minutes=0.5 / 60)
+    config = small_config(data, tmp_path / "run", limits=limits, validation=OFF)
+    first, second = ranks(2).run(step_at_the_end, config)
+    assert first == second > 1
+
+
+def test_a_folder_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="a prepared folder must hold manifest.json"):
+        train(small_config(str(tmp_path), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_learns_the_successor_of_an_item(data: str, tmp_path: Path) -> None:
     config = small_config(
         data,
@@ -310,15 +328,12 @@ def test_training_learns_the_successor_of_an_item(data: str, tmp_path: Path) -> 
         catalog=CatalogConfig(optimizer="adam", learning_rate=1e-2),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         limits=LimitConfig(max_epochs=30),
-        validation=ValidationConfig(every_epochs=10, metric="NDCG@5", measure=_measure_at_5()),
+        validation=ValidationConfig(
+            every_epochs=10, metric="NDCG@5", measure=MeasureConfig(ks=(5,))
+        ),
     )
     report = train(config)
     assert report.best_metrics["NDCG@5"] > 0.4  # chance is about 0.06
-
-
-def _measure_at_5() -> Any:
-    measure = ValidationConfig().measure
-    return dataclasses.replace(measure, ks=(5,))
 
 
 def test_the_run_folder_says_what_the_run_was(data: str, tmp_path: Path) -> None:
