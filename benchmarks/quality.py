@@ -14,31 +14,20 @@ one row each. A loss may carry options: ``sce:items_per_bucket=512,mix=false``.
 import argparse
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, Results
+from record import RESULTS, SHARDREC, Results, run_logged
 
 from shardrec.launch.cli import main as shardrec
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.data import Prepared
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10")
-
-
-def call(arguments: list[str], threads: int, log: Path) -> None:
-    """Runs this script's ``shardrec`` in a process of its own; its output goes to ``log``."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, __file__, "--shardrec", *arguments]
-    with log.open("a") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
+PROTOCOLS = {"test": [], "test_unseen": ["--filter-seen"]}
 
 
 def cut_table_gradient() -> None:
@@ -82,7 +71,9 @@ def run_once(key: dict[str, Any], options: argparse.Namespace, data: Path) -> di
             *stage[1:],
         ]
     cut = ["--cut-table-gradient"] if options.cut_table_gradient else []
-    call([*cut, *stage, *settings], options.threads, log)
+    # This script again, as the command, so that it can cut the gradient.
+    command = [__file__, "--shardrec", *cut, *stage, *settings]
+    run_logged(command, options.threads, log)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     end = next(line for line in lines if line["event"] == "end")
     validations = [line for line in lines if line["event"] == "validation"]
@@ -93,8 +84,9 @@ def run_once(key: dict[str, Any], options: argparse.Namespace, data: Path) -> di
     row["validation"] = [
         [round(line["epoch"], 2), round(line["metrics"]["NDCG@10"], 5)] for line in validations
     ]
-    for part, flags in (("test", []), ("test_unseen", ["--filter-seen"])):
-        call(["evaluate", "--prepared", str(data), "--run", str(run), *flags], options.threads, log)
+    for part, flags in PROTOCOLS.items():
+        stage = ["evaluate", "--prepared", str(data), "--run", str(run), *flags]
+        run_logged([*SHARDREC, *stage], options.threads, log)
         metrics = json.loads((run / "metrics.json").read_text())["metrics"]
         row[part] = {name: round(metrics[name], 5) for name in METRICS}
     if not options.keep_runs:
@@ -123,6 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--cut-table-gradient", action="store_true", help="the loss must then fail")
     parser.add_argument("--require", default="", help="METRIC=VALUE; exit 1 where a row is below")
+    parser.add_argument("--judge", choices=PROTOCOLS, default="test_unseen", help="for the table")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--keep-runs", action="store_true")
     parser.add_argument("--output", type=Path, help="default: results/quality_NAME.jsonl")
@@ -134,7 +127,7 @@ def main() -> None:
     pairs = [pair.split("=", 1) for pair in options.prepare]
     flags = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
     prepare = ["prepare", "--events", str(options.log), "--output", str(data), *flags]
-    call(prepare, options.threads, options.work / "prepare.log")
+    run_logged([*SHARDREC, *prepare], options.threads, options.work / "prepare.log")
     results = Results(options.output or RESULTS / f"quality_{options.log.stem}.jsonl")
     for seed in options.seeds:
         for loss in options.losses:
@@ -152,7 +145,7 @@ def main() -> None:
             if not results.has(key):
                 items = {"num_items": Prepared.open(data).num_items}
                 results.append(key, **items, **run_once(key, options, data))
-    print(summary(results))
+    print(summary(results, options.judge))
     sys.exit(failures(results, options))
 
 
@@ -166,20 +159,20 @@ def failures(results: Results, options: argparse.Namespace) -> int:
         and row["key"]["settings"] == options.set
         and row["key"]["cut_table_gradient"] == options.cut_table_gradient
     ]
-    below = [row for row in asked if least and row["test"][metric] < float(least)]
+    below = [row for row in asked if least and row[options.judge][metric] < float(least)]
     for row in below:
-        print(f"{row['key']['loss']}: {metric} {row['test'][metric]} is below {least}")
+        print(f"{row['key']['loss']}: {metric} {row[options.judge][metric]} is below {least}")
     return 1 if below else 0
 
 
-def summary(results: Results) -> str:
+def summary(results: Results, judge: str) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| loss | seed | settings | NDCG@10 | HR@10 | Coverage@10 | epochs | s | s/step | GiB |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
-        key, metrics = row["key"], row["test"]
+        key, metrics = row["key"], row[judge]
         cells = [key["loss"] + " (cut)" * key["cut_table_gradient"], key["seed"]]
         cells += [" ".join(key["settings"]), *(f"{metrics[name]:.4f}" for name in METRICS)]
         cells += [f"{row['epoch']:.0f}", f"{row['seconds']:.0f}"]

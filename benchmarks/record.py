@@ -16,6 +16,7 @@ from typing import Any
 
 __all__ = [
     "RESULTS",
+    "SHARDREC",
     "Results",
     "call_fresh",
     "median",
@@ -23,10 +24,12 @@ __all__ = [
     "peak_rss_since_reset",
     "reset_peak_rss",
     "rss_bytes",
+    "run_logged",
     "timed",
 ]
 
 RESULTS = Path(__file__).parent / "results"
+SHARDREC = ("-P", "-m", "shardrec.launch.cli")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "triton", "pyarrow", "duckdb")
 
 
@@ -80,6 +83,26 @@ def call_fresh(script: str, job: dict[str, Any], *, python: str = sys.executable
         raise RuntimeError(f"{Path(script).name} {job} failed:\n{done.stderr[-3000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def run_logged(arguments: Sequence[str], threads: int, log: Path) -> int:
+    """Runs python with these arguments in a process of its own; its output goes to ``log``.
+
+    Returns:
+        Peak resident bytes of the process or child of it that used most.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its last lines.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
+    return usage.ru_maxrss * 1024
 
 
 def median(values: Sequence[float]) -> float:
