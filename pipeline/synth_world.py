@@ -34,7 +34,7 @@ class SynthConfig:
 
     Attributes:
         users: how many users; each gets at least two events.
-        items: size of the catalog; rare items may get no event.
+        items: size of the catalog; rare items get no event (by default about 56,000 do).
         events: how many events, exactly.
         seed: of all random choices.
         clusters: groups of items.
@@ -53,15 +53,15 @@ class SynthConfig:
     """
 
     users: int = 40_000
-    items: int = 50_000
+    items: int = 80_000
     events: int = 1_000_000
     seed: int = 0
     clusters: int = 128
-    tastes: int = 3
-    taste: float = 0.65
-    follow: float = 0.25
-    drift: float = 0.02
-    item_exponent: float = 1.2
+    tastes: int = 2
+    taste: float = 0.75
+    follow: float = 0.15
+    drift: float = 0.01
+    item_exponent: float = 1.3
     cluster_exponent: float = 0.5
     length_spread: float = 0.7
     start_time: int = 1_600_000_000
