@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": "turn an event log into a prepared folder that training streams",
     "train": "train on a prepared folder",
     "evaluate": "rank the whole catalog for the test users and write the metrics",
+    "recommend": "write the best items of every user to Parquet",
     "launch": "run train, evaluate or prepare through TorchX, here or on a cluster",
     "doctor": "say what is installed, whether it fits together, how to mend it",
     "demo": "the whole job on generated data or on your own log, with a table",

@@ -154,6 +154,33 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     return options, read_options(MeasureConfig, options)
 
 
+def recommend(arguments: Sequence[str]) -> int:
+    """Write the best items of every user of some histories."""
+    from shardrec.launch.distributed import process_group
+    from shardrec.pipeline.group import rank_of
+    from shardrec.pipeline.recommend import RecommendConfig
+    from shardrec.pipeline.recommend import recommend as run_recommend
+
+    parser = Parser(
+        "recommend",
+        "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and\n"
+        "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any number\n"
+        "of workers gives the same lists. Asked again for the same, it does nothing.",
+        "example: shardrec recommend --run run --prepared data --histories users.parquet "
+        "--output lists --k 20",
+    )
+    add_options(parser, RecommendConfig)
+    config = read_options(RecommendConfig, parser.parse(arguments))
+    with process_group() as (group, _):
+        done = run_recommend(config)
+        if rank_of(group) == 0:
+            for name, count in done.manifest["counts"].items():
+                print(f"{name.replace('_', ' '):<40} {count:>14,}")
+            rate = f"wrote {config.output}: {done.users_per_second:,.0f} users/s"
+            print(rate if done.is_new else f"{config.output} is there already: nothing to do")
+    return 0
+
+
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """One kind of metric a line, one list length a column; then what was measured."""
     table: dict[str, dict[int, float]] = {}

@@ -1,0 +1,185 @@
+"""Histories of users, streamed from Parquet a few thousand at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.events import find_files
+from shardrec.pipeline.item_ids import ItemIds, id_kind
+
+__all__ = ["Histories", "HistoryChunk"]
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryChunk:
+    """Some users in the order of the file.
+
+    Attributes:
+        user_ids: (n,) as given.
+        items: (T,) int64 known items of all users, oldest first, one user after another.
+        offsets: (n + 1,) int64, where each user's items begin in ``items``.
+        num_unknown: items that the catalog does not have; they are not in ``items``.
+    """
+
+    user_ids: pa.Array
+    items: Tensor
+    offsets: Tensor
+    num_unknown: int
+
+
+class Histories:
+    """Parquet files with a column of users and a list column of items, most recent item last.
+
+    Attributes:
+        num_users: rows of all files.
+        user_type: of the user column.
+        files: path, rows and size of each file, in order.
+    """
+
+    def __init__(
+        self, source: str, catalog: ItemIds, *, users: str, items: str, dense: bool = False
+    ) -> None:
+        """Read the footers.
+
+        Args:
+            source: a file, a folder, a glob or a URI that pyarrow opens.
+            catalog: what the item ids mean.
+            users: name of the user column.
+            items: name of the list column.
+            dense: whether the lists hold dense indices (as a prepared folder's do), not ids.
+
+        Raises:
+            FileNotFoundError: there is no Parquet file.
+            ValueError: a footer cannot be read, a column is missing or of a type that does not fit.
+        """
+        self.catalog, self.columns, self.dense = catalog, (users, items), dense
+        self._filesystem, self._paths = find_files(source)
+        self._footers = [_footer(self._filesystem, path) for path in self._paths]
+        types = [self._user_type(*pair) for pair in zip(self._paths, self._footers, strict=True)]
+        self.user_type = types[0] if len(set(types)) == 1 else pa.int64()
+        self.num_users = sum(footer.num_rows for footer in self._footers)
+        self.files = [
+            {
+                "path": path if "://" in source else str(Path(path).absolute()),
+                "rows": footer.num_rows,
+                "bytes": self._filesystem.get_file_info(path).size,
+                "modified_ns": self._filesystem.get_file_info(path).mtime_ns,
+            }
+            for path, footer in zip(self._paths, self._footers, strict=True)
+        ]
+
+    def chunks(self, first: int, last: int, size: int) -> Iterator[HistoryChunk]:
+        """Users [first, last) in chunks of ``size``; only the last one may be shorter."""
+        pending: list[pa.Table] = []
+        held = 0
+        for table in self._tables(first, last):
+            while held + table.num_rows >= size:
+                pending.append(table.slice(0, size - held))
+                table = table.slice(size - held)
+                yield self._chunk(pa.concat_tables(pending))
+                pending, held = [], 0
+            pending, held = [*pending, table], held + table.num_rows
+        if held:
+            yield self._chunk(pa.concat_tables(pending))
+
+    def _tables(self, first: int, last: int) -> Iterator[pa.Table]:
+        """Pieces of row groups that hold users [first, last), in order."""
+        start = 0
+        for path, footer in zip(self._paths, self._footers, strict=True):
+            for group in range(footer.num_row_groups):
+                stop = start + footer.row_group(group).num_rows
+                if start < last and first < stop:
+                    yield from self._pieces(path, group, max(first - start, 0), last - start)
+                start = stop
+
+    def _pieces(self, path: str, group: int, first: int, last: int) -> Iterator[pa.Table]:
+        """Rows [first, last) of a row group, decoded piece by piece."""
+        position = 0
+        try:
+            with self._filesystem.open_input_file(path) as stream:
+                file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+                for batch in file.iter_batches(
+                    8192, row_groups=[group], columns=list(self.columns), use_threads=False
+                ):
+                    table = pa.Table.from_batches([batch])
+                    low, high = max(first - position, 0), min(last - position, table.num_rows)
+                    position += table.num_rows
+                    if low < high:
+                        yield table.slice(low, high - low)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path!r}, row group {group}, columns {' and '.join(self.columns)} must be "
+                f"readable Parquet, got {error}; the file is damaged: write it again"
+            ) from error
+
+    def _chunk(self, table: pa.Table) -> HistoryChunk:
+        users, lists = (table.column(name) for name in self.columns)
+        lengths = pc.fill_null(pc.list_value_length(lists), 0)
+        counts = torch.from_numpy(lengths.to_numpy().astype("int64"))
+        items = self._items(pc.list_flatten(lists).combine_chunks())
+        known = items >= 0
+        owners = torch.repeat_interleave(counts)[known]
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(torch.bincount(owners, minlength=len(counts)), 0, out=offsets[1:])
+        return HistoryChunk(
+            users.cast(self.user_type).combine_chunks(),
+            items[known],
+            offsets,
+            int(len(items) - len(owners)),
+        )
+
+    def _items(self, values: pa.Array) -> Tensor:
+        if not self.dense:
+            return self.catalog.items(values)
+        items = torch.from_numpy(values.to_numpy().astype("int64"))
+        return items.where((items >= 0) & (items < len(self.catalog)), -1)
+
+    def _user_type(self, path: str, footer: pq.FileMetaData) -> pa.DataType:
+        """Check the columns of a file; how its user ids are to be written."""
+        schema = footer.schema.to_arrow_schema()
+        for name in self.columns:
+            if name not in schema.names:
+                raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
+        self._check_lists(path, schema.field(self.columns[1]).type)
+        dtype = schema.field(self.columns[0]).type
+        if id_kind(dtype) not in ("int64", "string"):
+            raise ValueError(
+                f"column {self.columns[0]!r} of {path!r} must be integer or string, got {dtype}; "
+                "convert the ids"
+            )
+        return pa.string() if id_kind(dtype) == "string" else dtype
+
+    def _check_lists(self, path: str, dtype: pa.DataType) -> None:
+        wanted = self.catalog.kind
+        kind = id_kind(dtype.value_type) if _is_list(dtype) else str(dtype)
+        if not _is_list(dtype) or (not self.dense and kind != wanted):
+            raise ValueError(
+                f"column {self.columns[1]!r} of {path!r} must be a list of {wanted} ids as in the "
+                f"catalog, got {dtype}; convert it, or name another column"
+            )
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    kinds: Any = pa.types
+    return bool(kinds.is_list(dtype) or kinds.is_large_list(dtype))
+
+
+def _footer(filesystem: fs.FileSystem, path: str) -> pq.FileMetaData:
+    try:
+        with filesystem.open_input_file(path) as stream:
+            return pq.read_metadata(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path!r} must end in a readable Parquet footer, got {error}; write the file again"
+        ) from error

@@ -1,0 +1,88 @@
+"""Between the log's own item ids and dense item indices."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+__all__ = ["ItemIds", "id_kind"]
+
+_CHUNK_IDS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ItemIds:
+    """The ids of a catalog by dense index: ``ids[item]`` is the id of ``item``.
+
+    Attributes:
+        ids: (V,) int64 or string, without repetition.
+    """
+
+    ids: pa.Array
+
+    def __len__(self) -> int:
+        """V."""
+        return len(self.ids)
+
+    @property
+    def kind(self) -> str:
+        """What the ids are: "int64" or "string"."""
+        return id_kind(self.ids.type)
+
+    def items(self, ids: pa.Array) -> Tensor:
+        """(n,) int64 dense indices of ``ids``, -1 for those that the catalog does not have.
+
+        One pass over the catalog's ids whatever n is, and no memory but that of the answer: ask
+        for many at once.
+
+        Args:
+            ids: (n,) of the catalog's kind; nulls are unknown.
+
+        Raises:
+            ValueError: the ids are of another kind.
+        """
+        if id_kind(ids.type) != self.kind:
+            raise ValueError(
+                f"item ids must be {self.kind} as in the catalog, got {ids.type}; convert them"
+            )
+        asked = ids.cast(self.ids.type).dictionary_encode()
+        found = np.full(len(asked.dictionary) + 1, -1, dtype=np.int64)  # the last is for nulls
+        for start in range(0, len(self), _CHUNK_IDS):
+            part = self.ids.slice(start, _CHUNK_IDS)
+            places = pc.index_in(part, value_set=asked.dictionary)
+            there = pc.is_valid(places).to_numpy(zero_copy_only=False).nonzero()[0]
+            found[places.drop_null().to_numpy()] = there + start
+        return torch.from_numpy(found[pc.fill_null(asked.indices, -1).to_numpy()])
+
+    def of(self, items: npt.NDArray[np.int64]) -> pa.Array:
+        """The ids of (n,) dense indices."""
+        return self.ids.take(pa.array(items))
+
+    @property
+    def version(self) -> str:
+        """Short hash of ids and order: equal where every index means the same item."""
+        digest = hashlib.sha256(self.kind.encode())
+        for start in range(0, len(self), _CHUNK_IDS):
+            part = self.ids.slice(start, _CHUNK_IDS)
+            if self.kind == "string":
+                part = part.cast(pa.large_binary())
+                lengths = pc.binary_length(part).to_numpy(zero_copy_only=False)
+                digest.update(lengths.astype("<i8").tobytes())
+                digest.update(b"".join(part.to_pylist()))
+            else:
+                digest.update(part.to_numpy().astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def id_kind(dtype: pa.DataType) -> str:
+    """What kind of id a type is: "int64", "string", or its own name for anything else."""
+    value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    if pa.types.is_integer(value):
+        return "int64"
+    text = pa.types.is_string(value) or pa.types.is_large_string(value)
+    return "string" if text or value == pa.string_view() else str(dtype)
