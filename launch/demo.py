@@ -27,6 +27,21 @@ METRICS = ("NDCG@10", "Recall@10", "MRR@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
 MARK = ".shardrec-demo"
 
+# A small model at high learning rates: it has a few hundred steps to show what it can.
+SETTINGS = (
+    "encoder.kind=modern",
+    "encoder.width=32",
+    "encoder.num_blocks=1",
+    "encoder.dropout=0",
+    "catalog.init_std=0.15",
+    "catalog.learning_rate=0.04",
+    "optimizer.learning_rate=0.005",
+    "batches.batch_size=64",
+    "limits.max_epochs=none",
+    "validation.every_epochs=none",
+    "validation.patience=none",
+)
+
 # What a worker of rank 0 says that is worth a line on the screen.
 NEWS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
 
@@ -42,7 +57,8 @@ class DemoConfig:
         steps: optimizer steps of each loss.
         workers: processes that share the catalog.
         recipe: what each run starts from.
-        users, items, size: of the generated log; size is its number of events.
+        users, items, size: of the generated log; size is its number of events. About half of the
+            items occur in it.
         seed: of the generated log and of the training.
     """
 
@@ -51,12 +67,12 @@ class DemoConfig:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
-    steps: int = 100
+    steps: int = 400
     workers: int = 2
     recipe: str = "demo"
-    users: int = 20_000
-    items: int = 50_000
-    size: int = 400_000
+    users: int = 30_000
+    items: int = 100_000
+    size: int = 600_000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -186,14 +202,7 @@ def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Con
         RuntimeError: a worker failed.
     """
     stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
-    options = [
-        f"loss={loss}",
-        "limits.max_epochs=none",
-        f"limits.max_steps={config.steps}",
-        "validation.every_epochs=none",
-        "validation.patience=none",
-        f"seed={config.seed}",
-    ]
+    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}", *SETTINGS]
     component = ["-j", f"1x{config.workers}"]
     job = Job(component="train", arguments=(*component, "--", *stage, *options))
     path = config.folder / "logs" / f"{loss}.log"
