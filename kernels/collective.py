@@ -11,6 +11,10 @@ from shardrec.kernels.exchange import Chunk, chunk_members
 
 __all__ = ["CHUNK_POSITIONS", "Collective", "total_over_ranks"]
 
+# Newer releases of torch call these by other names and warn about the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # States of other ranks in memory at a time: 16,384 x 256 floats are 16 MiB.
 CHUNK_POSITIONS = 16384
 
@@ -93,7 +97,7 @@ class Collective:
         for line, part in zip(padded, full.split(chunk.counts), strict=True):
             line[: part.shape[0]] = part
         received = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(received, padded.flatten(0, 1), group=self._group)
+        _reduce_scatter(received, padded.flatten(0, 1), group=self._group)
         return received[: chunk.own.numel()]
 
     def gather_all(self, local: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ class Collective:
         """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
         world_size = dist.get_world_size(self._group)
         received = local.new_empty((world_size * local.numel(),))
-        dist.all_gather_into_tensor(received, local.contiguous().flatten(), group=self._group)
+        _all_gather(received, local.contiguous().flatten(), group=self._group)
         return received.view(world_size, *local.shape)
 
     def sum(self, local: Tensor) -> Tensor:
