@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 TEST_THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-quick lint format typecheck bench clean
+.PHONY: help setup install demo test test-quick lint format typecheck bench bench-compile clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ format: setup  ## let ruff rewrite what it can
 
 bench: setup  ## run every benchmark; results go to benchmarks/results/
 	@for script in $$(git ls-files 'benchmarks/*.py'); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+bench-compile: setup  ## build every Triton kernel for sm_80, sm_90 and sm_100 and count what it uses
+	$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
 
 clean:  ## forget the environment and what the demo wrote
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache

@@ -77,11 +77,16 @@ def _interprets() -> bool:
 
 
 def architecture_of(device: torch.device) -> int:
-    """80, 90 or 100 as in sm_90, the nearest one at or below the device's; 0 in the interpreter."""
+    """Which entries of the table of tiles serve a device: 80, 86, 90 or 100; 0 interprets.
+
+    Newer consumer GPUs have the shared memory of sm_86, 99 KiB for a program.
+    """
     if device.type == "cpu":
         return 0
-    major, _ = torch.cuda.get_device_capability(device)
-    return min(major, 10) * 10
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in (9, 10, 11):
+        return min(major, 10) * 10
+    return 80 if (major, minor) == (8, 0) else 86
 
 
 def num_processors(device: torch.device) -> int:

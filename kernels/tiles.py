@@ -1,43 +1,30 @@
 """The tile shapes of the Triton kernels, in one table by kernel, width, dtype and architecture.
 
-No entry is measured yet: all are derived from counted limits (``benchmarks/compile_kernels.py``
-counts registers, spills and shared memory of each). A measured entry names its card and commit in
-``origin``.
+No entry is measured yet: all are derived from counted limits, by ``benchmarks/compile_kernels.py``,
+which counts registers, spilled bytes, shared memory and matrix instructions of each. A measured
+entry names its card and commit in ``origin``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 __all__ = ["KERNELS", "Tile", "tile_for"]
-
-KERNELS = (
-    "full_forward",
-    "full_states_backward",
-    "full_rows_backward",
-    "listed_forward",
-    "listed_states_backward",
-    "listed_rows_backward",
-    "group_maxima",
-    "best_sign_direction",
-    "mixed_signs",
-)
 
 _DERIVED = "derived from registers and shared memory"
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a kernel cuts its work.
+    """How a kernel cuts its work. All numbers but the last two are powers of two from 16 on.
 
     Attributes:
-        positions: Positions (or queries, or directions) of a tile, a power of two, at least 16.
-        items: Rows of a tile, likewise.
-        width: Part of D that a product takes at a time, likewise.
-        out: Part of D of a gradient that a program owns, likewise; at most ``width`` when held.
+        positions: Positions (or queries, or directions) of a tile.
+        items: Rows of a tile.
+        width: Part of D that a product takes at a time.
+        out: Part of D of a gradient that a program owns.
         num_warps: Warps of a program.
         num_stages: Loads in flight.
-        hold: Whether ``width`` covers D, so that a program keeps its own tile for all its products.
         origin: Where the entry comes from.
     """
 
@@ -47,23 +34,105 @@ class Tile:
     out: int
     num_warps: int
     num_stages: int
-    hold: bool
     origin: str = _DERIVED
 
 
+# By kernel, then by the largest width that an entry serves. Where ``width`` of an entry is not
+# below D, a program of a full kernel keeps its own tile for all of its products. Wider rows are
+# read a part at a time.
+_WIDEST = 1 << 20
+_HALF = {
+    "full_forward": {
+        64: Tile(128, 128, 64, 64, 8, 3),
+        128: Tile(128, 128, 128, 128, 8, 3),
+        256: Tile(128, 128, 256, 256, 8, 2),
+        _WIDEST: Tile(128, 128, 64, 64, 8, 3),
+    },
+    "full_states_backward": {
+        64: Tile(128, 64, 64, 64, 8, 3),
+        128: Tile(128, 64, 128, 128, 8, 3),
+        256: Tile(64, 64, 256, 256, 8, 2),
+        _WIDEST: Tile(64, 64, 64, 256, 8, 2),
+    },
+    "full_rows_backward": {
+        64: Tile(64, 128, 64, 64, 8, 3),
+        128: Tile(64, 128, 128, 128, 8, 3),
+        256: Tile(64, 64, 256, 256, 8, 2),
+        _WIDEST: Tile(64, 64, 64, 256, 8, 2),
+    },
+    "listed_forward": {_WIDEST: Tile(64, 128, 64, 64, 8, 3)},
+    "listed_forward_rounds": {_WIDEST: Tile(64, 64, 64, 64, 8, 3)},
+    "listed_states_backward": {
+        128: Tile(64, 64, 64, 128, 8, 2),
+        _WIDEST: Tile(64, 64, 64, 256, 8, 2),
+    },
+    "listed_states_backward_rounds": {_WIDEST: Tile(64, 32, 64, 256, 8, 2)},
+    "listed_rows_backward": {
+        128: Tile(64, 64, 64, 128, 8, 2),
+        _WIDEST: Tile(64, 64, 64, 256, 8, 2),
+    },
+    "listed_rows_backward_rounds": {_WIDEST: Tile(32, 64, 64, 256, 8, 2)},
+    "group_maxima": {_WIDEST: Tile(128, 128, 64, 64, 8, 3)},
+    "best_sign_direction": {_WIDEST: Tile(64, 128, 64, 64, 8, 2)},
+    "mixed_signs": {_WIDEST: Tile(64, 64, 64, 64, 8, 2)},
+}
+# IEEE float32 has no matrix instruction: a thread multiplies its part of the tile alone.
+_SINGLE = {
+    "full_forward": {_WIDEST: Tile(64, 64, 32, 32, 4, 2)},
+    "full_states_backward": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
+    "full_rows_backward": {_WIDEST: Tile(32, 64, 32, 128, 8, 2)},
+    "listed_forward": {_WIDEST: Tile(64, 64, 32, 32, 8, 2)},
+    "listed_forward_rounds": {_WIDEST: Tile(64, 64, 32, 32, 8, 2)},
+    "listed_states_backward": {_WIDEST: Tile(32, 64, 32, 128, 8, 2)},
+    "listed_states_backward_rounds": {_WIDEST: Tile(32, 64, 32, 128, 8, 2)},
+    "listed_rows_backward": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
+    "listed_rows_backward_rounds": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
+    "group_maxima": {_WIDEST: Tile(64, 64, 32, 32, 8, 2)},
+    "best_sign_direction": {_WIDEST: Tile(32, 64, 32, 32, 8, 2)},
+    "mixed_signs": {_WIDEST: Tile(32, 32, 32, 32, 8, 2)},
+}
+# Entries that differ on one architecture, by (architecture, kernel, largest width).
+_HALF_EXCEPTIONS = {
+    (90, "full_states_backward", 256): Tile(128, 64, 256, 256, 8, 2),
+    (80, "listed_states_backward", _WIDEST): Tile(64, 32, 64, 256, 8, 2),
+    (80, "listed_rows_backward", 128): Tile(32, 64, 64, 128, 8, 2),
+}
+_SINGLE_EXCEPTIONS: dict[tuple[int, str, int], Tile] = {}
+_INTERPRETED = Tile(32, 32, 64, 64, 4, 1, "small, so that a test of small sizes has several")
+
+KERNELS = tuple(_HALF)
+
+
 def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> Tile:
-    """The tile of one kernel.
+    """The tile of one kernel, no wider than D needs.
 
     Args:
         kernel: One of ``KERNELS``.
         width: D.
         dtype: Of states and rows.
-        architecture: 80, 90 or 100 as in sm_90; 0 is the interpreter.
+        architecture: 80, 86, 90 or 100 as in sm_90; 0 is the interpreter.
 
-    Raises:
-        KeyError: the kernel is unknown.
+    >>> tile_for("full_forward", 20, torch.bfloat16, 90).width
+    32
     """
-    padded = max(16, 1 << (width - 1).bit_length())
     if architecture == 0:
-        return Tile(32, 32, min(padded, 64), min(padded, 64), 4, 1, padded <= 64)
-    return Tile(64, 64, min(padded, 64), min(padded, 64), 4, 2, padded <= 64)
+        return _narrowed(_INTERPRETED, width)
+    table, exceptions = _HALF, _HALF_EXCEPTIONS
+    if dtype is torch.float32:
+        table, exceptions = _SINGLE, _SINGLE_EXCEPTIONS
+    largest = min(limit for limit in table[kernel] if width <= limit)
+    tile = exceptions.get((architecture, kernel, largest), table[kernel][largest])
+    if architecture == 86:
+        tile = _for_small_memory(tile)
+    return _narrowed(tile, width)
+
+
+def _narrowed(tile: Tile, width: int) -> Tile:
+    """The tile without columns beyond D; a product needs 16."""
+    padded = max(16, 1 << (width - 1).bit_length())
+    return replace(tile, width=min(tile.width, padded), out=min(tile.out, padded))
+
+
+def _for_small_memory(tile: Tile) -> Tile:
+    """The tile for consumer GPUs, whose programs have 99 KiB of shared memory."""
+    return replace(tile, width=min(tile.width, 64), out=min(tile.out, 128), num_stages=2)

@@ -100,6 +100,7 @@ class _Problem:
 
     def tile(self, kernel: str) -> Tile:
         architecture = architecture_of(self.states.device)
+        kernel = kernel if self.blocks.rounds is None else f"{kernel}_rounds"
         return tile_for(kernel, self.width, self.dtype, architecture)
 
     def num_out(self, tile: Tile) -> int:
@@ -155,7 +156,7 @@ def _full_forward(problem: _Problem) -> Tensor:
         ITEMS=tile.items,
         WIDTH=tile.width,
         PRECISION=precision_of(problem.dtype),
-        HOLD=tile.hold,
+        HOLD=tile.width >= problem.width,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -222,7 +223,7 @@ def _launch_full_backward(
         WIDTH=tile.width,
         OUT=tile.out,
         PRECISION=precision_of(problem.dtype),
-        HOLD=tile.hold,
+        HOLD=tile.width >= problem.width,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -373,7 +374,7 @@ def _listed_rows_backward(problem: _Problem, upstream: _Upstream, grad_rows: Ten
 def _add_rows(
     source: Tensor, weights: Tensor, rows: Tensor, total: Tensor, scale: Tensor | None = None
 ) -> None:
-    """Adds ``weights[e] * source[e]`` to ``total[rows[e]]`` for all e with a row, in fixed order."""
+    """Adds ``weights[e] * source[e]`` to ``total[rows[e]]``, in a fixed order."""
     if not rows.numel() or not total.numel():
         return
     width = total.shape[1]
