@@ -164,8 +164,8 @@ def recommend(arguments: Sequence[str]) -> int:
     parser = Parser(
         "recommend",
         "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and\n"
-        "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any number\n"
-        "of workers gives the same lists. Asked again for the same, it does nothing.",
+        "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any\n"
+        "number of workers gives the same lists. Asked again for the same, it does nothing.",
         "example: shardrec recommend --run run --prepared data --histories users.parquet "
         "--output lists --k 20",
     )
@@ -178,6 +178,32 @@ def recommend(arguments: Sequence[str]) -> int:
                 print(f"{name.replace('_', ' '):<40} {count:>14,}")
             rate = f"wrote {config.output}: {done.users_per_second:,.0f} users/s"
             print(rate if done.is_new else f"{config.output} is there already: nothing to do")
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write item vectors and the encoder for a service."""
+    from shardrec.launch.distributed import process_group
+    from shardrec.pipeline.export import ExportConfig
+    from shardrec.pipeline.export import export as run_export
+    from shardrec.pipeline.group import rank_of
+
+    parser = Parser(
+        "export",
+        "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the\n"
+        "encoder as a torch.export program. shardrec.pipeline.serve reads both without TorchRec.\n"
+        "Asked again for the same, it does nothing.",
+        "example: shardrec export --run run --prepared data --output model",
+    )
+    add_options(parser, ExportConfig)
+    config = read_options(ExportConfig, parser.parse(arguments))
+    with process_group() as (group, _):
+        done = run_export(config)
+        if rank_of(group) == 0:
+            manifest = done.manifest
+            print(f"{manifest['num_items']:,} items, catalog version {manifest['catalog_version']}")
+            told = f"wrote {config.output}"
+            print(told if done.is_new else f"{config.output} is there already: nothing to do")
     return 0
 
 

@@ -269,15 +269,17 @@ class _Rotary(nn.Module):
         half = config.width // config.num_heads // 2
         frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = torch.outer(torch.arange(config.max_length, dtype=torch.float32), frequencies)
-        self.register_buffer("angles", torch.stack((angles.cos(), angles.sin())), persistent=False)
+        self.register_buffer(
+            "angles", torch.stack((angles.cos(), angles.sin()), 1), persistent=False
+        )
 
     def forward(self, length: int) -> Tensor:
-        return self.angles[:, :length]  # (2, L, D / heads / 2)
+        return self.angles[:length]  # (L, 2, D / heads / 2); torch.export needs L first
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
-    cosine, sine = rotation.to(x.dtype)
+    cosine, sine = rotation.to(x.dtype).unbind(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
 

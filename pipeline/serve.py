@@ -1,0 +1,168 @@
+"""Recommendations from an export, in one process, without the training stack.
+
+Needs torch, numpy and pyarrow: no TorchRec, no fbgemm, no process group.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardrec.kernels.shard import RowShard
+from shardrec.modules.ranking import top_items
+from shardrec.pipeline.item_ids import ItemIds
+from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
+
+__all__ = ["ENCODER", "FORMAT", "Recommender", "read_items", "read_manifest"]
+
+FORMAT = "shardrec.export"
+ENCODER = "encoder.pt2"
+
+ItemId = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Recommender:
+    """An encoder and the item vectors it was trained with.
+
+    Attributes:
+        manifest: of the export: run, data, catalog version.
+        ids: what each row of ``vectors`` is.
+        vectors: (V, D) float32, what histories are looked up in.
+        scored: (V, D) float32, what states are compared with; ``vectors`` or their unit vectors.
+        allowed: (V,) bool, items that may be recommended.
+        encoder: (B, L, D) to (B, L, D).
+    """
+
+    manifest: dict[str, Any]
+    ids: ItemIds
+    vectors: Tensor
+    scored: Tensor
+    allowed: Tensor
+    encoder: nn.Module
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, catalog_version: str | None = None, min_count: int = 1
+    ) -> "Recommender":
+        """Load an export after checking that its files belong together.
+
+        The encoder's file is a program of ``torch.export``: open only exports that you trust.
+
+        Args:
+            folder: what ``shardrec export`` wrote.
+            catalog_version: of the catalog to be served, where it is known; another is refused.
+            min_count: training events an item must have to be recommended; 0 takes all.
+
+        Raises:
+            FileNotFoundError: the export is not complete.
+            ValueError: a file is not the manifest's, or the catalog is another one.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        ids, counts, vectors = read_items(folder, manifest)
+        _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
+        if catalog_version is not None:
+            _require_version(catalog_version, ids.version, f"export {folder}")
+        scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
+        encoder = torch.export.load(folder / ENCODER).module()
+        return cls(manifest, ids, vectors, scored, counts >= min_count, encoder)
+
+    @torch.no_grad()
+    def recommend(
+        self, histories: Sequence[Sequence[ItemId]], k: int = 10, *, filter_seen: bool = True
+    ) -> list[list[tuple[ItemId, float]]]:
+        """The ``k`` best items and their scores for each history.
+
+        Args:
+            histories: item ids, most recent last; ids that the catalog lacks are skipped.
+            k: items wanted.
+            filter_seen: leave out items of the history.
+
+        Returns:
+            One list for each history; empty where no item of it is known.
+        """
+        known = [self._known(history) for history in histories]
+        rows = [index for index, items in enumerate(known) if len(items)]
+        result: list[list[tuple[ItemId, float]]] = [[] for _ in histories]
+        if not rows:
+            return result
+        states = self.states([known[row] for row in rows])
+        seen = torch.cat([known[row] for row in rows]), torch.tensor([len(known[r]) for r in rows])
+        shard = RowShard(self.scored, 0, len(self.ids), None)
+        hidden = seen if filter_seen else None
+        scores, items = top_items(states, shard, k, seen=hidden, allowed=self.allowed)
+        for row, own_scores, own_items in zip(rows, scores, items, strict=True):
+            there = own_items >= 0
+            names = self.ids.of(own_items[there].numpy()).to_pylist()
+            result[row] = list(zip(names, own_scores[there].tolist(), strict=True))
+        return result
+
+    def states(self, histories: Sequence[Tensor]) -> Tensor:
+        """(B, D) float32 states after the last item of each history of dense indices."""
+        recent = [items[-self.manifest["max_length"] :] for items in histories]
+        lengths = torch.tensor([len(items) for items in recent])
+        padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)
+        states: Tensor = self.encoder(self.vectors[padded])
+        return states[torch.arange(len(recent)), lengths - 1]
+
+    def _known(self, history: Sequence[ItemId]) -> Tensor:
+        items = self.ids.items(pa.array(history, self.ids.ids.type))
+        return items[items >= 0]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete export whose files are the ones it lists.
+
+    Raises:
+        FileNotFoundError: there is no manifest, or a file is gone.
+        ValueError: it is no export, or a file has changed.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"an export must hold {MANIFEST_NAME}, got {folder}; run `shardrec export` to make one"
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if (manifest.get("format"), manifest.get("schema_version")) != (FORMAT, 1):
+        raise ValueError(
+            f"{path} must be a manifest of {FORMAT!r}, version 1, got {manifest.get('format')!r}, "
+            f"{manifest.get('schema_version')!r}; name a folder that `shardrec export` wrote"
+        )
+    for entry in manifest["files"]:
+        if sha256(folder / entry["path"]) != entry["sha256"]:
+            raise ValueError(
+                f"the SHA-256 of {folder / entry['path']} must be {entry['sha256']}, got another; "
+                "export again: files of two exports do not fit together"
+            )
+    return manifest
+
+
+def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
+    """Ids, training counts (V,) int64 and vectors (V, D) float32 of an export, by item."""
+    vectors = torch.empty(manifest["num_items"], manifest["width"])
+    ids, counts, first = [], [], 0
+    for name in sorted(e["path"] for e in manifest["files"] if e["path"].startswith("items/")):
+        for batch in pq.ParquetFile(folder / name).iter_batches(65_536):
+            values = batch.column("vector").flatten().to_numpy()
+            vectors[first : first + len(batch)].view(-1).numpy()[:] = values
+            ids.append(batch.column("item_id"))
+            counts.append(batch.column("count").to_numpy())
+            first += len(batch)
+    return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
+
+
+def _require_version(expected: str, found: str, what: str) -> None:
+    if expected != found:
+        raise ValueError(
+            f"{what} must be of catalog version {expected}, got {found}; an index means another "
+            "item there: export a run that was trained on this catalog"
+        )

@@ -1,0 +1,189 @@
+"""Exports: the vectors and the encoder of the live model, usable without the training stack."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests.pipeline.small_data import Running, prepare_small, small_config
+from tests.ranks import Ranks
+
+from shardrec.launch.cli import main
+from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
+from shardrec.modules.losses import CCE
+from shardrec.pipeline.export import ExportConfig, export, export_encoder
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.recommend import RecommendConfig, recommend
+from shardrec.pipeline.serve import Recommender
+from shardrec.pipeline.train import train
+from shardrec.pipeline.trained import Source
+
+SERVE = """
+import json, sys
+sys.modules.update(dict.fromkeys(("torchrec", "fbgemm_gpu", "torchmetrics", "duckdb"), None))
+from shardrec.pipeline.serve import Recommender
+served = Recommender.open(sys.argv[1])
+print(json.dumps(served.recommend(json.loads(sys.argv[2]), k=4)))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
+
+
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2)
+    train(small_config(data, folder, catalog=catalog))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(run: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "out"
+    assert export(configured(run, data, folder)).is_new
+    return folder
+
+
+def configured(run: str, data: str, output: Path, **options: Any) -> ExportConfig:
+    return ExportConfig(run=run, prepared=data, output=str(output), block_rows=20, **options)
+
+
+def lists_of(run: str, data: str, histories: list[list[int]], output: Path) -> Any:
+    """What the recommend stage says of the same histories."""
+    path = output.with_suffix(".parquet")
+    users = {"user_id": list(range(len(histories))), "items": histories}
+    pq.write_table(pa.table(users), path)
+    recommend(RecommendConfig(run=run, prepared=data, output=str(output), histories=str(path), k=4))
+    return pq.read_table(next(output.glob("part-*"))).to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "modern"])
+def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
+    kind: Any, tmp_path: Path
+) -> None:
+    config = EncoderConfig(width=16, max_length=9, kind=kind, num_heads=2, dropout=0.3)
+    encoder = TransformerEncoder(config, seed=3)
+    torch.export.save(export_encoder(encoder, 16, 9), tmp_path / "encoder.pt2")
+    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+    encoder.eval()
+    for shape in [(1, 1), (1, 9), (2, 3), (7, 5), (300, 1)]:
+        vectors = torch.randn(*shape, 16)
+        torch.testing.assert_close(loaded(vectors), encoder(vectors), atol=1e-6, rtol=1e-5)
+
+
+def test_vectors_and_ids_are_those_of_the_model(run: str, data: str, exported: Path) -> None:
+    prepared = Prepared.open(data)
+    model = Source.find(run, prepared, "best").load(prepared)
+    table = pq.read_table(exported / "items")
+    assert table.column("item").to_pylist() == list(range(prepared.num_items))
+    assert table.column("item_id").to_pylist() == prepared.item_ids().to_pylist()
+    assert table.column("count").to_pylist() == prepared.item_counts().tolist()
+    vectors = torch.tensor(table.column("vector").to_pylist())
+    assert torch.equal(vectors, model.catalog.shard.rows.detach())
+
+
+def export_on_ranks(config: ExportConfig) -> dict[str, Any]:
+    return export(config).manifest
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_the_number_of_ranks_changes_no_vector(
+    ranks: Ranks, run: str, data: str, exported: Path, tmp_path: Path, num_ranks: int
+) -> None:
+    manifests = ranks(num_ranks).run(export_on_ranks, configured(run, data, tmp_path / "out"))
+    alone = json.loads((exported / "manifest.json").read_text())
+    assert len(manifests[0]["files"]) == num_ranks + 1
+    for manifest in manifests:
+        assert manifest["catalog_version"] == alone["catalog_version"]
+        assert manifest["request"] == alone["request"]
+    ours, theirs = pq.read_table(tmp_path / "out" / "items"), pq.read_table(exported / "items")
+    assert ours.sort_by("item").equals(theirs)
+
+
+def test_serving_needs_no_training_stack_and_agrees_with_recommend(
+    run: str, data: str, exported: Path, tmp_path: Path
+) -> None:
+    histories = [[3, 9, 4], [], [10_000], list(range(20)), [7]]
+    words = [sys.executable, "-P", "-c", SERVE, str(exported), json.dumps(histories)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    served = json.loads(done.stdout)
+    expected = lists_of(run, data, histories, tmp_path / "lists")
+    assert [[item for item, _ in row] for row in served] == [row["item_ids"] for row in expected]
+    for row, other in zip(served, expected, strict=True):
+        assert [score for _, score in row] == pytest.approx(other["scores"], abs=1e-5)
+    assert [len(row) for row in served] == [4, 0, 0, 4, 4]
+
+
+def test_a_unit_length_loss_is_served_by_angle(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", loss=CCE(normalize=True, temperature=0.1))
+    train(config)
+    export(configured(config.output, data, tmp_path / "out"))
+    histories = [[3, 9, 4], [7]]
+    served = Recommender.open(tmp_path / "out").recommend(histories, k=4)
+    expected = lists_of(config.output, data, histories, tmp_path / "lists")
+    assert [[item for item, _ in row] for row in served] == [row["item_ids"] for row in expected]
+
+
+def test_another_catalog_is_refused(exported: Path, tmp_path: Path) -> None:
+    version = json.loads((exported / "manifest.json").read_text())["catalog_version"]
+    assert Recommender.open(exported, catalog_version=version).ids.version == version
+    with pytest.raises(ValueError, match="must be of catalog version 0123456789abcdef, got"):
+        Recommender.open(exported, catalog_version="0123456789abcdef")
+
+
+def test_files_of_two_exports_are_not_mixed(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "mixed")
+    part = next((tmp_path / "mixed" / "items").iterdir())
+    table = pq.read_table(part)
+    swapped = table.set_column(0, "item_id", table.column("item_id").combine_chunks()[::-1])
+    pq.write_table(swapped, part)
+    with pytest.raises(ValueError, match="files of two exports do not fit together"):
+        Recommender.open(tmp_path / "mixed")
+    (tmp_path / "mixed" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="an export must hold manifest.json"):
+        Recommender.open(tmp_path / "mixed")
+
+
+def test_a_foreign_encoder_is_exported_too(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run")
+    train(config, encoder=Running())
+    export(configured(config.output, data, tmp_path / "out"), encoder=Running())
+    served = Recommender.open(tmp_path / "out")
+    prepared = Prepared.open(data)
+    model = Source.find(config.output, prepared, "best", Running()).load(prepared, Running())
+    items = torch.tensor([[5, 2, 8]])
+    with torch.no_grad():
+        live = model.last_states(items, torch.tensor([3]))
+        torch.testing.assert_close(served.states([items[0]]), live)
+
+
+class Untraceable(torch.nn.Module):
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors * 2 if float(vectors.sum()) > 0 else vectors
+
+
+def test_an_encoder_that_cannot_be_traced_is_named() -> None:
+    with pytest.raises(ValueError, match=r"torch.export can trace .* got Untraceable"):
+        export_encoder(Untraceable(), 4, 4)
+
+
+def test_the_command_exports_once(
+    run: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--run", run, "--prepared", data, "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "catalog version" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "nothing to do" in capsys.readouterr().out
