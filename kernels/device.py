@@ -10,6 +10,7 @@ __all__ = [
     "BACKENDS",
     "architecture_of",
     "choose_backend",
+    "gpu_refusal",
     "num_processors",
     "operand",
     "precision_of",
@@ -17,7 +18,7 @@ __all__ = [
 
 BACKENDS = ("auto", "torch", "triton")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_ARCHITECTURE = 80
+_MIN_CAPABILITY = (8, 0)
 
 
 def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
@@ -38,18 +39,15 @@ def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}; choose one")
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
         return "torch"
     reason = _triton_refusal(tensor)
-    if backend == "auto":
-        if reason and tensor.device.type == "cuda":
-            warnings.warn(f"plain PyTorch serves this GPU, because {reason}", stacklevel=3)
-        if tensor.device.type == "cuda" and not reason:
-            return "triton"
-        return "torch"
-    if reason:
+    if reason is None:
+        return "triton"
+    if backend == "triton":
         raise ValueError(f"backend must be 'torch' here, got 'triton', because {reason}")
-    return "triton"
+    warnings.warn(f"plain PyTorch serves this GPU, because {reason}", stacklevel=3)
+    return "torch"
 
 
 def _triton_refusal(tensor: Tensor) -> str | None:
@@ -62,12 +60,27 @@ def _triton_refusal(tensor: Tensor) -> str | None:
         if _interprets():
             return None
         return "Triton runs on a CPU in its interpreter only; set TRITON_INTERPRET=1 to test"
-    if tensor.device.type != "cuda" or torch.version.hip is not None:
-        return "the kernels are built for NVIDIA GPUs only"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    if major * 10 + minor < _MIN_ARCHITECTURE:
-        return f"the kernels need sm_{_MIN_ARCHITECTURE} or newer and this GPU is sm_{major}{minor}"
+    if tensor.device.type != "cuda":
+        return f"the kernels are built for NVIDIA GPUs, not for {tensor.device.type}"
+    return gpu_refusal(torch.version.hip, _capability(tensor.device))
+
+
+def gpu_refusal(hip: str | None, capability: tuple[int, int]) -> str | None:
+    """Why Triton cannot serve a GPU; None when it can.
+
+    Args:
+        hip: Version of ROCm, None on NVIDIA.
+        capability: Major and minor number, (9, 0) for sm_90.
+    """
+    if hip is not None:
+        return "the kernels are built and tested for NVIDIA GPUs, not for ROCm"
+    if capability < _MIN_CAPABILITY:
+        return "the kernels need sm_80 or newer and this GPU is sm_{}{}".format(*capability)
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _interprets() -> bool:
@@ -83,7 +96,7 @@ def architecture_of(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if major in (9, 10, 11):
         return min(major, 10) * 10
     return 80 if (major, minor) == (8, 0) else 86
