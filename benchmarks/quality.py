@@ -26,7 +26,7 @@ from shardrec.launch.cli import main as shardrec
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.data import Prepared
 
-METRICS = ("NDCG@10", "HitRate@10", "Coverage@10")
+METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
 PROTOCOLS = {"test": [], "test_unseen": ["--filter-seen"]}
 
 
@@ -168,8 +168,8 @@ def failures(results: Results, options: argparse.Namespace) -> int:
 def summary(results: Results, judge: str) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| loss | seed | settings | NDCG@10 | HR@10 | Coverage@10 | epochs | s | s/step | GiB |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| loss | seed | settings | NDCG@10 | HR@10 | Coverage@10 | NDCG@10 of known | epochs | s | s/step | GiB |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
         key, metrics = row["key"], row[judge]
