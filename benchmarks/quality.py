@@ -168,7 +168,8 @@ def failures(results: Results, options: argparse.Namespace) -> int:
 def summary(results: Results, judge: str) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| loss | seed | settings | NDCG@10 | HR@10 | Coverage@10 | NDCG@10 of known | epochs | s | s/step | GiB |",
+        "| loss | seed | settings | NDCG@10 | HR@10 | Coverage@10 | known NDCG@10 "
+        "| epochs | s | s/step | GiB |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
