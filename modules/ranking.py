@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from shardrec.kernels.select import top_lowest
 from shardrec.modules.ranking_exchange import Ragged, Ranks, real_rows, rounds
 from shardrec.modules.ranking_shard import (
     Blocks,
@@ -19,7 +20,6 @@ from shardrec.modules.ranking_shard import (
     own_scores,
     shard_counts,
     shard_top,
-    top_lowest,
 )
 from shardrec.modules.shard import RowShard
 

@@ -6,9 +6,18 @@ from torch import Tensor
 from shardrec.kernels.device import choose_backend
 from shardrec.kernels.negatives import random_signs
 from shardrec.kernels.select import cpu
-from shardrec.kernels.select.cpu import best_direction, stable_topk
+from shardrec.kernels.select.cpu import best_direction
+from shardrec.kernels.select.search import GROUP, TopSearch, top_lowest
 
-__all__ = ["best_direction", "best_sign_direction", "merge_topk", "stable_topk", "topk_rows"]
+__all__ = [
+    "GROUP",
+    "TopSearch",
+    "best_direction",
+    "best_sign_direction",
+    "merge_topk",
+    "top_lowest",
+    "topk_rows",
+]
 
 
 def topk_rows(

@@ -1,11 +1,16 @@
 """Selections in plain PyTorch, one tile of scores at a time."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["best_direction", "stable_topk", "topk_rows"]
+from shardrec.kernels.select.search import top_lowest
+
+__all__ = ["best_direction", "topk_rows"]
 
 TILE_SCORES = 1 << 21
+# Columns whose best score decides whether they are looked at.
+GROUP = 8
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -22,39 +27,34 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         float32 scores and int64 rows. No gradient.
     """
     num_queries = queries.shape[0]
-    scores = torch.empty((num_queries, 0), dtype=torch.float32, device=rows.device)
+    scores = torch.empty((num_queries, 0), device=rows.device)
     indices = torch.empty((num_queries, 0), dtype=torch.int64, device=rows.device)
-    tile = max(2 * k, TILE_SCORES // max(num_queries, 1))
+    tile = max(GROUP, TILE_SCORES // max(num_queries, 1) // GROUP * GROUP)
     queries = queries.float()
     for start in range(0, rows.shape[0], tile):
         part = queries @ rows[start : start + tile].float().T
-        part_scores, part_indices = stable_topk(part, min(k, part.shape[1]))
+        found, places = _from_best_groups(part, k)
         # Earlier rows stand first, so a stable choice keeps the lower row of equals.
-        scores = torch.cat([scores, part_scores], dim=1)
-        indices = torch.cat([indices, part_indices + start], dim=1)
-        scores, kept = stable_topk(scores, min(k, scores.shape[1]))
-        indices = indices.gather(1, kept)
+        scores, kept = top_lowest(torch.cat([scores, found], dim=1), k)
+        indices = torch.cat([indices, places + start], dim=1).gather(1, kept)
     return scores, indices
 
 
-def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) largest scores and their columns, sorted by (score, lower column).
+def _from_best_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and columns, ascending, of the k groups of columns with the largest maxima.
 
-    ``torch.topk`` leaves open which of several equal scores it takes; where the score at the border
-    stands on both of its sides the line is sorted instead.
+    They hold the k best columns: each group that comes before a column's own holds a better one.
     """
-    probe = min(k + 1, scores.shape[1])
-    values, columns = torch.topk(scores, probe, dim=1)
-    order = torch.argsort(columns[:, :k], dim=1)
-    values_by_column = values[:, :k].gather(1, order)
-    columns_by_column = columns[:, :k].gather(1, order)
-    rank = torch.argsort(values_by_column, dim=1, descending=True, stable=True)
-    best, chosen = values_by_column.gather(1, rank), columns_by_column.gather(1, rank)
-    if probe > k > 0:
-        for line in (values[:, k] == values[:, k - 1]).nonzero()[:, 0].tolist():
-            chosen[line] = torch.argsort(scores[line], descending=True, stable=True)[:k]
-            best[line] = scores[line, chosen[line]]
-    return best, chosen
+    num_queries, num_columns = scores.shape
+    if num_columns <= GROUP * k:
+        columns = torch.arange(num_columns, device=scores.device)
+        return scores, columns.expand_as(scores)
+    scores = F.pad(scores, (0, -num_columns % GROUP), value=-torch.inf)
+    groups = scores.view(num_queries, -1, GROUP)
+    best = top_lowest(groups.amax(2), k)[1].sort(1).values
+    columns = best[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)
+    found = groups.gather(1, best[:, :, None].expand(-1, -1, GROUP))
+    return found.flatten(1), columns.flatten(1)
 
 
 def best_direction(directions: Tensor, rows: Tensor) -> Tensor:

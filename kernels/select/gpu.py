@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shardrec.kernels.device import architecture_of, operand, precision_of
 from shardrec.kernels.negatives.gpu import counters, sign_tile
-from shardrec.kernels.select.cpu import TILE_SCORES, stable_topk
+from shardrec.kernels.select.cpu import TILE_SCORES
+from shardrec.kernels.select.search import top_lowest
 from shardrec.kernels.tiles import tile_for
 
 # mypy: disable-error-code="no-untyped-def"
@@ -188,10 +189,10 @@ def _best_groups(queries: Tensor, rows: Tensor, k: int) -> Tensor:
     at_once = max(2 * k, TILE_SCORES // num_queries)
     for first in range(0, num_groups, at_once):
         part = _group_maxima(queries, rows, first, min(at_once, num_groups - first))
-        best, index = stable_topk(part, min(k, part.shape[1]))
+        best, index = top_lowest(part, min(k, part.shape[1]))
         # Earlier groups stand first, so a stable choice keeps the lower group of equals.
         maxima, groups = torch.cat([maxima, best], 1), torch.cat([groups, index + first], 1)
-        maxima, kept = stable_topk(maxima, min(k, maxima.shape[1]))
+        maxima, kept = top_lowest(maxima, min(k, maxima.shape[1]))
         groups = groups.gather(1, kept)
     return groups.sort(dim=1).values
 
@@ -242,5 +243,5 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         ITEMS=64,
         WIDTH=min(64, triton.next_power_of_2(width)),
     )
-    best, columns = stable_topk(scores, k)
+    best, columns = top_lowest(scores, k)
     return best, groups.gather(1, columns // GROUP.value) * GROUP.value + columns % GROUP.value

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardrec.kernels.select import best_direction, cpu, merge_topk, stable_topk, topk_rows
+from shardrec.kernels.select import best_direction, cpu, merge_topk, top_lowest, topk_rows
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
 
 
@@ -31,7 +31,7 @@ def test_no_rows_give_empty_lists() -> None:
 
 
 def test_equal_scores_everywhere_keep_the_first_columns() -> None:
-    _, chosen = stable_topk(torch.ones(2, 100), 5)
+    _, chosen = top_lowest(torch.ones(2, 100), 5)
     assert chosen.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 

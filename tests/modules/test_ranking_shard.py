@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardrec.kernels.select import top_lowest
 from shardrec.modules.ranking import Blocks, target_ranks, top_items
-from shardrec.modules.ranking_shard import top_lowest
 from shardrec.modules.shard import RowShard
 
 
