@@ -21,7 +21,7 @@ def nan_filled_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
         result = empty(*args, **options)  # type: ignore[call-overload]
         return result.fill_(float("nan")) if result.is_floating_point() else result
 
-    monkeypatch.setattr(gpu.torch, "empty", filled)
+    monkeypatch.setattr(torch, "empty", filled)
 
 
 def draw(n: int, r: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:

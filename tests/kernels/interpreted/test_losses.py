@@ -1,6 +1,7 @@
 """The four losses through the Triton kernels equal those in plain PyTorch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from shardrec.kernels.select import gpu as select_gpu
 
 N, V, D = 45, 61, 12
 
-Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, str], Any]
 
 LOSSES: dict[str, Loss] = {
     "cce": lambda x, w, y, backend: cut_cross_entropy(x, w, y, backend=backend),
@@ -39,11 +40,11 @@ LOSSES: dict[str, Loss] = {
     "sce": lambda x, w, y, backend: scalable_cross_entropy(
         x, w, y, num_buckets=6, positions_per_bucket=11, items_per_bucket=19, seed=2,
         backend=backend,
-    ),  # type: ignore[return-value]
+    ),
     "sce-plain": lambda x, w, y, backend: scalable_cross_entropy(
         x, w, y, num_buckets=5, positions_per_bucket=90, items_per_bucket=90, mix=False, seed=2,
         backend=backend,
-    ),  # type: ignore[return-value]
+    ),
     "rece": lambda x, w, y, backend: reduced_cross_entropy(
         x, w, y, num_buckets=9, num_rounds=3, seed=3, backend=backend
     ),
