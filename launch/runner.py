@@ -23,6 +23,8 @@ COMPONENTS = ("train", "evaluate", "prepare")
 
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
 COMPLAINT = re.compile(r"(\[[^]]*\]:)?shardrec (train|evaluate|prepare): (?P<what>.*)")
+# The last line of a worker's traceback.
+CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)\b.*)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +122,7 @@ class _Copy(threading.Thread):
     """Hands one node's output to ``show`` until the node ends.
 
     Attributes:
-        complaint: the first line in which a worker's command said what was wrong.
+        complaint: the first line in which a worker said what was wrong.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class _Copy(threading.Thread):
     def run(self) -> None:
         for line in self._open():
             self._show(line.rstrip("\n"))
-            found = COMPLAINT.match(line)
+            found = COMPLAINT.match(line) or CRASH.match(line)
             if found and not self.complaint:
                 self.complaint = found["what"].strip()
 

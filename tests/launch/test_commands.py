@@ -1,0 +1,91 @@
+"""The stages from the command line, one after the other, and what they say to a wrong input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shardrec.launch import cli
+
+TINY = ("--recipe", "tiny_cpu", "limits.max_steps=2", "validation.every_steps=none")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    log, size = (
+        str(folder / "log.parquet"),
+        ["--users", "300", "--items", "203", "--events", "3000"],
+    )
+    assert cli.main(["synth", "--output", log, *size, "--clusters", "16"]) == 0
+    assert cli.main(["prepare", "--events", log, "--output", str(folder / "prepared")]) == 0
+    run = ["--run", str(folder / "run"), *TINY]
+    assert cli.main(["train", "--prepared", str(folder / "prepared"), *run]) == 0
+    return folder
+
+
+def test_the_stages_follow_one_another(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prepared", str(data / "prepared"), "--run", str(data / "run"), "--ks", "5,10"]
+    assert cli.main(["evaluate", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "@5" in shown and "@10" in shown and "NDCG" in shown
+    written = json.loads((data / "run" / "metrics.json").read_text())
+    assert 0 <= written["metrics"]["NDCG@10"] <= 1
+
+
+def test_preparing_the_same_again_succeeds_and_something_else_is_refused(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", "--events", str(data / "log.parquet"), "--output", str(data / "prepared")]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--split", "leave_one_out"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("shardrec prepare: output must be a new folder") and said.count("\n") == 1
+    )
+
+
+def test_popularity_is_judged_without_a_run(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--prepared", str(data / "prepared"), "--popularity"]) == 0
+    assert "NDCG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--prepared", "P", "--run", "R", "los=cce"], "did you mean"),
+        (["train", "--prepared", "P", "--run", "R", "loss=cee"], "did you mean sce, cce"),
+        (["train", "--prepared", "P", "--run", "R", "--recipe", "dmeo"], "did you mean demo"),
+        (["train", "--prepared", "P", "--run", "R", "--recipe", "demo"], "P"),
+        (["train", "--prepare", "P", "--run", "R"], "--prepared"),
+        (["evaluate", "--prepared", "P", "--run", "R"], "P"),
+        (["prepare", "--events", "nowhere.parquet", "--output", "R"], "nowhere.parquet"),
+        (["prepare", "--events", "x", "--output", "R", "--splt", "y"], "did you mean --split"),
+        (["synth", "--output", "R", "--users", "0"], "users must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_input_is_one_line_and_exit_code_2(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(words)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "R").exists()
+
+
+def test_a_run_folder_is_written_once(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in (data / "run").iterdir())
+    words = ["train", "--prepared", str(data / "prepared"), "--run", str(data / "run"), *TINY]
+    assert cli.main(words) == 2
+    assert "new or empty folder" in capsys.readouterr().err
+    assert before == sorted(path.name for path in (data / "run").iterdir())
