@@ -121,7 +121,9 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> 
     if dtype is torch.float32:
         table, exceptions = _SINGLE, _SINGLE_EXCEPTIONS
     largest = min(limit for limit in table[kernel] if width <= limit)
-    tile = exceptions.get((architecture, kernel, largest), table[kernel][largest])
+    # sm_86 has the instructions of sm_80 and less shared memory.
+    alike = 80 if architecture == 86 else architecture
+    tile = exceptions.get((alike, kernel, largest), table[kernel][largest])
     if architecture == 86:
         tile = _for_small_memory(tile)
     return _narrowed(tile, width)
@@ -135,4 +137,4 @@ def _narrowed(tile: Tile, width: int) -> Tile:
 
 def _for_small_memory(tile: Tile) -> Tile:
     """The tile for consumer GPUs, whose programs have 99 KiB of shared memory."""
-    return replace(tile, width=min(tile.width, 64), out=min(tile.out, 128), num_stages=2)
+    return replace(tile, width=min(tile.width, 64), out=min(tile.out, 128))

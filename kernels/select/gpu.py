@@ -37,10 +37,10 @@ def group_maxima_kernel(
 ):  # fmt: skip
     """(num_queries, num_groups) float32 largest score of each group of rows from ``first_row`` on.
 
-    Grid: (tiles of queries, tiles of rows); one writer per maximum.
+    Grid: (tiles of rows, tiles of queries); one writer per maximum.
     """
-    o_queries = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-    first = tl.program_id(1).to(tl.int64) * ITEMS
+    o_queries = tl.program_id(1).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    first = tl.program_id(0).to(tl.int64) * ITEMS
     o_rows = first_row + first + tl.arange(0, ITEMS)
     m_queries, m_rows = o_queries < num_queries, o_rows < num_rows
     b_scores = tl.zeros((POSITIONS, ITEMS), dtype=tl.float32)
@@ -72,11 +72,12 @@ def score_groups_kernel(
 ):  # fmt: skip
     """(Q, num_groups * 16) float32 scores of the rows of (Q, num_groups) groups.
 
-    Grid: (Q, tiles of candidates); one writer per score. No matrix product: each query has rows of
-    its own.
+    Grid: tiles of candidates of every query; one writer per score. No matrix product: each query
+    has rows of its own.
     """
-    i_query = tl.program_id(0).to(tl.int64)
-    o_candidates = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
+    num_tiles = tl.cdiv(num_groups * GROUP, ITEMS)
+    i_query = (tl.program_id(0) // num_tiles).to(tl.int64)
+    o_candidates = tl.program_id(0) % num_tiles * ITEMS + tl.arange(0, ITEMS)
     m_candidates = o_candidates < num_groups * GROUP
     o_groups = i_query * num_groups + o_candidates // GROUP
     b_groups = tl.load(groups + o_groups, mask=m_candidates, other=0)
@@ -203,8 +204,8 @@ def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: i
     tile = tile_for("group_maxima", width, rows.dtype, architecture_of(rows.device))
     maxima = torch.empty((queries.shape[0], num_groups), dtype=torch.float32, device=rows.device)
     grid = (
-        triton.cdiv(queries.shape[0], tile.positions),
         triton.cdiv(num_groups * GROUP.value, tile.items),
+        triton.cdiv(queries.shape[0], tile.positions),
     )
     group_maxima_kernel[grid](
         queries,
@@ -232,7 +233,7 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         (queries.shape[0], num_candidates), dtype=torch.float32, device=rows.device
     )
     width = rows.shape[1]
-    score_groups_kernel[(queries.shape[0], triton.cdiv(num_candidates, 64))](
+    score_groups_kernel[(queries.shape[0] * triton.cdiv(num_candidates, 64),)](
         queries,
         rows,
         groups.contiguous(),
