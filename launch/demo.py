@@ -36,7 +36,7 @@ SETTINGS = (
     "catalog.init_std=0.15",
     "catalog.learning_rate=0.04",
     "optimizer.learning_rate=0.005",
-    "batches.batch_size=64",
+    "batches.batch_size=128",
     "limits.max_epochs=none",
     "validation.every_epochs=none",
     "validation.patience=none",
@@ -67,7 +67,7 @@ class DemoConfig:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
-    steps: int = 400
+    steps: int = 220
     workers: int = 2
     recipe: str = "demo"
     users: int = 30_000
