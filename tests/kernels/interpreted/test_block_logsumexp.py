@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
@@ -241,3 +243,37 @@ def test_entries_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_that_are_not_contiguous() -> None:
     states, rows = draw(16, 30, 12, torch.float32)
     check(states.T.contiguous().T, rows[:, :].T.contiguous().T, blocks_of("full", 16, 30))
+
+
+@pytest.mark.parametrize("kind", ["full", "listed"])
+def test_the_widest_rows(kind: str) -> None:
+    states, rows = draw(2, 3, 1020, torch.float32)
+    check(states, rows, blocks_of(kind, 2, 3))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_list_of_blocks(data: st.DataObject) -> None:
+    n, r = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    num_blocks = data.draw(st.integers(0, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def below(bound: int, *shape: int) -> Tensor:
+        return torch.randint(0, bound, shape, generator=generator)
+
+    num_pairs = data.draw(st.integers(0, 50)) if num_blocks else 0
+    borders = below(2 * r + 1, 2, num_blocks).sort(dim=0).values
+    inner = below(num_pairs + 1, max(num_blocks - 1, 0)).sort().values
+    ends = torch.tensor([num_pairs] if num_blocks else [], dtype=torch.int64)
+    blocks = Blocks(
+        pair_positions=below(n, num_pairs),
+        pair_starts=torch.cat([torch.zeros(1, dtype=torch.int64), inner, ends]),
+        items=below(r, 2 * r),
+        item_starts=borders[0],
+        item_ends=borders[1],
+        targets=some_targets(n, r),
+        num_slots=7,
+        pair_slots=below(7, num_pairs),
+        offsets=torch.randn(2 * r, generator=generator) if data.draw(st.booleans()) else None,
+    )
+    check(*draw(n, r, 12, torch.float32), blocks)
