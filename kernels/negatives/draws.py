@@ -62,13 +62,38 @@ def draw_below(
 
 
 def random_signs(
-    first_line: int, num_lines: int, width: int, *, seed: int, step: int, stream: int
+    first_line: int,
+    num_lines: int,
+    width: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
 ) -> Tensor:
-    """(num_lines, width) float32 of +1 and -1; entry (i, d) depends on first_line + i and d."""
-    lines = torch.arange(first_line, first_line + num_lines)
-    calls = torch.arange((width + 127) // 128)
+    """(num_lines, width) float32 of +1 and -1; entry (i, d) depends on first_line + i and d.
+
+    Args:
+        first_line: Counter of the first line.
+        num_lines: Lines.
+        width: Signs in a line.
+        seed: Key of the generator, 64 bits.
+        step: Training step.
+        stream: Purpose of the draws.
+        device: Where the signs are made.
+        backend: "auto", "torch" or "triton"; the signs are the same.
+    """
+    if choose_backend(torch.empty(0, device=device), backend) == "triton":
+        from shardrec.kernels.negatives import gpu
+
+        return gpu.random_signs(
+            first_line, num_lines, width, device, seed=seed, step=step, stream=stream
+        )
+    lines = torch.arange(first_line, first_line + num_lines, device=device)
+    calls = torch.arange((width + 127) // 128, device=device)
     words = philox(seed, calls[None, :], lines[:, None], step, stream)
-    bits = torch.stack(words, dim=-1)[..., None] >> torch.arange(32) & 1
+    bits = torch.stack(words, dim=-1)[..., None] >> torch.arange(32, device=device) & 1
     return bits.flatten(1)[:, :width].float().mul_(-2).add_(1)
 
 
@@ -103,6 +128,15 @@ def mixed_signs(
     for start in range(0, states.shape[0], _MIX_TILE):
         part = states[start : start + _MIX_TILE].float()
         line, lines = first_line + start, part.shape[0]
-        signs = random_signs(line, lines, num_columns, seed=seed, step=step, stream=stream)
-        total.addmm_(signs.to(states.device).T, part)
+        signs = random_signs(
+            line,
+            lines,
+            num_columns,
+            seed=seed,
+            step=step,
+            stream=stream,
+            device=states.device,
+            backend="torch",
+        )
+        total.addmm_(signs.T, part)
     return total

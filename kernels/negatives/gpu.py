@@ -140,9 +140,15 @@ def draw_below(
 
 
 def random_signs(
-    first_line: int, num_lines: int, width: int, device: torch.device, *, seed: int, step: int,
+    first_line: int,
+    num_lines: int,
+    width: int,
+    device: torch.device | str,
+    *,
+    seed: int,
+    step: int,
     stream: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(num_lines, width) float32 of +1 and -1; see ``draws.random_signs``."""
     signs = torch.empty((num_lines, width), dtype=torch.float32, device=device)
     if signs.numel():

@@ -70,8 +70,10 @@ def best_sign_direction(
 
         return gpu.best_sign_direction(vectors, num_directions, seed=seed, step=step, stream=stream)
     width = vectors.shape[1]
-    directions = random_signs(0, num_directions, width, seed=seed, step=step, stream=stream)
-    return best_direction(directions.to(vectors.device), vectors)
+    directions = random_signs(
+        0, num_directions, width, seed=seed, step=step, stream=stream, device=vectors.device
+    )
+    return best_direction(directions, vectors)
 
 
 def merge_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:

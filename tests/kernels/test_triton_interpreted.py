@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# A minute on one core, most of it in the interpreter.
+pytestmark = pytest.mark.slow
+
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 

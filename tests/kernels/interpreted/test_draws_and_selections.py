@@ -1,11 +1,12 @@
 """The Triton kernels of draws and selections against their definitions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from shardrec.kernels import negatives, select
-from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
 
@@ -20,7 +21,7 @@ def normal(lines: int, width: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("bound", [1, 1000, 2**31 - 1])
 def test_draws_are_bit_equal(seed: int, bound: int) -> None:
     blocks = torch.tensor([0, 1, 77, 2**31 + 5, 2**32 - 1])
-    where = {"seed": seed, "step": 2**31 + 7, "stream": 3}
+    where: dict[str, Any] = {"seed": seed, "step": 2**31 + 7, "stream": 3}
     drawn = [
         negatives.draw_below(bound, blocks, 523, **where, backend=backend)
         for backend in ("torch", "triton")
@@ -30,7 +31,7 @@ def test_draws_are_bit_equal(seed: int, bound: int) -> None:
 
 @pytest.mark.parametrize("num_draws", [0, 1, 2, 513])
 def test_any_number_of_draws(num_draws: int) -> None:
-    where = {"seed": 5, "step": 1, "stream": negatives.STREAM_NEGATIVES}
+    where: dict[str, Any] = {"seed": 5, "step": 1, "stream": negatives.STREAM_NEGATIVES}
     drawn = [
         negatives.draw_below(97, torch.arange(3), num_draws, **where, backend=backend)
         for backend in ("torch", "triton")
@@ -40,16 +41,16 @@ def test_any_number_of_draws(num_draws: int) -> None:
 
 @pytest.mark.parametrize("width", [1, 8, 127, 129, 300])
 def test_signs_are_bit_equal(width: int) -> None:
-    where = {"seed": 1 << 40, "step": 9, "stream": negatives.STREAM_MIX}
+    where: dict[str, Any] = {"seed": 1 << 40, "step": 9, "stream": negatives.STREAM_MIX}
     expected = negatives.random_signs(1 << 30, 19, width, **where)
-    found = negatives_gpu.random_signs(1 << 30, 19, width, torch.device("cpu"), **where)
+    found = negatives.random_signs(1 << 30, 19, width, **where, backend="triton")
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("n,columns,width", [(0, 5, 8), (1, 1, 8), (70, 130, 20), (129, 33, 68)])
 def test_mixed_states_equal_the_stored_signs(n: int, columns: int, width: int) -> None:
     states = normal(n, width)
-    where = {"seed": 3, "step": 4, "stream": negatives.STREAM_MIX}
+    where: dict[str, Any] = {"seed": 3, "step": 4, "stream": negatives.STREAM_MIX}
     found = negatives.mixed_signs(states, 1000, columns, **where, backend="triton")
     signs = negatives.random_signs(1000, n, columns, **where)
     torch.testing.assert_close(found, signs.T @ states, rtol=1e-5, atol=1e-4)
@@ -60,7 +61,7 @@ def test_mixed_states_equal_the_stored_signs(n: int, columns: int, width: int) -
 def test_the_best_sign_direction_equals_the_stored_one(width: int, dtype: torch.dtype) -> None:
     # Multiples of 1/8 have exact sums in float32, so equal scores are equal in any order.
     vectors = (normal(75, width) * 8).round().div(8).to(dtype)
-    where = {"seed": 3, "step": 4, "stream": negatives.STREAM_HASH}
+    where: dict[str, Any] = {"seed": 3, "step": 4, "stream": negatives.STREAM_HASH}
     found = select.best_sign_direction(vectors, 77, **where, backend="triton")
     signs = negatives.random_signs(0, 77, width, **where)
     assert torch.equal(found, best_direction_reference(signs, vectors.float()))
@@ -70,7 +71,7 @@ def test_the_best_sign_direction_equals_the_stored_one(width: int, dtype: torch.
 def test_of_equal_directions_the_lower_one_is_best() -> None:
     vectors = torch.zeros(5, 8)
     vectors[1, 0] = 1.0
-    where = {"seed": 3, "step": 4, "stream": 0}
+    where: dict[str, Any] = {"seed": 3, "step": 4, "stream": 0}
     found = select.best_sign_direction(vectors, 70, **where, backend="triton")
     first_plus = int((negatives.random_signs(0, 70, 8, **where)[:, 0] > 0).nonzero()[0])
     assert found.tolist() == [0, first_plus, 0, 0, 0]
