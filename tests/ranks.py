@@ -176,6 +176,8 @@ def _answer(request: bytes) -> tuple[bool, Any]:
             world_size=num_ranks,
             timeout=timedelta(seconds=timeout),
         )
+        # A rank that is done before others have met it would close their connection.
+        dist.barrier()
         try:
             return True, getattr(sys.modules[module], name)(*args)
         finally:
