@@ -40,8 +40,8 @@ def chunked_cce(states: Tensor, table: Tensor, targets: Tensor, block: int) -> N
 def eager_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """As published, negatives (N, K) of each position; stores (N, K, D)."""
     correction = math.log(negatives.shape[1] / len(table))
-    positive = (states * table[targets]).sum(1, keepdim=True)
-    negative = (states[:, None] * table[negatives]).sum(2) - correction
+    positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
+    negative = (states[:, None] * F.embedding(negatives, table)).sum(2) - correction
     negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
     return (torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]).mean()
 
@@ -59,8 +59,8 @@ def chunked_cce_minus(
 def fair_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """One matrix product over negatives (K,) that the whole batch shares; stores (N, K)."""
     correction = math.log(len(negatives) / len(table))
-    positive = (states * table[targets]).sum(1, keepdim=True)
-    negative = states @ table[negatives].T - correction
+    positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
+    negative = states @ F.embedding(negatives, table).T - correction
     negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
     return (torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]).mean()
 
@@ -95,8 +95,8 @@ def _bucket_loss(
 ) -> Tensor:
     """(n_b, b_x) loss of each position in each bucket."""
     x, wanted = states[positions], targets[positions]
-    positive = (x * table[wanted]).sum(2, keepdim=True)
-    negative = x @ table[items].transpose(1, 2)
+    positive = (x * F.embedding(wanted, table)).sum(2, keepdim=True)
+    negative = x @ F.embedding(items, table).transpose(1, 2)
     negative = negative.masked_fill(items[:, None] == wanted[:, :, None], -torch.inf)
     return torch.logsumexp(torch.cat([positive, negative], 2), 2) - positive[..., 0]
 
@@ -118,14 +118,18 @@ def eager_rece(
     logits, ids = [], []
     for hashes in directions:
         own, near, back, _ = chunks_of(states, table, hashes, num_chunks, reach)
-        logits.append((states[own] @ table[near].transpose(1, 2)).flatten(0, 1)[back])
+        logits.append(
+            (states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)).flatten(0, 1)[
+                back
+            ]
+        )
         ids.append(near[:, None].expand(-1, own.shape[1], -1).flatten(0, 1)[back])
     all_logits, all_ids = torch.cat(logits, 1), torch.cat(ids, 1)
     ordered = all_ids.sort(1).values
     count = torch.searchsorted(ordered, all_ids, right=True) - torch.searchsorted(ordered, all_ids)
     none = (all_ids < 0) | (all_ids == targets[:, None])
     lowered = (all_logits - count.log()).masked_fill(none, -torch.inf)
-    positive = (states * table[targets]).sum(1, keepdim=True)
+    positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
     return (torch.logsumexp(torch.cat([positive, lowered], 1), 1) - positive[:, 0]).mean()
 
 
@@ -142,7 +146,7 @@ def chunked_rece(
     plan = [chunks_of(states, table, hashes, num_chunks, reach) for hashes in directions]
     own_chunks = torch.stack([back // own.shape[1] for own, _, back, _ in plan], 1)
     item_chunks = torch.stack([of_item for *_, of_item in plan], 1)
-    rounds = [(states * table[targets]).sum(1)]
+    rounds = [(states * F.embedding(targets, table)).sum(1)]
     for own, near, back, _ in plan:
         tiles = [
             checkpoint(
@@ -172,7 +176,7 @@ def _tile(
         for of_position, of_item in zip(own_chunks.T, item_chunks.T, strict=True)
     )
     none = (near[:, None] < 0) | (near[:, None] == targets[own][:, :, None])
-    logits = states[own] @ table[near].transpose(1, 2)
+    logits = states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)
     return torch.logsumexp((logits - count.log()).masked_fill(none, -torch.inf), 2)
 
 

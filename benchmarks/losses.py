@@ -41,7 +41,7 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """Takes states, table and targets; gives the mean loss, or does its own backward."""
 
 NUM_NEGATIVES, SHARE, ITEMS_PER_BUCKET, ROUNDS, REACH, SEED = 1024, 128, 256, 4, 1, 7
-BLOCKS = {"cce": (64, 256, 1024), "cce_minus": (16, 64, 256), "sce": (8, 32), "rece": (1, 8, 32)}
+BLOCKS = {"cce": (64, 256, 1024), "cce_minus": (64, 512), "sce": (8, 32), "rece": (8, 64)}
 LOSSES = tuple(BLOCKS)
 
 
@@ -172,7 +172,7 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
     names = ["ours"] + ["ours_sparse"] * (loss in ("cce_minus", "sce"))
     if catalog <= options.largest_baseline:
         chunked = [f"chunked_{block}" for block in BLOCKS[loss]]
-        swept = call_fresh(__file__, job | {"kind": "time", "operations": chunked, "repeats": 2})
+        swept = call_fresh(__file__, job | {"kind": "time", "operations": chunked, "repeats": 1})
         best = min(chunked, key=lambda name: median(swept["times_s"][name]))
         names += [best, "eager"] + ["fair"] * (loss == "cce_minus")
     answer = call_fresh(__file__, job | {"kind": "time", "operations": names})
