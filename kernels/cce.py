@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
+from shardrec.kernels.block_logsumexp.cpu import TILE_LOGITS
+from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
 from shardrec.kernels.exchange import Chunk
-from shardrec.kernels.fused_cce import fits_cache, fused_cross_entropy
+from shardrec.kernels.fused_cce import (
+    LEAST_POSITIONS,
+    fits_cache,
+    fused_cross_entropy,
+    group_size,
+)
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import streamed_logsumexp
 
-__all__ = ["cut_cross_entropy"]
+__all__ = ["cut_cross_entropy", "cut_cross_entropy_cost"]
 
 
 def cut_cross_entropy(
@@ -92,3 +99,28 @@ class _EveryItem:
 
     def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
         return every_pair(row_ids.count, row_ids.find(targets)), chunk.positions
+
+
+def cut_cross_entropy_cost(work: Workload) -> LossCost:
+    """What the full softmax costs a rank.
+
+    On a CPU a shard in the cache is worked on with one group of logits and three products. Else
+    logits exist a tile at a time and are computed again in backward: four products on a CPU, five
+    in Triton, where either gradient has its own pass.
+    """
+    pairs = float(work.num_positions) * work.num_rows * work.width
+    if work.on_cpu and group_size(work.num_rows) >= LEAST_POSITIONS:
+        group = min(group_size(work.num_rows), work.num_positions)
+        logits = 4 * group * work.num_rows
+        return _full_cost(work, logits + 3 * 4 * group * work.width, 6 * pairs)
+    tile = 4 * TILE_LOGITS if work.on_cpu else 0
+    return _full_cost(work, tile, (8 if work.on_cpu else 10) * pairs)
+
+
+def _full_cost(work: Workload, workspace: int, flops: float) -> LossCost:
+    return LossCost(
+        touched_rows=work.num_rows,
+        is_dense=True,
+        workspace_bytes=workspace + streaming_bytes(work),
+        flops=flops,
+    )

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.cost import LossCost, Workload, expected_distinct, streaming_bytes
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import streamed_logsumexp
 
-__all__ = ["Sampler", "sampled_cross_entropy"]
+__all__ = ["Sampler", "sampled_cross_entropy", "sampled_cross_entropy_cost"]
 
 # Draws in memory at a time: 2**20 int64 are 8 MiB.
 _DRAWS_AT_ONCE = 1 << 20
@@ -217,3 +219,25 @@ class _SampledItems:
             offsets=self._sampler.log_probability(items[here]),
         )
         return blocks, chunk.positions
+
+
+def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | None) -> LossCost:
+    """What sampled negatives cost a rank, where the draws are uniform.
+
+    A draw from popularity, or from the batch, meets fewer rows. The rows drawn are copied once;
+    beside the copy there are the draws of a chunk and the batches of a CPU.
+    """
+    share = max(1, work.num_positions if share is None else share)
+    num_draws = -(-work.num_positions // share) * num_negatives
+    # Targets are drawn from the log and not uniformly: at most one row for each.
+    touched = expected_distinct(num_draws + work.num_positions, work.num_items) / work.num_ranks
+    rows = min(work.num_rows, round(touched))
+    copy = rows * work.width * work.element_bytes
+    draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
+    batches = BATCH_BYTES if work.on_cpu else 0
+    return LossCost(
+        touched_rows=rows,
+        is_dense=False,
+        workspace_bytes=copy + 3 * draws + batches + streaming_bytes(work),
+        flops=8.0 * work.num_positions * num_negatives * work.width / work.num_ranks,
+    )

@@ -14,7 +14,7 @@ from shardrec.kernels.exchange import Exchange
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.streaming import combine_shards
 
-__all__ = ["fits_cache", "fused_cross_entropy"]
+__all__ = ["fits_cache", "fused_cross_entropy", "group_size"]
 
 # Logits of one group of positions: a few MiB, within the last level of cache beside the rows.
 GROUP_LOGITS = 6 << 20
@@ -28,7 +28,7 @@ def fits_cache(problem: Problem) -> bool:
     Every rank must come to the same answer, so it looks at the largest shard a rank can have.
     """
     on_cpu = problem.states.device.type == "cpu" and problem.states.dtype == torch.float32
-    return on_cpu and _group_size(problem.exchange.largest_shard) >= LEAST_POSITIONS
+    return on_cpu and group_size(problem.exchange.largest_shard) >= LEAST_POSITIONS
 
 
 def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> Tensor:
     return _FusedCrossEntropy.apply(problem.states, problem.scaled_rows(), problem, coefficients)
 
 
-def _group_size(num_rows: int) -> int:
+def group_size(num_rows: int) -> int:
+    """Positions whose logits over so many rows are in the cache together."""
     return min(MOST_POSITIONS, GROUP_LOGITS // max(num_rows, 1))
 
 
@@ -56,7 +57,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, states: Tensor, rows: Tensor, problem: Problem, coefficients: Tensor
     ) -> Tensor:
         exchange = problem.exchange
-        num_groups = max(1, -(-exchange.num_positions // _group_size(exchange.largest_shard)))
+        num_groups = max(1, -(-exchange.num_positions // group_size(exchange.largest_shard)))
         grad_states, grad_rows = torch.empty_like(states), torch.zeros_like(rows)
         total = torch.zeros((), device=states.device)
         buffer = torch.empty(0, device=states.device)

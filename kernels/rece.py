@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
+from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_HASH
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
@@ -28,6 +30,7 @@ __all__ = [
     "item_chunks",
     "position_chunks",
     "reduced_cross_entropy",
+    "reduced_cross_entropy_cost",
 ]
 
 
@@ -311,3 +314,29 @@ def _within_bucket(buckets: Tensor) -> Tensor:
         places = torch.arange(buckets.shape[0], device=buckets.device) - starts
         within[order, index] = places
     return within
+
+
+def reduced_cross_entropy_cost(
+    work: Workload,
+    num_buckets: int | None,
+    num_chunks: int | None,
+    num_rounds: int,
+    num_neighbor_chunks: int,
+) -> LossCost:
+    """What hashed chunks cost a rank.
+
+    A row has in each round a bucket and a chunk (int32), a place in the order (int32 and int64),
+    and a few int64 while these are made.
+    """
+    reach = num_neighbor_chunks
+    num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)
+    num_chunks = num_chunks or num_buckets
+    hashed = 2.0 * num_rounds * num_buckets * (work.own_positions + work.num_rows) * work.width
+    met = work.num_rows * min(1.0, (2 * reach + 1) / num_chunks) * num_rounds
+    held = 20 * num_rounds * (work.num_rows + work.own_positions)
+    return LossCost(
+        touched_rows=work.num_rows,
+        is_dense=True,
+        workspace_bytes=held + (BATCH_BYTES if work.on_cpu else 0) + streaming_bytes(work),
+        flops=hashed + 8.0 * work.num_positions * met * work.width,
+    )

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.cost import LossCost, Workload, expected_distinct, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
@@ -27,6 +29,7 @@ __all__ = [
     "mixed_centres",
     "plain_centres",
     "scalable_cross_entropy",
+    "scalable_cross_entropy_cost",
 ]
 
 
@@ -311,3 +314,29 @@ class _BucketItems:
             pair_slots=order,
         )
         return blocks, slots
+
+
+def scalable_cross_entropy_cost(
+    work: Workload, num_buckets: int | None, positions_per_bucket: int | None, items_per_bucket: int
+) -> LossCost:
+    """What hard buckets cost a rank, where every bucket chooses other items.
+
+    Three projections are chosen from (states to centres, centres to states and to rows) and the
+    buckets' blocks are computed in forward and again in backward.
+    """
+    default = default_num_buckets(work.num_positions)
+    num_buckets, per_bucket = num_buckets or default, positions_per_bucket or default
+    listed = num_buckets * min(items_per_bucket, work.num_items)
+    touched = expected_distinct(listed + work.num_positions, work.num_items) / work.num_ranks
+    rows = min(work.num_rows, round(touched))
+    choices = 2.0 * num_buckets * (2 * work.own_positions + work.num_rows) * work.width
+    blocks = 8.0 * listed * per_bucket * work.width / work.num_ranks
+    return LossCost(
+        touched_rows=rows,
+        is_dense=False,
+        workspace_bytes=rows * work.width * work.element_bytes
+        + 24 * num_buckets * (per_bucket + items_per_bucket)
+        + (BATCH_BYTES if work.on_cpu else 0)
+        + streaming_bytes(work),
+        flops=choices + blocks,
+    )

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "rank the whole catalog for the test users and write the metrics",
     "recommend": "write the best items of every user to Parquet",
     "export": "write item vectors and the encoder for a service",
+    "plan": "say what a run will cost each rank, and how large a catalog fits",
     "launch": "run train, evaluate or prepare through TorchX, here or on a cluster",
     "doctor": "say what is installed, whether it fits together, how to mend it",
     "demo": "the whole job on generated data or on your own log, with a table",

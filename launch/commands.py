@@ -207,6 +207,35 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a run will cost each rank."""
+    from shardrec.pipeline.config import override, unknown_name
+    from shardrec.pipeline.plan import Machine
+    from shardrec.pipeline.plan import plan as run_plan
+    from shardrec.pipeline.recipes import RECIPES
+
+    parser = Parser(
+        "plan",
+        "Says before a machine is rented what a step costs each rank: bytes of memory by term,\n"
+        "bytes received from other ranks, FLOP, and the largest catalog that fits. Options of the\n"
+        "model are set by dotted names, as in `shardrec train`.",
+        "example: shardrec plan --num-items 10_000_000 --ranks 8 --memory-gb 80 --device cuda "
+        "--recipe large_catalog encoder.width=128",
+    )
+    parser.add_argument(
+        "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
+    )
+    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    add_options(parser, Machine)
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    options = parser.parse(arguments)
+    if options.recipe not in RECIPES:
+        raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
+    config = override(RECIPES[options.recipe]("none", "none"), options.overrides)
+    print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
+    return 0
+
+
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """One kind of metric a line, one list length a column; then what was measured."""
     table: dict[str, dict[int, float]] = {}

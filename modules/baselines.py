@@ -6,12 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
 from shardrec.kernels.problem import Problem, Scaling, pose
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["binary_cross_entropy", "eager_cross_entropy", "generalized_binary_cross_entropy"]
+__all__ = [
+    "binary_cross_entropy",
+    "eager_cross_entropy",
+    "eager_cross_entropy_cost",
+    "generalized_binary_cross_entropy",
+    "paired_cross_entropy_cost",
+]
 
 
 def eager_cross_entropy(
@@ -196,3 +203,25 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         total = ctx.exchange.sum(grad)
         return torch.stack([total * weight, -total]), None
+
+
+def eager_cross_entropy_cost(work: Workload) -> LossCost:
+    """What stored logits cost a rank: themselves, and four tensors of their size in backward."""
+    pairs = work.num_positions * work.num_rows
+    return LossCost(
+        touched_rows=work.num_rows,
+        is_dense=True,
+        workspace_bytes=5 * 4 * pairs + streaming_bytes(work),
+        flops=6.0 * pairs * work.width,
+    )
+
+
+def paired_cross_entropy_cost(work: Workload, num_negatives: int) -> LossCost:
+    """What K negatives of each position cost a rank: their vectors and the gradients of those."""
+    vectors = work.num_positions * (num_negatives + 1) * work.width
+    return LossCost(
+        touched_rows=work.num_rows,
+        is_dense=True,
+        workspace_bytes=2 * 4 * vectors + streaming_bytes(work),
+        flops=6.0 * vectors,
+    )

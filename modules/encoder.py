@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EncoderConfig", "TransformerEncoder"]
+__all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +99,33 @@ class EncoderConfig:
         if self.hidden is not None:
             return self.hidden
         return self.width if self.kind == "sasrec" else 16 * math.ceil(self.width / 6)
+
+
+def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
+    """Float32 numbers that one position keeps for backward; padded positions too.
+
+    Counted with saved-tensor hooks, and linear in every size. Dropout keeps a mask and what it was
+    applied to; attention weights are kept where they are dropped on a CPU.
+    """
+    width, hidden = config.width, config.resolved_hidden
+    is_dropped = config.dropout > 0
+    if config.kind == "sasrec":
+        block = (8 + is_dropped) * width + (1 + 2 * is_dropped) * hidden
+        first = (1 + is_dropped) * width
+    else:
+        block = (12 + (config.num_heads > 1) + 2 * is_dropped) * width + 4 * hidden
+        first = (2 + is_dropped) * width
+    if on_cpu and config.resolved_attention_dropout > 0:
+        block += 3 * config.num_heads * length
+    return float(first + config.num_blocks * (block + 4 + config.num_heads) + 2)
+
+
+def encoder_flops(config: EncoderConfig, length: int) -> float:
+    """Of products at one position, forward and backward; attention over the whole (L, L)."""
+    width, hidden = config.width, config.resolved_hidden
+    modern = config.kind == "modern"
+    projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
+    return 6.0 * config.num_blocks * (projections + 2 * length * width)
 
 
 class TransformerEncoder(nn.Module):

@@ -22,6 +22,8 @@ TILE_POSITIONS = 1024
 PIECE_ITEMS = 1 << 14
 # The rows that a batch copies together: 2**21 floats are 8 MiB.
 BATCH_FLOATS = 1 << 21
+# What a batch of listed blocks holds at its peak: rows and their gradients, logits, probabilities.
+BATCH_BYTES = 4 * (2 * BATCH_FLOATS + 2 * TILE_LOGITS)
 # A batch of blocks is padded to its largest; blocks smaller than this share of it open a new batch.
 LEAST_FILL = 0.5
 

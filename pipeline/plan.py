@@ -1,0 +1,285 @@
+"""What a run will cost each rank, said before it starts: memory, traffic, arithmetic.
+
+The formulas stand beside the code they describe: ``*_cost`` in ``shardrec.kernels``,
+``saved_floats`` and ``encoder_flops`` beside the encoder, ``state_floats`` beside the optimizers.
+Here they are put together. On a CPU they are held to measured peaks by a test; for a GPU they are
+the same sums, not measured.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardrec.kernels.cce import cut_cross_entropy_cost
+from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
+from shardrec.kernels.cost import LossCost, Workload
+from shardrec.kernels.rece import reduced_cross_entropy_cost
+from shardrec.kernels.sce import scalable_cross_entropy_cost
+from shardrec.modules.baselines import eager_cross_entropy_cost, paired_cross_entropy_cost
+from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
+from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
+from shardrec.modules.row_updates import state_floats
+from shardrec.pipeline.run import TrainConfig
+
+__all__ = ["Machine", "Plan", "loss_cost", "plan"]
+
+# (N, D) tensors that exist beside what backward keeps: states, gradients of two layers, masks.
+PASSING_TENSORS = 8
+# Of libraries that a first step loads, and of small tensors.
+FIRST_STEP_BYTES = 6 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What the run is to be spread over.
+
+    Attributes:
+        ranks: W, workers in one sharding group.
+        memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
+        device: "cpu" or "cuda".
+        filled: share of the positions of a batch that are real and not padding.
+        libraries_gb: what a process or a CUDA context holds before the model is built.
+        checkpoint_copy: count a copy of table and optimizer state, as an asynchronous checkpoint
+            makes.
+    """
+
+    ranks: int = 1
+    memory_gb: float | None = None
+    device: str = "cpu"
+    filled: float = 1.0
+    libraries_gb: float = 0.6
+    checkpoint_copy: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a machine that cannot be."""
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}; count the workers")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}; pick one")
+        if not 0 < self.filled <= 1:
+            raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is no padding")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise ValueError(f"memory_gb must be above 0, got {self.memory_gb}; or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Costs of one step on the busiest rank.
+
+    Attributes:
+        num_items: V.
+        memory: bytes by term; "gradient" is that of the table.
+        peak_bytes: most that exist at once: not all terms do.
+        moved: bytes received from other ranks, by part.
+        flops: of products, by part.
+        largest_num_items: the largest catalog whose peak fits; none where no memory was given.
+    """
+
+    num_items: int
+    memory: Mapping[str, int]
+    peak_bytes: int
+    moved: Mapping[str, float]
+    flops: Mapping[str, float]
+    largest_num_items: int | None = None
+
+    @property
+    def dominant(self) -> str:
+        """The memory term that is largest."""
+        return max(self.memory, key=self.memory.__getitem__)
+
+    def describe(self) -> str:
+        """The plan as a table."""
+        rows = [("memory of a rank", ""), *((n, _bytes(b)) for n, b in self.memory.items())]
+        rows += [("peak", _bytes(self.peak_bytes)), ("dominated by", self.dominant), ("", "")]
+        rows += [("received in a step", ""), *((n, _bytes(b)) for n, b in self.moved.items())]
+        rows += [("", ""), ("FLOP in a step", "")]
+        rows += [(name, f"{value:,.3g}") for name, value in self.flops.items()]
+        if self.largest_num_items is not None:
+            rows += [("", ""), ("largest catalog that fits", f"{self.largest_num_items:,} items")]
+        return "\n".join(f"{name:<28}{value:>20}".rstrip() for name, value in rows)
+
+
+def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
+    """Costs of ``config`` over a catalog of ``num_items`` on ``machine``.
+
+    Args:
+        config: of the run; data and output are not looked at.
+        num_items: V.
+        machine: ranks and memory.
+
+    Raises:
+        ValueError: the catalog is empty.
+    """
+    if num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
+    made = _Planner(config, machine)
+    largest = None if machine.memory_gb is None else made.largest(int(machine.memory_gb * 1e9))
+    memory, peak = made.memory(num_items)
+    return Plan(
+        num_items=num_items,
+        memory=memory,
+        peak_bytes=peak,
+        moved=made.moved(),
+        flops=made.flops(num_items),
+        largest_num_items=largest,
+    )
+
+
+class _Planner:
+    """The sums, for a config and a machine."""
+
+    def __init__(self, config: TrainConfig, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+        self.on_cpu = machine.device == "cpu"
+        self.width, self.length = config.encoder.width, config.encoder.max_length
+        sequences = config.batches.batch_size
+        self.slots = -(-sequences // machine.ranks) * self.length
+        self.num_positions = round(sequences * self.length * machine.filled)
+        encoder = TransformerEncoder(config.encoder)
+        self.parameters = sum(one.numel() for one in encoder.parameters())
+
+    def work(self, num_items: int) -> Workload:
+        return Workload(
+            num_positions=self.num_positions,
+            num_items=num_items,
+            num_ranks=self.machine.ranks,
+            width=self.width,
+            on_cpu=self.on_cpu,
+        )
+
+    def memory(self, num_items: int) -> tuple[dict[str, int], int]:
+        """Bytes by term, and the most at once: in the loss, or in the update."""
+        work = self.work(num_items)
+        cost = loss_cost(self.config.loss, work)
+        floats = state_floats(self.config.catalog.optimizer, self.width)
+        table, state = 4 * work.num_rows * self.width, 4 * work.num_rows * floats
+        gradient, update = self._update(cost, work)
+        terms = {
+            "libraries": int(self.machine.libraries_gb * 1e9) + FIRST_STEP_BYTES,
+            "table": table,
+            "optimizer state": state,
+            "gradient": gradient,
+            "encoder": 5 * 4 * self.parameters,  # weights, gradients twice, two moments
+            "activations": self._activations(),
+            "loss workspace": cost.workspace_bytes + self._unit_rows(work),
+            "update workspace": update,
+            "checkpoint copy": (table + state) * self.machine.checkpoint_copy,
+        }
+        either = {"activations", "loss workspace"}, {"update workspace"}
+        always = sum(value for name, value in terms.items() if name not in either[0] | either[1])
+        return terms, always + max(sum(terms[name] for name in names) for names in either)
+
+    def largest(self, memory_bytes: int) -> int:
+        """The largest catalog whose peak is within ``memory_bytes``, by bisection; 0 for none."""
+        low, high = 0, 1
+        while self.memory(high)[1] <= memory_bytes:
+            low, high = high, 2 * high
+        while high - low > max(1, low // 10_000):
+            middle = (low + high) // 2
+            fits = self.memory(middle)[1] <= memory_bytes
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    def moved(self) -> dict[str, float]:
+        """Bytes received from other ranks."""
+        own, others = self.num_positions / self.machine.ranks, 1 - 1 / self.machine.ranks
+        vectors = 4.0 * own * self.width * others
+        states = 4.0 * self.num_positions * self.width * others
+        return {
+            "ids and vectors looked up": 8.0 * own * others + vectors,
+            "gradients of vectors": vectors,
+            "states, twice": 2 * states,
+            "gradients of states": states,
+            "encoder gradients": 2 * 4.0 * self.parameters * others,
+        }
+
+    def flops(self, num_items: int) -> dict[str, float]:
+        """Of products, forward and backward."""
+        return {
+            "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
+            "loss": loss_cost(self.config.loss, self.work(num_items)).flops,
+        }
+
+    def _activations(self) -> int:
+        kept = saved_floats(self.config.encoder, self.length, on_cpu=self.on_cpu)
+        return round(4 * self.slots * (kept + PASSING_TENSORS * self.width))
+
+    def _update(self, cost: LossCost, work: Workload) -> tuple[int, int]:
+        """The table's gradient, and what its merging and its optimizer need beside it."""
+        row = 4 * self.width
+        if cost.is_dense:
+            return work.num_rows * row, 0
+        merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
+        gradient = cost.touched_rows * (row + 8)
+        if self.config.catalog.optimizer == "adam":  # it moves every row: a dense gradient
+            return gradient, max(merged, work.num_rows * row + merged - gradient)
+        return gradient, merged
+
+    def _unit_rows(self, work: Workload) -> int:
+        """The rows at unit length, and their gradient on its way to the table's."""
+        cost = loss_cost(self.config.loss, work)
+        rows = work.num_rows if cost.is_dense else cost.touched_rows
+        return 2 * 4 * rows * self.width * self.config.loss.normalize
+
+
+@functools.singledispatch
+def loss_cost(loss: Any, work: Workload) -> LossCost:
+    """What a step of ``loss`` with its options costs a rank."""
+    raise TypeError(f"loss must be one of this package, got {type(loss).__name__}; plan another")
+
+
+@loss_cost.register
+def _(loss: CCE, work: Workload) -> LossCost:
+    return cut_cross_entropy_cost(work)
+
+
+@loss_cost.register
+def _(loss: CCEMinus, work: Workload) -> LossCost:
+    return sampled_cross_entropy_cost(work, loss.num_negatives, loss.share or None)
+
+
+@loss_cost.register
+def _(loss: SCE, work: Workload) -> LossCost:
+    return scalable_cross_entropy_cost(
+        work, loss.num_buckets or None, loss.positions_per_bucket or None, loss.items_per_bucket
+    )
+
+
+@loss_cost.register
+def _(loss: RECE, work: Workload) -> LossCost:
+    return reduced_cross_entropy_cost(
+        work,
+        loss.num_buckets or None,
+        loss.num_chunks or None,
+        loss.num_rounds,
+        loss.num_neighbor_chunks,
+    )
+
+
+@loss_cost.register
+def _(loss: EagerCE, work: Workload) -> LossCost:
+    return eager_cross_entropy_cost(work)
+
+
+@loss_cost.register
+def _(loss: BCE, work: Workload) -> LossCost:
+    return paired_cross_entropy_cost(work, loss.num_negatives)
+
+
+@loss_cost.register
+def _(loss: GBCE, work: Workload) -> LossCost:
+    return paired_cross_entropy_cost(work, loss.num_negatives)
+
+
+def _bytes(value: float) -> str:
+    """A number of bytes as people read it.
+
+    Example:
+        >>> _bytes(1536), _bytes(2.5e9)
+        ('1.5 kB', '2.5 GB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,141 @@
+"""Plans: within 15 % of the peaks that this machine measures, and sums that can be checked."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardrec.kernels.cost import Workload
+from shardrec.launch.cli import main
+from shardrec.modules.losses import LOSSES
+from shardrec.pipeline.config import override
+from shardrec.pipeline.plan import Machine, Plan, loss_cost, plan
+from shardrec.pipeline.recipes import large_catalog, tiny_cpu
+from shardrec.pipeline.run import TrainConfig
+
+MIB = 1 << 20
+# glibc raises the size from which a block goes back to the system to that of blocks freed before,
+# and keeps what is smaller: what a process holds would depend on its past. Here the size is fixed.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+# Items, sequences, length, and what differs from tiny_cpu; the term that each case is about.
+CASES: dict[str, tuple[int, tuple[int, int], str, str]] = {
+    "fused-softmax": (80_000, (64, 20), "loss=cce", "loss workspace"),
+    "streamed-softmax": (400_000, (64, 20), "loss=cce", "gradient"),
+    "sampled-adam": (300_000, (256, 20), "loss=cce_minus catalog.optimizer=adam", "update"),
+    "sampled-rowwise": (600_000, (256, 40), "loss=cce_minus", "loss workspace"),
+    "buckets-sparse-adam": (300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam", "state"),
+    "hashes-sgd": (300_000, (64, 20), "loss=rece catalog.optimizer=sgd", "gradient"),
+    "stored-logits": (20_000, (64, 20), "loss=eager_ce", "loss workspace"),
+    "stored-negatives": (20_000, (64, 20), "loss=gbce loss.num_negatives=64", "loss workspace"),
+    "sasrec": (2_000, (768, 50), "loss=cce_minus loss.num_negatives=64", "activations"),
+    "modern": (
+        2_000,
+        (512, 50),
+        "loss=cce_minus loss.num_negatives=64 encoder.kind=modern",
+        "activations",
+    ),
+}
+QUICK = ("fused-softmax", "sampled-adam", "sasrec")
+
+
+def case_of(name: str) -> tuple[TrainConfig, dict[str, Any]]:
+    num_items, (sequences, length), options, _ = CASES[name]
+    overrides = [*options.split(), "encoder.width=64", f"encoder.max_length={length}"]
+    overrides.append(f"batches.batch_size={sequences}")
+    config = override(tiny_cpu("none", "none"), overrides)
+    case = {"num_items": num_items, "batch": [sequences, length], "overrides": overrides}
+    return config, case
+
+
+def measured_bytes(case: dict[str, Any]) -> int:
+    command = [sys.executable, "-P", str(Path(__file__).with_name("peak_memory.py"))]
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run(
+        [*command, json.dumps(case)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout)["peak"])
+
+
+def without_libraries(config: TrainConfig, num_items: int) -> Plan:
+    return plan(config, num_items, Machine(libraries_gb=0.0))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str) -> None:
+    config, case = case_of(name)
+    planned = without_libraries(config, case["num_items"]).peak_bytes
+    measured = measured_bytes(case)
+    assert planned == pytest.approx(measured, rel=0.15), (
+        f"planned {planned / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB"
+    )
+
+
+def test_terms_are_those_that_one_counts_by_hand() -> None:
+    config = override(
+        tiny_cpu("none", "none"), ["encoder.width=64", "catalog.optimizer=adam", "loss=cce"]
+    )
+    planned = without_libraries(config, 1_000_000)
+    assert planned.memory["table"] == 256_000_000
+    assert planned.memory["optimizer state"] == 512_000_000
+    assert planned.memory["gradient"] == 256_000_000
+    assert planned.dominant == "optimizer state"
+    assert planned.flops["loss"] == 8 * 32 * 16 * 1e6 * 64
+    assert not any(planned.moved.values())
+    halved = plan(config, 1_000_000, Machine(ranks=2, libraries_gb=0.0))
+    assert halved.memory["table"] == 128_000_000
+    assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
+
+
+def test_a_catalog_at_the_limit_fits_and_a_larger_one_does_not() -> None:
+    config = large_catalog("none", "none")
+    machine = Machine(ranks=8, memory_gb=80, device="cuda")
+    largest = plan(config, 1, machine).largest_num_items
+    assert largest is not None and largest > 10_000_000
+    assert plan(config, largest, machine).peak_bytes <= 80e9
+    assert plan(config, math.ceil(largest * 1.001), machine).peak_bytes > 80e9
+    more = plan(config, 1, Machine(ranks=16, memory_gb=80, device="cuda")).largest_num_items
+    assert more is not None and 1.8 * largest < more
+    none = plan(config, 1, Machine(memory_gb=0.1)).largest_num_items
+    assert none == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_cost_that_grows_with_its_batch(name: str) -> None:
+    loss = LOSSES[name]()
+    small, large = (
+        loss_cost(loss, Workload(num_positions=n, num_items=50_000, num_ranks=2, width=32))
+        for n in (1_000, 9_000)
+    )
+    assert 0 < small.flops < large.flops
+    assert small.workspace_bytes <= large.workspace_bytes
+    assert 0 < small.touched_rows <= large.touched_rows <= 25_000
+
+
+def test_an_asynchronous_checkpoint_is_counted_when_asked_for() -> None:
+    config = tiny_cpu("none", "none")
+    without, with_copy = (
+        plan(config, 100_000, Machine(checkpoint_copy=copy)) for copy in (False, True)
+    )
+    copied = without.memory["table"] + without.memory["optimizer state"]
+    assert with_copy.peak_bytes - without.peak_bytes == copied
+
+
+def test_the_command_prints_terms_and_the_largest_catalog(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "--num-items", "10_000_000", "--ranks", "8", "--memory-gb", "80"]
+    assert main([*words, "--device", "cuda", "--recipe", "large_catalog", "loss=cce"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("table", "optimizer state", "loss workspace", "peak", "dominated by", "encoder"):
+        assert f"\n{name}" in printed
+    assert "largest catalog that fits" in printed
+    assert main([*words, "--ranks", "0"]) == 2
+    assert main([*words, "loss=ccee"]) == 2
