@@ -26,6 +26,7 @@ LOSSES = ("cce", "cce_minus", "sce", "rece")
 METRICS = ("NDCG@10", "Recall@10", "MRR@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
 MARK = ".shardrec-demo"
+CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
 
 # A small model at high learning rates: it has a few hundred steps to show what it can.
 SETTINGS = (
@@ -34,13 +35,23 @@ SETTINGS = (
     "encoder.num_blocks=1",
     "encoder.dropout=0",
     "catalog.init_std=0.15",
-    "catalog.learning_rate=0.04",
+    "catalog.learning_rate=0.02",
     "optimizer.learning_rate=0.005",
-    "batches.batch_size=128",
+    "optimizer.clip_norm=none",
+    "optimizer.warmup_steps=5",
+    "batches.batch_size=32",
     "limits.max_epochs=none",
     "validation.every_epochs=none",
     "validation.patience=none",
 )
+
+# What each loss sees of the catalog in a step: enough to learn, little enough to be quick.
+LOSS_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "cce": (),
+    "cce_minus": ("loss.proposal=popularity", "loss.num_negatives=2048"),
+    "sce": ("loss.items_per_bucket=512",),
+    "rece": ("loss.num_rounds=1", "loss.num_neighbor_chunks=0"),
+}
 
 # What a worker of rank 0 says that is worth a line on the screen.
 NEWS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
@@ -57,8 +68,8 @@ class DemoConfig:
         steps: optimizer steps of each loss.
         workers: processes that share the catalog.
         recipe: what each run starts from.
-        users, items, size: of the generated log; size is its number of events. About half of the
-            items occur in it.
+        users, items, size: of the generated log; size is its number of events. About a third
+            of the items occur in it.
         seed: of the generated log and of the training.
     """
 
@@ -67,11 +78,11 @@ class DemoConfig:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
-    steps: int = 220
+    steps: int = 500
     workers: int = 2
     recipe: str = "demo"
     users: int = 30_000
-    items: int = 100_000
+    items: int = 150_000
     size: int = 600_000
     seed: int = 0
 
@@ -110,12 +121,12 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
     """
     check_log(config)
     start_folder(config.folder)
-    log = config.events or generate_log(config, console)
+    log, ceiling = (config.events, None) if config.events else generate_log(config, console)
     prepared = prepare_log(config, log, console)
     rows = [Row("popularity", evaluate_popularity(str(prepared), MEASURE))]
     for loss in LOSSES:
         rows.append(train_and_evaluate(config, prepared, loss, console))
-    console.print(table(rows, config))
+    console.print(table(rows, config, ceiling))
     console.print(next_steps(config, log, prepared), soft_wrap=True, highlight=False, markup=False)
     return rows
 
@@ -152,13 +163,20 @@ def start_folder(folder: Path) -> None:
     (folder / MARK).write_text("Made by `shardrec demo`, which may replace this folder.\n")
 
 
-def generate_log(config: DemoConfig, console: Console) -> str:
-    """Write a log whose best possible metrics are known, and say them."""
+def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
+    """Write a log whose best possible NDCG@10 is known; its path, and that NDCG@10."""
     console.rule("generate")
     path = config.folder / "events.parquet"
-    size = SynthConfig(users=config.users, items=config.items, events=config.size, seed=config.seed)
-    console.print(str(generate(size, path)), highlight=False)
-    return str(path)
+    size = SynthConfig(
+        users=config.users,
+        items=config.items,
+        events=config.size,
+        clusters=min(CLUSTERS, config.items),
+        seed=config.seed,
+    )
+    report = generate(size, path)
+    console.print(str(report), highlight=False)
+    return str(path), report.ceiling
 
 
 def prepare_log(config: DemoConfig, log: str, console: Console) -> Path:
@@ -202,7 +220,8 @@ def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Con
         RuntimeError: a worker failed.
     """
     stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
-    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}", *SETTINGS]
+    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
+    options += [*SETTINGS, *LOSS_SETTINGS[loss]]
     component = ["-j", f"1x{config.workers}"]
     job = Job(component="train", arguments=(*component, "--", *stage, *options))
     path = config.folder / "logs" / f"{loss}.log"
@@ -229,21 +248,42 @@ def read_end(run: Path) -> dict[str, Any]:
     return dict(json.loads(last))
 
 
-def table(rows: list[Row], config: DemoConfig) -> Table:
-    """The comparison as rich shows it; the best of each metric is bold."""
+def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
+    """The comparison as rich shows it; the best of each metric is bold.
+
+    Args:
+        rows: popularity first.
+        config: of the demo.
+        ceiling: NDCG@10 of the true model on a sample of users, where it is known.
+    """
     made = Table(
         title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked"
     )
-    made.add_column("loss")
-    for name in (*METRICS, "s/step", "peak GiB"):
+    made.add_column("")
+    for name in (*METRICS, "gap closed", "s/step", "peak GiB"):
         made.add_column(name, justify="right")
     best = {name: max(row.metrics[name] for row in rows) for name in METRICS}
     for row in rows:
         cells = [mark(row.metrics[name], best[name]) for name in METRICS]
+        share = gap_closed(row.metrics["NDCG@10"], rows[0].metrics["NDCG@10"], ceiling)
         seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
         memory = "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f}"
-        made.add_row(row.name, *cells, seconds, memory)
+        made.add_row(row.name, *cells, share, seconds, memory)
+    if ceiling is not None:
+        made.add_row("true model", f"{ceiling:.4f}", "", "", "", "100 %")
     return made
+
+
+def gap_closed(value: float, floor: float, ceiling: float | None) -> str:
+    """How far from popularity to the true model; empty where the true model is not known.
+
+    Example:
+        >>> gap_closed(0.15, 0.05, 0.25), gap_closed(0.15, 0.05, None)
+        ('50 %', '')
+    """
+    if ceiling is None or ceiling <= floor:
+        return ""
+    return f"{100 * (value - floor) / (ceiling - floor):.0f} %"
 
 
 def mark(value: float, best: float) -> str:

@@ -1,74 +1,55 @@
-"""The demo, small: on a generated log, and on a log with other column names."""
+"""The demo's settings fit its recipe, and its table says how far each loss came."""
 
-import io
-from pathlib import Path
+from io import StringIO
 
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from shardrec.launch import cli
-from shardrec.launch.demo import LOSSES, MARK, METRICS, DemoConfig, run_demo, start_folder
-from shardrec.pipeline.synth import SynthConfig, generate
-
-
-@pytest.mark.slow
-def test_every_loss_trains_on_workers_and_the_table_compares_them(tmp_path: Path) -> None:
-    log = tmp_path / "log.parquet"
-    generate(SynthConfig(users=300, items=203, events=3_000, clusters=16, report_users=50), log)
-    renamed = pq.read_table(log).rename_columns(["customer", "article", "moment"])
-    pq.write_table(renamed, log)
-    config = DemoConfig(
-        events=str(log),
-        user_column="customer",
-        item_column="article",
-        time_column="moment",
-        output=str(tmp_path / "demo"),
-        steps=3,
-    )
-    screen = io.StringIO()
-    rows = run_demo(config, Console(file=screen, width=120))
-    assert [row.name for row in rows] == ["popularity", *LOSSES]
-    for row in rows[1:]:
-        assert row.seconds_per_step is not None and row.seconds_per_step > 0
-        assert row.memory_bytes is not None and row.memory_bytes > 0
-        assert all(0 <= row.metrics[name] <= 1 for name in METRICS)
-    shown = screen.getvalue()
-    assert [name for name in ("popularity", *LOSSES, *METRICS) if name not in shown] == []
-    assert "stopped at step 3" in shown, "the workers' news reach the screen"
-    assert "shardrec prepare --events path/to/log.parquet" in shown
-    for loss in LOSSES:
-        assert (tmp_path / "demo" / "runs" / loss / "metrics.json").is_file()
-
-
-def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(FileExistsError, match="output must be new or an earlier demo"):
-        start_folder(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
-
-
-def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
-    start_folder(tmp_path / "demo")
-    (tmp_path / "demo" / "events.parquet").touch()
-    start_folder(tmp_path / "demo")
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == [MARK]
-
-
-@pytest.mark.parametrize(
-    ("events", "words"),
-    [
-        ("nowhere.parquet", "nowhere.parquet"),
-        ("demo/events.parquet", "events must lie outside the folder that is replaced"),
-    ],
+from shardrec.launch.demo import (
+    CLUSTERS,
+    LOSS_SETTINGS,
+    LOSSES,
+    METRICS,
+    SETTINGS,
+    DemoConfig,
+    Row,
+    table,
 )
-def test_a_bad_log_is_refused_before_an_earlier_demo_is_replaced(
-    events: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start_folder(tmp_path / "demo")
-    (tmp_path / "demo" / "events.parquet").write_text("precious")
-    output = str(tmp_path / "demo")
-    assert cli.main(["demo", "--events", str(tmp_path / events), "--output", output]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
-    assert (tmp_path / "demo" / "events.parquet").read_text() == "precious"
+from shardrec.pipeline.config import override, snake_case
+from shardrec.pipeline.recipes import RECIPES
+from shardrec.pipeline.synth_world import SynthConfig, World, blocks
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_settings_of_each_loss_fit_the_recipe(loss: str) -> None:
+    start = RECIPES[DemoConfig().recipe](data="data", output="run")
+    config = override(
+        start, [f"loss={loss}", "limits.max_steps=1", *SETTINGS, *LOSS_SETTINGS[loss]]
+    )
+    assert snake_case(type(config.loss).__name__) == loss
+    assert not config.validation.is_on
+
+
+def test_the_generated_catalog_has_fifty_thousand_items_or_more() -> None:
+    demo = DemoConfig()
+    config = SynthConfig(
+        users=demo.users, items=demo.items, events=demo.size, clusters=CLUSTERS, seed=demo.seed
+    )
+    seen = {int(item) for block in blocks(World(config)) for item in block.item}
+    assert len(seen) >= 50_500
+
+
+def test_the_table_shows_the_share_of_the_gap_where_the_true_model_is_known() -> None:
+    rows = [Row("popularity", dict.fromkeys(METRICS, 0.05))]
+    rows.append(Row("cce", dict.fromkeys(METRICS, 0.15), 0.25, 2**30))
+    known, unknown = shown(rows, 0.25), shown(rows, None)
+    assert "50 %" in known and "true model" in known and "0.2500" in known
+    assert "%" not in unknown and "true model" not in unknown
+
+
+def shown(rows: list[Row], ceiling: float | None) -> str:
+    """The table as text."""
+    console = Console(file=StringIO(), width=120)
+    console.print(table(rows, DemoConfig(), ceiling))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
