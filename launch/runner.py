@@ -136,11 +136,17 @@ class _Copy(threading.Thread):
         )
 
     def run(self) -> None:
-        for line in self._open():
-            self._show(line.rstrip("\n"))
-            found = COMPLAINT.match(line) or CRASH.match(line)
-            if found and not self.complaint:
-                self.complaint = found["what"].strip()
+        try:
+            for line in self._open():
+                self._take(line.rstrip("\n"))
+        except FileNotFoundError:  # the job was interrupted, and TorchX removed its logs
+            return
+
+    def _take(self, line: str) -> None:
+        self._show(line)
+        found = COMPLAINT.match(line) or CRASH.match(line)
+        if found and not self.complaint:
+            self.complaint = found["what"].strip()
 
 
 def _find_our_programs() -> None:
