@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shardrec.kernels.block_logsumexp import gpu_full, gpu_listed
+from shardrec.kernels.device import alignment
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
 from shardrec.kernels.tiles import Tile, tile_for
@@ -206,6 +207,7 @@ class Case:
             "WIDTH": tile.width,
             "OUT": tile.out,
             "HOLD": tile.width >= width,
+            "ALIGN": alignment(width),
             "PRECISION": precision,
             **self.constants,
         }

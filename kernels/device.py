@@ -1,6 +1,7 @@
 """What the launchers need to know of a device, and which backend serves it."""
 
 import importlib.util
+import math
 import warnings
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "BACKENDS",
+    "alignment",
     "architecture_of",
     "choose_backend",
     "gpu_refusal",
@@ -87,6 +89,15 @@ def _interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def alignment(width: int) -> int:
+    """Largest power of two up to 16 that divides D, and so the start of every row.
+
+    >>> [alignment(width) for width in (64, 100, 7)]
+    [16, 4, 1]
+    """
+    return math.gcd(width, 16)
 
 
 def architecture_of(device: torch.device) -> int:

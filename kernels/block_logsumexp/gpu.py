@@ -15,7 +15,13 @@ from shardrec.kernels.block_logsumexp.schedule import (
     row_tiles,
     without_idle_pairs,
 )
-from shardrec.kernels.device import architecture_of, num_processors, operand, precision_of
+from shardrec.kernels.device import (
+    alignment,
+    architecture_of,
+    num_processors,
+    operand,
+    precision_of,
+)
 from shardrec.kernels.tiles import Tile, tile_for
 
 __all__ = ["backward", "forward"]
@@ -103,6 +109,18 @@ class _Problem:
         kernel = kernel if self.blocks.rounds is None else f"{kernel}_rounds"
         return tile_for(kernel, self.width, self.dtype, architecture)
 
+    def options(self, tile: Tile) -> dict[str, int | str]:
+        """Compile-time arguments that all kernels of products share."""
+        return {
+            "POSITIONS": tile.positions,
+            "ITEMS": tile.items,
+            "WIDTH": tile.width,
+            "ALIGN": alignment(self.width),
+            "PRECISION": precision_of(self.dtype),
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
     def num_out(self, tile: Tile) -> int:
         return triton.cdiv(self.width, tile.out)
 
@@ -152,13 +170,8 @@ def _full_forward(problem: _Problem) -> Tensor:
         partials,
         num_positions,
         problem.width,
-        POSITIONS=tile.positions,
-        ITEMS=tile.items,
-        WIDTH=tile.width,
-        PRECISION=precision_of(problem.dtype),
+        **problem.options(tile),
         HOLD=tile.width >= problem.width,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
     return partials.logsumexp(0) if num_parts > 1 else partials[0]
 
@@ -218,14 +231,9 @@ def _launch_full_backward(
         partials,
         total.shape[0],
         problem.width,
-        POSITIONS=tile.positions,
-        ITEMS=tile.items,
-        WIDTH=tile.width,
         OUT=tile.out,
-        PRECISION=precision_of(problem.dtype),
+        **problem.options(tile),
         HOLD=tile.width >= problem.width,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
     if num_parts > 1:
         total += partials.sum(0)
@@ -296,13 +304,8 @@ def _listed_forward(problem: _Problem, logsumexp: Tensor) -> None:
         problem.width,
         listed.num_rounds,
         listed.reach,
-        POSITIONS=tile.positions,
-        ITEMS=tile.items,
-        WIDTH=tile.width,
-        PRECISION=precision_of(problem.dtype),
+        **problem.options(tile),
         **listed.switches,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
 
 
@@ -321,14 +324,9 @@ def _listed_states_backward(problem: _Problem, upstream: _Upstream, grad_states:
         problem.width,
         listed.num_rounds,
         listed.reach,
-        POSITIONS=tile.positions,
-        ITEMS=tile.items,
-        WIDTH=tile.width,
         OUT=tile.out,
-        PRECISION=precision_of(problem.dtype),
+        **problem.options(tile),
         **listed.switches,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
 
 
@@ -358,14 +356,9 @@ def _listed_rows_backward(problem: _Problem, upstream: _Upstream, grad_rows: Ten
             problem.width,
             listed.num_rounds,
             listed.reach,
-            POSITIONS=tile.positions,
-            ITEMS=tile.items,
-            WIDTH=tile.width,
             OUT=tile.out,
-            PRECISION=precision_of(problem.dtype),
+            **problem.options(tile),
             **listed.switches,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
         )
         rows = listed.items[first_entry:end_entry]
         _add_rows(workspace, ones, rows, grad_rows, upstream.scale)
@@ -392,6 +385,7 @@ def _add_rows(
         width,
         LINES=_LINES,
         OUT=out,
+        ALIGN=alignment(width),
         num_warps=4,
     )
 

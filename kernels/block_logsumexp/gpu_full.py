@@ -40,7 +40,7 @@ def _count(first, end, TILE: tl.constexpr):
 @triton.jit
 def full_forward_kernel(
     states, rows, targets, bounds, partials, num_positions, width,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of each position over one part of the rows.
@@ -48,6 +48,7 @@ def full_forward_kernel(
     Grid: (tiles of positions, parts of the rows). ``partials`` is (parts, N) float32; ``bounds``
     holds the first and end position and the first and end row.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_part = tl.program_id(1).to(tl.int64)
     position = tl.load(bounds) + tl.program_id(0).to(tl.int64) * POSITIONS
     num_here = _count(position, tl.load(bounds + 1), POSITIONS)
@@ -80,14 +81,15 @@ def full_forward_kernel(
 @triton.jit
 def full_states_backward_kernel(
     states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_states, num_lines, width,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr, HOLD: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Adds the states' gradient over one part of the rows to (parts, N, D) float32.
 
     Grid: (tiles of positions, parts of the rows, parts of the width); each output element has one
     writer.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_part = tl.program_id(1).to(tl.int64)
     position = tl.load(bounds) + tl.program_id(0).to(tl.int64) * POSITIONS
     num_here = _count(position, tl.load(bounds + 1), POSITIONS)
@@ -128,14 +130,15 @@ def full_states_backward_kernel(
 @triton.jit
 def full_rows_backward_kernel(
     states, rows, targets, bounds, logsumexp, grad_logsumexp, scale, grad_rows, num_lines, width,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr, HOLD: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """Adds the rows' gradient over one part of the positions to (parts, R, D) float32.
 
     Grid: (tiles of rows, parts of the positions, parts of the width); each output element has one
     writer.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_part = tl.program_id(1).to(tl.int64)
     first, end = _part(tl.load(bounds), tl.load(bounds + 1), i_part, tl.num_programs(1), POSITIONS)
     first_column = tl.program_id(2) * OUT

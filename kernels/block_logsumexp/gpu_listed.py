@@ -42,14 +42,15 @@ def _load_pairs(pair_positions, pair_slots, targets, o_pairs, end):
 def listed_forward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, logsumexp, num_tiles, width, num_rounds, reach,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Adds the candidates of a tile of pairs to the log-sum-exps of their slots.
 
     Grid: tiles. ``tiles`` is (5, num_tiles) int64: first and end pair, first and end entry, round.
     No two pairs of one launch share a slot, so that each slot has one writer.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_tile = tl.program_id(0)
     end_pair = tl.load(tiles + num_tiles + i_tile)
     first, end = tl.load(tiles + 2 * num_tiles + i_tile), tl.load(tiles + 3 * num_tiles + i_tile)
@@ -90,14 +91,15 @@ def listed_states_backward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, logsumexp, grad_logsumexp, scale, grad_states,
     num_tiles, width, num_rounds, reach,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    OUT: tl.constexpr, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradient of a tile of pairs to the (N, D) float32 gradient of their states.
 
     Grid: (tiles, parts of the width); ``tiles`` as in the forward. No two pairs of one launch share
     a position, so that each output element has one writer.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_tile = tl.program_id(0)
     first_column = tl.program_id(1) * OUT
     end_pair = tl.load(tiles + num_tiles + i_tile)
@@ -142,8 +144,8 @@ def listed_rows_backward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, covers, logsumexp, grad_logsumexp, grad_entries,
     num_tiles, num_covers, first_entry, width, num_rounds, reach,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    OUT: tl.constexpr, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each entry of ``items``, from every block that holds it; one writer each.
 
@@ -151,6 +153,7 @@ def listed_rows_backward_kernel(
     and end cover; ``covers`` is (3, num_covers) int64: first and end pair and round of a block.
     ``grad_entries`` is (.., D) float32, its line 0 is entry ``first_entry``.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_tile = tl.program_id(0)
     first_column = tl.program_id(1) * OUT
     o_entries = tl.load(tiles + i_tile) + tl.arange(0, ITEMS)
@@ -193,7 +196,7 @@ def listed_rows_backward_kernel(
 @triton.jit
 def add_rows_kernel(
     source, weights, order, sorted_rows, run_ends, total, scale, width,
-    LINES: tl.constexpr, OUT: tl.constexpr,
+    LINES: tl.constexpr, OUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Adds to each row of (R, D) float32 ``total`` the weighted lines of ``source`` listed for it.
 
@@ -201,6 +204,7 @@ def add_rows_kernel(
     of a row adds up its whole run in order, the others leave, so each row has one writer. Rows
     below 0 are left out.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_entry = tl.program_id(0).to(tl.int64)
     row = tl.load(sorted_rows + i_entry)
     before = tl.load(sorted_rows + i_entry - 1, mask=i_entry > 0, other=-1)

@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardrec.kernels.device import architecture_of, num_processors, operand, precision_of
+from shardrec.kernels.device import (
+    alignment,
+    architecture_of,
+    num_processors,
+    operand,
+    precision_of,
+)
 from shardrec.kernels.tiles import tile_for
 
 # mypy: disable-error-code="no-untyped-def"
@@ -98,13 +104,14 @@ def random_signs_kernel(
 @triton.jit(do_not_specialize=["seed", "step", "stream", "first_line"])
 def mixed_signs_kernel(
     states, partials, seed, step, stream, first_line, num_positions, num_columns, width,
-    POSITIONS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIONS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(parts, num_columns, D) float32 products of transposed signs and states.
 
     Grid: (tiles of 128 columns, parts of the width, parts of the positions). The signs are made
     inside the product.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     first_column, first_feature = tl.program_id(0) * SIGNS, tl.program_id(1) * WIDTH
     i_part = tl.program_id(2).to(tl.int64)
     seed, step, stream = seed.to(tl.int64), step.to(tl.int64), stream.to(tl.int64)
@@ -183,6 +190,7 @@ def mixed_signs(
         width,
         POSITIONS=tile.positions,
         WIDTH=tile.width,
+        ALIGN=alignment(width),
         PRECISION=precision_of(states.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardrec.kernels.device import architecture_of, operand, precision_of
+from shardrec.kernels.device import alignment, architecture_of, operand, precision_of
 from shardrec.kernels.negatives.gpu import counters, sign_tile
 from shardrec.kernels.select.cpu import TILE_SCORES
 from shardrec.kernels.select.search import top_lowest
@@ -33,12 +33,14 @@ GROUP = tl.constexpr(16)
 @triton.jit
 def group_maxima_kernel(
     queries, rows, maxima, first_row, num_queries, num_rows, num_groups, width,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(num_queries, num_groups) float32 largest score of each group of rows from ``first_row`` on.
 
     Grid: (tiles of rows, tiles of queries); one writer per maximum.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     o_queries = tl.program_id(1).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     first = tl.program_id(0).to(tl.int64) * ITEMS
     o_rows = first_row + first + tl.arange(0, ITEMS)
@@ -68,13 +70,14 @@ def group_maxima_kernel(
 @triton.jit
 def score_groups_kernel(
     queries, rows, groups, scores, num_rows, num_groups, width,
-    ITEMS: tl.constexpr, WIDTH: tl.constexpr,
+    ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """(Q, num_groups * 16) float32 scores of the rows of (Q, num_groups) groups.
 
     Grid: tiles of candidates of every query; one writer per score. No matrix product: each query
     has rows of its own.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     num_tiles = tl.cdiv(num_groups * GROUP, ITEMS)
     i_query = (tl.program_id(0) // num_tiles).to(tl.int64)
     o_candidates = tl.program_id(0) % num_tiles * ITEMS + tl.arange(0, ITEMS)
@@ -102,12 +105,14 @@ def score_groups_kernel(
 @triton.jit(do_not_specialize=["seed", "step", "stream"])
 def best_sign_direction_kernel(
     vectors, best, seed, step, stream, num_vectors, num_directions, width,
-    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(num_vectors,) int64 direction of the largest inner product, the lower one of equals.
 
     Grid: tiles of ITEMS vectors. The sign vectors are made from counters, POSITIONS at a time.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     o_vectors = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     m_vectors = o_vectors < num_vectors
     seed, step, stream = seed.to(tl.int64), step.to(tl.int64), stream.to(tl.int64)
@@ -172,6 +177,7 @@ def best_sign_direction(
         POSITIONS=tile.positions,
         ITEMS=tile.items,
         WIDTH=tile.width,
+        ALIGN=alignment(width),
         PRECISION=precision_of(vectors.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -219,6 +225,7 @@ def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: i
         POSITIONS=tile.positions,
         ITEMS=tile.items,
         WIDTH=tile.width,
+        ALIGN=alignment(width),
         PRECISION=precision_of(rows.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -243,6 +250,7 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         width,
         ITEMS=64,
         WIDTH=min(64, triton.next_power_of_2(width)),
+        ALIGN=alignment(width),
     )
     best, columns = top_lowest(scores, k)
     return best, groups.gather(1, columns // GROUP.value) * GROUP.value + columns % GROUP.value
