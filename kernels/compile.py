@@ -243,7 +243,12 @@ def shipped_cases() -> list[Case]:
             "best_sign_direction", select_gpu.best_sign_direction_kernel, "best_sign_direction", {}
         ),
         Case("mixed_signs", negatives_gpu.mixed_signs_kernel, "mixed_signs", {}),
-        Case("score_groups", select_gpu.score_groups_kernel, "", {}),
+        Case(
+            "score_groups",
+            select_gpu.score_groups_kernel,
+            "",
+            {"ITEMS": select_gpu.CANDIDATES},
+        ),
         Case("add_rows", gpu_listed.add_rows_kernel, "", {"LINES": 32}),
         Case("draw_below", negatives_gpu.draw_below_kernel, "", {"CALLS": 256}),
         Case("random_signs", negatives_gpu.random_signs_kernel, "", {"LINES": 16}),

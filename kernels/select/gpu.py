@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 GROUP = tl.constexpr(16)
+# Candidates that a program scores again.
+CANDIDATES = 128
 
 
 @triton.jit
@@ -240,7 +242,7 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         (queries.shape[0], num_candidates), dtype=torch.float32, device=rows.device
     )
     width = rows.shape[1]
-    score_groups_kernel[(queries.shape[0] * triton.cdiv(num_candidates, 64),)](
+    score_groups_kernel[(queries.shape[0] * triton.cdiv(num_candidates, CANDIDATES),)](
         queries,
         rows,
         groups.contiguous(),
@@ -248,7 +250,7 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         rows.shape[0],
         groups.shape[1],
         width,
-        ITEMS=64,
+        ITEMS=CANDIDATES,
         WIDTH=min(64, triton.next_power_of_2(width)),
         ALIGN=alignment(width),
     )
