@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -257,11 +258,14 @@ def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
         ceiling: NDCG@10 of the true model on a sample of users, where it is known.
     """
     made = Table(
-        title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked"
+        title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     made.add_column("")
-    for name in (*METRICS, "gap closed", "s/step", "peak GiB"):
-        made.add_column(name, justify="right")
+    for name in (*METRICS, "gap\nclosed", "s/step", "peak\nGiB"):
+        made.add_column(name, justify="right", no_wrap=True)
     best = {name: max(row.metrics[name] for row in rows) for name in METRICS}
     for row in rows:
         cells = [mark(row.metrics[name], best[name]) for name in METRICS]

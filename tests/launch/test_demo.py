@@ -43,13 +43,15 @@ def test_the_table_shows_the_share_of_the_gap_where_the_true_model_is_known() ->
     rows = [Row("popularity", dict.fromkeys(METRICS, 0.05))]
     rows.append(Row("cce", dict.fromkeys(METRICS, 0.15), 0.25, 2**30))
     known, unknown = shown(rows, 0.25), shown(rows, None)
-    assert "50 %" in known and "true model" in known and "0.2500" in known
+    assert (
+        "50 %" in known and "Coverage@10" in known and "true model" in known and "0.2500" in known
+    )
     assert "%" not in unknown and "true model" not in unknown
 
 
 def shown(rows: list[Row], ceiling: float | None) -> str:
     """The table as text."""
-    console = Console(file=StringIO(), width=120)
+    console = Console(file=StringIO(), width=80)
     console.print(table(rows, DemoConfig(), ceiling))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
