@@ -123,7 +123,7 @@ def main() -> None:
     if options.cut_table_gradient and options.workers > 1:
         parser.error("--cut-table-gradient reaches one worker only; leave --workers at 1")
     options.work.mkdir(parents=True, exist_ok=True)
-    data = options.work / f"{options.log.stem}-prepared"
+    data = options.work / "-".join(["prepared", options.log.stem, *options.prepare])
     pairs = [pair.split("=", 1) for pair in options.prepare]
     flags = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
     prepare = ["prepare", "--events", str(options.log), "--output", str(data), *flags]
