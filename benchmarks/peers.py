@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from losses import gemm_gflops
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--output", default=str(RESULTS / "peers_cpu.jsonl"))
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)  # for the rate of plain products
     results = Results(options.output)
     shape = ("users", "spread", "length", "width", "negatives", "threads")
     for catalog in options.catalog:
