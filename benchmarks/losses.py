@@ -115,7 +115,7 @@ def step(function: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def gemm_gflops(N: int, D: int) -> float:
-    """GFLOP/s of the three products of a tile of the softmax: the best of several calls and tiles."""
+    """GFLOP/s of the three products of a tile of the softmax: the best of calls and tiles."""
     return max(_tile_gflops(N, D, width) for width in (1024, 8192))
 
 
