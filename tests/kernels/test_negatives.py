@@ -49,8 +49,11 @@ def test_a_draw_depends_on_its_block_and_number_alone() -> None:
 @pytest.mark.parametrize("change", ["seed", "step", "stream"])
 def test_another_seed_step_or_stream_draws_differently(change: str) -> None:
     counters = {"seed": 5, "step": 2, "stream": 1}
-    one = draw_below(1 << 30, BLOCKS, 8, **counters)
-    other = draw_below(1 << 30, BLOCKS, 8, **(counters | {change: 7}))
+
+    def draws(seed: int, step: int, stream: int) -> torch.Tensor:
+        return draw_below(1 << 30, BLOCKS, 8, seed=seed, step=step, stream=stream)
+
+    one, other = draws(**counters), draws(**(counters | {change: 7}))
     assert (one == other).float().mean() < 0.01
 
 

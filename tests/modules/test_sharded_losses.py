@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
 POSITION_ENDS = {1: (53,), 2: (37, 53), 3: (20, 20, 53)}
 ROW_ENDS = {1: (211,), 2: (106, 211), 3: (120, 211, 211)}
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "cce": {},
     "cce-cosine": {"normalize": True, "temperature": 0.2},
     "cce_minus": {"num_negatives": 40, "share": 8},
