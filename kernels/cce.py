@@ -57,7 +57,7 @@ def cut_cross_entropy(
         TypeError: a dtype is wrong.
         ValueError: a shape disagrees or a target is out of range, on this rank or another.
 
-    On a CPU, for float32 and shards of up to 98,304 rows, mean and sum take their gradient in the
+    On a CPU, for float32 and shards of up to 196,608 rows, mean and sum take their gradient in the
     forward pass.
 
     Collectives: none for a tensor; those of ``fused_cross_entropy`` or of ``streamed_logsumexp``
