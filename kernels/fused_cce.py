@@ -16,8 +16,8 @@ from shardrec.kernels.streaming import combine_shards
 
 __all__ = ["fits_cache", "fused_cross_entropy", "group_size"]
 
-# Logits of one group of positions, 48 MiB at most: on two cores at V = 100,000 a quarter of that took
-# 1.4 times as long, because every group reads the rows and their gradient; twice that gained 2 %.
+# Logits of one group of positions, 48 MiB at most: every group reads the rows and their gradient, so
+# that on two cores at V = 100,000 half as many took 1.4 times as long; twice as many gained 2 %.
 GROUP_LOGITS = 12 << 20
 MOST_POSITIONS = 256
 LEAST_POSITIONS = 64
@@ -25,7 +25,7 @@ LINE_LOGITS = 1 << 20
 
 
 def fits_cache(problem: Problem) -> bool:
-    """Whether the fused pass serves this problem: float32 on a CPU, a shard of at most 196,608 rows.
+    """Whether the fused pass serves: float32 on a CPU, a shard of at most 196,608 rows.
 
     Every rank must come to the same answer, so it looks at the largest shard a rank can have.
     """
