@@ -45,8 +45,8 @@ format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## run every benchmark; results go to benchmarks/results/
-	@for script in $$(git ls-files 'benchmarks/*.py'); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+bench: setup  ## time each loss alone against its baselines; benchmarks/README.md has the other questions
+	$(BIN)/python benchmarks/losses.py $(ARGS)
 
 bench-compile: setup  ## build every Triton kernel for sm_80, sm_90 and sm_100 and count what it uses
 	$(BIN)/python benchmarks/compile_kernels.py $(ARGS)

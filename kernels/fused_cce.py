@@ -16,8 +16,8 @@ from shardrec.kernels.streaming import combine_shards
 
 __all__ = ["fits_cache", "fused_cross_entropy", "group_size"]
 
-# Logits of one group of positions, 48 MiB at most: every group reads the rows and their gradient, so
-# that on two cores at V = 100,000 half as many took 1.4 times as long; twice as many gained 2 %.
+# Logits of one group of positions, 48 MiB at most: every group reads the rows and their gradient,
+# so on two cores at V = 100,000 half as many took 1.4 times as long; twice as many gained 2 %.
 GROUP_LOGITS = 12 << 20
 MOST_POSITIONS = 256
 LEAST_POSITIONS = 64

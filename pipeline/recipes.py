@@ -11,6 +11,7 @@ from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
 from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 
@@ -64,12 +65,14 @@ def beauty(data: str, output: str) -> TrainConfig:
         data=data,
         output=output,
         loss=CCE(),
-        catalog=CatalogConfig(optimizer="adam", learning_rate=1e-3, betas=(0.9, 0.98)),
+        catalog=CatalogConfig(optimizer="adam", learning_rate=3e-3, betas=(0.9, 0.98)),
         encoder=EncoderConfig(width=64, max_length=50, num_heads=1, dropout=0.5),
-        batches=BatchConfig(batch_size=256),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        limits=LimitConfig(max_epochs=100),
-        validation=ValidationConfig(every_epochs=2, patience=5),
+        batches=BatchConfig(batch_size=128),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, decay="cosine"),
+        limits=LimitConfig(max_epochs=16),
+        validation=ValidationConfig(
+            every_epochs=2, patience=5, measure=MeasureConfig(ks=(10,), filter_seen=True)
+        ),
     )
 
 
