@@ -27,7 +27,6 @@ __all__ = [
     "fill_buckets",
     "largest_per_position",
     "mixed_centres",
-    "plain_centres",
     "scalable_cross_entropy",
     "scalable_cross_entropy_cost",
 ]
@@ -62,11 +61,6 @@ def default_num_buckets(num_positions: int) -> int:
     200
     """
     return max(1, round(2 * math.sqrt(num_positions)))
-
-
-def plain_centres(num_buckets: int, width: int, *, seed: int, step: int) -> Tensor:
-    """(n_b, D) float32 random signs: centres that do not look at the states."""
-    return random_signs(0, num_buckets, width, seed=seed, step=step, stream=STREAM_MIX)
 
 
 def mixed_centres(
@@ -261,10 +255,18 @@ def scalable_cross_entropy(
 
 
 def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int) -> Tensor:
+    """(n_b, D) float32 centres, the same on every rank; plain ones do not look at the states."""
     if not mix:
-        width = problem.states.shape[1]
-        centres = plain_centres(num_buckets, width, seed=seed, step=step)
-        return centres.to(problem.states.device)
+        return random_signs(
+            0,
+            num_buckets,
+            problem.states.shape[1],
+            seed=seed,
+            step=step,
+            stream=STREAM_MIX,
+            device=problem.states.device,
+            backend=problem.backend,
+        )
     exchange = problem.exchange
     own = mixed_centres(
         problem.states,
