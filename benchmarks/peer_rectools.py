@@ -18,7 +18,7 @@ from rectools.models import SASRecModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lightning_clock import Clock
-from record import peak_rss_bytes
+from record import peak_rss_bytes, rss_bytes
 
 
 def interactions(sequences: str) -> pd.DataFrame:
@@ -38,6 +38,7 @@ def interactions(sequences: str) -> pd.DataFrame:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     seed_everything(1)
     dataset = Dataset.construct(interactions(job["sequences"]))
@@ -67,6 +68,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     (clock,) = (one for one in model.fit_trainer.callbacks if isinstance(one, Clock))
     return clock.answer(job["warmup"]) | {
         "peak_bytes": peak_rss_bytes(),
+        "import_bytes": imports,
         "num_items": dataset.item_id_map.size,
         "trainer_version": metadata.version("rectools"),
     }

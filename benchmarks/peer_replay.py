@@ -21,11 +21,12 @@ from replay.nn.transform.template import make_default_sasrec_transforms
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lightning_clock import Clock
-from record import peak_rss_bytes
+from record import peak_rss_bytes, rss_bytes
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     lightning.seed_everything(1)
     num_items = job["num_items"]
@@ -76,6 +77,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     ).fit(LightningModule(model, OptimizerFactory(learning_rate=1e-3)), data)
     return clock.answer(job["warmup"]) | {
         "peak_bytes": peak_rss_bytes(),
+        "import_bytes": imports,
         "num_items": num_items,
         "trainer_version": metadata.version("replay-rec"),
     }

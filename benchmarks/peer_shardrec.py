@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import peak_rss_bytes
+from record import peak_rss_bytes, rss_bytes
 
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
@@ -51,6 +51,7 @@ class Clock:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     sampled = CCEMinus(num_negatives=job["negatives"], share=job.get("share", 128))
     folder = tempfile.mkdtemp()
@@ -73,6 +74,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "times_s": times[job["warmup"] - 1 :],
         "peak_bytes": peak_rss_bytes(),
+        "import_bytes": imports,
         "targets_per_step": sum(clock.positions) / len(clock.positions),
         "num_items": job["num_items"],
         "loss_first": clock.losses[0],

@@ -124,7 +124,8 @@ def main() -> None:
             answer = measure(name, folder, batch, options)
             times = answer.pop("times_s")
             row = {"median_s": median(times), "times_s": times} | answer
-            row["peak_gib"] = round(row.pop("peak_bytes") / 2**30, 3)
+            for part in ("peak", "import"):
+                row[f"{part}_gib"] = round(row.pop(f"{part}_bytes") / 2**30, 3)
             if name == "shardrec cce":
                 targets, width = answer["targets_per_step"], options.width
                 row["gemm_gflops"] = round(gemm_gflops(int(targets), width), 1)
@@ -137,14 +138,14 @@ def main() -> None:
 def summary(results: Results) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| trainer | V | batch | s/step | peak GiB | targets/step |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| trainer | V | batch | s/step | peak GiB | of it imports | targets/step |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
         key = row["key"]
         lines.append(
             f"| {key['trainer']} | {key['catalog']:,} | {key['batch']} | {row['median_s']:.3f} "
-            f"| {row['peak_gib']:.2f} | {row['targets_per_step']:.0f} |"
+            f"| {row['peak_gib']:.2f} | {row['import_gib']:.2f} | {row['targets_per_step']:.0f} |"
         )
     return "\n".join(lines)
 
