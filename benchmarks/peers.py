@@ -3,7 +3,8 @@
 The same generated sequences, batch, length, width, blocks, heads, dropout, negatives and optimizer
 (Adam); float32; every real target trained; each trainer in a process of its own. By default every
 user has more events than the length, so that no trainer gains or loses by padding. Seconds per step
-are medians of the time from the end of one step to the end of the next, data loading included.
+are medians of the time from the end of one step to the end of the next, data loading included, over
+rounds in which the trainers take turns, because a machine is not equally fast all the time.
 
     pip install "torch==2.13.0"; pip install "replay-rec[torch]"                (in one venv)
     pip install "torch==2.13.0"; pip install "rectools[torch]" "pyarrow==23.0.1"  (in another)
@@ -11,6 +12,7 @@ are medians of the time from the end of one step to the end of the next, data lo
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--output", default=str(RESULTS / "peers_cpu.jsonl"))
     options = parser.parse_args()
@@ -113,39 +116,54 @@ def main() -> None:
     for catalog in options.catalog:
         batch = options.batch or (128 if catalog < 100_000 else 32)
         folder = prepared_log(options.work, options.users, catalog, options.spread)
-        for name in options.trainers:
-            if TRAINERS[name][0] != "shardrec" and not getattr(options, TRAINERS[name][0]):
-                print(f"left out {name}: no --{TRAINERS[name][0]} given")
-                continue
-            key = {"trainer": name, "catalog": catalog, "batch": batch}
-            key |= {part: getattr(options, part) for part in shape}
-            if results.has(key):
-                continue
-            answer = measure(name, folder, batch, options)
-            times = answer.pop("times_s")
-            row = {"median_s": median(times), "times_s": times} | answer
-            for part in ("peak", "import"):
-                row[f"{part}_gib"] = round(row.pop(f"{part}_bytes") / 2**30, 3)
-            if name == "shardrec cce":
-                targets, width = answer["targets_per_step"], options.width
-                row["gemm_gflops"] = round(gemm_gflops(int(targets), width), 1)
-                flops = 6 * targets * answer["num_items"] * width
-                row["share_of_gemm"] = round(flops / row["median_s"] / 1e9 / row["gemm_gflops"], 3)
-            results.append(key, **row)
+        for turn in range(options.rounds):
+            for name in available(options):
+                key = {"trainer": name, "catalog": catalog, "batch": batch, "round": turn}
+                key |= {part: getattr(options, part) for part in shape}
+                if not results.has(key):
+                    results.append(key, **row_of(name, folder, batch, options))
     print(summary(results))
 
 
+def available(options: argparse.Namespace) -> list[str]:
+    """The trainers asked for whose environment is given; says which are left out."""
+    lacking = [which for which in ("replay", "rectools") if not getattr(options, which)]
+    for which in lacking:
+        print(f"left out: no --{which} given")
+    return [name for name in options.trainers if TRAINERS[name][0] not in lacking]
+
+
+def row_of(name: str, folder: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What a trainer took, and for our full softmax the share of the rate of plain products."""
+    answer = measure(name, folder, batch, options)
+    times = answer.pop("times_s")
+    row = {"median_s": median(times), "times_s": times} | answer
+    for part in ("peak", "import"):
+        row[f"{part}_gib"] = round(row.pop(f"{part}_bytes") / 2**30, 3)
+    if name == "shardrec cce":
+        targets, width = answer["targets_per_step"], options.width
+        row["gemm_gflops"] = round(gemm_gflops(int(targets), width), 1)
+        flops = 6 * targets * answer["num_items"] * width
+        row["share_of_gemm"] = round(flops / row["median_s"] / 1e9 / row["gemm_gflops"], 3)
+    return row
+
+
 def summary(results: Results) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, rounds together."""
     lines = [
         "| trainer | V | batch | s/step | peak GiB | of it imports | targets/step |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    rounds: dict[str, list[dict[str, Any]]] = {}
     for row in results.rows:
-        key = row["key"]
+        same = {name: value for name, value in row["key"].items() if name != "round"}
+        rounds.setdefault(json.dumps(same), []).append(row)
+    for same, rows in rounds.items():
+        key, times = json.loads(same), [time for row in rows for time in row["times_s"]]
+        peak, imports = (max(row[f"{part}_gib"] for row in rows) for part in ("peak", "import"))
         lines.append(
-            f"| {key['trainer']} | {key['catalog']:,} | {key['batch']} | {row['median_s']:.3f} "
-            f"| {row['peak_gib']:.2f} | {row['import_gib']:.2f} | {row['targets_per_step']:.0f} |"
+            f"| {key['trainer']} | {key['catalog']:,} | {key['batch']} | {median(times):.3f} "
+            f"| {peak:.2f} | {imports:.2f} | {rows[0]['targets_per_step']:.0f} |"
         )
     return "\n".join(lines)
 
