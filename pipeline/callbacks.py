@@ -29,6 +29,7 @@ __all__ = [
     "TensorBoard",
     "ValidationReport",
     "progress",
+    "step_scalars",
 ]
 
 
@@ -184,16 +185,7 @@ class TensorBoard(Callback):
     def on_step(self, report: StepReport) -> None:
         if report.skipped or report.step % self.every:
             return
-        values = {
-            "loss": report.loss,
-            "learning_rate": report.learning_rate,
-            "gradient_norm": report.gradient_norm,
-            "padding_share": report.padding_share,
-            "positions_per_second": report.positions / report.seconds,
-            "seconds_per_step": report.seconds,
-            "memory_gib": report.memory_bytes / 2**30,
-        }
-        self._write("train", values | dict(report.statistics), report.step)
+        self._write("train", step_scalars(report), report.step)
 
     @override
     def on_validation(self, report: ValidationReport) -> None:
@@ -276,6 +268,20 @@ def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
         stream: where to write.
     """
     return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
+
+
+def step_scalars(report: StepReport) -> dict[str, float]:
+    """What a step says in numbers, for the stores of curves."""
+    values = {
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "gradient_norm": report.gradient_norm,
+        "padding_share": report.padding_share,
+        "positions_per_second": report.positions / report.seconds,
+        "seconds_per_step": report.seconds,
+        "memory_gib": report.memory_bytes / 2**30,
+    }
+    return values | dict(report.statistics)
 
 
 def _finite(value: Any) -> Any:

@@ -28,6 +28,7 @@ from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.data import BatchConfig, Prepared
 from shardrec.pipeline.group import on_this_rank
 from shardrec.pipeline.measure import MeasureConfig
+from shardrec.pipeline.mlflow_logging import MLflowConfig
 from shardrec.pipeline.model import Model, Precision
 from shardrec.pipeline.step import OptimizerConfig
 
@@ -119,8 +120,9 @@ class TrainConfig:
         seed: of all random choices.
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
-        log_every: steps between two step lines in metrics.jsonl and TensorBoard.
+        log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
+        mlflow: where the run is logged besides its folder.
     """
 
     data: str
@@ -137,6 +139,7 @@ class TrainConfig:
     precision: Precision = "auto"
     log_every: int = 10
     show_progress: bool = True
+    mlflow: MLflowConfig = field(default_factory=MLflowConfig)
 
     def __post_init__(self) -> None:
         """Refuse names that mean nothing."""

@@ -26,7 +26,7 @@ from shardrec.pipeline.callbacks import (
     progress,
 )
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.config import describe, to_json
+from shardrec.pipeline.config import describe, flatten, to_json
 from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.group import (
     default_group,
@@ -37,6 +37,7 @@ from shardrec.pipeline.group import (
     size_of,
 )
 from shardrec.pipeline.measure import measure, open_users
+from shardrec.pipeline.mlflow_logging import open_mlflow
 from shardrec.pipeline.run import (
     OURS,
     LimitConfig,
@@ -96,11 +97,12 @@ def train(
 
     Collectives: many, on the default group; every rank must call it.
     """
+    tracking = on_this_rank(lambda: _tracking(config), default_group())
     run = build(config, encoder=encoder)
     if config.show_progress and run.is_first:
         plan = run.stepper.model.catalog.describe()
         print(describe(config), plan, sep="\n", file=sys.stderr, flush=True)
-    return _Loop(run, [*_own_callbacks(run), *callbacks]).run_to_end()
+    return _Loop(run, [*_own_callbacks(run), *tracking, *callbacks]).run_to_end()
 
 
 def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
@@ -343,6 +345,14 @@ def _own_callbacks(run: Run) -> list[Callback]:
         TensorBoard(folder / "tensorboard", every),
     ]
     return [*written, progress(run.total_steps)] if run.config.show_progress else written
+
+
+def _tracking(config: TrainConfig) -> list[Callback]:
+    """MLflow on rank 0, where the config names a store; refused before the run folder is made."""
+    if config.mlflow.uri is None or rank_of(default_group()):
+        return []
+    parameters = dict(flatten(config))
+    return [open_mlflow(config.mlflow, Path(config.output), parameters, config.log_every)]
 
 
 def _total_steps(limits: LimitConfig, steps_per_epoch: int) -> int | None:

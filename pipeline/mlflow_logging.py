@@ -1,0 +1,221 @@
+"""MLflow as a callback: the config as parameters, steps and validations as metrics."""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from typing_extensions import override
+
+from shardrec.pipeline.callbacks import (
+    Callback,
+    CheckpointReport,
+    EndReport,
+    StepReport,
+    ValidationReport,
+    step_scalars,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["MLflow", "MLflowConfig", "open_mlflow"]
+
+_RUN_FILE = "mlflow.json"
+_MOST_PARAMETERS = 100  # in one request, by MLflow's rules
+_LONGEST_VALUE = 500
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLflowConfig:
+    """Where a run is logged besides its own folder.
+
+    Attributes:
+        uri: of the tracking store, such as sqlite:///runs.db or a server's address; None: nowhere.
+        experiment: made where it is not there.
+        run_name: None takes the name of the run folder.
+    """
+
+    uri: str | None = None
+    experiment: str = "shardrec"
+    run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a password: the config is stored with the run and shown in reports."""
+        if self.uri is not None and urlsplit(self.uri).password is not None:
+            raise ValueError(
+                "mlflow.uri must be without a password, because the config is stored with the run, "
+                "got one; give it in MLFLOW_TRACKING_PASSWORD, or in the database's password file"
+            )
+
+
+class MLflow(Callback):
+    """Logs to one MLflow run; a resumed training goes on with the run of its folder.
+
+    Where the store stops answering, one warning is given and training goes on without it.
+    """
+
+    def __init__(
+        self,
+        client: "MlflowClient",
+        start: Callable[[], str],
+        parameters: Mapping[str, Any],
+        every: int = 1,
+    ) -> None:
+        """Store the parts; the first event begins the run.
+
+        Args:
+            client: of the store.
+            start: makes or finds the run and returns its id.
+            parameters: of a new run, by dotted name.
+            every: steps between two that are logged.
+        """
+        self.client: MlflowClient | None = client
+        self.start = start
+        self.parameters = parameters
+        self.every = every
+        self.run_id: str | None = None
+
+    @override
+    def on_step(self, report: StepReport) -> None:
+        if not report.skipped and report.step % self.every == 0:
+            self._metrics("train", step_scalars(report), report.step)
+
+    @override
+    def on_validation(self, report: ValidationReport) -> None:
+        self._metrics("validation", report.metrics, report.step)
+
+    @override
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        names = ("checkpoint.last", "checkpoint.best") if report.best else ("checkpoint.last",)
+        self._send({}, report.step, dict.fromkeys(names, report.folder))
+
+    @override
+    def on_end(self, report: EndReport) -> None:
+        values = {
+            "run/seconds": report.seconds,
+            "run/seconds_per_step": report.seconds_per_step,
+            "run/positions_per_second": report.positions_per_second,
+            "run/memory_gib": report.memory_bytes / 2**30,
+            "run/skipped_steps": float(report.num_skipped),
+        }
+        self._send(values, report.step, {"stopped": report.reason})
+        self._guarded(lambda client, run_id: client.set_terminated(run_id, "FINISHED"))
+
+    def _metrics(self, group: str, values: Mapping[str, float], step: int) -> None:
+        named = {f"{group}/{_metric_name(name)}": value for name, value in values.items()}
+        self._send(named, step, {})
+
+    def _send(self, values: Mapping[str, float], step: int, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        now = time.time_ns() // 1_000_000
+        metrics = [
+            Metric(name, float(value), now, step)
+            for name, value in values.items()
+            if math.isfinite(value)
+        ]
+        shown = [RunTag(name, value) for name, value in tags.items()]
+        self._guarded(lambda client, run_id: client.log_batch(run_id, metrics=metrics, tags=shown))
+
+    def _guarded(self, work: Callable[["MlflowClient", str], object]) -> None:
+        """Do ``work``; a store that fails is given up, training is not."""
+        from mlflow.exceptions import MlflowException
+
+        if self.client is None:
+            return
+        try:
+            if self.run_id is None:
+                self.run_id = self._begin(self.client)
+            work(self.client, self.run_id)
+        except (MlflowException, OSError) as error:
+            self.client = None
+            warnings.warn(f"MLflow is not logged to any more: {error}", stacklevel=2)
+
+    def _begin(self, client: "MlflowClient") -> str:
+        from mlflow.entities import Param
+
+        run_id = self.start()
+        known = client.get_run(run_id).data.params
+        missing = [
+            Param(name, str(value)[:_LONGEST_VALUE])
+            for name, value in self.parameters.items()
+            if name not in known
+        ]
+        for first in range(0, len(missing), _MOST_PARAMETERS):
+            client.log_batch(run_id, params=missing[first : first + _MOST_PARAMETERS])
+        return run_id
+
+
+def open_mlflow(
+    config: MLflowConfig, folder: Path, parameters: Mapping[str, Any], every: int = 1
+) -> MLflow:
+    """The callback for a store that answers; its run begins with the first event.
+
+    Args:
+        config: names the store.
+        folder: of the run; says to which MLflow run it belongs once that has begun.
+        parameters: of the run, by dotted name.
+        every: steps between two that are logged.
+
+    Raises:
+        ValueError: the store does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(tracking_uri=config.uri)
+        experiment = _experiment(client, config.experiment)
+    except (MlflowException, OSError) as error:
+        raise ValueError(
+            f"mlflow.uri must be a tracking store that answers, got {config.uri} and {error}; "
+            "check the address, or none"
+        ) from error
+
+    def start() -> str:
+        return _run(client, experiment, folder, config.run_name or folder.name)
+
+    return MLflow(client, start, parameters, every)
+
+
+def _experiment(client: "MlflowClient", name: str) -> str:
+    """The id of an experiment, made where it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # another run was quicker
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _run(client: "MlflowClient", experiment: str, folder: Path, name: str) -> str:
+    """The id of the run that ``folder`` has begun, or of a new one."""
+    path = folder / _RUN_FILE
+    if path.is_file():
+        run_id: str = json.loads(path.read_text())["run_id"]
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run_id = client.create_run(experiment, run_name=name).info.run_id
+    path.write_text(json.dumps({"run_id": run_id}))
+    return run_id
+
+
+def _metric_name(name: str) -> str:
+    """A name that every store takes.
+
+    Example:
+        >>> _metric_name("NDCG@10/known")
+        'NDCG_at_10/known'
+    """
+    return name.replace("@", "_at_")

@@ -1,0 +1,190 @@
+"""The report stage: run folders in, one self-contained HTML page out.
+
+The page needs nothing from outside and runs no script; its drawings take their colours from the
+page, light or dark. Equal runs give an equal page.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from shardrec.pipeline.report.curves import NUM_HUES, Curve, Line, draw
+from shardrec.pipeline.report.records import RunRecord, read_runs
+from shardrec.pipeline.report.tables import (
+    all_metrics,
+    compare_runs,
+    differences,
+    popularity,
+    remarks,
+    spell_metric,
+    spell_option,
+    split_of,
+    state_of,
+)
+
+__all__ = ["render", "report"]
+
+_MARK = "<!doctype html>\n<!-- shardrec report -->\n"
+
+
+def report(runs: Sequence[str | Path], output: str | Path) -> Path:
+    """Write the page about ``runs`` to ``output``, in place of a former report.
+
+    Args:
+        runs: run folders, finished or in progress, evaluated or not.
+        output: the HTML file to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: a folder is no run.
+        FileExistsError: the output is there and no report.
+        ValueError: no run, too many, or a file of a run is damaged.
+    """
+    output = Path(output)
+    if output.exists() and not _is_report(output):
+        raise FileExistsError(
+            f"output must be a new file or a former report, got {output}, which is something else; "
+            "choose another name"
+        )
+    page = render(read_runs(runs))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+        return partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """The page as text."""
+    metric, k = _deciding_metric(records), _list_length(records)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    titles, rows = compare_runs(records, metric, k)
+    page = environment.get_template("page.html").render(
+        records=records,
+        titles=titles,
+        rows=rows,
+        panels=[panel for curve in _curves(metric) if (panel := _panel(curve, records))],
+        popularity=popularity(records, k),
+        k=k,
+        split=split_of(records),
+        differences=differences(records),
+        all_metrics=all_metrics(records),
+        remarks=remarks(records),
+        num_hues=NUM_HUES,
+        state_of=state_of,
+        spell_option=spell_option,
+    )
+    return _MARK + page + "\n"
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK.encode()
+
+
+def _panel(curve: Curve, records: Sequence[RunRecord]) -> tuple[Curve, str] | None:
+    """A curve and its drawing; None where no run has a number for it."""
+    lines = [
+        Line.of(record.name, place, _events(curve, record), curve)
+        for place, record in enumerate(records)
+    ]
+    drawn = [line for line in lines if len(line.steps)]
+    return (curve, draw(curve, drawn)) if drawn else None
+
+
+def _events(curve: Curve, record: RunRecord) -> Sequence[Mapping[str, Any]]:
+    return record.validations if curve.key == "validation" else record.steps
+
+
+def _deciding_metric(records: Sequence[RunRecord]) -> str:
+    """NDCG@10 where a run measured it, else what decided in the first run that validated."""
+    validations = [event for record in records for event in record.validations]
+    if not validations or any("NDCG@10" in event["metrics"] for event in validations):
+        return "NDCG@10"
+    return str(validations[0]["metric"])
+
+
+def _list_length(records: Sequence[RunRecord]) -> int:
+    """10 where it was evaluated, else the greatest length that was."""
+    names = [name for record in records for name in record.test_metrics]
+    found = {int(name[5:]) for name in names if name.startswith("NDCG@") and name[5:].isdigit()}
+    return 10 if 10 in found or not found else max(found)
+
+
+def _curves(metric: str) -> list[Curve]:
+    return [
+        Curve(
+            key="loss",
+            title="Loss",
+            explanation="mean over the positions of a batch",
+            value=lambda event: event["loss"],
+            spell=lambda value: f"{value:.3f}",
+        ),
+        Curve(
+            key="validation",
+            title=f"Validation {metric}",
+            explanation="over the whole catalog",
+            value=lambda event: event["metrics"].get(metric),
+            spell=spell_metric,
+            from_zero=True,
+            dots=True,
+        ),
+        Curve(
+            key="throughput",
+            title="Throughput",
+            explanation="real positions per second, all ranks together",
+            value=lambda event: event["positions"] / max(1e-9, event["seconds"]),
+            spell=_thousands,
+            from_zero=True,
+        ),
+        Curve(
+            key="memory",
+            title="Memory",
+            explanation="peak so far, GiB, of the process or GPU that uses most",
+            value=lambda event: event["memory_bytes"] / 2**30,
+            spell=lambda value: f"{value:.2f}",
+            from_zero=True,
+        ),
+        Curve(
+            key="padding",
+            title="Padding",
+            explanation="% of the encoder's positions",
+            value=lambda event: 100 * event["padding_share"],
+            spell=lambda value: f"{value:.0f} %",
+            from_zero=True,
+        ),
+        Curve(
+            key="gradient",
+            title="Gradient norm",
+            explanation="over encoder and table, before clipping",
+            value=lambda event: event["gradient_norm"],
+            spell=lambda value: f"{value:.3g}",
+            may_be_log=True,
+        ),
+    ]
+
+
+def _thousands(value: float) -> str:
+    """Three digits, thousands as k.
+
+    Example:
+        >>> _thousands(123.4), _thousands(45_678.0), _thousands(1_234_567.0)
+        ('123', '45.7k', '1.23M')
+    """
+    if value < 1000:
+        return f"{value:.0f}"
+    return f"{value / 1000:.3g}k" if value < 999_500 else f"{value / 1e6:.3g}M"

@@ -1,0 +1,161 @@
+"""What run folders say about their runs, read as text: no model is loaded, nothing is changed."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardrec.pipeline.config import flatten
+
+__all__ = ["RunRecord", "read_run", "read_runs"]
+
+MOST_RUNS = 12
+
+
+@dataclass(kw_only=True, slots=True)
+class RunRecord:
+    """One run folder.
+
+    Attributes:
+        name: what the report calls it; printable, and no other run's.
+        config: dotted name to value, every leaf.
+        details: of run.json: data, encoder, versions.
+        steps: logged steps, one for each step number, rising.
+        validations: likewise.
+        end: how the run ended; None while it has not.
+        last_time: seconds since 1970 of the last event; None before the first.
+        evaluation: metrics.json; None before ``evaluate``.
+        num_unreadable: lines of metrics.jsonl that a crash cut off.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    details: Mapping[str, Any]
+    steps: list[Mapping[str, Any]] = field(default_factory=list)
+    validations: list[Mapping[str, Any]] = field(default_factory=list)
+    end: Mapping[str, Any] | None = None
+    last_time: float | None = None
+    evaluation: Mapping[str, Any] | None = None
+    num_unreadable: int = 0
+
+    @property
+    def test_metrics(self) -> Mapping[str, float | None]:
+        """Metrics of ``evaluate`` by name; empty before it ran."""
+        return {} if self.evaluation is None else self.evaluation["metrics"]
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in one event; a resumed run says some steps again, and the later word counts."""
+        kind, step = event.get("event"), event.get("step")
+        self.last_time = event.get("time", self.last_time)
+        if kind == "step" and isinstance(step, int):
+            self._forget_from(step)
+            self.steps.append(event)
+        elif kind == "validation" and isinstance(step, int):
+            self.validations.append(event)
+        elif kind == "end":
+            self.end = event
+
+    def _forget_from(self, step: int) -> None:
+        self.end = None
+        for events in (self.steps, self.validations):
+            while events and events[-1]["step"] >= step:
+                events.pop()
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """The runs in the order given, under names that tell them apart.
+
+    Raises:
+        FileNotFoundError: a folder is no run.
+        ValueError: no folder, too many, one twice, or a file of a run is damaged.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise ValueError(
+            f"a report must be of 1 to {MOST_RUNS} runs, got {len(paths)}; name those to compare"
+        )
+    whole = [path.resolve() for path in paths]
+    for index, path in enumerate(whole):
+        if path in whole[:index]:
+            raise ValueError(f"runs must be different folders, got {path} twice; name it once")
+    names = _distinct(whole)
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """The record of one run folder; it may be in progress.
+
+    Args:
+        folder: what ``train`` writes.
+        name: what to call it.
+
+    Raises:
+        FileNotFoundError: the folder is no run.
+        ValueError: a file of it is damaged.
+    """
+    config, details = (_required(folder, file) for file in ("config.json", "run.json"))
+    if not {"data", "encoder", "versions"} <= details.keys():
+        raise ValueError(
+            f"{folder / 'run.json'} must have data, encoder and versions, got "
+            f"{', '.join(details) or 'nothing'}; leave this run out"
+        )
+    record = RunRecord(name=_printable(name), config=dict(flatten(config)), details=details)
+    if (folder / "metrics.json").is_file():
+        record.evaluation = _required(folder, "metrics.json")
+    log = folder / "metrics.jsonl"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    *lines, being_written = text.split("\n")
+    for line in filter(str.strip, lines):
+        event = _event(line)
+        record.num_unreadable += event is None
+        record.add(event or {})
+    record.add(_event(being_written) or {})
+    return record
+
+
+def _event(line: str) -> Mapping[str, Any] | None:
+    """The event of a line; None where the process was stopped while it wrote."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _required(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run must be a folder that train wrote, got {folder} without {name}; check the path"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got {error}; leave this run out") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a JSON object, got another value; leave this run out")
+    return content
+
+
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that are all different.
+
+    Example:
+        >>> _distinct([Path("/a/x/run"), Path("/a/y/run")])
+        ['x/run', 'y/run']
+    """
+    longest = max(len(path.parts) for path in paths)
+    for length in range(1, longest + 1):
+        names = [os.sep.join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _printable(name: str) -> str:
+    """The name with a replacement character for what cannot be shown or encoded."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name
+    )
