@@ -8,13 +8,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 FORMAT = "shardrec.prepared"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+ITEMS_NAME = "items.parquet"
+ITEM_MAP_NAME = "item_map.parquet"
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -44,7 +46,8 @@ class Manifest:
     Attributes:
         shardrec_version: version that wrote the folder.
         config: the options of ``prepare`` that change its output.
-        source: ``{"files": [{path, bytes, rows, footer_sha256}]}`` of the event log.
+        source: ``{"files": [{path, bytes, rows, footer_sha256}]}`` of the event log, and ``items``,
+            ``{path, rows, sha256, fingerprint}``, where the items of a former folder were kept.
         columns: name and type of user, item, time and weight (None without weights).
         split: kind, targets, validation, and the cuts in the log's own time unit.
         counts: events, users, items, sequences and targets, kept and dropped.
@@ -63,6 +66,12 @@ class Manifest:
     load_per_rank: dict[str, list[float]]
     files: tuple[FileEntry, ...]
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the files' checksums: equal for equal data."""
+        files = sorted((file.path, file.sha256) for file in self.files)
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
     def file(self, path: str) -> FileEntry:
         """The entry of one file.
 
@@ -75,6 +84,15 @@ class Manifest:
         raise KeyError(path)
 
 
+def holds_prepared(folder: Path) -> bool:
+    """Whether ``prepare`` wrote what is in ``folder``, complete or not, in any version."""
+    try:
+        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, Mapping) and data.get("format") == FORMAT
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder`` and wait until it is on the disk."""
     data = {"format": FORMAT, "schema_version": SCHEMA_VERSION} | dataclasses.asdict(manifest)
@@ -85,12 +103,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(stream.fileno())
 
 
-def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Manifest:
+def read_manifest(
+    folder: Path, *, verify_checksums: bool = False, only: Collection[str] | None = None
+) -> Manifest:
     """The manifest of ``folder``, after checking that the files it lists are there.
 
     Args:
         folder: what ``prepare`` wrote.
         verify_checksums: also read every file and compare its digest.
+        only: paths of the files to check; None checks all.
 
     Raises:
         FileNotFoundError: the folder has no manifest, or a listed file is gone.
@@ -104,7 +125,8 @@ def read_manifest(folder: Path, *, verify_checksums: bool = False) -> Manifest:
         )
     manifest = _parse(path)
     for entry in manifest.files:
-        _check_file(folder, entry, verify_checksums)
+        if only is None or entry.path in only:
+            _check_file(folder, entry, verify_checksums)
     return manifest
 
 

@@ -13,12 +13,19 @@ Targets are the user's ``last`` held-out event, with everything before it as his
 them, with what precedes the split as history. Items first seen after the split stay in the catalog
 with count 0 (unless ``min_item_events`` asks for training events), and users without history before
 it are counted and left out. Events of one user at one time keep the order of the log.
+
+The day after, ``items`` names the ``items.parquet`` of an earlier folder, whose items keep their
+indices: see ``former_items.py``.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import errno
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +35,10 @@ import numpy.typing as npt
 import shardrec
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.events import EventLog
-from shardrec.pipeline.manifest import Manifest, read_manifest, write_manifest
+from shardrec.pipeline.former_items import FormerItems, index_order
+from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
 from shardrec.pipeline.prepare_config import PrepareConfig
-from shardrec.pipeline.sequences import Written, write_items, write_sequences
+from shardrec.pipeline.sequences import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.sorted_log import SortedLog, SortOptions, sort_log
 from shardrec.pipeline.split import (
     Cuts,
@@ -39,62 +47,74 @@ from shardrec.pipeline.split import (
     temporal_cuts,
     training_counts,
 )
-from shardrec.pipeline.spread import load_per_rank, spread_by_popularity
+from shardrec.pipeline.spread import describe_uneven_load, loads
 from shardrec.pipeline.staging import staged_folder
 
-__all__ = ["PrepareConfig", "prepare"]
+__all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 
 Array = npt.NDArray[Any]
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-_LOAD_RANKS = (2, 4, 8)
-_WITHOUT_EFFECT = ("events", "output", "memory_limit", "threads")
+_WITHOUT_EFFECT = ("events", "output", "items", "memory_limit", "threads", "force")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preparation:
+    """What ``prepare_once`` wrote, or found already written.
+
+    Attributes:
+        manifest: of the output folder.
+        is_new: False where the output was there and nothing had to be done.
+        seconds: wall time.
+    """
+
+    manifest: Manifest
+    is_new: bool
+    seconds: float
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Prepare a log for training; says so and does nothing when the result is there already.
+    """The manifest of ``config.output``, prepared now or before: see ``prepare_once``."""
+    return prepare_once(config).manifest
 
-    The output appears whole, by a rename, or not at all.
+
+def prepare_once(config: PrepareConfig) -> Preparation:
+    """Prepare a log for training; does nothing when the result is there already.
+
+    The output appears whole, by a rename, or not at all; with ``force`` what was there stays until
+    then.
 
     Args:
         config: what to read, how to split, where to write.
 
     Returns:
-        The manifest of ``config.output``.
+        The manifest of ``config.output``, and whether there was something to do.
 
     Raises:
-        FileNotFoundError: there is no log.
+        FileNotFoundError: there is no log, or no file of former items.
         FileExistsError: the output folder holds something else.
-        ValueError: the log breaks the contract; the message names file, row group and column.
+        ValueError: the log or the former items break the contract; the message names file, row
+            group and column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
+        PermissionError: nothing can be written beside the output folder.
     """
+    started = time.monotonic()
     log = EventLog.open(config.events, config.columns())
-    found = _find_result(config, log)
+    former = None if config.items is None else FormerItems.open(config.items, log.item_type)
+    found = _find_result(config, _source(log, former))
     if found is not None:
-        message = "%s already holds the result of this config and this log: nothing to do"
-        logging.getLogger(__name__).warning(message, config.output)
-        return found
-    with staged_folder(Path(config.output)) as (folder, work):
-        sorted_log = sort_log(
-            log,
-            work,
-            SortOptions(
-                memory_limit=config.memory_limit,
-                threads=config.threads or len(os.sched_getaffinity(0)),
-                seed=config.seed,
-                keep_duplicates=config.keep_duplicates,
-            ),
-        )
-        manifest = _write(config, log, sorted_log, folder)
-        write_manifest(folder, manifest)
-    return manifest
+        logging.getLogger(__name__).info("%s is complete already: nothing to do", config.output)
+        return Preparation(found, False, time.monotonic() - started)
+    with _explain_full_disk(config.output):
+        manifest = _prepare(config, log, former)
+    return Preparation(manifest, True, time.monotonic() - started)
 
 
-def _find_result(config: PrepareConfig, log: EventLog) -> Manifest | None:
+def _find_result(config: PrepareConfig, source: dict[str, Any]) -> Manifest | None:
     folder = Path(config.output)
-    if folder.is_dir() and not any(folder.iterdir()):
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not os.path.lexists(folder):
+    if config.force and holds_prepared(folder):
         return None
     try:
         manifest = read_manifest(folder)
@@ -103,26 +123,62 @@ def _find_result(config: PrepareConfig, log: EventLog) -> Manifest | None:
             f"output must be a new folder or a complete result, got {str(folder)!r} ({error}); "
             "choose another folder or delete it"
         ) from error
-    if manifest.config != _stored_config(config) or manifest.source != _source(log):
-        ours, theirs = _stored_config(config), manifest.config
-        changed = [name for name in ours if ours[name] != theirs.get(name)] or ["the log's files"]
+    ours = _stored_config(config)
+    theirs = _stored_config(PrepareConfig(events="", output="")) | manifest.config
+    changed = [name for name in ours if ours[name] != theirs[name]]
+    changed += ["the log's files"] if source["files"] != manifest.source["files"] else []
+    changed += ["items"] if source.get("items") != manifest.source.get("items") else []
+    if changed:
         raise FileExistsError(
             f"output must be a new folder or hold this very result, got {str(folder)!r}, which "
-            f"differs in {', '.join(changed)}; choose another folder or delete it"
+            f"differs in {', '.join(changed)}; choose another folder, or replace it with force"
         )
     return manifest
 
 
-def _write(config: PrepareConfig, log: EventLog, events: SortedLog, folder: Path) -> Manifest:
+@contextlib.contextmanager
+def _explain_full_disk(output: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            "the disk of the output must have room for a copy of the log, its sorted columns and "
+            f"the result, got {error.strerror} beside {output!r}; free some space, what was there "
+            "before is as it was",
+        ) from error
+
+
+def _prepare(config: PrepareConfig, log: EventLog, former: FormerItems | None) -> Manifest:
+    with staged_folder(Path(config.output), replace=config.force) as (folder, work):
+        options = SortOptions(
+            memory_limit=config.memory_limit,
+            threads=config.threads or len(os.sched_getaffinity(0)),
+            seed=config.seed,
+            keep_duplicates=config.keep_duplicates,
+        )
+        events = sort_log(log, work, options, former)
+        manifest = _write(config, _source(log, former), log, events, folder)
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _write(
+    config: PrepareConfig, source: dict[str, Any], log: EventLog, events: SortedLog, folder: Path
+) -> Manifest:
     test_time, validation_time = _cut_times(config, log, events)
     item_kept = _kept_items(config, events, test_time)
     cuts = _cuts(config, events, item_kept, test_time, validation_time)
     counts = training_counts(events, cuts)
     catalog = np.flatnonzero(item_kept)
-    order = catalog[spread_by_popularity(counts[catalog])]
+    order = index_order(counts, catalog, events.former, config.rebalance)
     item_index = np.zeros(len(item_kept), np.int64)
     item_index[order] = np.arange(len(order))
-    items = write_items(folder, events.item_ids, order, counts)
+    files = [write_items(folder, events.item_ids, order, counts)]
+    if config.rebalance and events.former is not None:
+        files.append(write_item_map(folder, events.former, item_index))
     written = write_sequences(
         folder,
         events,
@@ -133,10 +189,13 @@ def _write(config: PrepareConfig, log: EventLog, events: SortedLog, folder: Path
         group_rows=config.sequences_per_row_group,
     )
     _check_written(config, written)
+    uneven = describe_uneven_load(counts[order])
+    if uneven:
+        logging.getLogger(__name__).warning(uneven)
     return Manifest(
         shardrec_version=shardrec.__version__,
         config=_stored_config(config),
-        source=_source(log),
+        source=source,
         columns=_columns(config, log),
         split={
             "kind": config.split,
@@ -150,8 +209,8 @@ def _write(config: PrepareConfig, log: EventLog, events: SortedLog, folder: Path
             "train_sequence_length": _quantiles(written.lengths),
             "item_count": _quantiles(counts[order]),
         },
-        load_per_rank={str(ranks): load_per_rank(counts[order], ranks) for ranks in _LOAD_RANKS},
-        files=(items, *written.files),
+        load_per_rank=loads(counts[order]),
+        files=(*files, *written.files),
     )
 
 
@@ -209,6 +268,8 @@ def _kept_items(config: PrepareConfig, events: SortedLog, test_time: int | None)
         kept: Array = np.ones(len(events.item_ids), bool)
     else:
         kept = count_items(events, test_time) >= config.min_item_events
+    if events.former is not None:
+        kept |= events.former >= 0
     if kept.sum() < 2:
         raise ValueError(
             f"the catalog must have at least 2 items, got {int(kept.sum())}; "
@@ -255,7 +316,7 @@ def _counts(log: EventLog, events: SortedLog, cuts: Cuts, counts: Array) -> dict
     unique = events.num_events
     in_catalog = int(cuts.total.sum())
     catalog_counts = counts[cuts.item_kept]
-    return {
+    return _former_counts(events, cuts, counts) | {
         "events_read": log.events_read,
         "events_other_type": log.events_read - unique - events.duplicates,
         "duplicates_dropped": events.duplicates,
@@ -272,6 +333,17 @@ def _counts(log: EventLog, events: SortedLog, cuts: Cuts, counts: Array) -> dict
     }
 
 
+def _former_counts(events: SortedLog, cuts: Cuts, counts: Array) -> dict[str, int]:
+    if events.former is None:
+        return {}
+    is_former = events.former >= 0
+    return {
+        "former_items": int(is_former.sum()),
+        "former_items_without_training_events": int((counts[is_former] == 0).sum()),
+        "new_items": int((cuts.item_kept & ~is_former).sum()),
+    }
+
+
 def _quantiles(values: Array) -> dict[str, int]:
     found = np.quantile(values, _QUANTILES, method="inverted_cdf")
     return {f"{q:g}": int(value) for q, value in zip(_QUANTILES, found, strict=True)}
@@ -282,8 +354,9 @@ def _stored_config(config: PrepareConfig) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name not in _WITHOUT_EFFECT}
 
 
-def _source(log: EventLog) -> dict[str, Any]:
-    return {"files": [dataclasses.asdict(file) for file in log.files]}
+def _source(log: EventLog, former: FormerItems | None) -> dict[str, Any]:
+    files = [dataclasses.asdict(file) for file in log.files]
+    return {"files": files} | ({} if former is None else {"items": former.describe()})
 
 
 def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:

@@ -33,10 +33,16 @@ class PrepareConfig:
         min_item_events: events an item needs before the test part (leave_one_out: in all); counted
             before users are dropped.
         keep_duplicates: keep events that repeat another one in every column read.
+        items: items.parquet of an earlier prepared folder: its items keep their indices, whether
+            this log has them or not and whatever min_item_events says; new items follow them.
+        rebalance: with items, give every item a new index that spreads popular items evenly, and
+            write item_map.parquet (former_item, item), which train --init-from applies.
         sequences_per_row_group: rows of a row group in train, validation and test.
         seed: of the users' order.
         memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
         threads: of DuckDB; by default as many as this process may use.
+        force: prepare again whatever is there; a prepared folder in output is replaced as a whole,
+            and only when the new one is complete. Anything else is never replaced.
     """
 
     events: str
@@ -58,10 +64,13 @@ class PrepareConfig:
     min_user_events: int = 2
     min_item_events: int = 0
     keep_duplicates: bool = False
+    items: str | None = None
+    rebalance: bool = False
     sequences_per_row_group: int = 2048
     seed: int = 0
     memory_limit: str = "512MB"
     threads: int | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges, and refuse options that would be ignored."""
@@ -122,10 +131,11 @@ def _check_used(config: PrepareConfig) -> None:
         ("validation_users", config.validation == "users", "validation=users"),
         ("event_column", bool(config.event_types), "event_types"),
         ("event_types", config.event_column is not None, "event_column"),
+        ("rebalance", config.items is not None, "items"),
     ]
     for name, used, needs in rules:
         value = getattr(config, name)
-        if value not in (None, ()) and not used:
+        if value not in (None, ()) and value is not False and not used:
             raise ValueError(
                 f"{name} must come with {needs}, got {value!r} without; drop one or set the other"
             )

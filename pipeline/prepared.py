@@ -1,7 +1,5 @@
 """A prepared folder, open for reading."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +55,7 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Short hash of the files' checksums: equal for equal data."""
-        files = sorted((file.path, file.sha256) for file in self.manifest.files)
-        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+        return self.manifest.fingerprint
 
     def item_counts(self) -> Tensor:
         """(V,) int64 training events of each item."""

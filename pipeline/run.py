@@ -11,6 +11,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shardrec.pipeline.checkpoint import write_atomically
 from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.data import BatchConfig, Prepared
 from shardrec.pipeline.group import on_this_rank
+from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.mlflow_logging import MLflowConfig
 from shardrec.pipeline.model import Model, Precision
@@ -38,6 +40,7 @@ __all__ = [
     "ValidationConfig",
     "build_model",
     "open_run",
+    "read_run_file",
     "require_new",
     "start_run",
 ]
@@ -117,6 +120,7 @@ class TrainConfig:
         optimizer: learning rates of the encoder, clipping, accumulation.
         limits: when to stop.
         validation: when to measure.
+        init_from: the earlier run whose weights this one starts from.
         seed: of all random choices.
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
@@ -134,6 +138,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    init_from: InitConfig = field(default_factory=InitConfig)
     seed: int = 1
     device: str = "auto"
     precision: Precision = "auto"
@@ -149,13 +154,19 @@ class TrainConfig:
             raise ValueError(f"log_every must be at least 1, got {self.log_every}; raise it")
 
 
-def start_run(config: TrainConfig, prepared: Prepared, encoder: str = OURS) -> Path:
+def start_run(
+    config: TrainConfig,
+    prepared: Prepared,
+    encoder: str = OURS,
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
     """Make the run folder and say in it what the run is.
 
     Args:
         config: of the run; ``config.output`` is the folder.
         prepared: the data.
         encoder: whose encoder it is, in words, where it is not ours.
+        origin: JSON; what ``start_from`` took over from an earlier run.
 
     Returns:
         The folder.
@@ -168,6 +179,7 @@ def start_run(config: TrainConfig, prepared: Prepared, encoder: str = OURS) -> P
     details = {
         "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
         "encoder": encoder,
+        "init_from": origin,
         "versions": {
             "shardrec": __version__,
             "torch": torch.__version__,
@@ -205,7 +217,7 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
         FileNotFoundError: it is not a run folder.
         ValueError: the run was trained on other data, or with an encoder that was handed in.
     """
-    details, config = (_read(folder, name) for name in ("run.json", "config.json"))
+    details, config = (read_run_file(folder, name) for name in ("run.json", "config.json"))
     theirs = details["data"]
     if theirs["fingerprint"] != prepared.fingerprint:
         raise ValueError(
@@ -221,7 +233,12 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
     return from_json(TrainConfig, config)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def read_run_file(folder: Path, name: str) -> dict[str, Any]:
+    """What "run.json" or "config.json" of a run folder says.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+    """
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(

@@ -9,12 +9,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.manifest import FileEntry, describe_file
+from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
 from shardrec.pipeline.sorted_log import Block, SortedLog
 from shardrec.pipeline.split import Cuts, positions
 
 Array = npt.NDArray[Any]
 _GROUPS_PER_PART = 256
+_ITEM_GROUP_ROWS = 262_144
 
 
 class RowGroupWriter:
@@ -56,7 +57,12 @@ class RowGroupWriter:
             path = self.folder / self._path()
             path.parent.mkdir(exist_ok=True)
             self.file = pq.ParquetWriter(
-                path, self.schema, compression="zstd", compression_level=1, use_dictionary=False
+                path,
+                self.schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=False,
+                write_page_checksum=True,
             )
         self.file.write_table(table, row_group_size=self.group_rows)
         self.rows += table.num_rows
@@ -99,7 +105,23 @@ def write_items(folder: Path, item_ids: pa.Array, order: Array, counts: Array) -
             "count": counts[order],
         }
     )
-    writer = RowGroupWriter(folder, "items.parquet", table.schema, 262_144)
+    writer = RowGroupWriter(folder, ITEMS_NAME, table.schema, _ITEM_GROUP_ROWS)
+    writer.write(table)
+    return writer.close()[0]
+
+
+def write_item_map(folder: Path, former: Array, item_index: Array) -> FileEntry:
+    """Write ``item_map.parquet``: former_item and item, in the order of ``former_item``.
+
+    Args:
+        folder: where it goes.
+        former: (items,) int64, the index an item has had, -1 for a new one.
+        item_index: (items,) int64, the index it has now.
+    """
+    known = np.flatnonzero(former >= 0)
+    known = known[np.argsort(former[known])]
+    table = pa.table({"former_item": former[known], "item": item_index[known]})
+    writer = RowGroupWriter(folder, ITEM_MAP_NAME, table.schema, _ITEM_GROUP_ROWS)
     writer.write(table)
     return writer.close()[0]
 

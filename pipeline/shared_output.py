@@ -71,9 +71,9 @@ class SharedOutput:
         with contextlib.ExitStack() as stack:
 
             def start() -> tuple[Path, Path]:
-                return stack.enter_context(staged_folder(self.path))
+                return stack.enter_context(staged_folder(self.path, replace=self.force))
 
-            result, work = on_first_rank(start, self.group)
+            result, _ = on_first_rank(start, self.group)
             written = part(result)
             gathered = on_all_ranks(lambda: written, self.group)
             files = [entry for entries in gathered for entry in entries]
@@ -81,8 +81,6 @@ class SharedOutput:
             def finish() -> dict[str, Any]:
                 manifest = self._manifest(files, details())
                 write_atomically(result / MANIFEST_NAME, json.dumps(manifest, indent=1))
-                if self.path.exists():
-                    self.path.rename(work / "former")
                 stack.close()
                 return manifest
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shardrec.pipeline.events import EventLog
+from shardrec.pipeline.former_items import FormerItems
 
 Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20
@@ -59,7 +60,9 @@ class SortedLog:
 
     Attributes:
         user_ids: ids in the seeded hash order; position = number.
-        item_ids: ids in ascending order; position = number.
+        item_ids: ids of the log and of the former items in ascending order; position = number.
+        former: (items,) int64, the index an item has had, -1 for a new one; None where no former
+            items were given.
         user_events: (users,) int64, events of each user.
         duplicates: exact duplicates that were dropped.
         has_weight: whether there is a weight column.
@@ -68,6 +71,7 @@ class SortedLog:
     folder: Path
     user_ids: pa.Array
     item_ids: pa.Array
+    former: Array | None
     user_events: Array
     duplicates: int
     has_weight: bool
@@ -131,16 +135,20 @@ class SortedLog:
             yield self._read("time", np.int64, start, _BLOCK_EVENTS)
 
 
-def sort_log(log: EventLog, folder: Path, options: SortOptions) -> SortedLog:
+def sort_log(
+    log: EventLog, folder: Path, options: SortOptions, former: FormerItems | None = None
+) -> SortedLog:
     """Read ``log`` once and leave its sorted columns in ``folder``.
 
     Args:
         log: the events.
         folder: an empty folder on a local disk, for the columns and for what DuckDB spills.
         options: limits and seed.
+        former: items that are numbered too, whether the log has them or not.
 
     Raises:
-        ValueError: a value of the log breaks the contract, or no event is left.
+        ValueError: a value of the log breaks the contract, no event is left, or an id of ``former``
+            comes twice.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
     """
@@ -149,7 +157,7 @@ def sort_log(log: EventLog, folder: Path, options: SortOptions) -> SortedLog:
         _check_not_empty(database, log)
         seeded = f"md5_number(concat('{options.seed}:', id)), id"
         user_ids = _number(database, "user", seeded)
-        item_ids = _number(database, "item", "id")
+        item_ids, former_index = _number_items(database, former)
         user_events, duplicates = _write_columns(
             database, folder, len(user_ids), options.keep_duplicates, log
         )
@@ -157,6 +165,7 @@ def sort_log(log: EventLog, folder: Path, options: SortOptions) -> SortedLog:
         folder=folder,
         user_ids=user_ids,
         item_ids=item_ids,
+        former=former_index,
         user_events=user_events,
         duplicates=duplicates,
         has_weight=log.columns.weight is not None,
@@ -218,12 +227,43 @@ def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None
     raise ValueError("the event log must hold at least one event, got none; check the path")
 
 
-def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str) -> pa.Array:
+def _number_items(
+    database: duckdb.DuckDBPyConnection, former: FormerItems | None
+) -> tuple[pa.Array, Array | None]:
+    """Number the items of the log and the former ones; their ids, and their former indices."""
+    if former is None:
+        return _number(database, "item", "id"), None
+    _ingest_former(database, former)
+    ids = _number(database, "item", "id", "UNION SELECT id FROM former_items")
+    found = database.sql(
+        "SELECT coalesce(f.item, -1) FROM item_numbers n LEFT JOIN former_items f USING (id) "
+        "ORDER BY n.number"
+    ).to_arrow_table()
+    return ids, found.column(0).to_numpy()
+
+
+def _ingest_former(database: duckdb.DuckDBPyConnection, former: FormerItems) -> None:
+    database.execute(f"CREATE TABLE former_items (id {_SQL_TYPES[former.kind]}, item BIGINT)")
+    for table in former.tables():
+        database.register("part", table)
+        database.execute("INSERT INTO former_items SELECT item_id, item FROM part")
+        database.unregister("part")
+    twice = database.execute(
+        "SELECT id FROM former_items GROUP BY id HAVING count(*) > 1 LIMIT 1"
+    ).fetchone()
+    if twice is not None:
+        raise ValueError(
+            f"items must name each id once, got {twice[0]!r} more than once in "
+            f"{str(former.path)!r}; give the items.parquet that prepare wrote"
+        )
+
+
+def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str, more: str = "") -> pa.Array:
     """Number the ids of ``kind`` by ``order`` in a table ``<kind>_numbers``; returns the ids."""
     database.execute(
         f"CREATE TABLE {kind}_numbers AS "
         f"SELECT id, (row_number() OVER (ORDER BY {order}) - 1)::BIGINT AS number "
-        f"FROM (SELECT DISTINCT {kind}_id AS id FROM events)"
+        f"FROM (SELECT DISTINCT {kind}_id AS id FROM events {more})"
     )
     ids = database.sql(f"SELECT id FROM {kind}_numbers ORDER BY number").to_arrow_table()
     return ids.column(0).combine_chunks()
@@ -256,7 +296,7 @@ def _write_columns(
                 user_events[first : last + 1] += np.bincount(kept[0] - first)
             parts = dict(zip(["user", "item", "time", "event", "weight"], kept, strict=False))
             for name, file in files.items():
-                parts[name].tofile(file)
+                file.write(parts[name].data)  # unlike tofile, says what the system says
     return user_events, total - int(user_events.sum())
 
 

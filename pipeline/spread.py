@@ -1,11 +1,13 @@
 """Dense item indices that give every rank its share of the popular items, whatever W is."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+TOO_UNEVEN = 1.5
 
 
 def spread_by_popularity(counts: Array) -> Array:
@@ -43,6 +45,46 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
     total = max(int(counts.sum()), 1)
     blocks = [counts[rank * rows : (rank + 1) * rows] for rank in range(num_ranks)]
     return [round(int(block.sum()) / total, 6) for block in blocks]
+
+
+def loads(counts: Array) -> dict[str, list[float]]:
+    """``load_per_rank`` for 2, 4 and 8 ranks, by their number."""
+    return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 4, 8)}
+
+
+def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float, int]:
+    """The largest load of any rank as a multiple of the mean, and among how many ranks.
+
+    Args:
+        shares_by_ranks: for numbers of ranks, each rank's share; those of one number sum to 1.
+
+    Example:
+        >>> largest_load({"2": [0.5, 0.5], "4": [0.5, 0.25, 0.125, 0.125]})
+        (2.0, 4)
+    """
+    return max((max(shares) * len(shares), len(shares)) for shares in shares_by_ranks.values())
+
+
+def describe_uneven_load(counts: Array) -> str | None:
+    """What to say where a rank has more than 1.5 times the mean load; None where none has.
+
+    Args:
+        counts: (V,) int64, training events of each item, in the order of the dense index.
+    """
+    load, ranks = largest_load(loads(counts))
+    if load <= TOO_UNEVEN:
+        return None
+    best, _ = largest_load(loads(counts[spread_by_popularity(counts)]))
+    remedy = (
+        f"prepare with rebalance would make it {best:.2f} times, and train with init_from follows "
+        "the items to their new indices"
+        if best < 0.99 * load
+        else "a few items have so many of them that no order of items is more even"
+    )
+    return (
+        f"the busiest of {ranks} ranks gets {load:.2f} times the mean of the training events, more "
+        f"than {TOO_UNEVEN} times; {remedy}"
+    )
 
 
 def _reversed_bits(values: Array, num_bits: int) -> Array:

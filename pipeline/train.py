@@ -36,6 +36,7 @@ from shardrec.pipeline.group import (
     rank_of,
     size_of,
 )
+from shardrec.pipeline.init_from import start_from
 from shardrec.pipeline.measure import measure, open_users
 from shardrec.pipeline.mlflow_logging import open_mlflow
 from shardrec.pipeline.run import (
@@ -141,7 +142,8 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
         item_counts=prepared.item_counts().to(model.device),
     )
     whose = OURS if encoder is None else type(encoder).__qualname__
-    folder = on_first_rank(lambda: start_run(config, prepared, whose), group)
+    origin = start_from(config, prepared, stepper, whose)
+    folder = on_first_rank(lambda: start_run(config, prepared, whose, origin), group)
     checkpoints = Checkpoints(folder / "checkpoints", group)
     return Run(config, prepared, batches, stepper, checkpoints, steps_per_epoch, total_steps)
 

@@ -1,0 +1,311 @@
+"""Starting a run from the weights of an earlier one, whose catalog was smaller or another.
+
+Which row of the old table belongs to an item is never guessed. In this order:
+
+* *same data*: the run was trained on this very prepared folder, so every row is its own;
+* *former items*: this folder was prepared with ``items`` of the very folder that the run was
+  trained on, so items have kept their rows;
+* *item map*: the same with ``rebalance``: ``item_map.parquet`` says where each row has gone;
+* *item ids*: otherwise the ids of both folders are compared, which needs the run's own folder.
+
+"This very folder" means equal fingerprints, that is equal checksums of all files; the files that
+the matching reads are compared with their checksums first.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.encoder import EncoderConfig
+from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState, load_checkpoint
+from shardrec.pipeline.config import from_json
+from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, sum_over_ranks
+from shardrec.pipeline.item_ids import ItemIds
+from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.row_groups import RowGroups
+from shardrec.pipeline.run import OURS, TrainConfig, read_run_file
+from shardrec.pipeline.step import Stepper
+
+__all__ = ["start_from"]
+
+_MEAN_ROWS = 65_536
+
+Match = Literal["same data", "former items", "item map", "item ids"]
+
+
+def start_from(
+    config: TrainConfig, prepared: Prepared, stepper: Stepper, encoder: str = OURS
+) -> dict[str, Any] | None:
+    """Load the weights that ``config.init_from`` names into a model that is new.
+
+    Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
+    it, in pieces as large as its own shard.
+
+    Args:
+        config: of the new run.
+        prepared: its data.
+        stepper: its model and optimizers, changed in place.
+        encoder: whose encoder it is, as the run folder stores it.
+
+    Returns:
+        JSON for the run folder: from which run and step, how items were matched, and how many were
+        carried over, are new, and were left out. None where the run starts from random weights.
+
+    Raises:
+        FileNotFoundError: there is no such run or checkpoint, or the folder with its ids is gone.
+        ValueError: encoder, table optimizer or items do not fit; raised on all ranks before any
+            weight changes.
+
+    Collectives: a few gathers of small objects and reductions of a few numbers.
+    """
+    if config.init_from.run is None:
+        return None
+    catalog, group = stepper.model.catalog, stepper.model.group
+    origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
+    shard = catalog.shard
+    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
+    former = on_this_rank(lambda: _former_rows(origin, prepared, rows), group)
+    carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
+    sum_over_ranks(carried, group)
+    if not carried:
+        raise ValueError(
+            f"init_from.run must know some of the items, got {config.init_from.run} of "
+            f"{origin.num_items} others; is it of another log?"
+        )
+    keep = config.init_from.optimizer == "keep"
+    first = on_this_rank(lambda: _checked_state(origin, stepper, keep), group)
+    on_this_rank(lambda: _copy_rows(origin, former, catalog, keep), group)
+    if config.init_from.new_rows == "mean":
+        _fill_new_rows(catalog, former, int(carried), group)
+    _load_encoder(first, stepper, keep)
+    if keep:
+        catalog.num_steps = int(first.table["num_steps"])
+    report = _report(config, origin, first, prepared.num_items, int(carried))
+    if config.show_progress and rank_of(group) == 0:
+        print(_describe(report), file=sys.stderr, flush=True)
+    return report
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Origin:
+    """A checkpoint to start from: its folder, V of its table, and how its items are matched."""
+
+    checkpoint: Path
+    num_items: int
+    match: Match
+    prepared: Path | None
+
+
+def _find(config: TrainConfig, prepared: Prepared, encoder: str) -> _Origin:
+    run = Path(config.init_from.run or "")
+    details, stored = (read_run_file(run, name) for name in ("run.json", "config.json"))
+    theirs = from_json(TrainConfig, stored)
+    _check_encoder(config, theirs, encoder, details["encoder"])
+    _check_optimizer(config, theirs)
+    match, folder = _match(config, prepared, details["data"], theirs.data)
+    checkpoint = Checkpoints(run / "checkpoints", None).find(config.init_from.checkpoint)
+    return _Origin(checkpoint, details["data"]["num_items"], match, folder)
+
+
+def _check_encoder(config: TrainConfig, theirs: TrainConfig, encoder: str, their: str) -> None:
+    if encoder != their:
+        raise ValueError(
+            f"the encoder must be of the kind that {config.init_from.run} trained, {their}, got "
+            f"{encoder}; hand in the same module, or none"
+        )
+    names = [field.name for field in dataclasses.fields(EncoderConfig) if field.name != "dropout"]
+    names = names if encoder == OURS else ["width"]
+    for name in names:
+        ours, wanted = getattr(config.encoder, name), getattr(theirs.encoder, name)
+        if ours != wanted:
+            raise ValueError(
+                f"encoder.{name} must be {wanted} as in {config.init_from.run}, got {ours}; "
+                f"set encoder.{name}={wanted}"
+            )
+
+
+def _check_optimizer(config: TrainConfig, theirs: TrainConfig) -> None:
+    ours, wanted = config.catalog.optimizer, theirs.catalog.optimizer
+    if config.init_from.optimizer == "keep" and ours != wanted:
+        raise ValueError(
+            f"catalog.optimizer must be {wanted} as in {config.init_from.run}, got {ours}, which "
+            "cannot use its memory; set the same, or init_from.optimizer=reset"
+        )
+
+
+def _match(
+    config: TrainConfig, prepared: Prepared, data: dict[str, Any], named: str
+) -> tuple[Match, Path | None]:
+    """How items are matched, and the folder that ids are compared with."""
+    source = prepared.manifest.source.get("items") or {}
+    if config.init_from.prepared is None and data["fingerprint"] == prepared.fingerprint:
+        return "same data", None
+    if config.init_from.prepared is None and data["fingerprint"] == source.get("fingerprint"):
+        if not any(file.path == ITEM_MAP_NAME for file in prepared.manifest.files):
+            return "former items", None
+        read_manifest(prepared.path, verify_checksums=True, only=(ITEM_MAP_NAME,))
+        return "item map", None
+    folder = Path(config.init_from.prepared or named)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the prepared folder of {config.init_from.run} must be there to match items by their "
+            f"ids, got {str(folder)!r}, which is not; say where it is with init_from.prepared, or "
+            "prepare this data with the items.parquet that the run was trained on"
+        )
+    # Its sequences may be gone by now; only the ids are needed.
+    manifest = read_manifest(folder, verify_checksums=True, only=(ITEMS_NAME,))
+    if manifest.fingerprint != data["fingerprint"]:
+        raise ValueError(
+            f"init_from.prepared must be the folder that {config.init_from.run} was trained on, "
+            f"got {str(folder)!r} with another fingerprint; its items may have other rows"
+        )
+    read_manifest(prepared.path, verify_checksums=True, only=(ITEMS_NAME,))
+    return "item ids", folder
+
+
+def _former_rows(origin: _Origin, prepared: Prepared, rows: range) -> Tensor:
+    """(R,) int64, the old row of each of this rank's items, -1 for items that are new."""
+    if origin.match == "item map":
+        return _mapped_rows(prepared.path / ITEM_MAP_NAME, rows)
+    if origin.match == "item ids":
+        assert origin.prepared is not None
+        wanted = prepared.item_ids().slice(rows.start, len(rows))
+        theirs = Prepared(origin.prepared, read_manifest(origin.prepared, only=(ITEMS_NAME,)))
+        return ItemIds(theirs.item_ids()).items(wanted)
+    former = torch.arange(rows.start, rows.stop)
+    return torch.where(former < origin.num_items, former, -1)
+
+
+def _mapped_rows(path: Path, rows: range) -> Tensor:
+    former = torch.full((len(rows),), -1)
+    names = ["former_item", "item"]
+    groups = RowGroups([path], names)
+    for index in range(len(groups)):
+        table = groups.read(index, names)
+        old, new = (torch.tensor(table.column(name).to_numpy()) for name in names)
+        here = (new >= rows.start) & (new < rows.stop)
+        former[new[here] - rows.start] = old[here]
+    return former
+
+
+def _pieces(former: Tensor) -> Iterator[tuple[range, Tensor]]:
+    """Ranges of old rows, no longer than the shard, and which of this rank's rows they hold."""
+    known = former[former >= 0]
+    if not known.numel():
+        return
+    low, high = int(known.min()), int(known.max()) + 1
+    for start in range(low, high, former.numel()):
+        piece = range(start, min(start + former.numel(), high))
+        here = ((former >= piece.start) & (former < piece.stop)).nonzero()[:, 0]
+        if here.numel():
+            yield piece, here
+
+
+def _checked_state(origin: _Origin, stepper: Stepper, keep: bool) -> CheckpointState:
+    """The checkpoint without its rows, after checking that all of it fits."""
+    state = load_checkpoint(origin.checkpoint, range(0))
+    if int(state.table["num_rows"]) != origin.num_items:
+        raise ValueError(
+            f"the table of {origin.checkpoint} must have {origin.num_items} rows as its run says, "
+            f"got {int(state.table['num_rows'])}; the run folder is damaged"
+        )
+    wanted = {name: value.shape[1:] for name, value in _copied(stepper.model.catalog, keep).items()}
+    found = {name: state.table[name].shape[1:] for name in wanted if name in state.table}
+    if wanted != found:
+        raise ValueError(
+            f"the table of {origin.checkpoint} must hold {_shapes(wanted)} for each row, got "
+            f"{_shapes(found)}; use the table optimizer and the width of that run"
+        )
+    ours = {name: value.shape for name, value in stepper.model.encoder.state_dict().items()}
+    theirs = {name: value.shape for name, value in state.encoder.items()}
+    if ours != theirs:
+        names = sorted(ours.keys() | theirs.keys())
+        differing = [name for name in names if ours.get(name) != theirs.get(name)]
+        raise ValueError(
+            f"the encoder must have the weights of {origin.checkpoint}, got others for "
+            f"{', '.join(differing[:3])}; hand in the same module"
+        )
+    if keep and len(state.optimizer["param_groups"][0]["params"]) != len(stepper.parameters):
+        raise ValueError(
+            f"the encoder must train the parameters that {origin.checkpoint} trained, got "
+            f"{len(stepper.parameters)}; freeze the same, or set init_from.optimizer=reset"
+        )
+    return state
+
+
+def _copied(catalog: Catalog, keep: bool) -> dict[str, Tensor]:
+    """The live tensors with one entry a row that are taken over."""
+    state = catalog.state_dict()
+    return {name: state[name] for name in state if name == "rows" or (keep and state[name].ndim)}
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in sorted(shapes.items()))
+
+
+@torch.no_grad()
+def _copy_rows(origin: _Origin, former: Tensor, catalog: Catalog, keep: bool) -> None:
+    """Copy what this rank's items had in the old table, wherever its rows were."""
+    for piece, here in _pieces(former):
+        table = load_checkpoint(origin.checkpoint, piece).table
+        there = former[here] - piece.start
+        for name, target in _copied(catalog, keep).items():
+            target[here.to(target.device)] = table[name][there].to(target)
+
+
+@torch.no_grad()
+def _fill_new_rows(
+    catalog: Catalog, former: Tensor, num_carried: int, group: dist.ProcessGroup | None
+) -> None:
+    """Give new items the mean of all rows that were carried over."""
+    rows = catalog.shard.rows.detach()
+    is_new = (former < 0).to(rows.device)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[0], _MEAN_ROWS):
+        part = slice(start, start + _MEAN_ROWS)
+        total += rows[part][~is_new[part]].sum(0, dtype=torch.float64)
+    sum_over_ranks(total, group)
+    rows[is_new] = (total / num_carried).to(rows)
+
+
+def _load_encoder(state: CheckpointState, stepper: Stepper, keep: bool) -> None:
+    stepper.model.encoder.load_state_dict(dict(state.encoder))
+    if keep:
+        # The learning rate, betas and decay are those of the new run.
+        groups = stepper.optimizer.state_dict()["param_groups"]
+        stepper.optimizer.load_state_dict(
+            {"state": state.optimizer["state"], "param_groups": groups}
+        )
+
+
+def _report(
+    config: TrainConfig, origin: _Origin, state: CheckpointState, num_items: int, carried: int
+) -> dict[str, Any]:
+    return {
+        "run": config.init_from.run,
+        "checkpoint": origin.checkpoint.name,
+        "step": state.progress.get("step"),
+        "matched_by": origin.match,
+        "items_carried_over": carried,
+        "items_new": num_items - carried,
+        "items_left_out": origin.num_items - carried,
+        "new_rows": config.init_from.new_rows,
+        "optimizer": config.init_from.optimizer,
+    }
+
+
+def _describe(report: dict[str, Any]) -> str:
+    return (
+        f"starts from {report['run']}, step {report['step']}: {report['items_carried_over']:,} "
+        f"items carried over (matched by {report['matched_by']}), {report['items_new']:,} new "
+        f"({report['new_rows']} rows), {report['items_left_out']:,} left out; optimizer memory "
+        + ("kept" if report["optimizer"] == "keep" else "reset")
+    )
