@@ -1,7 +1,8 @@
 """The ``shardrec`` command: one subcommand for each stage, and one rule for what goes wrong.
 
-Exit codes: 0 the output is complete; 1 it failed, and the last line says why; 2 the input or an
-option is wrong, in one line; 130 interrupted. Nothing but 0 leaves a finished-looking output.
+Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
+2 the input or an option is wrong, in one line; 3 a gate or a rollback stands against a publication;
+130 interrupted. Nothing but 0 leaves a finished-looking output.
 """
 
 import dis
@@ -19,10 +20,18 @@ COMMANDS = {
     "evaluate": "rank the whole catalog for the test users and write the metrics",
     "recommend": "write the best items of every user to Parquet",
     "export": "write item vectors and the encoder for a service",
+    "gate": "compare an evaluated run with the published model on the same users",
+    "publish": "let a pointer name an export, in one step",
+    "rollback": "let a pointer name what it named before",
     "plan": "say what a run will cost each rank, and how large a catalog fits",
-    "launch": "run train, evaluate or prepare through TorchX, here or on a cluster",
+    "launch": "run a stage through TorchX, here or on a cluster",
     "doctor": "say what is installed, whether it fits together, how to mend it",
     "demo": "the whole job on generated data or on your own log, with a table",
+}
+# Where the functions of the commands are, but for those of shardrec.launch.commands.
+ELSEWHERE = {
+    **dict.fromkeys(("recommend", "export", "gate", "publish", "rollback"), "delivery"),
+    **dict.fromkeys(("launch", "doctor", "demo"), "tools"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -58,7 +67,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 130 interrupted",
+            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
+            "130 interrupted",
         ]
     )
 
@@ -66,8 +76,8 @@ def usage() -> str:
 def run(name: str, arguments: list[str]) -> int:
     """Run a subcommand; errors that were raised for the user become one line on stderr."""
     try:
-        commands = importlib.import_module("shardrec.launch.commands")
-        return int(getattr(commands, name)(arguments))
+        module = f"shardrec.launch.{ELSEWHERE.get(name, 'commands')}"
+        return int(getattr(importlib.import_module(module), name)(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:

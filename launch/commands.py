@@ -1,9 +1,9 @@
-"""One function for each subcommand: reads its arguments, runs its stage, returns the exit code.
+"""The stages that make a model, one function each: reads arguments, runs, returns the exit code.
 
-A stage is imported by the command that needs it, so that ``prepare`` does not wait for torch.
+A stage is imported by the command that needs it, so that ``prepare`` does not wait for torch. What
+follows training is in ``delivery.py``, what is no stage in ``tools.py``.
 """
 
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,37 +14,52 @@ from shardrec.launch.options import Parser, add_options, read_options
 if TYPE_CHECKING:
     from shardrec.pipeline.measure import MeasureConfig
     from shardrec.pipeline.prepare import PrepareConfig
+    from shardrec.pipeline.synth import SynthConfig
     from shardrec.pipeline.train import TrainConfig
 
 
 def synth(arguments: Sequence[str]) -> int:
     """Generate a log and say how well the best possible model would do on it."""
-    from shardrec.pipeline.synth import SynthConfig, generate
+    from shardrec.pipeline.synth import generate
+
+    options, config = read_synth(arguments)
+    print(generate(config, options.output, force=options.force))
+    print(f"events in {options.output}")
+    return 0
+
+
+def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
+    """What the arguments of ``synth`` spell; exits when they are wrong."""
+    from shardrec.pipeline.synth import SynthConfig
 
     parser = Parser(
         "synth",
         "Writes a generated event log to one Parquet file: popularity by Zipf's law, users with\n"
         "drifting tastes, and order that matters. Equal options write equal events, at any size.\n"
-        "Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and of popularity.",
+        "Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and of popularity.\n"
+        "Asked again for the same, it does nothing.",
         "example: shardrec synth --output log.parquet --users 40000 --items 50000 --events 1000000",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
+    parser.add_argument("--force", action="store_true", help="replace a log that is there")
     add_options(parser, SynthConfig)
     options = parser.parse(arguments)
-    print(generate(read_options(SynthConfig, options), options.output))
-    print(f"wrote {options.output}")
-    return 0
+    return options, read_options(SynthConfig, options)
 
 
 def prepare(arguments: Sequence[str]) -> int:
     """Turn an event log into a prepared folder."""
-    from shardrec.pipeline.prepare import prepare as run_prepare
+    from shardrec.pipeline.prepare import prepare_once
+    from shardrec.pipeline.spread import largest_load
 
     config = read_prepare(arguments)
-    manifest = run_prepare(config)
-    for name, count in manifest.counts.items():
+    done = prepare_once(config)
+    for name, count in done.manifest.counts.items():
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
-    print(f"wrote {config.output}")
+    load, ranks = largest_load(done.manifest.load_per_rank)
+    print(f"{'largest load of a rank, over the mean':<40} {load:>14.3f} (of {ranks} ranks)")
+    told = f"wrote {config.output}"
+    print(told if done.is_new else f"{config.output} is complete already: nothing was done")
     return 0
 
 
@@ -57,7 +72,8 @@ def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
         "Reads an event log (Parquet: user, item, time) and writes what training and evaluation\n"
         "stream: sequences, splits, item counts, and a manifest that is there only when all is.\n"
         "Sorting spills to disk: the log may be larger than memory. Asked again for the same, it\n"
-        "does nothing.",
+        "does nothing and says so; --force does it again.\n"
+        "The day after, --items keeps the index of every item that the last folder had.",
         "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output data",
     )
     add_options(parser, PrepareConfig)
@@ -90,6 +106,12 @@ def read_train(arguments: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument("--run", required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    parser.add_argument(
+        "--init-from",
+        metavar="RUN",
+        help="start from the weights of this run, whose items may be fewer; what is kept, and "
+        "how new items start, say init_from.optimizer, init_from.new_rows, init_from.checkpoint",
+    )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     lines = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
     example = describe(RECIPES["demo"]("DIR", "DIR"))
@@ -100,7 +122,8 @@ def read_train(arguments: Sequence[str]) -> "TrainConfig":
     if options.recipe not in RECIPES:
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
     recipe = RECIPES[options.recipe](options.prepared, options.run)
-    return override(recipe, options.overrides)
+    started = [] if options.init_from is None else [f"init_from.run={options.init_from}"]
+    return override(recipe, [*started, *options.overrides])
 
 
 def first_line(documented: object) -> str:
@@ -120,12 +143,19 @@ def evaluate(arguments: Sequence[str]) -> int:
         if options.run is None:
             metrics = evaluate_popularity(options.prepared, config, split=options.split)
         else:
-            wanted = {"split": options.split, "checkpoint": options.checkpoint}
-            metrics = run_evaluate(options.run, options.prepared, config, **wanted)["metrics"]
+            metrics = run_evaluate(
+                options.run,
+                options.prepared,
+                config,
+                split=options.split,
+                checkpoint=options.checkpoint,
+                output=options.output,
+                force=options.force,
+            )["metrics"]
         if rank_of(group) == 0:
             print_metrics(metrics)
             if options.run is not None:
-                print(f"wrote {Path(options.run) / 'metrics.json'}")
+                print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
     return 0
 
 
@@ -138,7 +168,8 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
         "Ranks the whole catalog for the users of a split and writes metrics.json into the run:\n"
         "NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, recall by\n"
         "popularity, and the protocol they follow. Metrics that end in /known leave out targets\n"
-        "that training never saw. Any number of workers may evaluate what any number trained.",
+        "that training never saw. Any number of workers may evaluate what any number trained.\n"
+        "Asked again for the same, it does nothing.",
         "example: shardrec evaluate --prepared data --run run --filter-seen",
     )
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
@@ -149,62 +180,15 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument(
+        "--output", metavar="FILE", help="report to write (default: metrics.json in the run)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace a report of other weights or options"
+    )
     add_options(parser, MeasureConfig)
     options = parser.parse(arguments)
     return options, read_options(MeasureConfig, options)
-
-
-def recommend(arguments: Sequence[str]) -> int:
-    """Write the best items of every user of some histories."""
-    from shardrec.launch.distributed import process_group
-    from shardrec.pipeline.group import rank_of
-    from shardrec.pipeline.recommend import RecommendConfig
-    from shardrec.pipeline.recommend import recommend as run_recommend
-
-    parser = Parser(
-        "recommend",
-        "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and\n"
-        "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any\n"
-        "number of workers gives the same lists. Asked again for the same, it does nothing.",
-        "example: shardrec recommend --run run --prepared data --histories users.parquet "
-        "--output lists --k 20",
-    )
-    add_options(parser, RecommendConfig)
-    config = read_options(RecommendConfig, parser.parse(arguments))
-    with process_group() as (group, _):
-        done = run_recommend(config)
-        if rank_of(group) == 0:
-            for name, count in done.manifest["counts"].items():
-                print(f"{name.replace('_', ' '):<40} {count:>14,}")
-            rate = f"wrote {config.output}: {done.users_per_second:,.0f} users/s"
-            print(rate if done.is_new else f"{config.output} is there already: nothing to do")
-    return 0
-
-
-def export(arguments: Sequence[str]) -> int:
-    """Write item vectors and the encoder for a service."""
-    from shardrec.launch.distributed import process_group
-    from shardrec.pipeline.export import ExportConfig
-    from shardrec.pipeline.export import export as run_export
-    from shardrec.pipeline.group import rank_of
-
-    parser = Parser(
-        "export",
-        "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the\n"
-        "encoder as a torch.export program. shardrec.pipeline.serve reads both without TorchRec.\n"
-        "Asked again for the same, it does nothing.",
-        "example: shardrec export --run run --prepared data --output model",
-    )
-    add_options(parser, ExportConfig)
-    config = read_options(ExportConfig, parser.parse(arguments))
-    with process_group() as (group, _):
-        done = run_export(config)
-        if rank_of(group) == 0:
-            manifest = done.manifest
-            print(f"{manifest['num_items']:,} items, catalog version {manifest['catalog_version']}")
-            told = f"wrote {config.output}"
-            print(told if done.is_new else f"{config.output} is there already: nothing to do")
-    return 0
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -251,96 +235,3 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     for name in (name for name in metrics if "@" not in name):
         value = metrics[name]
         print(f"{name:<22}{value:>10,}" if isinstance(value, int) else f"{name:<22}{value:>10.4f}")
-
-
-def launch(arguments: Sequence[str]) -> int:
-    """Run a component through TorchX, on this machine or on a cluster."""
-    from shardrec.launch import runner
-
-    parser = Parser(
-        "launch",
-        "Runs a stage through TorchX: several workers here, or a job for a cluster.\n"
-        "The stage's own arguments follow `--`; `shardrec launch train --help` lists the rest.",
-        "examples:\n"
-        "  shardrec launch train -j 1x2 -- --prepared data --run run --recipe demo\n"
-        "  shardrec launch -s slurm -cfg partition=gpu train -j 4x8 --gpu 8 -- "
-        "--prepared data --run run\n"
-        "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
-        "--image me/shardrec:1 -- --prepared /data --run /run",
-    )
-    parser.add_argument("-s", "--scheduler", default="local_cwd", help="default: local_cwd")
-    parser.add_argument(
-        "-cfg", "--scheduler-args", default="", metavar="K=V,…", help="the scheduler's own options"
-    )
-    parser.add_argument(
-        "--dryrun", action="store_true", help="print the request instead of submitting it"
-    )
-    parser.add_argument(
-        "--log-dir", type=Path, default=None, help="keep the output of local workers here"
-    )
-    parser.add_argument("component", choices=runner.COMPONENTS)
-    parser.add_argument(
-        "arguments", nargs="...", help="component options, then `--`, then the stage's"
-    )
-    options = parser.parse_args(list(arguments))
-    job = runner.Job(
-        component=options.component,
-        arguments=tuple(options.arguments),
-        scheduler=options.scheduler,
-        settings=options.scheduler_args,
-        log_dir=options.log_dir,
-    )
-    check_stage_arguments(job.component, runner.split(job.arguments)[1])
-    if options.dryrun:
-        print(runner.describe(job))
-        return 0
-    if not job.is_local:
-        print(runner.submit(job))
-        return 0
-    complaints = runner.run_here(job)
-    if complaints is None:
-        return 0
-    reason = complaints or "its workers' last lines are above"
-    print(f"shardrec launch: {job.component} failed: {reason}", file=sys.stderr)
-    return 1
-
-
-def check_stage_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Refuse wrong options here, before a job waits in a queue to be told."""
-    if stage == "train":
-        read_train(arguments)
-    elif stage == "evaluate":
-        read_evaluate(arguments)
-    else:
-        read_prepare(arguments)
-
-
-def doctor(arguments: Sequence[str]) -> int:
-    """Say what is installed and whether it fits together."""
-    from shardrec.launch.doctor import run
-
-    Parser(
-        "doctor",
-        "Prints versions, the NVIDIA driver, the communication backends and whether the packages\n"
-        "form a matching set; every mismatch comes with its remedy.",
-        "exit codes: 0 training can start here, 1 something must be mended first",
-    ).parse(arguments)
-    return run()
-
-
-def demo(arguments: Sequence[str]) -> int:
-    """The whole job, on generated data or on the user's log."""
-    from rich.console import Console
-
-    from shardrec.launch.demo import DemoConfig, run_demo
-
-    parser = Parser(
-        "demo",
-        "Generates a log (or takes yours), prepares it, trains every loss for the same number of\n"
-        "steps on TorchX workers, ranks the whole catalog for the test users, and prints a table,\n"
-        "the paths of what was written, and the commands for your own data.",
-        "example: shardrec demo --events path/to/log.parquet --user-column customer",
-    )
-    add_options(parser, DemoConfig)
-    run_demo(read_options(DemoConfig, parser.parse(arguments)), Console())
-    return 0

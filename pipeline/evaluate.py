@@ -1,6 +1,6 @@
 """The evaluate stage: a run and its prepared folder in, ``metrics.json`` out."""
 
-import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint, write_atomically
 from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.group import (
     default_group,
@@ -22,10 +21,12 @@ from shardrec.pipeline.group import (
     size_of,
 )
 from shardrec.pipeline.measure import MeasureConfig, Split, measure, open_users
-from shardrec.pipeline.model import Model
-from shardrec.pipeline.run import TrainConfig, build_model, open_run
+from shardrec.pipeline.stored_report import StoredReport
+from shardrec.pipeline.trained import Source, load_model
 
-__all__ = ["evaluate", "evaluate_popularity", "load_model"]
+__all__ = ["FORMAT", "evaluate", "evaluate_popularity", "with_numbers"]
+
+FORMAT = "shardrec.metrics"
 
 
 def evaluate(
@@ -36,10 +37,13 @@ def evaluate(
     split: Split = "test",
     checkpoint: Literal["best", "last"] = "best",
     encoder: nn.Module | None = None,
+    output: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Rank the whole catalog for every user of a split and write ``metrics.json`` into the run.
 
-    Runs on any number of ranks, whatever number trained.
+    Runs on any number of ranks, whatever number trained. Where the report of the same weights,
+    users and options is there already, says so and does nothing.
 
     Args:
         run: the run folder.
@@ -48,37 +52,60 @@ def evaluate(
         split: which users.
         checkpoint: which weights.
         encoder: the module handed to ``train``, where one was.
+        output: the report to write; None takes ``metrics.json`` in the run.
+        force: whether a report that is there is made again or replaced.
 
     Returns:
         What was written: metrics, and the protocol they follow.
 
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
+        FileExistsError: the report that is there is of other weights, users or options.
         ValueError: the run does not fit the data.
 
     Collectives: on the default group; every rank must call it.
     """
     started, group, config = time.monotonic(), default_group(), config or MeasureConfig()
     prepared = on_this_rank(lambda: Prepared.open(data), group)
-    trained = on_first_rank(
-        lambda: open_run(Path(run), prepared, own_encoder=encoder is None), group
-    )
-    folder = on_first_rank(
-        lambda: Checkpoints(Path(run) / "checkpoints", None).find(checkpoint), group
-    )
-    model, progress = load_model(trained, folder, prepared, encoder)
-    batches = open_users(prepared, split, config, trained.encoder.max_length, group)
+    source = Source.find(run, prepared, checkpoint, encoder)
+    request = {
+        "source": source.identity,
+        "checkpoint": checkpoint,
+        "split": split,
+        "ks": list(config.ks),
+        "filter_seen": config.filter_seen,
+    }
+    path = Path(output or Path(run) / "metrics.json")
+    stored = StoredReport(path, FORMAT, request, force)
+    found = on_first_rank(stored.finished, group)
+    if found is not None:
+        if rank_of(group) == 0:
+            message = "%s already holds the metrics of these weights, users and options: "
+            logging.getLogger(__name__).warning(message + "nothing to do", path)
+        return with_numbers(found)
+    model, progress = load_model(source.config, source.checkpoint, prepared, encoder)
+    batches = open_users(prepared, split, config, source.config.encoder.max_length, group)
     metrics = measure(model.last_states, model.scored_shard(), batches, config, prepared)
     seconds = time.monotonic() - started
-    report = {
-        "metrics": metrics,
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    details = {
+        "metrics": finite,
         "protocol": describe_protocol(prepared, split, config),
-        "checkpoint": {"which": checkpoint, "folder": folder.name, "step": progress["step"]},
+        "checkpoint": {
+            "which": checkpoint,
+            "folder": source.checkpoint.name,
+            "step": progress["step"],
+        },
         "seconds": seconds,
         "users_per_second": metrics["users"] / seconds,
     }
-    on_first_rank(lambda: _write(Path(run) / "metrics.json", report), group)
-    return report
+    return with_numbers(on_first_rank(lambda: stored.write(details), group))
+
+
+def with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored report with its metrics as numbers: NaN where there were no users to average."""
+    metrics = {n: math.nan if value is None else value for n, value in report["metrics"].items()}
+    return {**report, "metrics": metrics}
 
 
 def evaluate_popularity(
@@ -110,33 +137,6 @@ def popularity_shard(prepared: Prepared, group: dist.ProcessGroup | None) -> Row
     return RowShard(rows, first, prepared.num_items, group)
 
 
-def load_model(
-    config: TrainConfig, checkpoint: Path, prepared: Prepared, encoder: nn.Module | None = None
-) -> tuple[Model, Mapping[str, Any]]:
-    """The model of a checkpoint, on the ranks of the default group.
-
-    Args:
-        config: of the run.
-        checkpoint: a complete checkpoint folder.
-        prepared: the data of the run.
-        encoder: the module handed to ``train``, where one was.
-
-    Returns:
-        The model, and the progress stored with it.
-
-    Collectives: on the default group.
-    """
-    group = default_group()
-    model = build_model(config, prepared.num_items, encoder, group)
-    shard = model.catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    state = on_this_rank(lambda: load_checkpoint(checkpoint, rows), group)
-    model.encoder.load_state_dict(state.encoder)
-    model.catalog.load_state_dict(state.table)
-    model.encoder.eval()
-    return model, state.progress
-
-
 def describe_protocol(prepared: Prepared, split: Split, config: MeasureConfig) -> dict[str, Any]:
     """What the metrics mean, for whoever reads them later."""
     return {
@@ -151,13 +151,6 @@ def describe_protocol(prepared: Prepared, split: Split, config: MeasureConfig) -
         "users_without_history": prepared.manifest.counts.get(f"{split}_users_without_history"),
         "data_fingerprint": prepared.fingerprint,
     }
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    finite = {
-        name: value if math.isfinite(value) else None for name, value in report["metrics"].items()
-    }
-    write_atomically(path, json.dumps({**report, "metrics": finite}, indent=1))
 
 
 def _same_state(items: Tensor, lengths: Tensor) -> Tensor:

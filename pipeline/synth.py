@@ -4,14 +4,18 @@
 few simple rankings are judged on them.
 """
 
+import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shardrec.pipeline.config import from_json, to_json
 from shardrec.pipeline.synth_world import (
     TOP,
     Block,
@@ -27,6 +31,7 @@ __all__ = ["SynthConfig", "SynthReport", "generate"]
 
 DISCOUNTS: Floats = 1.0 / np.log2(np.arange(TOP) + 2.0)
 SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())])
+METADATA = "shardrec.synth"  # key of the note in the file's footer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,21 +68,31 @@ class SynthReport:
         )
 
 
-def generate(config: SynthConfig, path: str | Path) -> SynthReport:
+def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> SynthReport:
     """Write the log to one Parquet file at ``path`` and judge four rankings on it.
 
     Memory is one block of about a million events, plus 8 bytes for each event that the Markov
     baseline counts.
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete. Where it holds the log of this config
+    already, says so and does nothing.
 
     Args:
         config: sizes, seed and the shape of the process.
-        path: a file name; folders above it are made, an existing file is replaced.
+        path: a file name; folders above it are made.
+        force: whether a file that is there is replaced.
 
     Returns:
         Counts and the four NDCG@10 figures.
+
+    Raises:
+        FileExistsError: the file holds something else.
     """
     target = Path(path)
+    found = None if force else _finished(config, target)
+    if found is not None:
+        message = "%s already holds the log of these options: nothing to do"
+        logging.getLogger(__name__).warning(message, target)
+        return found
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     world = World(config)
@@ -85,8 +100,35 @@ def generate(config: SynthConfig, path: str | Path) -> SynthReport:
     with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
         for table in _rechunk(_tables(world, judge), config.chunk_events):
             writer.write_table(table, row_group_size=config.chunk_events)
+        report = judge.report()
+        stored = {"config": to_json(config), "report": to_json(report)}
+        writer.add_key_value_metadata({METADATA: json.dumps(stored)})
     partial.replace(target)
-    return judge.report()
+    return report
+
+
+def _finished(config: SynthConfig, target: Path) -> SynthReport | None:
+    """The report of a log that is there already."""
+    if not target.exists():
+        return None
+    stored = _stored(target)
+    if stored is None or stored["config"] != to_json(config):
+        what = "is another file" if stored is None else "holds a log of other options"
+        raise FileExistsError(
+            f"output must be a new file or hold the log of these options, got {target}, which "
+            f"{what}; choose another name, or replace it with --force"
+        )
+    return from_json(SynthReport, stored["report"])
+
+
+def _stored(target: Path) -> dict[str, Any] | None:
+    """What ``generate`` noted in a file; None where it is not one of its own."""
+    try:
+        noted = pq.read_metadata(target).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return None
+    text = noted.get(METADATA.encode())
+    return None if text is None else dict(json.loads(text))
 
 
 def _tables(world: World, judge: "_Judge") -> Iterator[pa.Table]:

@@ -1,20 +1,20 @@
 """A trained run opened for use: its model on the ranks of the default group, and what it is."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from shardrec.pipeline.checkpoint import Checkpoints
-from shardrec.pipeline.evaluate import load_model
-from shardrec.pipeline.group import default_group, on_first_rank
+from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.group import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.run import TrainConfig, open_run
+from shardrec.pipeline.run import TrainConfig, build_model, open_run
 
-__all__ = ["Source"]
+__all__ = ["Source", "load_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,33 @@ class Source:
         """
         model, _ = load_model(self.config, self.checkpoint, prepared, encoder)
         return model
+
+
+def load_model(
+    config: TrainConfig, checkpoint: Path, prepared: Prepared, encoder: nn.Module | None = None
+) -> tuple[Model, Mapping[str, Any]]:
+    """The model of a checkpoint, on the ranks of the default group.
+
+    Args:
+        config: of the run.
+        checkpoint: a complete checkpoint folder.
+        prepared: the data of the run.
+        encoder: the module handed to ``train``, where one was.
+
+    Returns:
+        The model, and the progress stored with it.
+
+    Collectives: on the default group.
+    """
+    group = default_group()
+    model = build_model(config, prepared.num_items, encoder, group)
+    shard = model.catalog.shard
+    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
+    state = on_this_rank(lambda: load_checkpoint(checkpoint, rows), group)
+    model.encoder.load_state_dict(state.encoder)
+    model.catalog.load_state_dict(state.table)
+    model.encoder.eval()
+    return model, state.progress
 
 
 def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder: Any) -> Source:

@@ -1,0 +1,109 @@
+"""Commands that are no stage: launch, doctor, demo."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from shardrec.launch import commands, delivery
+from shardrec.launch.options import Parser, add_options, read_options
+
+# Each reads the arguments of a stage and exits or raises when they are wrong.
+READERS: Mapping[str, Callable[[Sequence[str]], object]] = {
+    "synth": commands.read_synth,
+    "prepare": commands.read_prepare,
+    "train": commands.read_train,
+    "evaluate": commands.read_evaluate,
+    "recommend": delivery.read_recommend,
+    "export": delivery.read_export,
+    "gate": delivery.read_gate,
+    "publish": delivery.read_publish,
+    "rollback": delivery.read_rollback,
+}
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run a component through TorchX, on this machine or on a cluster."""
+    from shardrec.launch import runner
+
+    parser = Parser(
+        "launch",
+        "Runs a stage through TorchX: several workers here, or a job for a cluster.\n"
+        "The stage's own arguments follow `--`; `shardrec launch train --help` lists the rest.",
+        "examples:\n"
+        "  shardrec launch train -j 1x2 -- --prepared data --run run --recipe demo\n"
+        "  shardrec launch -s slurm -cfg partition=gpu train -j 4x8 --gpu 8 -- "
+        "--prepared data --run run\n"
+        "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
+        "--image me/shardrec:1 -- --prepared /data --run /run",
+    )
+    parser.add_argument("-s", "--scheduler", default="local_cwd", help="default: local_cwd")
+    parser.add_argument(
+        "-cfg", "--scheduler-args", default="", metavar="K=V,…", help="the scheduler's own options"
+    )
+    parser.add_argument(
+        "--dryrun", action="store_true", help="print the request instead of submitting it"
+    )
+    parser.add_argument(
+        "--log-dir", type=Path, default=None, help="keep the output of local workers here"
+    )
+    parser.add_argument("component", choices=runner.COMPONENTS)
+    parser.add_argument(
+        "arguments", nargs="...", help="component options, then `--`, then the stage's"
+    )
+    options = parser.parse_args(list(arguments))
+    job = runner.Job(
+        component=options.component,
+        arguments=tuple(options.arguments),
+        scheduler=options.scheduler,
+        settings=options.scheduler_args,
+        log_dir=options.log_dir,
+    )
+    check_stage_arguments(job.component, runner.split(job.arguments)[1])
+    if options.dryrun:
+        print(runner.describe(job))
+        return 0
+    if not job.is_local:
+        print(runner.submit(job))
+        return 0
+    complaints = runner.run_here(job)
+    if complaints is None:
+        return 0
+    reason = complaints or "its workers' last lines are above"
+    print(f"shardrec launch: {job.component} failed: {reason}", file=sys.stderr)
+    return 1
+
+
+def check_stage_arguments(stage: str, arguments: Sequence[str]) -> None:
+    """Refuse wrong options here, before a job waits in a queue to be told."""
+    READERS[stage](arguments)
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Say what is installed and whether it fits together."""
+    from shardrec.launch.doctor import run
+
+    Parser(
+        "doctor",
+        "Prints versions, the NVIDIA driver, the communication backends and whether the packages\n"
+        "form a matching set; every mismatch comes with its remedy.",
+        "exit codes: 0 training can start here, 1 something must be mended first",
+    ).parse(arguments)
+    return run()
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """The whole job, on generated data or on the user's log."""
+    from rich.console import Console
+
+    from shardrec.launch.demo import DemoConfig, run_demo
+
+    parser = Parser(
+        "demo",
+        "Generates a log (or takes yours), prepares it, trains every loss for the same number of\n"
+        "steps on TorchX workers, ranks the whole catalog for the test users, and prints a table,\n"
+        "the paths of what was written, and the commands for your own data.",
+        "example: shardrec demo --events path/to/log.parquet --user-column customer",
+    )
+    add_options(parser, DemoConfig)
+    run_demo(read_options(DemoConfig, parser.parse(arguments)), Console())
+    return 0
