@@ -23,6 +23,7 @@ COMMANDS = {
     "gate": "compare an evaluated run with the published model on the same users",
     "publish": "let a pointer name an export, in one step",
     "rollback": "let a pointer name what it named before",
+    "report": "write one HTML page that shows and compares runs",
     "plan": "say what a run will cost each rank, and how large a catalog fits",
     "launch": "run a stage through TorchX, here or on a cluster",
     "doctor": "say what is installed, whether it fits together, how to mend it",
@@ -31,7 +32,7 @@ COMMANDS = {
 # Where the functions of the commands are, but for those of shardrec.launch.commands.
 ELSEWHERE = {
     **dict.fromkeys(("recommend", "export", "gate", "publish", "rollback"), "delivery"),
-    **dict.fromkeys(("launch", "doctor", "demo"), "tools"),
+    **dict.fromkeys(("launch", "report", "doctor", "demo"), "tools"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 

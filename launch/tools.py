@@ -1,4 +1,4 @@
-"""Commands that are no stage: launch, doctor, demo."""
+"""Commands that are no stage: launch, report, doctor, demo."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +76,25 @@ def launch(arguments: Sequence[str]) -> int:
 def check_stage_arguments(stage: str, arguments: Sequence[str]) -> None:
     """Refuse wrong options here, before a job waits in a queue to be told."""
     READERS[stage](arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write one HTML page that shows and compares runs."""
+    parser = Parser(
+        "report",
+        "Writes one self-contained HTML page about run folders: curves of loss, validation\n"
+        "metric, throughput, memory, padding and gradient norm, a table that compares the runs,\n"
+        "recall by popularity, and every option. Runs may be in progress and need not be\n"
+        "evaluated. A former report is replaced.",
+        "example: shardrec report runs/cce runs/sce --output report.html",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of `train`")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
+    options = parser.parse(arguments)
+    from shardrec.pipeline.report import report as run_report
+
+    print(f"wrote {run_report(options.runs, options.output)}")
+    return 0
 
 
 def doctor(arguments: Sequence[str]) -> int:

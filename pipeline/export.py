@@ -4,14 +4,16 @@
 
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
     encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L
+    items.faiss                         where an index is asked for
     manifest.json                       run, data, catalog version, files; written last
 
 ``shardrec.pipeline.serve`` reads it without the training stack.
 """
 
 import copy
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +25,26 @@ import torch
 from torch import Tensor, nn
 
 from shardrec import __version__
-from shardrec.pipeline.group import default_group, on_this_rank, rank_of, size_of
+from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
+from shardrec.pipeline.group import (
+    default_group,
+    on_all_ranks,
+    on_first_rank,
+    on_this_rank,
+    rank_of,
+    size_of,
+)
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.serve import ENCODER, FORMAT
+from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
 from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source
 
-__all__ = ["ExportConfig", "Exported", "export", "export_encoder"]
+__all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
+
+_QUERIES = 1000  # states that the recall of an index is measured on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +56,9 @@ class ExportConfig:
         prepared: the folder the run was trained on; it says what the item ids are.
         output: folder to write, new or empty.
         checkpoint: which weights.
+        faiss: a FAISS factory string, such as HNSW32 or IVF1024,Flat, for an index of the items
+            that training saw, built on one rank that holds all vectors; none makes no index.
+        faiss_search: parameters of its search, such as efSearch=128 or nprobe=16.
         force: replace what another run of this stage left in output.
         block_rows: rows of the table that are written at a time.
     """
@@ -52,13 +67,25 @@ class ExportConfig:
     prepared: str
     output: str
     checkpoint: Literal["best", "last"] = "best"
+    faiss: str | None = None
+    faiss_search: str | None = None
     force: bool = False
     block_rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Refuse blocks of no rows."""
+        """Refuse blocks of no rows, and the search of no index."""
         if self.block_rows < 1:
             raise ValueError(f"block_rows must be at least 1, got {self.block_rows}; raise it")
+        if self.faiss is None and self.faiss_search is not None:
+            raise ValueError(
+                f"faiss_search must come with an index, got {self.faiss_search!r} without faiss; "
+                "say --faiss HNSW32 too"
+            )
+
+    @property
+    def index(self) -> IndexConfig | None:
+        """The index to build, if any."""
+        return None if self.faiss is None else IndexConfig(self.faiss, self.faiss_search)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +116,27 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, or ``torch.export`` cannot trace the encoder.
+        ValueError: the run does not fit the data, ``torch.export`` cannot trace the encoder, or
+            FAISS cannot make the index.
+        RuntimeError: the encoder that was written does not answer as the live one.
 
     Collectives: on the default group; every rank must call it.
     """
     started, group = time.monotonic(), default_group()
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     source = Source.find(config.run, prepared, config.checkpoint, encoder)
-    request = {"source": source.identity}
+    index = config.index
+    request = {
+        "source": source.identity,
+        "faiss": None if index is None else dataclasses.asdict(index),
+    }
     output = SharedOutput(Path(config.output), FORMAT, request, group, config.force)
     found = output.finished()
     if found is not None:
         return Exported(found, False, time.monotonic() - started)
-    model = source.load(prepared, encoder)
-    ids = ItemIds(prepared.item_ids())
-
-    def part(folder: Path) -> list[FileEntry]:
-        return on_this_rank(
-            lambda: _write_part(folder, model, source, prepared, ids, config.block_rows), group
-        )
-
-    manifest = output.write(part, lambda: _details(source, ids, model))
+    on_first_rank(lambda: _check_index(index, source), group)
+    work = _Work(config, source.load(prepared, encoder), source, prepared)
+    manifest = output.write(work.write, work.details)
     return Exported(manifest, True, time.monotonic() - started)
 
 
@@ -139,52 +166,126 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
         ) from error
 
 
-def _write_part(
-    folder: Path, model: Model, source: Source, prepared: Prepared, ids: ItemIds, block_rows: int
-) -> list[FileEntry]:
-    rank, size = rank_of(model.group), size_of(model.group)
-    name = f"items/part-{rank:05d}-of-{size:05d}.parquet"
-    (folder / "items").mkdir(exist_ok=True)
-    shard = model.catalog.shard
-    counts = prepared.item_counts()
-    schema = pa.schema(
-        {
-            "item_id": ids.ids.type,
-            "item": pa.int64(),
-            "count": pa.int64(),
-            "vector": pa.list_(pa.float32(), shard.rows.shape[1]),
+class _Work:
+    """This rank's rows; encoder and index too on rank 0."""
+
+    def __init__(
+        self, config: ExportConfig, model: Model, source: Source, prepared: Prepared
+    ) -> None:
+        self.config, self.model, self.source, self.prepared = config, model, source, prepared
+        self.ids, self.counts = ItemIds(prepared.item_ids()), prepared.item_counts()
+        self.measured: dict[str, Any] = {}
+
+    def write(self, folder: Path) -> list[FileEntry]:
+        """Write this rank's files.
+
+        Collectives: two gathers of small objects.
+        """
+        group = self.model.group
+        written = on_all_ranks(lambda: self._write_rows(folder), group)
+        rows = [entry for entries in written for entry in entries]
+        more = on_first_rank(lambda: self._write_encoder(folder) + self._index(folder, rows), group)
+        rank = rank_of(group)
+        return written[rank] + (more if rank == 0 else [])
+
+    def details(self) -> dict[str, Any]:
+        """What the manifest says besides the request; complete on rank 0."""
+        config = self.source.config.encoder
+        return {
+            "catalog_version": self.ids.version,
+            "num_items": len(self.ids),
+            "width": config.width,
+            "max_length": config.max_length,
+            "scores": "cosine" if self.model.normalize else "inner product",
+            "versions": {"shardrec": __version__, "torch": torch.__version__},
+            **self.measured,
         }
-    )
-    with pq.ParquetWriter(folder / name, schema) as writer:
-        for start in range(0, shard.rows.shape[0], block_rows):
-            rows = shard.rows.detach()[start : start + block_rows].cpu()
-            writer.write_table(_table(rows, shard.first_row + start, ids, counts, schema))
-    footer = pq.read_metadata(folder / name)
-    files = [describe_file(folder, name, footer.num_rows, footer.num_row_groups)]
-    if rank == 0:
-        config = source.config.encoder
-        program = export_encoder(model.encoder, config.width, config.max_length)
+
+    def _write_rows(self, folder: Path) -> list[FileEntry]:
+        rank, size = rank_of(self.model.group), size_of(self.model.group)
+        name = f"items/part-{rank:05d}-of-{size:05d}.parquet"
+        (folder / "items").mkdir(exist_ok=True)
+        shard, block_rows = self.model.catalog.shard, self.config.block_rows
+        schema = pa.schema(
+            {
+                "item_id": self.ids.ids.type,
+                "item": pa.int64(),
+                "count": pa.int64(),
+                "vector": pa.list_(pa.float32(), shard.rows.shape[1]),
+            }
+        )
+        with pq.ParquetWriter(folder / name, schema) as writer:
+            for start in range(0, shard.rows.shape[0], block_rows):
+                rows = shard.rows.detach()[start : start + block_rows].cpu()
+                writer.write_table(self._table(rows, shard.first_row + start, schema))
+        footer = pq.read_metadata(folder / name)
+        return [describe_file(folder, name, footer.num_rows, footer.num_row_groups)]
+
+    def _table(self, rows: Tensor, first: int, schema: pa.Schema) -> pa.Table:
+        """One block of rows with their ids."""
+        items = np.arange(first, first + len(rows))
+        values = pa.array(rows.contiguous().view(-1).numpy())
+        vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+        block = self.counts[first : first + len(rows)].numpy()
+        return pa.table([self.ids.of(items), items, block, vectors], schema=schema)
+
+    def _write_encoder(self, folder: Path) -> list[FileEntry]:
+        """Write the encoder's program, load it again, and compare it with the live encoder."""
+        config, encoder = self.source.config.encoder, self.model.encoder
+        program = export_encoder(encoder, config.width, config.max_length)
         torch.export.save(program, folder / ENCODER)
-        files.append(describe_file(folder, ENCODER, 0, 0))
-    return files
+        self.measured["encoder_difference"] = encoder_difference(
+            folder / ENCODER, encoder, config.width, config.max_length
+        )
+        return [describe_file(folder, ENCODER, 0, 0)]
+
+    def _index(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+        """Build the index from the Parquet that all ranks have written."""
+        index = self.config.index
+        if index is None:
+            return []
+        written = self.details() | {"files": [dataclasses.asdict(entry) for entry in rows]}
+        served = read_recommender(folder, written, min_count=1)
+        states = _example_states(served, self.prepared)
+        path = folder / INDEX
+        self.measured["faiss"] = build_index(path, index, served.scored, served.allowed, states)
+        return [describe_file(folder, INDEX, 0, 0)]
 
 
-def _table(rows: Tensor, first: int, ids: ItemIds, counts: Tensor, schema: pa.Schema) -> pa.Table:
-    """One block of rows with their ids."""
-    items = np.arange(first, first + len(rows))
-    values = pa.array(rows.contiguous().view(-1).numpy())
-    vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
-    block = counts[first : first + len(rows)].numpy()
-    return pa.table([ids.of(items), items, block, vectors], schema=schema)
+@torch.no_grad()
+def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: int) -> float:
+    """The largest difference between a written program and the live encoder, over some shapes.
+
+    Raises:
+        RuntimeError: it is more than rounding explains.
+    """
+    program, alone = torch.export.load(path).module(), copy.deepcopy(encoder).cpu().eval()
+    generator, worst = torch.Generator().manual_seed(1), 0.0
+    for shape in ((1, 1), (2, max_length), (5, -(-max_length // 2))):
+        vectors = torch.randn(*shape, width, generator=generator)
+        expected = alone(vectors)
+        difference = float((program(vectors) - expected).abs().max())
+        worst = max(worst, difference)
+        if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
+            raise RuntimeError(
+                f"the exported encoder must answer as the live one does, got a difference of "
+                f"{difference:.3g} for a batch of shape {shape}; take state and randomness out of "
+                "its forward"
+            )
+    return worst
 
 
-def _details(source: Source, ids: ItemIds, model: Model) -> Mapping[str, Any]:
-    config = source.config.encoder
-    return {
-        "catalog_version": ids.version,
-        "num_items": len(ids),
-        "width": config.width,
-        "max_length": config.max_length,
-        "scores": "cosine" if model.normalize else "inner product",
-        "versions": {"shardrec": __version__, "torch": torch.__version__},
-    }
+@torch.no_grad()
+def _example_states(served: Recommender, prepared: Prepared) -> Tensor:
+    """(Q, D) states after training sequences: what users will ask the index for."""
+    file = pq.ParquetFile(prepared.train_files[0])
+    batch = next(file.iter_batches(_QUERIES, columns=["items"]))
+    histories = [torch.tensor(items) for items in batch.column("items").to_pylist()]
+    parts = [histories[first : first + 100] for first in range(0, len(histories), 100)]
+    return torch.cat([served.states(part) for part in parts])
+
+
+def _check_index(index: IndexConfig | None, source: Source) -> None:
+    """Refuse an unknown index before anything is loaded."""
+    if index is not None:
+        index.empty(source.config.encoder.width)

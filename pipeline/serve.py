@@ -1,8 +1,10 @@
 """Recommendations from an export, in one process, without the training stack.
 
-Needs torch, numpy and pyarrow: no TorchRec, no fbgemm, no process group.
+Needs torch, numpy and pyarrow: no TorchRec, no fbgemm, no process group; FAISS only for approximate
+search.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.ranking import top_items
+from shardrec.pipeline.ann_index import INDEX, index_top_items, open_index
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
+from shardrec.pipeline.published import export_folder
 
-__all__ = ["ENCODER", "FORMAT", "Recommender", "read_items", "read_manifest"]
+__all__ = ["ENCODER", "FORMAT", "Recommender", "read_items", "read_manifest", "read_recommender"]
 
 FORMAT = "shardrec.export"
 ENCODER = "encoder.pt2"
@@ -40,6 +44,7 @@ class Recommender:
         scored: (V, D) float32, what states are compared with; ``vectors`` or their unit vectors.
         allowed: (V,) bool, items that may be recommended.
         encoder: (B, L, D) to (B, L, D).
+        index: of FAISS, searched instead of all vectors; None searches exactly.
     """
 
     manifest: dict[str, Any]
@@ -48,33 +53,42 @@ class Recommender:
     scored: Tensor
     allowed: Tensor
     encoder: nn.Module
+    index: Any = None
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, catalog_version: str | None = None, min_count: int = 1
+        cls,
+        folder: str | Path,
+        *,
+        catalog_version: str | None = None,
+        min_count: int = 1,
+        approximate: bool = False,
     ) -> "Recommender":
         """Load an export after checking that its files belong together.
 
         The encoder's file is a program of ``torch.export``: open only exports that you trust.
 
         Args:
-            folder: what ``shardrec export`` wrote.
+            folder: what ``shardrec export`` wrote, or the pointer of ``shardrec publish``.
             catalog_version: of the catalog to be served, where it is known; another is refused.
             min_count: training events an item must have to be recommended; 0 takes all.
+            approximate: search the index of `shardrec export --faiss`, which holds the items with
+                a training event.
 
         Raises:
             FileNotFoundError: the export is not complete.
-            ValueError: a file is not the manifest's, or the catalog is another one.
+            ValueError: a file is not the manifest's, the catalog is another one, or there is no
+                index to search.
         """
-        folder = Path(folder)
+        folder = export_folder(Path(folder))
         manifest = read_manifest(folder)
-        ids, counts, vectors = read_items(folder, manifest)
-        _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
+        if approximate:
+            _require_index(folder, manifest, min_count)
+        served = read_recommender(folder, manifest, min_count)
         if catalog_version is not None:
-            _require_version(catalog_version, ids.version, f"export {folder}")
-        scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
-        encoder = torch.export.load(folder / ENCODER).module()
-        return cls(manifest, ids, vectors, scored, counts >= min_count, encoder)
+            _require_version(catalog_version, served.ids.version, f"export {folder}")
+        index = open_index(folder / INDEX) if approximate else None
+        return dataclasses.replace(served, index=index)
 
     @torch.no_grad()
     def recommend(
@@ -97,9 +111,7 @@ class Recommender:
             return result
         states = self.states([known[row] for row in rows])
         seen = torch.cat([known[row] for row in rows]), torch.tensor([len(known[r]) for r in rows])
-        shard = RowShard(self.scored, 0, len(self.ids), None)
-        hidden = seen if filter_seen else None
-        scores, items = top_items(states, shard, k, seen=hidden, allowed=self.allowed)
+        scores, items = self._top(states, k, seen if filter_seen else None)
         for row, own_scores, own_items in zip(rows, scores, items, strict=True):
             there = own_items >= 0
             names = self.ids.of(own_items[there].numpy()).to_pylist()
@@ -113,6 +125,15 @@ class Recommender:
         padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)
         states: Tensor = self.encoder(self.vectors[padded])
         return states[torch.arange(len(recent)), lengths - 1]
+
+    def _top(
+        self, states: Tensor, k: int, seen: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and items (B, k), by the index where there is one."""
+        if self.index is not None:
+            return index_top_items(self.index, states, k, seen)
+        shard = RowShard(self.scored, 0, len(self.ids), None)
+        return top_items(states, shard, k, seen=seen, allowed=self.allowed)
 
     def _known(self, history: Sequence[ItemId]) -> Tensor:
         items = self.ids.items(pa.array(history, self.ids.ids.type))
@@ -146,6 +167,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_recommender(folder: Path, manifest: dict[str, Any], min_count: int) -> Recommender:
+    """What the files of an export hold, for exact search.
+
+    Args:
+        folder: of the export.
+        manifest: of the export.
+        min_count: training events an item must have to be recommended.
+
+    Raises:
+        ValueError: the items are not those of the manifest.
+    """
+    ids, counts, vectors = read_items(folder, manifest)
+    _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
+    scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
+    encoder = torch.export.load(folder / ENCODER).module()
+    return Recommender(manifest, ids, vectors, scored, counts >= min_count, encoder)
+
+
 def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
     """Ids, training counts (V,) int64 and vectors (V, D) float32 of an export, by item."""
     vectors = torch.empty(manifest["num_items"], manifest["width"])
@@ -158,6 +197,19 @@ def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor,
             counts.append(batch.column("count").to_numpy())
             first += len(batch)
     return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
+
+
+def _require_index(folder: Path, manifest: dict[str, Any], min_count: int) -> None:
+    if manifest.get("faiss") is None:
+        raise ValueError(
+            f"an export must hold an index for approximate search, got none in {folder}; "
+            "export with --faiss HNSW32, or search exactly"
+        )
+    if min_count != 1:
+        raise ValueError(
+            f"min_count must be 1 for approximate search, got {min_count}; the index holds the "
+            "items with a training event: search exactly"
+        )
 
 
 def _require_version(expected: str, found: str, what: str) -> None:

@@ -1,0 +1,143 @@
+"""A FAISS index over exported item vectors: approximate search where exact search is too slow.
+
+Only the items that training saw are in it. ``faiss`` is imported by the functions that need it: an
+export without an index neither makes nor reads one with it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardrec.kernels.shard import RowShard
+from shardrec.modules.ranking import top_items
+
+__all__ = ["INDEX", "IndexConfig", "build_index", "index_top_items", "open_index"]
+
+INDEX = "items.faiss"
+RECALL_K = 10
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """What index to build.
+
+    Attributes:
+        factory: a string of ``faiss.index_factory``, such as HNSW32 or IVF1024,Flat.
+        search: parameters of the search, such as efSearch=128 or nprobe=16; stored in the index.
+    """
+
+    factory: str
+    search: str | None = None
+
+    def empty(self, width: int) -> Any:
+        """An index of inner products without items.
+
+        Args:
+            width: D.
+
+        Raises:
+            ValueError: FAISS does not know the factory string or a parameter.
+        """
+        import faiss
+
+        try:
+            index = faiss.index_factory(width, f"IDMap2,{self.factory}", faiss.METRIC_INNER_PRODUCT)
+            if self.search is not None:
+                faiss.ParameterSpace().set_index_parameters(index, self.search)
+        except RuntimeError as error:
+            raise ValueError(
+                f"faiss must be an index that FAISS can make for width {width}, got "
+                f"{self.factory!r} with {self.search!r} and {str(error).splitlines()[-1]}; "
+                "say HNSW32 with efSearch=64, or IVF1024,Flat with nprobe=16"
+            ) from error
+        return index
+
+
+def build_index(
+    path: Path, config: IndexConfig, scored: Tensor, allowed: Tensor, states: Tensor
+) -> dict[str, Any]:
+    """Write an index of the allowed rows, and say how well it finds them.
+
+    Args:
+        path: the file to write.
+        config: what index.
+        scored: (V, D) float32, what states are compared with.
+        allowed: (V,) bool, items that belong in the index.
+        states: (Q, D) float32, what users ask for.
+
+    Returns:
+        JSON: the options, the number of items, and the recall@10 of ``states`` against exact
+        search.
+
+    Raises:
+        ValueError: FAISS does not know the options, or has too few rows to train them.
+    """
+    import faiss
+
+    index, items = config.empty(scored.shape[1]), allowed.nonzero()[:, 0]
+    rows = scored[items].numpy()
+    try:
+        index.train(rows)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss must be an index that {len(items):,} items can train, got {config.factory!r} "
+            f"and {str(error).splitlines()[-1]}; ask for fewer lists, or for HNSW32"
+        ) from error
+    index.add_with_ids(rows, items.numpy())
+    faiss.write_index(index, str(path))
+    return {
+        "factory": config.factory,
+        "search": config.search,
+        "num_items": len(items),
+        "queries": len(states),
+        f"recall@{RECALL_K}": _recall(index, scored, allowed, states),
+    }
+
+
+def open_index(path: Path) -> Any:
+    """The index of a file; open only files that you trust."""
+    import faiss
+
+    return faiss.read_index(str(path))
+
+
+def index_top_items(
+    index: Any, states: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items that the index finds for each state, best first.
+
+    Args:
+        index: of ``open_index``.
+        states: (B, D) float32.
+        k: length of the lists.
+        seen: items of each state that must not be returned, values and lengths.
+
+    Returns:
+        Scores (B, k) float32 and items (B, k) int64. Where fewer are found, the list ends with
+        score -inf and item -1.
+    """
+    more = 0 if seen is None or not len(seen[1]) else int(seen[1].max())
+    found = index.search(states.contiguous().numpy(), k + more)
+    scores, items = (torch.from_numpy(part) for part in found)  # (B, k + more), items -1 at the end
+    hidden = items < 0
+    if seen is not None:
+        values, lengths = seen
+        size = int(torch.cat([items.reshape(-1), values]).max()) + 1
+        pairs = torch.repeat_interleave(lengths) * size + values
+        own = torch.arange(len(items))[:, None] * size + items
+        hidden |= torch.isin(own, pairs)
+    best, order = scores.masked_fill(hidden, -math.inf).topk(k)
+    return best, items.gather(1, order).masked_fill_(best == -math.inf, -1)
+
+
+def _recall(index: Any, scored: Tensor, allowed: Tensor, states: Tensor) -> float:
+    """Share of the exact best items that the index finds too."""
+    shard = RowShard(scored, 0, len(scored), None)
+    _, exact = top_items(states, shard, RECALL_K, allowed=allowed)
+    _, found = index_top_items(index, states, RECALL_K)
+    hits = (found[:, :, None] == exact[:, None, :]) & (exact >= 0)[:, None, :]
+    return round(float(hits.sum() / (exact >= 0).sum()), 6)
