@@ -1,6 +1,7 @@
 """Exports: the vectors and the encoder of the live model, usable without the training stack."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,16 +19,33 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import CCE
-from shardrec.pipeline.export import ExportConfig, export, export_encoder
+from shardrec.pipeline.export import (
+    ExportConfig,
+    encoder_difference,
+    export,
+    export_encoder,
+)
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 from shardrec.pipeline.trained import Source
 
-SERVE = """
-import json, sys
-sys.modules.update(dict.fromkeys(("torchrec", "fbgemm_gpu", "torchmetrics", "duckdb"), None))
+README = Path(__file__).resolve().parents[2] / "README.md"
+WITHOUT_THE_TRAINING_STACK = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torchrec", "fbgemm_gpu", "torchmetrics", "duckdb", "torchx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Absent())
+"""
+SERVE = f"""{WITHOUT_THE_TRAINING_STACK}
+import json
 from shardrec.pipeline.serve import Recommender
 served = Recommender.open(sys.argv[1])
 print(json.dumps(served.recommend(json.loads(sys.argv[2]), k=4)))
@@ -126,6 +144,26 @@ def test_serving_needs_no_training_stack_and_agrees_with_recommend(
     assert [len(row) for row in served] == [4, 0, 0, 4, 4]
 
 
+def readme_example() -> str:
+    """The block of the README that serves an export."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if "pipeline.serve" in block)
+    return example
+
+
+def test_the_example_of_the_readme_serves_in_ten_lines_without_the_training_stack(
+    exported: Path, tmp_path: Path
+) -> None:
+    assert len(readme_example().splitlines()) <= 10
+    (tmp_path / "model").symlink_to(exported)
+    words = [sys.executable, "-P", "-c", WITHOUT_THE_TRAINING_STACK + readme_example()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" -> [(") == 2
+    probe = [sys.executable, "-P", "-c", f"{WITHOUT_THE_TRAINING_STACK}\nimport torchrec"]
+    assert subprocess.run(probe, capture_output=True).returncode  # the block blocks
+
+
 def test_a_unit_length_loss_is_served_by_angle(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path / "run", loss=CCE(normalize=True, temperature=0.1))
     train(config)
@@ -177,6 +215,19 @@ class Untraceable(torch.nn.Module):
 def test_an_encoder_that_cannot_be_traced_is_named() -> None:
     with pytest.raises(ValueError, match=r"torch.export can trace .* got Untraceable"):
         export_encoder(Untraceable(), 4, 4)
+
+
+class Noisy(torch.nn.Module):
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors + torch.randn_like(vectors)
+
+
+def test_an_export_is_compared_with_the_live_encoder(exported: Path, tmp_path: Path) -> None:
+    told = json.loads((exported / "manifest.json").read_text())
+    assert 0 <= told["encoder_difference"] < 1e-5
+    torch.export.save(export_encoder(Noisy(), 4, 6), tmp_path / "noisy.pt2")
+    with pytest.raises(RuntimeError, match="must answer as the live one does"):
+        encoder_difference(tmp_path / "noisy.pt2", Noisy(), 4, 6)
 
 
 def test_the_command_exports_once(

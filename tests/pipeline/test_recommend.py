@@ -10,6 +10,8 @@ import pytest
 import torch
 from tests.pipeline.small_data import NUM_ITEMS, prepare_small, small_config
 from tests.ranks import Ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
@@ -132,6 +134,33 @@ def test_the_number_of_ranks_changes_no_list(
         assert (row["user_id"], row["item_ids"]) == (other["user_id"], other["item_ids"])
         assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
     assert sorted(path.name for path in (tmp_path).iterdir()) == ["alone", "out"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest floating tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+def test_nothing_of_size_users_by_items_is_made(run: str, data: str, tmp_path: Path) -> None:
+    num_users = 2000
+    lists = [[user % NUM_ITEMS, 3 * user % NUM_ITEMS] for user in range(num_users)]
+    users = {"who": list(range(num_users)), "what": lists}
+    pq.write_table(pa.table(users), tmp_path / "h.parquet", row_group_size=100)
+    options = of_file(str(tmp_path / "h.parquet"), batch_size=16)
+    with LargestTensor() as largest:
+        recommend(configured(run, data, tmp_path / "out", **options))
+    assert len(rows_of(tmp_path / "out")) == num_users
+    assert 0 < largest.numel < num_users * NUM_ITEMS / 20
 
 
 def test_prepared_users_get_the_lists_that_evaluation_judges(
