@@ -83,14 +83,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _swap(first: Path, second: Path) -> None:
-    """Let two folders change places; without the system's help, in two renames."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = [os.fsencode(path) for path in (first, second)]
-    if not libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE):
+    """Let two folders change places; in two renames where the file system cannot do it in one."""
+    if _exchange(first, second):
         return
-    code = ctypes.get_errno()
-    if code not in _NO_EXCHANGE:
-        raise OSError(code, os.strerror(code), str(second))
     aside = first.with_name("former")
     second.rename(aside)
     try:
@@ -98,6 +93,17 @@ def _swap(first: Path, second: Path) -> None:
     except OSError:
         aside.rename(second)
         raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = [os.fsencode(path) for path in (first, second)]
+    if not libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE):
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def _fresh(folder: Path) -> Path:

@@ -34,19 +34,22 @@ class SynthConfig:
 
     Attributes:
         users: how many users; each gets at least two events.
-        items: size of the catalog; rare items get no event (by default about 56,000 do).
+        items: size of the catalog; rare ones get no event (of the default 80,000, about 56,000 do).
         events: how many events, exactly.
-        seed: of all random choices.
-        clusters: groups of items.
-        tastes: clusters a user holds at a time.
-        taste: probability that an event comes from one of the user's tastes.
-        follow: probability that it comes from the successor of the previous event's cluster.
-        drift: probability, at each event, that one taste is drawn anew.
-        item_exponent: of Zipf's law inside a cluster.
-        cluster_exponent: of Zipf's law over clusters.
-        length_spread: standard deviation of the logarithm of events per user.
-        start_time: first second of the log.
-        duration_s: seconds the log covers.
+        seed: of all random choices; another seed makes another log of the same kind.
+        clusters: groups of items; users have tastes for clusters, and clusters follow one another.
+        tastes: clusters that a user likes at a time.
+        taste: probability that an event comes from one of the user's tastes, which a model learns
+            only from the whole history.
+        follow: probability that it comes from the successor of the previous event's cluster, which
+            a model learns from the order; what is left of 1 is noise.
+        drift: probability, at each event, that one taste is drawn anew and the old one forgotten.
+        item_exponent: of Zipf's law inside a cluster; the larger, the fewer items get most events.
+        cluster_exponent: of Zipf's law over clusters; 0 makes all of them equally popular.
+        length_spread: standard deviation of the logarithm of events per user; the larger, the more
+            users have very few or very many.
+        start_time: first second of the log, in Unix time.
+        duration_s: seconds the log covers; by default a year.
         chunk_events: rows in a Parquet row group; changes the layout of the file, never the events.
         report_users: last events the report is made on, at most.
         markov_events: events that the item-level Markov baseline counts, at most (8 bytes each).

@@ -37,7 +37,11 @@ def test_preparing_the_same_again_succeeds_and_something_else_is_refused(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["prepare", "--events", str(data / "log.parquet"), "--output", str(data / "prepared")]
+    capsys.readouterr()
     assert cli.main(words) == 0
+    assert "is complete already: nothing was done" in capsys.readouterr().out
+    assert cli.main([*words, "--force"]) == 0
+    assert f"wrote {data / 'prepared'}" in capsys.readouterr().out
     assert cli.main([*words, "--split", "leave_one_out"]) == 2
     said = capsys.readouterr().err
     assert (

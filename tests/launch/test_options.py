@@ -5,6 +5,11 @@ from typing import Literal
 import pytest
 
 from shardrec.launch.options import Parser, add_options, read_options
+from shardrec.pipeline.export import ExportConfig
+from shardrec.pipeline.measure import MeasureConfig
+from shardrec.pipeline.prepare import PrepareConfig
+from shardrec.pipeline.recommend import RecommendConfig
+from shardrec.pipeline.synth import SynthConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,3 +128,14 @@ def test_positional_arguments_may_stand_between_options() -> None:
     made.add_argument("overrides", nargs="*")
     namespace = made.parse(["a=1", "--run", "here", "b=2"])
     assert namespace == argparse.Namespace(run="here", overrides=["a=1", "b=2"])
+
+
+@pytest.mark.parametrize(
+    "stage", [SynthConfig, PrepareConfig, RecommendConfig, ExportConfig, MeasureConfig]
+)
+def test_every_option_of_a_stage_says_what_it_does(stage: type) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser, stage)
+    helps = {action.dest: str(action.help).partition("(default")[0] for action in parser._actions}
+    assert len(helps) > 3
+    assert not {name: text for name, text in helps.items() if len(text.split()) < 2}

@@ -12,7 +12,7 @@ import pytest
 
 from shardrec.pipeline.config import from_json
 from shardrec.pipeline.manifest import read_manifest
-from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 
 NUM = 2000
 
@@ -305,3 +305,22 @@ def test_a_misspelt_option_lists_near_matches() -> None:
     data = {"events": "log.parquet", "output": "out", "user_colum": "u"}
     with pytest.raises(ValueError, match="did you mean user_column"):
         from_json(PrepareConfig, data)
+
+
+def test_force_replaces_what_prepare_wrote_and_nothing_else(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.parquet", good_columns())
+    output = tmp_path / "out"
+    first = prepare(PrepareConfig(events=log, output=str(output)))
+    again = prepare_once(PrepareConfig(events=log, output=str(output), force=True))
+    assert again.is_new and again.manifest == first
+    (output / "test.parquet").unlink()
+    second = prepare(PrepareConfig(events=log, output=str(output), force=True, seed=5))
+    assert read_manifest(output, verify_checksums=True) == second
+    assert second.config["seed"] == 5
+    with pytest.raises(ValueError, match="at least 2 items"):
+        prepare(PrepareConfig(events=log, output=str(output), force=True, min_item_events=NUM))
+    assert read_manifest(output, verify_checksums=True) == second
+    (output / "manifest.json").write_text('{"format": "theirs"}')
+    message = fails_cleanly(tmp_path, log, FileExistsError, force=True)
+    assert "choose another folder or delete it" in message
+    assert (output / "test.parquet").exists()

@@ -1,0 +1,136 @@
+"""Output folders on disks that are full, read-only or in use: whole or not there, the old one kept.
+
+The disks are small tmpfs mounts, so most of these tests need root and are skipped without.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shardrec.launch import cli
+from shardrec.pipeline import staging
+from shardrec.pipeline.manifest import read_manifest
+from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
+from shardrec.pipeline.staging import staged_folder
+
+DISK_BYTES = 24 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount(folder, "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def mount(folder: Path, *words: str) -> None:
+    try:
+        done = subprocess.run(["mount", *words, str(folder)], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs the command mount")
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a disk: {done.stderr.strip()}")
+
+
+def leave_free(disk: Path, num_bytes: int) -> None:
+    """Fill the disk with one file, but for so many bytes."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    status = os.statvfs(disk)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - num_bytes)
+
+
+def write_log(path: Path, num_events: int) -> str:
+    draw = np.random.default_rng(0)
+    columns = {
+        "user_id": draw.integers(0, num_events // 20 + 2, num_events),
+        "item_id": draw.integers(0, 5000, num_events),
+        "timestamp": draw.integers(0, 1 << 40, num_events),
+    }
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_path: Path) -> None:
+    output = str(disk / "out")
+    old = prepare(PrepareConfig(events=write_log(tmp_path / "old.parquet", 500), output=output))
+    log = write_log(tmp_path / "log.parquet", 200_000)
+    config = PrepareConfig(events=log, output=output, force=True, threads=1)
+    struck = []
+    for free in range(1 << 17, DISK_BYTES, 3 << 19):
+        leave_free(disk, free)
+        try:
+            prepare(config)
+            break
+        except OSError as error:
+            struck.append(type(error.__cause__).__module__)
+            assert "must have room for" in str(error), error
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "out"]
+        assert read_manifest(disk / "out", verify_checksums=True) == old
+    assert {"_duckdb", "builtins"} <= set(struck), struck  # while sorting, and while writing
+    new = read_manifest(disk / "out", verify_checksums=True)
+    assert new.counts["events_read"] == 200_000
+    assert sorted(path.name for path in disk.iterdir()) == ["filler", "out"]
+
+
+def test_a_disk_that_cannot_be_written_is_said_and_kept(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, output = write_log(tmp_path / "log.parquet", 500), str(disk / "out")
+    old = prepare(PrepareConfig(events=log, output=output))
+    mount(disk, "-o", "remount,ro")
+    assert not prepare_once(PrepareConfig(events=log, output=output)).is_new
+    for words in (["--output", output, "--force"], ["--output", str(disk / "new")]):
+        assert cli.main(["prepare", "--events", log, *words]) == 2
+        said = capsys.readouterr().err
+        assert "output must be in a folder that can be written" in said
+        assert "Read-only file system" in said
+    assert read_manifest(disk / "out", verify_checksums=True) == old
+    assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_refused_before_the_work(disk: Path, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.parquet", 500)
+    with pytest.raises(ValueError, match="output must be a folder below a mount point"):
+        prepare(PrepareConfig(events=log, output=str(disk)))
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two renames"])
+def test_a_folder_is_replaced_only_when_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    with pytest.raises(RuntimeError), staged_folder(output, replace=True) as (result, _):
+        (result / "half").touch()
+        raise RuntimeError
+    assert [path.name for path in output.iterdir()] == ["old"]
+    with staged_folder(output, replace=True) as (result, _):
+        (result / "new").touch()
+        assert [path.name for path in output.iterdir()] == ["old"]
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(OSError, match="not empty"), staged_folder(output):
+        output.mkdir()
+        (output / "theirs").touch()
+    assert [path.name for path in output.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
