@@ -32,7 +32,8 @@ def one_step(options: argparse.Namespace) -> Path:
 
 def measure(run: Path, workers: int, options: argparse.Namespace) -> dict[str, Any]:
     """Evaluates once in fresh processes; users a second and memory."""
-    stage = ["evaluate", "--prepared", options.data, "--run", str(run), "--checkpoint", "last"]
+    stage = ["evaluate", "--prepared", options.data, "--run", str(run)]
+    stage += ["--checkpoint", "last", "--force"]
     if workers > 1:
         threads = f"OMP_NUM_THREADS={options.threads}"
         stage = ["launch", "evaluate", "-j", f"1x{workers}", "--env", threads, "--", *stage[1:]]

@@ -85,7 +85,7 @@ def run_once(key: dict[str, Any], options: argparse.Namespace, data: Path) -> di
         [round(line["epoch"], 2), round(line["metrics"]["NDCG@10"], 5)] for line in validations
     ]
     for part, flags in PROTOCOLS.items():
-        stage = ["evaluate", "--prepared", str(data), "--run", str(run), *flags]
+        stage = ["evaluate", "--prepared", str(data), "--run", str(run), "--force", *flags]
         run_logged([*SHARDREC, *stage], options.threads, log)
         metrics = json.loads((run / "metrics.json").read_text())["metrics"]
         row[part] = {name: round(metrics[name], 5) for name in METRICS}

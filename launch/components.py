@@ -8,7 +8,7 @@ TorchX reads signatures from the syntax tree: it knows ``Optional[Dict]``, not `
 """
 # ruff: noqa: UP006, UP035, UP045
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import torchx.specs as specs
 from torchx.components import dist
@@ -125,6 +125,135 @@ def evaluate(
     return _finish(app, "evaluate", j)
 
 
+def recommend(
+    *arguments: str,
+    j: str = "1x1",
+    image: str = IMAGE,
+    name: str = "/recommend",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Writes the best items of every user of some histories to Parquet.
+
+    Args:
+        arguments: after ``--``, everything `shardrec recommend` takes
+        j: nodes x workers on each; changes no list
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: experiment/job, or /job
+        h: named resource of the scheduler; takes the place of cpu, gpu and memMB
+        cpu: CPUs for each node, shared out among its workers
+        gpu: GPUs for each node
+        memMB: memory for each node, in MB
+        env: variables for the workers
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+        rdzv_port: port on the first node where several nodes meet; unused with one node
+    """
+    app = dist.ddp(
+        *TO_US,
+        "recommend",
+        *arguments,
+        m=CLI,
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        j=j,
+        env=ENVIRONMENT | (env or {}),
+        max_retries=max_retries,
+        mounts=mounts,
+        rdzv_port=rdzv_port,
+    )
+    return _finish(app, "recommend", j)
+
+
+def export(
+    *arguments: str,
+    j: str = "1x1",
+    image: str = IMAGE,
+    name: str = "/export",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Writes item vectors and the encoder of a run for a service.
+
+    Args:
+        arguments: after ``--``, everything `shardrec export` takes
+        j: nodes x workers on each; each worker writes its rows
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: experiment/job, or /job
+        h: named resource of the scheduler; takes the place of cpu, gpu and memMB
+        cpu: CPUs for each node, shared out among its workers
+        gpu: GPUs for each node
+        memMB: memory for each node, in MB
+        env: variables for the workers
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+        rdzv_port: port on the first node where several nodes meet; unused with one node
+    """
+    app = dist.ddp(
+        *TO_US,
+        "export",
+        *arguments,
+        m=CLI,
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        j=j,
+        env=ENVIRONMENT | (env or {}),
+        max_retries=max_retries,
+        mounts=mounts,
+        rdzv_port=rdzv_port,
+    )
+    return _finish(app, "export", j)
+
+
+def synth(
+    *arguments: str,
+    image: str = IMAGE,
+    name: str = "synth",
+    h: Optional[str] = None,
+    cpu: int = 1,
+    memMB: int = 4096,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Generates an event log, in one process on one node.
+
+    Args:
+        arguments: after ``--``, everything `shardrec synth` takes
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: job name
+        h: named resource of the scheduler; takes the place of cpu and memMB
+        cpu: CPUs
+        memMB: memory in MB
+        env: variables for the process
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+    """
+    role = _role("synth", arguments, specs.resource(cpu=cpu, memMB=memMB, h=h), env, mounts)
+    role.image, role.max_retries = image, max_retries
+    return specs.AppDef(name=name, roles=[role])
+
+
 def prepare(
     *arguments: str,
     image: str = IMAGE,
@@ -149,17 +278,105 @@ def prepare(
         max_retries: how often the scheduler starts the job again
         mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
     """
-    role = specs.Role(
-        name="prepare",
-        image=image,
+    role = _role("prepare", arguments, specs.resource(cpu=cpu, memMB=memMB, h=h), env, mounts)
+    role.image, role.max_retries = image, max_retries
+    return specs.AppDef(name=name, roles=[role])
+
+
+def gate(
+    *arguments: str,
+    image: str = IMAGE,
+    name: str = "gate",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Says whether a run may take the place of the published model, in one process.
+
+    The job fails where it may not; the report that it writes says why.
+
+    Args:
+        arguments: after ``--``, everything `shardrec gate` takes
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: job name
+        h: named resource of the scheduler; takes the place of cpu and memMB
+        cpu: CPUs
+        memMB: memory in MB
+        env: variables for the process
+        max_retries: how often the scheduler starts the job again
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+    """
+    role = _role("gate", arguments, specs.resource(cpu=cpu, memMB=memMB, h=h), env, mounts)
+    role.image, role.max_retries = image, max_retries
+    return specs.AppDef(name=name, roles=[role])
+
+
+def publish(
+    *arguments: str,
+    image: str = IMAGE,
+    name: str = "publish",
+    memMB: int = 4096,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Lets a pointer name an export, in one process.
+
+    Args:
+        arguments: after ``--``, everything `shardrec publish` takes
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: job name
+        memMB: memory in MB
+        env: variables for the process
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+    """
+    role = _role("publish", arguments, specs.resource(cpu=1, memMB=memMB), env, mounts)
+    role.image = image
+    return specs.AppDef(name=name, roles=[role])
+
+
+def rollback(
+    *arguments: str,
+    image: str = IMAGE,
+    name: str = "rollback",
+    memMB: int = 4096,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Lets a pointer name what it named before, in one process.
+
+    Args:
+        arguments: after ``--``, everything `shardrec rollback` takes
+        image: container image that has shardrec installed (local_cwd and slurm use no image)
+        name: job name
+        memMB: memory in MB
+        env: variables for the process
+        mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
+    """
+    role = _role("rollback", arguments, specs.resource(cpu=1, memMB=memMB), env, mounts)
+    role.image = image
+    return specs.AppDef(name=name, roles=[role])
+
+
+def _role(
+    stage: str,
+    arguments: Sequence[str],
+    resource: specs.Resource,
+    env: Optional[Dict[str, str]],
+    mounts: Optional[List[str]],
+) -> specs.Role:
+    """One process that runs a stage's command."""
+    return specs.Role(
+        name=stage,
+        image=IMAGE,
         entrypoint="shardrec",
-        args=["prepare", *arguments],
+        args=[stage, *arguments],
         env=ENVIRONMENT | (env or {}),
-        max_retries=max_retries,
-        resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
+        resource=resource,
         mounts=specs.parse_mounts(mounts) if mounts else [],
     )
-    return specs.AppDef(name=name, roles=[role])
 
 
 def _finish(app: specs.AppDef, stage: str, j: str) -> specs.AppDef:

@@ -60,6 +60,8 @@ def export(arguments: Sequence[str]) -> int:
         if rank_of(group) == 0:
             manifest = done.manifest
             print(f"{manifest['num_items']:,} items, catalog version {manifest['catalog_version']}")
+            if index := manifest.get("faiss"):
+                print(f"index {index['factory']}: recall@10 {index['recall@10']:.4f}")
             told = f"wrote {config.output}"
             print(told if done.is_new else f"{config.output} is there already: nothing to do")
     return 0
@@ -86,10 +88,13 @@ def gate(arguments: Sequence[str]) -> int:
 
     config = read_gate(arguments)
     verdict = run_gate(config)
-    print(f"{'passed' if verdict.passed else 'refused'}: {verdict.reason}")
     told = f"wrote {config.report}"
     print(told if verdict.is_new else f"{config.report} says so already: nothing to do")
-    return 0 if verdict.passed else REFUSED
+    if verdict.passed:
+        print(f"passed: {verdict.reason}")
+        return 0
+    print(f"shardrec gate: refused: {verdict.reason}", file=sys.stderr)
+    return REFUSED
 
 
 def read_gate(arguments: Sequence[str]) -> "GateConfig":

@@ -19,10 +19,20 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
 
-COMPONENTS = ("train", "evaluate", "prepare")
+COMPONENTS = (
+    "synth",
+    "prepare",
+    "train",
+    "evaluate",
+    "recommend",
+    "export",
+    "gate",
+    "publish",
+    "rollback",
+)
 
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
-COMPLAINT = re.compile(r"(\[[^]]*\]:)?shardrec (train|evaluate|prepare): (?P<what>.*)")
+COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(COMPONENTS)}): (?P<what>.*)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)\b.*)")
 

@@ -106,7 +106,7 @@ def test_ties_go_to_the_lower_item(data: str) -> None:
 
 def measure_on_ranks(run: str, data: str) -> tuple[dict[str, float], dict[str, float]]:
     config = MeasureConfig(ks=(5, 10), filter_seen=True, batch_size=9, block_rows=7)
-    return evaluate(run, data, config)["metrics"], evaluate_popularity(data, config)
+    return evaluate(run, data, config, force=True)["metrics"], evaluate_popularity(data, config)
 
 
 def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str) -> None:
@@ -118,7 +118,9 @@ def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str
 
 
 def test_metrics_and_protocol_are_written(run: str, data: str) -> None:
-    report = evaluate(run, data, MeasureConfig(ks=(5,), filter_seen=True), checkpoint="last")
+    report = evaluate(
+        run, data, MeasureConfig(ks=(5,), filter_seen=True), checkpoint="last", force=True
+    )
     stored = json.loads((Path(run) / "metrics.json").read_text())
     assert stored["metrics"]["NDCG@5"] == report["metrics"]["NDCG@5"] > 0
     assert stored["protocol"]["split"] == "test"
@@ -132,7 +134,7 @@ def test_a_trained_model_beats_popularity_and_validates_as_it_evaluates(
     run: str, data: str
 ) -> None:
     config = MeasureConfig(ks=(10,))
-    best = evaluate(run, data, config, split="validation")["metrics"]["NDCG@10"]
+    best = evaluate(run, data, config, split="validation", force=True)["metrics"]["NDCG@10"]
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
     validations = [line["metrics"]["NDCG@10"] for line in lines if line["event"] == "validation"]
     assert best == pytest.approx(max(validations))
@@ -187,5 +189,23 @@ def test_bad_measures_are_refused() -> None:
 
 
 def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
-    found = evaluate(run, data, MeasureConfig(ks=(100,)))["metrics"]
+    found = evaluate(run, data, MeasureConfig(ks=(100,)), force=True)["metrics"]
     assert found["Recall@100"] == 1.0
+
+
+def test_a_report_is_written_once_and_another_is_refused(
+    run: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, output = MeasureConfig(ks=(5,)), tmp_path / "deep" / "metrics.json"
+    first = evaluate(run, data, config, output=str(output))
+    written = output.stat().st_mtime_ns
+    assert str(evaluate(run, data, config, output=str(output))) == str(first)
+    assert "nothing to do" in caplog.text and output.stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="which differs in filter_seen"):
+        changed = dataclasses.replace(config, filter_seen=True)
+        evaluate(run, data, changed, output=str(output))
+    evaluate(run, data, config, output=str(output), force=True)
+    assert output.stat().st_mtime_ns > written
+    output.write_text("[]")
+    with pytest.raises(FileExistsError, match="which is another file"):
+        evaluate(run, data, config, output=str(output))

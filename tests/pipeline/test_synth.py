@@ -40,13 +40,13 @@ def test_a_seed_repeats_the_log_in_chunks_of_any_size(
     reports, tables = [], []
     for chunk in (7_000, 512, 100):
         config = replace(SMALL, chunk_events=chunk)
-        reports.append(generate(config, tmp_path / "log.parquet"))
+        reports.append(generate(config, tmp_path / "log.parquet", force=True))
         tables.append(pq.read_table(tmp_path / "log.parquet"))
         groups = pq.read_metadata(tmp_path / "log.parquet").num_row_groups
         assert groups == -(-6_001 // chunk)
     assert reports[0] == reports[1] == reports[2]
     assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
-    generate(replace(SMALL, seed=6), tmp_path / "log.parquet")
+    generate(replace(SMALL, seed=6), tmp_path / "log.parquet", force=True)
     assert not pq.read_table(tmp_path / "log.parquet").equals(tables[0])
 
 
@@ -123,7 +123,23 @@ def test_markov_without_counted_events_is_popularity(tmp_path: Path) -> None:
 def test_one_cluster_and_one_item_each_are_legal(tmp_path: Path) -> None:
     for clusters in (1, 12):
         config = SynthConfig(users=1, items=12, events=2, clusters=clusters)
-        assert generate(config, tmp_path / "log.parquet").events == 2
+        assert generate(config, tmp_path / f"{clusters}.parquet").events == 2
+
+
+def test_a_log_is_written_once_and_another_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log.parquet"
+    first = generate(SMALL, path)
+    written = path.stat().st_mtime_ns
+    assert generate(SMALL, path) == first
+    assert "nothing to do" in caplog.text and path.stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="holds a log of other options"):
+        generate(replace(SMALL, seed=6), path)
+    assert generate(replace(SMALL, seed=6), path, force=True) != first
+    path.write_text("not ours")
+    with pytest.raises(FileExistsError, match="is another file"):
+        generate(SMALL, path)
 
 
 @pytest.mark.parametrize(

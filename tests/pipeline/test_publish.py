@@ -1,0 +1,231 @@
+"""The pointer: swapped in one step and back, nothing lost between writers, no broken export."""
+
+import json
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardrec.launch.cli import main
+from shardrec.pipeline.publish import (
+    PublishConfig,
+    Refused,
+    RollbackConfig,
+    Swapped,
+    publish,
+    rollback,
+)
+from shardrec.pipeline.published import export_folder, read_published
+
+
+def write_export(folder: Path, weights: str) -> str:
+    """What publish looks at of an export: its manifest, and one file that it lists."""
+    from shardrec.pipeline.manifest import sha256
+
+    folder.mkdir(parents=True)
+    (folder / "encoder.pt2").write_text(weights)
+    manifest = {
+        "format": "shardrec.export",
+        "schema_version": 1,
+        "request": {"source": source_of(weights)},
+        "catalog_version": "c" * 16,
+        "files": [{"path": "encoder.pt2", "sha256": sha256(folder / "encoder.pt2")}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def source_of(weights: str) -> dict[str, str]:
+    return {"run": "r", "checkpoint": "step-1", "weights": weights, "data": "d"}
+
+
+def write_gate(path: Path, weights: str, *, passed: bool = True, number: int | None = None) -> str:
+    report = {
+        "format": "shardrec.gate",
+        "schema_version": 1,
+        "passed": passed,
+        "reason": "NDCG@10 0.1000 is below 0.2000",
+        "evaluation": {"source": source_of(weights), "protocol": {}, "metrics": {"NDCG@10": 0.1}},
+        "published": {"number": number},
+    }
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+@pytest.fixture
+def pointer(tmp_path: Path) -> Path:
+    """A pointer at the second of two exports."""
+    path = tmp_path / "live" / "published.json"
+    for name in ("monday", "tuesday"):
+        export = write_export(tmp_path / "live" / name, name)
+        assert publish(PublishConfig(export=export, published=str(path))).is_new
+    return path
+
+
+def back(pointer: Path, to: int | None = None) -> Swapped:
+    return rollback(RollbackConfig(published=str(pointer), to=to))
+
+
+def test_the_pointer_names_the_last_export_and_rollback_the_one_before(pointer: Path) -> None:
+    assert export_folder(pointer) == pointer.parent / "tuesday"
+    assert back(pointer).publication.number == 1
+    assert export_folder(pointer) == pointer.parent / "monday"
+    assert [swap["action"] for swap in read_published(pointer).swaps] == [
+        "publish",
+        "publish",
+        "rollback",
+    ]
+    with pytest.raises(ValueError, match="a publication before number 1, got none"):
+        back(pointer)
+
+
+def test_publishing_and_going_to_a_number_again_do_nothing(pointer: Path) -> None:
+    before = pointer.read_bytes()
+    again = publish(PublishConfig(export=str(pointer.parent / "tuesday"), published=str(pointer)))
+    assert not again.is_new and again.publication.number == 2
+    assert not back(pointer, to=2).is_new
+    assert pointer.read_bytes() == before
+
+
+def test_what_was_rolled_back_is_published_again_only_by_force(pointer: Path) -> None:
+    back(pointer)
+    config = PublishConfig(export=str(pointer.parent / "tuesday"), published=str(pointer))
+    with pytest.raises(Refused, match="a rollback moved away from, got number 2"):
+        publish(config)
+    forced = PublishConfig(export=config.export, published=config.published, force=True)
+    assert publish(forced).publication.number == 3
+    assert back(pointer).publication.number == 1
+
+
+def test_folders_below_the_pointer_move_with_it(pointer: Path, tmp_path: Path) -> None:
+    pointer.parent.rename(tmp_path / "moved")
+    assert export_folder(tmp_path / "moved" / "published.json") == tmp_path / "moved" / "tuesday"
+    elsewhere = write_export(tmp_path / "elsewhere", "wednesday")
+    config = PublishConfig(export=elsewhere, published=str(tmp_path / "moved" / "published.json"))
+    assert publish(config).publication.export == elsewhere
+
+
+def test_an_export_that_changed_or_went_is_neither_opened_nor_gone_back_to(pointer: Path) -> None:
+    manifest = pointer.parent / "monday" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(ValueError, match="must be as it was published"):
+        back(pointer)
+    manifest.unlink()
+    with pytest.raises(FileNotFoundError, match="publication 1 must still have its export"):
+        back(pointer)
+    (pointer.parent / "tuesday" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be as it was published"):
+        export_folder(pointer)
+    assert read_published(pointer).number == 2
+
+
+def test_an_export_with_an_altered_file_is_not_published(pointer: Path, tmp_path: Path) -> None:
+    export = write_export(tmp_path / "broken", "wednesday")
+    (tmp_path / "broken" / "encoder.pt2").write_text("altered")
+    with pytest.raises(ValueError, match="the SHA-256 of"):
+        publish(PublishConfig(export=export, published=str(pointer)))
+    assert read_published(pointer).number == 2
+
+
+def test_the_gate_must_be_passed_for_these_weights_and_against_what_is_served(
+    pointer: Path, tmp_path: Path
+) -> None:
+    export = write_export(tmp_path / "new", "wednesday")
+
+    def published_with(gate: str) -> Swapped:
+        return publish(PublishConfig(export=export, published=str(pointer), gate=gate))
+
+    with pytest.raises(Refused, match=r"passed its gate, got: NDCG@10 0.1000 is below"):
+        published_with(write_gate(tmp_path / "g", "wednesday", passed=False, number=2))
+    with pytest.raises(ValueError, match="gate must be about the weights of the export"):
+        published_with(write_gate(tmp_path / "g", "other", number=2))
+    with pytest.raises(Refused, match="compared with what is published, number 2, got"):
+        published_with(write_gate(tmp_path / "g", "wednesday", number=1))
+    assert read_published(pointer).number == 2
+    done = published_with(write_gate(tmp_path / "g", "wednesday", number=2))
+    assert done.publication.number == 3
+    assert done.publication.evaluation is not None
+    assert done.publication.evaluation["metrics"] == {"NDCG@10": 0.1}
+    assert not published_with(str(tmp_path / "g")).is_new
+
+
+def test_lists_of_other_weights_are_not_published_with_an_export(
+    pointer: Path, tmp_path: Path
+) -> None:
+    export = write_export(tmp_path / "new", "wednesday")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    config = PublishConfig(export=export, published=str(pointer), lists=str(lists))
+    with pytest.raises(FileNotFoundError, match="lists must be a folder of `shardrec recommend`"):
+        publish(config)
+    for weights, message in [("other", "lists must come from the weights"), ("wednesday", "")]:
+        request = {"request": {"source": source_of(weights)}}
+        (lists / "manifest.json").write_text(json.dumps(request))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                publish(config)
+    assert publish(config).publication.lists == str(lists)
+
+
+def test_another_file_is_no_pointer(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"format": "another"}')
+    with pytest.raises(ValueError, match="must be a pointer of format 'shardrec.published'"):
+        export_folder(tmp_path / "p.json")
+    with pytest.raises(FileNotFoundError, match="published must be a pointer"):
+        back(tmp_path / "none.json")
+
+
+def publish_some(pointer: str, folder: str, process: int) -> None:
+    for number in range(8):
+        export = write_export(Path(folder) / f"{process}-{number}", f"{process}-{number}")
+        publish(PublishConfig(export=export, published=pointer))
+
+
+def test_writers_lose_nothing_and_readers_never_see_half_a_file(tmp_path: Path) -> None:
+    pointer, done = tmp_path / "published.json", threading.Event()
+    export = write_export(tmp_path / "first", "first")
+    publish(PublishConfig(export=export, published=str(pointer)))
+
+    def read() -> list[int]:
+        seen = []
+        while not done.is_set():
+            seen.append(read_published(pointer).number or 0)
+            export_folder(pointer)
+        return seen
+
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=publish_some, args=(str(pointer), str(tmp_path), process))
+        for process in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        for writer in writers:
+            writer.join()
+        done.set()
+    seen = reader.result()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    published = read_published(pointer)
+    assert [publication.number for publication in published.publications] == list(range(1, 18))
+    assert published.number == 17 and seen == sorted(seen) and seen[0] > 0
+
+
+def test_the_commands_say_what_is_served_and_exit_with_3_when_refused(
+    pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live: dict[str, Any] = {"published": str(pointer), "export": str(pointer.parent / "tuesday")}
+    words = ["--published", live["published"], "--export", live["export"]]
+    assert main(["publish", *words]) == 0
+    assert "number 2 already: nothing to do" in capsys.readouterr().out
+    assert main(["rollback", "--published", live["published"]]) == 0
+    assert "names monday, number 1" in capsys.readouterr().out
+    assert main(["publish", *words]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("shardrec publish: the export must not be one") and "\n" not in said[:-1]
+    assert main(["rollback", "--published", live["published"], "--to", "9"]) == 2
+    assert "must be that of a publication (1, 2), got 9" in capsys.readouterr().err
