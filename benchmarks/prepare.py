@@ -1,10 +1,13 @@
-"""How long and how much memory does ``prepare`` need for an event log?
+r"""How long and how much memory does ``prepare`` need for an event log?
 
 Each run is a process of its own, so its peak memory is the stage's whole: Python, Arrow, DuckDB.
-Without a log, 20 million events are generated first (``--generate`` says how many).
+Without a log, one is generated first, of a kind that ``logs.py`` makes. With ``--keep-items`` a
+tenth as many events of another seed are prepared before, and their items keep their indices.
 
-    python benchmarks/prepare.py events.parquet --threads 2 --repeats 3
-    python benchmarks/prepare.py events.parquet split=leave_one_out user_column=customer
+    python benchmarks/prepare.py --generate integers --events 20_000_000
+    python benchmarks/prepare.py --generate one-user --events 6_000_000 --repeats 1
+    python benchmarks/prepare.py --generate strings --keep-items
+    python benchmarks/prepare.py --log events.parquet split=leave_one_out user_column=customer
 """
 
 import argparse
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from logs import KINDS, write_log
 from record import RESULTS, Results, call_fresh, median, peak_rss_bytes, timed
 
 from shardrec.pipeline.config import override
@@ -26,6 +30,7 @@ def run_once(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         config = PrepareConfig(
             events=job["events"],
+            items=job["items"],
             output=str(Path(folder) / "prepared"),
             threads=job["threads"],
             memory_limit=job["memory_limit"],
@@ -44,25 +49,16 @@ def run_once(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace, results: Results, key: dict[str, Any]) -> None:
     """Append one row: median seconds and largest peak over the repeats."""
     job = {
-        "events": options.events,
+        "events": options.log,
+        "items": options.items,
         "threads": options.threads,
         "memory_limit": options.memory_limit,
         "options": options.options,
         "folder": options.folder,
     }
-    key = {
-        "log": options.name or Path(options.events).name,
-        "threads": options.threads,
-        "memory_limit": options.memory_limit,
-        "options": options.options,
-    }
-    results = Results(options.results)
-    if results.has(key) and not options.again:
-        print(f"measured already: {key}")
-        return
     answers = [call_fresh(__file__, job) for _ in range(options.repeats)]
     times = [answer["seconds"] for answer in answers]
     results.append(
@@ -74,20 +70,23 @@ def measure(options: argparse.Namespace) -> None:
     )
 
 
-def generate(num_events: int, folder: str) -> str:
-    """The path of a generated log with a twentieth as many users and a hundredth as many items."""
-    from shardrec.pipeline.synth import SynthConfig, generate
-
-    config = SynthConfig(users=num_events // 20, items=num_events // 100, events=num_events)
-    path = Path(folder) / f"synth-{num_events}.parquet"
-    generate(config, path)
-    return str(path)
+def generate(options: argparse.Namespace, folder: Path) -> None:
+    """Make the log, and the items to keep, that the options ask for."""
+    path = folder / f"{options.generate}-{options.events}.parquet"
+    write_log(options.generate, path, options.events)
+    options.log = str(path)
+    if options.keep_items:
+        former, prepared = folder / "former.parquet", folder / "former"
+        write_log(options.generate, former, options.events // 10, seed=1)
+        prepare(PrepareConfig(events=str(former), output=str(prepared), threads=options.threads))
+        options.items = str(prepared / "items.parquet")
 
 
 def main() -> None:
     """Read the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("events", nargs="?", help="file, folder, glob or URI")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("options", nargs="*", help="options of prepare, as name=value")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-limit", default="512MB")
@@ -95,17 +94,35 @@ def main() -> None:
     parser.add_argument("--name", help="name of the log in the results; default its file name")
     parser.add_argument("--folder", help="where outputs go meanwhile; default the system's")
     parser.add_argument("--again", action="store_true", help="measure even if a row is there")
-    parser.add_argument("--generate", type=int, default=20_000_000, metavar="EVENTS")
+    parser.add_argument("--log", help="file, folder, glob or URI; default: one is generated")
+    parser.add_argument("--generate", choices=KINDS, default="integers", help="kind of log")
+    parser.add_argument("--events", type=int, default=20_000_000, help="of a generated log")
+    parser.add_argument("--keep-items", action="store_true", help="of a log prepared before")
+    parser.set_defaults(items=None)
     parser.add_argument("--results", default=str(RESULTS / "prepare.jsonl"))
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job is not None:
         print(json.dumps(run_once(options.job)))
         return
+    if options.log is not None and options.keep_items:
+        parser.error("--keep-items goes with a generated log; say items=PATH with your own")
+    generated = f"{options.generate}-{options.events}"
+    key = {
+        "log": options.name or (Path(options.log).stem if options.log else generated),
+        "threads": options.threads,
+        "memory_limit": options.memory_limit,
+        "options": options.options,
+        "keep_items": options.keep_items,
+    }
+    results = Results(options.results)
+    if results.has(key) and not options.again:
+        print(f"measured already: {key}")
+        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        if options.events is None:
-            options.events = generate(options.generate, folder)
-        measure(options)
+        if options.log is None:
+            generate(options, Path(folder))
+        measure(options, results, key)
 
 
 if __name__ == "__main__":
