@@ -209,8 +209,7 @@ def _draw_line(axes: Axes, curve: Curve, line: Line) -> None:
 
 def _set_limits(axes: Axes, curve: Curve) -> None:
     if curve.from_zero:
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(0.0, low), high if high > 0 else 1.0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
     for axis, is_log in (
         (axes.xaxis, axes.get_xscale() == "log"),
         (axes.yaxis, axes.get_yscale() == "log"),
@@ -249,7 +248,7 @@ def _write_labels(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> N
         colour = _HUES[lines[index].place % NUM_HUES]
         axes.annotate(
             labels[index],
-            xy=tuple(ends[index]),
+            xy=(float(ends[index][0]), float(ends[index][1])),
             xycoords="figure pixels",
             xytext=(left, height),
             textcoords="figure pixels",

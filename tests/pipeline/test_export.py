@@ -111,6 +111,20 @@ def test_vectors_and_ids_are_those_of_the_model(run: str, data: str, exported: P
     assert torch.equal(vectors, model.catalog.shard.rows.detach())
 
 
+def test_the_manifest_ties_run_data_and_catalog_together(
+    run: str, data: str, exported: Path
+) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    prepared = Prepared.open(data)
+    source = Source.find(run, prepared, "best")
+    assert manifest["request"]["source"] == source.identity
+    assert source.identity["data"] == prepared.fingerprint and source.identity["run"]
+    assert manifest["catalog_version"] == Recommender.open(exported).ids.version
+    assert {"items/part-00000-of-00001.parquet", "encoder.pt2"} == {
+        entry["path"] for entry in manifest["files"]
+    }
+
+
 def export_on_ranks(config: ExportConfig) -> dict[str, Any]:
     return export(config).manifest
 
