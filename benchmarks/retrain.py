@@ -59,9 +59,8 @@ def shardrec(options: argparse.Namespace, *words: str) -> None:
     run_logged([*SHARDREC, *words], options.threads, options.work / "log.txt")
 
 
-def trained(options: argparse.Namespace, data: Path, name: str, *settings: str) -> Path:
+def trained(options: argparse.Namespace, data: Path, run: Path, *settings: str) -> Path:
     """The folder of a run, trained now if it is not there."""
-    run = options.work / name
     if not (run / "finished").exists():
         shutil.rmtree(run, ignore_errors=True)
         words = ["--prepared", str(data), "--run", str(run), "--recipe", options.recipe]
@@ -70,17 +69,23 @@ def trained(options: argparse.Namespace, data: Path, name: str, *settings: str) 
     return run
 
 
+def chosen(options: argparse.Namespace) -> str:
+    """The recipe and what was changed in it, as a name of a folder."""
+    return "-".join([options.recipe, *options.set])
+
+
 def judged(options: argparse.Namespace, data: Path, run: Path) -> dict[str, Any]:
     """How good a run is on the test events of day 2, and what it took over."""
     shardrec(options, "evaluate", "--prepared", str(data), "--run", str(run))
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     end = next(line for line in lines if line["event"] == "end")
+    taken = json.loads((run / "run.json").read_text())["init_from"] or {}
     return {
         **{name: round(metrics[name], 5) for name in METRICS},
         "users": metrics["users"],
         "seconds": round(end["seconds"], 1),
-        "init_from": json.loads((run / "run.json").read_text())["init_from"],
+        "init_from": {name: value for name, value in taken.items() if name != "run"},
     }
 
 
@@ -142,16 +147,18 @@ def measure(
         return
     day_two = options.work / "prepared-2"
     settings = [f"seed={seed}", "validation.every_epochs=none", "limits.max_epochs=none"]
-    former = options.work / f"day-1-{options.day_one_steps}-{seed}"
+    runs = options.work / "".join(c if c.isalnum() or c in "-._=" else "_" for c in chosen(options))
+    runs.mkdir(exist_ok=True)
+    former = runs / f"day-1-{options.day_one_steps}-{seed}"
     start = []
     if variant != "cold":
         length = f"limits.max_steps={options.day_one_steps}"
-        trained(options, options.work / "prepared-1", former.name, *settings, length)
+        trained(options, options.work / "prepared-1", former, *settings, length)
         start = ["--init-from", str(former)]
     # What a variant says comes last, so that it counts.
     own = [*settings, f"limits.max_steps={max(1, steps)}", *VARIANTS[variant]]
-    name = f"{variant.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
-    run = trained(options, day_two, name, *start, *own)
+    name = f"{variant.replace(', ', '-').replace(' ', '-')}-{steps}-{options.day_one_steps}-{seed}"
+    run = trained(options, day_two, runs / name, *start, *own)
     row = judged(options, day_two, run)
     counts = read_manifest(day_two).counts
     row["new_targets"] = round(counts["test_targets_new_items"] / counts["test_targets"], 4)
