@@ -79,6 +79,10 @@ def run(name: str, arguments: list[str]) -> int:
     try:
         module = f"shardrec.launch.{ELSEWHERE.get(name, 'commands')}"
         return int(getattr(importlib.import_module(module), name)(arguments))
+    except SystemExit as stopped:  # a parser has said what is wrong, or printed its help
+        if not isinstance(stopped.code, int | None):
+            raise
+        return stopped.code or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:

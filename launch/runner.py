@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pprint import pformat
+from subprocess import CalledProcessError
 
 from torchx.runner import Runner, get_runner
 from torchx.schedulers.api import Stream
@@ -72,6 +73,27 @@ def submit(job: Job) -> str:
     """Hand ``job`` to its scheduler and return TorchX's handle of it."""
     with get_runner() as runner:
         return str(runner.schedule(_request(runner, job)))
+
+
+def wait(handle: str, interval_s: float = 5.0) -> str:
+    """How a submitted job ended, in TorchX's words, after waiting for it.
+
+    Args:
+        handle: what ``submit`` returned.
+        interval_s: seconds between two questions to the scheduler.
+
+    Raises:
+        RuntimeError: the scheduler does not tell.
+    """
+    with get_runner() as runner:
+        try:
+            status = runner.wait(handle, wait_interval=interval_s)
+        except CalledProcessError as error:
+            raise RuntimeError(
+                f"the scheduler must tell how its jobs are, got an error of {error.cmd[0]}; Slurm "
+                "does with job accounting (slurmdbd)"
+            ) from error
+    return "UNKNOWN" if status is None else status.state.name
 
 
 def print_line(line: str) -> None:

@@ -3,9 +3,13 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardrec.launch import commands, delivery
 from shardrec.launch.options import Parser, add_options, read_options
+
+if TYPE_CHECKING:
+    from shardrec.launch.runner import Job
 
 # Each reads the arguments of a stage and exits or raises when they are wrong.
 READERS: Mapping[str, Callable[[Sequence[str]], object]] = {
@@ -44,6 +48,9 @@ def launch(arguments: Sequence[str]) -> int:
         "--dryrun", action="store_true", help="print the request instead of submitting it"
     )
     parser.add_argument(
+        "--wait", action="store_true", help="wait until a submitted job has ended, and say how"
+    )
+    parser.add_argument(
         "--log-dir", type=Path, default=None, help="keep the output of local workers here"
     )
     parser.add_argument("component", choices=runner.COMPONENTS)
@@ -63,13 +70,27 @@ def launch(arguments: Sequence[str]) -> int:
         print(runner.describe(job))
         return 0
     if not job.is_local:
-        print(runner.submit(job))
-        return 0
+        return submit(job, wait=options.wait)
     complaints = runner.run_here(job)
     if complaints is None:
         return 0
     reason = complaints or "its workers' last lines are above"
     print(f"shardrec launch: {job.component} failed: {reason}", file=sys.stderr)
+    return 1
+
+
+def submit(job: "Job", *, wait: bool) -> int:
+    """Submit a job and print its handle; the exit code tells how it ended where it is awaited."""
+    from shardrec.launch import runner
+
+    handle = runner.submit(job)
+    print(handle, flush=True)
+    if not wait:
+        return 0
+    state = runner.wait(handle)
+    if state == "SUCCEEDED":
+        return 0
+    print(f"shardrec launch: {job.component} ended as {state}; see its logs", file=sys.stderr)
     return 1
 
 

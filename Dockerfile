@@ -1,0 +1,21 @@
+# The training stack as an image, made by the same `make setup` as everywhere else.
+#   docker build -t shardrec:0.1.0 .
+#   docker build -t shardrec:0.1.0-cuda --build-arg DEVICE=cuda .
+FROM debian:bookworm-slim
+ARG DEVICE=cpu
+# gcc and the headers are for Triton, which builds its launchers where it runs.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev make python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/shardrec
+COPY pyproject.toml README.md LICENSE Makefile ./
+COPY src ./src
+COPY kernels ./kernels
+COPY modules ./modules
+COPY pipeline ./pipeline
+COPY launch ./launch
+RUN make setup DEVICE=$DEVICE
+ENV PATH=/opt/shardrec/.venv/bin:$PATH
+ENV PYTHONSAFEPATH=1
+WORKDIR /work
+CMD ["shardrec", "--help"]
