@@ -70,7 +70,8 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Hand ``job`` to its scheduler and return TorchX's handle of it."""
+    """Hand ``job`` to its scheduler and return TorchX's handle of it; Slurm keeps our PATH."""
+    _find_our_programs()
     with get_runner() as runner:
         return str(runner.schedule(_request(runner, job)))
 
@@ -182,7 +183,7 @@ class _Copy(threading.Thread):
 
 
 def _find_our_programs() -> None:
-    """Let local workers find ``torchrun`` and ``shardrec`` in an environment not activated."""
+    """Let workers find ``torchrun`` and ``shardrec`` in an environment not activated."""
     folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     if folder not in path.split(os.pathsep):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import shardrec
+from shardrec.launch.runner import COMPONENTS, Job, describe
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHX = str(Path(sys.executable).parent / "torchx")
 STAGE = ["--", "--prepared", "data", "--run", "run", "loss=sce"]
@@ -91,3 +94,33 @@ def test_prepare_is_one_process_without_a_rendezvous() -> None:
     assert "torchrun" not in text
     assert "shardrec prepare --events log.parquet" in text
     assert "--cpus-per-task=16" in text
+
+
+def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
+    words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
+    mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
+    text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    request = text.partition("=== SCHEDULER REQUEST ===")[2]
+    assert "numNodes: 2" in request and "queue: jobs" in request
+    assert "image: me/shardrec:1" in request
+    assert "type: GPU\n            value: '4'" in request
+    assert "attempts: 3" in request
+    assert "containerPath: /data" in request
+    assert "loss=sce" in request
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_stage_is_a_request_that_runs_its_command(component: str) -> None:
+    job = Job(component=component, arguments=("--", "--force"), scheduler="slurm")
+    text = " ".join(describe(job).split())
+    assert f"shardrec.launch.cli -- {component} --force" in text or (
+        f"shardrec {component} --force" in text
+    )
+
+
+@pytest.mark.parametrize("scheduler", ["kubernetes", "aws_batch"])
+def test_the_default_image_is_the_one_that_the_dockerfile_is_built_as(scheduler: str) -> None:
+    job = Job(component="train", arguments=(), scheduler=scheduler, settings="queue=jobs")
+    name = f"shardrec:{shardrec.__version__}"
+    assert f"image: {name}" in describe(job)
+    assert f"docker build -t {name} ." in (ROOT / "Dockerfile").read_text()
