@@ -3,12 +3,14 @@
 Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.cpu import TILE_LOGITS
-from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
+from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.fused_cce import (
     LEAST_POSITIONS,
@@ -91,14 +93,19 @@ class _EveryItem:
 
     def __init__(self, problem: Problem) -> None:
         self._exchange = problem.exchange
-        self.first_slot = problem.exchange.first_position
         self.num_slots = problem.states.shape[0]
+        self.per_position: Sequence[Tensor] = ()
 
     def chunk_of(self) -> Tensor:
         return self._exchange.even_chunks(self._exchange.min_chunks)
 
-    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
-        return every_pair(row_ids.count, row_ids.find(targets)), chunk.positions
+    def slots(self, chunk: Chunk) -> Chunk:
+        return chunk
+
+    def blocks(
+        self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
+    ) -> Blocks:
+        return every_pair(row_ids.count, row_ids.find(targets))
 
 
 def cut_cross_entropy_cost(work: Workload) -> LossCost:
@@ -111,16 +118,19 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
     pairs = float(work.num_positions) * work.num_rows * work.width
     if work.on_cpu and group_size(work.num_rows) >= LEAST_POSITIONS:
         group = min(group_size(work.num_rows), work.num_positions)
-        logits = 4 * group * work.num_rows
-        return _full_cost(work, logits + 3 * 4 * group * work.width, 6 * pairs)
+        # One process has one chunk, whose gradient is made beside the one that is returned.
+        chunk = work.num_positions if work.num_ranks == 1 else 0
+        vectors = 4 * (3 * group + chunk) * work.width
+        return _full_cost(work, 4 * group * work.num_rows + vectors, 6 * pairs, gathers=1)
     tile = 4 * TILE_LOGITS if work.on_cpu else 0
-    return _full_cost(work, tile, (8 if work.on_cpu else 10) * pairs)
+    return _full_cost(work, tile, (8 if work.on_cpu else 10) * pairs, gathers=2)
 
 
-def _full_cost(work: Workload, workspace: int, flops: float) -> LossCost:
+def _full_cost(work: Workload, workspace: int, flops: float, gathers: int) -> LossCost:
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
         workspace_bytes=workspace + streaming_bytes(work),
         flops=flops,
+        received=state_traffic(work, gathers),
     )

@@ -4,6 +4,7 @@ Source: arXiv 2509.09682; the correction with K and Q as drawn follows from unbi
 ``sum over j != y of exp(s_ij)``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,19 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
-from shardrec.kernels.cost import LossCost, Workload, expected_distinct, streaming_bytes
+from shardrec.kernels.cost import (
+    LossCost,
+    Workload,
+    cheaper,
+    expected_distinct,
+    row_traffic,
+    state_traffic,
+    streaming_bytes,
+)
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.row_trip import RowTrip, with_fetched_rows
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import streamed_logsumexp
 
@@ -64,6 +74,10 @@ class Sampler:
         return self.proposal.draw(
             blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
         )
+
+    def distinct_items(self, device: torch.device) -> Tensor:
+        """Ascending items that any block draws; all draws are in memory for it."""
+        return torch.unique(self.draw(torch.arange(self.num_blocks, device=device)))
 
     def log_probability(self, items: Tensor) -> Tensor:
         """Float32 ``log Q`` of each item."""
@@ -146,8 +160,12 @@ def sampled_cross_entropy(
         ValueError: a shape disagrees, or a target or option is out of range,
             on this rank or another.
 
+    Over several ranks either the states travel to all shards, or the rows that are drawn and those
+    of the targets travel to the states: whichever is fewer bytes (see ``_meets``). The result is
+    the same.
+
     Collectives: none for a tensor; for a shard one gather of the targets, and those of
-    ``streamed_logsumexp``.
+    ``streamed_logsumexp`` or of ``with_fetched_rows``.
     """
     if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
@@ -174,41 +192,72 @@ def sampled_cross_entropy(
         step=step,
         parity=parity,
     )
-    all_targets = problem.exchange.gather_all(problem.targets)
-    problem = problem.restrict(sampler.drawn_rows(problem.row_ids, all_targets), sparse_grad)
-    plan = _SampledItems(sampler, problem)
-    logsumexp, target_logits = streamed_logsumexp(problem, plan)
-    positions = torch.arange(plan.num_slots, device=states.device) + plan.first_slot
+    first_position = problem.exchange.first_position
+    sampled = _meets(problem, sampler, sparse_grad)
+    plan = _SampledItems(sampler, sampled, first_position - sampled.exchange.first_position)
+    logsumexp, target_logits = streamed_logsumexp(sampled, plan)
+    positions = torch.arange(plan.num_slots, device=states.device) + first_position
     logsumexp = logsumexp - sampler.correction(positions, problem.targets)
     return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
 
 
-class _SampledItems:
-    """The plan in which the candidates of a position are the draws of its block."""
+def _meets(problem: Problem, sampler: Sampler, sparse: bool) -> Problem:
+    """The problem over the rows that are drawn or targets, where they meet the states.
 
-    def __init__(self, sampler: Sampler, problem: Problem) -> None:
+    States travel to the shards, twice, and their gradients back: ``(2 e + 4) N D`` bytes of e bytes
+    a number, of which a rank has its share already. Or the M distinct rows drawn travel to every
+    rank, and the T rows of its other targets to each, with their gradients back: ``(e + 4)(M + T)
+    D``. Rows are not considered where there are more than two draws for each position.
+
+    Collectives: a gather of the targets, and those of ``with_fetched_rows`` where rows travel.
+    """
+    exchange = problem.exchange
+    all_targets = exchange.gather_all(problem.targets)
+    if sampler.num_blocks * sampler.num_negatives <= 2 * exchange.num_positions:
+        trip = RowTrip.of(sampler.distinct_items(all_targets.device), all_targets, exchange)
+        if trip.is_cheaper(problem):
+            return with_fetched_rows(problem, trip, sparse)
+    return problem.restrict(sampler.drawn_rows(problem.row_ids, all_targets), sparse)
+
+
+class _SampledItems:
+    """The plan in which the candidates of a position are the draws of its block.
+
+    Args:
+        sampler: Which items a block draws.
+        problem: Where they meet the states.
+        shift: What a position of the problem lacks to its place in the global batch.
+    """
+
+    def __init__(self, sampler: Sampler, problem: Problem, shift: int) -> None:
         self._sampler = sampler
+        self._shift = shift
         self._exchange = problem.exchange
         self._device = problem.targets.device
-        self.first_slot = problem.exchange.first_position
         self.num_slots = problem.states.shape[0]
+        self.per_position: Sequence[Tensor] = ()
 
     def chunk_of(self) -> Tensor:
         sampler, exchange = self._sampler, self._exchange
         num_blocks = sampler.num_blocks
         num_chunks = max(exchange.min_chunks, -(-num_blocks // sampler.blocks_at_once))
-        positions = torch.arange(exchange.num_positions, device=self._device)
+        positions = torch.arange(exchange.num_positions, device=self._device) + self._shift
         return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
 
-    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
-        block_of = chunk.positions % self._sampler.num_blocks
+    def slots(self, chunk: Chunk) -> Chunk:
+        return chunk
+
+    def blocks(
+        self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
+    ) -> Blocks:
+        block_of = (chunk.positions + self._shift) % self._sampler.num_blocks
         order = torch.argsort(block_of, stable=True)
         present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
         items = self._sampler.draw(present)
         rows = row_ids.find(items)
         here = rows >= 0
         item_ends = here.sum(1).cumsum(0)
-        blocks = Blocks(
+        return Blocks(
             pair_positions=order,
             pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
             items=rows[here],
@@ -218,7 +267,6 @@ class _SampledItems:
             num_slots=order.numel(),
             offsets=self._sampler.log_probability(items[here]),
         )
-        return blocks, chunk.positions
 
 
 def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | None) -> LossCost:
@@ -235,9 +283,18 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     copy = rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
     batches = BATCH_BYTES if work.on_cpu else 0
+    received, travelling = state_traffic(work), streaming_bytes(work)
+    shared = expected_distinct(num_draws, work.num_items)
+    by_rows = row_traffic(work, shared, work.own_positions)
+    if num_draws <= 2 * work.num_positions and cheaper(by_rows, received):
+        received = by_rows
+        # The rows as they arrive and in order, with both gradients.
+        vectors = 2 * (shared + work.own_positions) * work.width
+        travelling = vectors * (work.element_bytes + 4)
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=copy + 3 * draws + batches + streaming_bytes(work),
+        workspace_bytes=copy + 3 * draws + batches + travelling,
         flops=8.0 * work.num_positions * num_negatives * work.width / work.num_ranks,
+        received=received,
     )

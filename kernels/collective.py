@@ -1,22 +1,21 @@
 """The exchange between the ranks of a process group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardrec.kernels.exchange import Chunk, chunk_members
+from shardrec.kernels.cost import num_chunks
+from shardrec.kernels.exchange import Chunk, Wait, chunk_members
 
-__all__ = ["CHUNK_POSITIONS", "Collective", "total_over_ranks"]
+__all__ = ["Collective", "total_over_ranks"]
 
 # Newer releases of torch call these by other names and warn about the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-# States of other ranks in memory at a time: 16,384 x 256 floats are 16 MiB.
-CHUNK_POSITIONS = 16384
 
 
 class Collective:
@@ -29,6 +28,7 @@ class Collective:
         num_rows: int,
         device: torch.device,
         *,
+        state_bytes: int = 0,
         failed: bool = False,
     ) -> None:
         """Learns how many positions every rank has and whether all accept their inputs.
@@ -38,6 +38,7 @@ class Collective:
             num_positions: N of this rank.
             num_rows: R of this rank.
             device: Where the tensors are.
+            state_bytes: Bytes of one state; decides in how many chunks the states travel.
             failed: Whether this rank refuses its inputs.
 
         Raises:
@@ -57,11 +58,12 @@ class Collective:
                 f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
                 f"{world_size}; its own message says why"
             )
-        self._starts = [sum(self._counts[:rank]) for rank in range(world_size)]
-        self.first_position = self._starts[self.rank]
-        self.num_positions = sum(self._counts)
+        self.borders: Sequence[int] = (0, *accumulate(self._counts))
+        self.row_borders: Sequence[int] = (0, *accumulate(rows))
+        self.first_position = self.borders[self.rank]
+        self.num_positions = self.borders[-1]
         self.largest_shard = max(rows)
-        self.min_chunks = max(1, -(-self.num_positions // CHUNK_POSITIONS))
+        self.min_chunks = num_chunks(self.num_positions, state_bytes)
 
     def even_chunks(self, num_chunks: int) -> Tensor:
         """(num_positions,) int64 chunk of each global position, an even share of every rank."""
@@ -73,32 +75,59 @@ class Collective:
 
     def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
         """The chunks of an assignment, in the same order on every rank."""
-        borders = torch.tensor([*self._starts, self.num_positions], device=self._device)
         for positions in chunk_members(chunk_of):
-            splits = torch.searchsorted(positions, borders).tolist()
-            own = slice(splits[self.rank], splits[self.rank + 1])
-            counts = tuple(end - start for start, end in zip(splits, splits[1:], strict=False))
-            yield Chunk(positions, positions[own] - self.first_position, own, counts)
+            yield Chunk.of(positions, self.borders, self.rank)
 
     def gather(self, local: Tensor, chunk: Chunk) -> Tensor:
         """(n, ...) values at the chunk's positions; one all-gather padded to the largest share."""
+        return self.start_gather(local, chunk)()
+
+    def start_gather(self, local: Tensor, chunk: Chunk) -> Wait:
+        """Begins a ``gather`` on the group's own stream or thread."""
         width = max(chunk.counts)
+        if not width:
+            return lambda: local[:0]
         sent = local.new_zeros((width, *local.shape[1:]))
         sent[: chunk.own.numel()] = local[chunk.own]
-        received = self.stack(sent)
-        if min(chunk.counts) == width:
-            return received.flatten(0, 1)
-        return torch.cat([part[:n] for part, n in zip(received, chunk.counts, strict=True)])
+        received = local.new_empty((len(chunk.counts), *sent.shape))
+        work = _all_gather(received.flatten(), sent.flatten(), group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            if min(chunk.counts) == width:
+                return received.flatten(0, 1)
+            return torch.cat([part[:n] for part, n in zip(received, chunk.counts, strict=True)])
+
+        return wait
 
     def reduce_scatter(self, full: Tensor, chunk: Chunk) -> Tensor:
         """(n_own, D) sum over ranks at this rank's positions; one padded reduce-scatter."""
+        return self.start_reduce_scatter(full, chunk)()
+
+    def start_reduce_scatter(self, full: Tensor, chunk: Chunk) -> Wait:
+        """Begins a ``reduce_scatter`` on the group's own stream or thread."""
         width = max(chunk.counts)
+        if not width:
+            return lambda: full
         padded = full.new_zeros((len(chunk.counts), width, *full.shape[1:]))
         for line, part in zip(padded, full.split(chunk.counts), strict=True):
             line[: part.shape[0]] = part
         received = torch.empty_like(padded[0])
-        _reduce_scatter(received, padded.flatten(0, 1), group=self._group)
-        return received[: chunk.own.numel()]
+        work = _reduce_scatter(received, padded.flatten(0, 1), group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return received[: chunk.own.numel()]
+
+        return wait
+
+    def swap(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
+        """(sum(received_counts), ...) lines of all ranks for this one; one all-to-all."""
+        received = sent.new_empty((sum(received_counts), *sent.shape[1:]))
+        dist.all_to_all_single(
+            received, sent.contiguous(), received_counts, sent_counts, group=self._group
+        )
+        return received
 
     def gather_all(self, local: Tensor) -> Tensor:
         """(num_positions, ...) values at all positions; one padded all-gather."""

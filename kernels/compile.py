@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardrec.kernels.block_logsumexp import gpu_full, gpu_listed
+from shardrec.kernels.block_logsumexp import gpu_full, gpu_gathered, gpu_listed
 from shardrec.kernels.device import alignment
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
@@ -27,7 +27,7 @@ _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POINTERS_TO_FLOAT = (
     "partials logsumexp grad_logsumexp scale grad_states grad_rows grad_entries offsets source "
-    "weights total maxima scores signs"
+    "weights total maxima scores signs shares"
 ).split()
 _POINTERS_TO_INT = "position_chunks item_chunks".split()
 _OPERANDS = ("states", "rows", "queries", "vectors")
@@ -235,9 +235,21 @@ def shipped_cases() -> list[Case]:
         for name in ("listed_forward", "listed_states_backward", "listed_rows_backward")
         for form, (offsets, rounds) in forms.items()
     ]
+    gathered = [
+        Case(name + form, getattr(gpu_gathered, f"{name}_kernel"), name, {"OFFSETS": offsets})
+        for name in ("gathered_forward", "gathered_states_backward")
+        for form, offsets in (("", False), ("_offsets", True))
+    ]
     return [
         *full,
         *listed,
+        *gathered,
+        Case(
+            "gathered_rows_backward",
+            gpu_gathered.gathered_rows_backward_kernel,
+            "gathered_rows_backward",
+            {},
+        ),
         Case("group_maxima", select_gpu.group_maxima_kernel, "group_maxima", {}),
         Case(
             "best_sign_direction", select_gpu.best_sign_direction_kernel, "best_sign_direction", {}

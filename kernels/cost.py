@@ -1,11 +1,28 @@
 """What a loss costs a rank: the terms, in which each loss's file says its own formula."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["LossCost", "Workload", "expected_distinct", "streaming_bytes"]
+__all__ = [
+    "LossCost",
+    "Workload",
+    "cheaper",
+    "expected_distinct",
+    "num_chunks",
+    "row_traffic",
+    "state_traffic",
+    "streaming_bytes",
+]
 
 MIB = 1 << 20
+# States of a chunk: at most these are in memory for one chunk of positions.
+MOST_CHUNK_BYTES = 8 * MIB
+# A chunk more costs a handful of calls, which take as long as moving about this much: chunks that
+# are smaller cost more than what travels behind the work of another saves.
+LEAST_CHUNK_BYTES = MIB
+# With so many chunks at most a quarter of the states travels before there is work to do.
+LEAST_CHUNKS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +65,14 @@ class LossCost:
         is_dense: whether that gradient is (R, D) and not one vector a touched row.
         workspace_bytes: most memory beside states and the rows' gradient, in forward or backward.
         flops: of products, forward and backward.
+        received: bytes that arrive from other ranks, by what they are.
     """
 
     touched_rows: int
     is_dense: bool
     workspace_bytes: int
     flops: float
+    received: Mapping[str, float]
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:
@@ -68,12 +87,65 @@ def expected_distinct(num_draws: float, num_items: int) -> int:
     return round(-num_items * math.expm1(num_draws * math.log1p(-1 / num_items)))
 
 
-def streaming_bytes(work: Workload) -> int:
-    """Workspace of one chunk of positions: those of other ranks, and the gradient sent back.
+def num_chunks(num_positions: int, state_bytes: int) -> int:
+    """In how many chunks the states of all ranks travel.
 
-    One process works on its own states and copies nothing.
+    As many as keep a chunk within ``MOST_CHUNK_BYTES``, and ``LEAST_CHUNKS`` where none of them
+    falls below ``LEAST_CHUNK_BYTES``: then most of the states travel while others are worked on.
+
+    Args:
+        num_positions: N over all ranks.
+        state_bytes: Of one state.
+
+    >>> [num_chunks(positions, 256) for positions in (1_000, 10_000, 20_000, 1_000_000)]
+    [1, 2, 4, 31]
+    """
+    total = num_positions * state_bytes
+    return max(1, -(-total // MOST_CHUNK_BYTES), min(LEAST_CHUNKS, total // LEAST_CHUNK_BYTES))
+
+
+def streaming_bytes(work: Workload) -> int:
+    """Workspace of the chunks of positions that are in memory, which W does not change.
+
+    Two chunks of states, the one that is worked on and the next one, each once more where ranks
+    have unlike shares; and of float32 gradients the one that is made, and the one before, padded,
+    on its way back. One process works on its own states and copies nothing.
     """
     if work.num_ranks == 1:
         return 0
-    chunk = min(work.num_positions, 16_384)
-    return 3 * chunk * work.width * work.element_bytes
+    parts = num_chunks(work.num_positions, work.width * work.element_bytes)
+    chunk = -(-work.num_positions // parts) * work.width
+    return chunk * (3 * work.element_bytes + 2 * 4)
+
+
+def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:
+    """Bytes of states and their gradients that a rank receives, by name.
+
+    Args:
+        work: The step.
+        gathers: How often the states travel; 2 where backward asks for them again.
+    """
+    others = work.num_positions * (1 - 1 / work.num_ranks) * work.width
+    name = "states, twice" if gathers == 2 else "states"
+    return {name: gathers * work.element_bytes * others, "gradients of states": 4 * others}
+
+
+def row_traffic(work: Workload, shared: float, fetched: float) -> dict[str, float]:
+    """Bytes of rows and their gradients that a rank receives where the states stay, by name.
+
+    Args:
+        work: The step.
+        shared: Rows that every rank needs.
+        fetched: Rows that this rank needs besides, of any shard.
+    """
+    vectors = (shared + fetched) * (1 - 1 / work.num_ranks) * work.width
+    return {"candidates": work.element_bytes * vectors, "gradients of candidates": 4 * vectors}
+
+
+def cheaper(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether fewer bytes travel the first way.
+
+    >>> cheaper({"states": 3.0, "gradients": 2.0}, {"rows": 5.0})
+    False
+    """
+    return sum(one.values()) < sum(other.values())

@@ -5,12 +5,13 @@ products do the work of four and every exponential is taken once. The gradient o
 respect to each position's loss must be known beforehand: it is, for a mean or a sum.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardrec.kernels.exchange import Exchange
+from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.streaming import combine_shards
 
@@ -36,14 +37,15 @@ def fits_cache(problem: Problem) -> bool:
 def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> Tensor:
     """() float32 sum over this rank's positions of coefficient times loss.
 
-    The workspace is one group of logits, at most 48 MiB. Backward may be called once.
+    The workspace is one group of logits, at most 48 MiB, and two chunks of states: those of a chunk
+    travel while the groups of the one before are worked on. Backward may be called once.
 
     Args:
         problem: The batch and the table.
         coefficients: (N,) float32.
 
-    Collectives: per group of positions a gather of states, targets and coefficients, a maximum, a
-    sum and a reduce-scatter of state gradients; none in backward.
+    Collectives: per chunk of positions a gather of states, targets and coefficients and a
+    reduce-scatter of state gradients, per group of a chunk a maximum and a sum; none in backward.
     """
     return _FusedCrossEntropy.apply(problem.states, problem.scaled_rows(), problem, coefficients)
 
@@ -59,30 +61,33 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, states: Tensor, rows: Tensor, problem: Problem, coefficients: Tensor
     ) -> Tensor:
         exchange = problem.exchange
-        num_groups = max(1, -(-exchange.num_positions // group_size(exchange.largest_shard)))
-        grad_states, grad_rows = torch.empty_like(states), torch.zeros_like(rows)
+        grad_states = Gradients(exchange, torch.empty_like(states))
+        grad_rows = torch.zeros_like(rows)
         total = torch.zeros((), device=states.device)
-        buffer = torch.empty(0, device=states.device)
-        for chunk in exchange.chunks(exchange.even_chunks(num_groups)):
-            group_states = exchange.gather(states, chunk)
-            targets = problem.row_ids.find(exchange.gather(problem.targets, chunk))
-            weights = exchange.gather(coefficients, chunk)
-            shape = targets.numel(), rows.shape[0]
-            if buffer.numel() < shape[0] * shape[1]:
-                buffer = torch.empty(shape[0] * shape[1], device=states.device)
-            logits = buffer[: shape[0] * shape[1]].view(shape)
-            torch.mm(group_states, rows.T, out=logits)
-            losses, factors, slopes = _softmax_losses(logits, targets, weights, exchange)
+        group = group_size(exchange.largest_shard)
+        buffer = torch.empty(group * rows.shape[0], device=states.device)
+
+        def start(chunk: Chunk) -> list[Wait]:
+            local = states, problem.targets, coefficients
+            return [exchange.start_gather(one, chunk) for one in local]
+
+        chunks = list(exchange.chunks(exchange.even_chunks(exchange.min_chunks)))
+        for chunk, (chunk_states, targets, weights) in prefetched(chunks, start):
+            targets = problem.row_ids.find(targets)
+            losses, part = torch.empty_like(weights), torch.empty_like(chunk_states)
+            for first in range(0, targets.numel(), group):
+                lines = slice(first, first + group)
+                losses[lines] = _add_group(
+                    _Group(chunk_states[lines], targets[lines], weights[lines]),
+                    rows,
+                    buffer,
+                    exchange,
+                    part[lines],
+                    grad_rows,
+                )
             total += (losses * weights)[chunk.own_slice].sum()
-            # The factors of the lines go to the narrow operands, not over all logits.
-            part = (logits @ rows).mul_(factors[:, None])
-            grad_rows.addmm_(logits.T, group_states * factors[:, None])
-            here = (targets >= 0).nonzero()[:, 0]
-            slope = slopes[here][:, None]
-            part[here] -= slope * rows[targets[here]]
-            grad_rows.index_add_(0, targets[here], slope * group_states[here], alpha=-1)
-            grad_states[chunk.own] = exchange.reduce_scatter(part, chunk)
-        ctx.gradients = grad_states, grad_rows
+            grad_states.send(part, chunk)
+        ctx.gradients = grad_states.finish(), grad_rows
         return total
 
     @staticmethod
@@ -99,6 +104,38 @@ class _FusedCrossEntropy(torch.autograd.Function):
             grad_states.mul_(grad)
             grad_rows.mul_(grad)
         return grad_states, grad_rows, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Positions whose logits are in the cache together: (n, D) states, (n,) rows and weights."""
+
+    states: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def _add_group(
+    group: _Group,
+    rows: Tensor,
+    buffer: Tensor,
+    exchange: Exchange,
+    grad_states: Tensor,
+    grad_rows: Tensor,
+) -> Tensor:
+    """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
+    shape = group.targets.numel(), rows.shape[0]
+    logits = buffer[: shape[0] * shape[1]].view(shape)
+    torch.mm(group.states, rows.T, out=logits)
+    losses, factors, slopes = _softmax_losses(logits, group.targets, group.weights, exchange)
+    # The factors of the lines go to the narrow operands, not over all logits.
+    torch.mm(logits, rows, out=grad_states).mul_(factors[:, None])
+    grad_rows.addmm_(logits.T, group.states * factors[:, None])
+    here = (group.targets >= 0).nonzero()[:, 0]
+    targets, slope = group.targets[here], slopes[here][:, None]
+    grad_states[here] -= slope * rows[targets]
+    grad_rows.index_add_(0, targets, slope * group.states[here], alpha=-1)
+    return losses
 
 
 def _softmax_losses(

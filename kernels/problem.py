@@ -145,12 +145,14 @@ def pose(
         exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
     else:
         num_positions = states.shape[0] if states.dim() else 0
+        state_bytes = states.shape[-1] * states.element_size() if states.dim() else 0
         try:
             exchange = Collective(
                 shard.group,
                 num_positions,
                 shard.rows.shape[0],
                 shard.rows.device,
+                state_bytes=state_bytes,
                 failed=refusal is not None,
             )
         except ValueError as error:

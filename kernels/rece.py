@@ -6,6 +6,7 @@ meets the items of its own bucket although the histograms of positions and items
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
-from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
+from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_HASH
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
@@ -242,19 +243,23 @@ class _NearbyChunks:
         self, problem: Problem, position_chunks: Tensor, row_chunks: Tensor, reach: int
     ) -> None:
         self._exchange = problem.exchange
-        self._position_chunks = position_chunks
+        self.per_position: Sequence[Tensor] = (position_chunks,)
         self._row_chunks = row_chunks
         self._reach = reach
         # (r, R): the chunks of each round in ascending order, and the rows in that order.
         self._sorted_chunks, self._row_order = row_chunks.T.contiguous().sort(dim=1, stable=True)
-        self.first_slot = problem.exchange.first_position
         self.num_slots = problem.states.shape[0]
 
     def chunk_of(self) -> Tensor:
         return self._exchange.even_chunks(self._exchange.min_chunks)
 
-    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
-        position_chunks = self._exchange.gather(self._position_chunks, chunk)
+    def slots(self, chunk: Chunk) -> Chunk:
+        return chunk
+
+    def blocks(
+        self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
+    ) -> Blocks:
+        (position_chunks,) = per_position
         num_rounds, num_rows = self._row_order.shape
         orders, all_sizes, starts, ends, rounds = [], [], [], [], []
         for index in range(num_rounds):
@@ -266,7 +271,7 @@ class _NearbyChunks:
             orders.append(order)
             all_sizes.append(sizes)
             rounds.append(torch.full_like(sizes, index))
-        blocks = Blocks(
+        return Blocks(
             pair_positions=torch.cat(orders),
             pair_starts=F.pad(torch.cat(all_sizes).cumsum(0), (1, 0)),
             items=self._row_order.flatten(),
@@ -276,7 +281,6 @@ class _NearbyChunks:
             num_slots=targets.numel(),
             rounds=Rounds(position_chunks, self._row_chunks, self._reach, torch.cat(rounds)),
         )
-        return blocks, chunk.positions
 
 
 def _check_options(
@@ -339,4 +343,5 @@ def reduced_cross_entropy_cost(
         is_dense=True,
         workspace_bytes=held + (BATCH_BYTES if work.on_cpu else 0) + streaming_bytes(work),
         flops=hashed + 8.0 * work.num_positions * met * work.width,
+        received=state_traffic(work),
     )

@@ -5,6 +5,7 @@ Item Catalogs", arXiv 2409.18721.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
-from shardrec.kernels.cost import LossCost, Workload, expected_distinct, streaming_bytes
+from shardrec.kernels.cost import (
+    LossCost,
+    Workload,
+    expected_distinct,
+    state_traffic,
+    streaming_bytes,
+)
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
 from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
@@ -287,25 +294,35 @@ class _BucketItems:
         self._exchange = exchange
         self._items = buckets.items
         self._positions, self._buckets = buckets.pairs()
-        first = exchange.first_position
-        borders = torch.tensor([first, first + problem.states.shape[0]]).to(self._positions)
-        start, end = torch.searchsorted(self._positions, borders).tolist()
-        self.first_slot = start
+        borders = torch.tensor(exchange.borders, device=self._positions.device)
+        self._slot_borders = torch.searchsorted(self._positions, borders).tolist()
+        start, end = self._slot_borders[exchange.rank : exchange.rank + 2]
         self.num_slots = end - start
-        self.own_pairs = self._positions[start:end] - first
+        self.per_position: Sequence[Tensor] = ()
+        self.own_pairs = self._positions[start:end] - exchange.first_position
 
     def chunk_of(self) -> Tensor:
         return self._exchange.even_chunks(self._exchange.min_chunks)
 
-    def blocks(self, chunk: Chunk, targets: Tensor, row_ids: RowIds) -> tuple[Blocks, Tensor]:
-        place = RowIds(0, chunk.positions.numel(), chunk.positions).find(self._positions)
+    def slots(self, chunk: Chunk) -> Chunk:
+        slots = (self._places(chunk) >= 0).nonzero()[:, 0]
+        return Chunk.of(slots, self._slot_borders, self._exchange.rank)
+
+    def _places(self, chunk: Chunk) -> Tensor:
+        """(P,) int64 where the position of each pair stands in the chunk, -1 for nowhere."""
+        return RowIds(0, chunk.positions.numel(), chunk.positions).find(self._positions)
+
+    def blocks(
+        self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
+    ) -> Blocks:
+        place = self._places(chunk)
         slots = (place >= 0).nonzero()[:, 0]
         order = torch.argsort(self._buckets[slots], stable=True)
         sizes = torch.bincount(self._buckets[slots], minlength=self._items.shape[0])
         rows = row_ids.find(self._items)
         here = rows >= 0
         item_ends = here.sum(1).cumsum(0)
-        blocks = Blocks(
+        return Blocks(
             pair_positions=place[slots][order],
             pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
             items=rows[here],
@@ -315,7 +332,6 @@ class _BucketItems:
             num_slots=slots.numel(),
             pair_slots=order,
         )
-        return blocks, slots
 
 
 def scalable_cross_entropy_cost(
@@ -341,4 +357,5 @@ def scalable_cross_entropy_cost(
         + (BATCH_BYTES if work.on_cpu else 0)
         + streaming_bytes(work),
         flops=choices + blocks,
+        received=state_traffic(work),
     )

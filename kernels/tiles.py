@@ -72,6 +72,18 @@ _HALF = {
         _WIDEST: Tile(64, 64, 64, 256, 8, 2),
     },
     "listed_rows_backward_rounds": {_WIDEST: Tile(32, 64, 64, 256, 8, 2)},
+    # A program of the gathered kernels has one position, and its rows are whole.
+    "gathered_forward": {
+        64: Tile(16, 64, 64, 64, 4, 3),
+        256: Tile(16, 32, 256, 64, 4, 3),
+        _WIDEST: Tile(16, 16, _WIDEST, 64, 8, 2),
+    },
+    "gathered_states_backward": {
+        64: Tile(16, 64, 64, 64, 4, 3),
+        256: Tile(16, 32, 256, 64, 4, 3),
+        _WIDEST: Tile(16, 16, _WIDEST, 64, 8, 2),
+    },
+    "gathered_rows_backward": {_WIDEST: Tile(16, 32, 64, 256, 4, 2)},
     "group_maxima": {_WIDEST: Tile(128, 128, 64, 64, 8, 3)},
     "best_sign_direction": {_WIDEST: Tile(64, 128, 64, 64, 8, 2)},
     "mixed_signs": {_WIDEST: Tile(64, 64, 64, 64, 8, 2)},
@@ -87,6 +99,17 @@ _SINGLE = {
     "listed_states_backward_rounds": {_WIDEST: Tile(32, 64, 32, 128, 8, 2)},
     "listed_rows_backward": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
     "listed_rows_backward_rounds": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
+    "gathered_forward": {
+        64: Tile(16, 64, 64, 64, 4, 3),
+        256: Tile(16, 32, 256, 64, 4, 3),
+        _WIDEST: Tile(16, 16, _WIDEST, 64, 8, 2),
+    },
+    "gathered_states_backward": {
+        64: Tile(16, 64, 64, 64, 4, 3),
+        256: Tile(16, 32, 256, 64, 4, 3),
+        _WIDEST: Tile(16, 16, _WIDEST, 64, 8, 2),
+    },
+    "gathered_rows_backward": {_WIDEST: Tile(16, 32, 64, 256, 4, 2)},
     "group_maxima": {_WIDEST: Tile(64, 64, 32, 32, 8, 2)},
     "best_sign_direction": {_WIDEST: Tile(32, 64, 32, 32, 8, 2)},
     "mixed_signs": {_WIDEST: Tile(32, 32, 32, 32, 8, 2)},

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.cost import LossCost, Workload, streaming_bytes
+from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
 from shardrec.kernels.problem import Problem, Scaling, pose
@@ -213,6 +213,7 @@ def eager_cross_entropy_cost(work: Workload) -> LossCost:
         is_dense=True,
         workspace_bytes=5 * 4 * pairs + streaming_bytes(work),
         flops=6.0 * pairs * work.width,
+        received=state_traffic(work, gathers=1),
     )
 
 
@@ -224,4 +225,5 @@ def paired_cross_entropy_cost(work: Workload, num_negatives: int) -> LossCost:
         is_dense=True,
         workspace_bytes=2 * 4 * vectors + streaming_bytes(work),
         flops=6.0 * vectors,
+        received=state_traffic(work, gathers=1),
     )

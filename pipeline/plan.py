@@ -122,7 +122,7 @@ def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
         num_items=num_items,
         memory=memory,
         peak_bytes=peak,
-        moved=made.moved(),
+        moved=made.moved(num_items),
         flops=made.flops(num_items),
         largest_num_items=largest,
     )
@@ -183,16 +183,14 @@ class _Planner:
             low, high = (middle, high) if fits else (low, middle)
         return low
 
-    def moved(self) -> dict[str, float]:
+    def moved(self, num_items: int) -> dict[str, float]:
         """Bytes received from other ranks."""
         own, others = self.num_positions / self.machine.ranks, 1 - 1 / self.machine.ranks
         vectors = 4.0 * own * self.width * others
-        states = 4.0 * self.num_positions * self.width * others
         return {
             "ids and vectors looked up": 8.0 * own * others + vectors,
             "gradients of vectors": vectors,
-            "states, twice": 2 * states,
-            "gradients of states": states,
+            **loss_cost(self.config.loss, self.work(num_items)).received,
             "encoder gradients": 2 * 4.0 * self.parameters * others,
         }
 

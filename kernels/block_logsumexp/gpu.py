@@ -6,10 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import gpu_full, gpu_listed
+from shardrec.kernels.block_logsumexp import gpu_full, gpu_gathered, gpu_listed
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.schedule import (
     is_full,
+    is_gathered,
     layers,
     pair_tiles,
     row_tiles,
@@ -45,6 +46,9 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks) -> tuple[Tensor, Tenso
         return logsumexp, target_logits
     if is_full(blocks):
         return _full_forward(problem), target_logits
+    if is_gathered(blocks):
+        gpu_gathered.forward(states, rows, blocks, logsumexp)
+        return logsumexp, target_logits
     for layer in layers(blocks, _slots(blocks)):
         _listed_forward(replace(problem, blocks=layer), logsumexp)
     return logsumexp, target_logits
@@ -72,6 +76,10 @@ def backward(
         if is_full(problem.blocks):
             _full_states_backward(problem, upstream, grad_states)
             _full_rows_backward(problem, upstream, grad_rows)
+        elif is_gathered(problem.blocks):
+            gpu_gathered.backward(
+                states, rows, problem.blocks, shift, grad_logsumexp, grad_states, grad_rows
+            )
         else:
             for layer in layers(problem.blocks, problem.blocks.pair_positions):
                 _listed_states_backward(replace(problem, blocks=layer), upstream, grad_states)
@@ -178,35 +186,27 @@ def _full_forward(problem: _Problem) -> Tensor:
 
 def _full_states_backward(problem: _Problem, upstream: _Upstream, grad_states: Tensor) -> None:
     tile = problem.tile("full_states_backward")
-    num_positions = problem.states.shape[0]
-    num_tiles = triton.cdiv(num_positions, tile.positions)
-    num_out = problem.num_out(tile)
-    num_steps = triton.cdiv(problem.rows.shape[0], tile.items)
-    num_parts = _num_parts(num_tiles * num_out, num_steps, problem.states.device)
-    _launch_full_backward(
-        gpu_full.full_states_backward_kernel,
-        (num_tiles, num_parts, num_out),
-        problem,
-        upstream,
-        grad_states,
-        tile,
-    )
+    num_tiles = triton.cdiv(problem.states.shape[0], tile.positions)
+    grid = _full_grid(problem, tile, num_tiles, triton.cdiv(problem.rows.shape[0], tile.items))
+    kernel = gpu_full.full_states_backward_kernel
+    _launch_full_backward(kernel, grid, problem, upstream, grad_states, tile)
 
 
 def _full_rows_backward(problem: _Problem, upstream: _Upstream, grad_rows: Tensor) -> None:
     tile = problem.tile("full_rows_backward")
     num_tiles = triton.cdiv(problem.rows.shape[0], tile.items)
-    num_out = problem.num_out(tile)
     num_steps = triton.cdiv(problem.states.shape[0], tile.positions)
-    num_parts = _num_parts(num_tiles * num_out, num_steps, problem.states.device)
-    _launch_full_backward(
-        gpu_full.full_rows_backward_kernel,
-        (num_tiles, num_parts, num_out),
-        problem,
-        upstream,
-        grad_rows,
-        tile,
-    )
+    grid = _full_grid(problem, tile, num_tiles, num_steps)
+    kernel = gpu_full.full_rows_backward_kernel
+    _launch_full_backward(kernel, grid, problem, upstream, grad_rows, tile)
+
+
+def _full_grid(
+    problem: _Problem, tile: Tile, num_tiles: int, num_steps: int
+) -> tuple[int, int, int]:
+    """Tiles of what a program owns, parts of its loop of ``num_steps``, parts of the width."""
+    num_out = problem.num_out(tile)
+    return num_tiles, _num_parts(num_tiles * num_out, num_steps, problem.states.device), num_out
 
 
 def _launch_full_backward(

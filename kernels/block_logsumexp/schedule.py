@@ -9,7 +9,15 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 
-__all__ = ["RowTiles", "is_full", "layers", "pair_tiles", "row_tiles", "without_idle_pairs"]
+__all__ = [
+    "RowTiles",
+    "is_full",
+    "is_gathered",
+    "layers",
+    "pair_tiles",
+    "row_tiles",
+    "without_idle_pairs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,20 @@ def is_full(blocks: Blocks) -> bool:
     """Whether the blocks are one contiguous range of positions times one of rows, and no more."""
     extras = (blocks.pair_positions, blocks.pair_slots, blocks.items, blocks.offsets)
     return blocks.num_blocks == 1 and blocks.rounds is None and all(x is None for x in extras)
+
+
+def is_gathered(blocks: Blocks) -> bool:
+    """Whether every block is one pair, with a list of its own that no other block looks at.
+
+    Sizes tell nearly all others apart, so that only blocks of this kind are looked into.
+    """
+    if blocks.items is None or blocks.pair_positions is None or blocks.rounds is not None:
+        return False
+    if blocks.pair_slots is not None or blocks.num_blocks != blocks.pair_positions.numel():
+        return False
+    borders = F.pad(blocks.item_ends, (1, 0))
+    alone = (blocks.pair_starts.diff() == 1) & (blocks.item_starts == borders[:-1])
+    return bool(alone.all() & (borders[-1] == blocks.items.numel()))
 
 
 def pair_tiles(blocks: Blocks, tile: int) -> Tensor:

@@ -10,7 +10,7 @@ from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, gpu
+from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, gpu, gpu_gathered
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 
@@ -53,6 +53,26 @@ def listed(n: int, r: int, *, offsets: bool) -> Blocks:
         targets=some_targets(n, r),
         num_slots=n,
         offsets=torch.randn(2 * r + 3, generator=generator) if offsets else None,
+    )
+
+
+def gathered(n: int, r: int, *, offsets: bool) -> Blocks:
+    """A list of its own for every other position: of uneven lengths, one without items."""
+    generator = torch.Generator().manual_seed(n * r)
+    positions = torch.randperm(n, generator=generator)[: (n + 1) // 2]
+    sizes = torch.randint(0, 40, positions.shape, generator=generator)
+    sizes[-1] = 0
+    ends = sizes.cumsum(0)
+    num_items = int(sizes.sum())
+    return Blocks(
+        pair_positions=positions,
+        pair_starts=torch.arange(positions.numel() + 1),
+        items=torch.randint(0, r, (num_items,), generator=generator),
+        item_starts=ends - sizes,
+        item_ends=ends,
+        targets=some_targets(n, r),
+        num_slots=n,
+        offsets=torch.randn(num_items, generator=generator) if offsets else None,
     )
 
 
@@ -104,6 +124,8 @@ def blocks_of(kind: str, n: int, r: int) -> Blocks:
         "full": lambda: every_pair(r, some_targets(n, r)),
         "listed": lambda: listed(n, r, offsets=False),
         "offsets": lambda: listed(n, r, offsets=True),
+        "gathered": lambda: gathered(n, r, offsets=False),
+        "gathered-offsets": lambda: gathered(n, r, offsets=True),
         "slots": lambda: with_slots(n, r),
         "rounds": lambda: with_rounds(n, r),
     }[kind]()
@@ -152,7 +174,7 @@ def check(states: Tensor, rows: Tensor, blocks: Blocks, slack: float = 0.0) -> N
         )
 
 
-KINDS = ("full", "listed", "offsets", "slots", "rounds")
+KINDS = ("full", "listed", "offsets", "gathered", "gathered-offsets", "slots", "rounds")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,6 +217,24 @@ def test_tiny_listed_blocks(n: int, r: int) -> None:
     states, rows = draw(n, r, 8, torch.float32)
     check(states, rows, listed(n, r, offsets=True))
     check(states, rows, with_rounds(n, r))
+    check(states, rows, gathered(n, r, offsets=True))
+
+
+@pytest.mark.parametrize("kind", ["gathered", "listed"])
+def test_lists_of_single_pairs_have_kernels_of_their_own(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    for function in ("forward", "backward"):
+        original = getattr(gpu_gathered, function)
+
+        def spy(*args: object, f: str = function, g: object = original) -> None:
+            ran.append(f)
+            g(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(gpu_gathered, function, spy)
+    check(*draw(9, 13, 8, torch.float32), blocks_of(kind, 9, 13))
+    assert ran == (["forward", "backward"] if kind == "gathered" else [])
 
 
 def test_no_block_at_all() -> None:
@@ -245,7 +285,7 @@ def test_states_that_are_not_contiguous() -> None:
     check(states.T.contiguous().T, rows[:, :].T.contiguous().T, blocks_of("full", 16, 30))
 
 
-@pytest.mark.parametrize("kind", ["full", "listed"])
+@pytest.mark.parametrize("kind", ["full", "listed", "gathered"])
 def test_the_widest_rows(kind: str) -> None:
     states, rows = draw(2, 3, 1020, torch.float32)
     check(states, rows, blocks_of(kind, 2, 3))

@@ -1,0 +1,166 @@
+"""CCE- over shards: states travel to the rows, or rows to the states, by counted bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.ranks import Ranks
+from torch import Tensor
+
+from shardrec.kernels import RowShard, sampled_cross_entropy
+from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
+from shardrec.kernels.collective import Collective
+from shardrec.kernels.cost import Workload
+from shardrec.kernels.negatives import Popularity
+
+NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 2003, 12
+# Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
+POSITION_ENDS = {1: (311,), 2: (160, 311), 3: (150, 150, 311)}
+ROW_ENDS = {1: (2003,), 2: (1002, 2003), 3: (1200, 2003, 2003)}
+
+# Options, and what travels where there are several ranks.
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "few-shared-by-all": ({"num_negatives": 40, "share": None}, "rows"),
+    "two-blocks": ({"num_negatives": 40, "share": 156}, "rows"),
+    "sparse-gradient": ({"num_negatives": 40, "share": None, "sparse_grad": True}, "rows"),
+    "cosine": ({"num_negatives": 40, "share": None, "normalize": True, "temperature": 0.3}, "rows"),
+    "parity": ({"num_negatives": 40, "share": None, "parity": True}, "rows"),
+    "popular": ({"num_negatives": 40, "share": None, "proposal": "popularity"}, "rows"),
+    "many-shared-by-all": ({"num_negatives": 600, "share": None}, "states"),
+    "many-blocks": ({"num_negatives": 40, "share": 16}, "states"),
+}
+
+
+@dataclass
+class Result:
+    loss: float
+    losses: Tensor
+    grad_states: Tensor
+    grad_rows: Tensor
+    swaps: int
+    received_bytes: float
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
+    table = torch.randn(NUM_ITEMS, WIDTH, generator=generator)
+    targets = torch.randint(0, NUM_ITEMS, (NUM_POSITIONS,), generator=generator)
+    return states, table, targets, torch.rand(NUM_POSITIONS, generator=generator)
+
+
+def options_of(case: str) -> dict[str, Any]:
+    options = dict(CASES[case][0])
+    if options.get("proposal") == "popularity":
+        counts = torch.arange(NUM_ITEMS) % 97
+        options["proposal"] = Popularity(counts)
+    return options
+
+
+class Travelled:
+    """Counts what arrives from other ranks: vectors of the model's width."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.bytes, self.swaps = 0.0, 0
+        gather, scatter = Collective.start_gather, Collective.start_reduce_scatter
+        swap = Collective.swap
+
+        def start_gather(exchange: Collective, local: Tensor, chunk: Any) -> Any:
+            self.note(local.new_empty(chunk.positions.numel(), *local.shape[1:]))
+            return gather(exchange, local, chunk)
+
+        def start_reduce_scatter(exchange: Collective, full: Tensor, chunk: Any) -> Any:
+            self.note(full)
+            return scatter(exchange, full, chunk)
+
+        def counted_swap(exchange: Collective, *args: Any) -> Tensor:
+            received = swap(exchange, *args)
+            self.swaps += 1
+            self.note(received)
+            return received
+
+        patch.setattr(Collective, "start_gather", start_gather)
+        patch.setattr(Collective, "start_reduce_scatter", start_reduce_scatter)
+        patch.setattr(Collective, "swap", counted_swap)
+
+    def note(self, tensor: Tensor) -> None:
+        if tensor.dim() == 2 and tensor.shape[1] == WIDTH:
+            others = 1 - 1 / dist.get_world_size()
+            self.bytes += tensor.numel() * tensor.element_size() * others
+
+
+def on_ranks(case: str) -> Result:
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    states, table, targets, weights = batch()
+    own, held = part(POSITION_ENDS[num_ranks], rank), part(ROW_ENDS[num_ranks], rank)
+    shard = RowShard(table[held].requires_grad_(), held.start, NUM_ITEMS, dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        travelled = Travelled(patch)
+        mean = losses_of(case, states[own].requires_grad_(), shard, targets[own], weights[own])
+    each = losses_of(
+        case, states[own].requires_grad_(), shard, targets[own], weights[own], reduction="none"
+    )
+    return Result(mean.loss, each.losses, mean.grad_states, mean.grad_rows, travelled.swaps,
+                  travelled.bytes)  # fmt: skip
+
+
+def losses_of(
+    case: str,
+    states: Tensor,
+    table: Tensor | RowShard,
+    targets: Tensor,
+    weights: Tensor,
+    reduction: str = "mean",
+) -> Result:
+    rows = table.rows if isinstance(table, RowShard) else table
+    value = sampled_cross_entropy(
+        states, table, targets, weights=weights, seed=3, step=5, reduction=reduction,
+        **options_of(case),
+    )  # fmt: skip
+    grad_states, grad_rows = torch.autograd.grad(value.sum(), (states, rows))
+    dense = grad_rows.to_dense() if grad_rows.is_sparse else grad_rows
+    assert grad_rows.is_sparse == bool(CASES[case][0].get("sparse_grad"))
+    return Result(float(value.detach().sum()), value.detach(), grad_states, dense, 0, 0.0)
+
+
+def part(ends: tuple[int, ...], rank: int) -> slice:
+    return slice(ends[rank - 1] if rank else 0, ends[rank])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_either_way_gives_the_loss_and_gradients_of_one_process(ranks: Ranks, case: str) -> None:
+    states, table, targets, weights = batch()
+    inputs = states.requires_grad_(), table.requires_grad_(), targets, weights
+    alone = losses_of(case, *inputs)
+    each = losses_of(case, *inputs, reduction="none")
+    for num_ranks in (1, 2, 3):
+        results = ranks(num_ranks).run(on_ranks, case)
+        rows_travel = CASES[case][1] == "rows" and num_ranks > 1
+        # One all-to-all in forward and one in backward, or none.
+        assert [result.swaps for result in results] == [2 * rows_travel] * num_ranks
+        for result in results:
+            assert result.loss == pytest.approx(alone.loss, rel=2e-6)
+        for name, expected in (
+            ("losses", each.losses),
+            ("grad_states", alone.grad_states),
+            ("grad_rows", alone.grad_rows),
+        ):
+            found = torch.cat([getattr(result, name) for result in results])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["few-shared-by-all", "many-shared-by-all", "many-blocks"])
+def test_the_model_of_bytes_says_what_travels_and_which_way_is_cheaper(
+    ranks: Ranks, case: str
+) -> None:
+    options, way = CASES[case]
+    work = Workload(num_positions=NUM_POSITIONS, num_items=NUM_ITEMS, num_ranks=2, width=WIDTH)
+    cost = sampled_cross_entropy_cost(work, options["num_negatives"], options["share"])
+    assert ("candidates" in cost.received) == (way == "rows")
+    assert ("states, twice" in cost.received) == (way == "states")
+    for result in ranks(2).run(on_ranks, case):
+        assert result.received_bytes == pytest.approx(sum(cost.received.values()), rel=0.05)
