@@ -85,14 +85,14 @@ def train(arguments: Sequence[str]) -> int:
     from shardrec.launch.distributed import process_group
     from shardrec.pipeline.train import train as run_train
 
-    config = read_train(arguments)
+    options, config = read_train(arguments)
     with process_group():
-        run_train(config)
+        run_train(config, resume=options.resume)
     return 0
 
 
-def read_train(arguments: Sequence[str]) -> "TrainConfig":
-    """The config that the arguments of ``train`` spell; exits when they are wrong."""
+def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
+    """What the arguments of ``train`` spell; exits when they are wrong."""
     from shardrec.pipeline.config import describe, override, unknown_name
     from shardrec.pipeline.recipes import RECIPES
 
@@ -106,6 +106,16 @@ def read_train(arguments: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument("--run", required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="yes",
+        default="no",
+        choices=("yes", "auto", "no"),
+        help="go on with the interrupted run in the folder from its last whole checkpoint, on any "
+        "number of workers; `--resume=auto` also starts a new one where there is none, and does "
+        "nothing where it is finished: for jobs that are tried again",
+    )
     parser.add_argument(
         "--init-from",
         metavar="RUN",
@@ -123,7 +133,7 @@ def read_train(arguments: Sequence[str]) -> "TrainConfig":
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
     recipe = RECIPES[options.recipe](options.prepared, options.run)
     started = [] if options.init_from is None else [f"init_from.run={options.init_from}"]
-    return override(recipe, [*started, *options.overrides])
+    return options, override(recipe, [*started, *options.overrides])
 
 
 def first_line(documented: object) -> str:

@@ -6,6 +6,7 @@ to rank 0 only; a callback of yours runs on every rank and may use collectives.
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
@@ -80,12 +81,32 @@ class ValidationReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointReport:
-    """A complete checkpoint was written to ``folder``."""
+    """A checkpoint was written to ``folder``, or could not be.
+
+    It is told at the first step border at which the write is over on every rank.
+
+    Attributes:
+        step: whose weights it holds; steps after it may have been taken meanwhile.
+        folder: where it is.
+        best: whether the validation of that step was the best so far.
+        seconds: from the step until it was complete.
+        stall_seconds: of these, how long training stood still.
+        num_bytes: of its tensors, over all ranks.
+        error: why there is none, in words; None where it is complete.
+    """
 
     step: int
     folder: str
     best: bool
     seconds: float
+    stall_seconds: float = 0.0
+    num_bytes: int = 0
+    error: str | None = None
+
+    def ended(self, seconds: float, stall: float, error: Exception | None) -> "CheckpointReport":
+        """The same when its write is over."""
+        words = None if error is None else str(error) or type(error).__name__
+        return dataclasses.replace(self, seconds=seconds, stall_seconds=stall, error=words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +154,7 @@ class Callback(Protocol):
         return None
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        """After every checkpoint that is complete."""
+        """After every checkpoint that is complete or has failed."""
         return None
 
     def on_end(self, report: EndReport) -> None:
@@ -148,6 +169,7 @@ class JsonLines(Callback):
         """Store the path; the file is opened for each line, so nothing is lost in a crash."""
         self.path = path
         self.every = every
+        self._unwritten = ""
 
     @override
     def on_step(self, report: StepReport) -> None:
@@ -168,17 +190,35 @@ class JsonLines(Callback):
 
     def _write(self, event: str, report: Any) -> None:
         line = {"event": event, "time": round(time.time(), 3)} | dataclasses.asdict(report)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        is_first = not self._unwritten
+        self._unwritten += json.dumps(_finite(line), allow_nan=False) + "\n"
+        try:
+            _append(self.path, self._unwritten)
+        except OSError as error:
+            if event == "end":
+                raise
+            if is_first:
+                message = "%s cannot be written now, its lines are kept for later: %s"
+                logging.getLogger(__name__).warning(message, self.path, error)
+        else:
+            self._unwritten = ""
 
 
 class TensorBoard(Callback):
     """Writes steps, metrics and loss statistics as TensorBoard scalars."""
 
-    def __init__(self, folder: Path, every: int = 1) -> None:
-        """Store the folder; the event file is opened by the first event."""
+    def __init__(self, folder: Path, every: int = 1, first_step: int | None = None) -> None:
+        """Store the folder; the event file is opened by the first event.
+
+        Args:
+            folder: of the event files.
+            every: steps between two points.
+            first_step: what files there say of this step and later ones is void; None: they are
+                of no earlier start.
+        """
         self.folder = folder
         self.every = every
+        self.first_step = first_step
         self.writer: SummaryWriter | None = None
 
     @override
@@ -198,7 +238,7 @@ class TensorBoard(Callback):
 
     def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder))
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
         for name, value in values.items():
             self.writer.add_scalar(f"{group}/{name}", value, step)
 
@@ -282,6 +322,18 @@ def step_scalars(report: StepReport) -> dict[str, float]:
         "memory_gib": report.memory_bytes / 2**30,
     }
     return values | dict(report.statistics)
+
+
+def _append(path: Path, text: str) -> None:
+    """Append all of a text or nothing."""
+    with path.open("ab", buffering=0) as file:
+        size, content = file.tell(), text.encode()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _finite(value: Any) -> Any:

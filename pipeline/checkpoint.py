@@ -1,131 +1,246 @@
 """Checkpoints: folders, complete once their manifest is there, loadable on any number of ranks.
 
-A run keeps the last and the best::
+A run keeps the last few and the best::
 
-    checkpoints/index.json                  {"last": "step-00000120", "best": "step-00000080"}
-    checkpoints/step-00000120/manifest.json sizes and checksums, written last
-                              state.json    step, progress, config
-                              encoder.pt    encoder and its optimizer
-                              table-00000-of-00002.pt  this rank's rows and their optimizer memory
+    checkpoints/step-00000120/rank-00000.bin  tensors that rank 0 wrote, raw bytes; a file a rank
+                              metadata.json   which tensor lies where
+                              state.json      progress, config, versions, numbers
+                              manifest.json   sizes and checksums, written last
 
-Nothing here is unpickled: tensors are read with ``weights_only``.
+``torch.distributed.checkpoint`` plans, writes and reads; ``checkpoint_format`` says how a file
+looks. Nothing in a checkpoint is unpickled or executed.
 """
 
-import hashlib
+import contextlib
+import functools
 import json
+import logging
 import os
-import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
-from shardrec.pipeline.group import on_all_ranks, on_first_rank, rank_of, size_of
+from shardrec.pipeline.checkpoint_format import (
+    RowLoadPlanner,
+    RowReader,
+    RowSavePlanner,
+    RowWriter,
+    metadata_from_json,
+    metadata_to_json,
+)
+from shardrec.pipeline.checkpoint_manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+)
+from shardrec.pipeline.checkpoint_state import CheckpointState, is_row_name, join_state
+from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, size_of
+from shardrec.pipeline.storage import Folder, open_folder
 
 __all__ = [
+    "CheckpointConfig",
     "CheckpointState",
     "Checkpoints",
+    "DamagedCheckpointError",
     "load_checkpoint",
     "save_checkpoint",
     "write_atomically",
 ]
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+METADATA, STATE = "metadata.json", "state.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointState:
-    """What a checkpoint holds, seen from one rank.
+class CheckpointConfig:
+    """When checkpoints are written, where to, and how many are kept.
+
+    One is written after each validation and at the end of the run in any case.
 
     Attributes:
-        encoder: ``state_dict()`` of the encoder, equal on all ranks.
-        optimizer: ``state_dict()`` of the encoder's optimizer.
-        table: tensors of the table shard: row-aligned ones, and numbers of shape () among which
-            ``first_row`` and ``num_rows`` say which rows these are.
-        progress: JSON; steps, data position, best metric: what else a resumed run needs.
-        config: JSON; the config of the run.
+        folder: a folder, or an address that pyarrow opens (s3://bucket/prefix), for this run alone;
+            None: "checkpoints" in the run folder.
+        every_steps: after this many steps; None: not by steps.
+        every_minutes: after this long on rank 0's clock; None: not by time.
+        keep: the last so many are kept, and the best.
+        background: train on while a copy of table and optimizer is written; needs their memory
+            once more. Otherwise training waits.
     """
 
-    encoder: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-    table: Mapping[str, Tensor]
-    progress: Mapping[str, Any]
-    config: Mapping[str, Any]
+    folder: str | None = None
+    every_steps: int | None = None
+    every_minutes: float | None = 15.0
+    keep: int = 2
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that would keep nothing or never end."""
+        if self.keep < 1:
+            raise ValueError(f"checkpoints.keep must be at least 1, got {self.keep}; raise it")
+        for name in ("every_steps", "every_minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"checkpoints.{name} must be above 0, got {value}; none turns it off"
+                )
 
 
 class Checkpoints:
-    """The last and the best checkpoint of a run."""
+    """The last and the best checkpoints of a run."""
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup | None) -> None:
-        """Store the run's checkpoint folder and the ranks that write it together."""
-        self.folder = folder
+    def __init__(
+        self, folder: Path | str | Folder, group: dist.ProcessGroup | None, keep: int = 2
+    ) -> None:
+        """Store where they are, the ranks that write them together, and how many to keep."""
+        self.folder = open_folder(folder)
         self.group = group
+        self.keep = keep
 
-    def save(self, step: int, state: CheckpointState, *, best: bool) -> Path:
-        """Write one more, make it the last (and the best), then delete those that are neither.
+    def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
+        """Write one more, make it the last (and the best), then delete what is neither.
 
-        Collectives: as ``save_checkpoint``.
+        Collectives: as ``save_checkpoint``, and a gather of a small object.
         """
-        path = self.folder / f"step-{step:08d}"
-        save_checkpoint(path, state, self.group)
-        on_first_rank(lambda: self._keep(path.name, best), self.group)
-        return path
+        folder = self.folder / f"step-{step:08d}"
+        try:
+            save_checkpoint(folder, state, self.group, best=best)
+        except Exception:
+            # A disk that was full should not stay so.
+            with contextlib.suppress(OSError):
+                if rank_of(self.group) == 0:
+                    folder.remove(MANIFEST)
+            raise
+        on_first_rank(lambda: self._prune(step), self.group)
+        return folder
 
-    def find(self, which: Literal["last", "best"]) -> Path:
-        """The folder of the last or best checkpoint; without validation the last is the best.
+    def find(self, which: Literal["last", "best"]) -> Folder:
+        """The last or best checkpoint; without validation the last is the best.
+
+        Looks at manifests and at the sizes of files. A last one that is damaged is named in a
+        warning, and the one before it is taken.
 
         Raises:
             FileNotFoundError: there is none.
+            DamagedCheckpointError: the best one is damaged.
         """
-        names = self._index()
-        name = names.get(which, names.get("last"))
-        if name is None:
+        if which == "best":
+            for manifest in self._manifests():
+                if manifest.best:
+                    manifest.check_sizes()
+                    return manifest.folder
+        last = next(self._whole(), None)
+        if last is None:
             raise FileNotFoundError(
                 f"{self.folder} must hold a complete checkpoint, got none; "
                 "train until the first checkpoint is written"
             )
-        return self.folder / name
+        return last.folder
 
-    def _keep(self, name: str, best: bool) -> None:
-        names = self._index() | {"last": name} | ({"best": name} if best else {})
-        write_atomically(self.folder / "index.json", json.dumps(names))
-        for old in self.folder.glob("step-*"):
-            if old.name not in names.values():
-                shutil.rmtree(old)
+    def load_last(self, rows: range) -> tuple[Folder, CheckpointState] | None:
+        """The last checkpoint of which every rank can read its part; None if there is none.
 
-    def _index(self) -> dict[str, str]:
-        path = self.folder / "index.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        One that turns out to be damaged is named in a warning, and the one before it is taken.
+
+        Args:
+            rows: of the table, wanted on this rank.
+
+        Collectives: gathers of small objects: one, and one for each checkpoint tried.
+        """
+        for name in on_first_rank(self._whole_names, self.group):
+            read = functools.partial(load_checkpoint, self.folder / name, rows)
+            try:
+                return self.folder / name, on_this_rank(read, self.group)
+            except DamagedCheckpointError as error:
+                if rank_of(self.group) == 0:
+                    _warn(error)
+        return None
+
+    def is_empty(self) -> bool:
+        """Whether there is not even the beginning of one."""
+        return not self._names()
+
+    def _manifests(self) -> Iterator[Manifest]:
+        """Those of checkpoints that were completed, the last first."""
+        found = (Manifest.find(self.folder / name) for name in reversed(self._names()))
+        return (manifest for manifest in found if manifest is not None)
+
+    def _whole(self) -> Iterator[Manifest]:
+        """Those whose files are all there, the last first."""
+        for manifest in self._manifests():
+            try:
+                manifest.check_sizes()
+                yield manifest
+            except DamagedCheckpointError as error:
+                _warn(error)
+
+    def _whole_names(self) -> list[str]:
+        return [manifest.folder.name for manifest in self._whole()]
+
+    def _prune(self, step: int) -> None:
+        """Delete all but the last few and the best up to ``step``; later ones were given up."""
+        whole = [one for one in self._whole() if one.folder.name <= f"step-{step:08d}"]
+        best = [one for one in whole if one.best]
+        kept = {one.folder.name for one in whole[: self.keep] + best[:1]}
+        for name in self._names():
+            if name not in kept:
+                (self.folder / name).remove(MANIFEST)
+
+    def _names(self) -> list[str]:
+        return [name for name in self.folder.folders() if name.startswith("step-")]
 
 
 def save_checkpoint(
-    folder: Path, state: CheckpointState, group: dist.ProcessGroup | None = None
+    folder: Path | str | Folder,
+    state: CheckpointState,
+    group: dist.ProcessGroup | None = None,
+    *,
+    best: bool = False,
 ) -> None:
-    """Write ``folder`` under a temporary name, manifest last, then rename it.
+    """Write a checkpoint, its manifest last; what was in ``folder`` is replaced.
 
     Args:
-        folder: must not exist as a complete checkpoint; on a file system all ranks see.
+        folder: where all ranks can write.
         state: ``table`` is this rank's; the rest is written by rank 0.
         group: the ranks that write together; None for one process.
+        best: whether it is the best of its run so far.
 
     Raises:
-        OSError: a rank could not write; raised on all ranks, and ``folder`` is as it was.
+        OSError: a rank could not write; raised on all ranks, and ``folder`` has no manifest.
+        TypeError: the state holds something else than tensors.
 
-    Collectives: three gathers of a small object.
+    Collectives: of small objects on ``group``: a gather, and those of DCP's planning and writing.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    on_first_rank(lambda: _start(partial), group)
-    written = on_all_ranks(lambda: _write(partial, state, group), group)
-    files = {name: entry for part in written for name, entry in part.items()}
-    on_first_rank(lambda: _finish(partial, folder, files), group)
+    at = open_folder(folder)
+    on_first_rank(lambda: at.remove(MANIFEST), group)
+    whole, rows = on_this_rank(state.tensors, group)
+    num_rows = int(state.table["num_rows"])
+
+    def complete(metadata: Metadata, files: dict[str, FileEntry]) -> None:
+        numbers = json.dumps(state.numbers(), indent=1).encode()
+        for name, content in ((METADATA, metadata_to_json(metadata)), (STATE, numbers)):
+            at.write(name, content)
+            files[name] = FileEntry.of(content)
+        Manifest(at, best, files).write()
+
+    with _plain_errors(size_of(group)), _without_advice(alone=group is None):
+        dcp.save(
+            whole | rows,
+            storage_writer=RowWriter(at, f"rank-{rank_of(group):05d}.bin", complete),
+            planner=RowSavePlanner(rows, state.rows.start, num_rows),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
-def load_checkpoint(folder: Path, rows: range | None = None) -> CheckpointState:
+def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
     """Read a checkpoint, whatever number of ranks wrote it.
 
     Args:
@@ -138,18 +253,29 @@ def load_checkpoint(folder: Path, rows: range | None = None) -> CheckpointState:
 
     Raises:
         FileNotFoundError: the manifest is missing: the checkpoint is not complete.
-        ValueError: a file differs from the manifest.
+        DamagedCheckpointError: a file differs from the manifest.
+        ValueError: another version of this package wrote it.
+
+    Collectives: none.
     """
-    manifest = _read_manifest(folder)
-    details = json.loads(_checked(folder, "state.json", manifest).read_text())
-    encoder = torch.load(_checked(folder, "encoder.pt", manifest), weights_only=True)
-    return CheckpointState(
-        encoder=encoder["encoder"],
-        optimizer=encoder["optimizer"],
-        table=_load_table(folder, manifest, rows),
-        progress=details["progress"],
-        config=details["config"],
-    )
+    manifest = Manifest.read(open_folder(folder))
+    numbers = _parsed(manifest, STATE, json.loads)
+    metadata = _parsed(manifest, METADATA, metadata_from_json)
+    num_rows = numbers["table"]["num_rows"]
+    wanted = range(num_rows) if rows is None else rows
+    count = max(0, min(wanted.stop, num_rows) - wanted.start)
+    tensors = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        shape = (count, *stored.size[1:]) if is_row_name(name) else stored.size
+        tensors[name] = torch.empty(shape, dtype=stored.properties.dtype)
+    with _plain_errors(1), _without_advice(alone=True):
+        dcp.load(
+            tensors,
+            storage_reader=RowReader(manifest, metadata),
+            planner=RowLoadPlanner(wanted.start, frozenset(filter(is_row_name, tensors))),
+            no_dist=True,
+        )
+    return join_state(tensors, numbers, wanted.start)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -162,106 +288,42 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _start(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any:
+    """What a small file says, once it is known to be the one that was written."""
+    manifest.check(name)
+    try:
+        return parse(manifest.folder.read(name))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{manifest.folder}/{name} must be JSON as a checkpoint has it, got {error!r}; "
+            "use another checkpoint"
+        ) from error
 
 
-def _write(
-    partial: Path, state: CheckpointState, group: dist.ProcessGroup | None
-) -> dict[str, dict[str, Any]]:
-    rank = rank_of(group)
-    table = f"table-{rank:05d}-of-{size_of(group):05d}.pt"
-    rows = {name: value.detach().cpu().contiguous() for name, value in state.table.items()}
-    files = {table: _save(partial / table, rows)}
-    files[table] |= {"first_row": int(rows["first_row"]), "rows": _count(rows)}
-    if rank == 0:
-        encoder = {"encoder": dict(state.encoder), "optimizer": dict(state.optimizer)}
-        files["encoder.pt"] = _save(partial / "encoder.pt", encoder)
-        details = {"progress": dict(state.progress), "config": dict(state.config)}
-        write_atomically(partial / "state.json", json.dumps(details, indent=1))
-        files["state.json"] = _entry(partial / "state.json")
-    return files
+@contextlib.contextmanager
+def _plain_errors(num_ranks: int) -> Iterator[None]:
+    """Raise what went wrong, and not DCP's list of it; a note names the rank."""
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (error, _) = min(failed.failures.items(), key=lambda item: item[0])
+        if num_ranks > 1:
+            error.add_note(f"raised on rank {rank} of {num_ranks}")
+        raise error from None
 
 
-def _finish(partial: Path, folder: Path, files: Mapping[str, Any]) -> None:
-    write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+@contextlib.contextmanager
+def _without_advice(*, alone: bool) -> Iterator[None]:
+    """Hide DCP's warning that one process saves or loads alone.
+
+    Only then: filters belong to all threads, and a background write shares its ranks' group.
+    """
+    with contextlib.ExitStack() as stack:
+        if alone:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
-def _save(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        torch.save(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return _entry(path)
-
-
-def _load_table(folder: Path, manifest: Mapping[str, Any], rows: range | None) -> dict[str, Tensor]:
-    """The wanted rows, put together from the shards that hold some of them."""
-    names = sorted(name for name in manifest if name.startswith("table-"))
-    held = [
-        range(e["first_row"], e["first_row"] + e["rows"]) for e in map(manifest.__getitem__, names)
-    ]
-    wanted = range(0, max(part.stop for part in held)) if rows is None else rows
-    parts = []
-    for name, part in zip(names, held, strict=True):
-        start, stop = max(part.start, wanted.start), min(part.stop, wanted.stop)
-        if start < stop or name == names[0]:
-            shard = torch.load(_checked(folder, name, manifest), weights_only=True, mmap=True)
-            first = min(start, part.stop) - part.start
-            parts.append(_slice(shard, first, max(first, stop - part.start)))
-    table = {name: _join(name, parts) for name in parts[0]}
-    return table | {"first_row": torch.tensor(wanted.start)}
-
-
-def _slice(shard: Mapping[str, Tensor], first: int, stop: int) -> dict[str, Tensor]:
-    return {name: value[first:stop] if value.ndim else value for name, value in shard.items()}
-
-
-def _join(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
-    if not parts[0][name].ndim:
-        return parts[0][name]
-    return torch.cat([part[name] for part in parts])
-
-
-def _count(rows: Mapping[str, Tensor]) -> int:
-    return next(value.shape[0] for value in rows.values() if value.ndim)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(
-            f"checkpoint must hold {MANIFEST}, got none in {folder}; "
-            "it is not complete, use another"
-        )
-    manifest = json.loads(path.read_text())
-    if manifest["format"] != FORMAT:
-        raise ValueError(
-            f"checkpoint format must be {FORMAT}, got {manifest['format']} in {folder}; "
-            "read it with the version that wrote it"
-        )
-    return manifest["files"]
-
-
-def _checked(folder: Path, name: str, manifest: Mapping[str, Any]) -> Path:
-    """The path of a file whose size and checksum are those of the manifest."""
-    path, expected = folder / name, manifest[name]
-    found = _entry(path) if path.exists() else {"bytes": 0, "sha256": "no file"}
-    for key, value in found.items():
-        if value != expected[key]:
-            raise ValueError(
-                f"{path} must have {key} {expected[key]}, got {value}; "
-                "the file is damaged, use another checkpoint"
-            )
-    return path
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+def _warn(error: Exception) -> None:
+    logging.getLogger(__name__).warning("%s: trying the one before it", error)

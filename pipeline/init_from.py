@@ -24,15 +24,16 @@ from torch import Tensor
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState, load_checkpoint
+from shardrec.pipeline.checkpoint import CheckpointState, load_checkpoint
 from shardrec.pipeline.config import from_json
 from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, sum_over_ranks
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.row_groups import RowGroups
-from shardrec.pipeline.run import OURS, TrainConfig, read_run_file
+from shardrec.pipeline.run import OURS, TrainConfig, open_checkpoints, read_run_file
 from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.storage import Folder
 
 __all__ = ["start_from"]
 
@@ -98,7 +99,7 @@ def start_from(
 class _Origin:
     """A checkpoint to start from: its folder, V of its table, and how its items are matched."""
 
-    checkpoint: Path
+    checkpoint: Folder
     num_items: int
     match: Match
     prepared: Path | None
@@ -111,7 +112,7 @@ def _find(config: TrainConfig, prepared: Prepared, encoder: str) -> _Origin:
     _check_encoder(config, theirs, encoder, details["encoder"])
     _check_optimizer(config, theirs)
     match, folder = _match(config, prepared, details["data"], theirs.data)
-    checkpoint = Checkpoints(run / "checkpoints", None).find(config.init_from.checkpoint)
+    checkpoint = open_checkpoints(run, theirs).find(config.init_from.checkpoint)
     return _Origin(checkpoint, details["data"]["num_items"], match, folder)
 
 

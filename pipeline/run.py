@@ -6,11 +6,11 @@
     run.json          which data it belongs to, whose encoder it is, versions
     metrics.jsonl     steps, validations, checkpoints, end
     tensorboard/      the same as scalars
-    checkpoints/      the last and the best
+    checkpoints/      the last few and the best, unless they are elsewhere
+    end.json          how the run ended; until it is there the run is interrupted
 """
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardrec import __version__
 from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
-from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, write_atomically
+from shardrec.pipeline.checkpoint_state import versions
 from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.data import BatchConfig, Prepared
 from shardrec.pipeline.group import on_this_rank
@@ -39,10 +39,12 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "build_model",
+    "open_checkpoints",
     "open_run",
     "read_run_file",
     "require_new",
     "start_run",
+    "write_config",
 ]
 
 OURS = "shardrec"
@@ -120,6 +122,7 @@ class TrainConfig:
         optimizer: learning rates of the encoder, clipping, accumulation.
         limits: when to stop.
         validation: when to measure.
+        checkpoints: when they are written, where to, how many are kept.
         init_from: the earlier run whose weights this one starts from.
         seed: of all random choices.
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
@@ -138,6 +141,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     init_from: InitConfig = field(default_factory=InitConfig)
     seed: int = 1
     device: str = "auto"
@@ -170,25 +174,39 @@ def start_run(
 
     Returns:
         The folder.
-
-    Raises:
-        FileExistsError: the folder holds something already; it is left as it is.
     """
-    folder = require_new(Path(config.output))
+    folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     details = {
         "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
         "encoder": encoder,
         "init_from": origin,
-        "versions": {
-            "shardrec": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
+    write_config(config)
+    # A folder is a run once it has this file, so it comes last.
     write_atomically(folder / "run.json", json.dumps(details, indent=1))
-    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
     return folder
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the complete config into the run folder."""
+    path = Path(config.output) / "config.json"
+    write_atomically(path, json.dumps(to_json(config), indent=1))
+
+
+def open_checkpoints(
+    folder: Path, config: TrainConfig, group: dist.ProcessGroup | None = None
+) -> Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: the run folder, which may have been moved since.
+        config: of the run.
+        group: the ranks that write or resume together; None for one process.
+    """
+    where = config.checkpoints.folder or folder / "checkpoints"
+    return Checkpoints(where, group, config.checkpoints.keep)
 
 
 def require_new(folder: Path) -> Path:
@@ -200,7 +218,7 @@ def require_new(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"output must be a new or empty folder, got {folder}, which holds another run or other "
-            "files; choose another name or remove it"
+            "files; choose another name, remove it, or resume the run"
         )
     return folder
 

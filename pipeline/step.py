@@ -16,7 +16,7 @@ from shardrec.pipeline.data import Batch
 from shardrec.pipeline.group import rank_of, size_of, sum_over_ranks
 from shardrec.pipeline.model import Model
 
-__all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "learning_rate_factor"]
+__all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "Votes", "learning_rate_factor"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Votes:
+    """What a rank says before a step, and what all ranks know after it.
+
+    Attributes:
+        stop: the run is to end after this step; one rank is enough.
+        save: a checkpoint is to follow this step; one rank is enough.
+        written: the checkpoint under way is written; it takes all ranks.
+    """
+
+    stop: bool = False
+    save: bool = False
+    written: bool = False
+
+
+NO_VOTES = Votes()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
     """What one step came to, the same on every rank (see ``StepReport``)."""
 
@@ -74,7 +92,7 @@ class StepOutcome:
     positions: int
     slots: int
     skipped: bool
-    stop: bool
+    votes: Votes
     memory_bytes: int
     statistics: Mapping[str, float]
 
@@ -122,13 +140,13 @@ class Stepper:
             weight_decay=config.weight_decay,
         )
 
-    def take(self, batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepOutcome:
+    def take(self, batches: Sequence[Batch], step: int, votes: Votes = NO_VOTES) -> StepOutcome:
         """Take step number ``step``, counted from 1.
 
         Args:
             batches: this rank's parts of as many global batches on every rank.
             step: names the random draws; every step takes another number.
-            stop: whether this rank asks all ranks to stop after this step.
+            votes: of this rank.
 
         Returns:
             The same outcome on every rank.
@@ -138,7 +156,7 @@ class Stepper:
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
-        totals = self._agree(batches, stop)
+        totals = self._agree(batches, votes)
         losses, statistics = self._backward(batches, step, totals)
         norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
@@ -151,12 +169,12 @@ class Stepper:
             positions=sum(totals.positions),
             slots=totals.slots,
             skipped=not finite,
-            stop=totals.stop,
+            votes=totals.votes,
             memory_bytes=totals.memory_bytes,
             statistics=statistics,
         )
 
-    def _agree(self, batches: Sequence[Batch], stop: bool) -> "_Totals":
+    def _agree(self, batches: Sequence[Batch], votes: Votes) -> "_Totals":
         """What must be known of all ranks before the step."""
         rank, world_size = rank_of(self.model.group), size_of(self.model.group)
         memory = [0.0] * world_size
@@ -164,16 +182,18 @@ class Stepper:
         weights = [_weight(batch) for batch in batches]
         positions = [float(batch.lengths.sum()) for batch in batches]
         slots = float(sum(batch.items.numel() for batch in batches))
-        mine = [*weights, *positions, slots, float(stop), *memory]
+        said = [float(votes.stop), float(votes.save), float(votes.written)]
+        mine = [*weights, *positions, slots, *said, *memory]
         values = torch.tensor(mine, dtype=torch.float64, device=self.model.device)
         sum_over_ranks(values, self.model.group)
         count, total = len(batches), values.tolist()
+        stop, save, written = total[2 * count + 1 : 2 * count + 4]
         return _Totals(
             weights=total[:count],
             positions=[int(value) for value in total[count : 2 * count]],
             slots=int(total[2 * count]),
-            stop=total[2 * count + 1] > 0,
-            memory_bytes=int(max(total[2 * count + 2 :])),
+            votes=Votes(stop=stop > 0, save=save > 0, written=written == world_size),
+            memory_bytes=int(max(total[2 * count + 4 :])),
         )
 
     def _backward(
@@ -248,7 +268,7 @@ class _Totals:
     weights: list[float]
     positions: list[int]
     slots: int
-    stop: bool
+    votes: Votes
     memory_bytes: int
 
 

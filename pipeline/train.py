@@ -1,74 +1,55 @@
 """The train stage: a prepared folder and a config in, a run folder out.
 
-``train`` is the loop. ``build`` makes what the loop works on. One step is in ``step.py``, the
-config and the run folder are in ``run.py``.
+``build`` makes what ``loop.py`` works on: a new run, or one that was interrupted. One step is in
+``step.py``, the config and the run folder are in ``run.py``, going on with a run in ``resume.py``.
 """
 
-import statistics
+import contextlib
+import functools
+import logging
 import sys
-import time
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import nn
 
-from shardrec.pipeline.callbacks import (
-    Callback,
-    CheckpointReport,
-    EndReport,
-    JsonLines,
-    StepReport,
-    TensorBoard,
-    ValidationReport,
-    progress,
-)
-from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.config import describe, flatten, to_json
-from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
+from shardrec.pipeline.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
+from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.config import describe, flatten
+from shardrec.pipeline.data import Prepared, TrainingBatches
 from shardrec.pipeline.group import (
     default_group,
-    in_step,
     on_first_rank,
     on_this_rank,
     rank_of,
     size_of,
 )
 from shardrec.pipeline.init_from import start_from
-from shardrec.pipeline.measure import measure, open_users
+from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
+from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.resume import (
+    Resume,
+    RunLock,
+    begin_again,
+    check_folder,
+    find_end,
+    restore,
+    start_locked,
+)
 from shardrec.pipeline.run import (
     OURS,
     LimitConfig,
     TrainConfig,
     ValidationConfig,
     build_model,
-    require_new,
+    open_checkpoints,
     start_run,
 )
-from shardrec.pipeline.step import StepOutcome, Stepper
+from shardrec.pipeline.step import Stepper
 
 __all__ = ["LimitConfig", "Run", "TrainConfig", "ValidationConfig", "build", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What ``build`` makes and the loop works on."""
-
-    config: TrainConfig
-    prepared: Prepared
-    batches: TrainingBatches
-    stepper: Stepper
-    checkpoints: Checkpoints
-    steps_per_epoch: int
-    total_steps: int | None
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0."""
-        return rank_of(self.stepper.model.group) == 0
 
 
 def train(
@@ -76,59 +57,68 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     encoder: nn.Module | None = None,
+    resume: Resume = "no",
 ) -> EndReport:
     """Train until a limit or the patience is reached; the run folder then holds last and best.
 
     Runs in one process as it is, and on the ranks of the default process group where there is one.
-    Every step seeds torch's global generator from (seed, step, rank).
+    Every step seeds torch's global generator from (seed, step, rank). A resumed run takes the steps
+    that the interrupted one would have taken, bit for bit on as many ranks of the same machine.
 
     Args:
         config: the same on every rank.
         callbacks: called on every rank, after the trainer's own.
         encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config.encoder``
             describes; D is ``config.encoder.width``. Its initial weights are those of rank 0.
+        resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
+            goes on from its last whole checkpoint; "auto": either. A run that is finished already
+            is left as it is.
 
     Returns:
         How the run ended, the same on every rank.
 
     Raises:
-        FileExistsError: the output folder holds something.
+        FileExistsError: the output folder holds something that is not to be continued, or another
+            run is writing it.
+        FileNotFoundError: there is no run to resume.
         FloatingPointError: loss or gradients were not finite in many steps in a row.
-        ValueError: the config does not fit the data.
+        OSError: the last checkpoint could not be written; those before it are whole.
+        ValueError: the config does not fit the data or the run to resume.
 
     Collectives: many, on the default group; every rank must call it.
     """
-    tracking = on_this_rank(lambda: _tracking(config), default_group())
-    run = build(config, encoder=encoder)
-    if config.show_progress and run.is_first:
-        plan = run.stepper.model.catalog.describe()
-        print(describe(config), plan, sep="\n", file=sys.stderr, flush=True)
-    return _Loop(run, [*_own_callbacks(run), *tracking, *callbacks]).run_to_end()
+    group = default_group()
+    ended = on_first_rank(lambda: find_end(config, resume, _whose(encoder)), group)
+    if ended is not None:
+        if rank_of(group) == 0:
+            message = "%s is finished already (%s): nothing to do"
+            logging.getLogger(__name__).warning(message, config.output, ended.reason)
+        return ended
+    tracking = on_this_rank(lambda: _tracking(config), group)
+    run = build(config, encoder=encoder, resume=resume)
+    with run.held:
+        if config.show_progress and run.is_first:
+            plan = run.stepper.model.catalog.describe()
+            print(describe(config), plan, sep="\n", file=sys.stderr, flush=True)
+        return Loop(run, [*_own_callbacks(run), *tracking, *callbacks]).run_to_end()
 
 
-def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
-    """Open the data, start the run folder, make the model and its optimizers.
+def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
+    """Open the data, start the run folder or open it again, make the model and its optimizers.
 
     Args:
         config: the same on every rank.
         encoder: as in ``train``.
+        resume: as in ``train``.
 
     Collectives: on the default group.
     """
-    group = default_group()
-    on_first_rank(lambda: require_new(Path(config.output)), group)
+    group, lock = default_group(), RunLock(Path(config.output))
     prepared = on_this_rank(lambda: Prepared.open(config.data), group)
-    batches = on_this_rank(
-        lambda: TrainingBatches(
-            prepared,
-            config.batches,
-            max_length=config.encoder.max_length,
-            rank=rank_of(group),
-            world_size=size_of(group),
-            seed=config.seed,
-        ),
-        group,
+    is_new = on_first_rank(
+        lambda: check_folder(config, prepared, _whose(encoder), resume, lock), group
     )
+    batches = on_this_rank(lambda: _batches(config, prepared, group), group)
     _check_validation(config.validation, prepared)
     steps_per_epoch = -(-len(batches) // config.optimizer.accumulate)
     total_steps = _total_steps(config.limits, steps_per_epoch)
@@ -141,191 +131,47 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None) -> Run:
         total_steps=total_steps,
         item_counts=prepared.item_counts().to(model.device),
     )
-    whose = OURS if encoder is None else type(encoder).__qualname__
-    origin = start_from(config, prepared, stepper, whose)
-    folder = on_first_rank(lambda: start_run(config, prepared, whose, origin), group)
-    checkpoints = Checkpoints(folder / "checkpoints", group)
-    return Run(config, prepared, batches, stepper, checkpoints, steps_per_epoch, total_steps)
+    checkpoints = open_checkpoints(Path(config.output), config, group)
+    at = None if is_new else restore(checkpoints, stepper, batches)
+    if at is None:
+        origin = start_from(config, prepared, stepper, _whose(encoder))
+        started = functools.partial(start_run, config, prepared, _whose(encoder), origin)
+        on_first_rank(lambda: start_locked(config, started, lock, is_new=is_new), group)
+    if not is_new:
+        step = 0 if at is None else at.step
+        on_first_rank(lambda: begin_again(config, step, size_of(group)), group)
+    held = contextlib.ExitStack()
+    held.callback(lock.release)
+    checkpoints.group = held.enter_context(writing_group(group))
+    return Run(
+        config=config,
+        prepared=prepared,
+        batches=batches,
+        stepper=stepper,
+        writer=CheckpointWriter(checkpoints, background=config.checkpoints.background),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        progress=at or Progress(),
+        is_new=is_new,
+        held=held,
+    )
 
 
-class _Loop:
-    """Where a run stands: steps, best validation, and what stops it."""
+def _whose(encoder: nn.Module | None) -> str:
+    return OURS if encoder is None else type(encoder).__qualname__
 
-    def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
-        self.run = run
-        self.callbacks = callbacks
-        self.started = time.monotonic()
-        self.step = self.saved_step = self.validated_step = 0
-        self.num_skipped = self.skipped_in_a_row = 0
-        self.validations_since_best = 0
-        self.best: ValidationReport | None = None
-        self.seconds = array("d")
-        self.positions = self.slots = self.memory_bytes = 0
 
-    def run_to_end(self) -> EndReport:
-        reason: str | None = None
-        for batches in self._batches():
-            outcome = self._take(batches)
-            if self._validation_is_due():
-                self._validate()
-            reason = self._reason_to_stop(outcome)
-            if reason:
-                break
-        return self._finish(reason or "the data has no training sequences")
-
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of one step after another, epoch after epoch."""
-        model = self.run.stepper.model
-        self.fetch_started = time.monotonic()
-        while self.run.steps_per_epoch:
-            epoch = in_step(self.run.batches, model.group, model.device)
-            while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
-                yield batches
-                self.fetch_started = time.monotonic()
-
-    def _take(self, batches: list[Batch]) -> StepOutcome:
-        self.step += 1
-        outcome = self.run.stepper.take(batches, self.step, stop=self._time_is_up())
-        self.seconds.append(time.monotonic() - self.fetch_started)
-        self.positions += outcome.positions
-        self.slots += outcome.slots
-        self.memory_bytes = max(self.memory_bytes, outcome.memory_bytes)
-        self.num_skipped += outcome.skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped else 0
-        report = StepReport(
-            step=self.step,
-            epoch=self._epoch(),
-            loss=outcome.loss,
-            learning_rate=outcome.learning_rate,
-            gradient_norm=outcome.gradient_norm,
-            positions=outcome.positions,
-            padding_share=1 - outcome.positions / max(1, outcome.slots),
-            seconds=self.seconds[-1],
-            skipped=outcome.skipped,
-            num_skipped=self.num_skipped,
-            memory_bytes=self.memory_bytes,
-            statistics=outcome.statistics,
-        )
-        for callback in self.callbacks:
-            callback.on_step(report)
-        self._require_progress()
-        return outcome
-
-    def _require_progress(self) -> None:
-        limit = self.run.config.optimizer.max_skipped
-        if self.skipped_in_a_row >= limit:
-            raise FloatingPointError(
-                f"loss and gradients must be finite, got {limit} steps in a row (up to step "
-                f"{self.step}) where they were not; lower the learning rates, set "
-                "optimizer.clip_norm, or look for broken weights in the data. The checkpoints "
-                "written before are whole"
-            )
-
-    def _validation_is_due(self) -> bool:
-        due = self.run.config.validation
-        by_steps = due.every_steps is not None and self.step % due.every_steps == 0
-        in_epochs = due.every_epochs and self.run.steps_per_epoch * due.every_epochs
-        return by_steps or bool(in_epochs and self.step % in_epochs == 0)
-
-    def _validate(self) -> None:
-        """Measure, then keep the weights."""
-        started = time.monotonic()
-        config, model = self.run.config.validation, self.run.stepper.model
-        model.encoder.eval()
-        batches = open_users(
-            self.run.prepared,
-            "validation",
-            config.measure,
-            self.run.config.encoder.max_length,
-            model.group,
-        )
-        shard = model.scored_shard()
-        metrics = measure(model.last_states, shard, batches, config.measure, self.run.prepared)
-        value = metrics[config.metric]
-        improved = self.best is None or value > self.best.metrics[config.metric]
-        report = ValidationReport(
-            step=self.step,
-            epoch=self._epoch(),
-            metric=config.metric,
-            metrics=metrics,
-            improved=improved,
-            seconds=time.monotonic() - started,
-        )
-        self.validated_step = self.step
-        self.validations_since_best = 0 if improved else self.validations_since_best + 1
-        self.best = report if improved else self.best
-        for callback in self.callbacks:
-            callback.on_validation(report)
-        self._save(best=improved)
-
-    def _save(self, *, best: bool) -> None:
-        started = time.monotonic()
-        stepper = self.run.stepper
-        state = CheckpointState(
-            encoder=stepper.model.encoder.state_dict(),
-            optimizer=stepper.optimizer.state_dict(),
-            table=stepper.model.catalog.state_dict(),
-            progress={
-                "step": self.step,
-                "num_skipped": self.num_skipped,
-                "best_step": self.best.step if self.best else None,
-                "best_metrics": dict(self.best.metrics) if self.best else {},
-                "validations_since_best": self.validations_since_best,
-                "data": self.run.batches.state_dict(),
-            },
-            config=to_json(self.run.config),
-        )
-        folder = self.run.checkpoints.save(self.step, state, best=best)
-        self.saved_step = self.step
-        report = CheckpointReport(
-            step=self.step, folder=str(folder), best=best, seconds=time.monotonic() - started
-        )
-        for callback in self.callbacks:
-            callback.on_checkpoint(report)
-
-    def _reason_to_stop(self, outcome: StepOutcome) -> str | None:
-        config = self.run.config
-        if self.step == self.run.total_steps:
-            by_steps = self.step == config.limits.max_steps
-            return f"max_{'steps' if by_steps else 'epochs'} reached"
-        if outcome.stop:
-            return "max_minutes reached"
-        patience = config.validation.patience
-        if patience is not None and self.validations_since_best >= patience:
-            return f"no better {config.validation.metric} in {patience} validations"
-        return None
-
-    def _time_is_up(self) -> bool:
-        """Only rank 0's clock counts; the step tells the others."""
-        minutes = self.run.config.limits.max_minutes
-        late = minutes is not None and time.monotonic() - self.started >= 60 * minutes
-        return late and self.run.is_first
-
-    def _epoch(self) -> float:
-        return self.step / self.run.steps_per_epoch
-
-    def _finish(self, reason: str) -> EndReport:
-        if self.run.config.validation.is_on and self.validated_step < self.step:
-            self._validate()
-        if self.saved_step < self.step:
-            self._save(best=False)
-        report = EndReport(
-            output=self.run.config.output,
-            reason=reason,
-            step=self.step,
-            epoch=self._epoch() if self.step else 0.0,
-            seconds=time.monotonic() - self.started,
-            seconds_per_step=statistics.median(self.seconds[1:] or self.seconds or [0.0]),
-            positions_per_second=self.positions / max(1e-9, sum(self.seconds)),
-            padding_share=1 - self.positions / max(1, self.slots),
-            memory_bytes=self.memory_bytes,
-            num_skipped=self.num_skipped,
-            best_step=self.best.step if self.best else None,
-            best_metrics=self.best.metrics if self.best else {},
-        )
-        for callback in self.callbacks:
-            callback.on_end(report)
-        return report
+def _batches(
+    config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
+) -> TrainingBatches:
+    return TrainingBatches(
+        prepared,
+        config.batches,
+        max_length=config.encoder.max_length,
+        rank=rank_of(group),
+        world_size=size_of(group),
+        seed=config.seed,
+    )
 
 
 def _check_validation(config: ValidationConfig, prepared: Prepared) -> None:
@@ -342,9 +188,10 @@ def _own_callbacks(run: Run) -> list[Callback]:
     if not run.is_first:
         return []
     folder, every = Path(run.config.output), run.config.log_every
+    first_step = None if run.is_new else run.progress.step + 1
     written: list[Callback] = [
         JsonLines(folder / "metrics.jsonl", every),
-        TensorBoard(folder / "tensorboard", every),
+        TensorBoard(folder / "tensorboard", every, first_step),
     ]
     return [*written, progress(run.total_steps)] if run.config.show_progress else written
 

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint import load_checkpoint
+from shardrec.pipeline.checkpoint_manifest import MANIFEST
 from shardrec.pipeline.group import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.run import TrainConfig, build_model, open_run
+from shardrec.pipeline.run import TrainConfig, build_model, open_checkpoints, open_run
+from shardrec.pipeline.storage import Folder
 
 __all__ = ["Source", "load_model"]
 
@@ -28,7 +30,7 @@ class Source:
     """
 
     config: TrainConfig
-    checkpoint: Path
+    checkpoint: Folder
     identity: dict[str, Any]
 
     @classmethod
@@ -65,7 +67,7 @@ class Source:
 
 
 def load_model(
-    config: TrainConfig, checkpoint: Path, prepared: Prepared, encoder: nn.Module | None = None
+    config: TrainConfig, checkpoint: Folder, prepared: Prepared, encoder: nn.Module | None = None
 ) -> tuple[Model, Mapping[str, Any]]:
     """The model of a checkpoint, on the ranks of the default group.
 
@@ -93,17 +95,16 @@ def load_model(
 
 def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder: Any) -> Source:
     config = open_run(run, prepared, own_encoder=encoder is None)
-    checkpoint = Checkpoints(run / "checkpoints", None).find(which)
+    checkpoint = open_checkpoints(run, config).find(which)
     identity = {
-        "run": _digest(run / "run.json", run / "config.json"),
+        "run": _digest((run / "run.json").read_bytes() + (run / "config.json").read_bytes()),
         "checkpoint": checkpoint.name,
-        "weights": _digest(checkpoint / "manifest.json"),
+        "weights": _digest(checkpoint.read(MANIFEST)),
         "data": prepared.fingerprint,
     }
     return Source(config, checkpoint, identity)
 
 
-def _digest(*paths: Path) -> str:
-    """Short hash of some files."""
-    content = b"".join(path.read_bytes() for path in paths)
+def _digest(content: bytes) -> str:
+    """A short hash."""
     return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""The manifest of a checkpoint: which files belong to it, and whether they are what was written.
+
+It is written last. A folder without one, or with half of one, is not a checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shardrec.pipeline.storage import Folder
+
+__all__ = ["BLOCK_BYTES", "MANIFEST", "DamagedCheckpointError", "FileEntry", "Manifest"]
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+BLOCK_BYTES = 1 << 24
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is missing, truncated or altered; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "FileEntry":
+        """The entry of a file with this content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a complete checkpoint consists of.
+
+    Attributes:
+        folder: of the checkpoint.
+        best: whether it was the best of its run when it was written.
+        files: by name.
+    """
+
+    folder: Folder
+    best: bool
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def find(cls, folder: Folder) -> "Manifest | None":
+        """The manifest; None where it is missing or was not written to its end.
+
+        Raises:
+            ValueError: it is of another format.
+        """
+        if folder.size(MANIFEST) is None:
+            return None
+        try:
+            stored = json.loads(folder.read(MANIFEST))
+            found = stored["format"]
+            if found == FORMAT:
+                files = {name: FileEntry(**entry) for name, entry in stored["files"].items()}
+                return cls(folder, bool(stored["best"]), files)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        raise ValueError(
+            f"checkpoint format must be {FORMAT}, got {found} in {folder}; evaluate and export it "
+            "with the version of shardrec that wrote it, or train again"
+        )
+
+    @classmethod
+    def read(cls, folder: Folder) -> "Manifest":
+        """The manifest of a folder that must have one.
+
+        Raises:
+            FileNotFoundError: it has none: the checkpoint is not complete.
+            ValueError: it is of another format.
+        """
+        found = cls.find(folder)
+        if found is None:
+            raise FileNotFoundError(
+                f"checkpoint must hold {MANIFEST}, got none or half of one in {folder}; "
+                "it is not complete, use another"
+            )
+        return found
+
+    def write(self) -> None:
+        """Make the folder a checkpoint; its files must be there."""
+        entries = {name: dataclasses.asdict(one) for name, one in sorted(self.files.items())}
+        stored = {"format": FORMAT, "best": self.best, "files": entries}
+        self.folder.write(MANIFEST, json.dumps(stored, indent=1).encode())
+
+    def check_sizes(self) -> None:
+        """Refuse a checkpoint whose files are missing, or shorter or longer than they were.
+
+        Raises:
+            DamagedCheckpointError: with the name of the file.
+        """
+        for name in self.files:
+            self._check_size(name)
+
+    def check(self, name: str) -> None:
+        """Refuse a file whose size or checksum is another, or that does not belong here.
+
+        Raises:
+            DamagedCheckpointError: with its name.
+        """
+        if name not in self.files or "/" in name:
+            raise DamagedCheckpointError(
+                f"{self.folder} must have a manifest that names {name}, got one that does not; "
+                "use another checkpoint"
+            )
+        self._check_size(name)
+        digest = hashlib.sha256()
+        with self.folder.open(name) as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != self.files[name].sha256:
+            raise self._damaged(name, "sha256", self.files[name].sha256, digest.hexdigest())
+
+    def _check_size(self, name: str) -> None:
+        found = self.folder.size(name)
+        if found != self.files[name].bytes:
+            raise self._damaged(name, "bytes", self.files[name].bytes, found)
+
+    def _damaged(
+        self, name: str, what: str, expected: object, found: object
+    ) -> DamagedCheckpointError:
+        shown = "no file" if found is None else found
+        return DamagedCheckpointError(
+            f"{self.folder}/{name} must have {what} {expected}, got {shown}; "
+            "the file is damaged, use another checkpoint"
+        )

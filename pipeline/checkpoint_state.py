@@ -1,0 +1,130 @@
+"""What a checkpoint holds, taken apart into tensors and JSON and put together again."""
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardrec import __version__
+
+__all__ = ["CheckpointState", "is_row_name", "join_state", "versions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointState:
+    """What a checkpoint holds, seen from one rank.
+
+    Attributes:
+        encoder: ``state_dict()`` of the encoder, equal on all ranks.
+        optimizer: ``state_dict()`` of the encoder's optimizer.
+        table: tensors of the table shard: row-aligned ones, and numbers of shape () among which
+            ``first_row`` and ``num_rows`` say which rows these are.
+        progress: JSON; steps, data position, best metric: what else a resumed run needs.
+        config: JSON; the config of the run.
+    """
+
+    encoder: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    table: Mapping[str, Tensor]
+    progress: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def rows(self) -> range:
+        """The rows of the table that this rank holds."""
+        first = int(self.table["first_row"])
+        count = next(value.shape[0] for value in self.table.values() if value.ndim)
+        return range(first, first + count)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors, the rows of other ranks included."""
+        whole, rows = self.tensors()
+        of_row = sum(one.element_size() * one.shape[1:].numel() for one in rows.values())
+        of_whole = sum(one.element_size() * one.numel() for one in whole.values())
+        return of_whole + of_row * int(self.table["num_rows"])
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors that all ranks have alike, and row-aligned ones, by the names in the files.
+
+        Raises:
+            TypeError: the encoder's or the optimizer's state holds something else than tensors.
+        """
+        whole = {f"encoder.{name}": value for name, value in self.encoder.items()}
+        for index, memory in self.optimizer["state"].items():
+            whole |= {f"optimizer.{index}.{name}": value for name, value in memory.items()}
+        for name, value in whole.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor to be saved, got {type(value).__name__}; "
+                    "register it as a buffer"
+                )
+        return whole, {f"table.{name}": one for name, one in self.table.items() if one.ndim}
+
+    def copied(self, copy: Callable[[str, Tensor], Tensor]) -> "CheckpointState":
+        """The same with each tensor replaced by ``copy(name, tensor)``."""
+        memory = {
+            index: {name: copy(f"optimizer.{index}.{name}", one) for name, one in parts.items()}
+            for index, parts in self.optimizer["state"].items()
+        }
+        return dataclasses.replace(
+            self,
+            encoder={name: copy(f"encoder.{name}", one) for name, one in self.encoder.items()},
+            optimizer={"state": memory, "param_groups": self.optimizer["param_groups"]},
+            table={name: copy(f"table.{name}", one) for name, one in self.table.items()},
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """All that is not in the tensors, as JSON."""
+        table = {name: value.item() for name, value in self.table.items() if not value.ndim}
+        return {
+            "progress": dict(self.progress),
+            "config": dict(self.config),
+            "optimizer": self.optimizer["param_groups"],
+            "table": {name: value for name, value in table.items() if name != "first_row"},
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    return {
+        "shardrec": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def join_state(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
+) -> CheckpointState:
+    """Put together what ``CheckpointState.tensors`` and ``numbers`` took apart."""
+    encoder, memory, table = dict[str, Tensor](), dict[int, dict[str, Tensor]](), {}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "encoder":
+            encoder[rest] = value
+        elif part == "optimizer":
+            index, _, key = rest.partition(".")
+            memory.setdefault(int(index), {})[key] = value
+        else:
+            table[rest] = value
+    for name, number in {**numbers["table"], "first_row": first}.items():
+        dtype = torch.int64 if isinstance(number, int) else torch.float64
+        table[name] = torch.tensor(number, dtype=dtype)
+    return CheckpointState(
+        encoder=encoder,
+        optimizer={"state": memory, "param_groups": numbers["optimizer"]},
+        table=table,
+        progress=numbers["progress"],
+        config=numbers["config"],
+    )
+
+
+def is_row_name(name: str) -> bool:
+    """Whether a tensor is cut by rows over the ranks."""
+    return name.startswith("table.")

@@ -1,0 +1,146 @@
+"""Writes checkpoints while training goes on.
+
+What is saved is copied into host memory first, which is all that training waits for; the copy is
+written by a thread, over a process group of its own, so that its collectives never meet those of a
+step. The buffers of the copy are used again by the next one: one write is under way at a time.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardrec.pipeline.callbacks import CheckpointReport
+from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
+from shardrec.pipeline.group import rank_of
+
+__all__ = ["CheckpointWriter", "writing_group"]
+
+# After an error, how long a write that is under way may take to end.
+LAST_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup | None]:
+    """A gloo group of the same ranks for a background write, for the length of a ``with``.
+
+    Args:
+        group: the ranks; None for the one process of the default group.
+
+    Collectives: those of ``new_group``, on the default group.
+    """
+    ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
+    made = dist.new_group(ranks, backend="gloo")
+    assert isinstance(made, dist.ProcessGroup)
+    try:
+        yield made
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group(made)
+
+
+class CheckpointWriter:
+    """Saves one checkpoint after another, each rank in step with the others.
+
+    Every rank must call ``save`` and ``collect`` at the same steps.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, background: bool) -> None:
+        """Store where to write.
+
+        Args:
+            checkpoints: of the run, on the group for writing.
+            background: whether ``save`` returns as soon as the state is copied.
+        """
+        self.checkpoints = checkpoints
+        self.background = background
+        self.failure: Exception | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._report: CheckpointReport | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank has ended a write that was not collected yet."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def save(self, step: int, state: CheckpointState, *, best: bool) -> list[CheckpointReport]:
+        """Wait for the write under way, copy the state, and start to write it.
+
+        Args:
+            step: names the checkpoint.
+            state: of this rank; its tensors may change as soon as this returns.
+            best: whether it is the best so far.
+
+        Returns:
+            What ended meanwhile: the write before, and this one unless it is in the background.
+        """
+        started = time.monotonic()
+        ended = self.collect()
+        if self.background:
+            state = self._copied(state)
+        stall = time.monotonic() - started
+        report = CheckpointReport(
+            step=step,
+            folder=str(self.checkpoints.folder / f"step-{step:08d}"),
+            best=best,
+            seconds=stall,
+            stall_seconds=stall,
+            num_bytes=state.num_bytes,
+        )
+        self._thread = threading.Thread(
+            target=self._write, args=(report, state, started), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return ended if self.background else [*ended, *self.collect()]
+
+    def collect(self) -> list[CheckpointReport]:
+        """Wait for the write under way, if there is one; its report, the same on every rank.
+
+        A write that failed is told by the report's ``error``, and ``failure`` holds what was
+        raised until another write ends well.
+        """
+        if self._thread is None:
+            return []
+        self._thread.join()
+        self._thread = None
+        assert self._report is not None
+        if self.failure is not None and rank_of(self.checkpoints.group) == 0:
+            message = "checkpoint of step %d was not written, those before are kept: %s"
+            logging.getLogger(__name__).warning(message, self._report.step, self.failure)
+        return [self._report]
+
+    def abandon(self) -> None:
+        """Give a write under way some time to end, after an error elsewhere."""
+        if self._thread is not None:
+            self._thread.join(LAST_SECONDS)
+
+    def _write(self, report: CheckpointReport, state: CheckpointState, started: float) -> None:
+        error: Exception | None = None
+        try:
+            self.checkpoints.save(report.step, state, best=report.best)
+        except Exception as raised:
+            error = raised
+        seconds = time.monotonic() - started
+        stall = report.stall_seconds if self.background else seconds
+        self._report = report.ended(seconds, stall, error)
+        self.failure = error
+
+    def _copied(self, state: CheckpointState) -> CheckpointState:
+        copy = state.copied(self._copy)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return copy
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        """The value in host memory that the next copy of the same name uses again."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)

@@ -1,0 +1,273 @@
+"""The training loop: steps, validations, checkpoints, and what ends a run."""
+
+import contextlib
+import statistics
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from shardrec.pipeline.callbacks import (
+    Callback,
+    CheckpointReport,
+    EndReport,
+    StepReport,
+    ValidationReport,
+)
+from shardrec.pipeline.checkpoint import CheckpointState
+from shardrec.pipeline.checkpoint_writer import CheckpointWriter
+from shardrec.pipeline.config import to_json
+from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
+from shardrec.pipeline.group import in_step, on_first_rank, rank_of
+from shardrec.pipeline.measure import measure, open_users
+from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.resume import write_end
+from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.step import StepOutcome, Stepper, Votes
+
+__all__ = ["Loop", "Run"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What ``build`` makes and the loop works on.
+
+    Attributes:
+        config: of the run.
+        prepared: the data.
+        batches: stand where the run begins or goes on.
+        stepper: model and optimizers, likewise.
+        writer: of its checkpoints.
+        steps_per_epoch: optimizer steps.
+        total_steps: of the whole run; None where only time or patience end it.
+        progress: where the run stands.
+        is_new: whether it did not go on with a run folder.
+        held: gives the run folder and the group of the writer back when it is closed.
+    """
+
+    config: TrainConfig
+    prepared: Prepared
+    batches: TrainingBatches
+    stepper: Stepper
+    writer: CheckpointWriter
+    steps_per_epoch: int
+    total_steps: int | None
+    progress: Progress
+    is_new: bool
+    held: contextlib.ExitStack
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return rank_of(self.stepper.model.group) == 0
+
+
+class Loop:
+    """Takes a run from where it stands to its end."""
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
+        """Store what to work on and whom to tell."""
+        self.run = run
+        self.callbacks = callbacks
+        self.at = run.progress
+        self.started = time.monotonic() - run.progress.seconds
+        self.saved_at = time.monotonic()
+        self.first_positions = run.progress.positions
+        self.seconds = array("d")
+        self.memory_bytes = 0
+
+    def run_to_end(self) -> EndReport:
+        """Train, validate and save until the run ends; how it ended."""
+        try:
+            reason = self._reason_to_stop()
+            for batches in self._batches() if reason is None else ():
+                outcome = self._take(batches)
+                if outcome.votes.written:
+                    self._tell(self.run.writer.collect())
+                reason = self._end_step(outcome)
+                if reason is not None:
+                    break
+            return self._finish(reason or "the data has no training sequences")
+        except BaseException:
+            self.run.writer.abandon()
+            raise
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of one step after another, epoch after epoch."""
+        model = self.run.stepper.model
+        self.fetch_started = time.monotonic()
+        while self.run.steps_per_epoch:
+            epoch = in_step(self.run.batches, model.group, model.device)
+            while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
+                yield batches
+                self.fetch_started = time.monotonic()
+
+    def _take(self, batches: list[Batch]) -> StepOutcome:
+        at = self.at
+        at.step += 1
+        outcome = self.run.stepper.take(batches, at.step, self._votes())
+        self.seconds.append(time.monotonic() - self.fetch_started)
+        at.positions += outcome.positions
+        at.slots += outcome.slots
+        at.num_skipped += outcome.skipped
+        at.skipped_in_a_row = at.skipped_in_a_row + 1 if outcome.skipped else 0
+        self.memory_bytes = max(self.memory_bytes, outcome.memory_bytes)
+        report = StepReport(
+            step=at.step,
+            epoch=self._epoch(),
+            loss=outcome.loss,
+            learning_rate=outcome.learning_rate,
+            gradient_norm=outcome.gradient_norm,
+            positions=outcome.positions,
+            padding_share=1 - outcome.positions / max(1, outcome.slots),
+            seconds=self.seconds[-1],
+            skipped=outcome.skipped,
+            num_skipped=at.num_skipped,
+            memory_bytes=self.memory_bytes,
+            statistics=outcome.statistics,
+        )
+        for callback in self.callbacks:
+            callback.on_step(report)
+        self._require_progress()
+        return outcome
+
+    def _votes(self) -> Votes:
+        """Of clocks only rank 0's counts; the step tells the others."""
+        limit = self.run.config.limits.max_minutes
+        every = self.run.config.checkpoints.every_minutes
+        now, is_first = time.monotonic(), self.run.is_first
+        return Votes(
+            stop=is_first and limit is not None and now - self.started >= 60 * limit,
+            save=is_first and every is not None and now - self.saved_at >= 60 * every,
+            written=self.run.writer.is_over,
+        )
+
+    def _require_progress(self) -> None:
+        limit = self.run.config.optimizer.max_skipped
+        if self.at.skipped_in_a_row >= limit:
+            raise FloatingPointError(
+                f"loss and gradients must be finite, got {limit} steps in a row (up to step "
+                f"{self.at.step}) where they were not; lower the learning rates, set "
+                "optimizer.clip_norm, or look for broken weights in the data. The checkpoints "
+                "written before are whole"
+            )
+
+    def _end_step(self, outcome: StepOutcome) -> str | None:
+        """Validate and save where it is time to; why the run ends here, None where it goes on."""
+        reason = "max_minutes reached" if outcome.votes.stop else None
+        reason = self._limit_reached() or reason
+        validation, improved = self.run.config.validation, False
+        is_validated = self._validation_is_due() or (reason is not None and validation.is_on)
+        if is_validated:
+            improved = self._validate()
+        reason = reason or self._patience_is_over()
+        if reason is not None or is_validated or outcome.votes.save or self._checkpoint_is_due():
+            self._save(best=improved)
+        return reason
+
+    def _validation_is_due(self) -> bool:
+        due = self.run.config.validation
+        by_steps = due.every_steps is not None and self.at.step % due.every_steps == 0
+        in_epochs = due.every_epochs and self.run.steps_per_epoch * due.every_epochs
+        return by_steps or bool(in_epochs and self.at.step % in_epochs == 0)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.run.config.checkpoints.every_steps
+        return every is not None and self.at.step % every == 0
+
+    def _validate(self) -> bool:
+        """Measure the model; whether it is the best so far."""
+        started = time.monotonic()
+        config, model = self.run.config.validation, self.run.stepper.model
+        model.encoder.eval()
+        batches = open_users(
+            self.run.prepared,
+            "validation",
+            config.measure,
+            self.run.config.encoder.max_length,
+            model.group,
+        )
+        shard = model.scored_shard()
+        metrics = measure(model.last_states, shard, batches, config.measure, self.run.prepared)
+        best, value = self.at.best, metrics[config.metric]
+        improved = best is None or value > best.metrics[config.metric]
+        report = ValidationReport(
+            step=self.at.step,
+            epoch=self._epoch(),
+            metric=config.metric,
+            metrics=metrics,
+            improved=improved,
+            seconds=time.monotonic() - started,
+        )
+        self.at.validations_since_best = 0 if improved else self.at.validations_since_best + 1
+        self.at.best = report if improved else best
+        for callback in self.callbacks:
+            callback.on_validation(report)
+        return improved
+
+    def _save(self, *, best: bool) -> None:
+        """Start a checkpoint of this step."""
+        stepper = self.run.stepper
+        self.at.seconds = time.monotonic() - self.started
+        state = CheckpointState(
+            encoder=stepper.model.encoder.state_dict(),
+            optimizer=stepper.optimizer.state_dict(),
+            table=stepper.model.catalog.state_dict(),
+            progress=self.at.to_json() | {"data": self.run.batches.state_dict()},
+            config=to_json(self.run.config),
+        )
+        self._tell(self.run.writer.save(self.at.step, state, best=best))
+        self.saved_at = time.monotonic()
+
+    def _tell(self, reports: Sequence[CheckpointReport]) -> None:
+        for report in reports:
+            for callback in self.callbacks:
+                callback.on_checkpoint(report)
+
+    def _reason_to_stop(self) -> str | None:
+        """Why a run that was interrupted just before its end takes no more steps."""
+        return self._limit_reached() or self._patience_is_over()
+
+    def _limit_reached(self) -> str | None:
+        total, max_steps = self.run.total_steps, self.run.config.limits.max_steps
+        if total is None or self.at.step < total:
+            return None
+        return f"max_{'steps' if total == max_steps else 'epochs'} reached"
+
+    def _patience_is_over(self) -> str | None:
+        config = self.run.config.validation
+        if config.patience is None or self.at.validations_since_best < config.patience:
+            return None
+        return f"no better {config.metric} in {config.patience} validations"
+
+    def _epoch(self) -> float:
+        return self.at.step / max(1, self.run.steps_per_epoch)
+
+    def _finish(self, reason: str) -> EndReport:
+        """Wait for the last checkpoint, then say and write that the run has ended."""
+        at, writer = self.at, self.run.writer
+        self._tell(writer.collect())
+        if writer.failure is not None:
+            raise writer.failure
+        report = EndReport(
+            output=self.run.config.output,
+            reason=reason,
+            step=at.step,
+            epoch=self._epoch(),
+            seconds=time.monotonic() - self.started,
+            seconds_per_step=statistics.median(self.seconds[1:] or self.seconds or [0.0]),
+            positions_per_second=(at.positions - self.first_positions)
+            / max(1e-9, sum(self.seconds)),
+            padding_share=1 - at.positions / max(1, at.slots),
+            memory_bytes=self.memory_bytes,
+            num_skipped=at.num_skipped,
+            best_step=at.best.step if at.best else None,
+            best_metrics=at.best.metrics if at.best else {},
+        )
+        for callback in self.callbacks:
+            callback.on_end(report)
+        folder = Path(self.run.config.output)
+        on_first_rank(lambda: write_end(folder, report), self.run.stepper.model.group)
+        return report

@@ -1,0 +1,47 @@
+"""Where a run stands: what must survive an interruption besides weights and the data's position."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardrec.pipeline.callbacks import ValidationReport
+
+__all__ = ["Progress"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """Counters of a run, over all its starts; the same on every rank but for ``seconds``.
+
+    Attributes:
+        step: optimizer steps taken.
+        num_skipped: of these, skipped because loss or gradients were not finite.
+        skipped_in_a_row: skipped steps since the last one that was not.
+        best: the best validation; None before the first.
+        validations_since_best: how many were not better.
+        positions: real positions trained.
+        slots: positions of the encoder, padding included.
+        seconds: wall time.
+    """
+
+    step: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: ValidationReport | None = None
+    validations_since_best: int = 0
+    positions: int = 0
+    slots: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as ``from_json`` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Progress":
+        """What ``to_json`` wrote; other keys are left alone."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        known = {name: stored[name] for name in names}
+        best = known.pop("best")
+        return cls(best=None if best is None else ValidationReport(**best), **known)

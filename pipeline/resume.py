@@ -1,0 +1,263 @@
+"""How a run goes on: which folder may be continued, and what a checkpoint gives back.
+
+A run folder is interrupted until ``end.json`` is there. An interrupted run goes on from its last
+whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again.
+"""
+
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Literal
+
+from shardrec.pipeline.callbacks import EndReport
+from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
+from shardrec.pipeline.config import flatten, from_json
+from shardrec.pipeline.data import TrainingBatches
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.run import (
+    TrainConfig,
+    open_checkpoints,
+    read_run_file,
+    require_new,
+    write_config,
+)
+from shardrec.pipeline.step import Stepper
+
+__all__ = [
+    "Resume",
+    "RunLock",
+    "begin_again",
+    "check_folder",
+    "find_end",
+    "restore",
+    "start_locked",
+    "write_end",
+]
+
+Resume = Literal["no", "yes", "auto"]
+"""What a run folder may hold: nothing; an interrupted run; either, or a finished one."""
+
+END = "end.json"
+METRICS = "metrics.jsonl"
+# Options that change neither the weights nor which of them are the best.
+FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
+FREE_PARTS = ("checkpoints.", "mlflow.")
+
+
+class RunLock:
+    """Keeps a second run out of a run folder; gone with the process that holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Store the folder; nothing is locked yet."""
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, unless it is held already.
+
+        Raises:
+            FileExistsError: another process holds it.
+        """
+        if self._file is not None:
+            return
+        file = (self.folder / ".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise FileExistsError(
+                f"output must be trained by one run at a time, got {self.folder}, which another "
+                "run is writing; wait for it, or choose another name"
+            ) from error
+        self._file = file
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
+    """How the run in the folder of ``config`` ended, if it is this run and nothing is left to do.
+
+    Args:
+        config: of the run asked for.
+        resume: with "no" a folder that holds a run is never looked into.
+        encoder: whose encoder it is, as ``start_run`` stores it.
+
+    Raises:
+        ValueError: the folder holds a run of another config, data or encoder.
+    """
+    folder = Path(config.output)
+    if resume == "no" or not (folder / END).is_file():
+        return None
+    stored = _check_same(config, Prepared.open(config.data), encoder)
+    if stored.limits != config.limits:
+        return None
+    return EndReport(**json.loads((folder / END).read_text()))
+
+
+def check_folder(
+    config: TrainConfig, prepared: Prepared, encoder: str, resume: Resume, lock: RunLock
+) -> bool:
+    """Whether the run is new; where it goes on, the folder is locked.
+
+    Args:
+        config: of the run asked for.
+        prepared: the data.
+        encoder: whose encoder it is, as ``start_run`` stores it.
+        resume: what the folder may hold.
+        lock: of the run folder.
+
+    Raises:
+        FileExistsError: the folder holds something that is not to be continued, or is in use.
+        FileNotFoundError: ``resume`` is "yes" and the folder holds no run.
+        ValueError: the folder holds a run of another config, data or encoder.
+    """
+    folder = Path(config.output)
+    if resume != "no" and (folder / "run.json").is_file():
+        _check_same(config, prepared, encoder)
+        lock.acquire()
+        return False
+    if resume == "yes":
+        raise FileNotFoundError(
+            f"output must be a folder that train wrote to be resumed, got {folder}; check the "
+            "path, or start without resuming"
+        )
+    if resume == "no" or not _is_a_beginning(folder):
+        require_new(folder)
+    checkpoints = open_checkpoints(folder, config)
+    if not checkpoints.is_empty():
+        raise FileExistsError(
+            f"checkpoints.folder must be empty for a new run, got {checkpoints.folder}, which "
+            "holds checkpoints; give every run a folder of its own"
+        )
+    return True
+
+
+def start_locked(
+    config: TrainConfig, start: Callable[[], Path], lock: RunLock, *, is_new: bool
+) -> None:
+    """Lock the run folder and start the run in it.
+
+    Args:
+        config: of the run.
+        start: writes what the run is into its folder.
+        lock: of the run folder.
+        is_new: whether nobody else may have started a run there since it was looked at.
+
+    Raises:
+        FileExistsError: somebody has.
+    """
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    if is_new and (folder / "run.json").exists():
+        require_new(folder)
+    start()
+
+
+def restore(
+    checkpoints: Checkpoints, stepper: Stepper, batches: TrainingBatches
+) -> Progress | None:
+    """Bring model, optimizers and data to where the last whole checkpoint stands.
+
+    Args:
+        checkpoints: of the run.
+        stepper: gets weights and optimizer memory.
+        batches: get their position.
+
+    Returns:
+        The progress stored with them; None where there is no checkpoint yet.
+
+    Raises:
+        ValueError: the checkpoint does not fit the model or the data.
+
+    Collectives: as ``Checkpoints.load_last``.
+    """
+    shard = stepper.model.catalog.shard
+    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
+    found = checkpoints.load_last(rows)
+    if found is None:
+        return None
+    _, state = found
+    stepper.model.encoder.load_state_dict(dict(state.encoder))
+    stepper.optimizer.load_state_dict(dict(state.optimizer))
+    stepper.model.catalog.load_state_dict(state.table)
+    batches.load_state_dict(state.progress["data"])
+    return Progress.from_json(state.progress)
+
+
+def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
+    """Make the run folder say what it said after ``step``, and that the run goes on from there."""
+    folder = Path(config.output)
+    write_config(config)
+    (folder / END).unlink(missing_ok=True)
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _is_before(line, step)]
+    told = {"event": "resume", "time": round(time.time(), 3), "step": step, "ranks": num_ranks}
+    write_atomically(path, "".join(f"{line}\n" for line in [*kept, json.dumps(told)]))
+
+
+def write_end(folder: Path, report: EndReport) -> None:
+    """Mark the run as finished."""
+    write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of the metrics was written by the steps up to ``step``; half lines are not."""
+    try:
+        event = json.loads(line)
+        return bool(event["event"] != "end" and event["step"] <= step)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainConfig:
+    """The stored config of the run in the folder, which must be this run."""
+    folder = Path(config.output)
+    details, stored = (read_run_file(folder, name) for name in ("run.json", "config.json"))
+    if details["data"]["fingerprint"] != prepared.fingerprint:
+        raise ValueError(
+            f"the run must belong to the prepared data, got {folder} of other data than "
+            f"{prepared.path}; give the folder it was started on, or start a new run"
+        )
+    if details["encoder"] != encoder:
+        raise ValueError(
+            f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; hand in the "
+            "same module, or start a new run"
+        )
+    theirs = from_json(TrainConfig, stored)
+    ours, before = dict(flatten(config)), dict(flatten(theirs))
+    differing = [
+        name
+        for name in sorted(ours.keys() | before.keys())
+        if ours.get(name) != before.get(name) and not _is_free(name, config)
+    ]
+    if differing:
+        shown = ", ".join(f"{name}={ours.get(name)} for {before.get(name)}" for name in differing)
+        raise ValueError(
+            f"config must be that of the run in {folder} to go on with it, got {shown}; restore "
+            "the options, or start a new run in another folder"
+        )
+    return theirs
+
+
+def _is_free(name: str, config: TrainConfig) -> bool:
+    """Whether a run may go on with another value; longer, too, unless decay ends with the run."""
+    longer = name.startswith("limits.") and config.optimizer.decay == "constant"
+    return longer or name in FREE or name.startswith(FREE_PARTS)
+
+
+def _is_a_beginning(folder: Path) -> bool:
+    """Whether a run was killed here before it could say what it is."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return names <= {".lock", "config.json", ".config.json.partial", ".run.json.partial"}

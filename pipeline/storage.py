@@ -1,0 +1,135 @@
+"""Folders of files on a local disk or in an object store, through ``pyarrow.fs``.
+
+A file is durable when it is closed. Nothing here renames: object stores cannot, so readers look for
+a file that is written last.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+__all__ = ["Folder", "open_folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of a local disk, or a prefix of an object store.
+
+    Attributes:
+        system: the ``pyarrow.fs`` file system.
+        path: in that file system.
+        scheme: "file", "s3", "gs", …
+    """
+
+    system: Any
+    path: str
+    scheme: str = "file"
+
+    def __truediv__(self, name: str) -> "Folder":
+        """A folder inside this one; it need not exist."""
+        return Folder(self.system, f"{self.path}/{name}", self.scheme)
+
+    def __str__(self) -> str:
+        """The path, with its scheme where it is not local; without keys and other settings."""
+        return self.path if self.is_local else f"{self.scheme}://{self.path}"
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a file system of this machine."""
+        return self.scheme == "file"
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted; none where it does not exist."""
+        found = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(one.base_name for one in found if one.type == fs.FileType.Directory)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is no such file."""
+        found = self.system.get_file_info(f"{self.path}/{name}")
+        return int(found.size) if found.type == fs.FileType.File else None
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self.open(name) as file:
+            return bytes(file.read())
+
+    def open(self, name: str) -> Any:
+        """A file, open for reading: ``read``, ``readinto``, ``seek``, ``close``."""
+        return self.system.open_input_file(f"{self.path}/{name}")
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Any]:
+        """A file, open for writing; durable when the block ends.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.is_local:
+            os.makedirs(self.path, exist_ok=True)
+        with self.system.open_output_stream(f"{self.path}/{name}") as file:
+            yield file
+        if self.is_local:
+            _settle(f"{self.path}/{name}")
+            _settle(self.path)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file."""
+        with self.create(name) as file:
+            file.write(content)
+
+    def remove(self, first: str) -> None:
+        """Delete the folder with all in it, the file ``first`` before the others."""
+        if self.size(first) is not None:
+            self.system.delete_file(f"{self.path}/{first}")
+        found = self.system.get_file_info(self.path)
+        if found.type == fs.FileType.Directory:
+            self.system.delete_dir(self.path)
+
+
+def open_folder(location: str | Path | Folder) -> Folder:
+    """The folder at a path, or at an address such as ``s3://bucket/prefix``.
+
+    Keys and regions of object stores come from where their own tools look for them; settings may
+    follow the address, as in ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http``.
+
+    Raises:
+        ValueError: no file system answers to the address.
+    """
+    if isinstance(location, Folder):
+        return location
+    text = str(location)
+    scheme, colon, _ = text.partition("://")
+    if not colon:
+        return Folder(fs.LocalFileSystem(), str(Path(text).absolute()))
+    try:
+        system, path = fs.FileSystem.from_uri(text)
+    except (ValueError, OSError) as error:
+        shown = text.partition("?")[0]
+        raise ValueError(
+            f"folder must be a path or an address that pyarrow opens, got {shown}; say "
+            f"s3://bucket/prefix ({error})"
+        ) from error
+    return Folder(system, path.rstrip("/"), scheme)
+
+
+def _settle(path: str) -> None:
+    """Wait until a local file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
