@@ -7,6 +7,7 @@ Events of one user at one time keep the order of the log: files by path, then ro
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shardrec.pipeline.former_items import FormerItems
 Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20
 _ARROW_ROWS = 131_072
+_DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "max_temp_directory_size")
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
@@ -188,16 +190,29 @@ def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyCon
         finally:
             database.close()
             path.unlink(missing_ok=True)
-    except duckdb.OutOfMemoryException as error:
-        raise MemoryError(
+    except duckdb.Error as error:
+        explained = _explained(error, options)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explained(error: duckdb.Error, options: SortOptions) -> Exception | None:
+    """What to raise instead; a full disk comes in many kinds of error, at a commit as well."""
+    text = str(error)
+    if any(sign in text for sign in _DISK_IS_FULL):
+        return OSError(errno.ENOSPC, _first_line(error))
+    if isinstance(error, duckdb.IOException):
+        return OSError(
+            f"the folder of the output must be on a disk that works, got {_first_line(error)}; "
+            "choose another folder"
+        )
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return MemoryError(
             f"memory_limit must be large enough to sort the log, got {options.memory_limit!r} "
             f"({_first_line(error)}); raise it, or lower threads"
-        ) from error
-    except duckdb.IOException as error:
-        raise OSError(
-            f"the folder of the output must have room for the log and its sorted copy, got "
-            f"{_first_line(error)}; free some space"
-        ) from error
+        )
+    return None
 
 
 def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:

@@ -79,7 +79,7 @@ def describe_uneven_load(counts: Array) -> str | None:
         f"prepare with rebalance would make it {best:.2f} times, and train with init_from follows "
         "the items to their new indices"
         if best < 0.99 * load
-        else "a few items have so many of them that no order of items is more even"
+        else "prepare has spread them already, a few items have very many of them"
     )
     return (
         f"the busiest of {ranks} ranks gets {load:.2f} times the mean of the training events, more "

@@ -63,6 +63,10 @@ def write_log(path: Path, num_events: int) -> str:
     return str(path)
 
 
+def origin(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else origin(error.__cause__)
+
+
 def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_path: Path) -> None:
     output = str(disk / "out")
     old = prepare(PrepareConfig(events=write_log(tmp_path / "old.parquet", 500), output=output))
@@ -75,7 +79,7 @@ def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_p
             prepare(config)
             break
         except OSError as error:
-            struck.append(type(error.__cause__).__module__)
+            struck.append(type(origin(error)).__module__)
             assert "must have room for" in str(error), error
         assert sorted(path.name for path in disk.iterdir()) == ["filler", "out"]
         assert read_manifest(disk / "out", verify_checksums=True) == old
