@@ -5,17 +5,17 @@ whole checkpoint as if nothing had happened, on any number of ranks; without one
 """
 
 import dataclasses
-import fcntl
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
 from shardrec.pipeline.config import flatten, from_json
 from shardrec.pipeline.data import TrainingBatches
+from shardrec.pipeline.lock import LOCK, RunLock
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.run import (
@@ -29,7 +29,6 @@ from shardrec.pipeline.step import Stepper
 
 __all__ = [
     "Resume",
-    "RunLock",
     "begin_again",
     "check_folder",
     "find_end",
@@ -46,40 +45,6 @@ METRICS = "metrics.jsonl"
 # Options that change neither the weights nor which of them are the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
 FREE_PARTS = ("checkpoints.", "mlflow.")
-
-
-class RunLock:
-    """Keeps a second run out of a run folder; gone with the process that holds it."""
-
-    def __init__(self, folder: Path) -> None:
-        """Store the folder; nothing is locked yet."""
-        self.folder = folder
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> None:
-        """Take the lock, unless it is held already.
-
-        Raises:
-            FileExistsError: another process holds it.
-        """
-        if self._file is not None:
-            return
-        file = (self.folder / ".lock").open("w", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise FileExistsError(
-                f"output must be trained by one run at a time, got {self.folder}, which another "
-                "run is writing; wait for it, or choose another name"
-            ) from error
-        self._file = file
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
@@ -260,4 +225,4 @@ def _is_a_beginning(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    return names <= {".lock", "config.json", ".config.json.partial", ".run.json.partial"}
+    return names <= {LOCK, "config.json", ".config.json.partial", ".run.json.partial"}

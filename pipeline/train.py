@@ -26,12 +26,13 @@ from shardrec.pipeline.group import (
     size_of,
 )
 from shardrec.pipeline.init_from import start_from
+from shardrec.pipeline.lock import RunLock
 from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
+from shardrec.pipeline.profiling import Profiler
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.resume import (
     Resume,
-    RunLock,
     begin_again,
     check_folder,
     find_end,
@@ -100,7 +101,8 @@ def train(
         if config.show_progress and run.is_first:
             plan = run.stepper.model.catalog.describe()
             print(describe(config), plan, sep="\n", file=sys.stderr, flush=True)
-        return Loop(run, [*_own_callbacks(run), *tracking, *callbacks]).run_to_end()
+        own = [*_own_callbacks(run), *_profiling(config), *tracking]
+        return Loop(run, [*own, *callbacks]).run_to_end()
 
 
 def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
@@ -194,6 +196,14 @@ def _own_callbacks(run: Run) -> list[Callback]:
         TensorBoard(folder / "tensorboard", every, first_step),
     ]
     return [*written, progress(run.total_steps)] if run.config.show_progress else written
+
+
+def _profiling(config: TrainConfig) -> list[Callback]:
+    """A profile of some steps on every rank, where the config asks for it."""
+    if not config.profile.steps:
+        return []
+    folder = Path(config.output) / "profile"
+    return [Profiler(folder, config.profile, rank_of(default_group()))]
 
 
 def _tracking(config: TrainConfig) -> list[Callback]:

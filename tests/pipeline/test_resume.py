@@ -60,11 +60,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
 
 
-def config_of(data: str, output: Path, loss: Any, optimizer: str, **options: Any) -> TrainConfig:
+def config_of(data: str, output: Path, loss: Any, table: str, **options: Any) -> TrainConfig:
     """Dropout, warm-up, decay, clipping, accumulation that does not divide the epoch: all on."""
     settings: dict[str, Any] = {
         "loss": loss,
-        "catalog": CatalogConfig(optimizer=optimizer, learning_rate=0.05),
+        "catalog": CatalogConfig(optimizer=table, learning_rate=0.05),
         "encoder": EncoderConfig(width=16, max_length=8, dropout=0.3),
         "batches": BatchConfig(batch_size=13),
         "optimizer": OptimizerConfig(
@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
 def test_two_runs_cannot_write_the_same_folder(data: str, tmp_path: Path) -> None:
     config = config_of(data, tmp_path / "run", CCE(), "sgd", validation=OFF)
     first = build(config)
-    with pytest.raises(FileExistsError, match="another run is writing"):
+    with pytest.raises(FileExistsError, match="one run at a time"):
         train(config, resume="auto")
     first.held.close()
     assert train(config, resume="auto").step == STEPS
