@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.shard import RowShard
+from shardrec.pipeline.parts import part
 
 __all__ = ["Model", "real_positions"]
 
@@ -57,10 +58,12 @@ class Model:
         Collectives: those of ``Catalog.lookup``, forward and backward.
         """
         positions = real_positions(lengths, items.shape[1])
-        vectors = self.catalog.lookup(items.reshape(-1)[positions])
+        with part("look-up"):
+            vectors = self.catalog.lookup(items.reshape(-1)[positions])
         if not positions.numel():
             return vectors  # still part of the graph: the look-up's backward needs every rank
-        return self._encode(vectors, positions, items.shape)
+        with part("encoder"):
+            return self._encode(vectors, positions, items.shape)
 
     def scored_shard(self) -> RowShard:
         """The rows that states are scored against; a copy where rows must have unit length."""

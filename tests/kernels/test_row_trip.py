@@ -17,10 +17,10 @@ from shardrec.kernels.collective import Collective
 from shardrec.kernels.cost import Workload
 from shardrec.kernels.negatives import Popularity
 
-NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 2003, 12
+NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 20_003, 12
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
-POSITION_ENDS = {1: (311,), 2: (160, 311), 3: (150, 150, 311)}
-ROW_ENDS = {1: (2003,), 2: (1002, 2003), 3: (1200, 2003, 2003)}
+POSITION_ENDS = {1: (311,), 2: (154, 311), 3: (150, 150, 311)}
+ROW_ENDS = {1: (20_003,), 2: (10_002, 20_003), 3: (12_000, 20_003, 20_003)}
 
 # Options, and what travels where there are several ranks.
 CASES: dict[str, tuple[dict[str, Any], str]] = {

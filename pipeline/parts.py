@@ -1,0 +1,24 @@
+"""The parts of a training step, by the names that they have in a profile."""
+
+from typing import Literal
+
+from torch.profiler import record_function
+
+__all__ = ["PART", "Part", "part"]
+
+# What the names begin with.
+PART = "step/"
+Part = Literal[
+    "look-up",
+    "encoder",
+    "loss",
+    "loss backward",
+    "encoder backward",
+    "gradients over ranks",
+    "update",
+]
+
+
+def part(name: Part) -> record_function:
+    """A context whose time a profiler that is running counts under this name."""
+    return record_function(PART + name)

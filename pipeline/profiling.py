@@ -1,0 +1,176 @@
+"""A profile of a few steps: a Chrome trace of every rank, and the parts of a step in words.
+
+A part is a range that the step names ``step/...``. Collectives are what gloo or NCCL report. On a
+GPU both are taken where the kernels ran, elsewhere where they were called.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+from typing_extensions import override
+
+from shardrec.pipeline.callbacks import Callback, EndReport, StepReport
+from shardrec.pipeline.parts import PART
+
+__all__ = ["ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
+
+COLLECTIVES = ("gloo:", "nccl")
+# Start and end, in microseconds.
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps of a run are profiled.
+
+    Attributes:
+        steps: how many; 0: none.
+        warmup: steps before them; the first ones load libraries and grow memory.
+    """
+
+    steps: int = 0
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can use."""
+        if self.steps < 0 or self.warmup < 1:
+            raise ValueError(
+                "profile.steps must be at least 0 and profile.warmup at least 1, got "
+                f"{self.steps} and {self.warmup}; steps=0 turns it off"
+            )
+
+
+class Profiler(Callback):
+    """Writes ``rank<r>.json.gz``, for chrome://tracing or Perfetto, and ``rank<r>.txt``."""
+
+    def __init__(self, folder: Path, config: ProfileConfig, rank: int) -> None:
+        """Stores where to write; nothing is recorded before the warm-up is over."""
+        self.folder, self.config, self.rank = folder, config, rank
+        self.num_steps = 0
+        self.started = 0.0
+        self.profile: profile | None = None
+
+    @override
+    def on_step(self, report: StepReport) -> None:
+        self.num_steps += 1
+        if self.profile is not None and self.num_steps == self.config.warmup + self.config.steps:
+            self._write(self.profile)
+        if self.num_steps == self.config.warmup:
+            self.profile = profile(activities=_activities())
+            self.profile.start()
+            self.started = time.perf_counter()
+
+    @override
+    def on_end(self, report: EndReport) -> None:
+        if self.num_steps <= self.config.warmup:
+            warnings.warn(
+                f"profile.warmup must be below the steps of the run, got {self.config.warmup} of "
+                f"{self.num_steps}; nothing was profiled",
+                stacklevel=2,
+            )
+        if self.profile is not None:
+            self._write(self.profile)
+
+    def _write(self, recorded: profile) -> None:
+        """Ends the recording and writes it."""
+        seconds = time.perf_counter() - self.started
+        recorded.stop()
+        self.profile = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(self.folder / f"rank{self.rank}.json.gz"))
+        text = summary(recorded.events() or [], seconds, self.num_steps - self.config.warmup)
+        (self.folder / f"rank{self.rank}.txt").write_text(text + "\n")
+
+
+def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> str:
+    """Seconds and share of a step that its parts and its collectives take, as a table.
+
+    Args:
+        events: of the profiled steps.
+        seconds: they took together.
+        num_steps: how many they were.
+    """
+    events = list(events)
+    on_gpu = any(event.device_type == DeviceType.CUDA for event in events)
+    place = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    here = [event for event in events if event.device_type == place]
+    parts: dict[str, list[Span]] = {}
+    for event in here:
+        if event.name.startswith(PART):
+            parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
+    travel = union(_span(event) for event in here if event.name.startswith(COLLECTIVES))
+    work = union(_span(event) for event in here if _is_work(event, on_gpu))
+    taken = {name: length(union(spans)) for name, spans in parts.items()}
+    taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
+    rows = [(name, micros, seconds * 1e6) for name, micros in taken.items()]
+    rows.append(("collectives under way", length(travel), seconds * 1e6))
+    rows.append(("  beside other work", length(common(travel, work)), seconds * 1e6))
+    lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
+    for name, micros, whole in rows:
+        lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / whole:>7.1%}")
+    return "\n".join(lines)
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time as disjoint spans in order.
+
+    >>> union([(5, 6), (0, 2), (1, 3)])
+    [(0, 3), (5, 6)]
+    """
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
+    """The time that is in both of two lists of disjoint spans in order.
+
+    >>> common([(0, 3), (5, 9)], [(2, 6), (8, 10)])
+    [(2, 3), (5, 6), (8, 9)]
+    """
+    found, left, right = [], 0, 0
+    while left < len(one) and right < len(other):
+        start, end = max(one[left][0], other[right][0]), min(one[left][1], other[right][1])
+        if start < end:
+            found.append((start, end))
+        if one[left][1] < other[right][1]:
+            left += 1
+        else:
+            right += 1
+    return found
+
+
+def length(spans: Iterable[Span]) -> float:
+    """Sum of the lengths of disjoint spans.
+
+    >>> length([(0, 3), (5, 6)])
+    4
+    """
+    return sum(end - start for start, end in spans)
+
+
+def _activities() -> list[ProfilerActivity]:
+    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *on_gpu]
+
+
+def _span(event: FunctionEvent) -> Span:
+    return event.time_range.start, event.time_range.end
+
+
+def _is_work(event: FunctionEvent, on_gpu: bool) -> bool:
+    """Whether something is computed: an operator, or on a GPU a kernel; no wait for a rank."""
+    if event.name.startswith((PART, *COLLECTIVES)):
+        return False
+    return on_gpu or event.name.startswith("aten::")

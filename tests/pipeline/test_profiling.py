@@ -1,0 +1,94 @@
+"""A profiled run leaves a trace of every rank and says in words where the time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from tests.pipeline.small_data import prepare_small, small_config
+from tests.ranks import Ranks
+
+from shardrec.launch.commands import read_train
+from shardrec.pipeline.parts import PART, Part
+from shardrec.pipeline.profiling import ProfileConfig
+from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.train import train
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("profiled")
+    return small_config(
+        prepare_small(folder),
+        folder / "run",
+        limits=LimitConfig(max_steps=5),
+        validation=ValidationConfig(every_epochs=None),
+        profile=ProfileConfig(steps=2, warmup=2),
+    )
+
+
+def run_on_rank(config: TrainConfig) -> None:
+    train(config)
+
+
+def shares(text: str) -> dict[str, float]:
+    """The table of a summary: percent of the time by name."""
+    rows = re.findall(r"^ *(\S.*?) +[\d.]+ +([\d.]+)%$", text, re.M)
+    return {name: float(percent) for name, percent in rows}
+
+
+def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConfig) -> None:
+    ranks(2).run(run_on_rank, config)
+    folder = Path(config.output) / "profile"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"rank0.json.gz", "rank1.json.gz", "rank0.txt", "rank1.txt"}
+    for rank in (0, 1):
+        with gzip.open(folder / f"rank{rank}.json.gz", "rt") as file:
+            events = json.load(file)["traceEvents"]
+        for name in get_args(Part):
+            found = [event for event in events if event["name"] == PART + name]
+            assert len(found) == 2, f"{name} must be in both profiled steps"
+        assert any(event["name"].startswith("gloo:") for event in events)
+        text = (folder / f"rank{rank}.txt").read_text()
+        assert text.startswith("2 steps, ")
+        percent = shares(text)
+        parts = {name: percent[name] for name in (*get_args(Part), "between steps")}
+        assert sum(parts.values()) == pytest.approx(100, abs=1)
+        assert all(value > 0 for value in parts.values())
+        assert 0 < percent["collectives under way"] <= 100
+        assert 0 <= percent["beside other work"] <= percent["collectives under way"]
+
+
+def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) -> None:
+    alone = dataclasses.replace(config, output=config.output + "-alone")
+    plain = dataclasses.replace(config, output=config.output + "-plain", profile=ProfileConfig())
+    losses = []
+    for each in (alone, plain):
+        train(each)
+        lines = (Path(each.output) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss") for line in lines])
+    assert losses[0] == losses[1]
+    assert (Path(alone.output) / "profile" / "rank0.json.gz").exists()
+    assert not (Path(plain.output) / "profile").exists()
+
+
+def test_a_run_that_ends_in_the_warm_up_says_so(config: TrainConfig) -> None:
+    short = dataclasses.replace(
+        config, output=config.output + "-short", profile=ProfileConfig(steps=1, warmup=9)
+    )
+    with pytest.warns(UserWarning, match="nothing was profiled"):
+        train(short)
+
+
+def test_the_option_of_the_command_sets_the_steps() -> None:
+    words = ["--prepared", "data", "--run", "run"]
+    for more, steps in (([], 0), (["--profile"], 5), (["--profile", "7"], 7)):
+        _, config = read_train([*words, *more])
+        assert config.profile.steps == steps
+    with pytest.raises(ValueError, match=r"profile.steps must be at least 0"):
+        ProfileConfig(steps=-1)
