@@ -122,6 +122,15 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         help="start from the weights of this run, whose items may be fewer; what is kept, and "
         "how new items start, say init_from.optimizer, init_from.new_rows, init_from.checkpoint",
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=5,
+        metavar="STEPS",
+        help="write to RUN/profile a trace of some steps (5) of every worker, after a warm-up, "
+        "and what share of the time each part of a step takes",
+    )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     lines = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
     example = describe(RECIPES["demo"]("DIR", "DIR"))
@@ -133,7 +142,8 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
     recipe = RECIPES[options.recipe](options.prepared, options.run)
     started = [] if options.init_from is None else [f"init_from.run={options.init_from}"]
-    return options, override(recipe, [*started, *options.overrides])
+    profiled = [] if options.profile is None else [f"profile.steps={options.profile}"]
+    return options, override(recipe, [*started, *profiled, *options.overrides])
 
 
 def first_line(documented: object) -> str:

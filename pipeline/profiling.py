@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
@@ -98,9 +97,8 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
         num_steps: how many they were.
     """
     events = list(events)
-    on_gpu = any(event.device_type == DeviceType.CUDA for event in events)
-    place = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    here = [event for event in events if event.device_type == place]
+    on_gpu = any(event.device_type.name == "CUDA" for event in events)
+    here = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
     parts: dict[str, list[Span]] = {}
     for event in here:
         if event.name.startswith(PART):

@@ -32,6 +32,7 @@ from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.mlflow_logging import MLflowConfig
 from shardrec.pipeline.model import Model, Precision
+from shardrec.pipeline.profiling import ProfileConfig
 from shardrec.pipeline.step import OptimizerConfig
 
 __all__ = [
@@ -129,6 +130,7 @@ class TrainConfig:
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
+        profile: the steps that are profiled; `profile/` in the run folder then holds the result.
         mlflow: where the run is logged besides its folder.
     """
 
@@ -149,6 +151,7 @@ class TrainConfig:
     log_every: int = 10
     show_progress: bool = True
     mlflow: MLflowConfig = field(default_factory=MLflowConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         """Refuse names that mean nothing."""

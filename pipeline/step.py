@@ -15,6 +15,7 @@ from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.data import Batch
 from shardrec.pipeline.group import rank_of, size_of, sum_over_ranks
 from shardrec.pipeline.model import Model
+from shardrec.pipeline.parts import part
 
 __all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "Votes", "learning_rate_factor"]
 
@@ -158,10 +159,12 @@ class Stepper:
         torch.manual_seed(self._dropout_seed(step))
         totals = self._agree(batches, votes)
         losses, statistics = self._backward(batches, step, totals)
-        norm = self._reduce_gradients()
+        with part("gradients over ranks"):
+            norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
         factor = learning_rate_factor(step, self.config, self.total_steps)
-        self._update(norm, factor, finite)
+        with part("update"):
+            self._update(norm, factor, finite)
         return StepOutcome(
             loss=losses,
             gradient_norm=norm,
@@ -212,14 +215,21 @@ class Stepper:
             )
             batch = batch.to(self.model.device)
             real = batch.real_positions()
-            output = self.loss(
-                self.model.states(batch.items, batch.lengths),
-                self.model.catalog.shard,
-                batch.targets.reshape(-1)[real],
-                weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
-                step=draw,
-            )
-            (output.loss * share).backward()
+            states = self.model.states(batch.items, batch.lengths)
+            # Backward in two calls, so that a profile tells the loss from the encoder.
+            seen = states.detach().requires_grad_()
+            with part("loss"):
+                output = self.loss(
+                    seen,
+                    self.model.catalog.shard,
+                    batch.targets.reshape(-1)[real],
+                    weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
+                    step=draw,
+                )
+            with part("loss backward"):
+                (output.loss * share).backward()
+            with part("encoder backward"):
+                states.backward(seen.grad)
             mean += float(output.loss.detach()) * share
             for name, value in output.statistics.items():
                 statistics[name] = statistics.get(name, 0.0) + value * share
@@ -234,10 +244,10 @@ class Stepper:
         parts = [_gradient(one).reshape(-1) for one in self.parameters]
         flat = torch.cat([*parts, table])
         sum_over_ranks(flat, self.model.group)
-        for parameter, part in zip(
+        for parameter, gradient in zip(
             self.parameters, flat[:-1].split([one.numel() for one in self.parameters]), strict=True
         ):
-            parameter.grad = part.view_as(parameter)
+            parameter.grad = gradient.view_as(parameter)
         return float((flat[:-1].square().sum() + flat[-1]).sqrt())
 
     def _update(self, norm: float, factor: float, finite: bool) -> None:
