@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 TEST_THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-quick test-slurm test-image lint format typecheck bench bench-compile clean
+.PHONY: help setup install demo test test-quick test-slow test-slurm test-image lint format typecheck bench bench-compile clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,13 @@ demo: setup  ## generate, prepare, train on 2 workers, evaluate, compare (EVENTS
 	@$(BIN)/shardrec demo $(if $(EVENTS),--events "$(EVENTS)") $(ARGS)
 
 test: setup  ## all tests that need no GPU
-	$(TEST_THREADS) $(BIN)/pytest -m "not gpu and not slurm and not image" $(ARGS)
+	$(TEST_THREADS) $(BIN)/pytest -m "not gpu and not soak and not slurm and not image" $(ARGS)
 
 test-quick: setup  ## the tests that take seconds
-	$(TEST_THREADS) $(BIN)/pytest -m "not gpu and not slow and not slurm and not image" $(ARGS)
+	$(TEST_THREADS) $(BIN)/pytest -m "not gpu and not slow and not soak and not slurm and not image" $(ARGS)
+
+test-slow: setup  ## a run on two workers, killed twenty times at random moments (ARGS=-s shows each)
+	$(TEST_THREADS) $(BIN)/pytest -m soak tests/launch/test_elastic.py $(ARGS)
 
 test-slurm: setup  ## training as a job of a real Slurm on this machine (root, Slurm)
 	$(TEST_THREADS) $(BIN)/pytest -m slurm tests/launch/test_slurm.py $(ARGS)

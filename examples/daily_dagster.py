@@ -84,8 +84,8 @@ def prepared(context: dg.AssetExecutionContext, shop: Shop) -> None:
 
 @dg.asset(partitions_def=DAYS, deps=[prepared])
 def trained(context: dg.AssetExecutionContext, shop: Shop) -> None:
-    """A run with its checkpoints."""
-    shop.call("train", *shop.trained(context), *shop.model)
+    """A run with its checkpoints; one that was interrupted goes on."""
+    shop.call("train", *shop.trained(context), "--resume=auto", *shop.model)
 
 
 @dg.asset(partitions_def=DAYS, deps=[trained])

@@ -23,7 +23,7 @@ def measure_export(
 
     Items are matched by the log's own ids. Those that the export does not know are skipped in
     histories and stand behind all others, so that targets among them are missed, as they are when
-    the export serves these users.
+    the export serves these users. Those that only the export knows are no candidates here.
 
     Args:
         folder: an export.

@@ -22,7 +22,7 @@ def test_the_help_names_every_command() -> None:
 def test_a_misspelt_command_lists_near_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalaute"]) == 2
     assert capsys.readouterr().err == (
-        "shardrec: command must be a known name, got 'evalaute'; did you mean evaluate?\n"
+        "shardrec: command must be a known name, got 'evalaute'; did you mean evaluate, gate?\n"
     )
 
 

@@ -103,7 +103,7 @@ def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
     request = text.partition("=== SCHEDULER REQUEST ===")[2]
     assert "numNodes: 2" in request and "queue: jobs" in request
     assert "image: me/shardrec:1" in request
-    assert "type: GPU\n            value: '4'" in request
+    assert "type: GPU value: '4'" in " ".join(request.split())
     assert "attempts: 3" in request
     assert "containerPath: /data" in request
     assert "loss=sce" in request
