@@ -44,7 +44,7 @@ END = "end.json"
 METRICS = "metrics.jsonl"
 # Options that change neither the weights nor which of them are the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
-FREE_PARTS = ("checkpoints.", "mlflow.")
+FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
