@@ -2,7 +2,8 @@
 
 Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
 2 the input or an option is wrong, in one line; 3 a gate or a rollback stands against a publication;
-130 interrupted. Nothing but 0 leaves a finished-looking output.
+75 stopped by SIGTERM, to be started again; 130 interrupted. Nothing but 0 leaves a
+finished-looking output.
 """
 
 import dis
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import shardrec
+from shardrec.pipeline.interruption import Preempted
 
 COMMANDS = {
     "synth": "generate an event log whose best possible metrics are known",
@@ -35,6 +37,7 @@ ELSEWHERE = {
     **dict.fromkeys(("launch", "report", "doctor", "demo"), "tools"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+PREEMPTED = 75  # "temporary failure, try again" among the codes of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +72,7 @@ def usage() -> str:
             *lines,
             "",
             "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
-            "130 interrupted",
+            "75 stopped by SIGTERM and to be started again, 130 interrupted",
         ]
     )
 
@@ -127,7 +130,9 @@ def spell(error: Exception) -> str:
 
 
 def exit_code(error: Exception) -> int:
-    """2 when the input is at fault, 1 when something failed on the way."""
+    """2 when the input is at fault, 75 after SIGTERM, 1 when something failed on the way."""
+    if isinstance(error, Preempted):
+        return PREEMPTED
     missing = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
     wrong = (ValueError, TypeError, PermissionError, *missing)
     return BAD_INPUT if isinstance(error, wrong) else FAILED

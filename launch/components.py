@@ -21,6 +21,9 @@ IMAGE = f"shardrec:{shardrec.__version__}"
 # The working directory may be a checkout, whose folder `kernels` would hide the package so named.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 
+# What torchrun waits longer than its workers may take after SIGTERM, before it kills them.
+SHUTDOWN_S = 5
+
 # Without it torchrun takes our `--run` for an abbreviation of its own `--run-path`.
 TO_US = ("--",)
 
@@ -36,10 +39,15 @@ def train(
     memMB: int = 8192,  # noqa: N803 (TorchX's own spelling of this option)
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    max_restarts: int = 0,
+    grace: int = 25,
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
+
+    With `--resume=auto` after the `--`, workers that are started again go on from the last whole
+    checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
 
     Args:
         arguments: after ``--``, everything `shardrec train` takes
@@ -51,10 +59,17 @@ def train(
         gpu: GPUs for each node
         memMB: memory for each node, in MB
         env: variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO
-        max_retries: how often the scheduler starts the job again
+        max_retries: how often the scheduler starts the job again (local_cwd does not)
+        max_restarts: how often workers are started again in the same job after one has died
+        grace: seconds after SIGTERM in which workers may end their step and write a checkpoint
         mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
         rdzv_port: port on the first node where several nodes meet; unused with one node
     """
+    if max_restarts and not any(word.startswith("--resume") for word in arguments):
+        raise ValueError(
+            f"--resume=auto must follow the -- where workers are started again, got none with "
+            f"max_restarts={max_restarts}; without it they would refuse the folder of the first"
+        )
     app = dist.ddp(
         *TO_US,
         "train",
@@ -72,7 +87,12 @@ def train(
         mounts=mounts,
         rdzv_port=rdzv_port,
     )
-    return _finish(app, "train", j)
+    app = _finish(app, "train", j)
+    app.roles[0].env |= {
+        "PET_MAX_RESTARTS": str(max_restarts),  # how torchrun spells its options in variables
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace + SHUTDOWN_S),
+    }
+    return app
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Where this process stands among the workers; only this file reads the launcher's variables."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=30)
+from shardrec.pipeline.peers import LostRankError, Peers
+
+__all__ = ["TIMEOUT_S", "Place", "Workers", "choose_device", "process_group", "workers"]
+
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +51,96 @@ class Place:
         return cls(rank, local_rank, world_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What a worker knows of all of them.
+
+    Attributes:
+        group: of all workers; None in a single process without a launcher.
+        device: of this worker.
+        peers: says which of the others are gone; None where there are none.
+    """
+
+    group: dist.ProcessGroup | None
+    device: torch.device
+    peers: Peers | None
+
+
 @contextmanager
-def process_group() -> Iterator[tuple[dist.ProcessGroup | None, torch.device]]:
-    """The group of all workers and this worker's device, for the length of a ``with``.
+def process_group(
+    timeout_s: float = TIMEOUT_S,
+) -> Iterator[tuple[dist.ProcessGroup | None, torch.device]]:
+    """The group of all workers and this worker's device; otherwise as ``workers``."""
+    with workers(timeout_s) as found:
+        yield found.group, found.device
+
+
+@contextmanager
+def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
+    """The workers of this job, for the length of a ``with``.
 
     Without a launcher the group is None: a single process, no collectives.
+
+    Args:
+        timeout_s: how long a worker waits for the others in a collective.
+
+    Raises:
+        LostRankError: a collective failed or took too long, and the message names the rank that
+            died, left or did not come.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
     place = Place.read(os.environ)
     device = choose_device(place)
     if place is None:
-        yield None, device
+        yield Workers(None, device, None)
         return
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    peers = Peers(store, rank, world_size, interval_s=min(1.0, timeout_s / 20))
+    with _accounted_for(peers):
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        yield Workers(dist.group.WORLD, device, None if world_size == 1 else peers)
+
+
+@contextmanager
+def _accounted_for(peers: Peers) -> Iterator[None]:
+    """Let the ranks know of each other; what torch raises for want of one becomes its name.
+
+    The process group is taken down at the end, when it has told how far each rank came.
+    """
+    reason = "it has finished"
+    peers.start()
     try:
-        yield dist.group.WORLD, device
+        yield
+    except BaseException as error:
+        absent = str(peers.absent()) if _may_be_of_another(error) else ""
+        reason = "" if absent else f"{type(error).__name__}: {error}"
+        if not absent:
+            raise
+        raise LostRankError(
+            f"every rank must take part to the end, got {absent}; look for its last lines and "
+            "start the job again: with --resume=auto it goes on from its last checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        peers.leave(reason)
+        if peers.rank == 0 and not reason:  # it may keep the store in which others look, too
+            time.sleep(2 * peers.patience_s)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _may_be_of_another(error: BaseException) -> bool:
+    """Whether torch raised it, which knows connections and not ranks; ours say what they mean."""
+    if not isinstance(error, RuntimeError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("shardrec.")
 
 
 def choose_device(place: Place | None) -> torch.device:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
+from shardrec.pipeline.interruption import Preempted
 
 COMPONENTS = (
     "synth",
@@ -105,16 +106,21 @@ def print_line(line: str) -> None:
 def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
     """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
 
-    The workers end with this process: an interrupt reaches them too.
+    The workers end with this process: an interrupt reaches them too. SIGTERM is passed on, and
+    they are given the time that it leaves them.
 
     Returns:
         None when every worker ended well; else what a worker said was wrong, or nothing.
+
+    Raises:
+        Preempted: the job ended because of SIGTERM; the message is what a worker said.
     """
     _find_our_programs()
     with _interrupts_as_usual(), get_runner() as runner:
         request = _request(runner, job)
         app: AppDef = request._app
         handle = runner.schedule(request)
+        sigterm_came = _pass_on_sigterm()
         role = app.roles[0]
         copies = [_Copy(runner, handle, role.name, node, show) for node in range(role.num_replicas)]
         for copy in copies:
@@ -124,7 +130,29 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
             copy.join(timeout=10)
     if status is not None and status.state == AppState.SUCCEEDED:
         return None
-    return next((copy.complaint for copy in copies if copy.complaint), "")
+    complaint = next((copy.complaint for copy in copies if copy.complaint), "")
+    if sigterm_came():
+        raise Preempted(complaint or "the job ended after SIGTERM; start it again")
+    return complaint
+
+
+def _pass_on_sigterm() -> Callable[[], bool]:
+    """Send SIGTERM on to the processes started from here; whether it has come, to ask later.
+
+    TorchX would kill them ten seconds later, without waiting for a checkpoint.
+    """
+    came = threading.Event()
+
+    def pass_on(*_: object) -> None:
+        came.set()
+        for children in Path("/proc/self/task").glob("*/children"):
+            for child in children.read_text().split():
+                with suppress(ProcessLookupError):  # it leads no process group, or is gone
+                    os.killpg(int(child), signal.SIGTERM)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, pass_on)
+    return came.is_set
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Small questions to a process group, where None stands for a single process."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -61,6 +62,7 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
         answer = None, error
     answers = [answer] * size_of(group)
     dist.all_gather_object(answers, answer, group=group)
+    answers[rank_of(group)] = answer  # what was raised here keeps its traceback
     for rank, (_, raised) in enumerate(answers):
         if raised is not None:
             raised.add_note(f"raised on rank {rank} of {len(answers)}")
@@ -103,9 +105,10 @@ def in_step(
         device: where the group's collectives find their tensors.
 
     Raises:
-        RuntimeError: another rank failed; that rank raises its own error.
+        Exception: what a rank raised, on all of them; a note names the rank.
 
-    Collectives: one all-reduce of a number for each item, and one at the end.
+    Collectives: one all-reduce of a number for each item, and one at the end; where a rank failed,
+    one gather of small objects.
     """
     iterator = iter(items)
     if group is None:
@@ -115,16 +118,16 @@ def in_step(
         item, error = _next(iterator)
         failed = torch.tensor(float(error is not None), device=device)
         sum_over_ranks(failed, group)
-        if error is not None:
-            raise error
         if failed:
-            raise RuntimeError(
-                f"data must be readable on every rank, got a failure on {int(failed)} of "
-                f"{size_of(group)}; the message of that rank says what to do"
-            )
+            on_this_rank(functools.partial(_raise, error), group)
         if not item:
             return
         yield item[0]
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _next(iterator: Iterator[Result]) -> tuple[list[Result], Exception | None]:

@@ -1,0 +1,116 @@
+"""What SIGTERM means: stop between two steps, write a checkpoint, end within a set time.
+
+Schedulers send it before they take a machine away, and torchrun before it starts workers again.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from shardrec.launch.cli import FAILED, PREEMPTED
+from shardrec.pipeline.peers import Peers
+
+__all__ = ["GRACE_S", "grace_seconds", "sigterm_asks"]
+
+GRACE_S = 25.0
+# What torchrun's own limit must leave for the end of the process.
+MARGIN_S = 5.0
+LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
+    """The seconds between SIGTERM and the end that a worker may take.
+
+    Args:
+        asked: by the user; None takes what the launcher leaves.
+        environment: of this process; under torchrun it says when torchrun kills its workers.
+
+    Raises:
+        ValueError: torchrun would kill the worker before.
+
+    Example:
+        >>> grace_seconds(None, {}), grace_seconds(None, {LIMIT: "125", "TORCHELASTIC_RUN_ID": "1"})
+        (25.0, 120.0)
+    """
+    if asked is not None and not asked > 0:
+        raise ValueError(f"--grace must be above 0, got {asked}; give seconds")
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return GRACE_S if asked is None else asked
+    limit = float(environment.get(LIMIT, GRACE_S + MARGIN_S))
+    if asked is not None and asked > limit:
+        raise ValueError(
+            f"--grace must be at most the {limit:.0f} s after which torchrun kills its workers, "
+            f"got {asked}; raise {LIMIT}, or --grace of `shardrec launch train`"
+        )
+    return asked if asked is not None else max(1.0, limit - MARGIN_S)
+
+
+@contextlib.contextmanager
+def sigterm_asks(grace_s: float, peers: Peers | None) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, as a function to ask, for the length of a ``with``.
+
+    The process ends by itself, with a line that says why, when the ``with`` has not ended in time,
+    or when another rank is gone and a checkpoint can no longer be written. The main thread may be
+    waiting in a collective, where Python runs no handler, so a thread looks after this.
+
+    Args:
+        grace_s: seconds from SIGTERM to the end.
+        peers: the other ranks; None in a single process.
+    """
+    asked, over = threading.Event(), threading.Event()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    watch = (reader, asked, over, grace_s, peers)
+    threading.Thread(target=_look_after, args=watch, name="sigterm", daemon=True).start()
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield asked.is_set
+    finally:
+        over.set()
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        writer.close()
+
+
+def _look_after(
+    signals: socket.socket,
+    asked: threading.Event,
+    over: threading.Event,
+    grace_s: float,
+    peers: Peers | None,
+) -> None:
+    """Wait for SIGTERM, then for the end of the ``with``, but not for ever."""
+    if not _sigterm_comes(signals):
+        return
+    asked.set()
+    deadline = time.monotonic() + grace_s
+    while not over.wait(0.1):
+        gone = [] if peers is None else peers.absent().gone
+        if gone and not over.is_set():
+            _end(FAILED, f"SIGTERM came, and no checkpoint can be written: {'; '.join(gone)}")
+        if time.monotonic() > deadline and not over.is_set():
+            _end(
+                PREEMPTED,
+                f"no checkpoint within {grace_s:.0f} s after SIGTERM; resumed, the run goes on "
+                "from the one before (--grace gives more time)",
+            )
+
+
+def _sigterm_comes(signals: socket.socket) -> bool:
+    """Wait for the number of SIGTERM, or for the other end to be closed."""
+    with signals:
+        while received := signals.recv(1):
+            if received[0] == signal.SIGTERM:
+                return True
+    return False
+
+
+def _end(code: int, message: str) -> None:
+    print(f"shardrec train: {message}", file=sys.stderr, flush=True)
+    os._exit(code)

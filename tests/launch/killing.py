@@ -1,0 +1,212 @@
+"""Kills for real: starts jobs, finds their workers, kills them, and compares how they end."""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from shardrec.launch.commands import read_train
+from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.train import train
+
+CLI = [sys.executable, "-P", "-m", "shardrec.launch.cli"]
+# Dropout, validations, more than one epoch, the optimizer with the most memory: all must come back.
+RECIPE = ("--recipe", "tiny_cpu", "catalog.optimizer=adam", "batches.batch_size=20", "log_every=1")
+
+
+def stage(data: str, run: Path, *options: str) -> list[str]:
+    """What follows the ``--`` of a training job."""
+    return ["--prepared", data, "--run", str(run), "--resume=auto", *RECIPE, *options]
+
+
+class Job:
+    """``shardrec launch train`` with two workers, and the lines it has written."""
+
+    def __init__(self, words: list[str], log: Path, max_restarts: int = 0) -> None:
+        self.log = log
+        component = ["-j", "1x2", "--max_restarts", str(max_restarts), "--cpu", "2"]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*CLI, "launch", "train", *component, "--", *words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """Its workers that live, by rank."""
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                    if child.status() != psutil.STATUS_ZOMBIE and "cli" in str(child.cmdline()):
+                        found[int(child.environ()["RANK"])] = child
+        return found
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def end(self, timeout: float) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job did not end:\n{self.said()[-4000:]}") from None
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers().values():
+            worker.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+def until(seconds: float, what: str, job: Job) -> Iterator[None]:
+    """Goes round until somebody leaves the loop; fails when time is over or the job has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert job.process.poll() is None, f"ended before {what}:\n{job.said()[-4000:]}"
+        yield
+    raise AssertionError(f"no {what} in {seconds} s:\n{job.said()[-4000:]}")
+
+
+def kill_during_a_write(run: Path, job: Job, after_step: int = 0) -> str:
+    """SIGKILL rank 0 while a checkpoint has no manifest yet; the name of that checkpoint.
+
+    The process is stopped first, so that it is certain that the manifest was not written.
+    """
+    checkpoints = run / "checkpoints"
+    rank_0 = wait_for_workers(job)[0]
+    for _ in until(60, "unfinished checkpoint", job):
+        name = newest(checkpoints)
+        if name <= f"step-{after_step:08d}" or (checkpoints / name / "manifest.json").exists():
+            continue
+        rank_0.suspend()
+        while rank_0.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        if newest(checkpoints) == name and not (checkpoints / name / "manifest.json").exists():
+            rank_0.kill()
+            return name
+        rank_0.resume()
+    raise AssertionError
+
+
+def wait_for_workers(job: Job) -> dict[int, psutil.Process]:
+    for _ in until(60, "two workers", job):
+        if len(workers := job.workers()) == 2:
+            return workers
+        time.sleep(0.05)
+    raise AssertionError
+
+
+def newest(checkpoints: Path) -> str:
+    """The last checkpoint, complete or not; "" where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return max(os.listdir(checkpoints), default="")
+    return ""
+
+
+def lines(run: Path, event: str) -> list[dict[str, Any]]:
+    """Whole lines of the metrics."""
+    with contextlib.suppress(FileNotFoundError):
+        read = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        found = [json.loads(line) for line in read if line.endswith("\n")]
+        return [line for line in found if line["event"] == event]
+    return []
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in lines(run, "step")), default=0)
+
+
+def train_undisturbed(words: list[str]) -> None:
+    """The same run in the processes of the test pool."""
+    _, config = read_train(words)
+    train(config, resume="auto")
+
+
+def assert_same_end(run: Path, undisturbed: Path) -> None:
+    """Table, encoder, optimizers, losses and metrics bit by bit, and every step told once."""
+    found, expected = (
+        load_checkpoint(Checkpoints(folder / "checkpoints", None).find("last"))
+        for folder in (run, undisturbed)
+    )
+    whole, rows = found.tensors()
+    theirs = {name: one for part in expected.tensors() for name, one in part.items()}
+    assert theirs.keys() == (whole | rows).keys()
+    for name, value in (whole | rows).items():
+        assert torch.equal(value, theirs[name]), name
+    for event, names in (("step", ("step", "loss")), ("validation", ("step", "metrics"))):
+        told = [
+            [tuple(line[name] for name in names) for line in lines(folder, event)]
+            for folder in (run, undisturbed)
+        ]
+        assert told[0] == told[1], event
+    ends = [json.loads((folder / "end.json").read_text()) for folder in (run, undisturbed)]
+    assert [end["step"] for end in ends] == [ends[1]["step"]] * 2
+    assert ends[0]["best_metrics"] == ends[1]["best_metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """What was killed when, and how the run went on.
+
+    Attributes:
+        rank: of the worker.
+        moment: "write" of a checkpoint, "step", or "start" of the workers.
+        step: the last one told before.
+        whole: step of the last whole checkpoint before; 0 where there was none.
+        resumed: step from which the run went on.
+        seconds: from the kill to the next step told.
+    """
+
+    rank: int
+    moment: str
+    step: int
+    whole: int
+    resumed: int
+    seconds: float
+
+
+def kill_at_random(run: Path, job: Job, luck: random.Random) -> Kill:
+    """SIGKILL a worker at a random moment and wait until the run goes on."""
+    workers, step = wait_for_workers(job), last_step(run)
+    rank, moment = luck.randrange(2), luck.choice(["write", "step", "step", "start"])
+    starts = len(lines(run, "resume"))
+    if moment == "write":
+        rank = 0
+        kill_during_a_write(run, job, step)
+    else:
+        target = step + luck.randint(1, 60)
+        for _ in until(60, f"step {target}", job) if moment == "step" else ():
+            if last_step(run) >= target:
+                break
+            time.sleep(0.002)
+        time.sleep(luck.uniform(0, 0.05 if moment == "step" else 6))
+        workers[rank].kill()
+    killed_at, step, whole = time.time(), last_step(run), last_whole(run)
+    for _ in until(120, "step after a restart", job):
+        if len(lines(run, "resume")) > starts and lines(run, "step")[-1]["time"] > killed_at:
+            break
+        time.sleep(0.02)
+    resumed = int(lines(run, "resume")[-1]["step"])
+    seconds = lines(run, "step")[-1]["time"] - killed_at
+    return Kill(rank, moment, step, whole, resumed, seconds)
+
+
+def last_whole(run: Path) -> int:
+    """Step of the last complete checkpoint; 0 where there is none."""
+    manifests = (run / "checkpoints").glob("step-*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in manifests), default=0)

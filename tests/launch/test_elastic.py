@@ -1,0 +1,109 @@
+"""Workers are killed for real, and the run ends as if nothing had happened."""
+
+import json
+import random
+import signal
+import statistics
+from pathlib import Path
+
+import pytest
+from tests.launch.killing import (
+    Job,
+    assert_same_end,
+    kill_at_random,
+    kill_during_a_write,
+    last_step,
+    lines,
+    stage,
+    train_undisturbed,
+    until,
+)
+from tests.pipeline.small_data import prepare_small
+from tests.ranks import Ranks
+
+from shardrec.launch import components
+
+STEPS, KILLS = 120, 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_small(tmp_path_factory.mktemp("data"))
+
+
+def options(steps: int) -> list[str]:
+    return [f"limits.max_steps={steps}", "checkpoints.every_steps=7", "validation.every_steps=25"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: str, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    ranks(2).run(train_undisturbed, stage(data, run, *options(STEPS)))
+    return run
+
+
+def test_rank_0_killed_while_it_writes_a_checkpoint_changes_nothing(
+    data: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = stage(data, run, *options(STEPS))
+    with Job(words, tmp_path / "log", max_restarts=1) as job:
+        killed = kill_during_a_write(run, job, after_step=20)
+        assert job.end(timeout=90) == 0, job.said()
+    (resumed,) = lines(run, "resume")
+    assert 0 < resumed["step"] < int(killed.removeprefix("step-"))
+    assert_same_end(run, undisturbed)
+
+
+def test_a_preempted_job_says_so_and_the_next_one_ends_as_if_nothing_had_happened(
+    data: str, undisturbed: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = stage(data, run, *options(STEPS))
+    with Job(words, tmp_path / "log") as job:
+        for _ in until(60, "step", job):
+            if last_step(run) > 10:
+                break
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end(timeout=40) == 75, job.said()
+    stopped = last_step(run)
+    assert stopped < STEPS and not (run / "end.json").exists()
+    assert f"shardrec launch: the run stopped after step {stopped}" in job.said()
+    ranks(2).run(train_undisturbed, words)
+    (resumed,) = lines(run, "resume")
+    assert resumed["step"] == stopped, "the checkpoint was of the step at which the ranks agreed"
+    assert_same_end(run, undisturbed)
+
+
+def test_workers_are_started_again_only_where_they_may_go_on() -> None:
+    with pytest.raises(ValueError, match="--resume=auto must follow the --"):
+        components.train("--prepared", "data", "--run", "run", j="1x2", max_restarts=1)
+    app = components.train("--run", "run", "--resume=auto", j="1x2", max_restarts=3, grace=60)
+    assert app.roles[0].env["PET_MAX_RESTARTS"] == "3"
+    assert app.roles[0].env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "65"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_twenty_kills_lose_nothing(data: str, ranks: Ranks, tmp_path: Path) -> None:
+    run, whole, luck = tmp_path / "run", tmp_path / "whole", random.Random(4)
+    settings = options(KILLS * 90)
+    ranks(2).run(train_undisturbed, stage(data, whole, *settings), timeout=600)
+    with Job(stage(data, run, *settings), tmp_path / "log", max_restarts=KILLS) as job:
+        kills = []
+        for number in range(KILLS):
+            kills.append(kill_at_random(run, job, luck))
+            print(f"kill {number + 1} of {KILLS}: {kills[-1]}", flush=True)
+        assert job.end(timeout=600) == 0, job.said()
+    assert all(kill.resumed >= kill.whole for kill in kills), "a whole checkpoint was passed over"
+    assert_same_end(run, whole)
+    told = {
+        "kills": KILLS,
+        "while a checkpoint was written": sum(kill.moment == "write" for kill in kills),
+        "of rank 0": sum(kill.rank == 0 for kill in kills),
+        "steps taken again": sum(kill.step - kill.resumed for kill in kills),
+        "seconds to the next step, median": statistics.median(kill.seconds for kill in kills),
+        "seconds to the next step, most": max(kill.seconds for kill in kills),
+        "table, encoder, optimizers, losses and metrics": "bit-equal to the undisturbed run",
+    }
+    print(json.dumps(told, indent=1))

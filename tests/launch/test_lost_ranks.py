@@ -1,0 +1,76 @@
+"""A rank that is stopped, asleep or gone is named by those that wait for it, in bounded time."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.ranks import Ranks
+
+from shardrec.launch.distributed import workers
+from shardrec.pipeline.peers import LostRankError
+
+TIMEOUT_S = 2.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def misbehave(how: str) -> None:
+    if how == "stopped":
+        time.sleep(TIMEOUT_S / 4)  # a few signs
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "asleep":
+        time.sleep(4 * TIMEOUT_S)
+    else:
+        raise KeyError("a bug of one rank")
+
+
+def wait_for_rank_1(how: str, port: int) -> tuple[str, float]:
+    """What this rank raised, and after how many seconds, when rank 1 does not come."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    processes = [0] * world_size
+    dist.all_gather_object(processes, os.getpid())
+    dist.destroy_process_group()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "localhost"}
+    started = time.monotonic()
+    try:
+        with workers(TIMEOUT_S):
+            dist.barrier()
+            if rank == 1:
+                misbehave(how)
+            dist.all_reduce(torch.ones(1))
+        return "nothing", 0.0
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - started
+    finally:
+        for name in (*place, "MASTER_ADDR"):
+            del os.environ[name]
+        if rank == 0:
+            os.kill(processes[1], signal.SIGCONT)
+        # The pool takes down the group it made.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("stopped", "gives no sign of life, it was last at launch/test_lost_ranks.py:"),
+        ("asleep", "lives but does not come, it is at launch/test_lost_ranks.py:"),
+        ("raising", "has left: KeyError: 'a bug of one rank'"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) -> None:
+    answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=60)
+    for said, seconds in (answers[0], answers[2]):
+        assert said.startswith(LostRankError.__name__)
+        assert "got rank 1" in said and words in said, said
+        assert "rank 0" not in said and "rank 2" not in said
+        assert seconds < 3 * TIMEOUT_S
