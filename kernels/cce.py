@@ -4,12 +4,14 @@ Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", a
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.cpu import TILE_LOGITS
+from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.fused_cce import (
@@ -18,9 +20,10 @@ from shardrec.kernels.fused_cce import (
     fused_cross_entropy,
     group_size,
 )
-from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.operation import Call, Operator, autocast_dtype
+from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import streamed_logsumexp
+from shardrec.kernels.streaming import Plan
 
 __all__ = ["cut_cross_entropy", "cut_cross_entropy_cost"]
 
@@ -42,8 +45,8 @@ def cut_cross_entropy(
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype, or this rank's shard of it.
-        targets: (N,) int64 in [0, V).
+        table: (V, D), same dtype except under autocast, or this rank's shard of it.
+        targets: (N,) int64 or int32 in [0, V).
         weights: (N,) float factors of the positions' losses; the mean divides by their sum.
         reduction: "mean", "sum" or "none".
         normalize: Take states and rows at unit length.
@@ -62,50 +65,46 @@ def cut_cross_entropy(
     On a CPU, for float32 and shards of up to 196,608 rows, mean and sum take their gradient in the
     forward pass.
 
-    Collectives: none for a tensor; those of ``fused_cross_entropy`` or of ``streamed_logsumexp``
-        for a shard.
+    Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
+    ``streamed_logsumexp`` and ``streamed_gradients``.
     """
-    scaling = Scaling(normalize, temperature)
-    problem = pose(
-        states,
-        table,
-        targets,
+    call = Call(
         weights=weights,
         reduction=reduction,
-        scaling=scaling,
+        normalize=normalize,
+        temperature=temperature,
         backend=backend,
     )
-    in_cache = problem.backend == "torch" and fits_cache(problem)
-    if reduction != "none" and _takes_gradient(problem) and in_cache:
-        own = fused_cross_entropy(problem, problem.coefficients(reduction))
-        return problem.exchange.total(own)
-    logsumexp, target_logits = streamed_logsumexp(problem, _EveryItem(problem))
-    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
+    fuse = backend != "triton" and _fits_cache(states, table)
+    return _cut_cross_entropy(states, table, targets, call, EveryItem(), fuse=fuse)[0]
 
 
-def _takes_gradient(problem: Problem) -> bool:
-    wanted = problem.states.requires_grad or problem.rows.requires_grad
-    return wanted and torch.is_grad_enabled()
+def _fits_cache(states: Tensor, table: Tensor | RowShard) -> bool:
+    if autocast_dtype(states) not in (None, torch.float32):
+        return False
+    if isinstance(table, Tensor):
+        return fits_cache(states, table, table.shape[0], 1)
+    num_ranks = 1 if table.group is None else table.group.size()
+    return fits_cache(states, table.rows, table.num_rows, num_ranks)
 
 
-class _EveryItem:
-    """The plan in which every item is a candidate of every position."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EveryItem(Candidates):
+    """The full softmax."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._exchange = problem.exchange
-        self.num_slots = problem.states.shape[0]
-        self.per_position: Sequence[Tensor] = ()
+    def plan(self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]) -> "_EveryPair":
+        """One block of all positions and rows."""
+        return _EveryPair(meeting)
 
-    def chunk_of(self) -> Tensor:
-        return self._exchange.even_chunks(self._exchange.min_chunks)
 
-    def slots(self, chunk: Chunk) -> Chunk:
-        return chunk
-
+class _EveryPair(Plan):
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
         return every_pair(row_ids.count, row_ids.find(targets))
+
+
+_cut_cross_entropy = Operator("cut_cross_entropy", EveryItem, fused_cross_entropy)
 
 
 def cut_cross_entropy_cost(work: Workload) -> LossCost:

@@ -6,6 +6,7 @@ Source: arXiv 2509.09682; the correction with K and Q as drawn follows from unbi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
@@ -23,11 +25,12 @@ from shardrec.kernels.cost import (
     streaming_bytes,
 )
 from shardrec.kernels.exchange import Chunk
-from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform
-from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
-from shardrec.kernels.row_trip import RowTrip, with_fetched_rows
+from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform, pack, unpack
+from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.problem import Problem
+from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import streamed_logsumexp
+from shardrec.kernels.streaming import Plan
 
 __all__ = ["Sampler", "sampled_cross_entropy", "sampled_cross_entropy_cost"]
 
@@ -43,7 +46,7 @@ class Sampler:
         proposal: Distribution of the draws.
         num_negatives: K, draws per block.
         num_positions: N over all ranks.
-        share: Positions that share one set of draws; global position i is in block
+        share: Positions that share one set of draws, None for all; global position i is in block
             ``i mod ceil(num_positions / share)``.
         seed: Key of the generator.
         step: Training step.
@@ -54,7 +57,7 @@ class Sampler:
     proposal: Proposal
     num_negatives: int
     num_positions: int
-    share: int
+    share: int | None
     seed: int
     step: int
     parity: bool = False
@@ -62,7 +65,7 @@ class Sampler:
     @property
     def num_blocks(self) -> int:
         """Number of sets of draws."""
-        return max(1, -(-self.num_positions // self.share))
+        return _num_blocks(self.num_positions, self.share)
 
     @property
     def blocks_at_once(self) -> int:
@@ -135,8 +138,8 @@ def sampled_cross_entropy(
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype, or this rank's shard of it.
-        targets: (N,) int64 in [0, V).
+        table: (V, D), same dtype except under autocast, or this rank's shard of it.
+        targets: (N,) int64 or int32 in [0, V).
         num_negatives: K draws per block of positions.
         share: Positions that share their draws; 1 is the published form, None the whole batch.
         seed: Key of the generator.
@@ -161,91 +164,134 @@ def sampled_cross_entropy(
             on this rank or another.
 
     Over several ranks either the states travel to all shards, or the rows that are drawn and those
-    of the targets travel to the states: whichever is fewer bytes (see ``_meets``). The result is
-    the same.
+    of the targets travel to the states: whichever is fewer bytes (see ``SampledItems.touched``).
+    The result is the same.
 
     Collectives: none for a tensor; for a shard one gather of the targets, and those of
-    ``streamed_logsumexp`` or of ``with_fetched_rows``.
+    ``streamed_logsumexp`` and ``streamed_gradients``, and of ``fetch_rows`` and
+    ``return_gradients`` where rows travel.
     """
     if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
             f"num_negatives and share must be positive, got {num_negatives} and {share}; "
             "share=1 draws for each position, None once for the batch"
         )
-    scaling = Scaling(normalize, temperature)
-    problem = pose(
-        states,
-        table,
-        targets,
+    call = Call(
         weights=weights,
         reduction=reduction,
-        scaling=scaling,
+        normalize=normalize,
+        temperature=temperature,
         backend=backend,
+        sparse_grad=sparse_grad,
     )
-    num_positions = problem.exchange.num_positions
-    sampler = Sampler(
-        proposal=proposal or Uniform(problem.num_items),
+    if proposal is None:
+        proposal = Uniform(table.num_rows if isinstance(table, RowShard) else table.shape[0])
+    kinds, numbers, tables = pack(proposal)
+    candidates = SampledItems(
         num_negatives=num_negatives,
-        num_positions=num_positions,
-        share=max(num_positions, 1) if share is None else share,
+        share=share,
         seed=seed,
         step=step,
         parity=parity,
+        proposal_kinds=kinds,
+        proposal_numbers=numbers,
     )
-    first_position = problem.exchange.first_position
-    sampled = _meets(problem, sampler, sparse_grad)
-    plan = _SampledItems(sampler, sampled, first_position - sampled.exchange.first_position)
-    logsumexp, target_logits = streamed_logsumexp(sampled, plan)
-    positions = torch.arange(plan.num_slots, device=states.device) + first_position
-    logsumexp = logsumexp - sampler.correction(positions, problem.targets)
-    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
+    return _sampled_cross_entropy(states, table, targets, call, candidates, tables)[0]
 
 
-def _meets(problem: Problem, sampler: Sampler, sparse: bool) -> Problem:
-    """The problem over the rows that are drawn or targets, where they meet the states.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledItems(Candidates):
+    """The draws of the position's block.
 
-    States travel to the shards, twice, and their gradients back: ``(2 e + 4) N D`` bytes of e bytes
-    a number, of which a rank has its share already. Or the M distinct rows drawn travel to every
-    rank, and the T rows of its other targets to each, with their gradients back: ``(e + 4)(M + T)
-    D``. Rows are not considered where there are more than two draws for each position.
-
-    Collectives: a gather of the targets, and those of ``with_fetched_rows`` where rows travel.
+    Attributes are those of ``sampled_cross_entropy``; the proposal is packed.
     """
-    exchange = problem.exchange
-    all_targets = exchange.gather_all(problem.targets)
-    if sampler.num_blocks * sampler.num_negatives <= 2 * exchange.num_positions:
-        trip = RowTrip.of(sampler.distinct_items(all_targets.device), all_targets, exchange)
-        if trip.is_cheaper(problem):
-            return with_fetched_rows(problem, trip, sparse)
-    return problem.restrict(sampler.drawn_rows(problem.row_ids, all_targets), sparse)
+
+    rows: ClassVar[str] = "M"
+    travels: ClassVar[bool] = True
+
+    num_negatives: int
+    share: int | None
+    seed: int
+    step: int
+    parity: bool
+    proposal_kinds: str
+    proposal_numbers: list[int]
+
+    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
+        """M is the number of draws and targets, or of rows."""
+        num_draws = _num_blocks(num_positions, self.share) * self.num_negatives
+        return {"M": torch.sym_min(num_rows, num_draws + num_positions)}
+
+    def touched(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Tensor | RowTrip:
+        """The items drawn, and targets, or their trip to the states.
+
+        States travel to the shards, twice, and their gradients back: ``(2 e + 4) N D`` bytes of e
+        bytes a number, of which a rank has its share already. Or the M distinct rows drawn travel
+        to every rank, and the T rows of its other targets to each, with their gradients back:
+        ``(e + 4)(M + T) D``. Rows are not considered where there are more than two draws for each
+        position.
+
+        Collectives: a gather of the targets.
+        """
+        exchange, sampler = problem.exchange, self._sampler(problem, tensors)
+        all_targets = exchange.gather_all(problem.targets)
+        num_draws = sampler.num_blocks * sampler.num_negatives
+        if exchange.layout is not None and num_draws <= 2 * exchange.num_positions:
+            trip = RowTrip.of(sampler.distinct_items(all_targets.device), all_targets, exchange)
+            if trip.is_cheaper(problem):
+                return trip
+        return sampler.drawn_rows(problem.row_ids, all_targets)
+
+    def plan(
+        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
+    ) -> "_SampledItems":
+        """A block for each set of draws."""
+        shift = problem.exchange.first_position - meeting.exchange.first_position
+        return _SampledItems(meeting, self._sampler(problem, tensors), shift)
+
+    def _sampler(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Sampler:
+        return Sampler(
+            proposal=unpack(self.proposal_kinds, self.proposal_numbers, tensors),
+            num_negatives=self.num_negatives,
+            num_positions=problem.exchange.num_positions,
+            share=self.share,
+            seed=self.seed,
+            step=self.step,
+            parity=self.parity,
+        )
 
 
-class _SampledItems:
+def _num_blocks(num_positions: int, share: int | None) -> int:
+    return 1 if share is None else torch.sym_max(1, -(-num_positions // share))
+
+
+class _SampledItems(Plan):
     """The plan in which the candidates of a position are the draws of its block.
 
     Args:
+        problem: Where the items meet the states.
         sampler: Which items a block draws.
-        problem: Where they meet the states.
         shift: What a position of the problem lacks to its place in the global batch.
     """
 
-    def __init__(self, sampler: Sampler, problem: Problem, shift: int) -> None:
+    def __init__(self, problem: Problem, sampler: Sampler, shift: int) -> None:
+        super().__init__(problem)
         self._sampler = sampler
         self._shift = shift
-        self._exchange = problem.exchange
-        self._device = problem.targets.device
-        self.num_slots = problem.states.shape[0]
-        self.per_position: Sequence[Tensor] = ()
+        self._targets = problem.targets
+
+    def correction(self) -> Tensor:
+        positions = torch.arange(self.num_slots, device=self._targets.device) + self._shift
+        positions += self.exchange.first_position
+        return self._sampler.correction(positions, self._targets)
 
     def chunk_of(self) -> Tensor:
-        sampler, exchange = self._sampler, self._exchange
+        sampler, exchange = self._sampler, self.exchange
         num_blocks = sampler.num_blocks
         num_chunks = max(exchange.min_chunks, -(-num_blocks // sampler.blocks_at_once))
-        positions = torch.arange(exchange.num_positions, device=self._device) + self._shift
+        positions = torch.arange(exchange.num_positions, device=self._targets.device)
+        positions += self._shift
         return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
-
-    def slots(self, chunk: Chunk) -> Chunk:
-        return chunk
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
@@ -267,6 +313,9 @@ class _SampledItems:
             num_slots=order.numel(),
             offsets=self._sampler.log_probability(items[here]),
         )
+
+
+_sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)
 
 
 def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | None) -> LossCost:

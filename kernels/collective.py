@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
 from shardrec.kernels.cost import num_chunks
 from shardrec.kernels.exchange import Chunk, Wait, chunk_members
 
-__all__ = ["Collective", "total_over_ranks"]
+__all__ = ["Collective", "find_group", "total_over_ranks"]
 
 # Newer releases of torch call these by other names and warn about the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -22,7 +23,31 @@ class Collective:
     """Exchange over a process group; each rank's positions are one range of the global batch."""
 
     def __init__(
-        self,
+        self, group: dist.ProcessGroup, layout: Tensor, device: torch.device, state_bytes: int
+    ) -> None:
+        """Stores how positions and rows lie on the ranks.
+
+        Args:
+            group: Ranks that hold the shards.
+            layout: (W, 2) int64 on the CPU, positions and rows of each rank.
+            device: Where the tensors are.
+            state_bytes: Bytes of one state; decides in how many chunks the states travel.
+        """
+        self._group = group
+        self._device = device
+        self.layout = layout
+        self.rank = dist.get_rank(group)
+        self._counts, rows = layout.T.tolist()
+        self.borders: Sequence[int] = (0, *accumulate(self._counts))
+        self.row_borders: Sequence[int] = (0, *accumulate(rows))
+        self.first_position = self.borders[self.rank]
+        self.num_positions = self.borders[-1]
+        self.largest_shard = max(rows)
+        self.min_chunks = num_chunks(self.num_positions, state_bytes)
+
+    @classmethod
+    def meet(
+        cls,
         group: dist.ProcessGroup,
         num_positions: int,
         num_rows: int,
@@ -30,8 +55,8 @@ class Collective:
         *,
         state_bytes: int = 0,
         failed: bool = False,
-    ) -> None:
-        """Learns how many positions every rank has and whether all accept their inputs.
+    ) -> "Collective":
+        """The exchange, once every rank has said what it holds and that it accepts its inputs.
 
         Args:
             group: Ranks that hold the shards.
@@ -46,24 +71,15 @@ class Collective:
 
         Collectives: one gather of three numbers.
         """
-        self._group = group
-        self._device = device
-        self.rank = dist.get_rank(group)
-        world_size = dist.get_world_size(group)
-        facts = self.stack(torch.tensor([num_positions, num_rows, int(failed)], device=device))
-        self._counts, rows, failures = facts.T.tolist()
-        refusing = [rank for rank, failure in enumerate(failures) if failure]
+        own = torch.tensor([num_positions, num_rows, int(failed)], device=device)
+        facts = _stack(own, group).cpu()
+        refusing = facts[:, 2].nonzero()[:, 0].tolist()
         if refusing:
             raise ValueError(
                 f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
-                f"{world_size}; its own message says why"
+                f"{len(facts)}; its own message says why"
             )
-        self.borders: Sequence[int] = (0, *accumulate(self._counts))
-        self.row_borders: Sequence[int] = (0, *accumulate(rows))
-        self.first_position = self.borders[self.rank]
-        self.num_positions = self.borders[-1]
-        self.largest_shard = max(rows)
-        self.min_chunks = num_chunks(self.num_positions, state_bytes)
+        return cls(group, facts[:, :2].clone(), device, state_bytes)
 
     def even_chunks(self, num_chunks: int) -> Tensor:
         """(num_positions,) int64 chunk of each global position, an even share of every rank."""
@@ -136,10 +152,7 @@ class Collective:
 
     def stack(self, local: Tensor) -> Tensor:
         """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
-        world_size = dist.get_world_size(self._group)
-        received = local.new_empty((world_size * local.numel(),))
-        _all_gather(received, local.contiguous().flatten(), group=self._group)
-        return received.view(world_size, *local.shape)
+        return _stack(local, self._group)
 
     def sum(self, local: Tensor) -> Tensor:
         """Sum over ranks; one all-reduce, no gradient."""
@@ -156,6 +169,18 @@ class Collective:
     def total(self, local: Tensor) -> Tensor:
         """Sum over ranks; backward hands the gradient on to this rank's term."""
         return total_over_ranks(local, self._group)
+
+
+def find_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name: a graph can hold a word and not the group itself."""
+    return _resolve_process_group(name)
+
+
+def _stack(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    world_size = dist.get_world_size(group)
+    received = local.new_empty((world_size * local.numel(),))
+    _all_gather(received, local.contiguous().flatten(), group=group)
+    return received.view(world_size, *local.shape)
 
 
 def total_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

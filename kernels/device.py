@@ -41,7 +41,7 @@ def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}; choose one")
-    if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and not _is_gpu(tensor)):
         return "torch"
     reason = _triton_refusal(tensor)
     if reason is None:
@@ -58,13 +58,13 @@ def _triton_refusal(tensor: Tensor) -> str | None:
         return f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    if tensor.device.type == "cpu":
-        if _interprets():
-            return None
-        return "Triton runs on a CPU in its interpreter only; set TRITON_INTERPRET=1 to test"
-    if tensor.device.type != "cuda":
+    if _is_gpu(tensor):
+        return gpu_refusal(torch.version.hip, _capability(tensor.device))
+    if tensor.device.type != "cpu":
         return f"the kernels are built for NVIDIA GPUs, not for {tensor.device.type}"
-    return gpu_refusal(torch.version.hip, _capability(tensor.device))
+    if _interprets():
+        return None
+    return "Triton runs on a CPU in its interpreter only; set TRITON_INTERPRET=1 to test"
 
 
 def gpu_refusal(hip: str | None, capability: tuple[int, int]) -> str | None:
@@ -79,6 +79,10 @@ def gpu_refusal(hip: str | None, capability: tuple[int, int]) -> str | None:
     if capability < _MIN_CAPABILITY:
         return "the kernels need sm_80 or newer and this GPU is sm_{}{}".format(*capability)
     return None
+
+
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -62,6 +62,7 @@ class Exchange(Protocol):
         row_borders: W + 1 global items, where each shard begins and the last ends.
         min_chunks: Number of chunks that bounds what is in memory of other ranks.
         largest_shard: Rows of the largest shard.
+        layout: (W, 2) int64 on the CPU, positions and rows of each rank; None without other ranks.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class Exchange(Protocol):
     row_borders: Sequence[int]
     min_chunks: int
     largest_shard: int
+    layout: Tensor | None
 
     def even_chunks(self, num_chunks: int) -> Tensor:
         """(num_positions,) int64 chunk of each global position, an even share of every rank."""
@@ -127,6 +129,7 @@ class Alone:
     rank = 0
     first_position = 0
     min_chunks = 1
+    layout: Tensor | None = None
 
     def __init__(self, num_positions: int, num_rows: int, device: torch.device) -> None:
         """Stores the number of positions N and of rows V, and where they are."""

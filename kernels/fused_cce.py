@@ -6,7 +6,6 @@ respect to each position's loss must be known beforehand: it is, for a mean or a
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,85 +24,71 @@ LEAST_POSITIONS = 64
 LINE_LOGITS = 1 << 20
 
 
-def fits_cache(problem: Problem) -> bool:
-    """Whether the fused pass serves: float32 on a CPU, a shard of at most 196,608 rows.
+def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> bool:
+    """Whether the fused pass serves: float32 on a CPU, 196,608 rows or fewer on a rank.
 
-    Every rank must come to the same answer, so it looks at the largest shard a rank can have.
+    Every rank must come to the same answer, so it looks at the average shard.
+
+    Args:
+        states: (N, D).
+        rows: (R, D) of this rank.
+        num_rows: V.
+        num_ranks: W.
     """
-    on_cpu = problem.states.device.type == "cpu" and problem.states.dtype == torch.float32
-    return on_cpu and group_size(problem.exchange.largest_shard) >= LEAST_POSITIONS
+    on_cpu = states.device.type == "cpu" and states.dtype == rows.dtype == torch.float32
+    return on_cpu and group_size(-(-num_rows // num_ranks)) >= LEAST_POSITIONS
 
 
-def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> Tensor:
-    """() float32 sum over this rank's positions of coefficient times loss.
+def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over this rank's positions of coefficient times loss, and its gradients.
 
     The workspace is one group of logits, at most 48 MiB, and two chunks of states: those of a chunk
-    travel while the groups of the one before are worked on. Backward may be called once.
+    travel while the groups of the one before are worked on.
 
     Args:
         problem: The batch and the table.
         coefficients: (N,) float32.
 
+    Returns:
+        () float32, and (N, D) and (R, D) float32 gradients of ``problem.states`` and
+        ``problem.scaled_rows()``.
+
     Collectives: per chunk of positions a gather of states, targets and coefficients and a
-    reduce-scatter of state gradients, per group of a chunk a maximum and a sum; none in backward.
+    reduce-scatter of state gradients, per group of a chunk a maximum and a sum.
     """
-    return _FusedCrossEntropy.apply(problem.states, problem.scaled_rows(), problem, coefficients)
+    states, rows, exchange = problem.states, problem.scaled_rows(), problem.exchange
+    grad_states = Gradients(exchange, states.new_empty(states.shape))
+    grad_rows = rows.new_zeros(rows.shape)
+    total = torch.zeros((), device=states.device)
+    group = group_size(exchange.largest_shard)
+    buffer = torch.empty(group * rows.shape[0], device=states.device)
+
+    def start(chunk: Chunk) -> list[Wait]:
+        local = states, problem.targets, coefficients
+        return [exchange.start_gather(one, chunk) for one in local]
+
+    chunks = list(exchange.chunks(exchange.even_chunks(exchange.min_chunks)))
+    for chunk, (chunk_states, targets, weights) in prefetched(chunks, start):
+        targets = problem.row_ids.find(targets)
+        losses, part = torch.empty_like(weights), chunk_states.new_empty(chunk_states.shape)
+        for first in range(0, targets.numel(), group):
+            lines = slice(first, first + group)
+            losses[lines] = _add_group(
+                _Group(chunk_states[lines], targets[lines], weights[lines]),
+                rows,
+                buffer,
+                exchange,
+                part[lines],
+                grad_rows,
+            )
+        total += (losses * weights)[chunk.own_slice].sum()
+        grad_states.send(part, chunk)
+    return total, grad_states.finish(), grad_rows
 
 
 def group_size(num_rows: int) -> int:
     """Positions whose logits over so many rows are in the cache together."""
     return min(MOST_POSITIONS, GROUP_LOGITS // max(num_rows, 1))
-
-
-class _FusedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, rows: Tensor, problem: Problem, coefficients: Tensor
-    ) -> Tensor:
-        exchange = problem.exchange
-        grad_states = Gradients(exchange, torch.empty_like(states))
-        grad_rows = torch.zeros_like(rows)
-        total = torch.zeros((), device=states.device)
-        group = group_size(exchange.largest_shard)
-        buffer = torch.empty(group * rows.shape[0], device=states.device)
-
-        def start(chunk: Chunk) -> list[Wait]:
-            local = states, problem.targets, coefficients
-            return [exchange.start_gather(one, chunk) for one in local]
-
-        chunks = list(exchange.chunks(exchange.even_chunks(exchange.min_chunks)))
-        for chunk, (chunk_states, targets, weights) in prefetched(chunks, start):
-            targets = problem.row_ids.find(targets)
-            losses, part = torch.empty_like(weights), torch.empty_like(chunk_states)
-            for first in range(0, targets.numel(), group):
-                lines = slice(first, first + group)
-                losses[lines] = _add_group(
-                    _Group(chunk_states[lines], targets[lines], weights[lines]),
-                    rows,
-                    buffer,
-                    exchange,
-                    part[lines],
-                    grad_rows,
-                )
-            total += (losses * weights)[chunk.own_slice].sum()
-            grad_states.send(part, chunk)
-        ctx.gradients = grad_states.finish(), grad_rows
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "backward must run once, got a second call; use reduction='none', which keeps what "
-                "a second one needs"
-            )
-        grad_states, grad_rows = ctx.gradients
-        ctx.gradients = None
-        if float(grad) != 1.0:
-            grad_states.mul_(grad)
-            grad_rows.mul_(grad)
-        return grad_states, grad_rows, None, None
 
 
 @dataclass(frozen=True, slots=True)

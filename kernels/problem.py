@@ -12,17 +12,25 @@ from shardrec.kernels.device import choose_backend
 from shardrec.kernels.exchange import Alone, Exchange
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["Problem", "Scaling", "candidate_loss", "pose"]
+__all__ = ["Problem", "Scaling", "pose", "pose_again", "shape_refusal"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_LEAST_NORM = 1e-12  # as in F.normalize
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``s_ij = x_i . w_j / temperature``, of unit vectors when ``normalize``."""
+    """``s_ij = x_i . w_j / temperature``, of unit vectors when ``normalize``.
+
+    Attributes:
+        normalize: Take states and rows at unit length.
+        temperature: Divides the states.
+        dtype: Of states and rows in products; None: their own.
+    """
 
     normalize: bool
     temperature: float
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         """Checks the temperature."""
@@ -31,6 +39,34 @@ class Scaling:
                 f"temperature must be positive, got {self.temperature}; 1.0 leaves logits alone"
             )
 
+    def states(self, states: Tensor) -> Tensor:
+        """(N, D) states as products take them."""
+        scaled = self.rows(states)
+        return scaled if self.temperature == 1.0 else scaled / self.temperature
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(R, D) rows as products take them."""
+        scaled = F.normalize(rows, dim=1, eps=_LEAST_NORM) if self.normalize else rows
+        return scaled if self.dtype is None else scaled.to(self.dtype)
+
+    def states_gradient(self, states: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the raw states from that of the scaled ones, which it overwrites."""
+        grad = grad if self.temperature == 1.0 else grad.div_(self.temperature)
+        return self.rows_gradient(states, grad)
+
+    def rows_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the raw rows, in their dtype, from that of the scaled ones.
+
+        It overwrites ``grad``, (R, D) float32.
+        """
+        if self.normalize:
+            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
+            norm.clamp_(min=_LEAST_NORM)
+            unit = rows / norm
+            along = torch.linalg.vecdot(unit, grad)[:, None]
+            grad = grad.sub_(unit.mul_(along)).div_(norm)
+        return grad.to(rows.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -38,7 +74,7 @@ class Problem:
 
     Attributes:
         states: (N, D) float, scaled by ``scaling``.
-        rows: (R, D) float as the table holds them, same dtype.
+        rows: (R, D) float as the table holds them.
         targets: (N,) int64 global items.
         weights: (N,) float32 factors of the positions' losses.
         row_ids: Which items the rows are.
@@ -59,52 +95,49 @@ class Problem:
     backend: str
 
     def scaled_rows(self) -> Tensor:
-        """(R, D) rows, of unit length when the scaling says so."""
-        return F.normalize(self.rows, dim=1) if self.scaling.normalize else self.rows
+        """(R, D) rows as products take them."""
+        return self.scaling.rows(self.rows)
 
-    def restrict(self, items: Tensor, sparse: bool) -> "Problem":
-        """The same problem over the rows of ``items`` alone, so that nothing has the size of V.
+    def restrict(self, used: Tensor, rows: Tensor) -> "Problem":
+        """The same problem over a part of the rows, so that nothing has the size of V.
 
         Args:
-            items: (M,) int64 global items, repeats allowed; those of other shards are left out.
-            sparse: Whether the table gets a sparse gradient.
+            used: (M,) int64 rows of this shard, ascending.
+            rows: (M, D) those rows.
         """
-        found = self.row_ids.find(items)
-        used = torch.unique(found[found >= 0])
-        row_ids = RowIds(first=0, count=used.numel(), sparse=used + self.row_ids.first)
-        return replace(self, rows=F.embedding(used, self.rows, sparse=sparse), row_ids=row_ids)
+        ids = RowIds(first=0, count=used.numel(), sparse=used + self.row_ids.first)
+        return replace(self, rows=rows, row_ids=ids)
 
-    def coefficients(self, reduction: str) -> Tensor:
+    def coefficients(self, reduction: str, covered: Tensor | None = None) -> Tensor:
         """(N,) float32 factor of each position's loss in the sum or the mean over all ranks.
+
+        Args:
+            reduction: none, mean or sum; none leaves the weights alone.
+            covered: (N,) bool; positions outside count neither in the sum nor in the mean, whose
+                factors are 0 where no position counts.
 
         Collectives: one sum of a number for the mean.
         """
-        if reduction == "sum":
-            return self.weights
-        norm = self.exchange.sum(self.weights.sum())
-        return self.weights / torch.where(norm > 0, norm, torch.ones_like(norm))
+        weights = self.weights if covered is None else self.weights * covered
+        if reduction != "mean":
+            return weights
+        norm = self.exchange.sum(weights.sum())
+        return weights / torch.where(norm > 0, norm, torch.ones_like(norm))
 
-    def reduce(self, loss: Tensor, reduction: str, covered: Tensor | None = None) -> Tensor:
+    def reduce(self, loss: Tensor, reduction: str) -> Tensor:
         """The weighted losses (none), or over all ranks their sum or mean by the sum of weights.
 
         Args:
             loss: (N,) float32.
             reduction: none, mean or sum.
-            covered: (N,) bool; positions outside count neither in the sum nor in the mean.
 
         Returns:
             (N,) or () float32; a mean over no position is 0.
 
         Collectives: one sum of a number, two for the mean.
         """
-        weights = self.weights if covered is None else self.weights * covered
-        if reduction == "none":
-            return loss * weights
-        total = self.exchange.total((loss * weights).sum())
-        if reduction == "sum":
-            return total
-        norm = self.exchange.sum(weights.sum())
-        return total / torch.where(norm > 0, norm, torch.ones_like(norm))
+        weighted = loss * self.coefficients(reduction)
+        return weighted if reduction == "none" else self.exchange.total(weighted.sum())
 
 
 def pose(
@@ -125,7 +158,8 @@ def pose(
         targets: (N,) integer global items in [0, V).
         weights: (N,) float, not negative, or None for ones.
         reduction: none, mean or sum.
-        scaling: How logits follow from states and rows.
+        scaling: How logits follow from states and rows; with a dtype, those of states and table
+            may be others.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Raises:
@@ -137,7 +171,8 @@ def pose(
     """
     chosen = choose_backend(states, backend)
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
-    refusal = _refusal(states, shard, targets, weights, reduction)
+    refusal = shape_refusal(states, shard.rows, targets, weights, reduction, scaling)
+    refusal = refusal or _value_refusal(targets, weights, shard.num_rows)
     exchange: Exchange
     if shard.group is None:
         if refusal:
@@ -145,23 +180,63 @@ def pose(
         exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
     else:
         num_positions = states.shape[0] if states.dim() else 0
-        state_bytes = states.shape[-1] * states.element_size() if states.dim() else 0
         try:
-            exchange = Collective(
+            exchange = Collective.meet(
                 shard.group,
                 num_positions,
                 shard.rows.shape[0],
                 shard.rows.device,
-                state_bytes=state_bytes,
+                state_bytes=_state_bytes(states),
                 failed=refusal is not None,
             )
         except ValueError as error:
             raise refusal or error from None
-    scaled = F.normalize(states, dim=1) if scaling.normalize else states
-    scaled = scaled if scaling.temperature == 1.0 else scaled / scaling.temperature
+    return _problem(states, shard, targets, weights, scaling, exchange, chosen)
+
+
+def pose_again(
+    states: Tensor,
+    shard: RowShard,
+    targets: Tensor,
+    scaling: Scaling,
+    backend: str,
+    layout: Tensor | None,
+) -> Problem:
+    """The problem in backward: nothing is checked and nothing travels.
+
+    Args:
+        states: As in the forward pass, like ``shard``, ``targets``, ``scaling`` and ``backend``.
+        shard: This rank's shard, or the whole table as one.
+        targets: (N,) integer global items.
+        scaling: How logits follow from states and rows.
+        backend: "auto", "torch" or "triton".
+        layout: ``Collective.layout`` of the forward pass; None without a group.
+    """
+    exchange: Exchange
+    if shard.group is None or layout is None:
+        exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
+    else:
+        exchange = Collective(shard.group, layout, states.device, _state_bytes(states))
+    chosen = choose_backend(states, backend)
+    return _problem(states, shard, targets, None, scaling, exchange, chosen)
+
+
+def _state_bytes(states: Tensor) -> int:
+    return states.shape[-1] * states.element_size() if states.dim() else 0
+
+
+def _problem(
+    states: Tensor,
+    shard: RowShard,
+    targets: Tensor,
+    weights: Tensor | None,
+    scaling: Scaling,
+    exchange: Exchange,
+    backend: str,
+) -> Problem:
     ones = torch.ones(states.shape[0], device=states.device)
     return Problem(
-        states=scaled,
+        states=scaling.states(states),
         rows=shard.rows,
         targets=targets.long(),
         weights=ones if weights is None else weights.float(),
@@ -169,57 +244,49 @@ def pose(
         num_items=shard.num_rows,
         scaling=scaling,
         exchange=exchange,
-        backend=chosen,
+        backend=backend,
     )
 
 
-def candidate_loss(logsumexp: Tensor, target_logits: Tensor) -> Tensor:
-    """``log(exp(target) + exp(logsumexp)) - target``, exact for confident rows; same shape.
-
-    The target is no candidate, so nothing is subtracted from 1: the gradient of a row that is
-    nearly sure is as precise as any other.
-
-    >>> candidate_loss(torch.tensor([0.0, -torch.inf]), torch.tensor([0.0, 3.0]))
-    tensor([0.6931, 0.0000])
-    """
-    return F.softplus(logsumexp - target_logits)
-
-
-def _refusal(
-    states: Tensor, shard: RowShard, targets: Tensor, weights: Tensor | None, reduction: str
+def shape_refusal(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    reduction: str,
+    scaling: Scaling,
 ) -> TypeError | ValueError | None:
+    """What is wrong with shapes, dtypes and the reduction; no value is looked at."""
     if reduction not in _REDUCTIONS:
         return ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}; choose one")
-    rows = shard.rows
     if states.dim() != 2 or rows.dim() != 2 or states.shape[1] != rows.shape[1]:
         return ValueError(
             "states and table must be (N, D) and (V, D), got "
             f"{tuple(states.shape)} and {tuple(rows.shape)}; pack real positions before the loss"
         )
-    if not states.is_floating_point() or states.dtype != rows.dtype:
+    alike = states.dtype == rows.dtype or scaling.dtype is not None
+    if not (states.is_floating_point() and rows.is_floating_point() and alike):
         return TypeError(
             f"states and table must share one float dtype, got {states.dtype} and {rows.dtype}; "
-            "cast one of them"
+            "cast one of them or use autocast"
         )
-    return _vector_refusal(states.shape[0], shard.num_rows, targets, weights)
-
-
-def _vector_refusal(
-    num_positions: int, num_items: int, targets: Tensor, weights: Tensor | None
-) -> TypeError | ValueError | None:
     if targets.dtype not in (torch.int32, torch.int64):
         return TypeError(f"targets must be int64, got {targets.dtype}; cast them with .long()")
     for name, vector in (("targets", targets), ("weights", weights)):
-        if vector is not None and vector.shape != (num_positions,):
+        if vector is not None and vector.shape != (states.shape[0],):
             return ValueError(
-                f"{name} must have shape ({num_positions},), got {tuple(vector.shape)}; "
+                f"{name} must have shape ({states.shape[0]},), got {tuple(vector.shape)}; "
                 "give one per row of states"
             )
-    if num_positions and not 0 <= int(targets.min()) <= int(targets.max()) < num_items:
+    return None
+
+
+def _value_refusal(targets: Tensor, weights: Tensor | None, num_items: int) -> ValueError | None:
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_items:
         return ValueError(
             f"targets must be in [0, {num_items}), got {int(targets.min())}..{int(targets.max())}; "
             "remove padding and use indices of this catalog"
         )
-    if weights is not None and num_positions and not bool((weights >= 0).all()):
+    if weights is not None and not bool((weights >= 0).all()):
         return ValueError(f"weights must not be negative, got {float(weights.min())}; clip them")
     return None

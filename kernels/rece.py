@@ -15,13 +15,15 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_HASH
-from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.problem import Problem
 from shardrec.kernels.select import best_sign_direction
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import streamed_logsumexp
+from shardrec.kernels.streaming import Plan
 
 __all__ = [
     "Histogram",
@@ -162,8 +164,8 @@ def reduced_cross_entropy(
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype, or this rank's shard of it.
-        targets: (N,) int64 in [0, V).
+        table: (V, D), same dtype except under autocast, or this rank's shard of it.
+        targets: (N,) int64 or int32 in [0, V).
         num_buckets: n_b; ``sqrt(4 min(N, V) (1 + 2 e))`` when None.
         num_chunks: n_c; as many as buckets when None.
         num_rounds: r.
@@ -191,70 +193,110 @@ def reduced_cross_entropy(
     ``streamed_logsumexp``.
     """
     _check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
-    scaling = Scaling(normalize, temperature)
-    problem = pose(
-        states,
-        table,
-        targets,
+    call = Call(
         weights=weights,
         reduction=reduction,
-        scaling=scaling,
+        normalize=normalize,
+        temperature=temperature,
         backend=backend,
     )
-    if num_buckets is None:
-        num_positions = problem.exchange.num_positions
-        num_buckets = default_num_buckets(num_positions, problem.num_items, num_neighbor_chunks)
-    num_chunks = num_buckets if num_chunks is None else num_chunks
-    with torch.no_grad():
+    candidates = HashedChunks(
+        num_buckets=num_buckets,
+        num_chunks=num_chunks,
+        num_rounds=num_rounds,
+        num_neighbor_chunks=num_neighbor_chunks,
+        align=align,
+        seed=seed,
+        step=step,
+    )
+    return _reduced_cross_entropy(states, table, targets, call, candidates)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedChunks(Candidates):
+    """The items whose chunk is near the position's in some round.
+
+    Attributes are those of ``reduced_cross_entropy``.
+    """
+
+    num_buckets: int | None
+    num_chunks: int | None
+    num_rounds: int
+    num_neighbor_chunks: int
+    align: str
+    seed: int
+    step: int
+
+    @property
+    def choice(self) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """Chunks of positions and of rows in each round; those of rows sorted, and the order."""
+        rounds = self.num_rounds
+        return (
+            (("N", rounds), torch.int32),
+            (("R", rounds), torch.int32),
+            ((rounds, "R"), torch.int32),
+            ((rounds, "R"), torch.int64),
+        )
+
+    def choose(self, problem: Problem) -> tuple[Tensor, ...]:
+        """Hashes states and rows; two gathers of histograms."""
+        num_buckets, exchange = self.num_buckets, problem.exchange
+        if num_buckets is None:
+            num_buckets = default_num_buckets(
+                exchange.num_positions, problem.num_items, self.num_neighbor_chunks
+            )
+        num_chunks = num_buckets if self.num_chunks is None else self.num_chunks
         row_buckets, own_buckets = (
             hash_buckets(
                 vectors,
                 num_buckets,
-                num_rounds,
-                seed=seed,
-                step=step,
+                self.num_rounds,
+                seed=self.seed,
+                step=self.step,
                 backend=problem.backend,
             )
             for vectors in (problem.scaled_rows(), problem.states)
         )
-        rows = gather_histogram(row_buckets, num_buckets, problem.exchange)
-        own = gather_histogram(own_buckets, num_buckets, problem.exchange)
-        plan = _NearbyChunks(
-            problem,
-            position_chunks(own_buckets, own, rows, num_chunks, align),
-            item_chunks(row_buckets, rows, num_chunks),
-            num_neighbor_chunks,
-        )
-    logsumexp, target_logits = streamed_logsumexp(problem, plan)
-    return problem.reduce(candidate_loss(logsumexp, target_logits), reduction)
+        rows = gather_histogram(row_buckets, num_buckets, exchange)
+        own = gather_histogram(own_buckets, num_buckets, exchange)
+        own_chunks = position_chunks(own_buckets, own, rows, num_chunks, self.align)
+        row_chunks = item_chunks(row_buckets, rows, num_chunks)
+        return own_chunks, row_chunks, *row_chunks.T.contiguous().sort(dim=1, stable=True)
+
+    def plan(
+        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
+    ) -> "_NearbyChunks":
+        """Blocks of a chunk of positions and the chunks of rows near it."""
+        return _NearbyChunks(meeting, self.num_neighbor_chunks, *tensors)
 
 
-class _NearbyChunks:
+class _NearbyChunks(Plan):
     """The plan in which a position meets the items of its chunk and of ``reach`` on either side.
 
     Args:
         problem: The batch and the table.
+        reach: e.
         position_chunks: (N, r) int32 chunk of each position of this rank.
         row_chunks: (R, r) int32 chunk of each row of this shard.
-        reach: e.
+        sorted_chunks: (r, R) int32 chunks of the rows, ascending in each round.
+        row_order: (r, R) int64 the rows in that order.
     """
 
     def __init__(
-        self, problem: Problem, position_chunks: Tensor, row_chunks: Tensor, reach: int
+        self,
+        problem: Problem,
+        reach: int,
+        position_chunks: Tensor,
+        row_chunks: Tensor,
+        sorted_chunks: Tensor,
+        row_order: Tensor,
     ) -> None:
-        self._exchange = problem.exchange
-        self.per_position: Sequence[Tensor] = (position_chunks,)
+        super().__init__(problem)
+        self.per_position = (position_chunks,)
         self._row_chunks = row_chunks
         self._reach = reach
-        # (r, R): the chunks of each round in ascending order, and the rows in that order.
-        self._sorted_chunks, self._row_order = row_chunks.T.contiguous().sort(dim=1, stable=True)
-        self.num_slots = problem.states.shape[0]
-
-    def chunk_of(self) -> Tensor:
-        return self._exchange.even_chunks(self._exchange.min_chunks)
-
-    def slots(self, chunk: Chunk) -> Chunk:
-        return chunk
+        self._sorted_chunks = sorted_chunks
+        self._row_order = row_order
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
@@ -281,6 +323,9 @@ class _NearbyChunks:
             num_slots=targets.numel(),
             rounds=Rounds(position_chunks, self._row_chunks, self._reach, torch.cat(rounds)),
         )
+
+
+_reduced_cross_entropy = Operator("reduced_cross_entropy", HashedChunks)
 
 
 def _check_options(

@@ -1,7 +1,6 @@
 """Rows that travel to the states, where these are more bytes than the rows that they need."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from shardrec.kernels.cost import Workload, cheaper, row_traffic, state_traffic
 from shardrec.kernels.exchange import Alone, Chunk, Exchange
 from shardrec.kernels.problem import Problem
 
-__all__ = ["RowTrip", "with_fetched_rows"]
+__all__ = ["RowTrip", "fetch_rows", "return_gradients", "with_fetched_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,32 +79,41 @@ class RowTrip:
         rows = row_traffic(work, self.shared.numel(), self.num_fetched / num_ranks)
         return cheaper(rows, state_traffic(work))
 
+    @property
+    def leaving(self) -> Tensor:
+        """Items that some rank fetches; those of other shards among them."""
+        return torch.cat([self.shared, self.wanted])
 
-def with_fetched_rows(problem: Problem, trip: RowTrip, sparse: bool) -> Problem:
-    """The problem of this rank's positions alone, with the rows that they need beside them.
+    def pack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The trip as tensors: items, and (2, W) int64 counts on the CPU."""
+        counts = torch.tensor([self.sent_counts, self.received_counts])
+        return self.shared, self.fetched, self.wanted, counts
 
-    Gradients of rows go back to the shards that own them.
+    @classmethod
+    def unpack(cls, shared: Tensor, fetched: Tensor, wanted: Tensor, counts: Tensor) -> "RowTrip":
+        """The trip that was packed; how much all ranks fetch is forgotten."""
+        return cls(shared, fetched, wanted, *counts.tolist(), num_fetched=0)
+
+
+def fetch_rows(problem: Problem, trip: RowTrip) -> Tensor:
+    """(M + T, D) rows that this rank's positions need, by ascending item.
 
     Args:
-        problem: The problem of all ranks.
+        problem: The problem over the rows of this shard that leave it.
         trip: Which rows travel.
-        sparse: Whether the table gets a sparse gradient.
 
-    Collectives: a gather of the shared rows and an all-to-all of the others; in backward the same
-    of their gradients.
+    Collectives: a gather of the shared rows and an all-to-all of the others.
     """
-    exchange = problem.exchange
-    used = problem.restrict(torch.cat([trip.shared, trip.wanted]), sparse)
-    chunk = Chunk.of(trip.shared, exchange.row_borders, exchange.rank)
-    way = _Way(
-        exchange=exchange,
-        shared=replace(chunk, own=used.row_ids.find(trip.shared[chunk.own_slice])),
-        sent=used.row_ids.find(trip.wanted),
-        sent_counts=trip.sent_counts,
-        received_counts=trip.received_counts,
-    )
-    items, order = torch.cat([trip.shared, trip.fetched]).sort()
-    rows = _FetchedRows.apply(used.rows, way)[order]
+    chunk = _shared_chunk(problem, trip)
+    sent = problem.rows[problem.row_ids.find(trip.wanted)]
+    shared = problem.exchange.start_gather(problem.rows, chunk)
+    fetched = problem.exchange.swap(sent, trip.sent_counts, trip.received_counts)
+    return torch.cat([shared(), fetched])[_order(trip)]
+
+
+def with_fetched_rows(problem: Problem, trip: RowTrip, rows: Tensor) -> Problem:
+    """The problem of this rank's positions alone, over rows that were fetched."""
+    items = torch.cat([trip.shared, trip.fetched])[_order(trip)]
     return replace(
         problem,
         rows=rows,
@@ -114,39 +122,37 @@ def with_fetched_rows(problem: Problem, trip: RowTrip, sparse: bool) -> Problem:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """A trip in terms of the rows of this shard that leave it."""
+def return_gradients(problem: Problem, trip: RowTrip, grad: Tensor) -> Tensor:
+    """(U, D) float32 gradient of the rows that left this shard, summed over the ranks.
 
-    exchange: Exchange
-    shared: Chunk
-    sent: Tensor
-    sent_counts: list[int]
-    received_counts: list[int]
+    Args:
+        problem: The problem over those rows.
+        trip: Which rows travelled.
+        grad: (M + T, D) float32 gradient of the rows that were fetched.
+
+    Collectives: a reduce-scatter of the shared rows and an all-to-all of the others.
+    """
+    chunk, exchange = _shared_chunk(problem, trip), problem.exchange
+    unsorted = torch.empty_like(grad)
+    unsorted[_order(trip)] = grad
+    parts = unsorted.split([trip.shared.numel(), trip.fetched.numel()])
+    summed = exchange.start_reduce_scatter(parts[0], chunk)
+    back = exchange.swap(parts[1], trip.received_counts, trip.sent_counts)
+    total = torch.zeros(problem.rows.shape, dtype=torch.float32, device=grad.device)
+    total[chunk.own] = summed()
+    # Rank by rank, so that no two lines of an addition are the same row.
+    rows = problem.row_ids.find(trip.wanted).split(trip.sent_counts)
+    for lines, part in zip(rows, back.split(trip.sent_counts), strict=True):
+        total[lines] += part
+    return total
 
 
-class _FetchedRows(torch.autograd.Function):
-    """(M + T, D) shared and fetched rows. One function: collectives in one order in backward."""
+def _order(trip: RowTrip) -> Tensor:
+    return torch.cat([trip.shared, trip.fetched]).argsort()
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:
-        ctx.way, ctx.shape = way, rows.shape
-        shared = way.exchange.start_gather(rows, way.shared)
-        fetched = way.exchange.swap(rows[way.sent], way.sent_counts, way.received_counts)
-        return torch.cat([shared(), fetched])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        way: _Way = ctx.way
-        num_shared = way.shared.positions.numel()
-        total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
-        summed = way.exchange.start_reduce_scatter(grad[:num_shared].float(), way.shared)
-        back = way.exchange.swap(grad[num_shared:].float(), way.received_counts, way.sent_counts)
-        total[way.shared.own] = summed()
-        # Rank by rank, so that no two lines of an addition are the same row.
-        for rows, part in zip(
-            way.sent.split(way.sent_counts), back.split(way.sent_counts), strict=True
-        ):
-            total[rows] += part
-        return total.to(grad.dtype), None
+def _shared_chunk(problem: Problem, trip: RowTrip) -> Chunk:
+    """The shared rows as a chunk, of which this rank's own are told as rows of the problem."""
+    exchange = problem.exchange
+    chunk = Chunk.of(trip.shared, exchange.row_borders, exchange.rank)
+    return replace(chunk, own=problem.row_ids.find(trip.shared[chunk.own_slice]))

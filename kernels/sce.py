@@ -4,9 +4,9 @@ Source: Mezentsev et al., "Scalable Cross-Entropy Loss for Sequential Recommenda
 Item Catalogs", arXiv 2409.18721.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
@@ -23,16 +24,16 @@ from shardrec.kernels.cost import (
 )
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
-from shardrec.kernels.problem import Problem, Scaling, candidate_loss, pose
+from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.problem import Problem
 from shardrec.kernels.select import merge_topk, topk_rows
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import streamed_logsumexp
+from shardrec.kernels.streaming import Plan
 
 __all__ = [
     "Buckets",
     "default_num_buckets",
     "fill_buckets",
-    "largest_per_position",
     "mixed_centres",
     "scalable_cross_entropy",
     "scalable_cross_entropy_cost",
@@ -67,7 +68,7 @@ def default_num_buckets(num_positions: int) -> int:
     >>> default_num_buckets(10000)
     200
     """
-    return max(1, round(2 * math.sqrt(num_positions)))
+    return torch.sym_max(1, round(2 * torch.sym_sqrt(num_positions)))
 
 
 def mixed_centres(
@@ -101,34 +102,6 @@ def mixed_centres(
         stream=STREAM_MIX,
         backend=backend,
     )
-
-
-def largest_per_position(
-    pair_loss: Tensor, pair_positions: Tensor, num_positions: int
-) -> tuple[Tensor, Tensor]:
-    """Largest pair loss of every position and whether it has any; gradient goes to that pair only.
-
-    Args:
-        pair_loss: (P,) float32.
-        pair_positions: (P,) int64 in [0, num_positions).
-        num_positions: N.
-
-    Returns:
-        (N,) float32, 0 where a position is in no bucket, and (N,) bool.
-
-    >>> largest_per_position(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 2]), 3)
-    (tensor([3., 0., 2.]), tensor([ True, False,  True]))
-    """
-    detached = pair_loss.detach()
-    best = detached.new_full((num_positions,), -torch.inf)
-    best.scatter_reduce_(0, pair_positions, detached, "amax")
-    pairs = torch.arange(pair_loss.numel(), device=pair_loss.device)
-    is_best = detached == best[pair_positions]
-    winner = torch.full((num_positions,), pair_loss.numel(), device=pair_loss.device)
-    winner.scatter_reduce_(0, pair_positions[is_best], pairs[is_best], "amin")
-    covered = winner < pair_loss.numel()
-    padded = F.pad(pair_loss, (0, 1))
-    return padded[winner], covered
 
 
 def fill_buckets(
@@ -201,8 +174,8 @@ def scalable_cross_entropy(
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
-        table: (V, D), same dtype, or this rank's shard of it.
-        targets: (N,) int64 in [0, V).
+        table: (V, D), same dtype except under autocast, or this rank's shard of it.
+        targets: (N,) int64 or int32 in [0, V).
         num_buckets: n_b; ``2 sqrt(N)`` when None.
         positions_per_bucket: b_x; ``2 sqrt(N)`` when None.
         items_per_bucket: b_y.
@@ -230,35 +203,86 @@ def scalable_cross_entropy(
     Collectives: none for a tensor; for a shard those of ``fill_buckets`` and
     ``streamed_logsumexp``, a sum of the centres and a gather of the targets.
     """
-    scaling = Scaling(normalize, temperature)
-    problem = pose(
-        states,
-        table,
-        targets,
-        weights=weights,
-        reduction=reduction,
-        scaling=scaling,
-        backend=backend,
-    )
-    default = default_num_buckets(problem.exchange.num_positions)
-    num_buckets = default if num_buckets is None else num_buckets
-    per_bucket = default if positions_per_bucket is None else positions_per_bucket
-    if min(num_buckets, per_bucket, items_per_bucket) < 1:
+    numbers = (num_buckets, positions_per_bucket, items_per_bucket)
+    if any(number is not None and number < 1 for number in numbers):
         raise ValueError(
             "num_buckets, positions_per_bucket and items_per_bucket must be positive, got "
-            f"{num_buckets}, {per_bucket} and {items_per_bucket}; None takes the default"
+            f"{num_buckets}, {positions_per_bucket} and {items_per_bucket}; None takes the default"
         )
-    with torch.no_grad():
-        centres = _centres(problem, num_buckets, mix, seed, step)
-        buckets = fill_buckets(problem, centres, per_bucket, items_per_bucket)
-    all_targets = problem.exchange.gather_all(problem.targets)
-    problem = problem.restrict(torch.cat([buckets.items.flatten(), all_targets]), sparse_grad)
-    plan = _BucketItems(buckets, problem)
-    logsumexp, target_logits = streamed_logsumexp(problem, plan)
-    pair_loss = candidate_loss(logsumexp, target_logits[plan.own_pairs])
-    loss, covered = largest_per_position(pair_loss, plan.own_pairs, states.shape[0])
-    reduced = problem.reduce(loss, reduction, covered)
-    return (reduced, covered) if reduction == "none" else reduced
+    call = Call(
+        weights=weights,
+        reduction=reduction,
+        normalize=normalize,
+        temperature=temperature,
+        backend=backend,
+        sparse_grad=sparse_grad,
+    )
+    candidates = HardBuckets(
+        num_buckets=num_buckets,
+        positions_per_bucket=positions_per_bucket,
+        items_per_bucket=items_per_bucket,
+        mix=mix,
+        seed=seed,
+        step=step,
+    )
+    loss, covered = _scalable_cross_entropy(states, table, targets, call, candidates)
+    return (loss, covered) if reduction == "none" else loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardBuckets(Candidates):
+    """The items of the position's buckets; a slot is a (position, bucket) pair.
+
+    Attributes are those of ``scalable_cross_entropy``.
+    """
+
+    slots: ClassVar[str] = "S"
+    rows: ClassVar[str] = "M"
+
+    num_buckets: int | None
+    positions_per_bucket: int | None
+    items_per_bucket: int
+    mix: bool
+    seed: int
+    step: int
+
+    @property
+    def choice(self) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """Position and bucket of every pair, and the items of every bucket."""
+        return (("P",), torch.int64), (("P",), torch.int64), (("B", "Y"), torch.int64)
+
+    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
+        """P pairs, as many slots, B buckets of Y items."""
+        num_buckets, per_bucket = self._numbers(num_positions)
+        num_pairs = num_buckets * torch.sym_min(per_bucket, num_positions)
+        per_bucket = torch.sym_min(self.items_per_bucket, num_rows)
+        num_touched = torch.sym_min(num_rows, num_buckets * per_bucket + num_positions)
+        return {
+            "P": num_pairs, "S": num_pairs, "B": num_buckets, "Y": per_bucket, "M": num_touched,
+        }  # fmt: skip
+
+    def _numbers(self, num_positions: int) -> tuple[int, int]:
+        default = default_num_buckets(num_positions)
+        numbers = (self.num_buckets, self.positions_per_bucket)
+        first, second = (default if number is None else number for number in numbers)
+        return first, second
+
+    def choose(self, problem: Problem) -> tuple[Tensor, ...]:
+        """Fills the buckets; a sum of the centres and the gathers of ``fill_buckets``."""
+        num_buckets, per_bucket = self._numbers(problem.exchange.num_positions)
+        centres = _centres(problem, num_buckets, self.mix, self.seed, self.step)
+        buckets = fill_buckets(problem, centres, per_bucket, self.items_per_bucket)
+        return *buckets.pairs(), buckets.items
+
+    def touched(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Items of the buckets and targets; one gather of the targets."""
+        return torch.cat([tensors[2].flatten(), problem.exchange.gather_all(problem.targets)])
+
+    def plan(
+        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
+    ) -> "_BucketItems":
+        """A block for each bucket."""
+        return _BucketItems(meeting, *tensors)
 
 
 def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int) -> Tensor:
@@ -286,27 +310,29 @@ def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int
     return exchange.sum(own)
 
 
-class _BucketItems:
-    """The plan in which a pair's candidates are the items of its bucket; a slot is a pair."""
+class _BucketItems(Plan):
+    """The plan in which a pair's candidates are the items of its bucket; a slot is a pair.
 
-    def __init__(self, buckets: Buckets, problem: Problem) -> None:
+    Args:
+        problem: The batch and the touched rows.
+        positions: (P,) int64 global position of each pair of all ranks, ascending.
+        buckets: (P,) int64 its bucket.
+        items: (n_b, b_y) int64 global items.
+    """
+
+    def __init__(self, problem: Problem, positions: Tensor, buckets: Tensor, items: Tensor) -> None:
+        super().__init__(problem)
+        self._positions, self._buckets, self._items = positions, buckets, items
         exchange = problem.exchange
-        self._exchange = exchange
-        self._items = buckets.items
-        self._positions, self._buckets = buckets.pairs()
-        borders = torch.tensor(exchange.borders, device=self._positions.device)
-        self._slot_borders = torch.searchsorted(self._positions, borders).tolist()
+        borders = torch.tensor(exchange.borders, device=positions.device)
+        self._slot_borders = torch.searchsorted(positions, borders).tolist()
         start, end = self._slot_borders[exchange.rank : exchange.rank + 2]
         self.num_slots = end - start
-        self.per_position: Sequence[Tensor] = ()
-        self.own_pairs = self._positions[start:end] - exchange.first_position
-
-    def chunk_of(self) -> Tensor:
-        return self._exchange.even_chunks(self._exchange.min_chunks)
+        self.slot_positions = positions[start:end] - exchange.first_position
 
     def slots(self, chunk: Chunk) -> Chunk:
         slots = (self._places(chunk) >= 0).nonzero()[:, 0]
-        return Chunk.of(slots, self._slot_borders, self._exchange.rank)
+        return Chunk.of(slots, self._slot_borders, self.exchange.rank)
 
     def _places(self, chunk: Chunk) -> Tensor:
         """(P,) int64 where the position of each pair stands in the chunk, -1 for nowhere."""
@@ -332,6 +358,9 @@ class _BucketItems:
             num_slots=slots.numel(),
             pair_slots=order,
         )
+
+
+_scalable_cross_entropy = Operator("scalable_cross_entropy", HardBuckets)
 
 
 def scalable_cross_entropy_cost(

@@ -1,7 +1,6 @@
 """Log-sum-exps of a batch over a table, chunk of positions by chunk of positions."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,101 +10,118 @@ from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
 
-__all__ = ["Plan", "combine_shards", "streamed_logsumexp"]
+__all__ = ["Plan", "combine_shards", "streamed_gradients", "streamed_logsumexp"]
 
 
-class Plan(Protocol):
+class Plan:
     """Which candidates each position has; the same on every rank, from what all ranks share.
 
-    A slot is one log-sum-exp. Slots have global numbers in the order of positions.
+    A slot is one log-sum-exp. Slots have global numbers in the order of positions. Here a slot is a
+    position, and ``blocks`` is missing.
 
     Attributes:
+        exchange: The way to the other ranks.
         num_slots: Slots of this rank.
+        slot_positions: (num_slots,) int64 local position of each slot; None where they are one.
         per_position: (N, ...) tensors of this rank's positions; ``blocks`` gets those of a chunk.
     """
 
-    num_slots: int
-    per_position: Sequence[Tensor]
+    def __init__(self, problem: Problem) -> None:
+        """Takes a slot for every position of a problem."""
+        self.exchange = problem.exchange
+        self.num_slots = problem.states.shape[0]
+        self.slot_positions: Tensor | None = None
+        self.per_position: Sequence[Tensor] = ()
 
     def chunk_of(self) -> Tensor:
         """(num_positions,) int64 chunk of each global position."""
-        ...
+        return self.exchange.even_chunks(self.exchange.min_chunks)
 
     def slots(self, chunk: Chunk) -> Chunk:
         """The slots of the chunk's positions, as a chunk of slots."""
-        ...
+        return chunk
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
         """Blocks in terms of the chunk's positions; slot s is the s-th of ``slots``."""
-        ...
+        raise NotImplementedError
+
+    def correction(self) -> Tensor | None:
+        """(num_slots,) float32 to subtract from the log-sum-exps; None: nothing."""
+        return None
 
 
 def streamed_logsumexp(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over all shards of each slot of this rank, and the logit of each target.
 
     The workspace is two chunks of states, independent of the number of ranks: the states of a chunk
-    travel while the one before is worked on, and its gradients while the next one is.
+    travel while the one before is worked on.
 
     Returns:
-        (num_slots,) float32, -inf for a slot without candidates, and (N,) float32. Gradients flow
-        to ``problem.states`` of this rank and to ``problem.rows`` of this shard.
+        (num_slots,) float32, -inf for a slot without candidates, and (N,) float32. No gradient:
+        ``streamed_gradients`` takes it.
 
-    Collectives: per chunk a gather of states and targets, a maximum and a sum of slots; backward a
-    gather, a sum of slots and a reduce-scatter of state gradients.
+    Collectives: per chunk a gather of states and targets, a maximum and a sum of slots.
     """
-    return _StreamedLogsumexp.apply(problem.states, problem.scaled_rows(), problem, plan)
+    exchange, states, rows = problem.exchange, problem.states, problem.scaled_rows()
+    logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
+    target_logits = states.new_zeros(states.shape[0], dtype=torch.float32)
+    for chunk, (chunk_states, targets, *rest) in _chunks(problem, plan):
+        blocks = plan.blocks(chunk, targets, problem.row_ids, rest)
+        shard = block_logsumexp.forward(chunk_states, rows, blocks, problem.backend)
+        chunk_logsumexp, chunk_target_logits = combine_shards(*shard, exchange)
+        slots = plan.slots(chunk)
+        logsumexp[slots.own] = chunk_logsumexp[slots.own_slice]
+        target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
+    return logsumexp, target_logits
 
 
-class _StreamedLogsumexp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, rows: Tensor, problem: Problem, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        exchange = problem.exchange
-        logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
-        target_logits = states.new_zeros(states.shape[0], dtype=torch.float32)
-        for chunk, (chunk_states, targets, *rest) in _chunks(problem, plan, states):
-            blocks = plan.blocks(chunk, targets, problem.row_ids, rest)
-            shard = block_logsumexp.forward(chunk_states, rows, blocks, problem.backend)
-            chunk_logsumexp, chunk_target_logits = combine_shards(*shard, exchange)
-            slots = plan.slots(chunk)
-            logsumexp[slots.own] = chunk_logsumexp[slots.own_slice]
-            target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
-        ctx.save_for_backward(states, rows, logsumexp)
-        ctx.problem, ctx.plan = problem, plan
-        return logsumexp, target_logits
+def streamed_gradients(
+    problem: Problem,
+    plan: Plan,
+    logsumexp: Tensor,
+    grad_logsumexp: Tensor,
+    grad_target_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(N, D) and (R, D) float32 gradients of ``problem.states`` and ``problem.scaled_rows()``.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_logsumexp: Tensor, grad_target_logits: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        states, rows, logsumexp = ctx.saved_tensors
-        problem, plan = ctx.problem, ctx.plan
-        shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-        of_slots = torch.stack([shift, grad_logsumexp], dim=1)
-        grad_states = Gradients(problem.exchange, torch.zeros_like(states))
-        grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-        chunks = _chunks(problem, plan, states, (of_slots, grad_target_logits))
-        for chunk, (chunk_states, targets, columns, of_targets, *rest) in chunks:
-            part = block_logsumexp.backward(
-                chunk_states,
-                rows,
-                plan.blocks(chunk, targets, problem.row_ids, rest),
-                columns[:, 0].contiguous(),
-                columns[:, 1].contiguous(),
-                of_targets,
-                grad_rows,
-                problem.backend,
-            )
-            grad_states.send(part, chunk)
-        return grad_states.finish(), grad_rows.to(rows.dtype), None, None
+    The gradients of a chunk travel while the next one is worked on.
+
+    Args:
+        problem: The batch and the table of the forward pass.
+        plan: Its plan, or one that lists the same candidates.
+        logsumexp: (num_slots,) float32 of the forward pass.
+        grad_logsumexp: (num_slots,) float32.
+        grad_target_logits: (N,) float32.
+
+    Collectives: per chunk a gather of states, targets and the gradients of slots and targets, and a
+    reduce-scatter of state gradients.
+    """
+    states, rows = problem.states, problem.scaled_rows()
+    shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+    of_slots = torch.stack([shift, grad_logsumexp], dim=1)
+    total = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
+    grad_states = Gradients(problem.exchange, total)
+    grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    chunks = _chunks(problem, plan, (of_slots, grad_target_logits))
+    for chunk, (chunk_states, targets, columns, of_targets, *rest) in chunks:
+        part = block_logsumexp.backward(
+            chunk_states,
+            rows,
+            plan.blocks(chunk, targets, problem.row_ids, rest),
+            columns[:, 0].contiguous(),
+            columns[:, 1].contiguous(),
+            of_targets,
+            grad_rows,
+            problem.backend,
+        )
+        grad_states.send(part, chunk)
+    return grad_states.finish(), grad_rows
 
 
 def _chunks(
-    problem: Problem, plan: Plan, states: Tensor, grads: tuple[Tensor, Tensor] | None = None
+    problem: Problem, plan: Plan, grads: tuple[Tensor, Tensor] | None = None
 ) -> Iterator[tuple[Chunk, list[Tensor]]]:
     """Each chunk with its states, targets and, in backward, its columns of slots and of targets.
 
@@ -114,7 +130,7 @@ def _chunks(
     exchange = problem.exchange
 
     def start(chunk: Chunk) -> list[Wait]:
-        waits = [exchange.start_gather(one, chunk) for one in (states, problem.targets)]
+        waits = [exchange.start_gather(one, chunk) for one in (problem.states, problem.targets)]
         if grads is not None:
             of_slots, of_targets = grads
             waits.append(exchange.start_gather(of_slots, plan.slots(chunk)))

@@ -5,7 +5,6 @@ in ``shardrec.kernels`` and are named here again for users of the sharded face.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ __all__ = [
     "LOSSES",
     "RECE",
     "SCE",
+    "Batch",
     "CCEMinus",
     "EagerCE",
     "Loss",
@@ -76,33 +76,43 @@ class LossOutput:
     statistics: dict[str, float]
 
 
-class Loss(Protocol):
-    """A loss with its options."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a loss is called with.
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None,
-        step: Step,
-    ) -> LossOutput:
-        """Mean loss of the batch of all ranks.
+    Attributes:
+        states: (N, D) states at the real positions of this rank.
+        table: The item table or this rank's shard of it.
+        targets: (N,) int64 items.
+        weights: (N,) float factors of the positions' losses, or None.
+        step: Seed, step and item counts.
+    """
 
-        Args:
-            states: (N, D) states at the real positions of this rank.
-            table: The item table or this rank's shard of it.
-            targets: (N,) int64 items.
-            weights: (N,) float factors of the positions' losses, or None.
-            step: Seed, step and item counts.
-        """
-        ...
+    states: Tensor
+    table: Tensor | RowShard
+    targets: Tensor
+    weights: Tensor | None
+    step: Step
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | RowShard, Tensor]:
+        """States, table and targets."""
+        return self.states, self.table, self.targets
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the table."""
+        return self.table.group if isinstance(self.table, RowShard) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CCE:
-    """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
+class Loss:
+    """A loss with its options; these two are common to all.
+
+    Attributes:
+        normalize: Take states and rows at unit length.
+        temperature: Divides the logits.
+    """
 
     normalize: bool = False
     temperature: float = 1.0
@@ -116,20 +126,42 @@ class CCE:
         weights: Tensor | None = None,
         step: Step,
     ) -> LossOutput:
-        """Mean loss; nothing is drawn, so ``step`` does not matter."""
-        loss = cut_cross_entropy(
-            states,
-            table,
-            targets,
-            weights=weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
-        return LossOutput(loss, {})
+        """Mean loss of the batch of all ranks.
+
+        Args:
+            states: (N, D) states at the real positions of this rank.
+            table: The item table or this rank's shard of it.
+            targets: (N,) int64 items.
+            weights: (N,) float factors of the positions' losses, or None.
+            step: Seed, step and item counts.
+        """
+        return self.output(Batch(states, table, targets, weights, step))
+
+    def output(self, batch: Batch) -> LossOutput:
+        """The mean loss and its statistics."""
+        return LossOutput(self.mean(batch), {})
+
+    def mean(self, batch: Batch) -> Tensor:
+        """() float32 mean loss."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CCEMinus:
+class CCE(Loss):
+    """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
+
+    def mean(self, batch: Batch) -> Tensor:
+        """Mean loss; nothing is drawn, so the step does not matter."""
+        return cut_cross_entropy(
+            *batch.inputs,
+            weights=batch.weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CCEMinus(Loss):
     """Options of ``sampled_cross_entropy``.
 
     Attributes:
@@ -145,8 +177,6 @@ class CCEMinus:
     proposal: str = "uniform"
     popularity_exponent: float = 1.0
     parity: bool = False
-    normalize: bool = False
-    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the name of the proposal."""
@@ -155,36 +185,24 @@ class CCEMinus:
                 f"proposal must be one of {_PROPOSALS}, got {self.proposal!r}; choose one"
             )
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
+    def mean(self, batch: Batch) -> Tensor:
         """Mean loss; the table's gradient is sparse."""
-        loss = sampled_cross_entropy(
-            states,
-            table,
-            targets,
+        return sampled_cross_entropy(
+            *batch.inputs,
             num_negatives=self.num_negatives,
             share=self.share or None,
-            seed=step.seed,
-            step=step.step,
-            proposal=self._proposal(table, targets, step.item_counts),
+            seed=batch.step.seed,
+            step=batch.step.step,
+            proposal=self._proposal(batch),
             parity=self.parity,
             sparse_grad=True,
-            weights=weights,
+            weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        return LossOutput(loss, {})
 
-    def _proposal(
-        self, table: Tensor | RowShard, targets: Tensor, counts: Tensor | None
-    ) -> Proposal:
+    def _proposal(self, batch: Batch) -> Proposal:
+        table, counts = batch.table, batch.step.item_counts
         num_items = table.num_rows if isinstance(table, RowShard) else table.shape[0]
         if self.proposal == "uniform":
             return Uniform(num_items)
@@ -195,8 +213,7 @@ class CCEMinus:
             )
         if self.proposal == "popularity":
             return Popularity(counts, self.popularity_exponent)
-        group = table.group if isinstance(table, RowShard) else None
-        in_batch = InBatch(_targets_of_all_ranks(targets, group), counts)
+        in_batch = InBatch(_targets_of_all_ranks(batch.targets, batch.group), counts)
         if self.proposal == "in_batch":
             return in_batch
         half = self.num_negatives // 2
@@ -204,7 +221,7 @@ class CCEMinus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SCE:
+class SCE(Loss):
     """Options of ``scalable_cross_entropy``; 0 takes the default that follows from the batch.
 
     Attributes:
@@ -218,47 +235,34 @@ class SCE:
     positions_per_bucket: int = 0
     items_per_bucket: int = 256
     mix: bool = True
-    normalize: bool = False
-    temperature: float = 1.0
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss over covered positions and their share; the table's gradient is sparse."""
         weighted, covered = scalable_cross_entropy(
-            states,
-            table,
-            targets,
+            *batch.inputs,
             num_buckets=self.num_buckets or None,
             positions_per_bucket=self.positions_per_bucket or None,
             items_per_bucket=self.items_per_bucket,
             mix=self.mix,
-            seed=step.seed,
-            step=step.step,
+            seed=batch.step.seed,
+            step=batch.step.step,
             sparse_grad=True,
-            weights=weights,
+            weights=batch.weights,
             reduction="none",
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        factors = torch.ones_like(weighted) if weights is None else weights
-        group = table.group if isinstance(table, RowShard) else None
+        factors = torch.ones_like(weighted) if batch.weights is None else batch.weights
         sums = torch.stack([weighted.sum(), (factors * covered).sum()])
         counts = torch.tensor([float(covered.sum()), covered.numel()], device=sums.device)
-        sums = total_over_ranks(torch.cat([sums, counts]), group)
+        sums = total_over_ranks(torch.cat([sums, counts]), batch.group)
         norm, num_covered, num_positions = sums[1:].tolist()
         statistics = {"covered_share": num_covered / max(num_positions, 1)}
         return LossOutput(sums[0] / (norm or 1.0), statistics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RECE:
+class RECE(Loss):
     """Options of ``reduced_cross_entropy``; 0 takes the default that follows from the batch.
 
     Attributes:
@@ -274,99 +278,59 @@ class RECE:
     num_rounds: int = 4
     num_neighbor_chunks: int = 1
     align: str = "bucket"
-    normalize: bool = False
-    temperature: float = 1.0
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
+    def mean(self, batch: Batch) -> Tensor:
         """Mean loss; the table's gradient is dense."""
-        loss = reduced_cross_entropy(
-            states,
-            table,
-            targets,
+        return reduced_cross_entropy(
+            *batch.inputs,
             num_buckets=self.num_buckets or None,
             num_chunks=self.num_chunks or None,
             num_rounds=self.num_rounds,
             num_neighbor_chunks=self.num_neighbor_chunks,
             align=self.align,
-            seed=step.seed,
-            step=step.step,
-            weights=weights,
+            seed=batch.step.seed,
+            step=batch.step.step,
+            weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        return LossOutput(loss, {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EagerCE:
+class EagerCE(Loss):
     """Options of the full softmax with all logits in memory: a baseline."""
 
-    normalize: bool = False
-    temperature: float = 1.0
-
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
-        """Mean loss; nothing is drawn, so ``step`` does not matter."""
-        loss = eager_cross_entropy(
-            states,
-            table,
-            targets,
-            weights=weights,
+    def mean(self, batch: Batch) -> Tensor:
+        """Mean loss; nothing is drawn, so the step does not matter."""
+        return eager_cross_entropy(
+            *batch.inputs,
+            weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        return LossOutput(loss, {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BCE:
+class BCE(Loss):
     """Options of binary cross-entropy against uniform negatives of each position: a baseline."""
 
     num_negatives: int = 1
-    normalize: bool = False
-    temperature: float = 1.0
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
+    def mean(self, batch: Batch) -> Tensor:
         """Mean loss."""
-        loss = binary_cross_entropy(
-            states,
-            table,
-            targets,
+        return binary_cross_entropy(
+            *batch.inputs,
             num_negatives=self.num_negatives,
-            seed=step.seed,
-            step=step.step,
-            weights=weights,
+            seed=batch.step.seed,
+            step=batch.step.step,
+            weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        return LossOutput(loss, {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GBCE:
+class GBCE(Loss):
     """Options of gBCE (arXiv 2308.07192): a baseline.
 
     Attributes:
@@ -376,35 +340,22 @@ class GBCE:
 
     num_negatives: int = 256
     calibration: float = 0.75
-    normalize: bool = False
-    temperature: float = 1.0
 
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
+    def mean(self, batch: Batch) -> Tensor:
         """Mean loss."""
-        loss = generalized_binary_cross_entropy(
-            states,
-            table,
-            targets,
+        return generalized_binary_cross_entropy(
+            *batch.inputs,
             num_negatives=self.num_negatives,
             calibration=self.calibration,
-            seed=step.seed,
-            step=step.step,
-            weights=weights,
+            seed=batch.step.seed,
+            step=batch.step.step,
+            weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
-        return LossOutput(loss, {})
 
 
-LOSSES: dict[str, type[CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE]] = {
+LOSSES: dict[str, type[Loss]] = {
     "cce": CCE,
     "cce_minus": CCEMinus,
     "sce": SCE,
@@ -418,5 +369,5 @@ LOSSES: dict[str, type[CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE]] = {
 def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return targets.long()
-    exchange = Collective(group, targets.numel(), 0, targets.device)
+    exchange = Collective.meet(group, targets.numel(), 0, targets.device)
     return exchange.gather_all(targets.long())

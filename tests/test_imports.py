@@ -1,6 +1,7 @@
 """Imports go one way: launch → pipeline → modules → kernels. Read from the syntax trees."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,33 @@ def test_a_planted_violation_is_found(layer: str, source: str, words: str) -> No
 def test_a_downward_import_passes() -> None:
     source = "import math\nimport torch\nfrom shardrec.kernels import cut_cross_entropy\n"
     assert violations("modules", source, "planted.py") == []
+
+
+ONLY_TORCH = """
+import subprocess
+import sys
+from importlib.abc import MetaPathFinder
+import torch, torch._dynamo  # what torch itself brings along is its own affair
+
+class OnlyTorch(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top not in ("torch", "shardrec"):
+            raise ImportError(f"{name} is not installed here")
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+    del sys.modules[name]
+sys.meta_path.insert(0, OnlyTorch())
+from shardrec.kernels import *
+x, w = torch.ones(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+y = torch.arange(3)
+loss = cut_cross_entropy(x, w, y) + sampled_cross_entropy(x, w, y, num_negatives=2, seed=0)
+loss = loss + scalable_cross_entropy(x, w, y, seed=0) + reduced_cross_entropy(x, w, y, seed=0)
+loss.backward()
+assert "triton" not in sys.modules, "triton was imported and no kernel launched"
+"""
+
+
+def test_the_losses_run_where_nothing_but_torch_is_installed() -> None:
+    run = subprocess.run([sys.executable, "-P", "-c", ONLY_TORCH], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

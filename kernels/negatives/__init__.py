@@ -8,7 +8,15 @@ from shardrec.kernels.negatives.draws import (
     mixed_signs,
     random_signs,
 )
-from shardrec.kernels.negatives.proposals import InBatch, Mixture, Popularity, Proposal, Uniform
+from shardrec.kernels.negatives.proposals import (
+    InBatch,
+    Mixture,
+    Popularity,
+    Proposal,
+    Uniform,
+    pack,
+    unpack,
+)
 
 __all__ = [
     "STREAM_HASH",
@@ -21,5 +29,7 @@ __all__ = [
     "Uniform",
     "draw_below",
     "mixed_signs",
+    "pack",
     "random_signs",
+    "unpack",
 ]

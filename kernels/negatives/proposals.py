@@ -1,14 +1,14 @@
 """Distributions that negatives are drawn from, each with its own probability for logQ."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from shardrec.kernels.negatives.draws import draw_below
 
-__all__ = ["InBatch", "Mixture", "Popularity", "Proposal", "Uniform"]
+__all__ = ["InBatch", "Mixture", "Popularity", "Proposal", "Uniform", "pack", "unpack"]
 
 # Weights of a popularity table are integers that sum to about 2**50: exact in int64 and fine enough
 # for any catalog below 2**31 items.
@@ -16,7 +16,17 @@ _POPULARITY_TOTAL = 1 << 50
 
 
 class Proposal(Protocol):
-    """A distribution over the V items."""
+    """A distribution over the V items.
+
+    Attributes:
+        kind: Its name.
+        size: A number that it is made from; 0 where there is none.
+        tables: Tensors that it is made from.
+    """
+
+    kind: ClassVar[str]
+    size: int
+    tables: tuple[Tensor, ...]
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items; a function of the arguments alone."""
@@ -30,17 +40,20 @@ class Proposal(Protocol):
 class Uniform:
     """Every item with probability 1 / V."""
 
+    kind: ClassVar[str] = "uniform"
+
     def __init__(self, num_items: int) -> None:
         """Stores the number of items V, in [1, 2**31)."""
-        self.num_items = num_items
+        self.size = num_items
+        self.tables: tuple[Tensor, ...] = ()
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
-        return draw_below(self.num_items, blocks, num_draws, seed=seed, step=step, stream=stream)
+        return draw_below(self.size, blocks, num_draws, seed=seed, step=step, stream=stream)
 
     def probability(self, items: Tensor) -> Tensor:
         """1 / V for each item."""
-        return torch.full(items.shape, 1 / self.num_items, dtype=torch.float64, device=items.device)
+        return torch.full(items.shape, 1 / self.size, dtype=torch.float64, device=items.device)
 
 
 class Popularity:
@@ -48,6 +61,9 @@ class Popularity:
 
     The table is a (V,) int64 cumulative sum: float32 could not reach the tail beyond 2**24 items.
     """
+
+    kind: ClassVar[str] = "popularity"
+    size = 0
 
     def __init__(self, counts: Tensor, exponent: float = 1.0) -> None:
         """Builds the cumulative table, 8 V bytes.
@@ -58,49 +74,61 @@ class Popularity:
         """
         share = counts.double().clamp(min=1).pow(exponent)
         weights = (share / share.sum() * _POPULARITY_TOTAL).round().long().clamp(min=1)
-        self._ends = weights.cumsum(0)
-        self._total = int(self._ends[-1])
+        self.tables = (weights.cumsum(0),)
+
+    @classmethod
+    def of_table(cls, ends: Tensor) -> "Popularity":
+        """The proposal of a (V,) int64 cumulative table."""
+        self = cls.__new__(cls)
+        self.tables = (ends,)
+        return self
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
-        high_bound, low_bound = self._total >> 30, 1 << 30
+        (ends,) = self.tables
+        total, low_bound = ends[-1], 1 << 30
         draws = draw_below(low_bound, blocks, 2 * num_draws, seed=seed, step=step, stream=stream)
         # 60 uniform bits scaled to [0, total) in two halves, so that no product leaves int64.
         fraction_high, fraction_low = draws[:, 0::2], draws[:, 1::2]
-        low = self._total & (low_bound - 1)
+        high_bound, low = total >> 30, total & (low_bound - 1)
         point = fraction_high * high_bound + ((fraction_low * high_bound) >> 30)
         point += (fraction_high * low) >> 30
-        return torch.searchsorted(self._ends, point.clamp(max=self._total - 1), right=True)
+        return torch.searchsorted(ends, torch.minimum(point, total - 1), right=True)
 
     def probability(self, items: Tensor) -> Tensor:
         """Share of the item in the table."""
-        start = torch.where(items > 0, self._ends[(items - 1).clamp(min=0)], 0)
-        return (self._ends[items] - start).double() / self._total
+        (ends,) = self.tables
+        start = torch.where(items > 0, ends[(items - 1).clamp(min=0)], 0)
+        return (ends[items] - start).double() / ends[-1]
 
 
 class InBatch:
     """Targets of the global batch; their probability is the item's share of the training events."""
 
-    def __init__(self, targets: Tensor, counts: Tensor) -> None:
+    kind: ClassVar[str] = "in_batch"
+    size = 0
+
+    def __init__(self, targets: Tensor, counts: Tensor, total: Tensor | None = None) -> None:
         """Stores both.
 
         Args:
             targets: (N,) int64 targets of all ranks, in the order of global positions.
             counts: (V,) int64 training events of each item.
+            total: () int64 their sum, where it is known.
         """
-        self._targets = targets
-        self._counts = counts
-        self._total = int(counts.sum())
+        self.tables = (targets, counts, counts.sum() if total is None else total)
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
-        bound = max(self._targets.numel(), 1)
+        targets = self.tables[0]
+        bound = max(targets.numel(), 1)
         draws = draw_below(bound, blocks, num_draws, seed=seed, step=step, stream=stream)
-        return self._targets[draws]
+        return targets[draws]
 
     def probability(self, items: Tensor) -> Tensor:
         """Share of the item in the training events."""
-        return self._counts[items].clamp(min=1).double() / self._total
+        _, counts, total = self.tables
+        return counts[items].clamp(min=1).double() / total
 
 
 class Mixture:
@@ -109,10 +137,22 @@ class Mixture:
     Every draw, whichever source it came from, has probability ``sum_m K_m Q_m(j) / K``.
     """
 
+    kind: ClassVar[str] = "mixture"
+    size = 0
+
     def __init__(self, parts: Sequence[tuple[Proposal, int]]) -> None:
-        """Stores (proposal, number of draws) pairs."""
-        self._parts = tuple(parts)
-        self._total = sum(count for _, count in self._parts)
+        """Stores (proposal, number of draws) pairs.
+
+        Raises:
+            ValueError: a part is a mixture, whose draws would repeat those of its neighbours.
+        """
+        if any(part.kind == self.kind for part, _ in parts):
+            raise ValueError(
+                "parts of a mixture must not be mixtures, got one; list its parts instead"
+            )
+        self.parts = tuple(parts)
+        self.tables = tuple(table for part, _ in parts for table in part.tables)
+        self._total = sum(count for _, count in self.parts)
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items; ``num_draws`` must be the sum of the parts."""
@@ -123,11 +163,46 @@ class Mixture:
             )
         draws = [
             part.draw(blocks, count, seed=seed, step=step, stream=stream + index)
-            for index, (part, count) in enumerate(self._parts)
+            for index, (part, count) in enumerate(self.parts)
         ]
         return torch.cat(draws, dim=1)
 
     def probability(self, items: Tensor) -> Tensor:
         """Mean of the parts' probabilities, weighted by their draws."""
-        shares = [count / self._total * part.probability(items) for part, count in self._parts]
+        shares = [count / self._total * part.probability(items) for part, count in self.parts]
         return torch.stack(shares).sum(0)
+
+
+def pack(proposal: Proposal) -> tuple[str, list[int], tuple[Tensor, ...]]:
+    """A proposal as an operator takes it: kinds of its parts, their draws and sizes, and tables.
+
+    Raises:
+        TypeError: the proposal is none of this module.
+
+    >>> pack(Mixture([(Uniform(9), 3), (Uniform(7), 1)]))
+    ('uniform uniform', [3, 9, 1, 7], ())
+    """
+    parts = proposal.parts if isinstance(proposal, Mixture) else ((proposal, 0),)
+    for part, _ in parts:
+        if not isinstance(part, Uniform | Popularity | InBatch):
+            raise TypeError(
+                "proposal must be a Uniform, Popularity, InBatch or a Mixture of them, got "
+                f"{type(part).__name__}; Popularity takes the counts of any distribution"
+            )
+    numbers = [number for part, count in parts for number in (count, part.size)]
+    return " ".join(part.kind for part, _ in parts), numbers, proposal.tables
+
+
+def unpack(kinds: str, numbers: Sequence[int], tables: Sequence[Tensor]) -> Proposal:
+    """The proposal that was packed."""
+    rest = list(tables)
+    parts: list[tuple[Proposal, int]] = []
+    for kind, count, size in zip(kinds.split(), numbers[::2], numbers[1::2], strict=True):
+        if kind == Uniform.kind:
+            parts.append((Uniform(size), count))
+        elif kind == Popularity.kind:
+            parts.append((Popularity.of_table(rest.pop(0)), count))
+        else:
+            parts.append((InBatch(rest.pop(0), rest.pop(0), rest.pop(0)), count))
+    is_mixture = len(parts) > 1 or parts[0][1]
+    return Mixture(parts) if is_mixture else parts[0][0]

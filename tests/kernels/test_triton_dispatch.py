@@ -3,13 +3,23 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from shardrec.kernels import block_logsumexp, cut_cross_entropy, device, select
-from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
+from shardrec.kernels import (
+    block_logsumexp,
+    cut_cross_entropy,
+    device,
+    reduced_cross_entropy,
+    sampled_cross_entropy,
+    scalable_cross_entropy,
+    select,
+)
+from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair, gpu
 from shardrec.kernels.device import choose_backend, gpu_refusal
 
 
@@ -18,13 +28,16 @@ def run_python(code: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_triton_is_imported_only_where_a_kernel_runs() -> None:
+def test_the_kernels_are_imported_only_where_one_runs() -> None:
+    # PyTorch itself imports triton, where it is installed, when an operator is first called.
     run_python(
         "import sys, torch\n"
         "from shardrec.kernels import cut_cross_entropy\n"
+        "assert 'triton' not in sys.modules\n"
         "states = torch.ones(3, 8, requires_grad=True)\n"
         "cut_cross_entropy(states, torch.ones(5, 8), torch.arange(3)).backward()\n"
-        "assert 'triton' not in sys.modules\n"
+        "ours = [name for name in sys.modules if name.startswith('shardrec.kernels')]\n"
+        "assert not [name for name in ours if '.gpu' in name], ours\n"
     )
 
 
@@ -70,29 +83,86 @@ def test_which_gpus_triton_serves(
     assert words is None or words in str(reason)
 
 
-class OldGpuTensor:
-    """What ``choose_backend`` looks at, of a tensor on a GPU that is not here."""
+GPUS: dict[str, tuple[str | None, tuple[int, int], str]] = {
+    "sm_75": (None, (7, 5), "sm_75"),
+    "rocm": ("6.2", (9, 4), "NVIDIA"),
+}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "cce": lambda x, w, y: cut_cross_entropy(x, w, y, reduction="none"),
+    "cce-fused": lambda x, w, y: cut_cross_entropy(x, w, y),
+    "cce_minus": lambda x, w, y: sampled_cross_entropy(x, w, y, num_negatives=9, share=4, seed=1),
+    "sce": lambda x, w, y: scalable_cross_entropy(x, w, y, items_per_bucket=9, seed=2),
+    "rece": lambda x, w, y: reduced_cross_entropy(x, w, y, num_buckets=9, num_rounds=2, seed=3),
+}
 
-    device = torch.device("cuda", 0)
-    dtype = torch.float32
 
-    def is_floating_point(self) -> bool:
-        return True
+def pretend(monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int]) -> None:
+    """Lets tensors of the CPU look like those of a GPU."""
+    monkeypatch.setattr(device, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(device, "_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
 
 
-def test_an_old_gpu_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_capability", lambda _: (7, 5))
-    tensor = OldGpuTensor()
-    with pytest.warns(UserWarning, match="sm_75"):
-        assert choose_backend(tensor) == "torch"  # type: ignore[arg-type]
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of the path at each call of the block log-sum-exp."""
+    ran: list[str] = []
+    for name, module in (("torch", cpu), ("triton", gpu)):
+        for function in ("forward", "backward"):
+            original = getattr(module, function)
+
+            def spy(*args: object, name: str = name, original: Any = original) -> object:
+                ran.append(name)
+                return original(*args)
+
+            monkeypatch.setattr(module, function, spy)
+    return ran
+
+
+def values(loss: Callable[..., Any]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(21, 8, generator=generator, requires_grad=True)
+    table = torch.randn(33, 8, generator=generator, requires_grad=True)
+    value = loss(states, table, torch.arange(21)).sum()
+    return [value.detach(), *torch.autograd.grad(value, (states, table))]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name_of_gpu", GPUS)
+def test_a_gpu_that_triton_does_not_serve_gets_plain_pytorch_and_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, name_of_gpu: str, name: str
+) -> None:
+    hip, capability, words = GPUS[name_of_gpu]
+    expected = values(LOSSES[name])
+    pretend(monkeypatch, hip, capability)
+    ran = spied(monkeypatch)
+    with pytest.warns(UserWarning, match=f"plain PyTorch serves this GPU.*{words}"):
+        found = values(LOSSES[name])
+    assert set(ran) <= {"torch"} and bool(ran) == (name != "cce-fused")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name_of_gpu", GPUS)
+def test_triton_is_refused_where_it_is_forced_on_such_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, name_of_gpu: str
+) -> None:
+    hip, capability, words = GPUS[name_of_gpu]
+    pretend(monkeypatch, hip, capability)
+    with pytest.raises(ValueError, match=f"backend must be 'torch' here.*{words}"):
+        choose_backend(torch.zeros(1), "triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_backend(tensor, "torch") == "torch"  # type: ignore[arg-type]
-        monkeypatch.setattr(device, "_capability", lambda _: (9, 0))
-        assert choose_backend(tensor) == "triton"  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sm_75"):
-        monkeypatch.setattr(device, "_capability", lambda _: (7, 5))
-        choose_backend(tensor, "triton")  # type: ignore[arg-type]
+        assert choose_backend(torch.zeros(1), "torch") == "torch"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_newer_gpus_get_triton_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    pretend(monkeypatch, None, capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_backend(torch.zeros(1)) == "triton"
+        assert choose_backend(torch.zeros(1), "torch") == "torch"
 
 
 def test_precision_follows_pytorch() -> None:

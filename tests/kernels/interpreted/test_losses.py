@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shardrec.kernels import (
     cut_cross_entropy,
+    device,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
@@ -72,8 +73,8 @@ def test_triton_equals_torch(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
-def test_the_backend_that_was_asked_for_ran(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of the path at each call of the block log-sum-exp."""
     ran = []
     for name, module in (("torch", block_cpu), ("triton", block_gpu)):
         for function in ("forward", "backward"):
@@ -84,8 +85,30 @@ def test_the_backend_that_was_asked_for_ran(backend: str, monkeypatch: pytest.Mo
                 return original(*args)  # type: ignore[operator]
 
             monkeypatch.setattr(module, function, spy)
+    return ran
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
+def test_the_backend_that_was_asked_for_ran(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = spied(monkeypatch)
     values(LOSSES["cce_minus"], backend)
     assert ran == ["triton" if backend == "triton" else "torch"] * 2
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "expected"),
+    [(None, (8, 0), "triton"), (None, (7, 5), "torch"), ("6.2", (9, 4), "torch")],
+)
+@pytest.mark.filterwarnings("ignore:plain PyTorch serves this GPU")
+def test_the_gpu_decides_where_nobody_does(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(device, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(device, "_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    ran = spied(monkeypatch)
+    values(LOSSES["cce_minus"], "auto")
+    assert ran == [expected] * 2
 
 
 def test_sce_and_rece_choose_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:

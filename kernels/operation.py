@@ -1,0 +1,386 @@
+"""The losses as operators of PyTorch: one mechanism, into which each loss puts its candidates.
+
+A loss is two custom operators, ``shardrec::<loss>`` and ``shardrec::<loss>_backward``, opaque to
+torch.compile. What backward needs comes out of the first one as tensors, beside the loss, because
+a graph can keep nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, TypeVar, cast, get_type_hints
+
+import torch
+from torch import Tensor
+
+from shardrec.kernels.candidates import Candidates, Shape
+from shardrec.kernels.collective import find_group
+from shardrec.kernels.comparison import compare, gradients, kept_shapes
+from shardrec.kernels.problem import Problem, Scaling, pose, pose_again, shape_refusal
+from shardrec.kernels.shard import RowShard
+
+__all__ = ["SCHEMA_TYPES", "Call", "Operator"]
+
+SCHEMA_TYPES = {
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list[int]: "SymInt[]",
+    torch.dtype | None: "ScalarType?",
+}
+
+# When the gradient is taken.
+_NEVER, _IN_FORWARD, _IN_BACKWARD = "never", "in_forward", "in_backward"
+
+FusedLoss = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Of a problem and (N,) coefficients: the sum of losses, gradients of scaled states and rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How a loss is called: the arguments that all of them have.
+
+    Attributes:
+        weights: (N,) float factors of the positions' losses, or None.
+        reduction: "mean", "sum" or "none".
+        normalize: Take states and rows at unit length.
+        temperature: Divides the logits.
+        backend: "auto", "torch" or "triton".
+        sparse_grad: Give the table a sparse gradient.
+    """
+
+    weights: Tensor | None
+    reduction: str
+    normalize: bool
+    temperature: float
+    backend: str
+    sparse_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The arguments of every operator that are not tensors."""
+
+    first_row: int
+    num_rows: int
+    group: str  # "" is one process
+    reduction: str
+    normalize: bool
+    temperature: float
+    backend: str
+    sparse_grad: bool
+    dtype: torch.dtype | None  # of products, where it is not that of the inputs
+    gradient: str
+
+    def shard(self, rows: Tensor) -> RowShard:
+        group = find_group(self.group) if self.group else None
+        return RowShard(rows, self.first_row, self.num_rows, group)
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.normalize, self.temperature, self.dtype)
+
+    def kept_shapes(
+        self, candidates: Candidates, rows: Tensor
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        return kept_shapes(candidates, rows.dtype, bool(self.group))
+
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def _without_autocast(kernel: Kernel) -> Kernel:
+    """Keeps autocast from the operations inside, which see to their dtypes themselves."""
+
+    @wraps(kernel)
+    def run(self: Any, first: Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(self, first, *args)
+        with torch.autocast(device, enabled=False):
+            return kernel(self, first, *args)
+
+    return cast(Kernel, run)
+
+
+class Operator:
+    """A loss, given what its candidates are; the call and its arguments can be traced."""
+
+    def __init__(
+        self, name: str, candidates: type[Candidates], fused: FusedLoss | None = None
+    ) -> None:
+        """Registers the operators of a loss.
+
+        Args:
+            name: Name of the public function.
+            candidates: A dataclass; its fields are arguments of the operators.
+            fused: Takes the gradient in the forward pass, of every item as candidates.
+        """
+        self._name = name
+        self._candidates = candidates
+        self._fused = fused
+        types = get_type_hints(_Options)
+        hints = get_type_hints(candidates)
+        self._fields = tuple(field.name for field in fields(candidates))  # type: ignore[arg-type]
+        types |= {field: hints[field] for field in self._fields}
+        options = ", ".join(f"{SCHEMA_TYPES[kind]} {field}" for field, kind in types.items())
+        inputs = "Tensor states, Tensor rows, Tensor targets"
+        operator = torch.library.custom_op(
+            f"shardrec::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({inputs}, Tensor? weights, Tensor[] tables, {options}) "
+            "-> (Tensor loss, Tensor covered, Tensor[] saved)",
+        )
+        operator.register_fake(self._fake_forward)
+        operator.register_autograd(self._differentiate, setup_context=self._keep)
+        backward = torch.library.custom_op(
+            f"shardrec::{name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"(Tensor grad, {inputs}, Tensor[] tables, Tensor[] saved, {options}) "
+            "-> (Tensor grad_states, Tensor grad_rows)",
+        )
+        backward.register_fake(self._fake_backward)
+        backward.register_autograd(self._refuse_second_derivative)
+        self._forward_overload = getattr(torch.ops.shardrec, name).default
+        self._backward_overload = getattr(torch.ops.shardrec, f"{name}_backward").default
+
+    def __call__(
+        self,
+        states: Tensor,
+        table: Tensor | RowShard,
+        targets: Tensor,
+        call: Call,
+        candidates: Candidates,
+        tables: Sequence[Tensor] = (),
+        *,
+        fuse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss as ``call.reduction`` says, and the (N,) bool mask of covered positions.
+
+        Args:
+            states: (N, D).
+            table: (V, D), or this rank's shard of it.
+            targets: (N,).
+            call: The common arguments.
+            candidates: The candidates.
+            tables: Tensors that they need.
+            fuse: Take the gradient, where there will be one, in the forward pass.
+        """
+        shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
+        if call.weights is not None and call.weights.requires_grad:
+            raise ValueError(
+                "weights must not require a gradient, got some that do; detach them, or multiply "
+                "the losses of reduction='none'"
+            )
+        gradient = _NEVER
+        if torch.is_grad_enabled() and (states.requires_grad or shard.rows.requires_grad):
+            gradient = _IN_FORWARD if fuse and call.reduction != "none" else _IN_BACKWARD
+        loss, covered, _ = self._forward_overload(
+            states,
+            shard.rows,
+            targets,
+            call.weights,
+            list(tables),
+            shard.first_row,
+            shard.num_rows,
+            "" if shard.group is None else shard.group.group_name,
+            call.reduction,
+            call.normalize,
+            call.temperature,
+            call.backend,
+            call.sparse_grad,
+            autocast_dtype(states),
+            gradient,
+            *[getattr(candidates, field) for field in self._fields],
+        )
+        return loss, covered
+
+    def _unpack(self, values: Sequence[Any]) -> tuple[_Options, Candidates]:
+        num_options = len(values) - len(self._fields)
+        named = dict(zip(self._fields, values[num_options:], strict=True))
+        return _Options(*values[:num_options]), self._candidates(**named)
+
+    @_without_autocast
+    def _forward(
+        self,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        tables: list[Tensor],
+        *values: Any,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        options, candidates = self._unpack(values)
+        problem = pose(
+            states,
+            options.shard(rows),
+            targets,
+            weights=weights,
+            reduction=options.reduction,
+            scaling=options.scaling,
+            backend=options.backend,
+        )
+        if options.gradient == _IN_FORWARD:
+            assert self._fused is not None
+            total, *parts = self._fused(problem, problem.coefficients(options.reduction))
+            grad_states = options.scaling.states_gradient(states, parts[0])
+            grad_rows = options.scaling.rows_gradient(rows, parts[1])
+            covered = torch.ones_like(targets, dtype=torch.bool)
+            return problem.exchange.sum(total), covered, [grad_states, grad_rows]
+        loss, covered, kept = compare(problem, candidates, tables, options.reduction)
+        if options.gradient == _NEVER:
+            return loss, covered, []
+        shapes = options.kept_shapes(candidates, rows)
+        return loss, covered, [kept[name] for name in shapes]
+
+    def _fake_forward(
+        self,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        tables: list[Tensor],
+        *values: Any,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        options, candidates = self._unpack(values)
+        refusal = shape_refusal(states, rows, targets, weights, options.reduction, options.scaling)
+        if refusal:
+            raise refusal
+        shape = targets.shape if options.reduction == "none" else ()
+        loss = states.new_empty(shape, dtype=torch.float32)
+        covered = torch.empty_like(targets, dtype=torch.bool)
+        if options.gradient == _NEVER:
+            return loss, covered, []
+        if options.gradient == _IN_FORWARD:
+            return loss, covered, [states.new_empty(states.shape), rows.new_empty(rows.shape)]
+        sizes = {"N": states.shape[0], "D": states.shape[1], "R": rows.shape[0]}
+        if options.group:
+            sizes["W"] = find_group(options.group).size()
+        else:
+            sizes |= candidates.sizes(states.shape[0], rows.shape[0])
+        saved = []
+        for name, (letters, dtype) in options.kept_shapes(candidates, rows).items():
+            device = "cpu" if name in ("layout", "counts") else states.device
+            shape = [_size(letter, sizes) for letter in letters]
+            saved.append(torch.empty(shape, dtype=dtype, device=device))
+        return loss, covered, saved
+
+    @_without_autocast
+    def _backward(
+        self,
+        grad: Tensor,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        tables: list[Tensor],
+        saved: list[Tensor],
+        *values: Any,
+    ) -> tuple[Tensor, Tensor]:
+        options, candidates = self._unpack(values)
+        if options.gradient == _IN_FORWARD:
+            return saved[0] * grad, saved[1] * grad
+        kept = dict(zip(options.kept_shapes(candidates, rows), saved, strict=True))
+        problem = pose_again(
+            states,
+            options.shard(rows),
+            targets,
+            options.scaling,
+            options.backend,
+            kept.get("layout"),
+        )
+        grad_states, grad_rows = gradients(problem, candidates, tables, kept, grad)
+        grad_states = options.scaling.states_gradient(states, grad_states)
+        if "used" not in kept:
+            return grad_states, options.scaling.rows_gradient(rows, grad_rows)
+        num_used = grad_rows.shape[0]
+        grad_rows = options.scaling.rows_gradient(kept["used_rows"][:num_used], grad_rows)
+        if options.sparse_grad:
+            return grad_states, grad_rows
+        total = rows.new_zeros(rows.shape)
+        return grad_states, total.index_copy_(0, kept["used"][:num_used], grad_rows)
+
+    def _fake_backward(
+        self,
+        grad: Tensor,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        tables: list[Tensor],
+        saved: list[Tensor],
+        *values: Any,
+    ) -> tuple[Tensor, Tensor]:
+        options, _ = self._unpack(values)
+        num_rows = rows.shape[0]
+        if options.sparse_grad:
+            num_rows = torch.library.get_ctx().new_dynamic_size()
+        return states.new_empty(states.shape), rows.new_empty((num_rows, rows.shape[1]))
+
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        states, rows, targets, _, tables, *values = inputs
+        _, covered, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(covered, *saved)
+        ctx.save_for_backward(states, rows, targets, *tables, *saved)
+        ctx.num_tables, ctx.values, ctx.is_spent = len(tables), values, False
+
+    def _differentiate(self, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        """Gradients of states and rows; a taken gradient is scaled in place, without a copy."""
+        options, candidates = self._unpack(ctx.values)
+        if ctx.is_spent:
+            raise RuntimeError(
+                f"backward of {self._name} must run once, got a second call; use reduction='none', "
+                "which keeps what a second one needs"
+            )
+        states, rows, targets, *rest = ctx.saved_tensors
+        tables, saved = rest[: ctx.num_tables], rest[ctx.num_tables :]
+        # A graph that is traced holds no plain tensors and cannot scale in place.
+        in_place = type(grad) is Tensor and not torch.is_grad_enabled()
+        if options.gradient == _IN_FORWARD and in_place:
+            ctx.is_spent = True
+            grad_states, grad_rows = _scaled(saved, grad)
+        else:
+            grad_states, grad_rows = self._backward_overload(
+                grad, states, rows, targets, tables, saved, *ctx.values
+            )
+        if options.sparse_grad:
+            names = list(options.kept_shapes(candidates, rows))
+            used = saved[names.index("used")][: grad_rows.shape[0]]
+            grad_rows = torch.sparse_coo_tensor(
+                used[None], grad_rows, rows.shape, is_coalesced=True, check_invariants=False
+            )
+        nothing = (None,) * len(ctx.values)
+        return grad_states, grad_rows, None, None, [None] * len(tables), *nothing
+
+    def _refuse_second_derivative(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            f"{self._name} must be differentiated once, got a second derivative; take it of "
+            "F.cross_entropy over a few positions"
+        )
+
+
+def autocast_dtype(states: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks products of these states to have; None where it is off."""
+    device = states.device.type
+    if not torch.is_autocast_enabled(device) or states.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _size(letter: str | int, sizes: dict[str, int]) -> int:
+    """The size behind a letter; one that depends on data where nobody knows it."""
+    if isinstance(letter, int):
+        return letter
+    if letter not in sizes:
+        sizes[letter] = torch.library.get_ctx().new_dynamic_size()
+    return sizes[letter]
+
+
+def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+    if float(factor) != 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return gradients
