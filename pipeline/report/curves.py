@@ -1,5 +1,6 @@
 """Curves of several runs over their steps, as SVG that takes its colours from the page."""
 
+import dataclasses
 import io
 import math
 import re
@@ -23,8 +24,9 @@ NUM_HUES = 6
 _WIDTH, _HEIGHT = 520, 250  # px
 _LEFT, _TOP, _BOTTOM = 46, 12, 26
 _FONT, _LETTER, _LINE_GAP = 11, 5.9, 13.5  # px: size, mean width of a letter, between two labels
-_MOST_POINTS = 160
+_MOST_POINTS, _LEAST_POINTS = 160, 40  # of one line alone, of one among many
 _LOG_FROM = 12  # an axis is logarithmic where its largest number is so many times the smallest
+_TICKS = [1, 2, 2.5, 5, 10]
 _NAME = 18  # letters of a run's name beside a line
 
 # Stand-ins that become the page's own colours, so that one drawing serves light and dark.
@@ -94,6 +96,9 @@ def draw(curve: Curve, lines: Sequence[Line]) -> str:
         curve: what the numbers are.
         lines: of the runs that have any; each at least one point.
     """
+    is_log = _spans_decades(lines)
+    most = max(_LEAST_POINTS, _MOST_POINTS // len(lines))
+    lines = [thin(line, most, is_log=is_log) for line in lines]
     with matplotlib.rc_context(_SETTINGS):
         labels = [_label(curve, line, alone=len(lines) == 1) for line in lines]
         right = 16 + _LETTER * max(map(len, labels))
@@ -107,7 +112,7 @@ def draw(curve: Curve, lines: Sequence[Line]) -> str:
             ),
             facecolor="none",
         )
-        _set_scales(axes, curve, lines)
+        _set_scales(axes, curve, lines, is_log=is_log)
         for line in lines:
             _draw_line(axes, curve, line)
         _set_limits(axes, curve)
@@ -118,22 +123,25 @@ def draw(curve: Curve, lines: Sequence[Line]) -> str:
     return _inline(buffer.getvalue(), curve, lines)
 
 
-def thin(steps: Array, values: Array, *, is_log: bool, most: int = _MOST_POINTS) -> Array:
-    """(n, 2) steps and values, at most ``most``: neighbours on the axis become their mean.
+def thin(line: Line, most: int, *, is_log: bool) -> Line:
+    """The line with at most ``most`` points: neighbours on the axis become their mean.
 
     Example:
-        >>> thin(np.arange(1.0, 5), np.array([0.0, 2.0, 4.0, 6.0]), is_log=False, most=2).tolist()
-        [[2.0, 2.0], [4.0, 6.0]]
+        >>> line = Line("run", 0, np.arange(1.0, 5), np.array([0.0, 2.0, 4.0, 6.0]))
+        >>> short = thin(line, 2, is_log=False)
+        >>> short.steps.tolist(), short.values.tolist()
+        ([1.0, 4.0], [1.0, 5.0])
     """
-    points = np.stack([steps, values], axis=1)
-    if len(points) <= most:
-        return points
-    along = np.log(steps) if is_log else steps
-    bins = ((along - along[0]) / (along[-1] - along[0]) * (most - 1)).astype(np.int64)
+    if len(line.steps) <= most:
+        return line
+    along = np.log(line.steps) if is_log else line.steps
+    share = (along - along[0]) / (along[-1] - along[0])
+    bins = np.minimum(share * most, most - 1).astype(np.int64)
     counts = np.bincount(bins)
-    sums = np.stack([np.bincount(bins, weights=column) for column in points.T], axis=1)
-    means: Array = sums[counts > 0] / counts[counts > 0, None]
-    return means
+    sums = [np.bincount(bins, weights=column) for column in (line.steps, line.values)]
+    steps, values = (total[counts > 0] / counts[counts > 0] for total in sums)
+    steps[0], steps[-1] = line.steps[0], line.steps[-1]
+    return dataclasses.replace(line, steps=steps, values=values)
 
 
 def place_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -179,24 +187,27 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _NAME else f"{name[: _NAME - 1 - half + 1]}…{name[-half + 1 :]}"
 
 
-def _set_scales(axes: Axes, curve: Curve, lines: Sequence[Line]) -> None:
+def _spans_decades(lines: Sequence[Line]) -> bool:
+    """Whether a run is so much longer than another that steps need a logarithmic axis."""
     longest = [float(line.steps[-1]) for line in lines]
-    if max(longest) >= _LOG_FROM * min(longest) and min(line.steps[0] for line in lines) > 0:
-        axes.set_xscale("log")
+    return max(longest) >= _LOG_FROM * min(longest) and min(line.steps[0] for line in lines) > 0
+
+
+def _set_scales(axes: Axes, curve: Curve, lines: Sequence[Line], *, is_log: bool) -> None:
+    axes.set_xscale("log" if is_log else "linear")
     values = np.concatenate([line.values for line in lines])
     if curve.may_be_log and values.min() > 0 and values.max() >= _LOG_FROM * values.min():
         axes.set_yscale("log")
 
 
 def _draw_line(axes: Axes, curve: Curve, line: Line) -> None:
-    points = thin(line.steps, line.values, is_log=axes.get_xscale() == "log")
     colour = _HUES[line.place % NUM_HUES]
     dashes = (0, (4, 1.5)) if line.place >= NUM_HUES else "solid"
-    axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=1.6, linestyle=dashes)
-    marked = points if curve.dots else points[-1:]
+    axes.plot(line.steps, line.values, color=colour, linewidth=1.6, linestyle=dashes)
+    marked = slice(None) if curve.dots else slice(-1, None)
     axes.plot(
-        marked[:, 0],
-        marked[:, 1],
+        line.steps[marked],
+        line.values[marked],
         linestyle="none",
         marker="o",
         markersize=5,
@@ -209,7 +220,7 @@ def _draw_line(axes: Axes, curve: Curve, line: Line) -> None:
 
 def _set_limits(axes: Axes, curve: Curve) -> None:
     if curve.from_zero:
-        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
+        axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 1e-9))
     for axis, is_log in (
         (axes.xaxis, axes.get_xscale() == "log"),
         (axes.yaxis, axes.get_yscale() == "log"),
@@ -218,9 +229,9 @@ def _set_limits(axes: Axes, curve: Curve) -> None:
         if is_log:
             axis.set_major_formatter(EngFormatter(sep=""))
         else:
-            axis.set_major_locator(MaxNLocator(nbins=5))
+            axis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS))
     if axes.get_xscale() != "log":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_yscale() != "log" and max(map(abs, axes.get_ylim())) >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -257,6 +268,7 @@ def _write_labels(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> N
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
+                "relpos": (0, 0.5),  # begins left of the label and never runs through it
                 "color": colour,
                 "linewidth": 0.7,
                 "linestyle": (0, (1, 2)),

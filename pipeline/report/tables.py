@@ -1,5 +1,6 @@
 """The tables of a report: runs against runs, by rows or by columns."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -72,8 +73,8 @@ class Totals:
     def of(cls, record: RunRecord) -> "Totals":
         """The totals of a run, finished or not."""
         if record.end is not None:
-            names = cls.__dataclass_fields__
-            return cls(**{name: record.end.get(name) for name in names})
+            names = [field.name for field in dataclasses.fields(cls)]
+            return cls(**{name: record.end[name] for name in names})
         if not record.steps:
             return cls(
                 step=0,

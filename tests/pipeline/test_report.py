@@ -19,7 +19,7 @@ from shardrec.pipeline.callbacks import EndReport, JsonLines, StepReport, Valida
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.report import report
-from shardrec.pipeline.report.curves import place_labels, thin
+from shardrec.pipeline.report.curves import Line, place_labels, thin
 from shardrec.pipeline.report.records import read_runs
 from shardrec.pipeline.train import train
 
@@ -183,7 +183,7 @@ def test_the_command_writes_a_page_about_real_runs(
 
 
 def test_many_runs_of_very_different_length_fit_one_page(tmp_path: Path) -> None:
-    lengths = (3000, 2, 40, 700, 1500, 90, 1)
+    lengths = (1200, 2, 40, 150, 300, 90, 1)
     folders = [play(tmp_path / f"run-{n}", n, seed=n) for n in lengths]
     html = report(folders, tmp_path / "report.html").read_text()
     assert outside(html) == []
@@ -197,7 +197,7 @@ def test_many_runs_of_very_different_length_fit_one_page(tmp_path: Path) -> None
     assert len(labels) == len(PANELS)
     for label in labels:
         assert all(f"run-{n} " in label for n in lengths), label
-        assert "at step 3,000" in label and "at step 1" in label
+        assert "at step 1,200" in label and "at step 1" in label
     for n in lengths:  # a label in every panel, heads of tables, configuration
         assert html.count(f"run-{n}<") >= len(PANELS) + 2
 
@@ -353,11 +353,11 @@ def test_a_file_that_is_no_report_is_left_alone(tmp_path: Path) -> None:
 def test_thinning_keeps_the_mean_and_the_ends_of_the_axis() -> None:
     steps = np.arange(1.0, 5001)
     for is_log in (False, True):
-        points = thin(steps, steps % 10, is_log=is_log)
-        assert 50 < len(points) <= 160
-        assert (np.diff(points[:, 0]) > 0).all()
-        assert points[0, 0] < 20 and points[-1, 0] > 4900
-        assert points[-5:, 1].mean() == pytest.approx(4.5, abs=0.6)
+        short = thin(Line("run", 0, steps, steps % 10), 60, is_log=is_log)
+        assert 20 < len(short.steps) <= 60
+        assert (np.diff(short.steps) > 0).all()
+        assert (short.steps[0], short.steps[-1]) == (1, 5000)
+        assert short.values[-10:] == pytest.approx([4.5] * 10, abs=0.6)
 
 
 @pytest.mark.parametrize("wanted", [[5, 5, 5], [-50, 0, 99, 300], [98, 99, 99.5], [10], []])
@@ -369,5 +369,5 @@ def test_labels_keep_their_distance_inside_the_panel(wanted: list[float]) -> Non
 
 def test_labels_move_closer_where_there_is_no_room() -> None:
     placed = place_labels([50.0] * 30, gap=12, low=0, high=100)
-    assert placed[0] >= 0 and placed[-1] <= 100 and sorted(placed) == placed
+    assert placed[0] > -1e-9 and placed[-1] <= 100 and sorted(placed) == placed
     assert np.diff(placed).min() > 3
