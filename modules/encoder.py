@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardrec.modules.dropout import causal_attention, dropout
+
 __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats"]
 
 
@@ -194,7 +196,7 @@ class TransformerEncoder(nn.Module):
         x = vectors * math.sqrt(self.config.width)
         if self.position_vectors is not None:
             x = x + self.position_vectors[:length]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, training=self.training)
         rotation = self.rotary(length) if self.rotary is not None else None
         for block in self.blocks:
             x = block(x, rotation)
@@ -242,10 +244,12 @@ class _SASRecBlock(nn.Module):
         key, value = self.key_value(x).chunk(2, dim=-1)
         key, value = _split_heads(key, self.num_heads), _split_heads(value, self.num_heads)
         share = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)
+        mixed = causal_attention(query, key, value, share)
         normed = self.feed_forward_norm(normed + _join_heads(mixed))
-        inner = F.dropout(F.relu(self.feed_forward_in(normed)), self.dropout, self.training)
-        return normed + F.dropout(self.feed_forward_out(inner), self.dropout, self.training)
+        inner = F.relu(self.feed_forward_in(normed))
+        inner = dropout(inner, self.dropout, training=self.training)
+        branch = self.feed_forward_out(inner)
+        return normed + dropout(branch, self.dropout, training=self.training)
 
 
 class _ModernBlock(nn.Module):
@@ -278,12 +282,12 @@ class _ModernBlock(nn.Module):
         if rotation is not None:
             query, key = _rotate(query, rotation), _rotate(key, rotation)
         share = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)
+        mixed = causal_attention(query, key, value, share)
         branch = self.attention_out(_join_heads(mixed))
-        x = x + F.dropout(branch, self.dropout, self.training)
+        x = x + dropout(branch, self.dropout, training=self.training)
         gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
         branch = self.feed_forward_out(F.silu(gate) * inner)
-        return x + F.dropout(branch, self.dropout, self.training)
+        return x + dropout(branch, self.dropout, training=self.training)
 
 
 class _Rotary(nn.Module):
