@@ -93,3 +93,12 @@ def test_a_run_folder_is_written_once(data: Path, capsys: pytest.CaptureFixture[
     assert cli.main(words) == 2
     assert "new or empty folder" in capsys.readouterr().err
     assert before == sorted(path.name for path in (data / "run").iterdir())
+
+
+def test_a_run_starts_from_another_by_one_option(data: Path, tmp_path: Path) -> None:
+    words = ["--prepared", str(data / "prepared"), "--run", str(tmp_path / "run"), *TINY]
+    start = ["--init-from", str(data / "run"), "init_from.new_rows=mean"]
+    assert cli.main(["train", *words, *start]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["init_from"]
+    assert (told["run"], told["step"], told["new_rows"]) == (str(data / "run"), 2, "mean")
+    assert (told["matched_by"], told["items_new"]) == ("same data", 0)
