@@ -11,7 +11,6 @@ same number of steps. ``stale`` is the model of day 1 as it is, with the new ite
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,12 +59,10 @@ def shardrec(options: argparse.Namespace, *words: str) -> None:
 
 
 def trained(options: argparse.Namespace, data: Path, run: Path, *settings: str) -> Path:
-    """The folder of a run, trained now if it is not there."""
-    if not (run / "finished").exists():
-        shutil.rmtree(run, ignore_errors=True)
-        words = ["--prepared", str(data), "--run", str(run), "--recipe", options.recipe]
-        shardrec(options, "train", *words, *options.set, *settings)
-        (run / "finished").touch()
+    """Train a run, or what is left of it."""
+    words = ["--prepared", str(data), "--run", str(run), "--recipe", options.recipe]
+    often = "checkpoints.every_steps=50"
+    shardrec(options, "train", "--resume=auto", *words, often, *options.set, *settings)
     return run
 
 
@@ -78,13 +75,10 @@ def judged(options: argparse.Namespace, data: Path, run: Path) -> dict[str, Any]
     """How good a run is on the test events of day 2, and what it took over."""
     shardrec(options, "evaluate", "--prepared", str(data), "--run", str(run))
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    end = next(line for line in lines if line["event"] == "end")
     taken = json.loads((run / "run.json").read_text())["init_from"] or {}
     return {
         **{name: round(metrics[name], 5) for name in METRICS},
         "users": metrics["users"],
-        "seconds": round(end["seconds"], 1),
         "init_from": {name: value for name, value in taken.items() if name != "run"},
     }
 
@@ -137,7 +131,7 @@ def measure(
         "settings": options.set,
         "day_one": options.day_one,
         "test": options.test,
-        "day_one_steps": options.day_one_steps,
+        "day_one_steps": None if variant == "cold" else options.day_one_steps,
         "variant": variant,
         "steps": steps,
         "seed": seed,
@@ -157,7 +151,8 @@ def measure(
         start = ["--init-from", str(former)]
     # What a variant says comes last, so that it counts.
     own = [*settings, f"limits.max_steps={max(1, steps)}", *VARIANTS[variant]]
-    name = f"{variant.replace(', ', '-').replace(' ', '-')}-{steps}-{options.day_one_steps}-{seed}"
+    parts = [*variant.replace(",", "").split(), key["day_one_steps"], steps, seed]
+    name = "-".join(map(str, parts))
     run = trained(options, day_two, runs / name, *start, *own)
     row = judged(options, day_two, run)
     counts = read_manifest(day_two).counts
@@ -168,13 +163,13 @@ def measure(
 def summary(results: Results) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| log | start | steps | seed | NDCG@10 | HR@10 | Coverage@10 | known NDCG@10 | s |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| log | start | steps | seed | NDCG@10 | HR@10 | Coverage@10 | known NDCG@10 |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
         key = row["key"]
         cells = [key["log"], key["variant"], key["steps"], key["seed"]]
-        cells += [*(f"{row[name]:.4f}" for name in METRICS), f"{row['seconds']:.0f}"]
+        cells += [f"{row[name]:.4f}" for name in METRICS]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
