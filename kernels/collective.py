@@ -35,7 +35,7 @@ class Collective:
         """
         self._group = group
         self._device = device
-        self.layout = layout
+        self.layout: Tensor | None = layout
         self.rank = dist.get_rank(group)
         self._counts, rows = layout.T.tolist()
         self.borders: Sequence[int] = (0, *accumulate(self._counts))
@@ -173,7 +173,7 @@ class Collective:
 
 def find_group(name: str) -> dist.ProcessGroup:
     """The process group of this name: a graph can hold a word and not the group itself."""
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _stack(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -250,14 +250,15 @@ class Operator:
         refusal = shape_refusal(states, rows, targets, weights, options.reduction, options.scaling)
         if refusal:
             raise refusal
-        shape = targets.shape if options.reduction == "none" else ()
-        loss = states.new_empty(shape, dtype=torch.float32)
+        num_losses = list(targets.shape) if options.reduction == "none" else []
+        loss = states.new_empty(num_losses, dtype=torch.float32)
         covered = torch.empty_like(targets, dtype=torch.bool)
         if options.gradient == _NEVER:
             return loss, covered, []
         if options.gradient == _IN_FORWARD:
             return loss, covered, [states.new_empty(states.shape), rows.new_empty(rows.shape)]
-        sizes = {"N": states.shape[0], "D": states.shape[1], "R": rows.shape[0]}
+        sizes: dict[str, int | torch.SymInt] = {"N": states.shape[0], "D": states.shape[1]}
+        sizes["R"] = rows.shape[0]
         if options.group:
             sizes["W"] = find_group(options.group).size()
         else:
@@ -314,9 +315,10 @@ class Operator:
         *values: Any,
     ) -> tuple[Tensor, Tensor]:
         options, _ = self._unpack(values)
-        num_rows = rows.shape[0]
-        if options.sparse_grad:
-            num_rows = torch.library.get_ctx().new_dynamic_size()
+        sizes: dict[str, int | torch.SymInt] = {}
+        if not options.sparse_grad:
+            sizes["R"] = rows.shape[0]
+        num_rows = _size("R", sizes)
         return states.new_empty(states.shape), rows.new_empty((num_rows, rows.shape[1]))
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -370,7 +372,7 @@ def autocast_dtype(states: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _size(letter: str | int, sizes: dict[str, int]) -> int:
+def _size(letter: str | int, sizes: dict[str, int | torch.SymInt]) -> int | torch.SymInt:
     """The size behind a letter; one that depends on data where nobody knows it."""
     if isinstance(letter, int):
         return letter

@@ -92,7 +92,8 @@ class RowTrip:
     @classmethod
     def unpack(cls, shared: Tensor, fetched: Tensor, wanted: Tensor, counts: Tensor) -> "RowTrip":
         """The trip that was packed; how much all ranks fetch is forgotten."""
-        return cls(shared, fetched, wanted, *counts.tolist(), num_fetched=0)
+        sent_counts, received_counts = counts.tolist()
+        return cls(shared, fetched, wanted, sent_counts, received_counts, num_fetched=0)
 
 
 def fetch_rows(problem: Problem, trip: RowTrip) -> Tensor:

@@ -63,7 +63,7 @@ class Popularity:
     """
 
     kind: ClassVar[str] = "popularity"
-    size = 0
+    size: int = 0
 
     def __init__(self, counts: Tensor, exponent: float = 1.0) -> None:
         """Builds the cumulative table, 8 V bytes.
@@ -74,7 +74,7 @@ class Popularity:
         """
         share = counts.double().clamp(min=1).pow(exponent)
         weights = (share / share.sum() * _POPULARITY_TOTAL).round().long().clamp(min=1)
-        self.tables = (weights.cumsum(0),)
+        self.tables: tuple[Tensor, ...] = (weights.cumsum(0),)
 
     @classmethod
     def of_table(cls, ends: Tensor) -> "Popularity":
@@ -106,7 +106,7 @@ class InBatch:
     """Targets of the global batch; their probability is the item's share of the training events."""
 
     kind: ClassVar[str] = "in_batch"
-    size = 0
+    size: int = 0
 
     def __init__(self, targets: Tensor, counts: Tensor, total: Tensor | None = None) -> None:
         """Stores both.
@@ -116,7 +116,8 @@ class InBatch:
             counts: (V,) int64 training events of each item.
             total: () int64 their sum, where it is known.
         """
-        self.tables = (targets, counts, counts.sum() if total is None else total)
+        total = counts.sum() if total is None else total
+        self.tables: tuple[Tensor, ...] = (targets, counts, total)
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
         """(len(blocks), num_draws) int64 items."""
@@ -138,7 +139,7 @@ class Mixture:
     """
 
     kind: ClassVar[str] = "mixture"
-    size = 0
+    size: int = 0
 
     def __init__(self, parts: Sequence[tuple[Proposal, int]]) -> None:
         """Stores (proposal, number of draws) pairs.

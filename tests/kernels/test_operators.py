@@ -179,7 +179,7 @@ def items_and_targets(num_positions: int) -> tuple[Tensor, Tensor]:
     return items, (items + 1) % V
 
 
-def train(model: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
+def train(model: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Tensor]:
     """Losses and last gradients over steps of different sizes and seeds."""
     losses = []
     for step, num_positions in enumerate((20, 20, 24, 17, 31, 29, 20, 26)):
