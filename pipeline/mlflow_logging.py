@@ -94,6 +94,8 @@ class MLflow(Callback):
     def on_checkpoint(self, report: CheckpointReport) -> None:
         if report.error is not None:
             return
+        if report.error is not None:
+            return
         names = ("checkpoint.last", "checkpoint.best") if report.best else ("checkpoint.last",)
         self._send({}, report.step, dict.fromkeys(names, report.folder))
 

@@ -35,7 +35,7 @@ _HUES = tuple(f"#0000d{index}" for index in range(NUM_HUES))
 _STYLES = {_INK: "var(--muted)", _GRID: "var(--grid)", _PAPER: "var(--paper)"} | {
     hue: f"var(--hue-{index})" for index, hue in enumerate(_HUES)
 }
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "shardrec",
     "font.size": _FONT,

@@ -27,6 +27,7 @@ class RunRecord:
         end: how the run ended; None while it has not.
         last_time: seconds since 1970 of the last event; None before the first.
         evaluation: metrics.json; None before ``evaluate``.
+        num_resumes: how often it was interrupted and went on.
         num_unreadable: lines of metrics.jsonl that a crash cut off.
     """
 
@@ -38,6 +39,7 @@ class RunRecord:
     end: Mapping[str, Any] | None = None
     last_time: float | None = None
     evaluation: Mapping[str, Any] | None = None
+    num_resumes: int = 0
     num_unreadable: int = 0
 
     @property
@@ -54,6 +56,9 @@ class RunRecord:
             self.steps.append(event)
         elif kind == "validation" and isinstance(step, int):
             self.validations.append(event)
+        elif kind == "resume" and isinstance(step, int):
+            self._forget_from(step + 1)
+            self.num_resumes += 1
         elif kind == "end":
             self.end = event
 

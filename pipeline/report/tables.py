@@ -305,12 +305,13 @@ def _fingerprint(record: RunRecord) -> Any:
 
 def state_of(record: RunRecord) -> str:
     """Whether a run has ended and why, or when it was last heard of."""
+    again = f"; resumed {record.num_resumes}×" if record.num_resumes else ""
     if record.end is not None:
-        return f"ended: {record.end['reason']}"
+        return f"ended: {record.end['reason']}{again}"
     if record.last_time is None:
         return "no step yet"
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.last_time))
-    return f"not ended; last event {when}"
+    return f"not ended; last event {when}{again}"
 
 
 def spell_metric(value: float | None) -> str:

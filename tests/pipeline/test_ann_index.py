@@ -41,10 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["inner-product", "cosine"])
-def run(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    loss = CCE(normalize=True, temperature=0.1) if request.param else CCE()
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained(data, tmp_path_factory.mktemp("run") / "run", CCE())
+
+
+def trained(data: str, folder: Path, loss: CCE) -> str:
     train(small_config(data, folder, catalog=CatalogConfig(learning_rate=0.1), loss=loss))
     return str(folder)
 
@@ -53,15 +55,27 @@ def configured(run: str, data: str, output: Path, **options: Any) -> ExportConfi
     return ExportConfig(run=run, prepared=data, output=str(output), **options)
 
 
+@pytest.fixture(scope="module")
+def indexed(run: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "out"
+    export(configured(run, data, folder, faiss="Flat"))
+    return folder
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["inner-product", "cosine"])
 def test_an_index_that_is_exact_serves_the_lists_of_exact_search(
-    run: str, data: str, tmp_path: Path
+    data: str, indexed: Path, tmp_path: Path, normalize: bool
 ) -> None:
-    manifest = export(configured(run, data, tmp_path / "out", faiss="Flat")).manifest
-    told = manifest["faiss"]
+    folder = indexed
+    if normalize:
+        run = trained(data, tmp_path / "run", CCE(normalize=True, temperature=0.1))
+        folder = tmp_path / "out"
+        export(configured(run, data, folder, faiss="Flat"))
+    told = json.loads((folder / "manifest.json").read_text())["faiss"]
     assert told["recall@10"] == 1.0 and told["queries"] > 50
-    assert told["num_items"] == int(Recommender.open(tmp_path / "out").allowed.sum()) < 56
-    exact = Recommender.open(tmp_path / "out")
-    quick = Recommender.open(tmp_path / "out", approximate=True)
+    assert told["num_items"] == int(Recommender.open(folder).allowed.sum()) < 56
+    exact = Recommender.open(folder)
+    quick = Recommender.open(folder, approximate=True)
     for filter_seen in (True, False):
         ours = quick.recommend(HISTORIES, k=6, filter_seen=filter_seen)
         theirs = exact.recommend(HISTORIES, k=6, filter_seen=filter_seen)
@@ -119,9 +133,8 @@ def test_any_number_of_ranks_makes_one_index(
     assert Recommender.open(tmp_path / "out", approximate=True).recommend([[7]], k=2)[0]
 
 
-def test_serving_needs_faiss_only_for_its_index(run: str, data: str, tmp_path: Path) -> None:
-    export(configured(run, data, tmp_path / "out", faiss="HNSW8"))
-    words = [sys.executable, "-P", "-c", WITHOUT_FAISS, str(tmp_path / "out")]
+def test_serving_needs_faiss_only_for_its_index(indexed: Path) -> None:
+    words = [sys.executable, "-P", "-c", WITHOUT_FAISS, str(indexed)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "faiss\n"), done.stderr
 
@@ -145,10 +158,11 @@ def test_the_command_makes_an_index_and_refuses_what_cannot_be(
     assert "other input or options" in capsys.readouterr().err
 
 
-def test_an_index_that_is_not_there_is_not_searched(run: str, data: str, tmp_path: Path) -> None:
+def test_an_index_that_is_not_there_is_not_searched(
+    run: str, data: str, indexed: Path, tmp_path: Path
+) -> None:
     export(configured(run, data, tmp_path / "out"))
     with pytest.raises(ValueError, match="must hold an index for approximate search"):
         Recommender.open(tmp_path / "out", approximate=True)
-    export(configured(run, data, tmp_path / "with", faiss="Flat"))
     with pytest.raises(ValueError, match="min_count must be 1 for approximate search, got 0"):
-        Recommender.open(tmp_path / "with", approximate=True, min_count=0)
+        Recommender.open(indexed, approximate=True, min_count=0)

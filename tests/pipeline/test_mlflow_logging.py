@@ -98,11 +98,13 @@ def test_a_restarted_run_goes_on_in_the_same_mlflow_run(uri: str, tmp_path: Path
     again.on_step(dataclasses.replace(STEP, step=2, loss=float("nan")))
     again.on_validation(VALIDATION)
     again.on_checkpoint(CHECKPOINT)
+    again.on_checkpoint(dataclasses.replace(CHECKPOINT, folder="broken", error="disk full"))
     again.on_end(END)
     (run,) = runs_of(uri, "restarted")
     assert run.info.status == "FINISHED"
     assert len(run.data.params) == 251 and run.data.params["option.0"] == "0"
     assert run.data.metrics["train/loss"] == STEP.loss
+    assert run.data.tags["checkpoint.last"] == CHECKPOINT.folder
     assert run.data.metrics["validation/ndcg_at_10"] == 0.25
 
 

@@ -259,6 +259,7 @@ def test_a_resumed_run_counts_what_was_said_last(tmp_path: Path) -> None:
     folder = play(tmp_path / "run", 10)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "step": 11, "lo\n')  # the crash
+        file.write('{"event": "resume", "step": 6, "ranks": 2, "time": 1800000000.0}\n')
     log = JsonLines(folder / "metrics.jsonl")
     for step in (7, 8):
         log.on_step(step_report(step, 0.5))
@@ -268,7 +269,7 @@ def test_a_resumed_run_counts_what_was_said_last(tmp_path: Path) -> None:
     assert [event["step"] for event in record.validations] == [2, 4, 6]
     assert record.end is None and record.num_unreadable == 1
     text = Page(report([folder], tmp_path / "report.html").read_text()).text
-    assert "run: 1 line of metrics.jsonl could not be read" in text
+    assert "run: 1 line of metrics.jsonl could not be read" in text and "resumed 1×" in text
 
 
 def test_steps_that_were_not_finite_leave_gaps_and_are_counted(tmp_path: Path) -> None:
