@@ -4,6 +4,7 @@ A stage is imported by the command that needs it, so that ``prepare`` does not w
 follows training is in ``delivery.py``, what is no stage in ``tools.py``.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,12 +83,14 @@ def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
 
 def train(arguments: Sequence[str]) -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
-    from shardrec.launch.distributed import process_group
+    from shardrec.launch.distributed import workers
+    from shardrec.launch.termination import grace_seconds, sigterm_asks
     from shardrec.pipeline.train import train as run_train
 
     options, config = read_train(arguments)
-    with process_group():
-        run_train(config, resume=options.resume)
+    grace_s = grace_seconds(options.grace, os.environ)
+    with workers(options.timeout) as found, sigterm_asks(grace_s, found.peers) as interrupted:
+        run_train(config, resume=options.resume, interrupted=interrupted)
     return 0
 
 
@@ -101,7 +104,8 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         "Trains on a prepared folder and writes a run folder: the best and the last weights,\n"
         "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one process;\n"
         "`shardrec launch train` starts several. Options of the model are set by dotted names:\n"
-        "  shardrec train --prepared data --run run --recipe demo loss=cce_minus encoder.width=64",
+        "  shardrec train --prepared data --run run --recipe demo loss=cce_minus encoder.width=64\n"
+        "After SIGTERM it ends the step, writes a checkpoint and exits with 75: start it again.",
     )
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument("--run", required=True, metavar="DIR", help="folder to write, new or empty")
@@ -115,6 +119,22 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         help="go on with the interrupted run in the folder from its last whole checkpoint, on any "
         "number of workers; `--resume=auto` also starts a new one where there is none, and does "
         "nothing where it is finished: for jobs that are tried again",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long workers wait for one that does not come, before they say which it is and "
+        "end (default: 600)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="after SIGTERM, time to end the step and write a checkpoint (default: 25, and under "
+        "torchrun 5 less than it leaves its workers)",
     )
     parser.add_argument(
         "--init-from",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardrec.pipeline.callbacks import CheckpointReport
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.group import rank_of
+from shardrec.pipeline.group import rank_of, timeout_of
 
 __all__ = ["CheckpointWriter", "writing_group"]
 
@@ -35,7 +35,7 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
     Collectives: those of ``new_group``, on the default group.
     """
     ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-    made = dist.new_group(ranks, backend="gloo")
+    made = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
     assert isinstance(made, dist.ProcessGroup)
     try:
         yield made

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "rank_of",
     "size_of",
     "sum_over_ranks",
+    "timeout_of",
 ]
 
 Result = TypeVar("Result")
@@ -37,6 +39,14 @@ def rank_of(group: dist.ProcessGroup | None) -> int:
 def size_of(group: dist.ProcessGroup | None) -> int:
     """W."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long a collective on the CPU may take; None in a single process."""
+    if group is None:
+        return None
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -4,10 +4,11 @@ import contextlib
 import statistics
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from shardrec.pipeline.callbacks import (
     Callback,
@@ -21,6 +22,7 @@ from shardrec.pipeline.checkpoint_writer import CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.group import in_step, on_first_rank, rank_of
+from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.measure import measure, open_users
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.resume import write_end
@@ -67,10 +69,13 @@ class Run:
 class Loop:
     """Takes a run from where it stands to its end."""
 
-    def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
-        """Store what to work on and whom to tell."""
+    def __init__(
+        self, run: Run, callbacks: Sequence[Callback], interrupted: Callable[[], bool]
+    ) -> None:
+        """Store what to work on, whom to tell, and whom to ask whether to stop early."""
         self.run = run
         self.callbacks = callbacks
+        self.interrupted = interrupted
         self.at = run.progress
         self.started = time.monotonic() - run.progress.seconds
         self.saved_at = time.monotonic()
@@ -89,6 +94,8 @@ class Loop:
                 reason = self._end_step(outcome)
                 if reason is not None:
                     break
+                if outcome.votes.interrupt:
+                    self._stop_here()
             return self._finish(reason or "the data has no training sequences")
         except BaseException:
             self.run.writer.abandon()
@@ -141,6 +148,7 @@ class Loop:
         return Votes(
             stop=is_first and limit is not None and now - self.started >= 60 * limit,
             save=is_first and every is not None and now - self.saved_at >= 60 * every,
+            interrupt=self.interrupted(),
             written=self.run.writer.is_over,
         )
 
@@ -163,7 +171,8 @@ class Loop:
         if is_validated:
             improved = self._validate()
         reason = reason or self._patience_is_over()
-        if reason is not None or is_validated or outcome.votes.save or self._checkpoint_is_due():
+        asked = outcome.votes.save or outcome.votes.interrupt
+        if reason is not None or is_validated or asked or self._checkpoint_is_due():
             self._save(best=improved)
         return reason
 
@@ -241,6 +250,16 @@ class Loop:
         if config.patience is None or self.at.validations_since_best < config.patience:
             return None
         return f"no better {config.metric} in {config.patience} validations"
+
+    def _stop_here(self) -> NoReturn:
+        """Wait for the checkpoint of this step, then end without having finished."""
+        self._tell(self.run.writer.collect())
+        if self.run.writer.failure is not None:
+            raise self.run.writer.failure
+        raise Preempted(
+            f"the run stopped after step {self.at.step} as it was asked to, and its checkpoint is "
+            "whole; start it again with --resume=auto and it goes on from there"
+        )
 
     def _epoch(self) -> float:
         return self.at.step / max(1, self.run.steps_per_epoch)

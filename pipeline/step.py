@@ -72,11 +72,14 @@ class Votes:
     Attributes:
         stop: the run is to end after this step; one rank is enough.
         save: a checkpoint is to follow this step; one rank is enough.
+        interrupt: after this step and a checkpoint the run is to stop where it is; one rank is
+            enough.
         written: the checkpoint under way is written; it takes all ranks.
     """
 
     stop: bool = False
     save: bool = False
+    interrupt: bool = False
     written: bool = False
 
 
@@ -185,18 +188,23 @@ class Stepper:
         weights = [_weight(batch) for batch in batches]
         positions = [float(batch.lengths.sum()) for batch in batches]
         slots = float(sum(batch.items.numel() for batch in batches))
-        said = [float(votes.stop), float(votes.save), float(votes.written)]
+        said = [float(one) for one in (votes.stop, votes.save, votes.interrupt, votes.written)]
         mine = [*weights, *positions, slots, *said, *memory]
         values = torch.tensor(mine, dtype=torch.float64, device=self.model.device)
         sum_over_ranks(values, self.model.group)
         count, total = len(batches), values.tolist()
-        stop, save, written = total[2 * count + 1 : 2 * count + 4]
+        stop, save, interrupt, written = total[2 * count + 1 : 2 * count + 5]
         return _Totals(
             weights=total[:count],
             positions=[int(value) for value in total[count : 2 * count]],
             slots=int(total[2 * count]),
-            votes=Votes(stop=stop > 0, save=save > 0, written=written == world_size),
-            memory_bytes=int(max(total[2 * count + 4 :])),
+            votes=Votes(
+                stop=stop > 0,
+                save=save > 0,
+                interrupt=interrupt > 0,
+                written=written == world_size,
+            ),
+            memory_bytes=int(max(total[2 * count + 5 :])),
         )
 
     def _backward(

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from shardrec.pipeline.group import (
     size_of,
 )
 from shardrec.pipeline.init_from import start_from
+from shardrec.pipeline.interruption import never
 from shardrec.pipeline.lock import RunLock
 from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
@@ -59,6 +60,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     encoder: nn.Module | None = None,
     resume: Resume = "no",
+    interrupted: Callable[[], bool] = never,
 ) -> EndReport:
     """Train until a limit or the patience is reached; the run folder then holds last and best.
 
@@ -74,6 +76,8 @@ def train(
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
             goes on from its last whole checkpoint; "auto": either. A run that is finished already
             is left as it is.
+        interrupted: asked at every step; where it says yes on one rank, all write a checkpoint
+            after that step and stop.
 
     Returns:
         How the run ended, the same on every rank.
@@ -84,6 +88,7 @@ def train(
         FileNotFoundError: there is no run to resume.
         FloatingPointError: loss or gradients were not finite in many steps in a row.
         OSError: the last checkpoint could not be written; those before it are whole.
+        Preempted: the run was interrupted; resumed, it goes on from there.
         ValueError: the config does not fit the data or the run to resume.
 
     Collectives: many, on the default group; every rank must call it.
@@ -102,7 +107,7 @@ def train(
             plan = run.stepper.model.catalog.describe()
             print(describe(config), plan, sep="\n", file=sys.stderr, flush=True)
         own = [*_own_callbacks(run), *_profiling(config), *tracking]
-        return Loop(run, [*own, *callbacks]).run_to_end()
+        return Loop(run, [*own, *callbacks], interrupted).run_to_end()
 
 
 def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
