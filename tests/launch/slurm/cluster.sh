@@ -33,7 +33,7 @@ until_true() {  # SECONDS COMMAND…
 write_configs() {
     local host cpus
     host=$(hostname)
-    cpus=$(nproc)
+    cpus=$(nproc --all)
     cat >"$FOLDER/slurm.conf" <<END
 ClusterName=shardrec
 SlurmctldHost=$host(127.0.0.1)
