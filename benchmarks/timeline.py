@@ -2,7 +2,7 @@
 
 Trains a few steps with two workers on a prepared folder (generated where none is given), profiles
 them with ``shardrec train --profile``, and draws the last one: for each worker what it works on and
-the collectives that are under way. Hatched is work during which something travels.
+the collectives that are under way. Black is the time in which it computes while something travels.
 
     python benchmarks/timeline.py --loss cce
 """
@@ -34,7 +34,14 @@ COLOURS = {
     "gradients over ranks": "#969696",
     "update": "#d94801",
 }
-TRAVEL = "#e7298a"
+# A reduce-scatter of gloo is an all-reduce inside.
+TRAVEL = {
+    "all_gather": "#e7298a",
+    "all_reduce": "#fb9a99",
+    "reduce_scatter": "#fb6a4a",
+    "all_to_all": "#8c6bb1",
+}
+BESIDE = "#222222"
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def last_step(traces: Sequence[Trace]) -> Span:
 def draw(traces: Sequence[Trace], step: Span, title: str) -> str:
     """An SVG of two lanes a worker."""
     scale = (WIDTH - LEFT - 20) / (step[1] - step[0])
-    height = 60 + len(traces) * (2 * LANE + 2 * GAP) + 50
+    height = 80 + len(traces) * (2 * LANE + 2 * GAP) + 50
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12">',
@@ -95,7 +102,7 @@ def draw(traces: Sequence[Trace], step: Span, title: str) -> str:
     ]
     lines += _legend()
     for rank, trace in enumerate(traces):
-        top = 64 + rank * (2 * LANE + 2 * GAP)
+        top = 84 + rank * (2 * LANE + 2 * GAP)
         lines += _worker(trace, rank, top, step, scale)
     lines += _axis(step, scale, height - 40)
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -113,9 +120,10 @@ def _worker(trace: Trace, rank: int, top: int, step: Span, scale: float) -> Iter
         yield from _bars(_joined(busy, 2 / scale), step, scale, top, LANE - 4, colour, 1.0, name)
     for name, span in trace.travel:
         below = top + LANE
-        yield from _bars([span], step, scale, below, LANE / 2 - 4, TRAVEL, 0.8, name)
+        colour = next((TRAVEL[kind] for kind in TRAVEL if kind in name.lower()), "#bbbbbb")
+        yield from _bars([span], step, scale, below, LANE / 2 - 4, colour, 1.0, name)
     both = _joined(common(trace.work, union(span for _, span in trace.travel)), 2 / scale)
-    yield from _bars(both, step, scale, top + LANE * 1.5, 6, "#222222", 1.0, "at the same time")
+    yield from _bars(both, step, scale, top + LANE * 1.5, 6, BESIDE, 1.0, "at the same time")
 
 
 def _bars(
@@ -152,16 +160,19 @@ def _joined(spans: Sequence[Span], gap: float) -> list[Span]:
 
 
 def _legend() -> Iterator[str]:
-    x = 10.0
-    for name, colour in [*COLOURS.items(), ("travels", TRAVEL), ("work beside travel", "#222222")]:
-        yield f'<rect x="{x:.0f}" y="34" width="12" height="12" fill="{colour}"/>'
-        yield f'<text x="{x + 16:.0f}" y="44">{name}</text>'
-        x += 28 + 6.2 * len(name)
+    for y, colours in ((32, COLOURS), (52, TRAVEL | {"work beside travel": BESIDE})):
+        x = 10.0
+        for name, colour in colours.items():
+            yield f'<rect x="{x:.0f}" y="{y}" width="12" height="12" fill="{colour}"/>'
+            yield f'<text x="{x + 16:.0f}" y="{y + 10}">{name}</text>'
+            x += 28 + 6.2 * len(name)
+    x += 10
+    yield f'<text x="{x:.0f}" y="62">pale: nothing is computed</text>'
 
 
 def _axis(step: Span, scale: float, y: int) -> Iterator[str]:
     whole = (step[1] - step[0]) / 1000
-    every = next(t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1e9) if whole / t <= 12)
+    every = next(t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 1e9) if whole / t <= 12)
     tick = 0.0
     while tick <= whole:
         x = LEFT + tick * 1000 * scale
@@ -197,9 +208,9 @@ def profiled_run(options: argparse.Namespace, folder: Path) -> Path:
     run = folder / "run"
     settings = [f"loss={options.loss}", *options.set, "limits.max_epochs=none"]
     settings += ["limits.max_steps=9", "validation.every_epochs=none", "show_progress=false"]
-    command = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "shardrec.launch.cli", "train", "--prepared", str(prepared)]
-    command += ["--run", str(run), "--recipe", "demo", "--profile", "3", *settings]
+    command = [*SHARDREC, "launch", "train", "-j", "1x2", "--env", "OMP_NUM_THREADS=1", "--"]
+    command += ["--prepared", str(prepared), "--run", str(run), "--recipe", "demo"]
+    command += ["--profile", "3", *settings]
     run_logged(command, 1, log)
     return run
 

@@ -105,8 +105,7 @@ class Problem:
             used: (M,) int64 rows of this shard, ascending.
             rows: (M, D) those rows.
         """
-        ids = RowIds(first=0, count=used.numel(), sparse=used + self.row_ids.first)
-        return replace(self, rows=rows, row_ids=ids)
+        return replace(self, rows=rows, row_ids=RowIds.of(used, self.row_ids))
 
     def coefficients(self, reduction: str, covered: Tensor | None = None) -> Tensor:
         """(N,) float32 factor of each position's loss in the sum or the mean over all ranks.

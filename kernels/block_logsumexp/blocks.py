@@ -91,11 +91,35 @@ class RowIds:
         first: Item of row 0, when the rows are a contiguous range of the catalog.
         count: Number of rows.
         sparse: (count,) int64 ascending items, when they are not a range; None for a range.
+        places: (n,) int32 row of each item from ``first`` on, -1 for none, which is faster than a
+            search among ``sparse``; None searches.
     """
 
     first: int
     count: int
     sparse: Tensor | None = None
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, within: "RowIds") -> "RowIds":
+        """Some of the rows of a range.
+
+        They are found by a table of the whole range where they are at least a sixteenth of it: it
+        takes a sixteenth of the memory of float32 rows of width 16 then, and of wider ones less.
+
+        Args:
+            rows: (count,) int64 ascending rows of ``within``.
+            within: A range.
+
+        >>> some = RowIds.of(torch.tensor([1, 3]), RowIds(first=5, count=4))
+        >>> some.find(torch.tensor([4, 6, 7, 8, 9]))
+        tensor([-1,  0, -1,  1, -1])
+        """
+        places = None
+        if 16 * rows.numel() >= within.count:
+            places = torch.full((within.count,), -1, dtype=torch.int32, device=rows.device)
+            places[rows] = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+        return cls(within.first, rows.numel(), rows + within.first, places)
 
     def find(self, items: Tensor) -> Tensor:
         """Row of each global item, -1 where it is not among the rows; of the shape of ``items``.
@@ -106,6 +130,10 @@ class RowIds:
         if self.sparse is None:
             inside = (items >= self.first) & (items < self.first + self.count)
             return torch.where(inside, items - self.first, -1)
+        if self.places is not None and self.places.numel():
+            offsets = items - self.first
+            inside = (offsets >= 0) & (offsets < self.places.numel())
+            return torch.where(inside, self.places[torch.where(inside, offsets, 0)].long(), -1)
         if not self.count:
             return torch.full_like(items, -1)
         place = torch.searchsorted(self.sparse, items).clamp_(max=self.count - 1)

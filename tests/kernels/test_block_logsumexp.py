@@ -5,7 +5,15 @@ import torch
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, backward, cpu, every_pair, forward
+from shardrec.kernels.block_logsumexp import (
+    Blocks,
+    Rounds,
+    RowIds,
+    backward,
+    cpu,
+    every_pair,
+    forward,
+)
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 NUM_POSITIONS, NUM_ROWS, WIDTH = 23, 31, 6
@@ -103,3 +111,15 @@ def test_an_empty_shard_gives_nothing() -> None:
     states, rows = torch.ones(2, 4), torch.zeros(0, 4)
     logsumexp, target_logits = forward(states, rows, every_pair(0, torch.tensor([-1, -1])))
     assert logsumexp.tolist() == [-torch.inf] * 2 and target_logits.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [0, 3, 60])
+def test_rows_are_found_alike_by_search_and_by_table(count: int) -> None:
+    within = RowIds(first=100, count=64)
+    rows = torch.randperm(64, generator=torch.Generator().manual_seed(count))[:count].sort().values
+    some = RowIds.of(rows, within)
+    assert (some.places is None) == (count < 4)  # a table pays from a sixteenth on
+    items = torch.arange(90, 180).reshape(2, 45)
+    searched = RowIds(100, count, rows + 100).find(items)
+    assert torch.equal(some.find(items), searched)
+    assert int((searched >= 0).sum()) == count
