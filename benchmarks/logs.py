@@ -47,8 +47,18 @@ DRAWS: dict[str, Draw] = {"integers": skewed, "strings": skewed, "one-user": one
 KINDS = ("synth", *DRAWS)
 
 
-def write_log(kind: str, path: Path, num_events: int, seed: int = 0) -> None:
-    """Write a log of one of the KINDS; memory is that of a block, whatever the size."""
+def write_log(
+    kind: str, path: Path, num_events: int, seed: int = 0, like: int | None = None
+) -> None:
+    """Write a log of one of the KINDS; memory is that of a block, whatever the size.
+
+    Args:
+        kind: one of KINDS.
+        path: file to write.
+        num_events: how many events.
+        seed: of the draws.
+        like: draw from the users and items of a log of so many events; ``synth`` cannot.
+    """
     if kind == "synth":
         users, items = num_events // 20, num_events // 100
         write_synth(SynthConfig(users=users, items=items, events=num_events, seed=seed), path)
@@ -60,7 +70,7 @@ def write_log(kind: str, path: Path, num_events: int, seed: int = 0) -> None:
     with pq.ParquetWriter(path, pa.schema(columns), compression="zstd") as writer:
         for start in range(0, num_events, BLOCK_EVENTS):
             count = min(BLOCK_EVENTS, num_events - start)
-            user, item = DRAWS[kind](draw, count, num_events)
+            user, item = DRAWS[kind](draw, count, like or num_events)
             time = draw.integers(FIRST_TIME, LAST_TIME, count)
             values: list[Any] = [user, item]
             if text:

@@ -77,7 +77,7 @@ def generate(options: argparse.Namespace, folder: Path) -> None:
     options.log = str(path)
     if options.keep_items:
         former, prepared = folder / "former.parquet", folder / "former"
-        write_log(options.generate, former, options.events // 10, seed=1)
+        write_log(options.generate, former, options.events // 10, seed=1, like=options.events)
         prepare(PrepareConfig(events=str(former), output=str(prepared), threads=options.threads))
         options.items = str(prepared / "items.parquet")
 
