@@ -215,6 +215,17 @@ def profiled_run(options: argparse.Namespace, folder: Path) -> Path:
     return run
 
 
+def title_of(run: Path, workers: int) -> str:
+    """What the run trained, in words."""
+    config = json.loads((run / "config.json").read_text())
+    num_items = json.loads((run / "run.json").read_text())["data"]["num_items"]
+    return (
+        f"One training step of {config['loss']['type']} on {workers} workers: {num_items:,} items, "
+        f"width {config['encoder']['width']}, {config['batches']['batch_size']} sequences of up to "
+        f"{config['encoder']['max_length']}"
+    )
+
+
 def main() -> None:
     """Trains, draws, and prints what the picture shows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -229,9 +240,9 @@ def main() -> None:
         run = options.run or profiled_run(options, Path(folder))
         paths = sorted((run / "profile").glob("rank*.json.gz"))
         traces = [Trace.read(path) for path in paths]
+        title = title_of(run, len(traces))
         print((run / "profile" / "rank0.txt").read_text())
     step = last_step(traces)
-    title = f"One training step of {options.loss} on {len(traces)} workers"
     output = options.output or RESULTS / f"timeline_{options.loss}.svg"
     output.write_text(draw(traces, step, title))
     print(facts(traces, step), output.name, sep="\n")

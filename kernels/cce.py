@@ -98,6 +98,9 @@ class EveryItem(Candidates):
 
 
 class _EveryPair(Plan):
+    def chunk_of(self) -> Tensor:
+        return self.exchange.even_chunks(self.exchange.full_chunks)
+
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
@@ -129,7 +132,7 @@ def _full_cost(work: Workload, workspace: int, flops: float, gathers: int) -> Lo
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
-        workspace_bytes=workspace + streaming_bytes(work),
+        workspace_bytes=workspace + streaming_bytes(work, listed=False),
         flops=flops,
         received=state_traffic(work, gathers),
     )

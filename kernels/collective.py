@@ -43,7 +43,8 @@ class Collective:
         self.first_position = self.borders[self.rank]
         self.num_positions = self.borders[-1]
         self.largest_shard = max(rows)
-        self.min_chunks = num_chunks(self.num_positions, state_bytes)
+        self.min_chunks = num_chunks(self.num_positions, state_bytes, listed=True)
+        self.full_chunks = num_chunks(self.num_positions, state_bytes, listed=False)
 
     @classmethod
     def meet(

@@ -17,10 +17,13 @@ __all__ = [
 
 MIB = 1 << 20
 # States of a chunk: at most these are in memory for one chunk of positions.
-MOST_CHUNK_BYTES = 8 * MIB
-# A chunk more costs a handful of calls, which take as long as moving about this much: chunks that
-# are smaller cost more than what travels behind the work of another saves.
-LEAST_CHUNK_BYTES = MIB
+MOST_CHUNK_BYTES = 16 * MIB
+# Smaller chunks cost more than is saved by what travels beside the work of another. For the full
+# softmax a chunk costs a few calls: on two CPU ranks (N=8,192, D=128) four took as long as one. A
+# list of blocks is made for every chunk and its blocks get smaller: there four chunks of 1 MiB took
+# 1.3 (sce), 1.5 (cce_minus) and 1.9 (rece) times as long as one, against some ms saved.
+LEAST_FULL_BYTES = MIB
+LEAST_LISTED_BYTES = 8 * MIB
 # With so many chunks at most a quarter of the states travels before there is work to do.
 LEAST_CHUNKS = 4
 
@@ -87,33 +90,41 @@ def expected_distinct(num_draws: float, num_items: int) -> int:
     return round(-num_items * math.expm1(num_draws * math.log1p(-1 / num_items)))
 
 
-def num_chunks(num_positions: int, state_bytes: int) -> int:
+def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
     """In how many chunks the states of all ranks travel.
 
     As many as keep a chunk within ``MOST_CHUNK_BYTES``, and ``LEAST_CHUNKS`` where none of them
-    falls below ``LEAST_CHUNK_BYTES``: then most of the states travel while others are worked on.
+    falls below the least that pays: then most of the states travel while others are worked on.
 
     Args:
         num_positions: N over all ranks.
         state_bytes: Of one state.
+        listed: Whether blocks are listed for every chunk; else it meets all rows.
 
-    >>> [num_chunks(positions, 256) for positions in (1_000, 10_000, 20_000, 1_000_000)]
-    [1, 2, 4, 31]
+    >>> [num_chunks(n, 256, listed=False) for n in (1_000, 10_000, 20_000, 1_000_000)]
+    [1, 2, 4, 16]
+    >>> [num_chunks(n, 256, listed=True) for n in (20_000, 70_000, 1_000_000)]
+    [1, 2, 16]
     """
     total = num_positions * state_bytes
-    return max(1, -(-total // MOST_CHUNK_BYTES), min(LEAST_CHUNKS, total // LEAST_CHUNK_BYTES))
+    least = LEAST_LISTED_BYTES if listed else LEAST_FULL_BYTES
+    return max(1, -(-total // MOST_CHUNK_BYTES), min(LEAST_CHUNKS, total // least))
 
 
-def streaming_bytes(work: Workload) -> int:
+def streaming_bytes(work: Workload, *, listed: bool = True) -> int:
     """Workspace of the chunks of positions that are in memory, which W does not change.
 
-    Two chunks of states, the one that is worked on and the next one, each once more where ranks
-    have unlike shares; and of float32 gradients the one that is made, and the one before, padded,
-    on its way back. One process works on its own states and copies nothing.
+    Two chunks of states, the one that is worked on and the next one, one of them once more where
+    ranks have unlike shares; and of float32 gradients the one that is made, and the one before,
+    padded, on its way back. One process works on its own states and copies nothing.
+
+    Args:
+        work: The step.
+        listed: As in ``num_chunks``.
     """
     if work.num_ranks == 1:
         return 0
-    parts = num_chunks(work.num_positions, work.width * work.element_bytes)
+    parts = num_chunks(work.num_positions, work.width * work.element_bytes, listed=listed)
     chunk = -(-work.num_positions // parts) * work.width
     return chunk * (3 * work.element_bytes + 2 * 4)
 

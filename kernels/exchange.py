@@ -60,7 +60,9 @@ class Exchange(Protocol):
         num_positions: Positions of all ranks.
         borders: W + 1 global positions, where the range of each rank begins and the last ends.
         row_borders: W + 1 global items, where each shard begins and the last ends.
-        min_chunks: Number of chunks that bounds what is in memory of other ranks.
+        min_chunks: Number of chunks that bounds what is in memory of other ranks, with listed
+            blocks.
+        full_chunks: The same where every position meets all rows, and a chunk costs less.
         largest_shard: Rows of the largest shard.
         layout: (W, 2) int64 on the CPU, positions and rows of each rank; None without other ranks.
     """
@@ -71,6 +73,7 @@ class Exchange(Protocol):
     borders: Sequence[int]
     row_borders: Sequence[int]
     min_chunks: int
+    full_chunks: int
     largest_shard: int
     layout: Tensor | None
 
@@ -129,6 +132,7 @@ class Alone:
     rank = 0
     first_position = 0
     min_chunks = 1
+    full_chunks = 1
     layout: Tensor | None = None
 
     def __init__(self, num_positions: int, num_rows: int, device: torch.device) -> None:

@@ -67,7 +67,7 @@ def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor,
         local = states, problem.targets, coefficients
         return [exchange.start_gather(one, chunk) for one in local]
 
-    chunks = list(exchange.chunks(exchange.even_chunks(exchange.min_chunks)))
+    chunks = list(exchange.chunks(exchange.even_chunks(exchange.full_chunks)))
     for chunk, (chunk_states, targets, weights) in prefetched(chunks, start):
         targets = problem.row_ids.find(targets)
         losses, part = torch.empty_like(weights), chunk_states.new_empty(chunk_states.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from shardrec.kernels import (
     RowShard,
     block_logsumexp,
+    cost,
     cut_cross_entropy,
     fused_cce,
     reduced_cross_entropy,
@@ -21,7 +22,7 @@ from shardrec.kernels import (
     scalable_cross_entropy,
 )
 from shardrec.kernels.collective import Collective
-from shardrec.kernels.cost import LEAST_CHUNK_BYTES, LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
+from shardrec.kernels.cost import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 4200, 300, 256
 POSITION_ENDS = {2: (3000, 4200), 3: (1500, 1500, 4200)}
@@ -64,6 +65,11 @@ def own_batch() -> tuple[Tensor, RowShard, Tensor]:
     own, held = part(POSITION_ENDS[num_ranks], rank), part(ROW_ENDS[num_ranks], rank)
     shard = RowShard(table[held].requires_grad_(), held.start, NUM_ITEMS, dist.group.WORLD)
     return states[own].requires_grad_(), shard, targets[own]
+
+
+def let_lists_be_short(patch: pytest.MonkeyPatch) -> None:
+    """Several chunks of listed blocks too, from a batch that a test can afford."""
+    patch.setattr(cost, "LEAST_LISTED_BYTES", cost.LEAST_FULL_BYTES)
 
 
 class Log:
@@ -112,6 +118,7 @@ def events_of(name: str) -> tuple[list[str], list[str], int]:
     """Events of forward and of backward on this rank, and the largest chunk in bytes."""
     states, shard, targets = own_batch()
     with pytest.MonkeyPatch.context() as patch:
+        let_lists_be_short(patch)
         log = Log(patch)
         loss = LOSSES[name](states, shard, targets).sum()
         forward = list(log.events)
@@ -133,7 +140,7 @@ def expected(num: int, gradients: bool) -> list[str]:
 def test_states_and_gradients_travel_while_another_chunk_is_worked_on(
     ranks: Ranks, num_ranks: int
 ) -> None:
-    num = num_chunks(NUM_POSITIONS, 4 * WIDTH)
+    num = num_chunks(NUM_POSITIONS, 4 * WIDTH, listed=False)
     assert num == LEAST_CHUNKS
     for name in ("cce-streamed", "rece", "cce"):
         for forward, backward, largest in ranks(num_ranks).run(events_of, name):
@@ -147,9 +154,12 @@ def test_states_and_gradients_travel_while_another_chunk_is_worked_on(
 
 def sharded(name: str) -> tuple[float, Tensor, Tensor]:
     states, shard, targets = own_batch()
-    loss = LOSSES[name](states, shard, targets)
-    grad_states, grad_rows = torch.autograd.grad(loss, (states, shard.rows))
-    return float(loss.detach()), grad_states, grad_rows
+    with pytest.MonkeyPatch.context() as patch:
+        let_lists_be_short(patch)
+        loss = LOSSES[name](states, shard, targets)
+        chunks = cost.num_chunks(NUM_POSITIONS, 4 * WIDTH, listed=True)
+        assert chunks == LEAST_CHUNKS
+        return float(loss.detach()), *torch.autograd.grad(loss, (states, shard.rows))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -173,8 +183,10 @@ def test_several_chunks_change_neither_a_loss_nor_its_gradients(ranks: Ranks, na
 def test_chunks_are_bounded_and_worth_their_calls() -> None:
     for num_positions in (1, 100, 5_000, 70_000, 3_000_000):
         for state_bytes in (16, 256, 2048):
-            num = num_chunks(num_positions, state_bytes)
-            each = num_positions * state_bytes / num
-            assert each <= MOST_CHUNK_BYTES
-            assert num == 1 or each >= LEAST_CHUNK_BYTES
-            assert num >= LEAST_CHUNKS or each < 2 * LEAST_CHUNK_BYTES
+            for listed in (False, True):
+                least = cost.LEAST_LISTED_BYTES if listed else cost.LEAST_FULL_BYTES
+                num = num_chunks(num_positions, state_bytes, listed=listed)
+                each = num_positions * state_bytes / num
+                assert each <= MOST_CHUNK_BYTES
+                assert num == 1 or each >= least
+                assert num >= LEAST_CHUNKS or each < 2 * least

@@ -94,6 +94,26 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
 
 
+def test_what_travels_is_states_or_rows_whichever_is_fewer_bytes() -> None:
+    config = override(
+        tiny_cpu("none", "none"),
+        ["encoder.width=64", "loss=cce_minus", "loss.num_negatives=100", "loss.share=0"],
+    )
+    by_rows = plan(config, 10**9, Machine(ranks=4, libraries_gb=0.0)).moved
+    positions = 32 * 16
+    # 100 rows for every rank, and its own targets; hardly any item is met twice in so large a V.
+    vectors = 0.75 * (100 + positions / 4) * 64
+    assert by_rows["candidates"] == pytest.approx(4 * vectors, rel=1e-3)
+    assert by_rows["gradients of candidates"] == pytest.approx(4 * vectors, rel=1e-3)
+    assert "states, twice" not in by_rows
+    by_states = plan(
+        override(config, ["loss.num_negatives=1000"]), 10**9, Machine(ranks=4, libraries_gb=0.0)
+    ).moved
+    assert by_states["states, twice"] == 2 * 4 * positions * 64 * 0.75
+    assert by_states["gradients of states"] == 4 * positions * 64 * 0.75
+    assert "candidates" not in by_states
+
+
 def test_a_catalog_at_the_limit_fits_and_a_larger_one_does_not() -> None:
     config = large_catalog("none", "none")
     machine = Machine(ranks=8, memory_gb=80, device="cuda")
