@@ -47,7 +47,8 @@ class IndexConfig:
         try:
             index = faiss.index_factory(width, f"IDMap2,{self.factory}", faiss.METRIC_INNER_PRODUCT)
             if self.search is not None:
-                faiss.ParameterSpace().set_index_parameters(index, self.search)
+                parameters: Any = faiss.ParameterSpace()  # annotated for one overload only
+                parameters.set_index_parameters(index, self.search)
         except RuntimeError as error:
             raise ValueError(
                 f"faiss must be an index that FAISS can make for width {width}, got "
