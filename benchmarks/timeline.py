@@ -24,7 +24,7 @@ from record import RESULTS, SHARDREC, run_logged
 from shardrec.pipeline.parts import PART
 from shardrec.pipeline.profiling import Span, common, length, union
 
-WIDTH, LANE, GAP, LEFT = 1000, 34, 10, 130
+WIDTH, LANE, GAP, LEFT, RIGHT = 1030, 34, 10, 130, 50
 COLOURS = {
     "look-up": "#8c6bb1",
     "encoder": "#4292c6",
@@ -92,7 +92,7 @@ def last_step(traces: Sequence[Trace]) -> Span:
 
 def draw(traces: Sequence[Trace], step: Span, title: str) -> str:
     """An SVG of two lanes a worker."""
-    scale = (WIDTH - LEFT - 20) / (step[1] - step[0])
+    scale = (WIDTH - LEFT - RIGHT) / (step[1] - step[0])
     height = 80 + len(traces) * (2 * LANE + 2 * GAP) + 50
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
