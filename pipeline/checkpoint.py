@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from shardrec.pipeline.checkpoint_format import (
     RowLoadPlanner,
@@ -231,7 +232,7 @@ def save_checkpoint(
         Manifest(at, best, files).write()
 
     with _plain_errors(size_of(group)), _without_advice(alone=group is None):
-        dcp.save(
+        save_tensors(
             whole | rows,
             storage_writer=RowWriter(at, f"rank-{rank_of(group):05d}.bin", complete),
             planner=RowSavePlanner(rows, state.rows.start, num_rows),
@@ -269,7 +270,7 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
         shape = (count, *stored.size[1:]) if is_row_name(name) else stored.size
         tensors[name] = torch.empty(shape, dtype=stored.properties.dtype)
     with _plain_errors(1), _without_advice(alone=True):
-        dcp.load(
+        load_tensors(
             tensors,
             storage_reader=RowReader(manifest, metadata),
             planner=RowLoadPlanner(wanted.start, frozenset(filter(is_row_name, tensors))),

@@ -348,4 +348,4 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU; writing to them writes to it."""
     flat = tensor.detach().reshape(-1)
     assert flat.data_ptr() == tensor.data_ptr()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

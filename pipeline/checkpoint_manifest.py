@@ -24,9 +24,9 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Size and SHA-256 of a file."""
+    """Size in bytes and SHA-256 of a file."""
 
-    bytes: int
+    size: int
     sha256: str
 
     @classmethod
@@ -123,8 +123,8 @@ class Manifest:
 
     def _check_size(self, name: str) -> None:
         found = self.folder.size(name)
-        if found != self.files[name].bytes:
-            raise self._damaged(name, "bytes", self.files[name].bytes, found)
+        if found != self.files[name].size:
+            raise self._damaged(name, "bytes", self.files[name].size, found)
 
     def _damaged(
         self, name: str, what: str, expected: object, found: object

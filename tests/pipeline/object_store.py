@@ -3,9 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import boto3
-from moto.server import ThreadedMotoServer
-
 
 @contextmanager
 def object_store(bucket: str = "runs") -> Iterator[str]:
@@ -13,6 +10,9 @@ def object_store(bucket: str = "runs") -> Iterator[str]:
 
     The server is a thread of this process; other processes reach it too.
     """
+    import boto3  # here, so that workers of a test do not wait for these imports
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

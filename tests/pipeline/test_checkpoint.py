@@ -217,7 +217,7 @@ def sign(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         content = (folder / name).read_bytes()
-        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_what_to_do(tmp_path: Pa
 
 
 def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
-    state = dataclasses.replace(make_state(range(NUM_ROWS)), encoder={"_extra_state": "words"})
+    state = dataclasses.replace(make_state(range(NUM_ROWS)), encoder={"_extra_state": "words"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="encoder._extra_state must be a tensor"):
         save_checkpoint(tmp_path / "step", state)
 

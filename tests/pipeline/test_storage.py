@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.pipeline.object_store import inside, object_store
 from tests.pipeline.small_data import prepare_small, small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, ROWS, bounds, make_state
@@ -69,8 +70,6 @@ def test_an_address_that_nothing_opens_is_refused() -> None:
 
 
 def save_on_ranks(where: str) -> None:
-    import torch.distributed as dist
-
     rows = bounds(dist.get_rank(), dist.get_world_size())
     checkpoints = Checkpoints(where, dist.group.WORLD, keep=1)
     for step in (1, 2, 3):

@@ -287,7 +287,7 @@ def test_the_run_stops_when_nothing_improves(data: str, tmp_path: Path) -> None:
     assert [one.improved for one in recorder.validations] == [True, False, False, False]
     assert report.best_step == 2 and recorder.ends == [report]
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert checkpoints == ["step-00000002", "step-00000008"]
+    assert checkpoints == ["step-00000002", "step-00000006", "step-00000008"]
 
 
 def test_each_limit_ends_the_run(data: str, tmp_path: Path) -> None:
