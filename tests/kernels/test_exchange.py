@@ -159,7 +159,8 @@ def sharded(name: str) -> tuple[float, Tensor, Tensor]:
         loss = LOSSES[name](states, shard, targets)
         chunks = cost.num_chunks(NUM_POSITIONS, 4 * WIDTH, listed=True)
         assert chunks == LEAST_CHUNKS
-        return float(loss.detach()), *torch.autograd.grad(loss, (states, shard.rows))
+        grad_states, grad_rows = torch.autograd.grad(loss, (states, shard.rows))
+    return float(loss.detach()), grad_states, grad_rows
 
 
 @pytest.mark.parametrize("name", LOSSES)

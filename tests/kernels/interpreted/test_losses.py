@@ -16,6 +16,7 @@ from shardrec.kernels import (
 )
 from shardrec.kernels.block_logsumexp import cpu as block_cpu
 from shardrec.kernels.block_logsumexp import gpu as block_gpu
+from shardrec.kernels.block_logsumexp import gpu_gathered
 from shardrec.kernels.device import choose_backend
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
@@ -128,6 +129,23 @@ def test_sce_and_rece_choose_with_triton(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("sce", "rece"):
         LOSSES[name](*problem(), "triton")
     assert set(ran) == {"topk_rows", "best_sign_direction", "mixed_signs"}
+
+
+@pytest.mark.parametrize("name", ["cce_minus", "cce_minus-each"])
+def test_negatives_of_single_positions_are_gathered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    for function in ("forward", "backward"):
+        original = getattr(gpu_gathered, function)
+
+        def spy(*args: object, f: str = function, g: object = original) -> None:
+            ran.append(f)
+            g(*args)  # type: ignore[operator]
+
+        monkeypatch.setattr(gpu_gathered, function, spy)
+    values(LOSSES[name], "triton")
+    assert ran == (["forward", "backward"] if name == "cce_minus-each" else [])
 
 
 def test_a_chosen_backend_is_reported() -> None:
