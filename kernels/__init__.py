@@ -5,9 +5,9 @@ backward:
 
 - ``torch.compile`` takes each as one node of its graph, with ``fullgraph=True`` too, and compiles
   nothing again when a seed or a step changes. A sparse gradient is no part of a graph: with
-  ``sparse_grad=True`` compilation fails with a message that says so. Over a ``RowShard``, sizes of
-  ``sampled_cross_entropy`` and ``scalable_cross_entropy`` depend on the other ranks: there the
-  graph breaks at the operator, unless
+  ``sparse_grad=True`` the graph breaks at the loss, and ``fullgraph=True`` is an error. Over a
+  ``RowShard``, sizes of ``sampled_cross_entropy`` and ``scalable_cross_entropy`` depend on the
+  other ranks: there the graph breaks at the operator, unless
   ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is set.
 - Under ``torch.autocast`` products are of its dtype and sums of float32, whatever the dtypes of
   states and table; the loss is float32, and a gradient has the dtype of its parameter and was never

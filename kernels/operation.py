@@ -179,6 +179,11 @@ class Operator:
         gradient = _NEVER
         if torch.is_grad_enabled() and (states.requires_grad or shard.rows.requires_grad):
             gradient = _IN_FORWARD if fuse and call.reduction != "none" else _IN_BACKWARD
+        if call.sparse_grad and gradient != _NEVER and torch.compiler.is_compiling():
+            raise ValueError(
+                "sparse_grad must be False in a compiled graph, got True; a graph holds no sparse "
+                "gradient, so call the loss outside of it or take a dense one"
+            )
         loss, covered, _ = self._forward_overload(
             states,
             shard.rows,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from tests.ranks import Ranks
 from torch import Tensor, nn
@@ -374,3 +375,21 @@ def test_a_compiled_loss_over_shards_equals_the_eager_one(
     ):
         for ours, theirs in zip(found, right, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["cce_minus", "sce"])
+def test_a_sparse_gradient_breaks_the_graph_and_says_so(name: str) -> None:
+    states, table, targets = batch()
+
+    def function(states: Tensor, table: Tensor) -> Tensor:
+        return 2 * first(LOSSES[name](states, table, targets, sparse_grad=True))
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="sparse_grad must be False in a compiled graph"):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(states, table)
+    torch._dynamo.reset()
+    loss = torch.compile(function, backend="aot_eager")(states, table)
+    (found,) = torch.autograd.grad(loss, table)
+    (expected,) = torch.autograd.grad(function(states, table), table)
+    assert found.is_sparse
+    torch.testing.assert_close(found.to_dense(), expected.to_dense())
