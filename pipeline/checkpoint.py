@@ -119,7 +119,11 @@ class Checkpoints:
                 if rank_of(self.group) == 0:
                     folder.remove(MANIFEST)
             raise
-        on_first_rank(lambda: self._prune(step), self.group)
+        try:
+            on_first_rank(lambda: self._prune(step), self.group)
+        except OSError as error:
+            message = "old checkpoints in %s could not be deleted: %s"
+            logging.getLogger(__name__).warning(message, self.folder, error)
         return folder
 
     def find(self, which: Literal["last", "best"]) -> Folder:
@@ -327,4 +331,4 @@ def _without_advice(*, alone: bool) -> Iterator[None]:
 
 
 def _warn(error: Exception) -> None:
-    logging.getLogger(__name__).warning("%s: trying the one before it", error)
+    logging.getLogger(__name__).warning("a checkpoint is passed over: %s", error)
