@@ -51,8 +51,8 @@ def test_equal_seeds_drop_the_same() -> None:
 def test_attention_with_dropout_is_on_average_attention_without() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
-    many = [part.expand(20_000, -1, -1, -1) for part in (query, key, value)]
-    dropped = causal_attention(*many, share=0.25)
+    queries, keys, values = (part.expand(20_000, -1, -1, -1) for part in (query, key, value))
+    dropped = causal_attention(queries, keys, values, share=0.25)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)[0]
     error = dropped.std(0) / dropped.shape[0] ** 0.5
     assert ((dropped.mean(0) - expected).abs() <= 5 * error).all()
