@@ -2,7 +2,7 @@
 
 For machines where no container engine runs. It knows the instructions that our Dockerfile has, and
 refuses any other. What a machine needs to reach its package index (certificates, pip's settings,
-local wheels) is shared with the fresh system and is no part of it.
+local wheels) is copied into the fresh system or seen there read-only.
 """
 
 import re
@@ -30,17 +30,32 @@ def read_dockerfile(path: Path) -> list[Instruction]:
     return [Instruction(name.upper(), " ".join(rest.split())) for name, _, rest in words]
 
 
+@dataclass(frozen=True)
+class Host:
+    """What it takes to reach the package index from here; nothing of it can be changed from there.
+
+    Attributes:
+        copies: files, and where in the fresh system a copy is put.
+        folders: seen at the same place, read-only.
+        variables: for every command.
+    """
+
+    copies: Mapping[Path, str]
+    folders: Sequence[Path]
+    variables: Mapping[str, str]
+
+
 @dataclass
 class Image:
     """What the instructions have made so far.
 
     Attributes:
         root: the fresh system.
-        shared: paths of this machine that commands see in it at the same place.
+        host: what commands need of this machine.
     """
 
     root: Path
-    shared: Sequence[Path]
+    host: "Host"
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
     arguments: dict[str, str] = field(default_factory=dict)
     work: str = "/"
@@ -62,21 +77,11 @@ class Image:
 
     def run(self, command: str) -> str:
         """Runs a shell command in the system; what it printed."""
-        variables = [
-            f"{name}={value}" for name, value in (self.environment | self.arguments).items()
-        ]
-        inside = [
-            "env",
-            "-i",
-            *variables,
-            *self._settings(),
-            "sh",
-            "-ec",
-            f"cd {self.work}; {command}",
-        ]
-        script = "\n".join(
-            [*self._mounts(), shlex.join(["exec", "chroot", str(self.root), *inside])]
-        )
+        known = self.environment | self.arguments | dict(self.host.variables)
+        variables = [f"{name}={value}" for name, value in known.items()]
+        inside = ["env", "-i", *variables, "sh", "-ec", f"cd {self.work}; {command}"]
+        enter = shlex.join(["exec", "chroot", str(self.root), *inside])
+        script = "\n".join([*self._mounts(), enter])
         done = subprocess.run(
             ["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True
         )
@@ -88,6 +93,8 @@ class Image:
         assert suite, f"FROM must be a slim Debian, got {image}"
         command = ["debootstrap", "--variant=minbase", suite[1], str(self.root)]
         subprocess.run(command, check=True, capture_output=True)
+        for source, target in self.host.copies.items():
+            shutil.copy2(source, self.root / target)
 
     def _argument(self, text: str) -> None:
         name, _, value = text.partition("=")
@@ -125,16 +132,9 @@ class Image:
         return re.sub(r"\$\{?(\w+)\}?", lambda found: known[found[1]], text)
 
     def _mounts(self) -> Iterator[str]:
+        """Folders of this machine, which the system sees and cannot change."""
         yield f"mount -t proc proc {self.root}/proc"
-        for path in self.shared:
-            inside = f"{self.root}{path}"
-            folder = path if path.is_dir() else path.parent
-            yield f"mkdir -p {self.root}{folder}"
-            if not path.is_dir():
-                yield f"[ -e {inside} ] || touch {inside}"
-            yield f"mount --bind {path} {inside}"
-
-    def _settings(self) -> list[str]:
-        """Where programs of the fresh system find this machine's certificates."""
-        certificates = "/etc/ssl/certs/ca-certificates.crt"
-        return [f"{name}={certificates}" for name in ("SSL_CERT_FILE", "PIP_CERT")]
+        for folder in self.host.folders:
+            inside = f"{self.root}{folder}"
+            yield f"mkdir -p {inside}; mount --bind {folder} {inside}"
+            yield f"mount -o remount,bind,ro {inside}"

@@ -6,13 +6,28 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.launch.image import Image, read_dockerfile
+from tests.launch.image import Host, Image, read_dockerfile
 
 import shardrec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKERFILE = ROOT / "Dockerfile"
-SHARED = ("/etc/resolv.conf", "/etc/pip.conf", "/etc/ssl/certs", "/etc/apt/apt.conf.d", "/opt")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def host() -> Host:
+    """This machine's certificates, package settings and local wheels."""
+    # The fresh system writes its own file at that place, so the copy gets another.
+    copies = {CERTIFICATES: "etc/host.crt", Path("/etc/resolv.conf"): "etc/resolv.conf"}
+    copies |= {path: str(path)[1:] for path in Path("/etc/apt/apt.conf.d").glob("99*")}
+    variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    wheels = [Path(word) for word in variables.get("PIP_FIND_LINKS", "").split()]
+    names = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
+    return Host(
+        copies={path: name for path, name in copies.items() if path.exists()},
+        folders=[folder for folder in wheels if folder.is_dir()],
+        variables=variables | dict.fromkeys(names, "/etc/host.crt"),
+    )
 
 
 def tracked() -> set[str]:
@@ -48,8 +63,7 @@ def clone(folder: Path) -> Path:
 
 @pytest.mark.image
 def test_the_instructions_make_a_system_that_trains(tmp_path: Path) -> None:
-    shared = [Path(path) for path in SHARED if Path(path).exists()]
-    image = Image(tmp_path / "root", shared)
+    image = Image(tmp_path / "root", host())
     context = clone(tmp_path / "context")
     for instruction in read_dockerfile(context / "Dockerfile"):
         image.carry_out(instruction, context)
