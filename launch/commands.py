@@ -83,11 +83,12 @@ def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
 
 def train(arguments: Sequence[str]) -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
-    from shardrec.launch.distributed import workers
+    from shardrec.launch.distributed import check_restarts, workers
     from shardrec.launch.termination import grace_seconds, sigterm_asks
     from shardrec.pipeline.train import train as run_train
 
     options, config = read_train(arguments)
+    check_restarts(options.resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found, sigterm_asks(grace_s, found.peers) as interrupted:
         run_train(config, resume=options.resume, interrupted=interrupted)

@@ -67,8 +67,8 @@ def train(
     """
     if max_restarts and not any(word.startswith("--resume") for word in arguments):
         raise ValueError(
-            f"--resume=auto must follow the -- where workers are started again, got none with "
-            f"max_restarts={max_restarts}; without it they would refuse the folder of the first"
+            "--resume=auto must follow the -- where workers are started again, got none with "
+            f"max_restarts={max_restarts}; without it they would refuse the folder that they began"
         )
     app = dist.ddp(
         *TO_US,
@@ -91,6 +91,8 @@ def train(
     app.roles[0].env |= {
         "PET_MAX_RESTARTS": str(max_restarts),  # how torchrun spells its options in variables
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace + SHUTDOWN_S),
+        # One store for all starts would give workers the addresses of those that died.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     return app
 

@@ -9,10 +9,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from shardrec.pipeline.peers import LostRankError, Peers
 
-__all__ = ["TIMEOUT_S", "Place", "Workers", "choose_device", "process_group", "workers"]
+__all__ = [
+    "TIMEOUT_S",
+    "Place",
+    "Workers",
+    "check_restarts",
+    "choose_device",
+    "process_group",
+    "workers",
+]
 
 TIMEOUT_S = 600.0
 
@@ -96,9 +105,10 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
         yield Workers(None, device, None)
         return
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    peers = Peers(store, rank, world_size, interval_s=min(1.0, timeout_s / 20))
+    interval_s = min(1.0, timeout_s / 10)
+    peers = Peers(store, rank, world_size, timeout_s=timeout_s, interval_s=interval_s)
     with _accounted_for(peers):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -141,6 +151,29 @@ def _may_be_of_another(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("shardrec.")
+
+
+def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
+    """Refuse workers that torchrun may start again and that could not go on then.
+
+    Raises:
+        ValueError: ``resume`` is "no", or torchrun keeps one store for all starts: workers would
+            find the addresses of dead ones in it.
+    """
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts == "0":
+        return
+    if resume == "no":
+        raise ValueError(
+            f"--resume must be auto where workers are started again, got none with {restarts} "
+            "restarts; without it they would refuse the folder that they began"
+        )
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun must make a new store for each start of the workers, got {restarts} "
+            "restarts with one store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as "
+            "`shardrec launch` does"
+        )
 
 
 def choose_device(place: Place | None) -> torch.device:

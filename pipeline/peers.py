@@ -7,6 +7,7 @@ others can say who is missing. None of this needs a collective.
 
 import dataclasses
 import json
+import logging
 import os
 import socket
 import sys
@@ -14,16 +15,32 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["Absence", "LostRankError", "Peers", "Sign"]
+__all__ = ["Absence", "LostRankError", "Peers", "Sign", "Store"]
 
 Result = TypeVar("Result")
 
 # A rank counts as silent when it has missed so many signs in a row.
 MISSED = 3
+
+
+class Store(Protocol):
+    """The part of ``torch.distributed``'s stores that is used here."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Let ``key`` have a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """The value; waits until there is one."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all have a value."""
+
+    def clone(self) -> "Store":
+        """The same store over another connection."""
 
 
 class LostRankError(RuntimeError):
@@ -74,7 +91,13 @@ class Peers:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, *, interval_s: float = 1.0
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        timeout_s: float = 600.0,
+        interval_s: float = 1.0,
     ) -> None:
         """Store who this is; ``start`` gives the first sign.
 
@@ -82,9 +105,11 @@ class Peers:
             store: of all ranks. Connections of its own are made, for others may wait in this one.
             rank: of this process.
             world_size: W.
+            timeout_s: of a collective; after half of it a warning says who is waited for.
             interval_s: seconds between two signs.
         """
-        self.rank, self.world_size, self.interval_s = rank, world_size, interval_s
+        self.rank, self.world_size = rank, world_size
+        self.timeout_s, self.interval_s = timeout_s, interval_s
         self.patience_s = MISSED * interval_s
         self._to_write, self._to_read = store.clone(), store.clone()
         self._number = 0
@@ -121,12 +146,26 @@ class Peers:
         return Absence([one for one in gone if one], [one for one in behind if one])
 
     def _run(self) -> None:
+        reached, since = -1, 0.0
         try:
-            self._say()
-            while not self._over.wait(self.interval_s):
+            while not self._over.is_set():
                 self._say()
+                now, level = time.monotonic(), _collectives()
+                if level != reached:
+                    reached, since = level, now
+                elif now - since > self.timeout_s / 2:
+                    since = now + self.timeout_s  # once a wait
+                    threading.Thread(target=self._warn, daemon=True).start()
+                self._over.wait(self.interval_s)
         except RuntimeError:  # the store went away: nobody can be told any more
             return
+
+    def _warn(self) -> None:
+        """Say who is waited for: a collective on a GPU ends the process without a word of ours."""
+        if self.rank <= 1 and str(absent := self.absent()):  # two tell, one may be the absent
+            message = "no progress for %.0f s, of at most %.0f: %s"
+            log = logging.getLogger(__name__)
+            log.warning(message, self.timeout_s / 2, self.timeout_s, absent)
 
     def _say(self) -> None:
         self._number += 1
@@ -170,9 +209,8 @@ def _why_behind(rank: int, sign: Sign | None, level: int) -> str | None:
 
 def _collectives() -> int:
     """How many collectives this rank has begun in the default group."""
-    if not dist.is_initialized():
-        return 0
-    return int(dist.group.WORLD._get_sequence_number_for_group())
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return 0 if group is None else int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
 
 
 def _main_thread() -> str:

@@ -210,7 +210,12 @@ class Stepper:
     def _backward(
         self, batches: Sequence[Batch], step: int, totals: "_Totals"
     ) -> tuple[float, dict[str, float]]:
-        """Gradients of the mean loss over all micro-batches; the mean, and its statistics."""
+        """Gradients of the mean loss over all micro-batches; the mean, and its statistics.
+
+        Data whose weights are not finite have no mean: NaN, and no gradients.
+        """
+        if not math.isfinite(sum(totals.weights)):
+            return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
         for index, batch in enumerate(batches):
             if not totals.positions[index]:

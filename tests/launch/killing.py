@@ -90,16 +90,17 @@ def kill_during_a_write(run: Path, job: Job, after_step: int = 0) -> str:
     checkpoints = run / "checkpoints"
     rank_0 = wait_for_workers(job)[0]
     for _ in until(60, "unfinished checkpoint", job):
-        name = newest(checkpoints)
-        if name <= f"step-{after_step:08d}" or (checkpoints / name / "manifest.json").exists():
+        if newest(checkpoints) <= f"step-{after_step:08d}":
             continue
         rank_0.suspend()
         while rank_0.status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)
-        if newest(checkpoints) == name and not (checkpoints / name / "manifest.json").exists():
+        name = newest(checkpoints)
+        if not (checkpoints / name / "manifest.json").exists():
             rank_0.kill()
             return name
         rank_0.resume()
+        time.sleep(0.005)
     raise AssertionError
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shardrec.launch.distributed import Place, choose_device
+from shardrec.launch.distributed import Place, check_restarts, choose_device
 
 TORCHRUN = {
     "RANK": "5",
@@ -31,3 +31,14 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"at most its 1 GPU\(s\), got worker 1"):
         choose_device(Place(rank=1, local_rank=1, world_size=2))
+
+
+def test_workers_that_are_started_again_must_be_able_to_go_on() -> None:
+    check_restarts("no", {})
+    check_restarts("no", {"TORCHELASTIC_MAX_RESTARTS": "0"})
+    check_restarts("auto", {"TORCHELASTIC_MAX_RESTARTS": "3"})
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        shared = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        check_restarts("auto", shared)
+    with pytest.raises(ValueError, match="--resume must be auto .* with 3 restarts"):
+        check_restarts("no", {"TORCHELASTIC_MAX_RESTARTS": "3"})

@@ -23,7 +23,7 @@ from tests.ranks import Ranks
 
 from shardrec.launch import components
 
-STEPS, KILLS = 120, 20
+STEPS, KILLS = 80, 20
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(steps: int) -> list[str]:
-    return [f"limits.max_steps={steps}", "checkpoints.every_steps=7", "validation.every_steps=25"]
+    return [f"limits.max_steps={steps}", "checkpoints.every_steps=2", "validation.every_steps=25"]
 
 
 @pytest.fixture(scope="module")

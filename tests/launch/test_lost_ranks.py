@@ -1,5 +1,6 @@
 """A rank that is stopped, asleep or gone is named by those that wait for it, in bounded time."""
 
+import logging
 import os
 import signal
 import socket
@@ -27,36 +28,41 @@ def misbehave(how: str) -> None:
         time.sleep(TIMEOUT_S / 4)  # a few signs
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "asleep":
-        time.sleep(4 * TIMEOUT_S)
+        time.sleep(3 * TIMEOUT_S)
     else:
         raise KeyError("a bug of one rank")
 
 
-def wait_for_rank_1(how: str, port: int) -> tuple[str, float]:
-    """What this rank raised, and after how many seconds, when rank 1 does not come."""
+def wait_for_rank_1(how: str, port: int) -> tuple[str, float, list[str]]:
+    """What this rank raised, after how many seconds, and its warnings, when rank 1 is absent."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     processes = [0] * world_size
     dist.all_gather_object(processes, os.getpid())
     dist.destroy_process_group()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "localhost"}
-    started = time.monotonic()
+    started, said = time.monotonic(), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("shardrec").addHandler(handler)
     try:
         with workers(TIMEOUT_S):
             dist.barrier()
             if rank == 1:
                 misbehave(how)
             dist.all_reduce(torch.ones(1))
-        return "nothing", 0.0
+        return "nothing", 0.0, said
     except Exception as error:
-        return f"{type(error).__name__}: {error}", time.monotonic() - started
+        return f"{type(error).__name__}: {error}", time.monotonic() - started, said
     finally:
+        logging.getLogger("shardrec").removeHandler(handler)
         for name in (*place, "MASTER_ADDR"):
             del os.environ[name]
         if rank == 0:
             os.kill(processes[1], signal.SIGCONT)
+        store = dist.HashStore()  # type: ignore[attr-defined]
         # The pool takes down the group it made.
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +75,11 @@ def wait_for_rank_1(how: str, port: int) -> tuple[str, float]:
 )
 def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) -> None:
     answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=60)
-    for said, seconds in (answers[0], answers[2]):
+    for said, seconds, _ in (answers[0], answers[2]):
         assert said.startswith(LostRankError.__name__)
         assert "got rank 1" in said and words in said, said
         assert "rank 0" not in said and "rank 2" not in said
-        assert seconds < 3 * TIMEOUT_S
+        assert seconds < 4 * TIMEOUT_S
+    if how != "raising":
+        (warning,) = answers[0][2]
+        assert warning.startswith("no progress for 1 s, of at most 2: rank 1"), warning
