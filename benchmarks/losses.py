@@ -2,7 +2,8 @@
 
 For each loss: a check against its definition in float64, then medians of our function and of the
 baselines in one process, then peak memory of each in a process of its own, apart from the table's
-gradient. No figure is written for an operation that fails its check.
+gradient. No figure is written for an operation that fails its check. A baseline that would not fit
+in memory, by a count of what it stores, is left out and the row says so.
 
     python benchmarks/losses.py --threads 2
     python benchmarks/losses.py --losses cce sce --catalog 100000 --positions 512 --repeats 1
@@ -35,7 +36,12 @@ from record import (
 )
 
 from shardrec import kernels
-from shardrec.kernels.rece import default_num_buckets
+from shardrec.kernels.cce import cut_cross_entropy_cost
+from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
+from shardrec.kernels.cost import LossCost, Workload
+from shardrec.kernels.rece import default_num_buckets, reduced_cross_entropy_cost
+from shardrec.kernels.sce import default_num_buckets as num_sce_buckets
+from shardrec.kernels.sce import scalable_cross_entropy_cost
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """Takes states, table and targets; gives the mean loss, or does its own backward."""
@@ -106,6 +112,34 @@ def operation(loss: str, name: str) -> Operation:
     return baseline(loss, int(name.removeprefix("chunked_")) if name != "eager" else None)
 
 
+def stored_gib(loss: str, name: str, N: int, V: int, D: int) -> float:
+    """GiB that a baseline stores: logits and what backward keeps of them, counted, not measured."""
+    n_b, n_c = num_sce_buckets(N), default_num_buckets(N, V, REACH)
+    whole = {
+        "cce": 3 * 4 * N * V,  # logits, log-softmax, gradient
+        "cce_minus": 3 * 4 * N * NUM_NEGATIVES * D,  # rows, products, gradient
+        "sce": 4 * n_b * (N + V) + 6 * 4 * n_b * n_b * ITEMS_PER_BUCKET,
+        "rece": 4 * n_c * V + ROUNDS * N * V * (1 + 2 * REACH) // n_c * (3 * 4 + 4 * 8),
+    }
+    if name == "fair":
+        return 6 * 4 * N * NUM_NEGATIVES / 2**30
+    lines = {"cce": N, "cce_minus": N, "sce": n_b, "rece": n_c}[loss]
+    block = lines if name == "eager" else int(name.removeprefix("chunked_"))
+    gradient = 2 * 4 * V * D  # of the table, and the one that is added to it
+    return (whole[loss] * block / lines + gradient) / 2**30
+
+
+def counted(loss: str, N: int, V: int, D: int) -> LossCost:
+    """What our function is said to cost."""
+    work = Workload(num_positions=N, num_items=V, num_ranks=1, width=D)
+    return {
+        "cce": lambda: cut_cross_entropy_cost(work),
+        "cce_minus": lambda: sampled_cross_entropy_cost(work, NUM_NEGATIVES, SHARE),
+        "sce": lambda: scalable_cross_entropy_cost(work, None, None, ITEMS_PER_BUCKET),
+        "rece": lambda: reduced_cross_entropy_cost(work, None, None, ROUNDS, REACH),
+    }[loss]()
+
+
 def step(function: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     """Forward and backward; the gradients stay until the next step."""
     batch[0].grad = batch[1].grad = None
@@ -174,11 +208,12 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
     check(loss)
     job = key | {"repeats": options.repeats}
     names = ["ours"] + ["ours_sparse"] * (loss in ("cce_minus", "sce"))
-    if catalog <= options.largest_baseline:
-        chunked = [f"chunked_{block}" for block in BLOCKS[loss]]
+    run, not_run = baselines_to_run(loss, catalog, options)
+    chunked = [name for name in run if name.startswith("chunked")]
+    if chunked:
         swept = call_fresh(__file__, job | {"kind": "time", "operations": chunked, "repeats": 1})
-        best = min(chunked, key=lambda name: median(swept["times_s"][name]))
-        names += [best, "eager"] + ["fair"] * (loss == "cce_minus")
+        names.append(min(chunked, key=lambda name: median(swept["times_s"][name])))
+    names += [name for name in run if name not in chunked]
     answer = call_fresh(__file__, job | {"kind": "time", "operations": names})
     row: dict[str, Any] = {
         "times_s": answer["times_s"],
@@ -189,10 +224,30 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
     for name in names:
         peak = call_fresh(__file__, job | {"kind": "memory", "operation": name})["peak_bytes"]
         row["peak_mib"][name] = round(peak / 2**20, 2)
-    if loss == "cce":
-        flops = 6 * options.positions * options.width * catalog
-        row["share_of_gemm"] = round(flops / row["median_s"]["ours"] / 1e9 / row["gemm_gflops"], 3)
+    cost = counted(loss, options.positions, catalog, options.width)
+    rate = cost.flops / row["median_s"]["ours"] / 1e9
+    row["share_of_gemm"] = round(rate / row["gemm_gflops"], 3)
+    row["counted"] = {"gflop": round(cost.flops / 1e9, 2), "mib": cost.workspace_bytes >> 20}
+    row |= {"not_run": not_run} if not_run else {}
     results.append(key, **row, ratios=ratios(row))
+
+
+def baselines_to_run(
+    loss: str, catalog: int, options: argparse.Namespace
+) -> tuple[list[str], dict[str, str]]:
+    """Baselines, and why others are left out."""
+    names = [f"chunked_{block}" for block in BLOCKS[loss]] + ["eager"]
+    names += ["fair"] * (loss == "cce_minus")
+    run, not_run = [], {}
+    for name in names:
+        needed = stored_gib(loss, name, options.positions, catalog, options.width)
+        if needed > options.memory_gib:
+            not_run[name] = f"stores {needed:.1f} GiB"
+        elif catalog > options.largest_baseline:
+            not_run[name] = f"takes too long above V={options.largest_baseline:,}"
+        else:
+            run.append(name)
+    return run, not_run
 
 
 def ratios(row: dict[str, Any]) -> dict[str, Any]:
@@ -218,13 +273,23 @@ def summary(results: Results) -> str:
         for mine in (name for name in row["median_s"] if name.startswith("ours")):
             head = f"| {key['loss']}{mine[4:]} | {key['catalog']:,} "
             head += f"| {row['median_s'][mine]:.3f} | {row['peak_mib'][mine]:.1f} "
+            start = len(lines)
             pairs = {
                 k.split("/")[1]: v for k, v in row["ratios"].items() if k.startswith(mine + "/")
             }
-            for other, ratio in (pairs or {"-": {"median_s": 1.0, "peak_mib": 1.0}}).items():
+            for other, ratio in pairs.items():
                 lines.append(
                     f"{head}| {other} | {ratio['median_s']:.3f} | {ratio['peak_mib']:.4f} |"
                 )
+            tenth = results.find(key | {"catalog": key["catalog"] // 10})
+            if tenth is not None and mine in tenth["median_s"]:
+                time, memory = (
+                    row[part][mine] / max(tenth[part][mine], 1e-6)
+                    for part in ("median_s", "peak_mib")
+                )
+                lines.append(f"{head}| ours at V/10 | {time:.3f} | {memory:.4f} |")
+            if len(lines) == start:
+                lines.append(f"{head}| - | - | - |")
     return "\n".join(lines)
 
 
@@ -238,6 +303,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest-baseline", type=int, default=100_000, help="V of the baselines")
+    parser.add_argument("--memory-gib", type=float, default=8.0, help="that a baseline may store")
     parser.add_argument("--output", default=str(RESULTS / "losses_cpu.jsonl"))
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
-from shardrec.kernels.block_logsumexp.cpu import TILE_LOGITS
+from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.candidates import Candidates
-from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
-from shardrec.kernels.exchange import Chunk
-from shardrec.kernels.fused_cce import (
-    LEAST_POSITIONS,
-    fits_cache,
-    fused_cross_entropy,
-    group_size,
+from shardrec.kernels.cost import (
+    KernelCost,
+    LossCost,
+    Workload,
+    full_cost,
+    state_traffic,
+    streaming_bytes,
 )
+from shardrec.kernels.exchange import Chunk
+from shardrec.kernels.fused_cce import fits_cache, fused_cross_entropy
 from shardrec.kernels.operation import Call, Operator, autocast_dtype
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
@@ -62,7 +64,7 @@ def cut_cross_entropy(
         TypeError: a dtype is wrong.
         ValueError: a shape disagrees or a target is out of range, on this rank or another.
 
-    On a CPU, for float32 and shards of up to 196,608 rows, mean and sum take their gradient in the
+    On a CPU, for float32 and shards of up to 65,536 rows, mean and sum take their gradient in the
     forward pass.
 
     Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
@@ -117,22 +119,25 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
     logits exist a tile at a time and are computed again in backward: four products on a CPU, five
     in Triton, where either gradient has its own pass.
     """
-    pairs = float(work.num_positions) * work.num_rows * work.width
-    if work.on_cpu and group_size(work.num_rows) >= LEAST_POSITIONS:
-        group = min(group_size(work.num_rows), work.num_positions)
+    if work.on_cpu and fused_positions(work.num_rows) >= LEAST_FUSED:
+        group = min(fused_positions(work.num_rows), work.num_positions)
         # One process has one chunk, whose gradient is made beside the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        vectors = 4 * (3 * group + chunk) * work.width
-        return _full_cost(work, 4 * group * work.num_rows + vectors, 6 * pairs, gathers=1)
-    tile = 4 * TILE_LOGITS if work.on_cpu else 0
-    return _full_cost(work, tile, (8 if work.on_cpu else 10) * pairs, gathers=2)
+        held = 4 * (group * work.num_rows + (3 * group + chunk) * work.width)
+        return _full_cost(work, held, full_cost(3, group, work), gathers=1)
+    if work.on_cpu:
+        # A tile that is made, and the one before.
+        tiles = cpu_tiles()
+        held = 2 * 4 * tiles.logits
+        return _full_cost(work, held, full_cost(4, tiles.positions, work), gathers=2)
+    return _full_cost(work, 0, full_cost(5, 128, work), gathers=2)
 
 
-def _full_cost(work: Workload, workspace: int, flops: float, gathers: int) -> LossCost:
+def _full_cost(work: Workload, workspace: int, kernels: KernelCost, gathers: int) -> LossCost:
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
         workspace_bytes=workspace + streaming_bytes(work, listed=False),
-        flops=flops,
+        work=kernels,
         received=state_traffic(work, gathers),
     )

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
-from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
     cheaper,
     expected_distinct,
+    listed_cost,
     row_traffic,
     state_traffic,
     streaming_bytes,
@@ -73,10 +74,11 @@ class Sampler:
         return max(1, _DRAWS_AT_ONCE // self.num_negatives)
 
     def draw(self, blocks: Tensor) -> Tensor:
-        """(len(blocks), K) int64 items."""
-        return self.proposal.draw(
+        """(len(blocks), K) int64 items, on a CPU ascending, where a target is searched for."""
+        items = self.proposal.draw(
             blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
         )
+        return items.sort(dim=1).values if items.device.type == "cpu" else items
 
     def distinct_items(self, device: torch.device) -> Tensor:
         """Ascending items that any block draws; all draws are in memory for it."""
@@ -331,7 +333,7 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     rows = min(work.num_rows, round(touched))
     copy = rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
-    batches = BATCH_BYTES if work.on_cpu else 0
+    batches = cpu_tiles().listed_bytes if work.on_cpu else 0
     received, travelling = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)
@@ -340,10 +342,11 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
         # The rows as they arrive and in order, with both gradients.
         vectors = 2 * (shared + work.own_positions) * work.width
         travelling = vectors * (work.element_bytes + 4)
+    pairs = work.num_positions * num_negatives / work.num_ranks
     return LossCost(
         touched_rows=rows,
         is_dense=False,
         workspace_bytes=copy + 3 * draws + batches + travelling,
-        flops=8.0 * work.num_positions * num_negatives * work.width / work.num_ranks,
+        work=listed_cost(pairs, share, work),
         received=received,
     )

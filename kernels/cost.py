@@ -1,16 +1,24 @@
-"""What a loss costs a rank: the terms, in which each loss's file says its own formula."""
+"""What a loss costs a rank: each kernel's FLOP and bytes, and the terms of a loss made of them.
+
+FLOP are those of products, two for a multiply-add. Bytes are what a kernel reads and writes where
+nothing but its own tile stays in a cache; what does stay is read faster than memory gives it.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "KernelCost",
     "LossCost",
     "Workload",
     "cheaper",
     "expected_distinct",
+    "full_cost",
+    "listed_cost",
     "num_chunks",
     "row_traffic",
+    "select_cost",
     "state_traffic",
     "streaming_bytes",
 ]
@@ -59,6 +67,27 @@ class Workload:
         return -(-self.num_items // self.num_ranks)
 
 
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """Arithmetic and traffic of kernels; they add up, and multiply by a number of calls.
+
+    Attributes:
+        flops: Of products.
+        bytes: Read and written.
+    """
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "KernelCost") -> "KernelCost":
+        """Both, one after the other."""
+        return KernelCost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __rmul__(self, times: float) -> "KernelCost":
+        """So many calls."""
+        return KernelCost(times * self.flops, times * self.bytes)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCost:
     """What one step of a loss costs one rank.
@@ -67,15 +96,69 @@ class LossCost:
         touched_rows: rows of this shard that get a gradient.
         is_dense: whether that gradient is (R, D) and not one vector a touched row.
         workspace_bytes: most memory beside states and the rows' gradient, in forward or backward.
-        flops: of products, forward and backward.
+        work: of its kernels, forward and backward.
         received: bytes that arrive from other ranks, by what they are.
     """
 
     touched_rows: int
     is_dense: bool
     workspace_bytes: int
-    flops: float
+    work: KernelCost
     received: Mapping[str, float]
+
+    @property
+    def flops(self) -> float:
+        """Of products, forward and backward."""
+        return self.work.flops
+
+
+def full_cost(products: int, positions: int, work: Workload) -> KernelCost:
+    """The block log-sum-exp of all positions times all rows, forward and backward.
+
+    Args:
+        products: 3 where the gradient is taken in forward, 4 where either pass makes the logits, 5
+            where each gradient has a pass of its own.
+        positions: Of a tile; the rows are read, and their gradient is read and written, once a
+            tile.
+        work: Sizes.
+    """
+    pairs = float(work.num_positions) * work.num_rows
+    tiles = -(-work.num_positions // max(1, positions))
+    states = work.num_positions * work.width * (work.element_bytes * (products - 1) + 4)
+    rows = work.num_rows * work.width * (work.element_bytes * (products - 1) + 8)
+    return KernelCost(2 * products * pairs * work.width, states + tiles * rows)
+
+
+def listed_cost(
+    pairs: float,
+    pairs_per_row: float,
+    work: Workload,
+    *,
+    products: int | None = None,
+    kept: float = 1.0,
+) -> KernelCost:
+    """The block log-sum-exp of listed blocks, forward and backward.
+
+    A row of a block is copied for its pairs, and its gradient is added up.
+
+    Args:
+        pairs: Of positions and rows, over all blocks.
+        pairs_per_row: How many of them share a copied row: the positions of a block.
+        work: Sizes.
+        products: 3 where the gradient is taken in forward; None: 4 on a CPU and 5 in Triton.
+        kept: Share of the pairs that backward looks at.
+    """
+    in_backward = (4 if work.on_cpu else 5) - 1
+    flops = 2 * pairs * work.width * (products or 1 + kept * in_backward)
+    copies = pairs / max(1.0, pairs_per_row) * work.width
+    passes = 1 if products == 3 else 1 + in_backward // 2
+    return KernelCost(flops, copies * (passes * 2 * work.element_bytes + 3 * 4))
+
+
+def select_cost(directions: int, vectors: int, work: Workload) -> KernelCost:
+    """A projection of vectors onto directions, of which only the best entries are kept."""
+    read = work.element_bytes * work.width * (vectors + directions)
+    return KernelCost(2.0 * directions * vectors * work.width, read)
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:

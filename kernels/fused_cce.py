@@ -1,8 +1,9 @@
 """Full softmax with its gradient taken in the forward pass, for shards that fit in a cache.
 
 With all logits of some positions in the cache at once their softmax is known at once, so that three
-products do the work of four and every exponential is taken once. The gradient of the loss with
-respect to each position's loss must be known beforehand: it is, for a mean or a sum.
+products do the work of four and every exponential is taken once: 6 N R D FLOP. Rows and their
+gradient are read once for each group of positions. The gradient of the loss with respect to each
+position's loss must be known beforehand: it is, for a mean or a sum.
 """
 
 from dataclasses import dataclass
@@ -10,22 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardrec.kernels.block_logsumexp.cpu import softmax_
+from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, fused_positions
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
+from shardrec.kernels.products import times_transposed
 from shardrec.kernels.streaming import combine_shards
 
-__all__ = ["fits_cache", "fused_cross_entropy", "group_size"]
-
-# Logits of one group of positions, 48 MiB at most: every group reads the rows and their gradient,
-# so on two cores at V = 100,000 half as many took 1.4 times as long; twice as many gained 2 %.
-GROUP_LOGITS = 12 << 20
-MOST_POSITIONS = 256
-LEAST_POSITIONS = 64
-LINE_LOGITS = 1 << 20
+__all__ = ["fits_cache", "fused_cross_entropy"]
 
 
 def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> bool:
-    """Whether the fused pass serves: float32 on a CPU, 196,608 rows or fewer on a rank.
+    """Whether the fused pass serves: float32 on a CPU, 65,536 rows or fewer on a rank.
 
     Every rank must come to the same answer, so it looks at the average shard.
 
@@ -36,18 +33,21 @@ def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> b
         num_ranks: W.
     """
     on_cpu = states.device.type == "cpu" and states.dtype == rows.dtype == torch.float32
-    return on_cpu and group_size(-(-num_rows // num_ranks)) >= LEAST_POSITIONS
+    return on_cpu and fused_positions(-(-num_rows // num_ranks)) >= LEAST_FUSED
 
 
-def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fused_cross_entropy(
+    problem: Problem, coefficients: Tensor, positions_at_once: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over this rank's positions of coefficient times loss, and its gradients.
 
-    The workspace is one group of logits, at most 48 MiB, and two chunks of states: those of a chunk
+    The workspace is one group of logits, at most 32 MiB, and two chunks of states: those of a chunk
     travel while the groups of the one before are worked on.
 
     Args:
         problem: The batch and the table.
         coefficients: (N,) float32.
+        positions_at_once: Of a group; None goes by the rows.
 
     Returns:
         () float32, and (N, D) and (R, D) float32 gradients of ``problem.states`` and
@@ -60,8 +60,7 @@ def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor,
     grad_states = Gradients(exchange, states.new_empty(states.shape))
     grad_rows = rows.new_zeros(rows.shape)
     total = torch.zeros((), device=states.device)
-    group = group_size(exchange.largest_shard)
-    buffer = torch.empty(group * rows.shape[0], device=states.device)
+    group = positions_at_once or max(1, fused_positions(exchange.largest_shard))
 
     def start(chunk: Chunk) -> list[Wait]:
         local = states, problem.targets, coefficients
@@ -76,7 +75,6 @@ def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor,
             losses[lines] = _add_group(
                 _Group(chunk_states[lines], targets[lines], weights[lines]),
                 rows,
-                buffer,
                 exchange,
                 part[lines],
                 grad_rows,
@@ -84,11 +82,6 @@ def fused_cross_entropy(problem: Problem, coefficients: Tensor) -> tuple[Tensor,
         total += (losses * weights)[chunk.own_slice].sum()
         grad_states.send(part, chunk)
     return total, grad_states.finish(), grad_rows
-
-
-def group_size(num_rows: int) -> int:
-    """Positions whose logits over so many rows are in the cache together."""
-    return min(MOST_POSITIONS, GROUP_LOGITS // max(num_rows, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +96,17 @@ class _Group:
 def _add_group(
     group: _Group,
     rows: Tensor,
-    buffer: Tensor,
     exchange: Exchange,
     grad_states: Tensor,
     grad_rows: Tensor,
 ) -> Tensor:
     """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
-    shape = group.targets.numel(), rows.shape[0]
-    logits = buffer[: shape[0] * shape[1]].view(shape)
-    torch.mm(group.states, rows.T, out=logits)
+    logits = times_transposed(group.states, rows)
     losses, factors, slopes = _softmax_losses(logits, group.targets, group.weights, exchange)
     # The factors of the lines go to the narrow operands, not over all logits.
-    torch.mm(logits, rows, out=grad_states).mul_(factors[:, None])
-    grad_rows.addmm_(logits.T, group.states * factors[:, None])
+    torch.mul(times_transposed(logits, rows.T), factors[:, None], out=grad_states)
+    weighted = (group.states * factors[:, None]).T.contiguous()
+    grad_rows += times_transposed(weighted, logits.T).T
     here = (group.targets >= 0).nonzero()[:, 0]
     targets, slope = group.targets[here], slopes[here][:, None]
     grad_states[here] -= slope * rows[targets]
@@ -135,29 +126,10 @@ def _softmax_losses(
     target_logits = logits.new_zeros(logits.shape[0])
     target_logits[here] = logits[here, targets[here]]
     logits[here, targets[here]] = -torch.inf
-    shard_logsumexp = _softmax_(logits)
+    shard_logsumexp = softmax_(logits)
     logsumexp, target_logits = combine_shards(shard_logsumexp, target_logits, exchange)
     margin = logsumexp - target_logits
     slopes = weights * margin.sigmoid()
     # A line without candidates has logsumexp -inf, slope 0 and zeros for its softmax.
     share = (shard_logsumexp - logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)).exp_()
     return torch.nn.functional.softplus(margin), slopes * share, slopes
-
-
-def _softmax_(logits: Tensor) -> Tensor:
-    """(n,) log-sum-exp of each line, which becomes its softmax: zeros where all are -inf."""
-    if not logits.shape[1]:
-        return logits.new_full((logits.shape[0],), -torch.inf)
-    # A few lines at a time stay in a core's own cache between the passes.
-    lines = max(2, LINE_LOGITS // logits.shape[1])
-    return torch.cat([_softmax_lines_(part) for part in logits.split(lines)])
-
-
-def _softmax_lines_(logits: Tensor) -> Tensor:
-    largest = logits.amax(1)
-    torch.softmax(logits, 1, out=logits)
-    empty = largest == -torch.inf
-    if bool(empty.any()):
-        logits[empty] = 0.0
-    # The largest probability is at least 1 / R, so its logarithm is precise.
-    return (largest - logits.amax(1).log_()).masked_fill_(empty, -torch.inf)

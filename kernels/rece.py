@@ -6,7 +6,7 @@ meets the items of its own bucket although the histograms of positions and items
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
-from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.candidates import Candidates, Shape
-from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
+from shardrec.kernels.cost import (
+    LossCost,
+    Workload,
+    listed_cost,
+    select_cost,
+    state_traffic,
+    streaming_bytes,
+)
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_HASH
 from shardrec.kernels.operation import Call, Operator
@@ -35,6 +42,9 @@ __all__ = [
     "reduced_cross_entropy",
     "reduced_cross_entropy_cost",
 ]
+
+# Vectors that are put in order together; their places are int64.
+_KEYS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +102,8 @@ def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> H
 
     Collectives: one gather of (r, n_b) counts.
     """
-    num_rounds = buckets.shape[1]
-    flat = buckets.long() + torch.arange(num_rounds, device=buckets.device) * num_buckets
-    counts = torch.bincount(flat.flatten(), minlength=num_rounds * num_buckets)
-    by_rank = exchange.stack(counts.view(num_rounds, num_buckets))
+    counts = [torch.bincount(column, minlength=num_buckets) for column in buckets.T]
+    by_rank = exchange.stack(torch.stack(counts))
     return Histogram(by_rank.sum(0), by_rank[: exchange.rank].sum(0))
 
 
@@ -108,8 +116,11 @@ def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
         num_chunks: n_c.
     """
     starts = items.total.cumsum(1) - items.total + items.before
-    place = starts.T.gather(0, buckets.long()) + _within_bucket(buckets)
-    return (place * num_chunks // items.total[0].sum()).int()
+    chunks = torch.empty_like(buckets)
+    for index in range(buckets.shape[1]):
+        for part, places in _places(buckets[:, index], starts[index]):
+            chunks[part, index] = (places * num_chunks // items.total[0].sum()).int()
+    return chunks
 
 
 def position_chunks(
@@ -128,7 +139,10 @@ def position_chunks(
         align: "bucket" or "rank".
     """
     index = buckets.long()
-    within = positions.before.T.gather(0, index) + _within_bucket(buckets)
+    within = torch.empty_like(index)
+    for column in range(buckets.shape[1]):
+        for part, places in _places(buckets[:, column], positions.before[column]):
+            within[part, column] = places
     own = positions.total.T.gather(0, index)
     if align == "rank":
         starts = (positions.total.cumsum(1) - positions.total).T.gather(0, index)
@@ -354,15 +368,41 @@ def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, distinct, sizes
 
 
-def _within_bucket(buckets: Tensor) -> Tensor:
-    """(n, r) int64 number of earlier vectors in the same bucket of the same round."""
-    within = torch.empty(buckets.shape, dtype=torch.int64, device=buckets.device)
-    for index in range(buckets.shape[1]):
-        order, _, sizes = _group(buckets[:, index])
-        starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-        places = torch.arange(buckets.shape[0], device=buckets.device) - starts
-        within[order, index] = places
-    return within
+def _places(keys: Tensor, starts: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Where a stable sort by key puts each vector, some vectors at a time.
+
+    Args:
+        keys: (n,) int32 in [0, len(starts)).
+        starts: (m,) int64 place of the first vector of each key.
+
+    >>> [places.tolist() for _, places in _places(torch.tensor([1, 0, 1]), torch.tensor([0, 5]))]
+    [[5, 0, 6]]
+    """
+    filled = starts.clone()
+    for first in range(0, keys.numel(), _KEYS_AT_ONCE):
+        part = keys[first : first + _KEYS_AT_ONCE]
+        in_order, order = part.sort(stable=True)
+        counts = torch.bincount(part, minlength=starts.numel())
+        shift = filled - (counts.cumsum(0) - counts)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(part.numel(), device=keys.device) + shift[in_order.long()]
+        filled += counts
+        yield slice(first, first + part.numel()), places
+
+
+def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
+    """Rows that a position meets in a round, on average over the chunks.
+
+    Chunks at either end have fewer neighbours.
+
+    >>> rows_near(100, 10, 1), rows_near(100, 1, 3)
+    (28.0, 100.0)
+    """
+    met = sum(
+        min(chunk + reach, num_chunks - 1) - max(chunk - reach, 0) + 1
+        for chunk in range(num_chunks)
+    )
+    return num_rows * met / num_chunks**2
 
 
 def reduced_cross_entropy_cost(
@@ -380,13 +420,17 @@ def reduced_cross_entropy_cost(
     reach = num_neighbor_chunks
     num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)
     num_chunks = num_chunks or num_buckets
-    hashed = 2.0 * num_rounds * num_buckets * (work.own_positions + work.num_rows) * work.width
-    met = work.num_rows * min(1.0, (2 * reach + 1) / num_chunks) * num_rounds
+    hashed = num_rounds * select_cost(num_buckets, work.own_positions + work.num_rows, work)
+    met = num_rounds * rows_near(work.num_rows, num_chunks, reach)
+    per_chunk = work.num_positions / min(num_chunks, max(1, work.num_positions))
+    blocks = listed_cost(work.num_positions * met, per_chunk, work)
     held = 20 * num_rounds * (work.num_rows + work.own_positions)
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
-        workspace_bytes=held + (BATCH_BYTES if work.on_cpu else 0) + streaming_bytes(work),
-        flops=hashed + 8.0 * work.num_positions * met * work.width,
+        workspace_bytes=held
+        + (cpu_tiles().listed_bytes if work.on_cpu else 0)
+        + streaming_bytes(work),
+        work=hashed + blocks,
         received=state_traffic(work),
     )

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
-from shardrec.kernels.block_logsumexp.cpu import BATCH_BYTES
+from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
     expected_distinct,
+    listed_cost,
+    select_cost,
     state_traffic,
     streaming_bytes,
 )
@@ -143,9 +145,11 @@ def _best_of_all_ranks(
     missing = k - scores.shape[1]
     scores = F.pad(scores, (0, missing), value=-torch.inf)
     indices = F.pad(indices + first, (0, missing), value=torch.iinfo(torch.int64).max)
-    stacked_scores = exchange.stack(scores).transpose(0, 1).flatten(1)
+    of_ranks = exchange.stack(scores)
+    if len(of_ranks) == 1:
+        return indices
     stacked_indices = exchange.stack(indices).transpose(0, 1).flatten(1)
-    return merge_topk(stacked_scores, stacked_indices, k)[1]
+    return merge_topk(of_ranks.transpose(0, 1).flatten(1), stacked_indices, k)[1]
 
 
 def scalable_cross_entropy(
@@ -322,7 +326,8 @@ class _BucketItems(Plan):
 
     def __init__(self, problem: Problem, positions: Tensor, buckets: Tensor, items: Tensor) -> None:
         super().__init__(problem)
-        self._positions, self._buckets, self._items = positions, buckets, items
+        # Ascending items let a CPU find targets among them by bisection.
+        self._positions, self._buckets, self._items = positions, buckets, items.sort(1).values
         exchange = problem.exchange
         borders = torch.tensor(exchange.borders, device=positions.device)
         self._slot_borders = torch.searchsorted(positions, borders).tolist()
@@ -376,15 +381,18 @@ def scalable_cross_entropy_cost(
     listed = num_buckets * min(items_per_bucket, work.num_items)
     touched = expected_distinct(listed + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
-    choices = 2.0 * num_buckets * (2 * work.own_positions + work.num_rows) * work.width
-    blocks = 8.0 * listed * per_bucket * work.width / work.num_ranks
+    choices = select_cost(num_buckets, 2 * work.own_positions + work.num_rows, work)
+    # In backward a position has one bucket left of those it is in.
+    pairs = listed * min(per_bucket, work.num_positions) / work.num_ranks
+    kept = min(1.0, work.num_positions / (num_buckets * min(per_bucket, work.num_positions)))
+    blocks = listed_cost(pairs, per_bucket, work, kept=kept)
     return LossCost(
         touched_rows=rows,
         is_dense=False,
         workspace_bytes=rows * work.width * work.element_bytes
         + 24 * num_buckets * (per_bucket + items_per_bucket)
-        + (BATCH_BYTES if work.on_cpu else 0)
+        + (cpu_tiles().listed_bytes if work.on_cpu else 0)
         + streaming_bytes(work),
-        flops=choices + blocks,
+        work=choices + blocks,
         received=state_traffic(work),
     )

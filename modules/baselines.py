@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.cost import LossCost, Workload, state_traffic, streaming_bytes
+from shardrec.kernels.cost import KernelCost, LossCost, Workload, state_traffic, streaming_bytes
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
 from shardrec.kernels.problem import Problem, Scaling, pose
@@ -212,7 +212,7 @@ def eager_cross_entropy_cost(work: Workload) -> LossCost:
         touched_rows=work.num_rows,
         is_dense=True,
         workspace_bytes=5 * 4 * pairs + streaming_bytes(work),
-        flops=6.0 * pairs * work.width,
+        work=KernelCost(6.0 * pairs * work.width, 2 * 5 * 4 * pairs),
         received=state_traffic(work, gathers=1),
     )
 
@@ -224,6 +224,6 @@ def paired_cross_entropy_cost(work: Workload, num_negatives: int) -> LossCost:
         touched_rows=work.num_rows,
         is_dense=True,
         workspace_bytes=2 * 4 * vectors + streaming_bytes(work),
-        flops=6.0 * vectors,
+        work=KernelCost(6.0 * vectors, 2 * 2 * 4 * vectors),
         received=state_traffic(work, gathers=1),
     )

@@ -41,7 +41,8 @@ class Blocks:
     Attributes:
         pair_positions: (P,) int64 row of ``states`` of each pair; None: pair p is position p.
         pair_starts: (T + 1,) int64.
-        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q.
+        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q. Plain PyTorch
+            takes int32 too.
         item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
         item_ends: (T,) int64 into ``items``.
         targets: (N,) int64 row of each position's target, which is never its candidate; -1 where

@@ -93,7 +93,9 @@ def random_signs(
     lines = torch.arange(first_line, first_line + num_lines, device=device)
     calls = torch.arange((width + 127) // 128, device=device)
     words = philox(seed, calls[None, :], lines[:, None], step, stream)
-    bits = torch.stack(words, dim=-1)[..., None] >> torch.arange(32, device=device) & 1
+    # 32 bits of each word: 32-bit integers take half the time of 64-bit ones.
+    columns = torch.stack(words, dim=-1).int()[..., None]
+    bits = columns >> torch.arange(32, dtype=torch.int32, device=device) & 1
     return bits.flatten(1)[:, :width].float().mul_(-2).add_(1)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from shardrec.kernels.device import alignment, architecture_of, operand, precision_of
 from shardrec.kernels.negatives.gpu import counters, sign_tile
-from shardrec.kernels.select.cpu import TILE_SCORES
 from shardrec.kernels.select.search import top_lowest
 from shardrec.kernels.tiles import tile_for
 
@@ -28,6 +27,8 @@ __all__ = [
 ]
 
 GROUP = tl.constexpr(16)
+# Group maxima or scores of candidates in memory at a time.
+TILE_SCORES = 1 << 21
 # Candidates that a program scores again.
 CANDIDATES = 128
 

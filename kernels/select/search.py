@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["GROUP", "TopSearch", "top_lowest"]
 
-GROUP = 64  # rows whose best score decides whether they are looked into
+GROUP = 64  # rows of a group where lists are short
 
 
 class TopSearch:
@@ -19,15 +19,17 @@ class TopSearch:
     of each group of rows, and only groups that beat a state's k-th score so far are looked into.
     """
 
-    def __init__(self, num_states: int, k: int, like: Tensor) -> None:
+    def __init__(self, num_states: int, k: int, like: Tensor, group: int = GROUP) -> None:
         """Start with empty lists.
 
         Args:
             num_states: M, columns of the tiles to come.
             k: items wanted for each state.
             like: a float32 tensor on the device of the tiles.
+            group: rows whose best score decides whether they are looked into.
         """
         self.k = k
+        self.group = group
         self.best = like.new_full((num_states, k), -math.inf)
         self.best_rows = torch.zeros_like(self.best, dtype=torch.int64)
         # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
@@ -38,18 +40,18 @@ class TopSearch:
 
     def add(self, scores: Tensor, first_row: int) -> None:
         """Take in a (n, M) tile; tiles must come in row order."""
-        groups = scores[: len(scores) - len(scores) % GROUP].unflatten(0, (-1, GROUP))
+        groups = scores[: len(scores) - len(scores) % self.group].unflatten(0, (-1, self.group))
         if len(groups):
             self._add_groups(groups, first_row)
-        rest = scores[len(groups) * GROUP :]
+        rest = scores[len(groups) * self.group :]
         if len(rest):
-            self._add_groups(rest[None], first_row + len(groups) * GROUP)
+            self._add_groups(rest[None], first_row + len(groups) * self.group)
 
     def _add_groups(self, groups: Tensor, first_row: int) -> None:
         maxima = groups.amax(1)  # (groups, M)
         self.not_numbers |= maxima.isnan().any(0)
         hot, states = (maxima > self.floor).nonzero(as_tuple=True)
-        if len(hot) > 2 * self.k * len(self.floor):
+        if len(hot) > self.k * len(self.floor):
             self._raise_floor(maxima)
             hot, states = (maxima > self.floor).nonzero(as_tuple=True)
         values = groups[hot, :, states]  # (hot, group)

@@ -296,7 +296,7 @@ def test_the_gradient_taken_in_forward_equals_the_one_computed_again(
     weights = torch.rand(size[0], generator=torch.Generator().manual_seed(0))
     results, fused = [], ran(monkeypatch, cce._cut_cross_entropy, "_fused")
     for least_positions in (1, 1 << 30):
-        monkeypatch.setattr(fused_cce, "LEAST_POSITIONS", least_positions)
+        monkeypatch.setattr(fused_cce, "LEAST_FUSED", least_positions)
         loss = cut_cross_entropy(states, table, targets, weights=weights)
         assert bool(fused) == (least_positions == 1)
         fused.clear()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, backward, forward
-from shardrec.kernels.block_logsumexp import cpu as block_cpu
+from shardrec.kernels.block_logsumexp import Blocks, cpu
+from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 from shardrec.kernels.select import best_direction, merge_topk, topk_rows
 from shardrec.kernels.select import cpu as select_cpu
@@ -79,12 +79,12 @@ def test_any_list_of_blocks_gives_its_log_sum_exps_and_gradients(
     generator = torch.Generator().manual_seed(0)
     grads = [torch.rand(n, generator=generator) for n in (blocks.num_slots, len(states))]
     truth = by_definition(states, rows, blocks, grads)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_cpu, "TILE_LOGITS", tile)
-        patch.setattr(block_cpu, "PIECE_ITEMS", min(piece, tile))
-        logsumexp, target_logits = forward(states, rows, blocks)
-        grad_rows = torch.zeros_like(rows)
-        grad_states = backward(states, rows, blocks, logsumexp, grads[0], grads[1], grad_rows)
+    tiles = CpuTiles(logits=tile, positions=1024, items=min(piece, tile), floats=tile)
+    logsumexp, target_logits = cpu.forward(states, rows, blocks, tiles)
+    grad_rows = torch.zeros_like(rows)
+    grad_states = cpu.backward(
+        states, rows, blocks, logsumexp, grads[0], grads[1], grad_rows, tiles
+    )
     assert torch.equal(logsumexp.isfinite(), truth[0].isfinite())
     # A log-sum-exp is stored as one float, so a share is as exact as that float's last bit.
     slack = 4e-6 * max(1.0, float((states @ rows.T).abs().max()))

@@ -1,0 +1,64 @@
+"""How the plain path cuts the logits on a CPU: by its caches, its threads and the shapes."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["LEAST_FUSED", "CpuTiles", "core_cache_bytes", "cpu_tiles", "fused_positions"]
+
+_FLOAT = 4
+# Logits of one group of the fused softmax: 32 MiB, the largest block that glibc keeps for reuse.
+_GROUP_LOGITS = 1 << 23
+_MOST_FUSED = 256
+# With fewer positions at once, reading the rows and their gradient takes longer than what the
+# fused softmax saves.
+LEAST_FUSED = 128
+_LEAST_POWER = 19
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTiles:
+    """What is in memory together.
+
+    Attributes:
+        logits: Of a tile.
+        positions: Most of a tile.
+        items: Most of a piece of a listed block.
+        floats: Of the rows that a batch of listed blocks copies together.
+    """
+
+    logits: int = 1 << 20
+    positions: int = 1024
+    items: int = 1 << 14
+    floats: int = 1 << 19
+
+    @property
+    def listed_bytes(self) -> int:
+        """Of a batch of listed blocks at its peak: logits, rows and the rows' gradients."""
+        return _FLOAT * (self.logits + 2 * self.floats)
+
+
+def cpu_tiles() -> CpuTiles:
+    """The tiles for this machine: twice as many bytes of logits as its threads have own cache.
+
+    As high as wide, since rows are read once for each tile of positions and states once for each
+    tile of rows. Wider rows ask for no other tile. ``benchmarks/cpu_tiles.py`` holds the rule
+    against other tiles.
+    """
+    fit = 2 * core_cache_bytes() * min(torch.get_num_threads(), _MOST_THREADS) // _FLOAT
+    logits = 1 << max(_LEAST_POWER, fit.bit_length() - 1)
+    return CpuTiles(logits=logits, positions=1 << (logits.bit_length() // 2))
+
+
+def fused_positions(num_rows: int) -> int:
+    """Positions whose logits over so many rows are in memory together."""
+    return min(_MOST_FUSED, _GROUP_LOGITS // max(num_rows, 1))
+
+
+def core_cache_bytes() -> int:
+    """Second-level cache of a core; 1 MiB where the system does not say."""
+    name = "SC_LEVEL2_CACHE_SIZE"
+    known = os.sysconf(name) if name in os.sysconf_names else 0
+    return known if known > 0 else 1 << 20

@@ -1,0 +1,133 @@
+"""What each loss is said to cost, held to the products that it makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shardrec.kernels.block_logsumexp import cpu, every_pair
+from shardrec.kernels.candidates import Candidates
+from shardrec.kernels.cce import cut_cross_entropy_cost
+from shardrec.kernels.cce_minus import SampledItems, sampled_cross_entropy_cost
+from shardrec.kernels.comparison import compare, gradients
+from shardrec.kernels.cost import (
+    KernelCost,
+    LossCost,
+    Workload,
+    full_cost,
+    listed_cost,
+    select_cost,
+)
+from shardrec.kernels.fused_cce import fused_cross_entropy
+from shardrec.kernels.negatives import Uniform, pack
+from shardrec.kernels.problem import Problem, Scaling, pose
+from shardrec.kernels.rece import HashedChunks, reduced_cross_entropy_cost
+from shardrec.kernels.sce import HardBuckets, scalable_cross_entropy_cost
+
+N, V, D = 512, 3000, 16
+WORK = Workload(num_positions=N, num_items=V, num_ranks=1, width=D)
+
+# Candidates, what the loss is said to cost, and how far padding may take it from that.
+CASES: dict[str, tuple[Candidates, LossCost, float]] = {
+    "cce_minus": (
+        SampledItems(
+            num_negatives=100,
+            share=16,
+            seed=1,
+            step=0,
+            parity=False,
+            proposal_kinds=pack(Uniform(V))[0],
+            proposal_numbers=pack(Uniform(V))[1],
+        ),
+        sampled_cross_entropy_cost(WORK, 100, 16),
+        0.001,
+    ),
+    "sce": (
+        HardBuckets(
+            num_buckets=None,
+            positions_per_bucket=None,
+            items_per_bucket=40,
+            mix=True,
+            seed=1,
+            step=0,
+        ),
+        scalable_cross_entropy_cost(WORK, None, None, 40),
+        0.2,
+    ),
+    "rece": (
+        HashedChunks(
+            num_buckets=None,
+            num_chunks=None,
+            num_rounds=4,
+            num_neighbor_chunks=1,
+            align="bucket",
+            seed=1,
+            step=0,
+        ),
+        reduced_cross_entropy_cost(WORK, None, None, 4, 1),
+        0.3,
+    ),
+}
+
+
+def problem() -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(N, D, generator=generator)
+    table = torch.randn(V, D, generator=generator)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return pose(states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0))
+
+
+def counter() -> FlopCounterMode:
+    """Counts the products of oneDNN too."""
+
+    def linear_flop(left: list[int], right: list[int], *_: object, **__: object) -> int:
+        return 2 * left[0] * left[1] * right[0]
+
+    operator = torch.ops.mkldnn._linear_pointwise
+    return FlopCounterMode(display=False, custom_mapping={operator: linear_flop})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_products_said_are_the_products_made(name: str) -> None:
+    candidates, cost, slack = CASES[name]
+    with counter() as counted:
+        _, _, kept = compare(problem(), candidates, [], "mean")
+        gradients(problem(), candidates, [], kept, torch.ones(()))
+    assert counted.get_total_flops() == pytest.approx(cost.flops, rel=slack)
+
+
+def test_the_products_of_the_softmax_are_three_or_four() -> None:
+    posed = problem()
+    with counter() as counted:
+        fused_cross_entropy(posed, posed.coefficients("mean"))
+    assert counted.get_total_flops() == cut_cross_entropy_cost(WORK).flops == 6 * N * V * D
+    blocks, grad = every_pair(V, posed.targets), torch.ones(N)
+    with counter() as counted:
+        logsumexp, _ = cpu.forward(posed.states, posed.rows, blocks)
+        cpu.backward(posed.states, posed.rows, blocks, logsumexp, grad, grad, torch.zeros(V, D))
+    assert counted.get_total_flops() == full_cost(4, 1024, WORK).flops == 8 * N * V * D
+
+
+def test_traffic_is_that_which_one_counts_by_hand() -> None:
+    # One tile: states are read three times and their gradient is written, rows likewise and their
+    # gradient is read before.
+    assert full_cost(4, N, WORK).bytes == 4 * D * (N * 4 + V * 5)
+    assert full_cost(4, N // 2, WORK).bytes == 4 * D * (N * 4 + 2 * V * 5)
+    # A row is read and written into a copy in both passes; its gradient is written, read and added.
+    assert listed_cost(100.0, 10.0, WORK).bytes == 10 * D * (2 * 2 * 4 + 3 * 4)
+    assert select_cost(7, V, WORK) == KernelCost(2.0 * 7 * V * D, 4 * D * (V + 7))
+    assert 2 * KernelCost(1.0, 2.0) + KernelCost(1.0, 1.0) == KernelCost(3.0, 5.0)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_cost_counts_products_and_traffic(on_cpu: bool) -> None:
+    work = Workload(num_positions=N, num_items=V, num_ranks=3, width=D, on_cpu=on_cpu)
+    for cost in (
+        cut_cross_entropy_cost(work),
+        sampled_cross_entropy_cost(work, 64, None),
+        scalable_cross_entropy_cost(work, None, None, 64),
+        reduced_cross_entropy_cost(work, None, None, 4, 1),
+    ):
+        assert cost.work.flops > 0 and cost.work.bytes > 0
