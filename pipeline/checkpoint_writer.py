@@ -32,11 +32,13 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
     Args:
         group: the ranks; None for the one process of the default group.
 
-    Collectives: those of ``new_group``, on the default group.
+    Collectives: those of ``new_group``, on the default group, and a barrier.
     """
     ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
     made = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
     assert isinstance(made, dist.ProcessGroup)
+    # A rank that is done before the others have met it would close their connections.
+    dist.barrier(group=made)
     try:
         yield made
     finally:
