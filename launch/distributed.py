@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.peers import LostRankError, Peers
 
 __all__ = [
@@ -122,13 +123,14 @@ def _accounted_for(peers: Peers) -> Iterator[None]:
 
     The process group is taken down at the end, when it has told how far each rank came.
     """
-    reason = "it has finished"
+    reason, absent = "it has finished", ""
     peers.start()
     try:
         yield
     except BaseException as error:
         absent = str(peers.absent()) if _may_be_of_another(error) else ""
-        reason = "" if absent else f"{type(error).__name__}: {error}"
+        blameless = absent or isinstance(error, Preempted)
+        reason = "" if blameless else f"{type(error).__name__}: {error}"
         if not absent:
             raise
         raise LostRankError(
@@ -137,7 +139,7 @@ def _accounted_for(peers: Peers) -> Iterator[None]:
         ) from error
     finally:
         peers.leave(reason)
-        if peers.rank == 0 and not reason:  # it may keep the store in which others look, too
+        if peers.rank == 0 and absent:  # it may keep the store in which others look, too
             time.sleep(2 * peers.patience_s)
         if dist.is_initialized():
             dist.destroy_process_group()

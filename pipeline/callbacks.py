@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -220,6 +220,7 @@ class TensorBoard(Callback):
         self.every = every
         self.first_step = first_step
         self.writer: SummaryWriter | None = None
+        self._has_failed = False
 
     @override
     def on_step(self, report: StepReport) -> None:
@@ -232,15 +233,34 @@ class TensorBoard(Callback):
         self._write("validation", report.metrics, report.step)
 
     @override
+    def on_checkpoint(self, report: CheckpointReport) -> None:
+        # A run that goes on from here writes no earlier point again.
+        if self.writer is not None:
+            self._try(self.writer.flush)
+
+    @override
     def on_end(self, report: EndReport) -> None:
         if self.writer is not None:
-            self.writer.close()
+            self._try(self.writer.close)
 
     def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
-        if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
+        def write() -> None:
+            if self.writer is None:
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+
+        self._try(write)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Leave a gap in the curves where the disk is full, and begin another file after it."""
+        try:
+            work()
+        except OSError as error:
+            if not self._has_failed:
+                message = "%s cannot be written now, its curves have a gap: %s"
+                logging.getLogger(__name__).warning(message, self.folder, error)
+            self.writer, self._has_failed = None, True
 
 
 class ProgressBar(Callback):

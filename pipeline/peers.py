@@ -56,8 +56,8 @@ class Sign:
         process: which process on which machine.
         collectives: begun so far in the default group.
         where: the line its main thread was at.
-        left: why it left, in words; "" where it left because of another rank, None where it has
-            not left.
+        left: why it left, in words; "" where that is no fault of its own, None where it has not
+            left.
     """
 
     number: int
@@ -125,7 +125,7 @@ class Peers:
         """Give the last sign.
 
         Args:
-            reason: what the others are told; "" where this rank leaves because of another.
+            reason: what the others are told; "" where it is no fault of this rank.
         """
         self._over.set()
         self._thread.join(self.patience_s)
