@@ -62,6 +62,7 @@ def clone(folder: Path) -> Path:
 
 
 @pytest.mark.image
+@pytest.mark.timeout(1800)
 def test_the_instructions_make_a_system_that_trains(tmp_path: Path) -> None:
     image = Image(tmp_path / "root", host())
     context = clone(tmp_path / "context")
