@@ -30,9 +30,5 @@ def times_transposed(left: Tensor, right: Tensor) -> Tensor:
 def _serves(matrix: Tensor) -> bool:
     is_float = matrix.device.type == "cpu" and matrix.dtype == torch.float32
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return (
-        is_float
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and known
-    )
+    is_available = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return is_float and known and is_available

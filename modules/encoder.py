@@ -109,17 +109,19 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
     Counted with saved-tensor hooks, and linear in every size. Dropout keeps a mask and what it was
     applied to; attention weights are kept where they are dropped on a CPU.
     """
-    width, hidden = config.width, config.resolved_hidden
+    width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
     is_dropped = config.dropout > 0
+    stores_weights = on_cpu and config.resolved_attention_dropout > 0
     if config.kind == "sasrec":
-        block = (8 + is_dropped) * width + (1 + 2 * is_dropped) * hidden
+        block = (8 - stores_weights + is_dropped) * width + (1 + 2 * is_dropped) * hidden
         first = (1 + is_dropped) * width
     else:
-        block = (12 + (config.num_heads > 1) + 2 * is_dropped) * width + 4 * hidden
+        # Values of one head are a view of the projection, which is then kept whole.
+        copies = 0 if heads == 1 else 1 - 3 * stores_weights
+        block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
         first = (2 + is_dropped) * width
-    if on_cpu and config.resolved_attention_dropout > 0:
-        block += 3 * config.num_heads * length
-    return float(first + config.num_blocks * (block + 4 + config.num_heads) + 2)
+    block += 3 * heads * length if stores_weights else heads
+    return float(first + config.num_blocks * (block + 4) + 2)
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:

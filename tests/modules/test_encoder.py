@@ -1,13 +1,14 @@
 """The encoder: causal, blind to padding, differentiable, and SASRec as published."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
+from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, saved_floats
 
 CONFIGS = {
     "sasrec": EncoderConfig(width=8, max_length=7, num_heads=2),
@@ -242,3 +243,29 @@ def test_attention_runs_through_the_fused_operator(monkeypatch: pytest.MonkeyPat
     for config in CONFIGS.values():
         TransformerEncoder(config).eval()(torch.zeros(1, 2, 8))
     assert calls == [{"dropout_p": 0.0, "is_causal": True}] * 6
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.2, 0.0), (0.2, 0.2)], ids=str)
+@pytest.mark.parametrize("kind", ["sasrec", "modern"])
+def test_the_formula_of_saved_floats_counts_what_backward_keeps(
+    kind: Literal["sasrec", "modern"], shares: tuple[float, float], num_heads: int
+) -> None:
+    config = EncoderConfig(
+        width=32, max_length=32, kind=kind, num_heads=num_heads, dropout=shares[0],
+        attention_dropout=shares[1],
+    )  # fmt: skip
+    encoder = TransformerEncoder(config)
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        states = encoder(vectors_of(16, 32, 32).requires_grad_())
+    kept.pop(states.untyped_storage().data_ptr(), None)
+    counted = sum(size for place, size in kept.items() if place not in own) / 4
+    assert saved_floats(config, 32) == pytest.approx(counted / states.shape[:2].numel(), rel=0.005)
