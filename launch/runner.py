@@ -176,7 +176,10 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
     if job.is_local and job.log_dir is not None:
         settings = {**settings, "log_dir": str(job.log_dir)}
     path = f"{components.__file__}:{job.component}"
-    return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
+    try:
+        return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
+    except ValueError as refused:  # by a component, which TorchX runs from its text
+        raise ValueError(str(refused)) from refused
 
 
 class _Copy(threading.Thread):

@@ -21,7 +21,7 @@ from tests.launch.killing import (
 from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
 
-from shardrec.launch import components
+from shardrec.launch import cli, components
 
 STEPS, KILLS = 80, 20
 
@@ -75,9 +75,13 @@ def test_a_preempted_job_says_so_and_the_next_one_ends_as_if_nothing_had_happene
     assert_same_end(run, undisturbed)
 
 
-def test_workers_are_started_again_only_where_they_may_go_on() -> None:
-    with pytest.raises(ValueError, match="--resume=auto must follow the --"):
-        components.train("--prepared", "data", "--run", "run", j="1x2", max_restarts=1)
+def test_workers_are_started_again_only_where_they_may_go_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--prepared", "data", "--run", "run"]
+    assert cli.main(["launch", "train", "-j", "1x2", "--max_restarts", "1", "--", *words]) == 2
+    said = capsys.readouterr().err
+    assert "--resume=auto must follow the --" in said and said.count("\n") == 1
     app = components.train("--run", "run", "--resume=auto", j="1x2", max_restarts=3, grace=60)
     assert app.roles[0].env["PET_MAX_RESTARTS"] == "3"
     assert app.roles[0].env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "65"

@@ -233,6 +233,8 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     assert [one["step"] for one in events if one["event"] == "step"] == [*range(1, STEPS + 1)]
 
 
+# TensorBoard writes in a thread of its own, which ends with the disk.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_stays_full_ends_the_run_and_it_goes_on_when_there_is_room(
     data: str, disk: Path, tmp_path: Path
 ) -> None:
