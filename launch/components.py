@@ -251,11 +251,8 @@ def synth(
     *arguments: str,
     image: str = IMAGE,
     name: str = "synth",
-    h: Optional[str] = None,
-    cpu: int = 1,
     memMB: int = 4096,  # noqa: N803
     env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
     """Generates an event log, in one process on one node.
@@ -264,15 +261,12 @@ def synth(
         arguments: after ``--``, everything `shardrec synth` takes
         image: container image that has shardrec installed (local_cwd and slurm use no image)
         name: job name
-        h: named resource of the scheduler; takes the place of cpu and memMB
-        cpu: CPUs
         memMB: memory in MB
         env: variables for the process
-        max_retries: how often the scheduler starts the job again
         mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
     """
-    role = _role("synth", arguments, specs.resource(cpu=cpu, memMB=memMB, h=h), env, mounts)
-    role.image, role.max_retries = image, max_retries
+    role = _role("synth", arguments, specs.resource(cpu=1, memMB=memMB), env, mounts)
+    role.image = image
     return specs.AppDef(name=name, roles=[role])
 
 
@@ -309,11 +303,9 @@ def gate(
     *arguments: str,
     image: str = IMAGE,
     name: str = "gate",
-    h: Optional[str] = None,
     cpu: int = 2,
     memMB: int = 8192,  # noqa: N803
     env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
     """Says whether a run may take the place of the published model, in one process.
@@ -324,15 +316,13 @@ def gate(
         arguments: after ``--``, everything `shardrec gate` takes
         image: container image that has shardrec installed (local_cwd and slurm use no image)
         name: job name
-        h: named resource of the scheduler; takes the place of cpu and memMB
         cpu: CPUs
         memMB: memory in MB
         env: variables for the process
-        max_retries: how often the scheduler starts the job again
         mounts: type=bind,src=/host,dst=/job[,readonly] for schedulers with containers
     """
-    role = _role("gate", arguments, specs.resource(cpu=cpu, memMB=memMB, h=h), env, mounts)
-    role.image, role.max_retries = image, max_retries
+    role = _role("gate", arguments, specs.resource(cpu=cpu, memMB=memMB), env, mounts)
+    role.image = image
     return specs.AppDef(name=name, roles=[role])
 
 

@@ -18,7 +18,8 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 def host() -> Host:
     """This machine's certificates, package settings and local wheels."""
     # The fresh system writes its own file at that place, so the copy gets another.
-    copies = {CERTIFICATES: "etc/host.crt", Path("/etc/resolv.conf"): "etc/resolv.conf"}
+    copies = {CERTIFICATES: "etc/host.crt"}
+    copies |= {Path(name): name[1:] for name in ("/etc/resolv.conf", "/etc/hosts")}
     copies |= {path: str(path)[1:] for path in Path("/etc/apt/apt.conf.d").glob("99*")}
     variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     wheels = [Path(word) for word in variables.get("PIP_FIND_LINKS", "").split()]
