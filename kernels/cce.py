@@ -64,7 +64,7 @@ def cut_cross_entropy(
         TypeError: a dtype is wrong.
         ValueError: a shape disagrees or a target is out of range, on this rank or another.
 
-    On a CPU, for float32 and shards of up to 65,536 rows, mean and sum take their gradient in the
+    On a CPU, for float32 and shards of up to 32,768 rows, mean and sum take their gradient in the
     forward pass.
 
     Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
@@ -123,10 +123,12 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
         group = min(fused_positions(work.num_rows), work.num_positions)
         # One process has one chunk, whose gradient is made beside the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        held = 4 * (group * work.num_rows + (3 * group + chunk) * work.width)
+        # A product copies logits; as measured, half of them beside everything else.
+        logits = group * work.num_rows * 3 // 2
+        held = 4 * (logits + (3 * group + chunk) * work.width)
         return _full_cost(work, held, full_cost(3, group, work), gathers=1)
     if work.on_cpu:
-        # A tile that is made, and the one before.
+        # A tile, and the copy of it that a product takes.
         tiles = cpu_tiles()
         held = 2 * 4 * tiles.logits
         return _full_cost(work, held, full_cost(4, tiles.positions, work), gathers=2)

@@ -324,7 +324,7 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     """What sampled negatives cost a rank, where the draws are uniform.
 
     A draw from popularity, or from the batch, meets fewer rows. The rows drawn are copied once;
-    beside the copy there are the draws of a chunk and the batches of a CPU.
+    beside the copy there are the draws of a chunk, in about ten forms, and the batches of a CPU.
     """
     share = max(1, work.num_positions if share is None else share)
     num_draws = -(-work.num_positions // share) * num_negatives
@@ -346,7 +346,7 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=copy + 3 * draws + batches + travelling,
+        workspace_bytes=copy + 10 * draws + batches + travelling,
         work=listed_cost(pairs, share, work),
         received=received,
     )

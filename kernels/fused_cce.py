@@ -22,7 +22,7 @@ __all__ = ["fits_cache", "fused_cross_entropy"]
 
 
 def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> bool:
-    """Whether the fused pass serves: float32 on a CPU, 65,536 rows or fewer on a rank.
+    """Whether the fused pass serves: float32 on a CPU, 32,768 rows or fewer on a rank.
 
     Every rank must come to the same answer, so it looks at the average shard.
 
@@ -41,8 +41,8 @@ def fused_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over this rank's positions of coefficient times loss, and its gradients.
 
-    The workspace is one group of logits, at most 32 MiB, and two chunks of states: those of a chunk
-    travel while the groups of the one before are worked on.
+    The workspace is one group of logits, at most 16 MiB twice, and two chunks of states: those of
+    a chunk travel while the groups of the one before are worked on.
 
     Args:
         problem: The batch and the table.

@@ -2,14 +2,18 @@
 
 No entry is measured yet: all are derived from counted limits, by ``benchmarks/compile_kernels.py``,
 which counts registers, spilled bytes, shared memory and matrix instructions of each. A measured
-entry names its card and commit in ``origin``.
+entry names its card and commit in ``origin``; ``benchmarks/tune_tiles.py`` times candidates on the
+GPU at hand and prints such entries. Nothing is searched when a run starts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["KERNELS", "Tile", "tile_for"]
+__all__ = ["KERNELS", "Tile", "entry_width", "tile_for", "trial"]
 
 _DERIVED = "derived from registers and shared memory"
 
@@ -124,6 +128,27 @@ _SINGLE_EXCEPTIONS: dict[tuple[int, str, int], Tile] = {}
 _INTERPRETED = Tile(32, 32, 64, 64, 4, 1, "small, so that a test of small sizes has several")
 
 KERNELS = tuple(_HALF)
+_TRIAL: ContextVar[tuple[str, Tile] | None] = ContextVar("trial", default=None)
+
+
+@contextmanager
+def trial(kernel: str, tile: Tile) -> Iterator[None]:
+    """Within it ``tile_for`` gives this tile for this kernel: how candidates are timed."""
+    token = _TRIAL.set((kernel, tile))
+    try:
+        yield
+    finally:
+        _TRIAL.reset(token)
+
+
+def entry_width(kernel: str, width: int, dtype: torch.dtype) -> int:
+    """The largest width of the entry of the table that serves D.
+
+    >>> entry_width("full_forward", 100, torch.bfloat16)
+    128
+    """
+    table = _SINGLE if dtype is torch.float32 else _HALF
+    return min(limit for limit in table[kernel] if width <= limit)
 
 
 def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> Tile:
@@ -138,12 +163,15 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> 
     >>> tile_for("full_forward", 20, torch.bfloat16, 90).width
     32
     """
+    tried = _TRIAL.get()
+    if tried is not None and tried[0] == kernel:
+        return tried[1]
     if architecture == 0:
         return _narrowed(_INTERPRETED, width)
     table, exceptions = _HALF, _HALF_EXCEPTIONS
     if dtype is torch.float32:
         table, exceptions = _SINGLE, _SINGLE_EXCEPTIONS
-    largest = min(limit for limit in table[kernel] if width <= limit)
+    largest = entry_width(kernel, width, dtype)
     # sm_86 has the instructions of sm_80 and less shared memory.
     alike = 80 if architecture == 86 else architecture
     tile = exceptions.get((alike, kernel, largest), table[kernel][largest])

@@ -8,8 +8,8 @@ import torch
 __all__ = ["LEAST_FUSED", "CpuTiles", "core_cache_bytes", "cpu_tiles", "fused_positions"]
 
 _FLOAT = 4
-# Logits of one group of the fused softmax: 32 MiB, the largest block that glibc keeps for reuse.
-_GROUP_LOGITS = 1 << 23
+# Logits of one group of the fused softmax: 16 MiB, and a product takes a copy of them.
+_GROUP_LOGITS = 1 << 22
 _MOST_FUSED = 256
 # With fewer positions at once, reading the rows and their gradient takes longer than what the
 # fused softmax saves.

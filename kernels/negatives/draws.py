@@ -15,8 +15,8 @@ __all__ = [
     "random_signs",
 ]
 
-# Lines of signs in memory at a time.
-_MIX_TILE = 1024
+# Signs in memory at a time; while they are made they take four times 4 bytes.
+_MIX_SIGNS = 1 << 18
 
 # One stream per purpose, so that draws for different purposes never share a counter.
 STREAM_NEGATIVES = 0
@@ -127,8 +127,9 @@ def mixed_signs(
 
         return gpu.mixed_signs(states, first_line, num_columns, seed=seed, step=step, stream=stream)
     total = torch.zeros((num_columns, states.shape[1]), device=states.device)
-    for start in range(0, states.shape[0], _MIX_TILE):
-        part = states[start : start + _MIX_TILE].float()
+    tile = max(1, _MIX_SIGNS // max(1, num_columns))
+    for start in range(0, states.shape[0], tile):
+        part = states[start : start + tile].float()
         line, lines = first_line + start, part.shape[0]
         signs = random_signs(
             line,
