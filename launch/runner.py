@@ -36,7 +36,7 @@ COMPONENTS = (
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
 COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(COMPONENTS)}): (?P<what>.*)")
 # The last line of a worker's traceback.
-CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)\b.*)")
+CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,11 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
             copy.join(timeout=10)
     if status is not None and status.state == AppState.SUCCEEDED:
         return None
-    complaint = next((copy.complaint for copy in copies if copy.complaint), "")
+    was_restarted = role.env.get("PET_MAX_RESTARTS", "0") != "0"
+    complaints = [one for copy in copies for one in copy.complaints]
+    crashes = [one for copy in copies for one in copy.crashes]
+    # The first is nearest to the cause, but may be that of an earlier start of the workers.
+    complaint = (complaints or crashes or [""])[-1 if was_restarted else 0]
     if sigterm_came():
         raise Preempted(complaint or "the job ended after SIGTERM; start it again")
     return complaint
@@ -186,14 +190,16 @@ class _Copy(threading.Thread):
     """Hands one node's output to ``show`` until the node ends.
 
     Attributes:
-        complaint: the first line in which a worker said what was wrong.
+        complaints: what its workers said was wrong, in their words.
+        crashes: last lines of their tracebacks.
     """
 
     def __init__(
         self, runner: Runner, handle: str, role: str, node: int, show: Callable[[str], None]
     ) -> None:
         super().__init__(daemon=True)
-        self.complaint = ""
+        self.complaints: list[str] = []
+        self.crashes: list[str] = []
         self._show = show
         self._open = partial(
             runner.log_lines, handle, role, node, should_tail=True, streams=Stream.COMBINED
@@ -208,9 +214,10 @@ class _Copy(threading.Thread):
 
     def _take(self, line: str) -> None:
         self._show(line)
-        found = COMPLAINT.match(line) or CRASH.match(line)
-        if found and not self.complaint:
-            self.complaint = found["what"].strip()
+        if found := COMPLAINT.match(line):
+            self.complaints.append(found["what"].strip())
+        elif found := CRASH.match(line):
+            self.crashes.append(found["what"].strip())
 
 
 def _find_our_programs() -> None:

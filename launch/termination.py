@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 from shardrec.launch.cli import FAILED, PREEMPTED
@@ -89,17 +88,28 @@ def _look_after(
     if not _sigterm_comes(signals):
         return
     asked.set()
-    deadline = time.monotonic() + grace_s
+    threading.Thread(target=_end_late, args=(over, grace_s), daemon=True).start()
+    if peers is not None:
+        _end_without(peers, over)
+
+
+def _end_late(over: threading.Event, grace_s: float) -> None:
+    if not over.wait(grace_s):
+        _end(
+            PREEMPTED,
+            f"no checkpoint within {grace_s:.0f} s after SIGTERM; resumed, the run goes on from "
+            "the one before (--grace gives more time)",
+        )
+
+
+def _end_without(peers: Peers, over: threading.Event) -> None:
+    """End when a rank is missing twice in a row: one that is only slow may yet come."""
+    missing = 0
     while not over.wait(0.1):
-        gone = [] if peers is None else peers.absent().gone
-        if gone and not over.is_set():
+        gone = peers.absent().gone
+        missing = missing + 1 if gone else 0
+        if missing == 2 and not over.is_set():
             _end(FAILED, f"SIGTERM came, and no checkpoint can be written: {'; '.join(gone)}")
-        if time.monotonic() > deadline and not over.is_set():
-            _end(
-                PREEMPTED,
-                f"no checkpoint within {grace_s:.0f} s after SIGTERM; resumed, the run goes on "
-                "from the one before (--grace gives more time)",
-            )
 
 
 def _sigterm_comes(signals: socket.socket) -> bool:

@@ -13,9 +13,14 @@ from shardrec.launch.termination import grace_seconds, sigterm_asks
 # The main thread never comes back to Python, as in a collective that hangs.
 HANGS = """
 import ctypes
+import torch.distributed as dist
 from shardrec.launch.termination import sigterm_asks
+from shardrec.pipeline.peers import Peers
+
+store = dist.TCPStore("localhost", 0, is_master=True)
+peers = Peers(store, rank=0, world_size=2, interval_s=0.1)
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-with sigterm_asks(1.0, None):
+with sigterm_asks(GRACE_S, PEERS):
     lock(mutex)
     print("ready", flush=True)
     lock(mutex)
@@ -35,18 +40,25 @@ def test_sigterm_is_a_question_for_the_next_step() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_worker_that_hangs_ends_when_the_grace_is_over() -> None:
-    worker = subprocess.Popen(
-        [sys.executable, "-P", "-c", HANGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("grace", "peers", "code", "words"),
+    [
+        ("1.0", "None", 75, "no checkpoint within 1 s after SIGTERM"),
+        ("60.0", "peers", 1, "no checkpoint can be written: rank 1 has not started"),
+    ],
+    ids=["alone", "without-rank-1"],
+)
+def test_a_worker_that_hangs_ends_when_there_is_nothing_to_wait_for(
+    grace: str, peers: str, code: int, words: str
+) -> None:
+    source = HANGS.replace("GRACE_S", grace).replace("PEERS", peers)
+    command, pipe = [sys.executable, "-P", "-c", source], subprocess.PIPE
+    worker = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
     worker.terminate()
     _, said = worker.communicate(timeout=30)
-    assert worker.returncode == 75
-    assert "no checkpoint within 1 s after SIGTERM" in said
+    assert worker.returncode == code
+    assert words in said
 
 
 def test_the_grace_fits_into_what_torchrun_leaves() -> None:
