@@ -141,8 +141,7 @@ def counted(loss: str, N: int, V: int, D: int) -> LossCost:
 
 
 def step(function: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Forward and backward; the gradients stay until the next step."""
-    batch[0].grad = batch[1].grad = None
+    """Forward and backward; the gradients stay."""
     loss = function(*batch)
     if loss is not None:
         loss.backward()
@@ -170,12 +169,13 @@ def time_job(job: dict[str, Any]) -> dict[str, Any]:
     """Medians of several operations, called in turn so that they share the machine's moods."""
     batch = make_batch(job["positions"], job["width"], job["catalog"])
     functions = {name: operation(job["loss"], name) for name in job["operations"]}
-    for function in functions.values():
-        step(function, batch)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(job["repeats"]):
+    for repeat in range(job["repeats"] + 1):
         for name, function in functions.items():
-            times[name].append(timed(lambda function=function: step(function, batch)))
+            # Giving 256 MB back to the system would count for whoever comes next.
+            batch[0].grad = batch[1].grad = None
+            seconds = timed(lambda function=function: step(function, batch))
+            times[name] += [seconds] * (repeat > 0)  # the first one warms up
     return {"times_s": times, "gemm_gflops": gemm_gflops(job["positions"], job["width"])}
 
 

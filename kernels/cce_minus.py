@@ -74,11 +74,10 @@ class Sampler:
         return max(1, _DRAWS_AT_ONCE // self.num_negatives)
 
     def draw(self, blocks: Tensor) -> Tensor:
-        """(len(blocks), K) int64 items, on a CPU ascending, where a target is searched for."""
-        items = self.proposal.draw(
+        """(len(blocks), K) int64 items."""
+        return self.proposal.draw(
             blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
         )
-        return items.sort(dim=1).values if items.device.type == "cpu" else items
 
     def distinct_items(self, device: torch.device) -> Tensor:
         """Ascending items that any block draws; all draws are in memory for it."""
@@ -302,6 +301,8 @@ class _SampledItems(Plan):
         order = torch.argsort(block_of, stable=True)
         present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
         items = self._sampler.draw(present)
+        if items.device.type == "cpu":
+            items = items.sort(dim=1).values  # targets among them are found by bisection
         rows = row_ids.find(items)
         here = rows >= 0
         item_ends = here.sum(1).cumsum(0)

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -195,7 +196,8 @@ def _operations(size: Size, device: torch.device) -> dict[str, Operation]:
     sampled = {"num_negatives": size.negatives, "seed": 1}
     single = sampled | {"share": 1}
     hashed = {"num_rounds": 2, "seed": 1}
-    signs = {"seed": 1, "step": 0, "stream": 0, "backend": "triton"}
+    best = partial(best_sign_direction, seed=1, step=0, stream=0, backend="triton")
+    mixed = partial(mixed_signs, seed=1, step=0, stream=0, backend="triton")
     return {
         "full_forward": forward(cut_cross_entropy),
         "full_states_backward": backward(cut_cross_entropy),
@@ -210,8 +212,8 @@ def _operations(size: Size, device: torch.device) -> dict[str, Operation]:
         "listed_states_backward_rounds": backward(reduced_cross_entropy, **hashed),
         "listed_rows_backward_rounds": backward(reduced_cross_entropy, **hashed),
         "group_maxima": lambda: [topk_rows(queries, table.detach(), 64, "triton")[0]],
-        "best_sign_direction": lambda: [best_sign_direction(exact, size.queries, **signs).float()],
-        "mixed_signs": lambda: [mixed_signs(states.detach(), 0, size.queries, **signs)],
+        "best_sign_direction": lambda: [best(exact, size.queries).float()],
+        "mixed_signs": lambda: [mixed(states.detach(), 0, size.queries)],
     }
 
 
