@@ -15,7 +15,7 @@ from shardrec.kernels.block_logsumexp.cpu import softmax_
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, fused_positions
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
-from shardrec.kernels.products import times_transposed
+from shardrec.kernels.products import STEP, times_transposed
 from shardrec.kernels.streaming import combine_shards
 
 __all__ = ["fits_cache", "fused_cross_entropy"]
@@ -101,12 +101,15 @@ def _add_group(
     grad_rows: Tensor,
 ) -> Tensor:
     """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
-    logits = times_transposed(group.states, rows)
+    # The rows of the shard are the same in every step.
+    recurring = group.states.shape[0] % STEP == 0
+    logits = times_transposed(group.states, rows, recurring=recurring)
     losses, factors, slopes = _softmax_losses(logits, group.targets, group.weights, exchange)
     # The factors of the lines go to the narrow operands, not over all logits.
-    torch.mul(times_transposed(logits, rows.T), factors[:, None], out=grad_states)
+    part = times_transposed(logits, rows.T, recurring=recurring)
+    torch.mul(part, factors[:, None], out=grad_states)
     weighted = (group.states * factors[:, None]).T.contiguous()
-    grad_rows += times_transposed(weighted, logits.T).T
+    grad_rows += times_transposed(weighted, logits.T, recurring=recurring).T
     here = (group.targets >= 0).nonzero()[:, 0]
     targets, slope = group.targets[here], slopes[here][:, None]
     grad_states[here] -= slope * rows[targets]

@@ -3,30 +3,32 @@
 import torch
 from torch import Tensor
 
-__all__ = ["times_transposed"]
+__all__ = ["STEP", "times_transposed"]
 
-# Sizes of products that go to oneDNN are multiples of it.
+# Multiples of it are sizes that recur.
 STEP = 64
 
 
-def times_transposed(left: Tensor, right: Tensor) -> Tensor:
+def times_transposed(left: Tensor, right: Tensor, *, recurring: bool = False) -> Tensor:
     """(n, m) ``left @ right.T``; either may be a view of a transposed matrix.
 
     On a CPU float32 goes to oneDNN, whose kernels use all of a core's vector width on any
     processor. Those behind ``torch.mm`` use half of it on AMD: 205 against 385 to 440 GFLOP/s on
     two cores (Zen 5), same bits. ``torch.backends.mkldnn.flags(enabled=False)`` turns oneDNN off.
-    It keeps 0.6 MB for every shape that it has met, so only products whose three sizes are
-    multiples of 64 go to it: with any sizes a run whose batches differ in length grew by 0.4 GiB.
+    It keeps 0.6 MB for every shape that it has met, so only products of sizes that recur go to it:
+    with any sizes a run whose batches differ in length grew by 0.4 GiB.
 
     Args:
         left: (n, k) float.
         right: (m, k) of the same dtype.
+        recurring: Whether few sizes will be asked for. False takes multiples of 64 for such.
 
     >>> times_transposed(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
     tensor([[11., 17.]])
     """
     sizes = (*left.shape, right.shape[0])
-    if _serves(left) and all(size and size % STEP == 0 for size in sizes):
+    recurring = all(sizes) and (recurring or not any(size % STEP for size in sizes))
+    if recurring and _serves(left):
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.T
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from shardrec.kernels.products import STEP
+
 __all__ = ["LEAST_FUSED", "CpuTiles", "core_cache_bytes", "cpu_tiles", "fused_positions"]
 
 _FLOAT = 4
@@ -53,8 +55,9 @@ def cpu_tiles() -> CpuTiles:
 
 
 def fused_positions(num_rows: int) -> int:
-    """Positions whose logits over so many rows are in memory together."""
-    return min(_MOST_FUSED, _GROUP_LOGITS // max(num_rows, 1))
+    """Positions whose logits over so many rows are in memory together; a multiple of 64 if more."""
+    most = min(_MOST_FUSED, _GROUP_LOGITS // max(num_rows, 1))
+    return most if most < STEP else most // STEP * STEP
 
 
 def core_cache_bytes() -> int:
