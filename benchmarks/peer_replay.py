@@ -9,19 +9,17 @@ from typing import Any
 
 import lightning
 import torch
-from replay.data import FeatureHint, FeatureSource, FeatureType
-from replay.data.nn import TensorFeatureInfo, TensorFeatureSource, TensorSchema
 from replay.data.nn.parquet.parquet_module import ParquetModule
 from replay.nn.lightning import LightningModule
 from replay.nn.lightning.optimizer import OptimizerFactory
 from replay.nn.loss import CESampled
-from replay.nn.sequential.sasrec import SasRec
 from replay.nn.transform import UniformNegativeSamplingTransform
 from replay.nn.transform.template import make_default_sasrec_transforms
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lightning_clock import Clock
 from record import peak_rss_bytes, rss_bytes
+from replay_sasrec import build
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -30,28 +28,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     lightning.seed_everything(1)
     num_items = job["num_items"]
-    schema = TensorSchema(
-        [
-            TensorFeatureInfo(
-                "item_id",
-                is_seq=True,
-                feature_type=FeatureType.CATEGORICAL,
-                embedding_dim=job["width"],
-                padding_value=num_items,
-                cardinality=num_items,
-                feature_hint=FeatureHint.ITEM_ID,
-                feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
-            )
-        ]
-    )
-    model = SasRec.from_params(
-        schema,
-        embedding_dim=job["width"],
-        num_heads=2,
-        num_blocks=2,
-        max_sequence_length=job["length"],
-        dropout=0.2,
-    )
+    schema, model = build(job, num_items, dropout=0.2)
     transforms = make_default_sasrec_transforms(schema)
     if not job["full"]:
         model.loss = CESampled(ignore_index=num_items)

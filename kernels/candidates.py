@@ -1,5 +1,6 @@
 """Which items a position is compared with: the part in which the losses differ."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -16,12 +17,12 @@ Shape = tuple[str | int, ...]
 ``Candidates.sizes``."""
 
 
-class Candidates:
+class Candidates(ABC):
     """Candidates of every position: a frozen dataclass of numbers and words.
 
     Its fields become arguments of an operator; ``operation.SCHEMA_TYPES`` lists their types.
-    Here all items are candidates, nothing is chosen, and ``plan`` is missing. ``tensors`` are those
-    that came with the call, then those that were chosen.
+    Here all items are candidates and nothing is chosen. ``tensors`` are those that came with the
+    call, then those that were chosen.
 
     Attributes:
         slots: "N" where a slot is a position, else the letter of their number.
@@ -54,6 +55,7 @@ class Candidates:
         """
         return None
 
+    @abstractmethod
     def plan(self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]) -> Plan:
         """The blocks of positions and rows.
 
@@ -62,4 +64,3 @@ class Candidates:
             meeting: Where states meet rows: over the touched rows alone, and after their trip.
             tensors: Those of the call and those chosen.
         """
-        raise NotImplementedError

@@ -6,7 +6,7 @@ meets the items of its own bucket although the histograms of positions and items
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,40 +24,23 @@ from shardrec.kernels.cost import (
     state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.exchange import Chunk, Exchange
-from shardrec.kernels.negatives import STREAM_HASH
+from shardrec.kernels.exchange import Chunk
+from shardrec.kernels.hash_chunks import (
+    gather_histogram,
+    hash_buckets,
+    item_chunks,
+    position_chunks,
+)
 from shardrec.kernels.operation import Call, Operator
 from shardrec.kernels.problem import Problem
-from shardrec.kernels.select import best_sign_direction
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 
 __all__ = [
-    "Histogram",
     "default_num_buckets",
-    "hash_buckets",
-    "gather_histogram",
-    "item_chunks",
-    "position_chunks",
     "reduced_cross_entropy",
     "reduced_cross_entropy_cost",
 ]
-
-# Vectors that are put in order together; their places are int64.
-_KEYS_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """Vectors per bucket, over all ranks and over the ranks before this one.
-
-    Attributes:
-        total: (r, n_b) int64.
-        before: (r, n_b) int64; zero with one process.
-    """
-
-    total: Tensor
-    before: Tensor
 
 
 def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
@@ -67,89 +50,6 @@ def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
     346
     """
     return max(1, round(math.sqrt(4 * min(num_positions, num_items) * (1 + 2 * reach))))
-
-
-def hash_buckets(
-    vectors: Tensor,
-    num_buckets: int,
-    num_rounds: int,
-    *,
-    seed: int,
-    step: int,
-    backend: str = "auto",
-) -> Tensor:
-    """(n, r) int32 bucket of every vector: the random sign vector of largest inner product."""
-    buckets = torch.empty((vectors.shape[0], num_rounds), dtype=torch.int32, device=vectors.device)
-    for index in range(num_rounds):
-        buckets[:, index] = best_sign_direction(
-            vectors,
-            num_buckets,
-            seed=seed,
-            step=step,
-            stream=STREAM_HASH + index,
-            backend=backend,
-        )
-    return buckets
-
-
-def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> Histogram:
-    """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
-
-    Args:
-        buckets: (n, r) int32 buckets of this rank's vectors.
-        num_buckets: n_b.
-        exchange: The way to the other ranks.
-
-    Collectives: one gather of (r, n_b) counts.
-    """
-    counts = [torch.bincount(column, minlength=num_buckets) for column in buckets.T]
-    by_rank = exchange.stack(torch.stack(counts))
-    return Histogram(by_rank.sum(0), by_rank[: exchange.rank].sum(0))
-
-
-def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
-    """(R, r) int32 chunk of every row: its place by (bucket, index), cut into n_c parts.
-
-    Args:
-        buckets: (R, r) int32.
-        items: Histogram of the rows of all ranks.
-        num_chunks: n_c.
-    """
-    starts = items.total.cumsum(1) - items.total + items.before
-    chunks = torch.empty_like(buckets)
-    for index in range(buckets.shape[1]):
-        for part, places in _places(buckets[:, index], starts[index]):
-            chunks[part, index] = (places * num_chunks // items.total[0].sum()).int()
-    return chunks
-
-
-def position_chunks(
-    buckets: Tensor, positions: Histogram, items: Histogram, num_chunks: int, align: str
-) -> Tensor:
-    """(n, r) int32 chunk of every position, in the coordinate of the items.
-
-    With ``align="bucket"`` the k-th of P positions of a bucket stands where item k I / P of the I
-    items of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
-
-    Args:
-        buckets: (n, r) int32.
-        positions: Histogram of the positions of all ranks.
-        items: Histogram of the rows of all ranks.
-        num_chunks: n_c.
-        align: "bucket" or "rank".
-    """
-    index = buckets.long()
-    within = torch.empty_like(index)
-    for column in range(buckets.shape[1]):
-        for part, places in _places(buckets[:, column], positions.before[column]):
-            within[part, column] = places
-    own = positions.total.T.gather(0, index)
-    if align == "rank":
-        starts = (positions.total.cumsum(1) - positions.total).T.gather(0, index)
-        return ((starts + within) * num_chunks // positions.total[0].sum()).int()
-    starts = (items.total.cumsum(1) - items.total).T.gather(0, index)
-    place = starts + within * items.total.T.gather(0, index) // own
-    return (place * num_chunks // items.total[0].sum()).clamp_(max=num_chunks - 1).int()
 
 
 def reduced_cross_entropy(
@@ -366,28 +266,6 @@ def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     order = torch.argsort(keys, stable=True)
     distinct, sizes = torch.unique_consecutive(keys[order], return_counts=True)
     return order, distinct, sizes
-
-
-def _places(keys: Tensor, starts: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Where a stable sort by key puts each vector, some vectors at a time.
-
-    Args:
-        keys: (n,) int32 in [0, len(starts)).
-        starts: (m,) int64 place of the first vector of each key.
-
-    >>> [places.tolist() for _, places in _places(torch.tensor([1, 0, 1]), torch.tensor([0, 5]))]
-    [[5, 0, 6]]
-    """
-    filled = starts.clone()
-    for first in range(0, keys.numel(), _KEYS_AT_ONCE):
-        part = keys[first : first + _KEYS_AT_ONCE]
-        in_order, order = part.sort(stable=True)
-        counts = torch.bincount(part, minlength=starts.numel())
-        shift = filled - (counts.cumsum(0) - counts)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(part.numel(), device=keys.device) + shift[in_order.long()]
-        filled += counts
-        yield slice(first, first + part.numel()), places
 
 
 def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:

@@ -1,5 +1,6 @@
 """Log-sum-exps of a batch over a table, chunk of positions by chunk of positions."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,11 +14,11 @@ from shardrec.kernels.problem import Problem
 __all__ = ["Plan", "combine_shards", "streamed_gradients", "streamed_logsumexp"]
 
 
-class Plan:
+class Plan(ABC):
     """Which candidates each position has; the same on every rank, from what all ranks share.
 
     A slot is one log-sum-exp. Slots have global numbers in the order of positions. Here a slot is a
-    position, and ``blocks`` is missing.
+    position.
 
     Attributes:
         exchange: The way to the other ranks.
@@ -41,11 +42,11 @@ class Plan:
         """The slots of the chunk's positions, as a chunk of slots."""
         return chunk
 
+    @abstractmethod
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
         """Blocks in terms of the chunk's positions; slot s is the s-th of ``slots``."""
-        raise NotImplementedError
 
     def correction(self) -> Tensor | None:
         """(num_slots,) float32 to subtract from the log-sum-exps; None: nothing."""

@@ -4,7 +4,8 @@ The functions behind them take a plain table or a ``RowShard`` of any row-sharde
 in ``shardrec.kernels`` and are named here again for users of the sharded face.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ class LossOutput:
     """
 
     loss: Tensor
-    statistics: dict[str, float]
+    statistics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
+class Loss(ABC):
     """A loss with its options; these two are common to all.
 
     Attributes:
@@ -137,27 +138,24 @@ class Loss:
         """
         return self.output(Batch(states, table, targets, weights, step))
 
+    @abstractmethod
     def output(self, batch: Batch) -> LossOutput:
         """The mean loss and its statistics."""
-        return LossOutput(self.mean(batch), {})
-
-    def mean(self, batch: Batch) -> Tensor:
-        """() float32 mean loss."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CCE(Loss):
     """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss; nothing is drawn, so the step does not matter."""
-        return cut_cross_entropy(
+        loss = cut_cross_entropy(
             *batch.inputs,
             weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,9 +183,9 @@ class CCEMinus(Loss):
                 f"proposal must be one of {_PROPOSALS}, got {self.proposal!r}; choose one"
             )
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss; the table's gradient is sparse."""
-        return sampled_cross_entropy(
+        loss = sampled_cross_entropy(
             *batch.inputs,
             num_negatives=self.num_negatives,
             share=self.share or None,
@@ -200,6 +198,7 @@ class CCEMinus(Loss):
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
     def _proposal(self, batch: Batch) -> Proposal:
         table, counts = batch.table, batch.step.item_counts
@@ -279,9 +278,9 @@ class RECE(Loss):
     num_neighbor_chunks: int = 1
     align: str = "bucket"
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss; the table's gradient is dense."""
-        return reduced_cross_entropy(
+        loss = reduced_cross_entropy(
             *batch.inputs,
             num_buckets=self.num_buckets or None,
             num_chunks=self.num_chunks or None,
@@ -294,20 +293,22 @@ class RECE(Loss):
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerCE(Loss):
     """Options of the full softmax with all logits in memory: a baseline."""
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss; nothing is drawn, so the step does not matter."""
-        return eager_cross_entropy(
+        loss = eager_cross_entropy(
             *batch.inputs,
             weights=batch.weights,
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,9 +317,9 @@ class BCE(Loss):
 
     num_negatives: int = 1
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss."""
-        return binary_cross_entropy(
+        loss = binary_cross_entropy(
             *batch.inputs,
             num_negatives=self.num_negatives,
             seed=batch.step.seed,
@@ -327,6 +328,7 @@ class BCE(Loss):
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,9 +343,9 @@ class GBCE(Loss):
     num_negatives: int = 256
     calibration: float = 0.75
 
-    def mean(self, batch: Batch) -> Tensor:
+    def output(self, batch: Batch) -> LossOutput:
         """Mean loss."""
-        return generalized_binary_cross_entropy(
+        loss = generalized_binary_cross_entropy(
             *batch.inputs,
             num_negatives=self.num_negatives,
             calibration=self.calibration,
@@ -353,6 +355,7 @@ class GBCE(Loss):
             normalize=self.normalize,
             temperature=self.temperature,
         )
+        return LossOutput(loss)
 
 
 LOSSES: dict[str, type[Loss]] = {

@@ -13,6 +13,7 @@ mean over users. Sums are float64 and counts int64. Before the first user a mean
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -107,9 +108,9 @@ class _MeanOverUsers(Metric):
         self.total += self.per_user(ranks, lengths)[lengths > 0].sum()
         self.num_users += (lengths > 0).sum()
 
+    @abstractmethod
     def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         """(B,) float64, the number of each user; any value for users without targets."""
-        raise NotImplementedError
 
     def compute(self) -> Tensor:
         """() float64; NaN before the first user."""

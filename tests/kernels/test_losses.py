@@ -19,9 +19,14 @@ from shardrec.kernels import (
 )
 from shardrec.kernels.cce_minus import Sampler
 from shardrec.kernels.exchange import Alone
+from shardrec.kernels.hash_chunks import (
+    gather_histogram,
+    hash_buckets,
+    item_chunks,
+    position_chunks,
+)
 from shardrec.kernels.negatives import Popularity, Proposal, Uniform
 from shardrec.kernels.problem import Scaling, pose
-from shardrec.kernels.rece import gather_histogram, hash_buckets, item_chunks, position_chunks
 from shardrec.kernels.reference import (
     cross_entropy_reference,
     reduced_cross_entropy_reference,

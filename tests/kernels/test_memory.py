@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,7 +97,11 @@ def peak_mib(name: str) -> float:
 @pytest.mark.parametrize("name", STORED)
 def test_the_workspace_is_a_fraction_of_what_is_usually_stored(name: str) -> None:
     command = [sys.executable, "-P", __file__, name]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    # One fixed threshold returns every block at once: what the allocator keeps is not measured.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
     peak = json.loads(output.stdout)
     own_gradients = (V + N) * D * 4 / MIB
     # The table's gradient twice: where a gradient is handed on it may be copied once.
@@ -105,8 +110,7 @@ def test_the_workspace_is_a_fraction_of_what_is_usually_stored(name: str) -> Non
     cost = COSTS[name]
     rows = V if cost.is_dense else cost.touched_rows
     said = (cost.workspace_bytes + (rows + N) * D * 4) / MIB
-    # What an allocator keeps differs from run to run by some MiB.
-    assert 0.6 * said - 4 < peak < 1.3 * said + 4, f"{peak:.1f} MiB, said {said:.1f} MiB"
+    assert 0.7 * said < peak < 1.15 * said, f"{peak:.1f} MiB, said {said:.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -45,12 +45,18 @@ def problem(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return states.to("cuda", dtype), table.to("cuda", dtype), targets.cuda()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+# Near ties of half-precision products choose other candidates in sce and rece.
+CASES = [
+    (name, dtype)
+    for name in LOSSES
+    for dtype in TOLERANCE
+    if dtype is torch.float32 or name not in ("sce", "rece")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("width", [8, 20, 64, 100, 128, 256, 512, 1024])
-@pytest.mark.parametrize("name", LOSSES)
 def test_the_kernels_equal_plain_pytorch(name: str, width: int, dtype: torch.dtype) -> None:
-    if name in ("sce", "rece") and dtype is not torch.float32:
-        pytest.skip("near ties of half-precision products choose other candidates")
     states, table, targets = problem(width, dtype)
     ours = gradients(name, states, table, targets, "triton")
     truth = gradients(name, states.double(), table.double(), targets, "torch")

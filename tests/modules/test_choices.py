@@ -8,8 +8,13 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 from torch import Tensor
 
+from shardrec.kernels.hash_chunks import (
+    gather_histogram,
+    hash_buckets,
+    item_chunks,
+    position_chunks,
+)
 from shardrec.kernels.problem import Scaling, pose
-from shardrec.kernels.rece import gather_histogram, hash_buckets, item_chunks, position_chunks
 from shardrec.kernels.sce import fill_buckets, mixed_centres
 from shardrec.modules.shard import RowShard
 

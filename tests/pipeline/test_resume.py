@@ -14,7 +14,7 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
 from torch import Tensor
 
-from shardrec.kernels import rece, sce
+from shardrec.kernels import hash_chunks, rece, sce
 from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
@@ -219,8 +219,8 @@ def choices_and_metrics(config: TrainConfig) -> tuple[list[Tensor], list[Tensor]
     users = open_users(run.prepared, "validation", measured, 8, model.group)
     metrics = measure(model.last_states, model.scored_shard(), users, measured, run.prepared)
     buckets = note(sce.fill_buckets, lambda found: alike.extend([found.positions, found.items]))
-    chunks = note(rece.item_chunks, own.append)
-    places = note(rece.position_chunks, own.append)
+    chunks = note(hash_chunks.item_chunks, own.append)
+    places = note(hash_chunks.position_chunks, own.append)
     with (
         mock.patch.object(sce, "fill_buckets", buckets),
         mock.patch.object(rece, "item_chunks", chunks),

@@ -4,7 +4,6 @@ The disks are small tmpfs mounts, so most of these tests need root and are skipp
 """
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.pipeline.disks import mount, small_disk
 
 from shardrec.launch import cli
 from shardrec.pipeline import staging
@@ -25,22 +25,8 @@ DISK_BYTES = 24 << 20
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """An empty disk of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount(folder, "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs")
-    try:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def mount(folder: Path, *words: str) -> None:
-    try:
-        done = subprocess.run(["mount", *words, str(folder)], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("needs the command mount")
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a disk: {done.stderr.strip()}")
 
 
 def leave_free(disk: Path, num_bytes: int) -> None:

@@ -1,0 +1,143 @@
+"""Chunks of a random hash (RECE): the same places in a round on any number of ranks.
+
+In a round vectors are ordered by the nearest of n_b random sign vectors and cut into n_c chunks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardrec.kernels.exchange import Exchange
+from shardrec.kernels.negatives import STREAM_HASH
+from shardrec.kernels.select import best_sign_direction
+
+__all__ = [
+    "Histogram",
+    "gather_histogram",
+    "hash_buckets",
+    "item_chunks",
+    "position_chunks",
+]
+
+# Vectors that are put in order together; their places are int64.
+_KEYS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Vectors per bucket, over all ranks and over the ranks before this one.
+
+    Attributes:
+        total: (r, n_b) int64.
+        before: (r, n_b) int64; zero with one process.
+    """
+
+    total: Tensor
+    before: Tensor
+
+
+def hash_buckets(
+    vectors: Tensor,
+    num_buckets: int,
+    num_rounds: int,
+    *,
+    seed: int,
+    step: int,
+    backend: str = "auto",
+) -> Tensor:
+    """(n, r) int32 bucket of every vector: the random sign vector of largest inner product."""
+    buckets = torch.empty((vectors.shape[0], num_rounds), dtype=torch.int32, device=vectors.device)
+    for index in range(num_rounds):
+        buckets[:, index] = best_sign_direction(
+            vectors,
+            num_buckets,
+            seed=seed,
+            step=step,
+            stream=STREAM_HASH + index,
+            backend=backend,
+        )
+    return buckets
+
+
+def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> Histogram:
+    """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
+
+    Args:
+        buckets: (n, r) int32 buckets of this rank's vectors.
+        num_buckets: n_b.
+        exchange: The way to the other ranks.
+
+    Collectives: one gather of (r, n_b) counts.
+    """
+    counts = [torch.bincount(column, minlength=num_buckets) for column in buckets.T]
+    by_rank = exchange.stack(torch.stack(counts))
+    return Histogram(by_rank.sum(0), by_rank[: exchange.rank].sum(0))
+
+
+def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
+    """(R, r) int32 chunk of every row: its place by (bucket, index), cut into n_c parts.
+
+    Args:
+        buckets: (R, r) int32.
+        items: Histogram of the rows of all ranks.
+        num_chunks: n_c.
+    """
+    starts = items.total.cumsum(1) - items.total + items.before
+    chunks = torch.empty_like(buckets)
+    for index in range(buckets.shape[1]):
+        for part, places in _places(buckets[:, index], starts[index]):
+            chunks[part, index] = (places * num_chunks // items.total[0].sum()).int()
+    return chunks
+
+
+def position_chunks(
+    buckets: Tensor, positions: Histogram, items: Histogram, num_chunks: int, align: str
+) -> Tensor:
+    """(n, r) int32 chunk of every position, in the coordinate of the items.
+
+    With ``align="bucket"`` the k-th of P positions of a bucket stands where item k I / P of the I
+    items of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
+
+    Args:
+        buckets: (n, r) int32.
+        positions: Histogram of the positions of all ranks.
+        items: Histogram of the rows of all ranks.
+        num_chunks: n_c.
+        align: "bucket" or "rank".
+    """
+    index = buckets.long()
+    within = torch.empty_like(index)
+    for column in range(buckets.shape[1]):
+        for part, places in _places(buckets[:, column], positions.before[column]):
+            within[part, column] = places
+    own = positions.total.T.gather(0, index)
+    if align == "rank":
+        starts = (positions.total.cumsum(1) - positions.total).T.gather(0, index)
+        return ((starts + within) * num_chunks // positions.total[0].sum()).int()
+    starts = (items.total.cumsum(1) - items.total).T.gather(0, index)
+    place = starts + within * items.total.T.gather(0, index) // own
+    return (place * num_chunks // items.total[0].sum()).clamp_(max=num_chunks - 1).int()
+
+
+def _places(keys: Tensor, starts: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Where a stable sort by key puts each vector, some vectors at a time.
+
+    Args:
+        keys: (n,) int32 in [0, len(starts)).
+        starts: (m,) int64 place of the first vector of each key.
+
+    >>> [places.tolist() for _, places in _places(torch.tensor([1, 0, 1]), torch.tensor([0, 5]))]
+    [[5, 0, 6]]
+    """
+    filled = starts.clone()
+    for first in range(0, keys.numel(), _KEYS_AT_ONCE):
+        part = keys[first : first + _KEYS_AT_ONCE]
+        in_order, order = part.sort(stable=True)
+        counts = torch.bincount(part, minlength=starts.numel())
+        shift = filled - (counts.cumsum(0) - counts)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(part.numel(), device=keys.device) + shift[in_order.long()]
+        filled += counts
+        yield slice(first, first + part.numel()), places
