@@ -113,3 +113,10 @@ def test_a_mixture_refuses_another_number_of_draws() -> None:
 def test_a_bound_outside_31_bits_is_refused(bound: int) -> None:
     with pytest.raises(ValueError, match="bound must be in"):
         draw_below(bound, BLOCKS, 1, seed=0, step=0, stream=0)
+
+
+def test_draws_reach_items_above_2_to_24() -> None:
+    num_items = 1 << 30
+    items = Uniform(num_items).draw(torch.arange(100), 100, seed=0, step=0, stream=0)
+    assert int(items.max()) > num_items * 0.99 and int(items.unique().numel()) > 9990
+    assert (items % 2).float().mean() == pytest.approx(0.5, abs=0.03)
