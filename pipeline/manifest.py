@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardrec.pipeline.staging import settle
+
 FORMAT = "shardrec.prepared"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -118,6 +120,8 @@ def read_manifest(
         ValueError: the manifest is not ours, of another schema version, or a file has changed.
     """
     path = folder / MANIFEST_NAME
+    if not path.is_file():
+        settle(folder)
     if not path.is_file():
         raise FileNotFoundError(
             f"a prepared folder must hold {MANIFEST_NAME}, got {str(folder)!r}; "

@@ -48,7 +48,7 @@ from shardrec.pipeline.split import (
     training_counts,
 )
 from shardrec.pipeline.spread import describe_uneven_load, loads
-from shardrec.pipeline.staging import staged_folder
+from shardrec.pipeline.staging import settle, staged_folder
 
 __all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 
@@ -112,6 +112,7 @@ def prepare_once(config: PrepareConfig) -> Preparation:
 
 def _find_result(config: PrepareConfig, source: dict[str, Any]) -> Manifest | None:
     folder = Path(config.output)
+    settle(folder)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if config.force and holds_prepared(folder):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardrec.pipeline.checkpoint import write_atomically
 from shardrec.pipeline.group import on_all_ranks, on_first_rank
 from shardrec.pipeline.manifest import MANIFEST_NAME, FileEntry
-from shardrec.pipeline.staging import staged_folder
+from shardrec.pipeline.staging import settle, staged_folder
 
 __all__ = ["SharedOutput"]
 
@@ -96,6 +96,7 @@ class SharedOutput:
         }
 
     def _finished(self) -> dict[str, Any] | None:
+        settle(self.path)
         manifest = self._stored()
         if manifest is not None and manifest.get("format") == self.format:
             if not self.force and manifest["request"] == self.request and self._has_files(manifest):

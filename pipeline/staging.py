@@ -1,4 +1,12 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all.
+
+Beside ``output``, and gone when all is done::
+
+    .output.partial/lock      held by the process that writes
+                    result    becomes ``output`` when it is complete
+                    work      temporary files
+                    former    what ``result`` takes the place of, where that takes two renames
+"""
 
 import contextlib
 import ctypes
@@ -9,6 +17,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+__all__ = ["locked", "partial_of", "put_in_place", "settle", "staged_folder"]
+
+RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS)
@@ -40,20 +51,90 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
             f"output must be a folder below a mount point, got {str(output)!r}, which is one; "
             f"say {str(output / 'prepared')!r}"
         )
-    partial = output.parent / f".{output.name}.partial"
+    settle(output)
+    partial = partial_of(output)
     with contextlib.ExitStack() as stack:
-        with _explain_permission(output.parent):
-            partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(partial))
+        stack.enter_context(locked(partial))
         try:
-            result, work = _fresh(partial / "result"), _fresh(partial / "work")
+            result, work = _fresh(partial / RESULT), _fresh(partial / "work")
             yield result, work
             if replace and output.exists():
-                _swap(result, output)
+                put_in_place(result, output)
             else:
                 os.replace(result, output)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if os.path.lexists(output) or not (partial / FORMER).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(output: Path) -> Path:
+    """The folder beside ``output`` for what is not complete."""
+    output = output.absolute()
+    return output.parent / f".{output.name}.partial"
+
+
+@contextlib.contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """Make the folder and keep it for this process, for the length of a ``with``.
+
+    Raises:
+        FileExistsError: another process has it.
+        PermissionError: nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        with _explain_permission(partial.parent):
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(partial))
+        yield
+
+
+def put_in_place(result: Path, output: Path) -> None:
+    """Let a complete result take the place of ``output``, and keep that in the result's folder.
+
+    In one step where the file system can; else in two renames, of which ``settle`` makes up for the
+    second where the process was killed between them.
+    """
+    if _exchange(result, output):
+        return
+    aside = result.with_name(FORMER)
+    if aside.exists():
+        shutil.rmtree(aside)
+    output.rename(aside)
+    try:
+        result.rename(output)
+    except OSError:
+        aside.rename(output)
+        raise
+
+
+def settle(output: Path) -> None:
+    """Bring an output to its place that a process which was killed between two renames left aside.
+
+    ``output`` is missing then, and what was there and the new one, which is complete, lie beside
+    it: the new one gets the place. Does nothing where there is an output or nothing was left, nor
+    while another process is between its two renames.
+
+    Raises:
+        OSError: it cannot be renamed; the message says what to do.
+    """
+    partial = partial_of(output)
+    if os.path.lexists(output) or not (partial / FORMER).is_dir():
+        return
+    found = partial / RESULT
+    found = found if found.is_dir() else partial / FORMER
+    try:
+        with _locked(partial):
+            if not os.path.lexists(output):
+                found.rename(output)
+                shutil.rmtree(partial, ignore_errors=True)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{output} must be put back where a killed process left it aside, got "
+            f"{error.strerror}; rename {found} to {output}",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -82,28 +163,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _swap(first: Path, second: Path) -> None:
-    """Let two folders change places; in two renames where the file system cannot do it in one."""
-    if _exchange(first, second):
-        return
-    aside = first.with_name("former")
-    second.rename(aside)
-    try:
-        first.rename(second)
-    except OSError:
-        aside.rename(second)
-        raise
-
-
 def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; whether the file system can."""
+    code = _rename_exchange(first, second)
+    if code and code not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), str(second))
+    return not code
+
+
+def _rename_exchange(first: Path, second: Path) -> int:
+    """The error number that the system answers, 0 where the folders have changed places."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = [os.fsencode(path) for path in (first, second)]
-    if not libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE):
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(second))
+    failed = libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE)
+    return ctypes.get_errno() if failed else 0
 
 
 def _fresh(folder: Path) -> Path:

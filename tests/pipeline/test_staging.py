@@ -3,7 +3,10 @@
 The disks are small tmpfs mounts, so most of these tests need root and are skipped without.
 """
 
+import errno
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from shardrec.launch import cli
 from shardrec.pipeline import staging
 from shardrec.pipeline.manifest import read_manifest
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
-from shardrec.pipeline.staging import staged_folder
+from shardrec.pipeline.staging import locked, partial_of, settle, staged_folder
 
 DISK_BYTES = 24 << 20
 
@@ -102,7 +105,7 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+        monkeypatch.setattr(staging, "_rename_exchange", lambda *_: errno.EINVAL)
     output = tmp_path / "out"
     output.mkdir()
     (output / "old").touch()
@@ -115,6 +118,57 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_complete(
         assert [path.name for path in output.iterdir()] == ["old"]
     assert [path.name for path in output.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def kill_between_renames(output: Path, new: Path, answer: int) -> None:
+    """Replace ``output`` in a process that is killed when it has made room for the new folder."""
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        rename = Path.rename
+
+        def rename_once(path: Path, target: Path) -> Path:
+            if target == output:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
+
+        Path.rename = rename_once  # type: ignore[method-assign,assignment]
+        staging._rename_exchange = lambda *_: answer
+        with staged_folder(output, replace=True) as (result, _):
+            shutil.copytree(new, result, dirs_exist_ok=True)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("answer", [errno.ENOSYS, errno.EINVAL], ids=["ENOSYS", "EINVAL"])
+def test_a_kill_between_two_renames_loses_neither_the_old_nor_the_new(
+    tmp_path: Path, answer: int
+) -> None:
+    output, log = tmp_path / "out", write_log(tmp_path / "log.parquet", 500)
+    prepare(PrepareConfig(events=log, output=str(output)))
+    config = PrepareConfig(events=log, output=str(tmp_path / "new"), seed=7)
+    new = prepare(config)
+    kill_between_renames(output, tmp_path / "new", answer)
+    assert not output.exists()
+    shutil.copytree(partial_of(output), tmp_path / "left")
+    assert read_manifest(output, verify_checksums=True) == new  # a reader finds it
+    assert not partial_of(output).exists()
+    shutil.rmtree(output)
+    shutil.copytree(tmp_path / "left", partial_of(output))  # the next start finds it, too
+    again = PrepareConfig(events=log, output=str(output), seed=7)
+    assert not prepare_once(again).is_new
+    assert read_manifest(output, verify_checksums=True) == new
+
+
+def test_what_a_killed_process_left_aside_is_left_to_the_one_that_works_on_it(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "out"
+    with locked(partial_of(output)):
+        (partial_of(output) / "former").mkdir()
+        settle(output)
+        assert not output.exists()
+    settle(output)
+    assert output.is_dir() and not partial_of(output).exists()
 
 
 def test_a_folder_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
