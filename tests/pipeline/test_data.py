@@ -1,133 +1,19 @@
-"""Order, coverage, resumption, bytes and errors of the data loader."""
+"""Order, coverage, resumption and bytes of the data loader."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.pipeline.counted_log import NUM_ITEMS, lengths_of, loader, write_prepared
 
-from shardrec.pipeline.data import (
-    Batch,
-    BatchConfig,
-    EvaluationBatches,
-    Prepared,
-    TrainingBatches,
-)
+from shardrec.pipeline.data import Batch, EvaluationBatches, Prepared, TrainingBatches
 
 Pair = tuple[list[int], list[int]]
 WORLD_SIZES = (1, 2, 3, 4)
-NUM_ITEMS = 1 << 19
-
-
-def write_prepared(
-    folder: Path,
-    lengths: np.ndarray,
-    *,
-    row_group_size: int = 8,
-    files: int = 2,
-    weights: bool = False,
-    test_users: int = 23,
-) -> Path:
-    """A folder in prepare's format whose events count up: event e of the whole log is item e."""
-    (folder / "train").mkdir(parents=True)
-    rows = np.array_split(np.arange(len(lengths)), files)
-    first = np.cumsum(lengths) - lengths
-    for part, members in enumerate(rows):
-        sequences = [np.arange(first[r], first[r] + lengths[r]) for r in members]
-        columns = {
-            "user_id": pa.array(members),
-            "items": pa.array(sequences, pa.list_(pa.int64())),
-            "length": pa.array(lengths[members], pa.int32()),
-        }
-        if weights:
-            columns["weights"] = pa.array([s / 2 for s in sequences], pa.list_(pa.float32()))
-        write(folder / f"train/part-{part:05d}.parquet", columns, row_group_size)
-    for name in ("validation", "test"):
-        histories = [np.arange(u, u + 1 + u % 7) for u in range(test_users)]
-        targets = [np.arange(100 + u, 101 + u + u % 3) for u in range(test_users)]
-        columns = {
-            "user_id": pa.array(np.arange(test_users)),
-            "items": pa.array(histories, pa.list_(pa.int64())),
-            "targets": pa.array(targets, pa.list_(pa.int64())),
-        }
-        write(folder / f"{name}.parquet", columns, row_group_size)
-    items = np.arange(NUM_ITEMS if len(lengths) < 9 else 0)
-    columns = {
-        "item_id": pa.array(items * 10),
-        "item": pa.array(items),
-        "count": pa.array(items % 5),
-    }
-    write(folder / "items.parquet", columns, 1 << 18)
-    write_manifest(folder, lengths, weights)
-    return folder
-
-
-def write(path: Path, columns: dict[str, pa.Array], row_group_size: int) -> None:
-    pq.write_table(pa.table(columns), path, row_group_size=row_group_size, write_page_checksum=True)
-
-
-def write_manifest(folder: Path, lengths: np.ndarray, weights: bool) -> None:
-    names = ("items.parquet", "validation.parquet", "test.parquet")
-    paths = sorted((folder / "train").iterdir()) + [folder / name for name in names]
-    files = [
-        {
-            "path": str(path.relative_to(folder)),
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "rows": pq.read_metadata(path).num_rows,
-            "row_groups": pq.read_metadata(path).num_row_groups,
-        }
-        for path in paths
-    ]
-    column = {"name": "w", "type": "float"} if weights else None
-    manifest = {
-        "format": "shardrec.prepared",
-        "schema_version": 1,
-        "shardrec_version": "0.1.0",
-        "config": {},
-        "source": {"files": []},
-        "columns": {
-            "user": {"name": "user_id", "type": "int64"},
-            "item": {"name": "item_id", "type": "int64"},
-            "time": {"name": "timestamp", "type": "int64"},
-            "weight": column,
-        },
-        "split": {
-            "kind": "temporal",
-            "targets": "last",
-            "validation": "users",
-            "test_time": None,
-            "validation_time": None,
-        },
-        "counts": {"items": NUM_ITEMS, "train_sequences": len(lengths)},
-        "quantiles": {},
-        "load_per_rank": {},
-        "files": files,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def lengths_of(rows: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(2, 30, size=rows)
-
-
-def loader(folder: Path, rank: int = 0, world_size: int = 1, **options: Any) -> TrainingBatches:
-    config: dict[str, Any] = {"batch_size": 10, "shuffle_row_groups": 3} | options
-    max_length = config.pop("max_length", 9)
-    return TrainingBatches(
-        Prepared.open(folder),
-        BatchConfig(**config),
-        max_length=max_length,
-        rank=rank,
-        world_size=world_size,
-        seed=3,
-    )
 
 
 def sequences(batch: Batch) -> list[Pair]:
@@ -372,72 +258,6 @@ def test_items_are_read_with_their_ids(tmp_path: Path) -> None:
     assert prepared.num_items == NUM_ITEMS and prepared.num_train_sequences == 1
     assert torch.equal(prepared.item_counts(), torch.arange(NUM_ITEMS) % 5)
     assert prepared.item_ids()[7].as_py() == 70
-
-
-def damaged(tmp_path: Path) -> tuple[TrainingBatches, Path]:
-    """A loader over one file that is about to be damaged."""
-    folder = write_prepared(tmp_path / "p", lengths_of(40), files=1, weights=True)
-    return loader(folder), folder / "train/part-00000.parquet"
-
-
-def test_a_flipped_bit_is_named_by_file_row_group_and_column(tmp_path: Path) -> None:
-    batches, path = damaged(tmp_path)
-    footer = pq.read_metadata(path).row_group(3)
-    chunk = next(
-        footer.column(i) for i in range(4) if footer.column(i).path_in_schema.startswith("weights")
-    )
-    data = bytearray(path.read_bytes())
-    data[chunk.dictionary_page_offset + chunk.total_compressed_size // 3] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(
-        ValueError, match=r"part-00000.parquet, row group 3, column weights must be"
-    ):
-        list(batches)
-
-
-def test_a_file_cut_short_under_way_is_named_with_its_row_group(tmp_path: Path) -> None:
-    batches, path = damaged(tmp_path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
-    with pytest.raises(ValueError, match=r"part-00000.parquet, row group \d, column items must be"):
-        list(batches)
-
-
-def test_a_file_cut_short_before_the_start_is_named(tmp_path: Path) -> None:
-    _, path = damaged(tmp_path)
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="part-00000.parquet"):
-        loader(tmp_path / "p")
-
-
-def test_a_file_without_a_footer_is_named(tmp_path: Path) -> None:
-    _, path = damaged(tmp_path)
-    data = bytearray(path.read_bytes())
-    data[-4:] = b"PAR2"
-    path.write_bytes(data)
-    with pytest.raises(
-        ValueError, match="part-00000.parquet must end in a readable Parquet footer"
-    ):
-        loader(tmp_path / "p")
-
-
-def test_a_vanished_file_is_named(tmp_path: Path) -> None:
-    batches, path = damaged(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="part-00000.parquet must be there"):
-        list(batches)
-    with pytest.raises(FileNotFoundError, match="part-00000.parquet"):
-        loader(tmp_path / "p")
-
-
-def test_an_item_outside_the_catalog_is_named_by_place(tmp_path: Path) -> None:
-    folder = write_prepared(tmp_path / "p", np.array([5, 4]), files=1)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["counts"]["items"] = 7
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        ValueError, match=r"row group 0, column items must be in \[0, 7\), got 0 to 8"
-    ):
-        list(loader(folder))
 
 
 @pytest.mark.parametrize(
