@@ -65,8 +65,11 @@ def launch(arguments: Sequence[str]) -> int:
         settings=options.scheduler_args,
         log_dir=options.log_dir,
     )
-    check_stage_arguments(job.component, runner.split(job.arguments)[1])
-    if options.dryrun:
+    component_options, stage_arguments = runner.split(job.arguments)
+    is_question = "--help" in component_options  # TorchX answers it when it makes the request
+    if not is_question:
+        check_stage_arguments(job.component, stage_arguments)
+    if options.dryrun or is_question:
         print(runner.describe(job))
         return 0
     if not job.is_local:

@@ -19,6 +19,11 @@ def test_the_help_names_every_command() -> None:
     assert [name for name in cli.COMMANDS if f"  {name} " not in done.stdout] == []
 
 
+def test_the_help_of_a_component_needs_no_stage_arguments() -> None:
+    done = shardrec("launch", "train", "--help")
+    assert done.returncode == 0 and "--max_restarts" in done.stdout, done.stderr
+
+
 def test_a_misspelt_command_lists_near_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalaute"]) == 2
     assert capsys.readouterr().err == (
