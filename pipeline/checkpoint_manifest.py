@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shardrec.pipeline.json_files import require_shape
 from shardrec.pipeline.storage import Folder
 
 __all__ = ["BLOCK_BYTES", "MANIFEST", "DamagedCheckpointError", "FileEntry", "Manifest"]
@@ -16,6 +17,7 @@ __all__ = ["BLOCK_BYTES", "MANIFEST", "DamagedCheckpointError", "FileEntry", "Ma
 MANIFEST = "manifest.json"
 FORMAT = 2
 BLOCK_BYTES = 1 << 24
+ANOTHER = "it is not complete or of another version, use another checkpoint"
 
 
 class DamagedCheckpointError(ValueError):
@@ -51,25 +53,42 @@ class Manifest:
 
     @classmethod
     def find(cls, folder: Folder) -> "Manifest | None":
-        """The manifest; None where it is missing or was not written to its end.
+        """The manifest; None where there is none.
 
         Raises:
+            DamagedCheckpointError: it was not written to its end, or is none of ours.
             ValueError: it is of another format.
         """
         if folder.size(MANIFEST) is None:
             return None
         try:
             stored = json.loads(folder.read(MANIFEST))
-            found = stored["format"]
-            if found == FORMAT:
-                files = {name: FileEntry(**entry) for name, entry in stored["files"].items()}
-                return cls(folder, bool(stored["best"]), files)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
-        raise ValueError(
-            f"checkpoint format must be {FORMAT}, got {found} in {folder}; evaluate and export it "
-            "with the version of shardrec that wrote it, or train again"
-        )
+        except ValueError as error:
+            raise DamagedCheckpointError(
+                f"{folder}/{MANIFEST} must be JSON, got {error}; {ANOTHER}"
+            ) from error
+        found = stored.get("format") if isinstance(stored, dict) else None
+        if isinstance(found, int) and found != FORMAT:
+            raise ValueError(
+                f"checkpoint format must be {FORMAT}, got {found} in {folder}; evaluate and export "
+                "it with the version of shardrec that wrote it, or train again"
+            )
+        try:
+            return cls._of(folder, stored)
+        except ValueError as error:
+            raise DamagedCheckpointError(str(error)) from None
+
+    @classmethod
+    def _of(cls, folder: Folder, stored: object) -> "Manifest":
+        """The manifest that JSON spells, after a look at its shape."""
+        where = f"{folder}/{MANIFEST}"
+        told = require_shape(stored, {"format": int, "best": bool, "files": dict}, where, ANOTHER)
+        files = {}
+        for name, entry in told["files"].items():
+            place = f"{name!r} in {where}"
+            known = require_shape(entry, {"size": int, "sha256": str}, place, ANOTHER)
+            files[name] = FileEntry(known["size"], known["sha256"])
+        return cls(folder, told["best"], files)
 
     @classmethod
     def read(cls, folder: Folder) -> "Manifest":
@@ -77,12 +96,13 @@ class Manifest:
 
         Raises:
             FileNotFoundError: it has none: the checkpoint is not complete.
+            DamagedCheckpointError: it has one that was not written to its end, or is none of ours.
             ValueError: it is of another format.
         """
         found = cls.find(folder)
         if found is None:
             raise FileNotFoundError(
-                f"checkpoint must hold {MANIFEST}, got none or half of one in {folder}; "
+                f"checkpoint must hold {MANIFEST}, got none in {folder}; "
                 "it is not complete, use another"
             )
         return found

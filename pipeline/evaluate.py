@@ -76,7 +76,7 @@ def evaluate(
         "filter_seen": config.filter_seen,
     }
     path = Path(output or Path(run) / "metrics.json")
-    stored = StoredReport(path, FORMAT, request, force)
+    stored = StoredReport(path, FORMAT, request, force, {"metrics": dict})
     found = on_first_rank(stored.finished, group)
     if found is not None:
         if rank_of(group) == 0:

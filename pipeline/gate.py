@@ -12,6 +12,7 @@ from typing import Any
 
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import FORMAT as METRICS_FORMAT
+from shardrec.pipeline.json_files import require_shape
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.measure_export import measure_export
 from shardrec.pipeline.prepared import Prepared
@@ -106,7 +107,8 @@ def gate(config: GateConfig) -> Verdict:
         "tolerance": config.tolerance,
         "minimum": config.minimum,
     }
-    stored = StoredReport(config.report, FORMAT, request, config.force)
+    shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
+    stored = StoredReport(config.report, FORMAT, request, config.force, shape)
     found = stored.finished()
     if found is not None and _still_holds(found, current):
         return Verdict(found["passed"], found["reason"], False, found)
@@ -155,8 +157,11 @@ def judge(config: GateConfig, ours: float | None, theirs: float | None) -> tuple
 def _evaluation(config: GateConfig) -> dict[str, Any]:
     """What was measured of the run: its source, on which users, by which options, and metrics."""
     path = Path(config.metrics or Path(config.run) / "metrics.json")
-    report = read_report(path, METRICS_FORMAT, "shardrec evaluate")
-    request = report["request"]
+    maker = "shardrec evaluate"
+    report = read_report(path, METRICS_FORMAT, maker, {"request": dict, "metrics": dict})
+    asked = {"source": dict, "split": str, "ks": list, "filter_seen": bool}
+    again = f"make it with `{maker} --force`"
+    request = require_shape(report["request"], asked, f"'request' in {path}", again)
     names = [name for name in report["metrics"] if "@" in name]
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardrec.pipeline.json_files import read_object, require_shape
 from shardrec.pipeline.staging import settle
 
 FORMAT = "shardrec.prepared"
@@ -20,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 ITEMS_NAME = "items.parquet"
 ITEM_MAP_NAME = "item_map.parquet"
 _HASH_BLOCK_BYTES = 1 << 20
+_AGAIN = "delete the folder and prepare again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,14 +152,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+_SHAPES: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "counts": dict.fromkeys(("items", "train_sequences", "train_users", "validation_users"), int),
+    "columns": {"user": dict, "item": dict, "time": dict, "weight": (dict, type(None))},
+    "source": {"files": list},
+}
+
+
 def _parse(path: Path) -> Manifest:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} must be JSON, got {error}; delete the folder and prepare again"
-        ) from error
-    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+    data = read_object(path, {}, _AGAIN)
+    if data.get("format") != FORMAT:
         raise ValueError(
             f"{str(path)!r} must be a manifest of format {FORMAT!r}, got another file; "
             "name a folder that `shardrec prepare` wrote"
@@ -167,15 +171,21 @@ def _parse(path: Path) -> Manifest:
             f"the schema version of {str(path)!r} must be {SCHEMA_VERSION}, got "
             f"{data.get('schema_version')!r}; prepare the log again with this version of shardrec"
         )
-    names = [field.name for field in dataclasses.fields(Manifest)]
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise ValueError(
-            f"{str(path)!r} must have the keys {', '.join(names)}, got none of "
-            f"{', '.join(missing)}; prepare the log again"
-        )
-    files = tuple(FileEntry(**entry) for entry in data["files"])
-    return Manifest(**{name: data[name] for name in names if name != "files"}, files=files)
+    names = [field.name for field in dataclasses.fields(Manifest) if field.name != "files"]
+    shape: dict[str, type] = dict.fromkeys(names, dict)
+    require_shape(data, shape | {"shardrec_version": str, "files": list}, str(path), _AGAIN)
+    for part, known in _SHAPES.items():
+        require_shape(data[part], known, f"{part!r} in {path}", _AGAIN)
+    return Manifest(**{name: data[name] for name in names}, files=_files(data["files"], path))
+
+
+def _files(entries: list[Any], path: Path) -> tuple[FileEntry, ...]:
+    shape = {"path": str, "bytes": int, "sha256": str, "rows": int, "row_groups": int}
+    files = []
+    for entry in entries:
+        require_shape(entry, shape, f"an entry of 'files' in {path}", _AGAIN)
+        files.append(FileEntry(**{name: entry[name] for name in shape}))
+    return tuple(files)
 
 
 def _check_file(folder: Path, entry: FileEntry, verify_checksum: bool) -> None:

@@ -40,8 +40,18 @@ class Progress:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Progress":
-        """What ``to_json`` wrote; other keys are left alone."""
+        """What ``to_json`` wrote; other keys are left alone.
+
+        Raises:
+            ValueError: some are missing.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in stored]
+        if missing:
+            raise ValueError(
+                f"the progress in the checkpoint must have {', '.join(missing)}, got none; go on "
+                "with the version of shardrec that wrote it, or start a new run"
+            )
         known = {name: stored[name] for name in names}
         best = known.pop("best")
         return cls(best=None if best is None else ValidationReport(**best), **known)

@@ -5,15 +5,16 @@ publication that is still served.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.gate import FORMAT as GATE_FORMAT
+from shardrec.pipeline.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.published import Publication, Published, require_unchanged, swap
 from shardrec.pipeline.serve import read_manifest
+from shardrec.pipeline.staging import settle
 from shardrec.pipeline.stored_report import read_report
 
 __all__ = ["PublishConfig", "Refused", "RollbackConfig", "Swapped", "publish", "rollback"]
@@ -154,10 +155,12 @@ def _publication(config: PublishConfig) -> Publication:
 def _require_lists(folder: Path, source: dict[str, Any]) -> None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        settle(folder)
+    if not path.is_file():
         raise FileNotFoundError(
             f"lists must be a folder of `shardrec recommend`, got {folder} without {MANIFEST_NAME}"
         )
-    theirs = json.loads(path.read_text())["request"].get("source")
+    theirs = read_object(path, {"request": dict}, "recommend again")["request"].get("source")
     if theirs != source:
         raise ValueError(
             f"lists must come from the weights of the export, got {folder} of {theirs} and an "
@@ -167,7 +170,13 @@ def _require_lists(folder: Path, source: dict[str, Any]) -> None:
 
 def _read_gate(path: Path, wanted: Publication) -> dict[str, Any]:
     """The report of a gate that let this export pass."""
-    report = read_report(path, GATE_FORMAT, "shardrec gate")
+    maker = "shardrec gate"
+    shape: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
+    report = read_report(path, GATE_FORMAT, maker, shape)
+    again = f"make it with `{maker} --force`"
+    require_shape(report["evaluation"], {"source": dict}, f"'evaluation' in {path}", again)
+    number = {"number": (int, type(None))}
+    require_shape(report["published"], number, f"'published' in {path}", again)
     if report["evaluation"]["source"] != wanted.source:
         raise ValueError(
             f"gate must be about the weights of the export, got {path} about "

@@ -20,12 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
-from shardrec.pipeline.stored_report import read_json
+from shardrec.pipeline.staging import settle
 
 __all__ = ["FORMAT", "Publication", "Published", "export_folder", "read_published", "swap"]
 
 FORMAT = "shardrec.published"
+_REMEDY = "restore it from a copy, or remove it and publish an export anew"
+_ENTRY: Shape = {
+    **{"number": int, "export": str, "manifest": str, "lists": (str, type(None)), "source": dict},
+    **{"catalog_version": str, "evaluation": (dict, type(None)), "previous": (int, type(None))},
+    "left_by_rollback": bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,20 +114,29 @@ def read_published(path: Path) -> Published:
     """What a pointer holds; nothing where there is no such file yet.
 
     Raises:
-        ValueError: the file is no pointer of this version.
+        ValueError: the file is no pointer of this version, or it is damaged.
     """
     if not path.exists():
         return Published()
-    data = read_json(path)
+    data = read_object(path, {}, _REMEDY)
     if (data.get("format"), data.get("schema_version")) != (FORMAT, 1):
         raise ValueError(
             f"{path} must be a pointer of format {FORMAT!r}, version 1, got another file; name one "
             "that `shardrec publish` wrote, or a new one"
         )
+    shape: Shape = {"current": (int, type(None)), "publications": list, "swaps": list}
+    require_shape(data, shape, str(path), _REMEDY)
+    where = f"an entry of 'publications' in {path}"
+    entries = [require_shape(one, _ENTRY, where, _REMEDY) for one in data["publications"]]
+    numbers = [entry["number"] for entry in entries]
+    if data["current"] not in (None, *numbers):
+        raise ValueError(
+            f"'current' of {path} must be the number of a publication, got {data['current']} and "
+            f"{numbers}; {_REMEDY}"
+        )
+    publications = [Publication(**{name: entry[name] for name in _ENTRY}) for entry in entries]
     return Published(
-        number=data["current"],
-        publications=tuple(Publication(**entry) for entry in data["publications"]),
-        swaps=tuple(data["swaps"]),
+        number=data["current"], publications=tuple(publications), swaps=tuple(data["swaps"])
     )
 
 
@@ -167,6 +183,8 @@ def require_unchanged(folder: Path, publication: Publication) -> None:
         FileNotFoundError, ValueError: with what to do.
     """
     manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        settle(folder)
     if not manifest.is_file():
         raise FileNotFoundError(
             f"publication {publication.number} must still have its export, got no {manifest}; "

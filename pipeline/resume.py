@@ -13,15 +13,16 @@ from typing import Literal
 
 from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
-from shardrec.pipeline.config import flatten, from_json
+from shardrec.pipeline.config import flatten
 from shardrec.pipeline.data import TrainingBatches
+from shardrec.pipeline.json_files import read_object
 from shardrec.pipeline.lock import LOCK, RunLock
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.run import (
     TrainConfig,
     open_checkpoints,
-    read_run_file,
+    read_run,
     require_new,
     write_config,
 )
@@ -64,7 +65,7 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
     stored = _check_same(config, Prepared.open(config.data), encoder)
     if stored.limits != config.limits:
         return None
-    return EndReport(**json.loads((folder / END).read_text()))
+    return _read_end(folder / END)
 
 
 def check_folder(
@@ -161,7 +162,7 @@ def restore(
 def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
     """Make the run folder say what it said after ``step``, and that the run goes on from there."""
     folder = Path(config.output)
-    write_config(config)
+    write_config(config, folder)
     (folder / END).unlink(missing_ok=True)
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -173,6 +174,17 @@ def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
 def write_end(folder: Path, report: EndReport) -> None:
     """Mark the run as finished."""
     write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
+
+
+def _read_end(path: Path) -> EndReport:
+    remedy = "remove it, and the run goes on from its last checkpoint to its end"
+    shape = {"reason": str, "step": int, "best_metrics": dict}
+    stored = read_object(path, shape, remedy)
+    names = [field.name for field in dataclasses.fields(EndReport)]
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ValueError(f"{path} must have {', '.join(missing)}, got none; {remedy}")
+    return EndReport(**{name: stored[name] for name in names})
 
 
 def _is_before(line: str, step: int) -> bool:
@@ -187,7 +199,7 @@ def _is_before(line: str, step: int) -> bool:
 def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainConfig:
     """The stored config of the run in the folder, which must be this run."""
     folder = Path(config.output)
-    details, stored = (read_run_file(folder, name) for name in ("run.json", "config.json"))
+    details, theirs = read_run(folder)
     if details["data"]["fingerprint"] != prepared.fingerprint:
         raise ValueError(
             f"the run must belong to the prepared data, got {folder} of other data than "
@@ -198,7 +210,6 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
             f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; hand in the "
             "same module, or start a new run"
         )
-    theirs = from_json(TrainConfig, stored)
     ours, before = dict(flatten(config)), dict(flatten(theirs))
     differing = [
         name

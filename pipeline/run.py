@@ -29,10 +29,12 @@ from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.data import BatchConfig, Prepared
 from shardrec.pipeline.group import on_this_rank
 from shardrec.pipeline.init_config import InitConfig
+from shardrec.pipeline.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.mlflow_logging import MLflowConfig
 from shardrec.pipeline.model import Model, Precision
 from shardrec.pipeline.profiling import ProfileConfig
+from shardrec.pipeline.staging import settle
 from shardrec.pipeline.step import OptimizerConfig
 
 __all__ = [
@@ -42,13 +44,14 @@ __all__ = [
     "build_model",
     "open_checkpoints",
     "open_run",
-    "read_run_file",
+    "read_run",
     "require_new",
     "start_run",
     "write_config",
 ]
 
 OURS = "shardrec"
+_REMEDY = "use the version of shardrec that wrote it, or train again in another folder"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,16 +189,15 @@ def start_run(
         "init_from": origin,
         "versions": versions(),
     }
-    write_config(config)
+    write_config(config, folder)
     # A folder is a run once it has this file, so it comes last.
     write_atomically(folder / "run.json", json.dumps(details, indent=1))
     return folder
 
 
-def write_config(config: TrainConfig) -> None:
-    """Write the complete config into the run folder."""
-    path = Path(config.output) / "config.json"
-    write_atomically(path, json.dumps(to_json(config), indent=1))
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write the complete config into a run folder."""
+    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
 
 
 def open_checkpoints(
@@ -236,13 +238,14 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
 
     Raises:
         FileNotFoundError: it is not a run folder.
-        ValueError: the run was trained on other data, or with an encoder that was handed in.
+        ValueError: the run was trained on other data, or with an encoder that was handed in, or a
+            file of it is damaged.
     """
-    details, config = (read_run_file(folder, name) for name in ("run.json", "config.json"))
+    details, config = read_run(folder)
     theirs = details["data"]
     if theirs["fingerprint"] != prepared.fingerprint:
         raise ValueError(
-            f"the run must belong to the prepared data, got {folder} of {config.get('data')} with "
+            f"the run must belong to the prepared data, got {folder} of {config.data} with "
             f"{theirs['num_items']} items, and data with {prepared.num_items} items and another "
             "fingerprint; give the folder the run was trained on, or train again"
         )
@@ -251,21 +254,37 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
             f"encoder must be given for a run that trained {details['encoder']}, got none; "
             "pass a module of the same shapes"
         )
-    return from_json(TrainConfig, config)
+    return config
 
 
-def read_run_file(folder: Path, name: str) -> dict[str, Any]:
-    """What "run.json" or "config.json" of a run folder says.
+def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """What run.json of a run folder says, and its config.
 
     Raises:
         FileNotFoundError: it is not a run folder.
+        ValueError: a file is damaged or of another version; the message names it.
     """
+    details = _read_file(folder, "run.json", {"data": dict, "encoder": str})
+    where = f"'data' in {folder / 'run.json'}"
+    require_shape(details["data"], {"fingerprint": str, "num_items": int}, where, _REMEDY)
+    stored = _read_file(folder, "config.json", {})
+    try:
+        return details, from_json(TrainConfig, stored)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} must be the config of a run: {error}; {_REMEDY}"
+        ) from error
+
+
+def _read_file(folder: Path, name: str, shape: Shape) -> dict[str, Any]:
     path = folder / name
+    if not path.is_file():
+        settle(folder)
     if not path.is_file():
         raise FileNotFoundError(
             f"run must be a folder that train wrote, got {folder} without {name}; check the path"
         )
-    return json.loads(path.read_text())
+    return read_object(path, shape, _REMEDY)
 
 
 def build_model(

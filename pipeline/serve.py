@@ -5,7 +5,6 @@ search.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,20 @@ from shardrec.kernels.shard import RowShard
 from shardrec.modules.ranking import top_items
 from shardrec.pipeline.ann_index import INDEX, index_top_items, open_index
 from shardrec.pipeline.item_ids import ItemIds
+from shardrec.pipeline.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.published import export_folder
+from shardrec.pipeline.staging import settle
 
 __all__ = ["ENCODER", "FORMAT", "Recommender", "read_items", "read_manifest", "read_recommender"]
 
 FORMAT = "shardrec.export"
 ENCODER = "encoder.pt2"
+_SHAPE: Shape = {
+    **{"request": dict, "files": list, "catalog_version": str, "scores": str},
+    **{"num_items": int, "width": int, "max_length": int},
+}
+_AGAIN = "export again"
 
 ItemId = int | str
 
@@ -149,16 +155,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        settle(folder)
+    if not path.is_file():
         raise FileNotFoundError(
             f"an export must hold {MANIFEST_NAME}, got {folder}; run `shardrec export` to make one"
         )
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest = read_object(path, {}, _AGAIN)
     if (manifest.get("format"), manifest.get("schema_version")) != (FORMAT, 1):
         raise ValueError(
             f"{path} must be a manifest of {FORMAT!r}, version 1, got {manifest.get('format')!r}, "
             f"{manifest.get('schema_version')!r}; name a folder that `shardrec export` wrote"
         )
+    require_shape(manifest, _SHAPE, str(path), _AGAIN)
+    require_shape(manifest["request"], {"source": dict}, f"'request' in {path}", _AGAIN)
     for entry in manifest["files"]:
+        where = f"an entry of 'files' in {path}"
+        require_shape(entry, {"path": str, "sha256": str}, where, _AGAIN)
         if sha256(folder / entry["path"]) != entry["sha256"]:
             raise ValueError(
                 f"the SHA-256 of {folder / entry['path']} must be {entry['sha256']}, got another; "

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from shardrec.pipeline.checkpoint import write_atomically
 from shardrec.pipeline.group import on_all_ranks, on_first_rank
+from shardrec.pipeline.json_files import read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, FileEntry
 from shardrec.pipeline.staging import settle, staged_folder
 
@@ -45,6 +46,7 @@ class SharedOutput:
 
         Raises:
             FileExistsError: the folder holds something else, and must not be replaced.
+            ValueError: its manifest is damaged.
 
         Collectives: one gather of small objects.
         """
@@ -99,7 +101,7 @@ class SharedOutput:
         settle(self.path)
         manifest = self._stored()
         if manifest is not None and manifest.get("format") == self.format:
-            if not self.force and manifest["request"] == self.request and self._has_files(manifest):
+            if not self.force and self._is_this(manifest):
                 return manifest
             if self.force:
                 return None
@@ -113,7 +115,20 @@ class SharedOutput:
 
     def _stored(self) -> dict[str, Any] | None:
         path = self.path / MANIFEST_NAME
-        return json.loads(path.read_text()) if path.is_file() else None
+        return (
+            read_object(path, {}, "remove the folder, or choose another")
+            if path.is_file()
+            else None
+        )
+
+    def _is_this(self, manifest: dict[str, Any]) -> bool:
+        """Whether it is of this request and its files are all there."""
+        path, remedy = self.path / MANIFEST_NAME, "replace the output with --force"
+        require_shape(manifest, {"request": dict, "files": list}, str(path), remedy)
+        for entry in manifest["files"]:
+            where = f"an entry of 'files' in {path}"
+            require_shape(entry, {"path": str, "bytes": int}, where, remedy)
+        return bool(manifest["request"] == self.request) and self._has_files(manifest)
 
     def _has_files(self, manifest: Mapping[str, Any]) -> bool:
         found = ((self.path / entry["path"], entry["bytes"]) for entry in manifest["files"])

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.json_files import Shape, require_shape
 
 __all__ = ["StoredReport", "read_json", "read_report"]
 
@@ -20,18 +21,21 @@ class StoredReport:
         format: what it reports, such as "shardrec.metrics".
         request: JSON; everything the content depends on.
         force: whether a report of another request is replaced.
+        shape: keys that are needed besides, and the types of their values.
     """
 
     path: Path
     format: str
     request: Mapping[str, Any]
     force: bool = False
+    shape: Shape = field(default_factory=dict)
 
     def finished(self) -> dict[str, Any] | None:
         """The report where the file holds what this request asks for.
 
         Raises:
             FileExistsError: the file holds something else, and must not be replaced.
+            ValueError: it is such a report, but damaged.
         """
         if not self.path.exists():
             return None
@@ -43,6 +47,8 @@ class StoredReport:
             )
         if self.force:
             return None
+        shape = {"request": dict, **self.shape}
+        require_shape(found, shape, str(self.path), "replace it with --force")
         if found["request"] != self.request:
             theirs = found["request"]
             names = [name for name in self.request if self.request[name] != theirs.get(name)]
@@ -62,13 +68,14 @@ class StoredReport:
         return report
 
 
-def read_report(path: Path, format: str, maker: str) -> dict[str, Any]:
+def read_report(path: Path, format: str, maker: str, shape: Shape) -> dict[str, Any]:
     """A report that another stage wrote.
 
     Args:
         path: the file.
         format: what it must report.
         maker: the command that writes such reports.
+        shape: keys that are needed, and the types of their values.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,7 +89,7 @@ def read_report(path: Path, format: str, maker: str) -> dict[str, Any]:
             f"{path} must be a report of format {format!r}, version 1, got another file; "
             f"make it with `{maker}`"
         )
-    return report
+    return require_shape(report, shape, str(path), f"make it with `{maker} --force`")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import sys
@@ -18,6 +19,7 @@ from shardrec.pipeline.callbacks import Callback, EndReport, JsonLines, TensorBo
 from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import describe, flatten
 from shardrec.pipeline.data import Prepared, TrainingBatches
+from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place
 from shardrec.pipeline.group import (
     default_group,
     on_first_rank,
@@ -60,6 +62,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     encoder: nn.Module | None = None,
     resume: Resume = "no",
+    force: bool = False,
     interrupted: Callable[[], bool] = never,
 ) -> EndReport:
     """Train until a limit or the patience is reached; the run folder then holds last and best.
@@ -76,6 +79,9 @@ def train(
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
             goes on from its last whole checkpoint; "auto": either. A run that is finished already
             is left as it is.
+        force: train anew where the output folder holds a run, which stays there until the new one
+            is complete. With "auto" an interrupted run, forced or not, goes on; only one that is
+            finished is done again.
         interrupted: asked at every step; where it says yes on one rank, all write a checkpoint
             after that step and stop.
 
@@ -93,6 +99,31 @@ def train(
 
     Collectives: many, on the default group; every rank must call it.
     """
+    group = default_group()
+    check_force(force, resume)
+    output = Path(config.output)
+    with contextlib.ExitStack() as held:
+        find = functools.partial(folder_for, output, resume)
+        folder = on_first_rank(lambda: held.enter_context(find()) if force else output, group)
+        if folder == output:
+            return _train(config, callbacks, encoder, resume, interrupted)
+        if rank_of(group) == 0:
+            message = "%s stays until the new run, in %s, is complete"
+            logging.getLogger(__name__).warning(message, output, folder)
+        report = _train(moved_to(folder, config), callbacks, encoder, resume, interrupted)
+        report = dataclasses.replace(report, output=config.output)
+        on_first_rank(lambda: take_place(config, folder, report), group)
+        return report
+
+
+def _train(
+    config: TrainConfig,
+    callbacks: Sequence[Callback],
+    encoder: nn.Module | None,
+    resume: Resume,
+    interrupted: Callable[[], bool],
+) -> EndReport:
+    """As ``train``, in the output folder itself."""
     group = default_group()
     ended = on_first_rank(lambda: find_end(config, resume, _whose(encoder)), group)
     if ended is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.config import flatten
+from shardrec.pipeline.json_files import require_shape
 
 __all__ = ["RunRecord", "read_run", "read_runs"]
 
@@ -109,6 +110,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
     record = RunRecord(name=_printable(name), config=dict(flatten(config)), details=details)
     if (folder / "metrics.json").is_file():
         record.evaluation = _required(folder, "metrics.json")
+        shape = {"metrics": dict}
+        require_shape(record.evaluation, shape, str(folder / "metrics.json"), "evaluate again")
     log = folder / "metrics.jsonl"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     *lines, being_written = text.split("\n")
