@@ -17,13 +17,14 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -45,6 +46,7 @@ from shardrec.pipeline.checkpoint_manifest import (
 )
 from shardrec.pipeline.checkpoint_state import CheckpointState, is_row_name, join_state
 from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, size_of
+from shardrec.pipeline.json_files import require_shape
 from shardrec.pipeline.storage import Folder, open_folder
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "CheckpointState",
     "Checkpoints",
     "DamagedCheckpointError",
+    "StoredCheckpoint",
     "load_checkpoint",
     "save_checkpoint",
     "write_atomically",
@@ -174,8 +177,14 @@ class Checkpoints:
 
     def _manifests(self) -> Iterator[Manifest]:
         """Those of checkpoints that were completed, the last first."""
-        found = (Manifest.find(self.folder / name) for name in reversed(self._names()))
-        return (manifest for manifest in found if manifest is not None)
+        for name in reversed(self._names()):
+            try:
+                manifest = Manifest.find(self.folder / name)
+            except DamagedCheckpointError as error:
+                _warn(error)
+                continue
+            if manifest is not None:
+                yield manifest
 
     def _whole(self) -> Iterator[Manifest]:
         """Those whose files are all there, the last first."""
@@ -263,24 +272,53 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
 
     Collectives: none.
     """
-    manifest = Manifest.read(open_folder(folder))
-    numbers = _parsed(manifest, STATE, json.loads)
-    metadata = _parsed(manifest, METADATA, metadata_from_json)
-    num_rows = numbers["table"]["num_rows"]
-    wanted = range(num_rows) if rows is None else rows
-    count = max(0, min(wanted.stop, num_rows) - wanted.start)
-    tensors = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        shape = (count, *stored.size[1:]) if is_row_name(name) else stored.size
-        tensors[name] = torch.empty(shape, dtype=stored.properties.dtype)
-    with _plain_errors(1), _without_advice(alone=True):
-        load_tensors(
-            tensors,
-            storage_reader=RowReader(manifest, metadata),
-            planner=RowLoadPlanner(wanted.start, frozenset(filter(is_row_name, tensors))),
-            no_dist=True,
-        )
-    return join_state(tensors, numbers, wanted.start)
+    return StoredCheckpoint(folder).load(rows)
+
+
+class StoredCheckpoint:
+    """A complete checkpoint that is read in parts; each file is compared with its checksum once.
+
+    Raises as ``load_checkpoint`` does, when it is opened or when a part is read.
+    """
+
+    def __init__(self, folder: Path | str | Folder) -> None:
+        """Read what it says of itself, and no tensor yet."""
+        manifest = Manifest.read(open_folder(folder))
+        self.numbers = _parsed(manifest, STATE, _numbers)
+        self._metadata = _parsed(manifest, METADATA, metadata_from_json)
+        self._reader = RowReader(manifest, self._metadata)
+
+    @property
+    def num_rows(self) -> int:
+        """V of its table."""
+        return int(self.numbers["table"]["num_rows"])
+
+    def load(self, rows: range | None = None) -> CheckpointState:
+        """All of it, with these rows of the table; None for all rows."""
+        wanted = range(self.num_rows) if rows is None else rows
+        tensors = self._read(self._metadata.state_dict_metadata, wanted)
+        return join_state(tensors, self.numbers, wanted.start)
+
+    def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:
+        """These rows of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
+        tensors = self._read([f"table.{name}" for name in names], rows)
+        return {name.removeprefix("table."): value for name, value in tensors.items()}
+
+    def _read(self, names: Iterable[str], rows: range) -> dict[str, Tensor]:
+        count = max(0, min(rows.stop, self.num_rows) - rows.start)
+        tensors = {}
+        for name in names:
+            stored = self._metadata.state_dict_metadata[name]
+            shape = (count, *stored.size[1:]) if is_row_name(name) else stored.size
+            tensors[name] = torch.empty(shape, dtype=stored.properties.dtype)
+        with _plain_errors(1), _without_advice(alone=True):
+            load_tensors(
+                tensors,
+                storage_reader=self._reader,
+                planner=RowLoadPlanner(rows.start, frozenset(filter(is_row_name, tensors))),
+                no_dist=True,
+            )
+        return tensors
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -291,6 +329,14 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _numbers(content: bytes) -> dict[str, Any]:
+    """What ``CheckpointState.numbers`` gave."""
+    shape = {"progress": dict, "config": dict, "optimizer": list, "table": dict}
+    stored = require_shape(json.loads(content), shape, STATE, "use another checkpoint")
+    require_shape(stored["table"], {"num_rows": int}, "table", "use another checkpoint")
+    return stored
 
 
 def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any:

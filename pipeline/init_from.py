@@ -24,20 +24,20 @@ from torch import Tensor
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint import CheckpointState, load_checkpoint
-from shardrec.pipeline.config import from_json
+from shardrec.pipeline.checkpoint import CheckpointState, StoredCheckpoint
 from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, sum_over_ranks
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.row_groups import RowGroups
-from shardrec.pipeline.run import OURS, TrainConfig, open_checkpoints, read_run_file
+from shardrec.pipeline.run import OURS, TrainConfig, open_checkpoints, read_run
 from shardrec.pipeline.step import Stepper
 from shardrec.pipeline.storage import Folder
 
 __all__ = ["start_from"]
 
-_MEAN_ROWS = 65_536
+# Rows that are in memory beside the shard at a time.
+BLOCK_ROWS = 65_536
 
 Match = Literal["same data", "former items", "item map", "item ids"]
 
@@ -48,7 +48,7 @@ def start_from(
     """Load the weights that ``config.init_from`` names into a model that is new.
 
     Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
-    it, in pieces as large as its own shard.
+    it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
 
     Args:
         config: of the new run.
@@ -82,8 +82,9 @@ def start_from(
             f"{origin.num_items} others; is it of another log?"
         )
     keep = config.init_from.optimizer == "keep"
-    first = on_this_rank(lambda: _checked_state(origin, stepper, keep), group)
-    on_this_rank(lambda: _copy_rows(origin, former, catalog, keep), group)
+    stored = on_this_rank(lambda: StoredCheckpoint(origin.checkpoint), group)
+    first = on_this_rank(lambda: _checked_state(origin, stored, stepper, keep), group)
+    on_this_rank(lambda: _copy_rows(stored, former, catalog, keep), group)
     if config.init_from.new_rows == "mean":
         _fill_new_rows(catalog, former, int(carried), group)
     _load_encoder(first, stepper, keep)
@@ -107,8 +108,7 @@ class _Origin:
 
 def _find(config: TrainConfig, prepared: Prepared, encoder: str) -> _Origin:
     run = Path(config.init_from.run or "")
-    details, stored = (read_run_file(run, name) for name in ("run.json", "config.json"))
-    theirs = from_json(TrainConfig, stored)
+    details, theirs = read_run(run)
     _check_encoder(config, theirs, encoder, details["encoder"])
     _check_optimizer(config, theirs)
     match, folder = _match(config, prepared, details["data"], theirs.data)
@@ -197,26 +197,26 @@ def _mapped_rows(path: Path, rows: range) -> Tensor:
     return former
 
 
-def _pieces(former: Tensor) -> Iterator[tuple[range, Tensor]]:
-    """Ranges of old rows, no longer than the shard, and which of this rank's rows they hold."""
-    known = former[former >= 0]
-    if not known.numel():
-        return
-    low, high = int(known.min()), int(known.max()) + 1
-    for start in range(low, high, former.numel()):
-        piece = range(start, min(start + former.numel(), high))
-        here = ((former >= piece.start) & (former < piece.stop)).nonzero()[:, 0]
-        if here.numel():
-            yield piece, here
+def _pieces(former: Tensor, num_rows: int) -> Iterator[tuple[range, Tensor]]:
+    """Ranges of at most so many old rows, and which of this rank's rows are taken from them."""
+    values, order = former.sort()
+    first = int((values < 0).sum())
+    while first < len(values):
+        start = int(values[first])
+        end = int(torch.searchsorted(values, start + num_rows))
+        yield range(start, int(values[end - 1]) + 1), order[first:end]
+        first = end
 
 
-def _checked_state(origin: _Origin, stepper: Stepper, keep: bool) -> CheckpointState:
+def _checked_state(
+    origin: _Origin, stored: StoredCheckpoint, stepper: Stepper, keep: bool
+) -> CheckpointState:
     """The checkpoint without its rows, after checking that all of it fits."""
-    state = load_checkpoint(origin.checkpoint, range(0))
-    if int(state.table["num_rows"]) != origin.num_items:
+    state = stored.load(range(0))
+    if stored.num_rows != origin.num_items:
         raise ValueError(
             f"the table of {origin.checkpoint} must have {origin.num_items} rows as its run says, "
-            f"got {int(state.table['num_rows'])}; the run folder is damaged"
+            f"got {stored.num_rows}; the run folder is damaged"
         )
     wanted = {name: value.shape[1:] for name, value in _copied(stepper.model.catalog, keep).items()}
     found = {name: state.table[name].shape[1:] for name in wanted if name in state.table}
@@ -253,12 +253,13 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 
 
 @torch.no_grad()
-def _copy_rows(origin: _Origin, former: Tensor, catalog: Catalog, keep: bool) -> None:
+def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep: bool) -> None:
     """Copy what this rank's items had in the old table, wherever its rows were."""
-    for piece, here in _pieces(former):
-        table = load_checkpoint(origin.checkpoint, piece).table
+    targets = _copied(catalog, keep)
+    for piece, here in _pieces(former, BLOCK_ROWS):
+        table = stored.load_rows(piece, targets)
         there = former[here] - piece.start
-        for name, target in _copied(catalog, keep).items():
+        for name, target in targets.items():
             target[here.to(target.device)] = table[name][there].to(target)
 
 
@@ -270,8 +271,8 @@ def _fill_new_rows(
     rows = catalog.shard.rows.detach()
     is_new = (former < 0).to(rows.device)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[0], _MEAN_ROWS):
-        part = slice(start, start + _MEAN_ROWS)
+    for start in range(0, rows.shape[0], BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
         total += rows[part][~is_new[part]].sum(0, dtype=torch.float64)
     sum_over_ranks(total, group)
     rows[is_new] = (total / num_carried).to(rows)

@@ -251,6 +251,57 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_what_to_do(tmp_path: Pa
             read()
 
 
+ENTRY = {"size": 1, "sha256": "0"}
+MANIFESTS = {
+    "cut off": '{"format": 2, "best": fal',
+    "empty": "",
+    "a list": '[{"format": 2}]',
+    "no format": json.dumps({"best": True, "files": {}}),
+    "format of another type": json.dumps({"format": "2", "best": True, "files": {}}),
+    "no files": json.dumps({"format": 2, "best": True}),
+    "files in a list": json.dumps({"format": 2, "best": True, "files": ["state.json"]}),
+    "best of another type": json.dumps({"format": 2, "best": "yes", "files": {}}),
+    "bytes for size": json.dumps(
+        {"format": 2, "best": True, "files": {"state.json": {"bytes": 1, "sha256": "0"}}}
+    ),
+    "size of another type": json.dumps(
+        {"format": 2, "best": True, "files": {"state.json": ENTRY | {"size": "1"}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("text", MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_a_malformed_manifest_is_named_and_the_checkpoint_before_it_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(range(NUM_ROWS), step), best=step == 2)
+    path = tmp_path / "step-00000002" / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(DamagedCheckpointError, match="step-00000002/manifest.json .*use another"):
+        load_checkpoint(tmp_path / "step-00000002")
+    for which in ("last", "best"):
+        caplog.clear()
+        found = checkpoints.find(which)
+        assert found.name == "step-00000001"
+        assert "a checkpoint is passed over" in caplog.text and str(path) in caplog.text
+    loaded = checkpoints.load_last(range(NUM_ROWS))
+    assert loaded is not None and loaded[0].name == "step-00000001"
+
+
+def test_a_state_of_another_version_is_damaged_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    changes: list[dict[str, Any]] = [{"table": {}}, {"optimizer": {}}, {"progress": None}]
+    for change in changes:
+        save_checkpoint(folder, make_state(range(NUM_ROWS)))
+        numbers = json.loads((folder / "state.json").read_text()) | change
+        (folder / "state.json").write_text(json.dumps(numbers))
+        sign(folder)
+        with pytest.raises(DamagedCheckpointError, match="step/state.json must be .*use another"):
+            load_checkpoint(folder)
+
+
 def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     state = dataclasses.replace(make_state(range(NUM_ROWS)), encoder={"_extra_state": "words"})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="encoder._extra_state must be a tensor"):

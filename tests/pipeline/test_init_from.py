@@ -19,7 +19,9 @@ from torch import Tensor
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCEMinus
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline import init_from
+from shardrec.pipeline.checkpoint import Checkpoints, StoredCheckpoint, load_checkpoint
+from shardrec.pipeline.checkpoint_manifest import Manifest
 from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
@@ -160,6 +162,31 @@ def warm_config(days: Path, output: Path, data: str = "second", **init: Any) -> 
         catalog=CatalogConfig(optimizer="adam"),
         init_from=InitConfig(**({"run": str(days / "run")} | init)),
     )
+
+
+def test_few_rows_of_the_former_table_are_in_memory_at_a_time(
+    days: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, checked = [], []
+    load_rows, check = StoredCheckpoint.load_rows, Manifest.check
+
+    def noting_rows(stored: StoredCheckpoint, rows: range, names: Any) -> dict[str, Tensor]:
+        pieces.append(rows)
+        return load_rows(stored, rows, names)
+
+    def noting_file(manifest: Manifest, name: str) -> None:
+        checked.append(name)
+        check(manifest, name)
+
+    monkeypatch.setattr(init_from, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(StoredCheckpoint, "load_rows", noting_rows)
+    monkeypatch.setattr(Manifest, "check", noting_file)
+    state = state_after_build(warm_config(days, tmp_path / "warm", "balanced"))
+    assert sorted(checked) == ["metadata.json", "rank-00000.bin", "state.json"]
+    names = ["rows", "optimizer.exp_avg", "optimizer.exp_avg_sq"]
+    assert_items_kept_their_rows([state], run, days / "first", days / "balanced", names)
+    assert len(pieces) > 5 and max(map(len, pieces)) <= 4
+    assert len({row for piece in pieces for row in piece}) == sum(map(len, pieces))
 
 
 def test_new_rows_are_those_of_a_new_table(days: Path, run: Path, tmp_path: Path) -> None:
