@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,15 +70,24 @@ class Results:
         return row
 
 
-def call_fresh(script: str, job: dict[str, Any], *, python: str = sys.executable) -> dict[str, Any]:
+def call_fresh(
+    script: str,
+    job: dict[str, Any],
+    *,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs ``python script --job JSON`` in a fresh process; its last line of output is the answer.
+
+    ``environment`` is added to that of this process.
 
     Raises:
         RuntimeError: the process failed; the message ends with its last lines.
     """
     # Machine paths of the interpreter and of temporary files stay out of the stored command.
     command = [python, script, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = os.environ | dict(environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise RuntimeError(f"{Path(script).name} {job} failed:\n{done.stderr[-3000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -17,11 +17,12 @@ __all__ = [
     "Histogram",
     "gather_histogram",
     "hash_buckets",
+    "index_dtype",
     "item_chunks",
     "position_chunks",
 ]
 
-# Vectors that are put in order together; their places are int64.
+# Vectors that are hashed or put in order together; their buckets and places are int64 meanwhile.
 _KEYS_AT_ONCE = 1 << 16
 
 
@@ -38,6 +39,17 @@ class Histogram:
     before: Tensor
 
 
+def index_dtype(count: int) -> torch.dtype:
+    """The narrowest dtype here that holds indices below ``count``.
+
+    >>> index_dtype(256), index_dtype(257), index_dtype(40_000)
+    (torch.uint8, torch.int16, torch.int32)
+    """
+    if count <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if count <= 1 << 15 else torch.int32
+
+
 def hash_buckets(
     vectors: Tensor,
     num_buckets: int,
@@ -47,17 +59,23 @@ def hash_buckets(
     step: int,
     backend: str = "auto",
 ) -> Tensor:
-    """(n, r) int32 bucket of every vector: the random sign vector of largest inner product."""
-    buckets = torch.empty((vectors.shape[0], num_rounds), dtype=torch.int32, device=vectors.device)
+    """(n, r) bucket of every vector, the random sign vector of largest inner product.
+
+    Of ``index_dtype(num_buckets)``: catalogs have many rows.
+    """
+    shape = (vectors.shape[0], num_rounds)
+    buckets = torch.empty(shape, dtype=index_dtype(num_buckets), device=vectors.device)
     for index in range(num_rounds):
-        buckets[:, index] = best_sign_direction(
-            vectors,
-            num_buckets,
-            seed=seed,
-            step=step,
-            stream=STREAM_HASH + index,
-            backend=backend,
-        )
+        for first in range(0, vectors.shape[0], _KEYS_AT_ONCE):
+            part = slice(first, first + _KEYS_AT_ONCE)
+            buckets[part, index] = best_sign_direction(
+                vectors[part],
+                num_buckets,
+                seed=seed,
+                step=step,
+                stream=STREAM_HASH + index,
+                backend=backend,
+            )
     return buckets
 
 
@@ -65,7 +83,7 @@ def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> H
     """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
 
     Args:
-        buckets: (n, r) int32 buckets of this rank's vectors.
+        buckets: (n, r) integer buckets of this rank's vectors.
         num_buckets: n_b.
         exchange: The way to the other ranks.
 
@@ -77,18 +95,20 @@ def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> H
 
 
 def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
-    """(R, r) int32 chunk of every row: its place by (bucket, index), cut into n_c parts.
+    """(R, r) chunk of every row: its place by (bucket, index), cut into n_c parts.
+
+    Of ``index_dtype(num_chunks)``.
 
     Args:
-        buckets: (R, r) int32.
+        buckets: (R, r) integers.
         items: Histogram of the rows of all ranks.
         num_chunks: n_c.
     """
     starts = items.total.cumsum(1) - items.total + items.before
-    chunks = torch.empty_like(buckets)
+    chunks = torch.empty_like(buckets, dtype=index_dtype(num_chunks))
     for index in range(buckets.shape[1]):
         for part, places in _places(buckets[:, index], starts[index]):
-            chunks[part, index] = (places * num_chunks // items.total[0].sum()).int()
+            chunks[part, index] = places * num_chunks // items.total[0].sum()
     return chunks
 
 
@@ -101,7 +121,7 @@ def position_chunks(
     items of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
 
     Args:
-        buckets: (n, r) int32.
+        buckets: (n, r) integers.
         positions: Histogram of the positions of all ranks.
         items: Histogram of the rows of all ranks.
         num_chunks: n_c.
@@ -125,7 +145,7 @@ def _places(keys: Tensor, starts: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Where a stable sort by key puts each vector, some vectors at a time.
 
     Args:
-        keys: (n,) int32 in [0, len(starts)).
+        keys: (n,) integers in [0, len(starts)).
         starts: (m,) int64 place of the first vector of each key.
 
     >>> [places.tolist() for _, places in _places(torch.tensor([1, 0, 1]), torch.tensor([0, 5]))]

@@ -5,16 +5,15 @@ Recommenders", arXiv 2408.02354. Positions are placed by bucket, not by rank, so
 meets the items of its own bucket although the histograms of positions and items differ.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, RowIds
+from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
+from shardrec.kernels.block_logsumexp.nearby import ROWS_AT_ONCE
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
@@ -28,6 +27,7 @@ from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
+    index_dtype,
     item_chunks,
     position_chunks,
 )
@@ -42,6 +42,8 @@ __all__ = [
     "reduced_cross_entropy_cost",
 ]
 
+_DTYPE_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 
 def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
     """``sqrt(4 min(N, V) (1 + 2 e))``: the paper's n_b with chunks as many as buckets, at least 1.
@@ -49,7 +51,8 @@ def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
     >>> default_num_buckets(10000, 50000, 1)
     346
     """
-    return max(1, round(math.sqrt(4 * min(num_positions, num_items) * (1 + 2 * reach))))
+    fewer = torch.sym_min(num_positions, num_items)
+    return torch.sym_max(1, round(torch.sym_sqrt(4 * fewer * (1 + 2 * reach))))
 
 
 def reduced_cross_entropy(
@@ -143,23 +146,25 @@ class HashedChunks(Candidates):
 
     @property
     def choice(self) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """Chunks of positions and of rows in each round; those of rows sorted, and the order."""
-        rounds = self.num_rounds
-        return (
-            (("N", rounds), torch.int32),
-            (("R", rounds), torch.int32),
-            ((rounds, "R"), torch.int32),
-            ((rounds, "R"), torch.int64),
-        )
+        """Chunks of positions and, as bytes, of rows in each round."""
+        return (("N", self.num_rounds), torch.int32), (("R", "bytes"), torch.uint8)
+
+    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
+        """Bytes that the chunks of a row take."""
+        _, num_chunks = self._numbers(num_positions, num_rows)
+        return {"bytes": self.num_rounds * index_dtype(num_chunks).itemsize}
+
+    def _numbers(self, num_positions: int, num_items: int) -> tuple[int, int]:
+        """n_b and n_c."""
+        num_buckets = self.num_buckets
+        if num_buckets is None:
+            num_buckets = default_num_buckets(num_positions, num_items, self.num_neighbor_chunks)
+        return num_buckets, num_buckets if self.num_chunks is None else self.num_chunks
 
     def choose(self, problem: Problem) -> tuple[Tensor, ...]:
         """Hashes states and rows; two gathers of histograms."""
-        num_buckets, exchange = self.num_buckets, problem.exchange
-        if num_buckets is None:
-            num_buckets = default_num_buckets(
-                exchange.num_positions, problem.num_items, self.num_neighbor_chunks
-            )
-        num_chunks = num_buckets if self.num_chunks is None else self.num_chunks
+        exchange = problem.exchange
+        num_buckets, num_chunks = self._numbers(exchange.num_positions, problem.num_items)
         row_buckets, own_buckets = (
             hash_buckets(
                 vectors,
@@ -174,69 +179,42 @@ class HashedChunks(Candidates):
         rows = gather_histogram(row_buckets, num_buckets, exchange)
         own = gather_histogram(own_buckets, num_buckets, exchange)
         own_chunks = position_chunks(own_buckets, own, rows, num_chunks, self.align)
-        row_chunks = item_chunks(row_buckets, rows, num_chunks)
-        return own_chunks, row_chunks, *row_chunks.T.contiguous().sort(dim=1, stable=True)
+        return own_chunks, item_chunks(row_buckets, rows, num_chunks).view(torch.uint8)
 
     def plan(
         self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
-    ) -> "_NearbyChunks":
+    ) -> "_HashedPlan":
         """Blocks of a chunk of positions and the chunks of rows near it."""
-        return _NearbyChunks(meeting, self.num_neighbor_chunks, *tensors)
+        own_chunks, row_bytes = tensors
+        bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
+        row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
+        return _HashedPlan(meeting, self.num_neighbor_chunks, own_chunks, row_chunks)
 
 
-class _NearbyChunks(Plan):
+class _HashedPlan(Plan):
     """The plan in which a position meets the items of its chunk and of ``reach`` on either side.
 
     Args:
         problem: The batch and the table.
         reach: e.
         position_chunks: (N, r) int32 chunk of each position of this rank.
-        row_chunks: (R, r) int32 chunk of each row of this shard.
-        sorted_chunks: (r, R) int32 chunks of the rows, ascending in each round.
-        row_order: (r, R) int64 the rows in that order.
+        row_chunks: (R, r) integer chunk of each row of this shard.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        reach: int,
-        position_chunks: Tensor,
-        row_chunks: Tensor,
-        sorted_chunks: Tensor,
-        row_order: Tensor,
+        self, problem: Problem, reach: int, position_chunks: Tensor, row_chunks: Tensor
     ) -> None:
         super().__init__(problem)
         self.per_position = (position_chunks,)
         self._row_chunks = row_chunks
         self._reach = reach
-        self._sorted_chunks = sorted_chunks
-        self._row_order = row_order
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
-    ) -> Blocks:
+    ) -> NearbyChunks:
         (position_chunks,) = per_position
-        num_rounds, num_rows = self._row_order.shape
-        orders, all_sizes, starts, ends, rounds = [], [], [], [], []
-        for index in range(num_rounds):
-            order, present, sizes = _group(position_chunks[:, index])
-            sorted_chunks = self._sorted_chunks[index]
-            first, last = present - self._reach, present + self._reach
-            starts.append(torch.searchsorted(sorted_chunks, first) + index * num_rows)
-            ends.append(torch.searchsorted(sorted_chunks, last, right=True) + index * num_rows)
-            orders.append(order)
-            all_sizes.append(sizes)
-            rounds.append(torch.full_like(sizes, index))
-        return Blocks(
-            pair_positions=torch.cat(orders),
-            pair_starts=F.pad(torch.cat(all_sizes).cumsum(0), (1, 0)),
-            items=self._row_order.flatten(),
-            item_starts=torch.cat(starts),
-            item_ends=torch.cat(ends),
-            targets=row_ids.find(targets),
-            num_slots=targets.numel(),
-            rounds=Rounds(position_chunks, self._row_chunks, self._reach, torch.cat(rounds)),
-        )
+        found = row_ids.find(targets)
+        return NearbyChunks(position_chunks, self._row_chunks, self._reach, found)
 
 
 _reduced_cross_entropy = Operator("reduced_cross_entropy", HashedChunks)
@@ -259,13 +237,6 @@ def _check_options(
         )
     if align not in ("bucket", "rank"):
         raise ValueError(f"align must be 'bucket' or 'rank', got {align!r}; choose one")
-
-
-def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Order that sorts ``keys``, the distinct keys, and how often each stands."""
-    order = torch.argsort(keys, stable=True)
-    distinct, sizes = torch.unique_consecutive(keys[order], return_counts=True)
-    return order, distinct, sizes
 
 
 def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
@@ -292,8 +263,8 @@ def reduced_cross_entropy_cost(
 ) -> LossCost:
     """What hashed chunks cost a rank.
 
-    A row has in each round a bucket and a chunk (int32), a place in the order (int32 and int64),
-    and a few int64 while these are made.
+    A row has in each round a chunk of one byte or two, which stands until backward. Some rows at a
+    time are put in the order of one round (three int64 each). A position has five int32 a round.
     """
     reach = num_neighbor_chunks
     num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)
@@ -302,7 +273,8 @@ def reduced_cross_entropy_cost(
     met = num_rounds * rows_near(work.num_rows, num_chunks, reach)
     per_chunk = work.num_positions / min(num_chunks, max(1, work.num_positions))
     blocks = listed_cost(work.num_positions * met, per_chunk, work)
-    held = 20 * num_rounds * (work.num_rows + work.own_positions)
+    held = num_rounds * index_dtype(num_chunks).itemsize * work.num_rows
+    held += 20 * num_rounds * work.own_positions + 24 * min(ROWS_AT_ONCE, work.num_rows)
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
 
@@ -45,7 +45,7 @@ class Plan(ABC):
     @abstractmethod
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
-    ) -> Blocks:
+    ) -> Blocks | NearbyChunks:
         """Blocks in terms of the chunk's positions; slot s is the s-th of ``slots``."""
 
     def correction(self) -> Tensor | None:

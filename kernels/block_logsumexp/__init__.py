@@ -4,13 +4,14 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import cpu
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, RowIds, every_pair
+from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.device import choose_backend
 
-__all__ = ["Blocks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
+__all__ = ["Blocks", "NearbyChunks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
 
 
 def forward(
-    states: Tensor, rows: Tensor, blocks: Blocks, backend: str = "auto"
+    states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the candidates of every slot, and the logit of every target.
 
@@ -31,14 +32,14 @@ def forward(
     if choose_backend(states, backend) == "triton":
         from shardrec.kernels.block_logsumexp import gpu
 
-        return gpu.forward(states, rows, blocks)
+        return gpu.forward(states, rows, _whole(blocks))
     return cpu.forward(states, rows, blocks)
 
 
 def backward(
     states: Tensor,
     rows: Tensor,
-    blocks: Blocks,
+    blocks: Blocks | NearbyChunks,
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
@@ -66,8 +67,18 @@ def backward(
         from shardrec.kernels.block_logsumexp import gpu
 
         return gpu.backward(
-            states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
+            states,
+            rows,
+            _whole(blocks),
+            logsumexp,
+            grad_logsumexp,
+            grad_target_logits,
+            grad_rows,
         )
     return cpu.backward(
         states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
     )
+
+
+def _whole(blocks: Blocks | NearbyChunks) -> Blocks:
+    return blocks if isinstance(blocks, Blocks) else blocks.whole()

@@ -19,7 +19,8 @@ class Rounds:
 
     Attributes:
         position_chunks: (N, r) int32, chunk of each position in each round.
-        item_chunks: (R, r) int32, chunk of each row in each round.
+        item_chunks: (R, r) int32, chunk of each row in each round. Plain PyTorch takes uint8 and
+            int16 too.
         reach: Number of neighbouring chunks on each side.
         block_rounds: (T,) int64, round of each block.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp.batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
+from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.products import times_transposed
 
 __all__ = ["backward", "forward", "softmax_"]
@@ -25,13 +26,13 @@ LINE_LOGITS = 1 << 20
 
 
 def forward(
-    states: Tensor, rows: Tensor, blocks: Blocks, tiles: CpuTiles | None = None
+    states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """(num_slots,) log-sum-exps and (N,) target logits, float32; see the package's function."""
     tiles = tiles or cpu_tiles()
     # One entry more than there are slots takes what padded pairs would add.
     logsumexp = states.new_full((blocks.num_slots + 1,), -torch.inf, dtype=torch.float32)
-    if blocks.items is None:
+    if isinstance(blocks, Blocks) and blocks.items is None:
         for positions, _, logits in _contiguous_tiles(states, rows, blocks.targets, tiles):
             logsumexp[positions] = torch.logaddexp(logsumexp[positions], softmax_(logits))
             del logits  # here and below: the next tile takes its memory
@@ -45,7 +46,7 @@ def forward(
 def backward(
     states: Tensor,
     rows: Tensor,
-    blocks: Blocks,
+    blocks: Blocks | NearbyChunks,
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
@@ -58,7 +59,7 @@ def backward(
     """
     tiles = tiles or cpu_tiles()
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    if blocks.items is None:
+    if isinstance(blocks, Blocks) and blocks.items is None:
         whole = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
         for positions, items, shares in _contiguous_tiles(states, rows, blocks.targets, tiles):
             # A softmax takes less time than an exponential alone; lines get their factor later.
@@ -96,10 +97,11 @@ class _SoftmaxTile:
 
 
 def _softmax_tiles(
-    states: Tensor, rows: Tensor, blocks: Blocks, tiles: CpuTiles
+    states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles
 ) -> Iterator[_SoftmaxTile]:
-    for batch in batches(blocks, states.shape[1], tiles):
-        yield _softmax_tile(states, rows, blocks, batch)
+    for part in [blocks] if isinstance(blocks, Blocks) else blocks.parts():
+        for batch in batches(part, states.shape[1], tiles):
+            yield _softmax_tile(states, rows, part, batch)
 
 
 def _softmax_tile(states: Tensor, rows: Tensor, blocks: Blocks, batch: Batch) -> _SoftmaxTile:
@@ -257,8 +259,12 @@ def _add_tile_gradient(
     grad_rows.index_add_(0, batch.items.flatten(), for_rows.flatten(0, 1))
 
 
-def _without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
+def _without_idle_pairs(
+    blocks: Blocks | NearbyChunks, grad_logsumexp: Tensor
+) -> Blocks | NearbyChunks:
     """The blocks less the pairs whose slot gets no gradient, such as all but one bucket of sce."""
+    if isinstance(blocks, NearbyChunks):
+        return blocks
     if blocks.pair_slots is None or blocks.pair_positions is None:
         return blocks
     busy = grad_logsumexp[blocks.pair_slots] != 0

@@ -280,7 +280,7 @@ class _Listed:
                 blocks.targets,
                 unused if blocks.offsets is None else blocks.offsets,
                 unused if rounds is None else rounds.position_chunks.contiguous(),
-                unused if rounds is None else rounds.item_chunks.contiguous(),
+                unused if rounds is None else rounds.item_chunks.int().contiguous(),
             ),
             num_rounds=0 if rounds is None else rounds.position_chunks.shape[1],
             reach=0 if rounds is None else rounds.reach,
