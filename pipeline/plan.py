@@ -42,8 +42,6 @@ class Machine:
         device: "cpu" or "cuda".
         filled: share of the positions of a batch that are real and not padding.
         libraries_gb: what a process or a CUDA context holds before the model is built.
-        checkpoint_copy: count a copy of table and optimizer state, as an asynchronous checkpoint
-            makes.
     """
 
     ranks: int = 1
@@ -51,7 +49,6 @@ class Machine:
     device: str = "cpu"
     filled: float = 1.0
     libraries_gb: float = 0.6
-    checkpoint_copy: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a machine that cannot be."""
@@ -74,7 +71,10 @@ class Plan:
         memory: bytes by term; "gradient" is that of the table.
         peak_bytes: most that exist at once: not all terms do.
         moved: bytes received from other ranks, by part.
+        traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
+            cache is not moved so often.
         flops: of products, by part.
+        host_bytes: of a GPU's machine, for the copy that a checkpoint is written from.
         largest_num_items: the largest catalog whose peak fits; none where no memory was given.
     """
 
@@ -82,7 +82,9 @@ class Plan:
     memory: Mapping[str, int]
     peak_bytes: int
     moved: Mapping[str, float]
+    traffic: Mapping[str, float]
     flops: Mapping[str, float]
+    host_bytes: int = 0
     largest_num_items: int | None = None
 
     @property
@@ -93,13 +95,18 @@ class Plan:
     def describe(self) -> str:
         """The plan as a table."""
         rows = [("memory of a rank", ""), *((n, _bytes(b)) for n, b in self.memory.items())]
-        rows += [("peak", _bytes(self.peak_bytes)), ("dominated by", self.dominant), ("", "")]
-        rows += [("received in a step", ""), *((n, _bytes(b)) for n, b in self.moved.items())]
+        rows += [("peak", _bytes(self.peak_bytes)), ("dominated by", self.dominant)]
+        if self.host_bytes:
+            rows += [("host memory for a checkpoint", _bytes(self.host_bytes))]
+        rows += [("", ""), ("from other ranks in a step", "")]
+        rows += [(name, _bytes(value)) for name, value in self.moved.items()]
+        rows += [("", ""), ("read and written in a step", "")]
+        rows += [(name, _bytes(value)) for name, value in self.traffic.items()]
         rows += [("", ""), ("FLOP in a step", "")]
         rows += [(name, f"{value:,.3g}") for name, value in self.flops.items()]
         if self.largest_num_items is not None:
             rows += [("", ""), ("largest catalog that fits", f"{self.largest_num_items:,} items")]
-        return "\n".join(f"{name:<28}{value:>20}".rstrip() for name, value in rows)
+        return "\n".join(f"{name:<30}{value:>20}".rstrip() for name, value in rows)
 
 
 def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
@@ -123,7 +130,9 @@ def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
         memory=memory,
         peak_bytes=peak,
         moved=made.moved(num_items),
+        traffic={"loss": loss_cost(config.loss, made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
+        host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
         largest_num_items=largest,
     )
 
@@ -166,11 +175,18 @@ class _Planner:
             "activations": self._activations(),
             "loss workspace": cost.workspace_bytes + self._unit_rows(work),
             "update workspace": update,
-            "checkpoint copy": (table + state) * self.machine.checkpoint_copy,
+            "checkpoint copy": self.checkpoint_copy(num_items) * self.on_cpu,
         }
         either = {"activations", "loss workspace"}, {"update workspace"}
         always = sum(value for name, value in terms.items() if name not in either[0] | either[1])
         return terms, always + max(sum(terms[name] for name in names) for names in either)
+
+    def checkpoint_copy(self, num_items: int) -> int:
+        """Bytes in host memory of what is written while training goes on."""
+        floats = self.width + state_floats(self.config.catalog.optimizer, self.width)
+        encoder = 3 * 4 * self.parameters  # weights, two moments
+        copy = 4 * self.work(num_items).num_rows * floats + encoder
+        return copy * self.config.checkpoints.background
 
     def largest(self, memory_bytes: int) -> int:
         """The largest catalog whose peak is within ``memory_bytes``, by bisection; 0 for none."""

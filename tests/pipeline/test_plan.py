@@ -46,7 +46,8 @@ QUICK = ("fused-softmax", "sampled-adam", "sasrec")
 def case_of(name: str) -> tuple[TrainConfig, dict[str, Any]]:
     num_items, (sequences, length), options, _ = CASES[name]
     overrides = [*options.split(), "encoder.width=64", f"encoder.max_length={length}"]
-    overrides.append(f"batches.batch_size={sequences}")
+    # No checkpoint is written where the peak is measured.
+    overrides += [f"batches.batch_size={sequences}", "checkpoints.background=false"]
     config = override(tiny_cpu("none", "none"), overrides)
     case = {"num_items": num_items, "batch": [sequences, length], "overrides": overrides}
     return config, case
@@ -79,9 +80,8 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str) -> None:
 
 
 def test_terms_are_those_that_one_counts_by_hand() -> None:
-    config = override(
-        tiny_cpu("none", "none"), ["encoder.width=64", "catalog.optimizer=adam", "loss=cce"]
-    )
+    options = "encoder.width=64 catalog.optimizer=adam loss=cce checkpoints.background=false"
+    config = override(tiny_cpu("none", "none"), options.split())
     planned = without_libraries(config, 1_000_000)
     assert planned.memory["table"] == 256_000_000
     assert planned.memory["optimizer state"] == 512_000_000
@@ -139,13 +139,35 @@ def test_every_loss_has_a_cost_that_grows_with_its_batch(name: str) -> None:
     assert 0 < small.touched_rows <= large.touched_rows <= 25_000
 
 
-def test_an_asynchronous_checkpoint_is_counted_when_asked_for() -> None:
-    config = tiny_cpu("none", "none")
-    without, with_copy = (
-        plan(config, 100_000, Machine(checkpoint_copy=copy)) for copy in (False, True)
-    )
-    copied = without.memory["table"] + without.memory["optimizer state"]
-    assert with_copy.peak_bytes - without.peak_bytes == copied
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_copy_of_a_checkpoint_counts_where_it_lies(device: str) -> None:
+    config, machine = tiny_cpu("none", "none"), Machine(device=device)
+    assert config.checkpoints.background
+    with_copy = plan(config, 100_000, machine)
+    without = plan(override(config, ["checkpoints.background=false"]), 100_000, machine)
+    assert (without.memory["checkpoint copy"], without.host_bytes) == (0, 0)
+    encoder = without.memory["encoder"] * 3 // 5
+    copied = without.memory["table"] + without.memory["optimizer state"] + encoder
+    on_cpu = device == "cpu"
+    assert with_copy.peak_bytes - without.peak_bytes == copied * on_cpu
+    assert with_copy.host_bytes == copied * (not on_cpu)
+    assert ("host memory for a checkpoint" in with_copy.describe()) is not on_cpu
+
+
+def test_what_the_loss_reads_and_writes_is_said_beside_its_products() -> None:
+    config = override(tiny_cpu("none", "none"), ["encoder.width=64", "loss=cce"])
+    for ranks in (1, 4):
+        planned = plan(config, 1_000_000, Machine(ranks=ranks))
+        work = Workload(
+            num_positions=32 * 16, num_items=1_000_000, num_ranks=ranks, width=64, on_cpu=True
+        )
+        cost = loss_cost(config.loss, work).work
+        assert planned.traffic == {"loss": cost.bytes} and planned.flops["loss"] == cost.flops
+        # At least each row once forward and once backward, and its gradient.
+        assert cost.bytes >= 3 * 4 * 1_000_000 / ranks * 64
+        lines = planned.describe().splitlines()
+        told = lines[lines.index("read and written in a step") + 1].split()
+        assert told[0] == "loss" and float(told[1]) > 0 and told[2] in ("MB", "GB")
 
 
 def test_the_command_prints_terms_and_the_largest_catalog(
