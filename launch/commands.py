@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardrec.launch.options import Parser, add_options, read_options
+from shardrec.launch.options import Parser, add_options, add_timeout, read_options
 
 if TYPE_CHECKING:
     from shardrec.pipeline.measure import MeasureConfig
@@ -88,16 +88,18 @@ def train(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.train import train as run_train
 
     options, config = read_train(arguments)
-    check_restarts(options.resume, os.environ)
+    resume, force = options.resume, options.force
+    check_restarts(resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found, sigterm_asks(grace_s, found.peers) as interrupted:
-        run_train(config, resume=options.resume, interrupted=interrupted)
+        run_train(config, resume=resume, force=force, interrupted=interrupted)
     return 0
 
 
 def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     """What the arguments of ``train`` spell; exits when they are wrong."""
     from shardrec.pipeline.config import describe, override, unknown_name
+    from shardrec.pipeline.forced import check_force
     from shardrec.pipeline.recipes import RECIPES
 
     parser = Parser(
@@ -109,7 +111,12 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         "After SIGTERM it ends the step, writes a checkpoint and exits with 75: start it again.",
     )
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument(
+        "--run",
+        required=True,
+        metavar="DIR",
+        help="folder to write: new or empty, but for --resume and --force",
+    )
     parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
     parser.add_argument(
         "--resume",
@@ -122,13 +129,15 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         "nothing where it is finished: for jobs that are tried again",
     )
     parser.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long workers wait for one that does not come, before they say which it is and "
-        "end (default: 600)",
+        "--force",
+        action="store_true",
+        help="train anew where the folder holds a run: the new one is written beside it, in "
+        ".RUN.partial, and takes its place when it has finished; until then the former run is as "
+        "it was. Other files in the folder are refused, and checkpoints elsewhere need a new "
+        "folder. After an interruption, --force "
+        "--resume=auto goes on with the new run and --force alone begins it again",
     )
+    add_timeout(parser)
     parser.add_argument(
         "--grace",
         type=float,
@@ -159,6 +168,7 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         ["recipes:", *lines, "", "options, as the recipe `demo` sets them:", example]
     )
     options = parser.parse(arguments)
+    check_force(options.force, options.resume)
     if options.recipe not in RECIPES:
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
     recipe = RECIPES[options.recipe](options.prepared, options.run)
@@ -180,7 +190,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.group import rank_of
 
     options, config = read_evaluate(arguments)
-    with process_group() as (group, _):
+    with process_group(options.timeout) as (group, _):
         if options.run is None:
             metrics = evaluate_popularity(options.prepared, config, split=options.split)
         else:
@@ -227,6 +237,7 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     parser.add_argument(
         "--force", action="store_true", help="replace a report of other weights or options"
     )
+    add_timeout(parser)
     add_options(parser, MeasureConfig)
     options = parser.parse(arguments)
     return options, read_options(MeasureConfig, options)
@@ -242,8 +253,9 @@ def plan(arguments: Sequence[str]) -> int:
     parser = Parser(
         "plan",
         "Says before a machine is rented what a step costs each rank: bytes of memory by term,\n"
-        "bytes received from other ranks, FLOP, and the largest catalog that fits. Options of the\n"
-        "model are set by dotted names, as in `shardrec train`.",
+        "bytes received from other ranks, bytes that the loss reads and writes, FLOP, and the\n"
+        "largest catalog that fits. Options of the model are set by dotted names, as in `shardrec\n"
+        "train`; with checkpoints.background=false no copy for a checkpoint is counted.",
         "example: shardrec plan --num-items 10_000_000 --ranks 8 --memory-gb 80 --device cuda "
         "--recipe large_catalog encoder.width=128",
     )

@@ -1,10 +1,11 @@
 """Commands that bring a trained model to its users: recommend, export, gate, publish, rollback."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardrec.launch.options import Parser, add_options, read_options
+from shardrec.launch.options import Parser, add_options, add_timeout, read_options
 
 if TYPE_CHECKING:
     from shardrec.pipeline.export import ExportConfig
@@ -21,8 +22,8 @@ def recommend(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.group import rank_of
     from shardrec.pipeline.recommend import recommend as run_recommend
 
-    config = read_recommend(arguments)
-    with process_group() as (group, _):
+    options, config = read_recommend(arguments)
+    with process_group(options.timeout) as (group, _):
         done = run_recommend(config)
         if rank_of(group) == 0:
             for name, count in done.manifest["counts"].items():
@@ -32,8 +33,8 @@ def recommend(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_recommend(arguments: Sequence[str]) -> "RecommendConfig":
-    """The config that the arguments of ``recommend`` spell; exits when they are wrong."""
+def read_recommend(arguments: Sequence[str]) -> "tuple[Namespace, RecommendConfig]":
+    """What the arguments of ``recommend`` spell; exits when they are wrong."""
     from shardrec.pipeline.recommend import RecommendConfig
 
     parser = Parser(
@@ -44,8 +45,10 @@ def read_recommend(arguments: Sequence[str]) -> "RecommendConfig":
         "example: shardrec recommend --run run --prepared data --histories users.parquet "
         "--output lists --k 20",
     )
+    add_timeout(parser)
     add_options(parser, RecommendConfig)
-    return read_options(RecommendConfig, parser.parse(arguments))
+    options = parser.parse(arguments)
+    return options, read_options(RecommendConfig, options)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -54,8 +57,8 @@ def export(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.export import export as run_export
     from shardrec.pipeline.group import rank_of
 
-    config = read_export(arguments)
-    with process_group() as (group, _):
+    options, config = read_export(arguments)
+    with process_group(options.timeout) as (group, _):
         done = run_export(config)
         if rank_of(group) == 0:
             manifest = done.manifest
@@ -67,8 +70,8 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_export(arguments: Sequence[str]) -> "ExportConfig":
-    """The config that the arguments of ``export`` spell; exits when they are wrong."""
+def read_export(arguments: Sequence[str]) -> "tuple[Namespace, ExportConfig]":
+    """What the arguments of ``export`` spell; exits when they are wrong."""
     from shardrec.pipeline.export import ExportConfig
 
     parser = Parser(
@@ -78,8 +81,10 @@ def read_export(arguments: Sequence[str]) -> "ExportConfig":
         "Asked again for the same, it does nothing.",
         "example: shardrec export --run run --prepared data --output model",
     )
+    add_timeout(parser)
     add_options(parser, ExportConfig)
-    return read_options(ExportConfig, parser.parse(arguments))
+    options = parser.parse(arguments)
+    return options, read_options(ExportConfig, options)
 
 
 def gate(arguments: Sequence[str]) -> int:

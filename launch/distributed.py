@@ -135,7 +135,7 @@ def _accounted_for(peers: Peers) -> Iterator[None]:
             raise
         raise LostRankError(
             f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: with --resume=auto it goes on from its last checkpoint"
+            "start the job again: training with --resume=auto goes on from its last checkpoint"
         ) from error
     finally:
         peers.leave(reason)

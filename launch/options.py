@@ -56,6 +56,28 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         parser.add_argument(leaf.option, **leaf.keywords())
 
 
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """``--timeout``, for stages that several workers run together."""
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long workers wait for one that does not come, before they say which it is and "
+        "end (default: 600)",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}; give seconds")
+    return seconds
+
+
 def read_options(cls: type[Config], namespace: argparse.Namespace) -> Config:
     """The ``cls`` that the options spell.
 

@@ -50,11 +50,11 @@ def folder_for(output: Path, resume: Resume) -> Iterator[Path]:
         FileExistsError: ``output`` holds more than a run, or another process writes there.
         PermissionError: nothing can be written beside ``output``.
     """
-    settle(output)
+    is_settled = settle(output)
     begun, partial = partial_of(output) / RESULT, partial_of(output)
     is_begun = resume == "auto" and (begun / "run.json").is_file()
-    is_interrupted = resume == "auto" and not (output / END).is_file()
-    if not (output / "run.json").is_file() or (is_interrupted and not is_begun):
+    goes_on = resume == "auto" and (is_settled or not (output / END).is_file())
+    if not (output / "run.json").is_file() or (goes_on and not is_begun):
         yield output
         return
     _require_run_alone(output)

@@ -20,6 +20,7 @@ from shardrec.pipeline.callbacks import (
     ValidationReport,
     step_scalars,
 )
+from shardrec.pipeline.json_files import read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -207,7 +208,8 @@ def _run(client: "MlflowClient", experiment: str, folder: Path, name: str) -> st
     """The id of the run that ``folder`` has begun, or of a new one."""
     path = folder / _RUN_FILE
     if path.is_file():
-        run_id: str = json.loads(path.read_text())["run_id"]
+        remedy = "remove it, and a new MLflow run is begun"
+        run_id: str = read_object(path, {"run_id": str}, remedy)["run_id"]
         client.update_run(run_id, status="RUNNING")
         return run_id
     run_id = client.create_run(experiment, run_name=name).info.run_id

@@ -107,28 +107,30 @@ def put_in_place(result: Path, output: Path) -> None:
         raise
 
 
-def settle(output: Path) -> None:
-    """Bring an output to its place that a process which was killed between two renames left aside.
+def settle(output: Path) -> bool:
+    """Whether an output was brought to its place that a killed process had left aside.
 
-    ``output`` is missing then, and what was there and the new one, which is complete, lie beside
-    it: the new one gets the place. Does nothing where there is an output or nothing was left, nor
-    while another process is between its two renames.
+    Where it was killed between two renames, ``output`` is missing, and what was there and the new
+    one, which is complete, lie beside it: the new one gets the place. Does nothing where there is
+    an output or nothing was left, nor while another process is between its two renames.
 
     Raises:
         OSError: it cannot be renamed; the message says what to do.
     """
     partial = partial_of(output)
     if os.path.lexists(output) or not (partial / FORMER).is_dir():
-        return
+        return False
     found = partial / RESULT
     found = found if found.is_dir() else partial / FORMER
     try:
         with _locked(partial):
-            if not os.path.lexists(output):
-                found.rename(output)
-                shutil.rmtree(partial, ignore_errors=True)
-    except FileExistsError:
-        return
+            if os.path.lexists(output):  # since it was looked for
+                return False
+            found.rename(output)
+            shutil.rmtree(partial, ignore_errors=True)
+            return True
+    except FileExistsError:  # another process has the lock
+        return False
     except OSError as error:
         raise OSError(
             error.errno,

@@ -1,16 +1,22 @@
 """A rank that is stopped, asleep or gone is named by those that wait for it, in bounded time."""
 
+import contextlib
+import importlib
+import io
 import logging
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 
+from shardrec.launch import cli
 from shardrec.launch.distributed import workers
 from shardrec.pipeline.peers import LostRankError
 
@@ -33,29 +39,18 @@ def misbehave(how: str) -> None:
         raise KeyError("a bug of one rank")
 
 
-def wait_for_rank_1(how: str, port: int) -> tuple[str, float, list[str]]:
-    """What this rank raised, after how many seconds, and its warnings, when rank 1 is absent."""
+@contextlib.contextmanager
+def as_worker(port: int) -> Iterator[int]:
+    """Be one of torchrun's workers, of this rank, for the length of a ``with``."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     processes = [0] * world_size
     dist.all_gather_object(processes, os.getpid())
     dist.destroy_process_group()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "localhost"}
-    started, said = time.monotonic(), list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("shardrec").addHandler(handler)
     try:
-        with workers(TIMEOUT_S):
-            dist.barrier()
-            if rank == 1:
-                misbehave(how)
-            dist.all_reduce(torch.ones(1))
-        return "nothing", 0.0, said
-    except Exception as error:
-        return f"{type(error).__name__}: {error}", time.monotonic() - started, said
+        yield rank
     finally:
-        logging.getLogger("shardrec").removeHandler(handler)
         for name in (*place, "MASTER_ADDR"):
             del os.environ[name]
         if rank == 0:
@@ -63,6 +58,39 @@ def wait_for_rank_1(how: str, port: int) -> tuple[str, float, list[str]]:
         store = dist.HashStore()  # type: ignore[attr-defined]
         # The pool takes down the group it made.
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def wait_for_rank_1(how: str, port: int) -> tuple[str, float, list[str]]:
+    """What this rank raised, after how many seconds, and its warnings, when rank 1 is absent."""
+    said = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    with as_worker(port) as rank:
+        logging.getLogger("shardrec").addHandler(handler)
+        started = time.monotonic()
+        try:
+            with workers(TIMEOUT_S):
+                dist.barrier()
+                if rank == 1:
+                    misbehave(how)
+                dist.all_reduce(torch.ones(1))
+            return "nothing", 0.0, said
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - started, said
+        finally:
+            logging.getLogger("shardrec").removeHandler(handler)
+
+
+def run_without_rank_1(words: list[str], port: int) -> tuple[int, str, float]:
+    """Exit code, errors and seconds of a command whose second worker never begins to work."""
+    importlib.import_module(f"shardrec.pipeline.{words[0]}")  # takes longer than the others wait
+    with as_worker(port) as rank, contextlib.redirect_stderr(io.StringIO()) as errors:
+        started = time.monotonic()
+        if rank == 0:
+            return cli.main(words), errors.getvalue(), time.monotonic() - started
+        with workers(TIMEOUT_S):
+            time.sleep(2.5 * TIMEOUT_S)
+        return 0, "", 0.0
 
 
 @pytest.mark.parametrize(
@@ -83,3 +111,24 @@ def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) 
     if how != "raising":
         (warning,) = answers[0][2]
         assert warning.startswith("no progress for 1 s, of at most 2: rank 1"), warning
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "recommend", "export"])
+def test_every_stage_of_several_workers_ends_in_bounded_time(
+    ranks: Ranks, tmp_path: Path, stage: str
+) -> None:
+    output = [] if stage == "evaluate" else ["--output", str(tmp_path / "output")]
+    words = [stage, "--prepared", str(tmp_path), "--run", str(tmp_path / "run"), *output]
+    words += ["--timeout", str(TIMEOUT_S)]
+    (code, said, seconds), _ = ranks(2).run(run_without_rank_1, words, free_port(), timeout=60)
+    assert code == 1
+    assert f"shardrec {stage}: every rank must take part to the end, got rank 1" in said
+    assert "lives but does not come" in said and seconds < 4 * TIMEOUT_S
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon"])
+def test_a_timeout_is_a_number_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--prepared", "p", "--run", "r", "--timeout", value]
+    assert cli.main(words) == 2
+    assert f"must be a number above 0, got '{value}'; give seconds" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """A forced run takes the place of a former one when it is complete, and not before."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
+from shardrec.pipeline import staging
 from shardrec.pipeline.callbacks import Callback, StepReport
 from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, load_checkpoint
 from shardrec.pipeline.lock import RunLock
@@ -123,6 +126,33 @@ def test_a_forced_run_that_was_interrupted_goes_on_or_begins_again(
     assert_replaced(run, data, seed=2)
     train(config_of(data, tmp_path / "other", seed=2))
     assert torch.equal(first_weights(run), first_weights(tmp_path / "other"))
+
+
+def test_a_kill_between_two_renames_leaves_the_new_run_to_be_found(
+    data: str, tmp_path: Path, former: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rename = tmp_path / "run", Path.rename
+
+    def die(path: Path, target: Path) -> Path:
+        if target == run:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    config = config_of(data, run, seed=2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(staging, "_rename_exchange", lambda *_: errno.ENOSYS)
+        patched.setattr(Path, "rename", die)
+        train(config, force=True)
+    assert not run.exists()
+    shutil.copytree(partial_of(run), tmp_path / "left")
+    assert open_run(run, Prepared.open(data)).seed == 2  # a reader finds it
+    assert_replaced(run, data, seed=2)
+    shutil.rmtree(run)
+    shutil.copytree(tmp_path / "left", partial_of(run))
+    watch = Watch(run)
+    train(config, callbacks=[watch], force=True, resume="auto")  # the next start, too
+    assert watch.steps == []
+    assert_replaced(run, data, seed=2)
 
 
 def test_an_interrupted_run_goes_on_where_it_is(data: str, tmp_path: Path) -> None:
