@@ -32,6 +32,8 @@ def write_export(folder: Path, weights: str) -> str:
         "schema_version": 1,
         "request": {"source": source_of(weights)},
         "catalog_version": "c" * 16,
+        "scores": "inner product",
+        **{"num_items": 3, "width": 4, "max_length": 5},
         "files": [{"path": "encoder.pt2", "sha256": sha256(folder / "encoder.pt2")}],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
