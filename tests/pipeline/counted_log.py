@@ -94,7 +94,12 @@ def write_manifest(folder: Path, lengths: np.ndarray, weights: bool) -> None:
             "test_time": None,
             "validation_time": None,
         },
-        "counts": {"items": NUM_ITEMS, "train_sequences": len(lengths)},
+        "counts": {
+            "items": NUM_ITEMS,
+            "train_sequences": len(lengths),
+            "train_users": len(lengths),
+            "validation_users": 0,
+        },
         "quantiles": {},
         "load_per_rank": {},
         "files": files,
