@@ -5,7 +5,7 @@ Source: arXiv 2509.09682; the correction with K and Q as drawn follows from unbi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
-from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
+from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import (
     LossCost,
@@ -27,7 +27,7 @@ from shardrec.kernels.cost import (
 )
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform, pack, unpack
-from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.operation import Call, Operator, autocast_dtype
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
@@ -164,6 +164,9 @@ def sampled_cross_entropy(
         ValueError: a shape disagrees, or a target or option is out of range,
             on this rank or another.
 
+    On a CPU, for float32 rows of one process as they are, mean and sum take their gradient in the
+    forward pass.
+
     Over several ranks either the states travel to all shards, or the rows that are drawn and those
     of the targets travel to the states: whichever is fewer bytes (see ``SampledItems.touched``).
     The result is the same.
@@ -197,7 +200,27 @@ def sampled_cross_entropy(
         proposal_kinds=kinds,
         proposal_numbers=numbers,
     )
-    return _sampled_cross_entropy(states, table, targets, call, candidates, tables)[0]
+    fuse = _is_final_in_a_block(states, table, num_negatives, call)
+    if fuse and isinstance(table, RowShard):
+        table = replace(table, group=None)
+    return _sampled_cross_entropy(states, table, targets, call, candidates, tables, fuse=fuse)[0]
+
+
+def _is_final_in_a_block(
+    states: Tensor, table: Tensor | RowShard, num_negatives: int, call: Call
+) -> bool:
+    """Whether the gradient can be taken in forward: float32 on a CPU, all rows here, as they are.
+
+    The same answer on every rank.
+    """
+    rows = table.rows if isinstance(table, RowShard) else table
+    if isinstance(table, RowShard) and table.group is not None and table.group.size() > 1:
+        return False
+    is_float = states.dtype == rows.dtype == torch.float32
+    is_float = is_float and autocast_dtype(states) in (None, torch.float32)
+    in_torch = states.device.type == "cpu" and call.backend != "triton"
+    is_whole = num_negatives <= CpuTiles().items
+    return is_float and in_torch and is_whole and not call.normalize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,15 +347,17 @@ _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)
 def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | None) -> LossCost:
     """What sampled negatives cost a rank, where the draws are uniform.
 
-    A draw from popularity, or from the batch, meets fewer rows. The rows drawn are copied once;
-    beside the copy there are the draws of a chunk, in about ten forms, and the batches of a CPU.
+    A draw from popularity, or from the batch, meets fewer rows. One process on a CPU takes the
+    gradient in forward, with three products. Else the rows drawn are copied once; beside the copy
+    there are the draws of a chunk, in about ten forms, and the batches of a CPU.
     """
     share = max(1, work.num_positions if share is None else share)
     num_draws = -(-work.num_positions // share) * num_negatives
     # Targets are drawn from the log and not uniformly: at most one row for each.
     touched = expected_distinct(num_draws + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
-    copy = rows * work.width * work.element_bytes
+    is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
+    copy = 0 if is_fused else rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
     batches = cpu_tiles().listed_bytes if work.on_cpu else 0
     received, travelling = state_traffic(work), streaming_bytes(work)
@@ -348,6 +373,6 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
         touched_rows=rows,
         is_dense=False,
         workspace_bytes=copy + 10 * draws + batches + travelling,
-        work=listed_cost(pairs, share, work),
+        work=listed_cost(pairs, share, work, products=3 if is_fused else None),
         received=received,
     )

@@ -16,7 +16,7 @@ from shardrec.kernels.row_trip import (
 )
 from shardrec.kernels.streaming import streamed_gradients, streamed_logsumexp
 
-__all__ = ["compare", "gradients", "kept_shapes", "largest_slots"]
+__all__ = ["compare", "gradients", "kept_shapes", "largest_slots", "touched_rows"]
 
 _TRIP = ("shared", "fetched", "wanted", "counts")
 
@@ -174,8 +174,7 @@ def _touched_part(
     One process keeps as many lines as the candidates can touch, because a graph must know the size;
     on several ranks nobody knows it.
     """
-    found = problem.row_ids.find(items)
-    used = torch.unique(found[found >= 0])
+    used = _rows_of(problem, items)
     num_used, num_kept = used.numel(), used.numel()
     if problem.exchange.layout is None:
         num_kept = candidates.sizes(problem.states.shape[0], problem.rows.shape[0])["M"]
@@ -184,6 +183,18 @@ def _touched_part(
     rows[num_used:].zero_()
     kept |= {"used": F.pad(used, (0, num_kept - num_used), value=-1), "used_rows": rows}
     return problem.restrict(used, rows[:num_used])
+
+
+def touched_rows(problem: Problem, candidates: Candidates, tables: Sequence[Tensor]) -> Tensor:
+    """(M,) int64 ascending rows of one process that are candidates or targets of any position."""
+    items = candidates.touched(problem, tuple(tables))
+    assert isinstance(items, Tensor)
+    return _rows_of(problem, items)
+
+
+def _rows_of(problem: Problem, items: Tensor) -> Tensor:
+    found = problem.row_ids.find(items)
+    return torch.unique(found[found >= 0])
 
 
 def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.collective import find_group
 from shardrec.kernels.comparison import compare, gradients, kept_shapes
+from shardrec.kernels.fused_comparison import fake_gradients, fused_comparison
 from shardrec.kernels.problem import Problem, Scaling, pose, pose_again, shape_refusal
 from shardrec.kernels.shard import RowShard
 
@@ -116,7 +117,8 @@ class Operator:
         Args:
             name: Name of the public function.
             candidates: A dataclass; its fields are arguments of the operators.
-            fused: Takes the gradient in the forward pass, of every item as candidates.
+            fused: Takes the gradient in the forward pass, of every item as candidates; None is
+                ``fused_comparison``.
         """
         self._name = name
         self._candidates = candidates
@@ -230,12 +232,17 @@ class Operator:
             backend=options.backend,
         )
         if options.gradient == _IN_FORWARD:
-            assert self._fused is not None
-            total, *parts = self._fused(problem, problem.coefficients(options.reduction))
-            grad_states = options.scaling.states_gradient(states, parts[0])
-            grad_rows = options.scaling.rows_gradient(rows, parts[1])
             covered = torch.ones_like(targets, dtype=torch.bool)
-            return problem.exchange.sum(total), covered, [grad_states, grad_rows]
+            coefficients = problem.coefficients(options.reduction)
+            if self._fused is not None:
+                total, *saved = self._fused(problem, coefficients)
+            else:
+                total, *saved = fused_comparison(
+                    problem, candidates, tables, coefficients, options.sparse_grad
+                )
+            saved[0] = options.scaling.states_gradient(states, saved[0])
+            saved[1] = options.scaling.rows_gradient(rows, saved[1])
+            return problem.exchange.sum(total), covered, saved
         loss, covered, kept = compare(problem, candidates, tables, options.reduction)
         if options.gradient == _NEVER:
             return loss, covered, []
@@ -261,7 +268,7 @@ class Operator:
         if options.gradient == _NEVER:
             return loss, covered, []
         if options.gradient == _IN_FORWARD:
-            return loss, covered, [states.new_empty(states.shape), rows.new_empty(rows.shape)]
+            return loss, covered, fake_gradients(states, rows, options.sparse_grad)
         sizes: dict[str, int | torch.SymInt] = {"N": states.shape[0], "D": states.shape[1]}
         sizes["R"] = rows.shape[0]
         if options.group:
@@ -320,11 +327,8 @@ class Operator:
         *values: Any,
     ) -> tuple[Tensor, Tensor]:
         options, _ = self._unpack(values)
-        sizes: dict[str, int | torch.SymInt] = {}
-        if not options.sparse_grad:
-            sizes["R"] = rows.shape[0]
-        num_rows = _size("R", sizes)
-        return states.new_empty(states.shape), rows.new_empty((num_rows, rows.shape[1]))
+        grad_states, grad_rows, *_ = fake_gradients(states, rows, options.sparse_grad)
+        return grad_states, grad_rows
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         states, rows, targets, _, tables, *values = inputs
@@ -348,14 +352,16 @@ class Operator:
         in_place = type(grad) is Tensor and not torch.is_grad_enabled()
         if options.gradient == _IN_FORWARD and in_place:
             ctx.is_spent = True
-            grad_states, grad_rows = _scaled(saved, grad)
+            grad_states, grad_rows = _scaled(saved[:2], grad)
         else:
             grad_states, grad_rows = self._backward_overload(
                 grad, states, rows, targets, tables, saved, *ctx.values
             )
         if options.sparse_grad:
-            names = list(options.kept_shapes(candidates, rows))
-            used = saved[names.index("used")][: grad_rows.shape[0]]
+            place = 2  # behind both gradients
+            if options.gradient == _IN_BACKWARD:
+                place = list(options.kept_shapes(candidates, rows)).index("used")
+            used = saved[place][: grad_rows.shape[0]]
             grad_rows = torch.sparse_coo_tensor(
                 used[None], grad_rows, rows.shape, is_coalesced=True, check_invariants=False
             )

@@ -19,7 +19,7 @@ from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.products import times_transposed
 
-__all__ = ["backward", "forward", "softmax_"]
+__all__ = ["SoftmaxTile", "add_tile_gradient", "backward", "forward", "softmax_", "softmax_tiles"]
 
 # Logits whose softmax is taken together.
 LINE_LOGITS = 1 << 20
@@ -37,7 +37,7 @@ def forward(
             logsumexp[positions] = torch.logaddexp(logsumexp[positions], softmax_(logits))
             del logits  # here and below: the next tile takes its memory
     else:
-        for tile in _softmax_tiles(states, rows, blocks, tiles):
+        for tile in softmax_tiles(states, rows, blocks, tiles):
             _add_logsumexp(logsumexp, tile)
             del tile
     return logsumexp[:-1], _target_logits(states, rows, blocks.targets)
@@ -71,14 +71,14 @@ def backward(
             del shares
     else:
         busy = _without_idle_pairs(blocks, grad_logsumexp)
-        made = _softmax_tiles(states, rows, busy, tiles)
+        made = softmax_tiles(states, rows, busy, tiles)
         _add_tile_gradients(made, logsumexp, grad_logsumexp, grad_states, grad_rows)
     _add_target_gradient(states, rows, blocks.targets, grad_target_logits, grad_states, grad_rows)
     return grad_states
 
 
 @dataclass(frozen=True, slots=True)
-class _SoftmaxTile:
+class SoftmaxTile:
     """A batch of listed blocks with its probabilities.
 
     Attributes:
@@ -96,22 +96,23 @@ class _SoftmaxTile:
     logsumexp: Tensor
 
 
-def _softmax_tiles(
+def softmax_tiles(
     states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles
-) -> Iterator[_SoftmaxTile]:
+) -> Iterator[SoftmaxTile]:
+    """The listed blocks, batch by batch; one of at most ``tiles.items`` rows is in one batch."""
     for part in [blocks] if isinstance(blocks, Blocks) else blocks.parts():
         for batch in batches(part, states.shape[1], tiles):
             yield _softmax_tile(states, rows, part, batch)
 
 
-def _softmax_tile(states: Tensor, rows: Tensor, blocks: Blocks, batch: Batch) -> _SoftmaxTile:
+def _softmax_tile(states: Tensor, rows: Tensor, blocks: Blocks, batch: Batch) -> SoftmaxTile:
     logits, batch_states, batch_rows = _batch_logits(states, rows, blocks, batch)
     logsumexp = softmax_(logits.flatten(0, 1)).view(logits.shape[:2])
-    return _SoftmaxTile(batch, logits, batch_states, batch_rows, logsumexp)
+    return SoftmaxTile(batch, logits, batch_states, batch_rows, logsumexp)
 
 
 def _add_tile_gradients(
-    tiles: Iterable[_SoftmaxTile],
+    tiles: Iterable[SoftmaxTile],
     logsumexp: Tensor,
     weight: Tensor,
     grad_states: Tensor,
@@ -132,7 +133,9 @@ def _add_tile_gradients(
     for tile in tiles:
         slots = tile.batch.slots
         part_of_slot = (tile.logsumexp - whole[slots]).exp_()
-        _add_tile_gradient(tile, weight[slots] * part_of_slot, grad_states, grad_rows)
+        add_tile_gradient(
+            tile, weight[slots] * part_of_slot, grad_states, grad_rows, tile.batch.items
+        )
         del tile
 
 
@@ -242,21 +245,29 @@ def _mask_met_before(logits: Tensor, rounds: Rounds, batch: Batch) -> None:
         logits.masked_fill_(distance.abs_() <= rounds.reach, -torch.inf)
 
 
-def _add_logsumexp(logsumexp: Tensor, tile: _SoftmaxTile) -> None:
+def _add_logsumexp(logsumexp: Tensor, tile: SoftmaxTile) -> None:
     slots = tile.batch.slots
     # Blocks of one round have no slot twice, so reading and writing by index is safe.
     logsumexp[slots] = torch.logaddexp(logsumexp[slots], tile.logsumexp)
 
 
-def _add_tile_gradient(
-    tile: _SoftmaxTile, weight: Tensor, grad_states: Tensor, grad_rows: Tensor
+def add_tile_gradient(
+    tile: SoftmaxTile, weight: Tensor, grad_states: Tensor, grad_rows: Tensor, lines: Tensor
 ) -> None:
-    """Adds the gradients of a tile whose lines have (G, p) weights; overwrites its states."""
+    """Adds the gradients of a tile to those of states and rows; overwrites its states.
+
+    Args:
+        tile: The tile.
+        weight: (G, p) float32 derivatives with respect to the log-sum-exps of its lines.
+        grad_states: (N, D) float32.
+        grad_rows: (n, D) float32.
+        lines: (G, q) int64 line of ``grad_rows`` of each item.
+    """
     weight, batch = weight[..., None], tile.batch
     for_states = torch.bmm(tile.shares, tile.rows).mul_(weight)
     grad_states.index_add_(0, batch.positions.flatten(), for_states.flatten(0, 1))
     for_rows = torch.bmm(tile.shares.transpose(1, 2), tile.states.mul_(weight))
-    grad_rows.index_add_(0, batch.items.flatten(), for_rows.flatten(0, 1))
+    grad_rows.index_add_(0, lines.flatten(), for_rows.flatten(0, 1))
 
 
 def _without_idle_pairs(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.kernels.loss_cases import SIZES, batch, check, ids
 from torch import Tensor
 
-from shardrec.kernels import sampled_cross_entropy
+from shardrec.kernels import cce_minus, operation, sampled_cross_entropy
 from shardrec.kernels.cce_minus import Sampler
+from shardrec.kernels.fused_comparison import fused_comparison
 from shardrec.kernels.negatives import Popularity, Proposal, Uniform
 from shardrec.kernels.reference import sampled_cross_entropy_reference
 
@@ -58,6 +61,66 @@ def test_cce_minus_equals_its_definition_with_the_same_draws(
         )
 
     check(ours, reference, batch(size), torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("share", [1, 8, None])
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_cce_minus_with_its_gradient_taken_in_forward_equals_its_definition(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], share: int | None, reduction: str
+) -> None:
+    proposal = Popularity(torch.arange(size[1]) % 7 + 1, 0.5)
+    draws, probability = negatives_of_every_position(size, 33, share or size[0], proposal)
+    weights = torch.rand(size[0], generator=torch.Generator().manual_seed(0))
+    sparse_grad = share == 8
+    states, table, targets = (part.requires_grad_(part.is_floating_point()) for part in batch(size))
+
+    def run() -> list[Tensor]:
+        loss = sampled_cross_entropy(
+            states,
+            table,
+            targets,
+            num_negatives=33,
+            share=share,
+            seed=3,
+            step=2,
+            proposal=proposal,
+            sparse_grad=sparse_grad,
+            weights=weights,
+            reduction=reduction,
+            temperature=0.7,
+        )
+        grad_states, grad_rows = torch.autograd.grad(3 * loss, (states, table))
+        assert grad_rows.is_sparse == sparse_grad
+        return [loss.detach(), grad_states, grad_rows.to_dense()]
+
+    fused: list[Tensor] = []
+
+    def spy(*args: Any) -> tuple[Tensor, ...]:
+        fused.append(args[0].targets)
+        return fused_comparison(*args)
+
+    monkeypatch.setattr(operation, "fused_comparison", spy)
+    once = run()
+    assert fused
+    assert all(torch.equal(*pair) for pair in zip(run(), once, strict=True))
+    monkeypatch.setattr(cce_minus, "_is_final_in_a_block", lambda *_: False)
+    fused.clear()
+    streamed = run()
+    assert not fused
+    exact, rows = (
+        states.detach().double().requires_grad_(),
+        table.detach().double().requires_grad_(),
+    )
+    losses = sampled_cross_entropy_reference(
+        exact / 0.7, rows, targets, draws, (33 * probability).log()
+    )
+    truth = (losses * weights).sum()
+    truth = truth / weights.double().sum() if reduction == "mean" else truth
+    expected = [truth.detach(), *torch.autograd.grad(3 * truth, (exact, rows))]
+    for found, twice, right in zip(once, streamed, expected, strict=True):
+        torch.testing.assert_close(found, twice, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, right.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_cce_minus_parity_form_counts_the_kept_draws() -> None:

@@ -136,11 +136,16 @@ def ran(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[str]:
     return calls
 
 
-def test_a_second_backward_through_the_fused_pass_is_refused() -> None:
+@pytest.mark.parametrize("name", ["cut_cross_entropy", "sampled_cross_entropy"])
+def test_a_second_backward_through_the_fused_pass_is_refused(name: str) -> None:
     states, table, targets = batch((5, 9, 4))
-    loss = cut_cross_entropy(states.requires_grad_(), table, targets)
+    states.requires_grad_()
+    if name == "cut_cross_entropy":
+        loss = cut_cross_entropy(states, table, targets)
+    else:
+        loss = sampled_cross_entropy(states, table, targets, num_negatives=3, seed=0)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="cut_cross_entropy must run once"):
+    with pytest.raises(RuntimeError, match=f"{name} must run once"):
         loss.backward()
 
 
