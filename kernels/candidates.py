@@ -20,13 +20,13 @@ Shape = tuple[str | int, ...]
 class Candidates(ABC):
     """Candidates of every position: a frozen dataclass of numbers and words.
 
-    Its fields become arguments of an operator; ``operation.SCHEMA_TYPES`` lists their types.
+    Its fields become arguments of an operator; ``call.SCHEMA_TYPES`` lists their types.
     Here all items are candidates and nothing is chosen. ``tensors`` are those that came with the
     call, then those that were chosen.
 
     Attributes:
         slots: "N" where a slot is a position, else the letter of their number.
-        rows: "R" where every row is a candidate, else "M", of which ``sizes`` tells a bound.
+        rows: "R" where every row is a candidate, else "M".
         travels: Whether ``touched`` may give a trip.
     """
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
+from shardrec.kernels.call import Call, autocast_dtype
 from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import (
     LossCost,
@@ -27,7 +28,7 @@ from shardrec.kernels.cost import (
 )
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform, pack, unpack
-from shardrec.kernels.operation import Call, Operator, autocast_dtype
+from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
@@ -240,11 +241,6 @@ class SampledItems(Candidates):
     parity: bool
     proposal_kinds: str
     proposal_numbers: list[int]
-
-    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
-        """M is the number of draws and targets, or of rows."""
-        num_draws = _num_blocks(num_positions, self.share) * self.num_negatives
-        return {"M": torch.sym_min(num_rows, num_draws + num_positions)}
 
     def touched(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Tensor | RowTrip:
         """The items drawn, and targets, or their trip to the states.

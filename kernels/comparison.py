@@ -22,7 +22,12 @@ _TRIP = ("shared", "fetched", "wanted", "counts")
 
 
 def compare(
-    problem: Problem, candidates: Candidates, tables: Sequence[Tensor], reduction: str
+    problem: Problem,
+    candidates: Candidates,
+    tables: Sequence[Tensor],
+    reduction: str,
+    *,
+    copies_rows: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The loss, which positions it covers, and what its gradients need.
 
@@ -33,6 +38,7 @@ def compare(
         candidates: The candidates of every position.
         tables: Tensors that they need.
         reduction: none, mean or sum.
+        copies_rows: Work on a copy of the rows that are touched, where these are few.
 
     Returns:
         (N,) or () float32; (N,) bool; and by the names of ``kept_shapes`` what ``gradients`` takes.
@@ -45,7 +51,7 @@ def compare(
     kept = {f"choice{index}": tensor for index, tensor in enumerate(choice)}
     if problem.exchange.layout is not None:
         kept["layout"] = problem.exchange.layout
-    meeting = _meeting(problem, candidates, tensors, kept)
+    meeting = _meeting(problem, candidates, tensors, kept) if copies_rows else problem
     plan = candidates.plan(problem, meeting, tensors)
     logsumexp, target_logits = streamed_logsumexp(meeting, plan)
     correction = plan.correction()
@@ -67,17 +73,18 @@ def compare(
 
 
 def kept_shapes(
-    candidates: Candidates, dtype: torch.dtype, has_group: bool
+    candidates: Candidates, dtype: torch.dtype, *, has_group: bool, copies_rows: bool
 ) -> dict[str, tuple[Shape, torch.dtype]]:
     """Names, shapes and dtypes of what ``compare`` keeps for ``gradients``, in their order.
 
     "slope" is the derivative of the loss with respect to each position's margin, "winner" the slot
-    of each position, "used" rows, -1 behind the last one, "used_rows" those rows and zeros.
+    of each position, "used" the rows that are touched, "used_rows" their copy.
 
     Args:
         candidates: The candidates.
         dtype: Of the rows.
         has_group: Whether other ranks hold a part.
+        copies_rows: As in ``compare``.
     """
     whole, single = torch.int64, torch.float32
     kept: dict[str, tuple[Shape, torch.dtype]] = {
@@ -89,7 +96,7 @@ def kept_shapes(
     if has_group:
         kept["layout"] = ("W", 2), whole
     kept |= {f"choice{index}": spec for index, spec in enumerate(candidates.choice)}
-    if candidates.rows != "R":
+    if candidates.rows != "R" and copies_rows:
         kept |= {"used": (("M",), whole), "used_rows": (("M", "D"), dtype)}
     if candidates.travels and has_group:
         # Empty, but for the counts, where the rows stay.
@@ -121,8 +128,7 @@ def gradients(
     choice = [tensor for name, tensor in kept.items() if name.startswith("choice")]
     part, trip = problem, None
     if "used" in kept:
-        used = kept["used"][kept["used"] >= 0]
-        part = problem.restrict(used, kept["used_rows"][: used.numel()])
+        part = problem.restrict(kept["used"], kept["used_rows"])
     meeting = part
     if "shared" in kept and kept["shared"].numel():
         trip = RowTrip.unpack(*(kept[name] for name in _TRIP))
@@ -154,7 +160,7 @@ def _meeting(
     trip = touched if isinstance(touched, RowTrip) else None
     items = touched if isinstance(touched, Tensor) else None
     items = items if trip is None else trip.leaving
-    meeting = problem if items is None else _touched_part(problem, candidates, items, kept)
+    meeting = problem if items is None else _touched_part(problem, items, kept)
     if candidates.travels and problem.exchange.layout is not None:
         counts = torch.zeros_like(problem.exchange.layout.T.contiguous())
         packed = (*(problem.targets.new_empty(0) for _ in range(3)), counts)
@@ -166,23 +172,11 @@ def _meeting(
     return meeting
 
 
-def _touched_part(
-    problem: Problem, candidates: Candidates, items: Tensor, kept: dict[str, Tensor]
-) -> Problem:
-    """The problem over the rows of some items; keeps the rows.
-
-    One process keeps as many lines as the candidates can touch, because a graph must know the size;
-    on several ranks nobody knows it.
-    """
+def _touched_part(problem: Problem, items: Tensor, kept: dict[str, Tensor]) -> Problem:
+    """The problem over the rows of some items; keeps the rows."""
     used = _rows_of(problem, items)
-    num_used, num_kept = used.numel(), used.numel()
-    if problem.exchange.layout is None:
-        num_kept = candidates.sizes(problem.states.shape[0], problem.rows.shape[0])["M"]
-    rows = problem.rows.new_empty((num_kept, problem.rows.shape[1]))
-    torch.index_select(problem.rows, 0, used, out=rows[:num_used])
-    rows[num_used:].zero_()
-    kept |= {"used": F.pad(used, (0, num_kept - num_used), value=-1), "used_rows": rows}
-    return problem.restrict(used, rows[:num_used])
+    kept |= {"used": used, "used_rows": problem.rows.index_select(0, used)}
+    return problem.restrict(used, kept["used_rows"])
 
 
 def touched_rows(problem: Problem, candidates: Candidates, tables: Sequence[Tensor]) -> Tensor:

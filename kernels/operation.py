@@ -6,88 +6,28 @@ a graph can keep nothing else.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
-from shardrec.kernels.candidates import Candidates, Shape
+from shardrec.kernels.call import SCHEMA_TYPES, Call, Options, autocast_dtype
+from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.collective import find_group
-from shardrec.kernels.comparison import compare, gradients, kept_shapes
+from shardrec.kernels.comparison import compare, gradients
 from shardrec.kernels.fused_comparison import fake_gradients, fused_comparison
-from shardrec.kernels.problem import Problem, Scaling, pose, pose_again, shape_refusal
+from shardrec.kernels.problem import Problem, pose, pose_again, shape_refusal
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["SCHEMA_TYPES", "Call", "Operator"]
-
-SCHEMA_TYPES = {
-    int: "SymInt",
-    int | None: "SymInt?",
-    float: "float",
-    bool: "bool",
-    str: "str",
-    list[int]: "SymInt[]",
-    torch.dtype | None: "ScalarType?",
-}
+__all__ = ["Operator"]
 
 # When the gradient is taken.
 _NEVER, _IN_FORWARD, _IN_BACKWARD = "never", "in_forward", "in_backward"
 
 FusedLoss = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]
 """Of a problem and (N,) coefficients: the sum of losses, gradients of scaled states and rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """How a loss is called: the arguments that all of them have.
-
-    Attributes:
-        weights: (N,) float factors of the positions' losses, or None.
-        reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto", "torch" or "triton".
-        sparse_grad: Give the table a sparse gradient.
-    """
-
-    weights: Tensor | None
-    reduction: str
-    normalize: bool
-    temperature: float
-    backend: str
-    sparse_grad: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """The arguments of every operator that are not tensors."""
-
-    first_row: int
-    num_rows: int
-    group: str  # "" is one process
-    reduction: str
-    normalize: bool
-    temperature: float
-    backend: str
-    sparse_grad: bool
-    dtype: torch.dtype | None  # of products, where it is not that of the inputs
-    gradient: str
-
-    def shard(self, rows: Tensor) -> RowShard:
-        group = find_group(self.group) if self.group else None
-        return RowShard(rows, self.first_row, self.num_rows, group)
-
-    @property
-    def scaling(self) -> Scaling:
-        return Scaling(self.normalize, self.temperature, self.dtype)
-
-    def kept_shapes(
-        self, candidates: Candidates, rows: Tensor
-    ) -> dict[str, tuple[Shape, torch.dtype]]:
-        return kept_shapes(candidates, rows.dtype, bool(self.group))
-
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -123,7 +63,7 @@ class Operator:
         self._name = name
         self._candidates = candidates
         self._fused = fused
-        types = get_type_hints(_Options)
+        types = get_type_hints(Options)
         hints = get_type_hints(candidates)
         self._fields = tuple(field.name for field in fields(candidates))  # type: ignore[arg-type]
         types |= {field: hints[field] for field in self._fields}
@@ -206,10 +146,10 @@ class Operator:
         )
         return loss, covered
 
-    def _unpack(self, values: Sequence[Any]) -> tuple[_Options, Candidates]:
+    def _unpack(self, values: Sequence[Any]) -> tuple[Options, Candidates]:
         num_options = len(values) - len(self._fields)
         named = dict(zip(self._fields, values[num_options:], strict=True))
-        return _Options(*values[:num_options]), self._candidates(**named)
+        return Options(*values[:num_options]), self._candidates(**named)
 
     @_without_autocast
     def _forward(
@@ -243,7 +183,10 @@ class Operator:
             saved[0] = options.scaling.states_gradient(states, saved[0])
             saved[1] = options.scaling.rows_gradient(rows, saved[1])
             return problem.exchange.sum(total), covered, saved
-        loss, covered, kept = compare(problem, candidates, tables, options.reduction)
+        copies_rows = options.copies_rows(rows)
+        loss, covered, kept = compare(
+            problem, candidates, tables, options.reduction, copies_rows=copies_rows
+        )
         if options.gradient == _NEVER:
             return loss, covered, []
         shapes = options.kept_shapes(candidates, rows)
@@ -309,12 +252,11 @@ class Operator:
         grad_states = options.scaling.states_gradient(states, grad_states)
         if "used" not in kept:
             return grad_states, options.scaling.rows_gradient(rows, grad_rows)
-        num_used = grad_rows.shape[0]
-        grad_rows = options.scaling.rows_gradient(kept["used_rows"][:num_used], grad_rows)
+        grad_rows = options.scaling.rows_gradient(kept["used_rows"], grad_rows)
         if options.sparse_grad:
             return grad_states, grad_rows
         total = rows.new_zeros(rows.shape)
-        return grad_states, total.index_copy_(0, kept["used"][:num_used], grad_rows)
+        return grad_states, total.index_copy_(0, kept["used"], grad_rows)
 
     def _fake_backward(
         self,
@@ -361,9 +303,8 @@ class Operator:
             place = 2  # behind both gradients
             if options.gradient == _IN_BACKWARD:
                 place = list(options.kept_shapes(candidates, rows)).index("used")
-            used = saved[place][: grad_rows.shape[0]]
             grad_rows = torch.sparse_coo_tensor(
-                used[None], grad_rows, rows.shape, is_coalesced=True, check_invariants=False
+                saved[place][None], grad_rows, rows.shape, is_coalesced=True, check_invariants=False
             )
         nothing = (None,) * len(ctx.values)
         return grad_states, grad_rows, None, None, [None] * len(tables), *nothing
@@ -373,14 +314,6 @@ class Operator:
             f"{self._name} must be differentiated once, got a second derivative; take it of "
             "F.cross_entropy over a few positions"
         )
-
-
-def autocast_dtype(states: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks products of these states to have; None where it is off."""
-    device = states.device.type
-    if not torch.is_autocast_enabled(device) or states.dtype is torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _size(letter: str | int, sizes: dict[str, int | torch.SymInt]) -> int | torch.SymInt:

@@ -14,6 +14,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import ROWS_AT_ONCE
+from shardrec.kernels.call import Call
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
@@ -31,7 +32,7 @@ from shardrec.kernels.hash_chunks import (
     item_chunks,
     position_chunks,
 )
-from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan

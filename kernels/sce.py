@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
+from shardrec.kernels.call import Call
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
@@ -26,7 +27,7 @@ from shardrec.kernels.cost import (
 )
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
-from shardrec.kernels.operation import Call, Operator
+from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.select import merge_topk, topk_rows
 from shardrec.kernels.shard import RowShard
@@ -260,10 +261,7 @@ class HardBuckets(Candidates):
         num_buckets, per_bucket = self._numbers(num_positions)
         num_pairs = num_buckets * torch.sym_min(per_bucket, num_positions)
         per_bucket = torch.sym_min(self.items_per_bucket, num_rows)
-        num_touched = torch.sym_min(num_rows, num_buckets * per_bucket + num_positions)
-        return {
-            "P": num_pairs, "S": num_pairs, "B": num_buckets, "Y": per_bucket, "M": num_touched,
-        }  # fmt: skip
+        return {"P": num_pairs, "S": num_pairs, "B": num_buckets, "Y": per_bucket}
 
     def _numbers(self, num_positions: int) -> tuple[int, int]:
         default = default_num_buckets(num_positions)
