@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.modules.option_checks import require_above_zero, require_at_least, require_betas
 from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
 from shardrec.modules.shard import RowShard
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
@@ -49,18 +50,14 @@ class CatalogConfig:
         if self.optimizer not in OPTIMIZERS:
             near = difflib.get_close_matches(self.optimizer, OPTIMIZERS) or OPTIMIZERS
             raise ValueError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}; "
-                f"did you mean {' or '.join(near)}?"
+                f"catalog.optimizer must be one of {', '.join(OPTIMIZERS)}, got "
+                f"{self.optimizer!r}; did you mean {' or '.join(near)}?"
             )
-        for name in ("learning_rate", "eps", "init_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} must be a number >= 0, got {getattr(self, name)}; give e.g. 0.01"
-                )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                f"betas must be two numbers in [0, 1), got {self.betas}; give e.g. 0.9 and 0.999"
-            )
+        for name in ("learning_rate", "init_std"):
+            require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
+        # With 0 a row whose gradient is 0 would become 0 / 0.
+        require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
+        require_betas("catalog.betas", self.betas)
 
 
 class Catalog:

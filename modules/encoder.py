@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardrec.modules.dropout import causal_attention, dropout
+from shardrec.modules.option_checks import require_at_least
 
 __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats"]
 
@@ -53,7 +54,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         """Refuse sizes and combinations that no encoder can have."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
-            _require_positive(f"encoder.{name}", getattr(self, name))
+            require_at_least(f"encoder.{name}", getattr(self, name), 1)
         _require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
         _require_choice("encoder.norm", self.norm, (None, "layer", "rms"))
         _require_choice("encoder.positions", self.positions, (None, "learned", "rotary"))
@@ -331,11 +332,6 @@ def _build_norm(config: EncoderConfig) -> nn.Module:
     if config.resolved_norm == "rms":
         return nn.RMSNorm(config.width, eps=1e-6)
     return nn.LayerNorm(config.width, eps=1e-8 if config.kind == "sasrec" else 1e-6)
-
-
-def _require_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}; set a positive whole number")
 
 
 def _require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

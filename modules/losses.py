@@ -25,6 +25,7 @@ from shardrec.modules.baselines import (
     eager_cross_entropy,
     generalized_binary_cross_entropy,
 )
+from shardrec.modules.loss_options import check_options
 
 __all__ = [
     "BCE",
@@ -44,8 +45,6 @@ __all__ = [
     "sampled_cross_entropy",
     "scalable_cross_entropy",
 ]
-
-_PROPOSALS = ("uniform", "popularity", "in_batch", "mixed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +112,17 @@ class Loss(ABC):
     Attributes:
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     normalize: bool = False
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the options of this loss."""
+        check_options(self)
 
     def __call__(
         self,
@@ -165,8 +171,9 @@ class CCEMinus(Loss):
     Attributes:
         num_negatives: K, draws per block of positions.
         share: Positions per block; 1 as published, 0 for the whole batch.
-        proposal: uniform, popularity, in_batch, or mixed (half in-batch, half uniform).
-        popularity_exponent: Power of the training counts in the popularity proposal.
+        proposal: uniform, popularity, in_batch, or mixed (half in-batch, rounded down, the rest
+            uniform).
+        popularity_exponent: Power of the training counts in the popularity proposal, in [0, 10].
         parity: The paper's form of the correction.
     """
 
@@ -175,13 +182,6 @@ class CCEMinus(Loss):
     proposal: str = "uniform"
     popularity_exponent: float = 1.0
     parity: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the name of the proposal."""
-        if self.proposal not in _PROPOSALS:
-            raise ValueError(
-                f"proposal must be one of {_PROPOSALS}, got {self.proposal!r}; choose one"
-            )
 
     def output(self, batch: Batch) -> LossOutput:
         """Mean loss; the table's gradient is sparse."""
@@ -225,8 +225,8 @@ class SCE(Loss):
 
     Attributes:
         num_buckets: n_b, or 0 for ``2 sqrt(N)``.
-        positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``.
-        items_per_bucket: b_y.
+        positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``; where there are fewer, all of them.
+        items_per_bucket: b_y; where the catalog is smaller, all of it.
         mix: Centres are random combinations of the states.
     """
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from shardrec.modules.option_checks import require_above_zero, require_at_least
 from shardrec.pipeline.checkpoint_format import (
     RowLoadPlanner,
     RowReader,
@@ -87,14 +88,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that would keep nothing or never end."""
-        if self.keep < 1:
-            raise ValueError(f"checkpoints.keep must be at least 1, got {self.keep}; raise it")
+        require_at_least("checkpoints.keep", self.keep, 1)
         for name in ("every_steps", "every_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(
-                    f"checkpoints.{name} must be above 0, got {value}; none turns it off"
-                )
+            require_above_zero(f"checkpoints.{name}", getattr(self, name), "none turns it off")
 
 
 class Checkpoints:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from shardrec.modules.option_checks import require_at_least, require_choice
 from shardrec.pipeline.batches import (
     Batch,
     EvaluationBatch,
@@ -56,10 +57,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes below one and unknown names."""
-        _at_least_one("batch_size", self.batch_size)
-        _at_least_one("shuffle_row_groups", self.shuffle_row_groups)
-        if self.windows not in ("last", "all"):
-            raise ValueError(f"windows must be last or all, got {self.windows!r}; pick one")
+        for name in ("batch_size", "shuffle_row_groups"):
+            require_at_least(f"batches.{name}", getattr(self, name), 1)
+        require_choice("batches.windows", self.windows, ("last", "all"))
 
 
 class TrainingBatches:
@@ -98,7 +98,7 @@ class TrainingBatches:
             world_size: W.
             seed: of the order; the same on every rank.
         """
-        _at_least_one("max_length", max_length)
+        require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
         self.prepared, self.config = prepared, config
         self.max_length, self.rank, self.world_size, self.seed = max_length, rank, world_size, seed
@@ -270,8 +270,8 @@ class EvaluationBatches:
             rank: this process.
             world_size: W.
         """
-        _at_least_one("batch_size", batch_size)
-        _at_least_one("max_length", max_length)
+        require_at_least("batch_size", batch_size, 1)
+        require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
         if split not in ("validation", "test"):
             raise ValueError(f"split must be validation or test, got {split!r}; pick one")
@@ -346,8 +346,3 @@ def _check_items(values: npt.NDArray[Any], num_items: int, name: str) -> None:
 def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}; check the launcher")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}; raise it")

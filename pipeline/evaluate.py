@@ -1,5 +1,6 @@
 """The evaluate stage: a run and its prepared folder in, ``metrics.json`` out."""
 
+import functools
 import logging
 import math
 import time
@@ -68,38 +69,18 @@ def evaluate(
     started, group, config = time.monotonic(), default_group(), config or MeasureConfig()
     prepared = on_this_rank(lambda: Prepared.open(data), group)
     source = Source.find(run, prepared, checkpoint, encoder)
-    request = {
-        "source": source.identity,
-        "checkpoint": checkpoint,
-        "split": split,
-        "ks": list(config.ks),
-        "filter_seen": config.filter_seen,
-    }
+    request = {"source": source.identity, "checkpoint": checkpoint, **_asked(split, config)}
     path = Path(output or Path(run) / "metrics.json")
     stored = StoredReport(path, FORMAT, request, force, {"metrics": dict})
-    found = on_first_rank(stored.finished, group)
+    found = _found(stored, group)
     if found is not None:
-        if rank_of(group) == 0:
-            message = "%s already holds the metrics of these weights, users and options: "
-            logging.getLogger(__name__).warning(message + "nothing to do", path)
         return with_numbers(found)
     model, progress = load_model(source.config, source.checkpoint, prepared, encoder)
     batches = open_users(prepared, split, config, source.config.encoder.max_length, group)
     metrics = measure(model.last_states, model.scored_shard(), batches, config, prepared)
-    seconds = time.monotonic() - started
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    details = {
-        "metrics": finite,
-        "protocol": describe_protocol(prepared, split, config),
-        "checkpoint": {
-            "which": checkpoint,
-            "folder": source.checkpoint.name,
-            "step": progress["step"],
-        },
-        "seconds": seconds,
-        "users_per_second": metrics["users"] / seconds,
-    }
-    return with_numbers(on_first_rank(lambda: stored.write(details), group))
+    which = {"which": checkpoint, "folder": source.checkpoint.name, "step": progress["step"]}
+    details = _details(metrics, prepared, split, config, started) | {"checkpoint": which}
+    return with_numbers(on_first_rank(functools.partial(stored.write, details), group))
 
 
 def with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +90,12 @@ def with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_popularity(
-    data: str, config: MeasureConfig | None = None, *, split: Split = "test"
+    data: str,
+    config: MeasureConfig | None = None,
+    *,
+    split: Split = "test",
+    output: str | None = None,
+    force: bool = False,
 ) -> dict[str, float]:
     """Metrics of ranking every user by training counts alone: the floor for any model.
 
@@ -119,18 +105,69 @@ def evaluate_popularity(
         data: a prepared folder.
         config: list lengths and the seen filter; None takes the defaults.
         split: which users.
+        output: the report to write; None writes none.
+        force: whether a report that is there is made again or replaced.
+
+    Raises:
+        FileExistsError: the report that is there is of other data or options.
 
     Collectives: on the default group; every rank must call it.
     """
-    group, config = default_group(), config or MeasureConfig()
+    started, group, config = time.monotonic(), default_group(), config or MeasureConfig()
     prepared = on_this_rank(lambda: Prepared.open(data), group)
+    source = {"ranking": "popularity", "data": prepared.fingerprint}
+    request = {"source": source, **_asked(split, config)}
+    stored = None
+    if output is not None:
+        stored = StoredReport(Path(output), FORMAT, request, force, {"metrics": dict})
+        found = _found(stored, group)
+        if found is not None:
+            return with_numbers(found)["metrics"]
     batches = open_users(prepared, split, config, 1, group)
-    return measure(_same_state, popularity_shard(prepared, group), batches, config, prepared)
+    shard = popularity_shard(prepared, group)
+    metrics = measure(_same_state, shard, batches, config, prepared)
+    if stored is not None:
+        details = _details(metrics, prepared, split, config, started)
+        on_first_rank(functools.partial(stored.write, details), group)
+    return metrics
+
+
+def _asked(split: Split, config: MeasureConfig) -> dict[str, Any]:
+    return {"split": split, "ks": list(config.ks), "filter_seen": config.filter_seen}
+
+
+def _found(stored: StoredReport, group: dist.ProcessGroup | None) -> dict[str, Any] | None:
+    """The report that is there already; rank 0 says so."""
+    found = on_first_rank(stored.finished, group)
+    if found is not None and rank_of(group) == 0:
+        message = "%s already holds the metrics of these weights, users and options: nothing to do"
+        logging.getLogger(__name__).warning(message, stored.path)
+    return found
+
+
+def _details(
+    metrics: Mapping[str, float],
+    prepared: Prepared,
+    split: Split,
+    config: MeasureConfig,
+    started: float,
+) -> dict[str, Any]:
+    """What a report says besides its request."""
+    seconds = time.monotonic() - started
+    return {
+        "metrics": {n: value if math.isfinite(value) else None for n, value in metrics.items()},
+        "protocol": describe_protocol(prepared, split, config),
+        "seconds": seconds,
+        "users_per_second": metrics["users"] / seconds,
+    }
 
 
 def popularity_shard(prepared: Prepared, group: dist.ProcessGroup | None) -> RowShard:
-    """A (V, 1) table of training counts, this rank holding a block of its rows."""
-    counts = prepared.item_counts()
+    """A (V, 1) table of training counts, this rank holding a block of its rows.
+
+    Collectives: one gather of small objects.
+    """
+    counts = on_this_rank(prepared.item_counts, group)
     block = -(-prepared.num_items // size_of(group))
     first = min(rank_of(group) * block, prepared.num_items)
     rows = counts[first : first + block].float()[:, None]

@@ -37,17 +37,17 @@ class RunLock:
             FileExistsError: another process holds it; the message says which.
             OSError: the folder cannot be written.
         """
-        if self._file is not None:
-            return
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(file, self.path)
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(_ourselves()).encode(), 0)
-        except BaseException:
-            os.close(file)
-            raise
-        self._file = file
+        while self._file is None:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _lock(file, self.path)
+                if _is_at(file, self.path):  # its last holder may have removed it since
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, json.dumps(_ourselves()).encode(), 0)
+                    self._file = file
+            finally:
+                if self._file is None:
+                    os.close(file)
 
     def release(self) -> None:
         """Let others have the folder."""
@@ -62,6 +62,11 @@ class RunLock:
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(said["since"]))
             return f"process {said['process']} on {said['host']} since {since}"
         return "a process that has not said which"
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still the one that others find at ``path``."""
+    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
 
 
 def _lock(file: int, path: Path) -> None:

@@ -113,8 +113,8 @@ class Loop:
 
     def _take(self, batches: list[Batch]) -> StepOutcome:
         at = self.at
+        outcome = self.run.stepper.take(batches, at.step + 1, self._votes())
         at.step += 1
-        outcome = self.run.stepper.take(batches, at.step, self._votes())
         self.seconds.append(time.monotonic() - self.fetch_started)
         at.positions += outcome.positions
         at.slots += outcome.slots

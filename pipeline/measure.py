@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from shardrec.modules.metrics import ranking_metrics
+from shardrec.modules.option_checks import require_at_least
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.data import EvaluationBatch, EvaluationBatches, Prepared
@@ -45,9 +46,7 @@ class MeasureConfig:
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
         for name in ("batch_size", "block_states", "block_rows"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; raise it")
+            require_at_least(name, getattr(self, name), 1)
 
     def metric_names(self) -> list[str]:
         """The metrics a best checkpoint can be chosen by."""
@@ -78,7 +77,8 @@ def measure(
         saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
         was measured.
 
-    Collectives: those of the scorer and of the ranking for each batch, then one gather.
+    Collectives: a gather of small objects, those of the scorer and of the ranking for each batch,
+    then one gather.
     """
     meter = _Meter(shard, config, prepared)
     with torch.no_grad():
@@ -125,7 +125,8 @@ class _Meter:
     def __init__(self, shard: RowShard, config: MeasureConfig, prepared: Prepared) -> None:
         self.shard = shard
         self.config = config
-        self.counts = prepared.item_counts().to(shard.rows.device)
+        counts = on_this_rank(prepared.item_counts, shard.group)
+        self.counts = counts.to(shard.rows.device)
         self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
         self.all = self._metrics(prepared)
         self.known = self._metrics(prepared)

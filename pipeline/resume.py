@@ -1,13 +1,15 @@
-"""How a run goes on: which folder may be continued, and what a checkpoint gives back.
+"""How a run begins and goes on: which folder it may have, and what a checkpoint gives back.
 
 A run folder is interrupted until ``end.json`` is there. An interrupted run goes on from its last
-whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again.
+whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again. A
+new run that fails before its first step leaves nothing: whoever corrects it has the folder again.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +36,7 @@ __all__ = [
     "check_folder",
     "find_end",
     "restore",
-    "start_locked",
+    "started",
     "write_end",
 ]
 
@@ -46,6 +48,8 @@ METRICS = "metrics.jsonl"
 # Options that change neither the weights nor which of them are the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
 FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
+# What a run has written before its first step.
+BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json.partial"}
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
@@ -106,26 +110,38 @@ def check_folder(
     return True
 
 
-def start_locked(
-    config: TrainConfig, start: Callable[[], Path], lock: RunLock, *, is_new: bool
-) -> None:
-    """Lock the run folder and start the run in it.
+@contextlib.contextmanager
+def started(
+    config: TrainConfig, start: Callable[[], Path], lock: RunLock, at: Progress, *, is_new: bool
+) -> Iterator[None]:
+    """Lock the run folder and start the run in it; a new one that takes no step is undone.
+
+    Leaving the ``with`` by an exception removes what a new run wrote if ``at`` still stands at
+    step 0, so that a command with corrected options finds the folder as this one did.
 
     Args:
         config: of the run.
         start: writes what the run is into its folder.
-        lock: of the run folder.
+        lock: of the run folder; stays locked.
+        at: where the run stands.
         is_new: whether nobody else may have started a run there since it was looked at.
 
     Raises:
         FileExistsError: somebody has.
     """
     folder = Path(config.output)
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock.acquire()
     if is_new and (folder / "run.json").exists():
         require_new(folder)
-    start()
+    try:
+        start()
+        yield
+    except BaseException:
+        if is_new and not at.step:
+            _undo(folder, was_there)
+        raise
 
 
 def restore(
@@ -231,9 +247,18 @@ def _is_free(name: str, config: TrainConfig) -> bool:
     return longer or name in FREE or name.startswith(FREE_PARTS)
 
 
+def _undo(folder: Path, was_there: bool) -> None:
+    """Remove what a run wrote before its first step, and its folder if it made that."""
+    with contextlib.suppress(OSError):  # what went wrong before is what matters
+        for name in sorted(BEGINNING):
+            (folder / name).unlink(missing_ok=True)
+        if not was_there:
+            folder.rmdir()
+
+
 def _is_a_beginning(folder: Path) -> bool:
     """Whether a run was killed here before it could say what it is."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    return names <= {LOCK, "config.json", ".config.json.partial", ".run.json.partial"}
+    return names <= BEGINNING - {"run.json"}

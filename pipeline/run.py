@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,12 @@ from torch import nn
 from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
+from shardrec.modules.option_checks import (
+    require_above_zero,
+    require_at_least,
+    require_choice,
+    require_within,
+)
 from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, write_atomically
 from shardrec.pipeline.checkpoint_state import versions
 from shardrec.pipeline.config import from_json, to_json, unknown_name
@@ -51,6 +57,7 @@ __all__ = [
 ]
 
 OURS = "shardrec"
+LARGEST_SEED = 2**63 - 1  # what the operators of torch take
 _REMEDY = "use the version of shardrec that wrote it, or train again in another folder"
 
 
@@ -74,8 +81,7 @@ class LimitConfig:
         if all(value is None for value in values.values()):
             raise ValueError("limits must name at least one limit, got none; set max_epochs")
         for name, value in values.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"limits.{name} must be above 0, got {value}; none turns it off")
+            require_above_zero(f"limits.{name}", value, "none turns it off")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +108,7 @@ class ValidationConfig:
         if self.metric not in known:
             raise ValueError(unknown_name("validation.metric", self.metric, known))
         for name in ("every_epochs", "every_steps", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"validation.{name} must be at least 1, got {value}; or none")
+            require_at_least(f"validation.{name}", getattr(self, name), 1, "or set it to none")
 
     @property
     def is_on(self) -> bool:
@@ -128,7 +132,7 @@ class TrainConfig:
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
         init_from: the earlier run whose weights this one starts from.
-        seed: of all random choices.
+        seed: of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
@@ -157,11 +161,16 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        """Refuse names that mean nothing."""
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}; pick one")
-        if self.log_every < 1:
-            raise ValueError(f"log_every must be at least 1, got {self.log_every}; raise it")
+        """Refuse names that mean nothing, and numbers that no run can use."""
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("precision", self.precision, get_args(Precision))
+        require_at_least("log_every", self.log_every, 1)
+        require_within("seed", self.seed, 0, LARGEST_SEED, "any whole number in there will do")
+        if self.encoder.width % 4:
+            raise ValueError(
+                f"encoder.width must be a multiple of 4, got {self.encoder.width}, because item "
+                f"vectors are that wide; use {-(-self.encoder.width // 4) * 4}"
+            )
 
 
 def start_run(
@@ -302,11 +311,13 @@ def build_model(
         group: the ranks that share the catalog; None for one process.
 
     Raises:
-        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D).
+        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
+            not there, on this rank or another.
 
-    Collectives: a broadcast of the encoder's weights, those of the catalog's start.
+    Collectives: a gather of small objects, a broadcast of the encoder's weights, those of the
+    catalog's start.
     """
-    device = pick_device(config.device)
+    device = on_this_rank(lambda: pick_device(config.device), group)
     own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
     own = own.to(device)
     if encoder is not None:

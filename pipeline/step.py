@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 from shardrec.modules.losses import Loss, Step
+from shardrec.modules.option_checks import (
+    require_above_zero,
+    require_at_least,
+    require_betas,
+    require_choice,
+)
 from shardrec.pipeline.data import Batch
 from shardrec.pipeline.group import rank_of, size_of, sum_over_ranks
 from shardrec.pipeline.model import Model
@@ -49,20 +55,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that no run can use."""
         for name, least in (("accumulate", 1), ("max_skipped", 1), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(
-                    f"optimizer.{name} must be at least {least}, got {value}; raise it"
-                )
-        if not self.learning_rate >= 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(
-                f"optimizer.learning_rate must be a number >= 0, got {self.learning_rate}; "
-                "give e.g. 1e-3"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(
-                f"optimizer.clip_norm must be above 0, got {self.clip_norm}; none turns it off"
-            )
+            require_at_least(f"optimizer.{name}", getattr(self, name), least)
+        require_at_least("optimizer.learning_rate", self.learning_rate, 0, "give e.g. 1e-3")
+        require_at_least("optimizer.weight_decay", self.weight_decay, 0, "0 turns it off")
+        # With 0 a weight whose gradient is 0 would become 0 / 0.
+        require_above_zero("optimizer.eps", self.eps, "give e.g. 1e-8")
+        require_above_zero("optimizer.clip_norm", self.clip_norm, "none turns it off")
+        require_betas("optimizer.betas", self.betas)
+        require_choice("optimizer.decay", self.decay, ("constant", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,7 @@ from shardrec.pipeline.resume import (
     check_folder,
     find_end,
     restore,
-    start_locked,
+    started,
 )
 from shardrec.pipeline.run import (
     OURS,
@@ -151,7 +151,17 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
 
     Collectives: on the default group.
     """
+    with contextlib.ExitStack() as held:
+        run = _build(config, encoder, resume, held)
+        return dataclasses.replace(run, held=held.pop_all())
+
+
+def _build(
+    config: TrainConfig, encoder: nn.Module | None, resume: Resume, held: contextlib.ExitStack
+) -> Run:
+    """As ``build``; what the run holds is in ``held`` where it fails, too."""
     group, lock = default_group(), RunLock(Path(config.output))
+    held.callback(lock.release)
     prepared = on_this_rank(lambda: Prepared.open(config.data), group)
     is_new = on_first_rank(
         lambda: check_folder(config, prepared, _whose(encoder), resume, lock), group
@@ -160,6 +170,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
     _check_validation(config.validation, prepared)
     steps_per_epoch = -(-len(batches) // config.optimizer.accumulate)
     total_steps = _total_steps(config.limits, steps_per_epoch)
+    counts = on_this_rank(prepared.item_counts, group)
     model = build_model(config, prepared.num_items, encoder, group)
     stepper = Stepper(
         model,
@@ -167,19 +178,18 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
         config.optimizer,
         seed=config.seed,
         total_steps=total_steps,
-        item_counts=prepared.item_counts().to(model.device),
+        item_counts=counts.to(model.device),
     )
     checkpoints = open_checkpoints(Path(config.output), config, group)
-    at = None if is_new else restore(checkpoints, stepper, batches)
-    if at is None:
+    found = None if is_new else restore(checkpoints, stepper, batches)
+    at = found or Progress()
+    if found is None:
         origin = start_from(config, prepared, stepper, _whose(encoder))
-        started = functools.partial(start_run, config, prepared, _whose(encoder), origin)
-        on_first_rank(lambda: start_locked(config, started, lock, is_new=is_new), group)
+        start = functools.partial(start_run, config, prepared, _whose(encoder), origin)
+        begun = functools.partial(started, config, start, lock, at, is_new=is_new)
+        on_first_rank(lambda: held.enter_context(begun()), group)
     if not is_new:
-        step = 0 if at is None else at.step
-        on_first_rank(lambda: begin_again(config, step, size_of(group)), group)
-    held = contextlib.ExitStack()
-    held.callback(lock.release)
+        on_first_rank(lambda: begin_again(config, at.step, size_of(group)), group)
     checkpoints.group = held.enter_context(writing_group(group))
     return Run(
         config=config,
@@ -189,7 +199,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
         writer=CheckpointWriter(checkpoints, background=config.checkpoints.background),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        progress=at or Progress(),
+        progress=at,
         is_new=is_new,
         held=held,
     )

@@ -264,7 +264,7 @@ def test_items_are_read_with_their_ids(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"windows": "first"}, "windows must be last or all, got 'first'"),
+        ({"windows": "first"}, "batches.windows must be one of last, all, got 'first'"),
         ({"shuffle_row_groups": -1}, "shuffle_row_groups must be at least 1, got -1"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),

@@ -44,6 +44,25 @@ def test_the_message_says_who_holds_the_folder_and_a_killed_holder_lets_go(tmp_p
     RunLock(tmp_path).acquire()
 
 
+def test_a_lock_that_was_removed_with_its_folder_is_taken_where_others_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, system_flock, tries = RunLock(tmp_path), fcntl.flock, 0
+
+    def remove_first(file: int, how: int) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:  # another run ended between our opening of the file and our locking it
+            lock.path.unlink()
+        system_flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    lock.acquire()
+    assert tries == 2 and lock.holder().startswith(f"process {os.getpid()} on")
+    with pytest.raises(FileExistsError):
+        RunLock(tmp_path).acquire()
+
+
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -252,7 +252,7 @@ def test_bad_options_are_refused_with_the_way_out(data: str, tmp_path: Path) -> 
         OptimizerConfig(accumulate=0)
     with pytest.raises(ValueError, match="optimizer.clip_norm must be above 0"):
         OptimizerConfig(clip_norm=0.0)
-    with pytest.raises(ValueError, match="device must be auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda"):
         small_config(data, tmp_path, device="gpu")
     endless = small_config(
         data,
