@@ -17,6 +17,11 @@ ALLOWED_PACKAGES = {"kernels": {"torch", "triton"}}
 FORBIDDEN_PACKAGES = {"modules": {"pyarrow", "duckdb", "torchx"}, "pipeline": {"triton", "torchx"}}
 
 
+# Packages whose names change with each version, so that one file alone may use them.
+ADAPTED_PACKAGES = {"torchrec", "fbgemm", "fbgemm_gpu"}
+ADAPTER = "modules/torchrec_adapter.py"
+
+
 def imported_names(tree: ast.AST) -> Iterator[str]:
     """Dotted names of every import, wherever in the file it stands."""
     for node in ast.walk(tree):
@@ -56,6 +61,14 @@ def reads_environment(tree: ast.AST) -> bool:
     return any(node.attr in ("environ", "getenv", "putenv") for node in attributes)
 
 
+def adapted_names(source: str) -> list[str]:
+    """What a file takes from the adapted packages: imports, and operators under ``torch.ops``."""
+    tree = ast.parse(source)
+    found = {name for name in imported_names(tree) if name.partition(".")[0] in ADAPTED_PACKAGES}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return sorted(found | attributes & ADAPTED_PACKAGES)
+
+
 def violations(layer: str, source: str, where: str) -> list[str]:
     tree = ast.parse(source)
     found = [reason for name in imported_names(tree) if (reason := violation(layer, name))]
@@ -92,6 +105,28 @@ def test_every_import_goes_down(layer: str) -> None:
 def test_a_planted_violation_is_found(layer: str, source: str, words: str) -> None:
     (found,) = violations(layer, source, "planted.py")
     assert words in found
+
+
+def test_torchrec_and_fbgemm_are_used_in_one_file() -> None:
+    folders = (*LAYERS, "benchmarks", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    found = {str(file.relative_to(ROOT)): adapted_names(file.read_text()) for file in files}
+    assert len(found.pop(ADAPTER)) > 5
+    assert not {where: names for where, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import torchrec", "torchrec"),
+        ("def late():\n    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor", "jagged"),
+        ("if True:\n    import fbgemm_gpu.split_embedding_configs as c", "split_embedding"),
+        ("import torch\ny = torch.ops.fbgemm.asynchronous_complete_cumsum(x)", "fbgemm"),
+    ],
+)
+def test_a_planted_use_of_torchrec_or_fbgemm_is_found(source: str, name: str) -> None:
+    (found,) = adapted_names(source)
+    assert name in found
 
 
 def test_a_downward_import_passes() -> None:

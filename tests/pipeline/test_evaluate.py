@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tests.pipeline.small_data import Running, prepare_small, small_config
 from tests.ranks import Ranks
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.losses import CCE
@@ -21,6 +23,7 @@ from shardrec.pipeline.data import EvaluationBatches, Prepared
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.measure import MeasureConfig, measure
 from shardrec.pipeline.train import train
+from shardrec.pipeline.trained import Source
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +51,16 @@ def rank_by_brute_force(scores: Tensor, hidden: set[int], target: int) -> int:
     return before
 
 
-def metrics_by_brute_force(data: str, scores: Tensor, *, filter_seen: bool) -> dict[str, float]:
-    """The metrics at 5 when every user gets the same scores, written out by hand."""
+def metrics_by_brute_force(
+    data: str, score: Callable[[list[int]], Tensor], *, filter_seen: bool
+) -> dict[str, float]:
+    """The metrics at 5 of (V,) scores that are a function of the history, written out by hand."""
     users = pq.read_table(Path(data) / "test.parquet").to_pylist()
     counts = Prepared.open(data).item_counts().tolist()
     ndcg, hits, recall, known, listed = [], [], [], [], set[int]()
     tally = Counter[str]()
     for user in users:
-        targets, seen = user["targets"], set(user["items"])
+        targets, seen, scores = user["targets"], set(user["items"]), score(user["items"])
         hidden = seen - set(targets) if filter_seen else set()
         ranks = [rank_by_brute_force(scores, hidden, target) for target in targets]
         gains = [1 / math.log2(rank + 2) for rank in ranks if rank < 5]
@@ -75,7 +80,7 @@ def metrics_by_brute_force(data: str, scores: Tensor, *, filter_seen: bool) -> d
         "HitRate@5": sum(hits) / len(users),
         "Recall@5": sum(recall) / len(users),
         "Recall@5/known": sum(known) / len(known),
-        "Coverage@5": len(listed) / len(scores),
+        "Coverage@5": len(listed) / len(counts),
         "users": len(users),
         "targets": tally["targets"],
         "new_target_share": tally["new"] / tally["targets"],
@@ -87,7 +92,7 @@ def metrics_by_brute_force(data: str, scores: Tensor, *, filter_seen: bool) -> d
 def test_popularity_gets_the_metrics_of_brute_force(data: str, filter_seen: bool) -> None:
     found = evaluate_popularity(data, MeasureConfig(ks=(5,), filter_seen=filter_seen))
     counts = Prepared.open(data).item_counts().float()
-    expected = metrics_by_brute_force(data, counts, filter_seen=filter_seen)
+    expected = metrics_by_brute_force(data, lambda _: counts, filter_seen=filter_seen)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert 0 < expected["repeated_target_share"] < 1
     assert 0 < expected["new_target_share"] < 1
@@ -100,7 +105,8 @@ def test_ties_go_to_the_lower_item(data: str) -> None:
     batches = EvaluationBatches(prepared, "test", batch_size=7, max_length=4)
     config = MeasureConfig(ks=(5,))
     found = measure(lambda items, _: torch.ones(len(items), 1), shard, batches, config, prepared)
-    expected = metrics_by_brute_force(data, torch.zeros(prepared.num_items), filter_seen=False)
+    zeros = torch.zeros(prepared.num_items)
+    expected = metrics_by_brute_force(data, lambda _: zeros, filter_seen=False)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -142,11 +148,28 @@ def test_a_trained_model_beats_popularity_and_validates_as_it_evaluates(
 
 
 def test_normalised_losses_are_ranked_by_angle(data: str, tmp_path: Path) -> None:
-    config = small_config(data, tmp_path / "run", loss=CCE(normalize=True, temperature=0.1))
+    # Rows that start so far apart in length that the longest would win by inner products.
+    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2, init_std=1.0)
+    loss = CCE(normalize=True, temperature=0.1)
+    config = small_config(data, tmp_path / "run", loss=loss, catalog=catalog)
     train(config)
-    found = evaluate(str(tmp_path / "run"), data)["metrics"]["NDCG@10"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert lines[-1]["best_metrics"].keys() and found >= 0
+    prepared = Prepared.open(data)
+    model = Source.find(config.output, prepared, "best").load(prepared)
+    table = model.catalog.shard.rows.detach()
+
+    def inner_products(history: list[int], rows: Tensor = table) -> Tensor:
+        last = torch.tensor([history[-config.encoder.max_length :]])
+        with torch.no_grad():
+            return (model.last_states(last, torch.tensor([last.shape[1]])) @ rows.T)[0]
+
+    def cosines(history: list[int]) -> Tensor:
+        return inner_products(history, normalize(table))
+
+    found = evaluate(config.output, data, MeasureConfig(ks=(5,)))["metrics"]
+    expected = metrics_by_brute_force(data, cosines, filter_seen=False)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    others = metrics_by_brute_force(data, inner_products, filter_seen=False)
+    assert others["NDCG@5"] != pytest.approx(expected["NDCG@5"], rel=0.01)
 
 
 def test_a_run_of_other_data_is_refused(run: str, tmp_path: Path) -> None:
