@@ -2,8 +2,8 @@
 
 Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
 2 the input or an option is wrong, in one line; 3 a gate or a rollback stands against a publication;
-75 stopped by SIGTERM, to be started again; 130 interrupted. Nothing but 0 leaves a
-finished-looking output.
+75 stopped by SIGTERM, to be started again; 130 interrupted; 143 ended by SIGTERM where there are no
+checkpoints. Nothing but 0 leaves a finished-looking output.
 """
 
 import dis
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import shardrec
+from shardrec.launch.os_errors import WRONG_PATHS, explain
 from shardrec.pipeline.interruption import Preempted
 
 COMMANDS = {
@@ -36,7 +37,7 @@ ELSEWHERE = {
     **dict.fromkeys(("recommend", "export", "gate", "publish", "rollback"), "delivery"),
     **dict.fromkeys(("launch", "report", "doctor", "demo"), "tools"),
 }
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED, REFUSED, INTERRUPTED = 2, 1, 3, 130
 PREEMPTED = 75  # "temporary failure, try again" among the codes of sysexits.h
 
 
@@ -72,7 +73,7 @@ def usage() -> str:
             *lines,
             "",
             "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
-            "75 stopped by SIGTERM and to be started again, 130 interrupted",
+            "75 stopped by SIGTERM and to be started again, 130 interrupted, 143 ended by SIGTERM",
         ]
     )
 
@@ -125,8 +126,8 @@ def _last_frame(trace: TracebackType | None) -> TracebackType | None:
 
 def spell(error: Exception) -> str:
     """The message in one line."""
-    text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    text = explain(error) if isinstance(error, OSError) else str(error)
+    return " ".join((text or type(error).__name__).split())
 
 
 def exit_code(error: Exception) -> int:
@@ -135,7 +136,8 @@ def exit_code(error: Exception) -> int:
         return PREEMPTED
     missing = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
     wrong = (ValueError, TypeError, PermissionError, *missing)
-    return BAD_INPUT if isinstance(error, wrong) else FAILED
+    is_path = isinstance(error, OSError) and error.errno in WRONG_PATHS
+    return BAD_INPUT if is_path or isinstance(error, wrong) else FAILED
 
 
 if __name__ == "__main__":
