@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardrec.launch.options import Parser, add_options, add_timeout, read_options
+from shardrec.launch.unwinding import sigterm_unwinds
 
 if TYPE_CHECKING:
     from shardrec.pipeline.measure import MeasureConfig
@@ -24,7 +25,9 @@ def synth(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.synth import generate
 
     options, config = read_synth(arguments)
-    print(generate(config, options.output, force=options.force))
+    with sigterm_unwinds():
+        report = generate(config, options.output, force=options.force)
+    print(report)
     print(f"events in {options.output}")
     return 0
 
@@ -54,7 +57,8 @@ def prepare(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.spread import largest_load
 
     config = read_prepare(arguments)
-    done = prepare_once(config)
+    with sigterm_unwinds():
+        done = prepare_once(config)
     for name, count in done.manifest.counts.items():
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
     load, ranks = largest_load(done.manifest.load_per_rank)
@@ -172,9 +176,43 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     if options.recipe not in RECIPES:
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
     recipe = RECIPES[options.recipe](options.prepared, options.run)
+    words = {name: getattr(options, word) for name, word in OWN_WORDS.items()}
+    said = {
+        n: f"--{OWN_WORDS[n].replace('_', '-')} {value}"
+        for n, value in words.items()
+        if value is not None
+    }
+    check_said_once(options.overrides, said)
     started = [] if options.init_from is None else [f"init_from.run={options.init_from}"]
     profiled = [] if options.profile is None else [f"profile.steps={options.profile}"]
     return options, override(recipe, [*started, *profiled, *options.overrides])
+
+
+# Options of the run that the command line has words of its own for.
+OWN_WORDS = {
+    **{"data": "prepared", "output": "run", "init_from.run": "init_from"},
+    "profile.steps": "profile",
+}
+
+
+def check_said_once(overrides: Sequence[str], said: Mapping[str, str]) -> None:
+    """Refuse options that are set twice, of which one would be ignored.
+
+    Args:
+        overrides: as typed, name=value.
+        said: dotted names that are set already, and by which words.
+
+    Raises:
+        ValueError: a name comes again.
+    """
+    said = dict(said)
+    for assignment in overrides:
+        name = assignment.partition("=")[0].strip()
+        if name in said:
+            raise ValueError(
+                f"{name} must be set once, got {said[name]} and {assignment}; drop one of them"
+            )
+        said[name] = assignment
 
 
 def first_line(documented: object) -> str:
@@ -192,20 +230,26 @@ def evaluate(arguments: Sequence[str]) -> int:
     options, config = read_evaluate(arguments)
     with process_group(options.timeout) as (group, _):
         if options.run is None:
-            metrics = evaluate_popularity(options.prepared, config, split=options.split)
+            metrics = evaluate_popularity(
+                options.prepared,
+                config,
+                split=options.split,
+                output=options.output,
+                force=options.force,
+            )
         else:
             metrics = run_evaluate(
                 options.run,
                 options.prepared,
                 config,
                 split=options.split,
-                checkpoint=options.checkpoint,
+                checkpoint=options.checkpoint or "best",
                 output=options.output,
                 force=options.force,
             )["metrics"]
         if rank_of(group) == 0:
             print_metrics(metrics)
-            if options.run is not None:
+            if options.output or options.run:
                 print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
     return 0
 
@@ -230,9 +274,13 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
         "--popularity", action="store_true", help="judge the ranking by training counts instead"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument(
-        "--output", metavar="FILE", help="report to write (default: metrics.json in the run)"
+        "--checkpoint", choices=("best", "last"), help="weights of the run (default: best)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="report to write (default: metrics.json in the run; none with --popularity)",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace a report of other weights or options"
@@ -240,6 +288,10 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     add_timeout(parser)
     add_options(parser, MeasureConfig)
     options = parser.parse(arguments)
+    if options.popularity and options.checkpoint:
+        parser.error(f"--checkpoint must come with --run, got {options.checkpoint}; drop it")
+    if options.popularity and options.force and not options.output:
+        parser.error("--force must come with --output or --run, got neither; drop it")
     return options, read_options(MeasureConfig, options)
 
 
@@ -268,6 +320,7 @@ def plan(arguments: Sequence[str]) -> int:
     options = parser.parse(arguments)
     if options.recipe not in RECIPES:
         raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
+    check_said_once(options.overrides, {})
     config = override(RECIPES[options.recipe]("none", "none"), options.overrides)
     print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
     return 0

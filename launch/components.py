@@ -3,9 +3,8 @@
 By path, ``torchx run -s local_cwd launch/components.py:train -j 1x2 -- --prepared data --run run``;
 from an installed wheel, ``shardrec launch train -j 1x2 -- --prepared data --run run``.
 What follows ``--`` is what the stage's own command takes; ``shardrec train --help`` lists it.
-
-TorchX reads signatures from the syntax tree: it knows ``Optional[Dict]``, not ``dict | None``.
 """
+# TorchX reads signatures from the syntax tree and knows `Optional[Dict]`, not `dict | None`.
 # ruff: noqa: UP006, UP035, UP045
 
 from typing import Dict, List, Optional, Sequence
@@ -14,6 +13,7 @@ import torchx.specs as specs
 from torchx.components import dist
 
 import shardrec
+from shardrec.launch.component_options import check_layout
 
 CLI = "shardrec.launch.cli"
 IMAGE = f"shardrec:{shardrec.__version__}"
@@ -81,7 +81,7 @@ def train(
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
+        j=check_layout(j),
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
         mounts=mounts,
@@ -138,7 +138,7 @@ def evaluate(
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
+        j=check_layout(j),
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
         mounts=mounts,
@@ -188,7 +188,7 @@ def recommend(
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
+        j=check_layout(j),
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
         mounts=mounts,
@@ -238,7 +238,7 @@ def export(
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
+        j=check_layout(j),
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
         mounts=mounts,

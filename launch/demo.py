@@ -5,8 +5,11 @@ on TorchX workers → evaluate over the whole catalog → a table, and what to t
 """
 
 import json
+import os
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shardrec.launch.commands import read_train
+from shardrec.launch.demo_config import COLUMNS, DemoConfig
 from shardrec.launch.runner import Job, run_here
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.events import EventLog
@@ -23,10 +28,9 @@ from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
-LOSSES = ("cce", "cce_minus", "sce", "rece")
 METRICS = ("NDCG@10", "Recall@10", "MRR@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
-MARK = ".shardrec-demo"
+MARK, LOG = ".shardrec-demo", "events.parquet"
 CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
 
 # A small model at high learning rates: it has a few hundred steps to show what it can.
@@ -58,48 +62,6 @@ LOSS_SETTINGS: Mapping[str, tuple[str, ...]] = {
 NEWS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """Options of ``demo``.
-
-    Attributes:
-        events: your log: Parquet file, folder, glob, or URI that pyarrow opens; none generates one.
-        output: folder to write; an earlier demo in it is replaced, anything else is refused.
-        user_column, item_column, time_column: names in your log.
-        steps: optimizer steps of each loss.
-        workers: processes that share the catalog.
-        recipe: what each run starts from.
-        users, items, size: of the generated log; size is its number of events. About a third
-            of the items occur in it.
-        seed: of the generated log and of the training.
-    """
-
-    events: str | None = None
-    output: str = "demo"
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    time_column: str = "timestamp"
-    steps: int = 500
-    workers: int = 2
-    recipe: str = "demo"
-    users: int = 30_000
-    items: int = 150_000
-    size: int = 600_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse counts that train nothing."""
-        for name in ("steps", "workers"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; raise it")
-
-    @property
-    def folder(self) -> Path:
-        """Where everything goes."""
-        return Path(self.output)
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table; popularity has no steps to time."""
@@ -118,17 +80,21 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
 
     Raises:
         FileExistsError: the output folder holds something that is not an earlier demo.
+        PermissionError: the earlier demo cannot be replaced.
         RuntimeError: a training run failed.
+        ValueError: an option means nothing; an earlier demo is as it was.
     """
     check_log(config)
+    check_stages(config)
     start_folder(config.folder)
     log, ceiling = (config.events, None) if config.events else generate_log(config, console)
     prepared = prepare_log(config, log, console)
     rows = [Row("popularity", evaluate_popularity(str(prepared), MEASURE))]
-    for loss in LOSSES:
+    for loss in config.losses:
         rows.append(train_and_evaluate(config, prepared, loss, console))
     console.print(table(rows, config, ceiling))
-    console.print(next_steps(config, log, prepared), soft_wrap=True, highlight=False, markup=False)
+    told = next_steps(config, log, prepared, program())
+    console.print(told, soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
@@ -148,36 +114,65 @@ def check_log(config: DemoConfig) -> None:
     EventLog.open(config.events, prepare_options(config, config.events).columns())
 
 
+def check_stages(config: DemoConfig) -> None:
+    """Let every stage refuse the options that it will be given, before anything is replaced.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if config.events is None:
+        log_options(config)
+    prepare_options(config, config.events or str(config.folder / LOG))
+    for loss in config.losses:
+        read_train(train_words(config, config.folder, config.folder, loss))
+
+
 def start_folder(folder: Path) -> None:
     """Make the output folder, in place of an earlier demo if there is one.
 
     Raises:
         FileExistsError: it holds something else.
+        PermissionError: the earlier demo cannot be replaced.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+    found = [path for path in folder.iterdir() if path.name != MARK] if folder.exists() else []
+    if found and not (folder / MARK).is_file():
         raise FileExistsError(
             f"output must be new or an earlier demo, got {folder} with other files; choose another "
             "with --output"
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("Made by `shardrec demo`, which may replace this folder.\n")
+    try:
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"output must be an earlier demo that can be replaced, got {folder} "
+            f"({error.strerror}); choose another with --output or mend its permissions"
+        ) from error
 
 
 def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
     """Write a log whose best possible NDCG@10 is known; its path, and that NDCG@10."""
     console.rule("generate")
-    path = config.folder / "events.parquet"
-    size = SynthConfig(
+    path = config.folder / LOG
+    report = generate(log_options(config), path)
+    console.print(str(report), highlight=False)
+    return str(path), report.ceiling
+
+
+def log_options(config: DemoConfig) -> SynthConfig:
+    """How large the generated log is."""
+    return SynthConfig(
         users=config.users,
         items=config.items,
         events=config.size,
         clusters=min(CLUSTERS, config.items),
         seed=config.seed,
     )
-    report = generate(size, path)
-    console.print(str(report), highlight=False)
-    return str(path), report.ceiling
 
 
 def prepare_log(config: DemoConfig, log: str, console: Console) -> Path:
@@ -220,19 +215,22 @@ def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Con
     Raises:
         RuntimeError: a worker failed.
     """
-    stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
-    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
-    options += [*SETTINGS, *LOSS_SETTINGS[loss]]
-    component = ["-j", f"1x{config.workers}"]
-    job = Job(component="train", arguments=(*component, "--", *stage, *options))
+    words = train_words(config, prepared, run, loss)
+    job = Job(component="train", arguments=("-j", f"1x{config.workers}", "--", *words))
     path = config.folder / "logs" / f"{loss}.log"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as log:
-        complaint = run_here(job, lambda line: pass_on(line, log, console))
-    if complaint is not None:
-        raise RuntimeError(
-            f"training with {loss} failed: {complaint or 'no reason given'}; see {path}"
-        )
+        failure = run_here(job, lambda line: pass_on(line, log, console))
+    if failure is not None:
+        reason = failure.complaint or "no reason given"
+        raise RuntimeError(f"training with {loss} failed: {reason}; see {path}")
+
+
+def train_words(config: DemoConfig, prepared: Path, run: Path, loss: str) -> list[str]:
+    """The arguments of ``shardrec train``."""
+    stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
+    options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
+    return [*stage, *options, *SETTINGS, *LOSS_SETTINGS[loss]]
 
 
 def pass_on(line: str, log: TextIO, console: Console) -> None:
@@ -300,22 +298,52 @@ def mark(value: float, best: float) -> str:
     return f"[bold]{value:.4f}[/bold]" if value == best else f"{value:.4f}"
 
 
-def next_steps(config: DemoConfig, log: str, prepared: Path) -> str:
-    """What was written, and the commands that do the same with the user's own log."""
+def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> str:
+    """What was written, and the commands that do the same with the user's own log.
+
+    Args:
+        config: of the demo.
+        log: the events.
+        prepared: the prepared folder.
+        command: how ``shardrec`` is started from the present folder.
+    """
     folder = config.folder
     lines = [
         "",
         f"events     {log}",
         f"prepared   {prepared}",
-        *(f"run        {folder / 'runs' / loss}" for loss in LOSSES),
+        *(f"run        {folder / 'runs' / loss}" for loss in config.losses),
         f"logs       {folder / 'logs'}",
         "",
-        "Your own log (Parquet with user_id, item_id, timestamp; other names by option):",
-        "  make demo EVENTS=path/to/log.parquet",
-        "or stage by stage, for as long as it takes:",
-        "  shardrec prepare --events path/to/log.parquet --output data",
-        f"  shardrec launch train -j 1x{config.workers} -- --prepared data --run run "
-        f"--recipe {config.recipe} loss=cce",
-        "  shardrec evaluate --prepared data --run run",
+    ]
+    if config.events is None:
+        columns, log = "", "path/to/log.parquet"
+        lines += [
+            "Your own log (Parquet with user_id, item_id and timestamp; other names by "
+            "--user-column, --item-column, --time-column):",
+            f"  {command} demo --events {log}",
+            "or stage by stage, for as long as it takes:",
+        ]
+    else:
+        columns = "".join(
+            f" --{name.replace('_', '-')} {shlex.quote(getattr(config, name))}"
+            for name in COLUMNS
+            if getattr(config, name) != config.default(name)
+        )
+        lines += ["The same stage by stage, for as long as it takes:"]
+    lines += [
+        f"  {command} prepare --events {shlex.quote(log)}{columns} --output data",
+        f"  {command} launch train -j 1x{config.workers} -- --prepared data --run run "
+        f"--recipe {config.recipe} loss={config.losses[0]}",
+        f"  {command} evaluate --prepared data --run run",
     ]
     return "\n".join(lines)
+
+
+def program() -> str:
+    """What to type for the ``shardrec`` that runs: its name where PATH leads to it, else a path."""
+    ours = Path(sys.executable).parent / "shardrec"
+    found = shutil.which("shardrec")
+    if not ours.is_file() or (found and Path(found).samefile(ours)):
+        return "shardrec"
+    return shlex.quote(os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours))

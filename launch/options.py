@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
+import math
+import re
 import sys
 import types
 import typing
@@ -13,6 +16,18 @@ import docstring_parser
 from shardrec.pipeline.config import parse, unknown_name
 
 Config = TypeVar("Config")
+
+# An option as it is typed; numbers below zero and texts with spaces are values.
+_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
+# What argparse says, and how we say it.
+_OUR_WORDS = (
+    (r"(?=\1 )", ""),
+    (r"invalid choice: (.+) \(choose from (.*)\)", r"\1 must be one of \3, got \2; choose one"),
+    (r"expected one argument", r"\1 must be followed by a value, got none; give one"),
+    (r"not allowed with argument (\S+)", r"\1 must come without \2, got both; drop one"),
+    (r"invalid int value: (.+)", r"\1 must be a whole number, got \2; give one"),
+    (r"invalid float value: (.+)", r"\1 must be a number, got \2; give one"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,19 +45,38 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options, wherever they stand among the positional arguments; exits with 2 if bad."""
+        self._refuse_misspelt(arguments)  # before a required option is missed for it
         namespace, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            options = [word for word in unknown if word.startswith("-")]
-            if not options:
-                self.error(f"arguments must follow an option, got {unknown[0]!r}; see --help")
-            self.error(unknown_name("option", options[0].partition("=")[0], known))
+            self.refuse(unknown)
         return namespace
+
+    def names(self) -> list[str]:
+        """The options, short ones included."""
+        return list(self._option_string_actions)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Say in one line what is wrong with words that belong to no option; exits with 2."""
+        known = [name for name in self.names() if name.startswith("--")]
+        options = [word for word in unknown if word.startswith("-")]
+        if not options:
+            self.error(f"arguments must follow an option, got {unknown[0]!r}; see --help")
+        self.error(unknown_name("option", options[0].partition("=")[0], known))
 
     def error(self, message: str) -> NoReturn:
         """Say ``message`` in one line and exit with 2."""
+        for theirs, ours in _OUR_WORDS:
+            message = re.sub(rf"^argument (\S+): {theirs}", ours, message)
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
+
+    def _refuse_misspelt(self, arguments: Sequence[str]) -> None:
+        words = itertools.takewhile(lambda word: word != "--", arguments)
+        names = [word.partition("=")[0] for word in words]
+        known = self.names()
+        unknown = [name for name in names if _OPTION.fullmatch(name) and name not in known]
+        if unknown:
+            self.refuse(unknown)
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
@@ -73,8 +107,10 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}; give seconds")
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"--timeout must be a number above 0, got {text!r}; give seconds"
+        )
     return seconds
 
 

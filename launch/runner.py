@@ -1,5 +1,6 @@
 """Starts a TorchX component from Python and shows what its workers say while it runs."""
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
+from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
 from shardrec.pipeline.interruption import Preempted
 
 COMPONENTS = (
@@ -35,8 +37,13 @@ COMPONENTS = (
 
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
 COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(COMPONENTS)}): (?P<what>.*)")
+# How torchrun reports a worker that failed.
+EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
+
+
+TELLING = (BAD_INPUT, REFUSED)  # exit codes that say more than that something failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +68,19 @@ class Job:
     def is_local(self) -> bool:
         """Whether the workers run on this machine, under this process."""
         return self.scheduler.startswith("local")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a job failed.
+
+    Attributes:
+        complaint: what a worker said was wrong; "" where none said anything.
+        exit_code: 2 or 3 where a worker ended so, for a wrong input or a gate that refuses; else 1.
+    """
+
+    complaint: str
+    exit_code: int
 
 
 def describe(job: Job) -> str:
@@ -103,14 +123,14 @@ def print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
+def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | None:
     """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
 
     The workers end with this process: an interrupt reaches them too. SIGTERM is passed on, and
     they are given the time that it leaves them.
 
     Returns:
-        None when every worker ended well; else what a worker said was wrong, or nothing.
+        None when every worker ended well.
 
     Raises:
         Preempted: the job ended because of SIGTERM; the message is what a worker said.
@@ -128,16 +148,30 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> str | None:
         status = runner.wait(handle, wait_interval=0.2)
         for copy in copies:
             copy.join(timeout=10)
-    if status is not None and status.state == AppState.SUCCEEDED:
-        return None
+        if status is not None and status.state == AppState.SUCCEEDED:
+            return None
+        codes = [code for copy in copies for code in copy.exit_codes]
+        codes = codes or _exit_codes(Path(request.request.log_dir))
     was_restarted = role.env.get("PET_MAX_RESTARTS", "0") != "0"
+    complaint = _complaint(copies, was_restarted)
+    if sigterm_came():
+        raise Preempted(complaint or "the job ended after SIGTERM; start it again")
+    return Failure(complaint, next((code for code in codes if code in TELLING), FAILED))
+
+
+def _complaint(copies: "Sequence[_Copy]", was_restarted: bool) -> str:
     complaints = [one for copy in copies for one in copy.complaints]
     crashes = [one for copy in copies for one in copy.crashes]
     # The first is nearest to the cause, but may be that of an earlier start of the workers.
-    complaint = (complaints or crashes or [""])[-1 if was_restarted else 0]
-    if sigterm_came():
-        raise Preempted(complaint or "the job ended after SIGTERM; start it again")
-    return complaint
+    return (complaints or crashes or [""])[-1 if was_restarted else 0]
+
+
+def _exit_codes(log_dir: Path) -> list[int]:
+    """Of the processes that TorchX started, which it notes beside their logs at the end."""
+    with suppress(OSError, ValueError, KeyError):
+        roles = json.loads((log_dir / "SUCCESS").read_text())["roles"].values()
+        return [copy["exitcode"] for copies in roles for copy in copies]
+    return []
 
 
 def _pass_on_sigterm() -> Callable[[], bool]:
@@ -192,6 +226,7 @@ class _Copy(threading.Thread):
     Attributes:
         complaints: what its workers said was wrong, in their words.
         crashes: last lines of their tracebacks.
+        exit_codes: of the workers that failed, as torchrun says.
     """
 
     def __init__(
@@ -200,6 +235,7 @@ class _Copy(threading.Thread):
         super().__init__(daemon=True)
         self.complaints: list[str] = []
         self.crashes: list[str] = []
+        self.exit_codes: list[int] = []
         self._show = show
         self._open = partial(
             runner.log_lines, handle, role, node, should_tail=True, streams=Stream.COMBINED
@@ -218,6 +254,8 @@ class _Copy(threading.Thread):
             self.complaints.append(found["what"].strip())
         elif found := CRASH.match(line):
             self.crashes.append(found["what"].strip())
+        elif found := EXIT_CODE.match(line):
+            self.exit_codes.append(int(found["code"]))
 
 
 def _find_our_programs() -> None:

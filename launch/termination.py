@@ -4,6 +4,7 @@ Schedulers send it before they take a machine away, and torchrun before it start
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -36,8 +37,8 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
         >>> grace_seconds(None, {}), grace_seconds(None, {LIMIT: "125", "TORCHELASTIC_RUN_ID": "1"})
         (25.0, 120.0)
     """
-    if asked is not None and not asked > 0:
-        raise ValueError(f"--grace must be above 0, got {asked}; give seconds")
+    if asked is not None and not 0 < asked < math.inf:
+        raise ValueError(f"--grace must be a number above 0, got {asked}; give seconds")
     if "TORCHELASTIC_RUN_ID" not in environment:
         return GRACE_S if asked is None else asked
     limit = float(environment.get(LIMIT, GRACE_S + MARGIN_S))

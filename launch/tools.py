@@ -1,12 +1,14 @@
 """Commands that are no stage: launch, report, doctor, demo."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardrec.launch import commands, delivery
 from shardrec.launch.options import Parser, add_options, read_options
+from shardrec.pipeline.config import unknown_name
 
 if TYPE_CHECKING:
     from shardrec.launch.runner import Job
@@ -29,6 +31,29 @@ def launch(arguments: Sequence[str]) -> int:
     """Run a component through TorchX, on this machine or on a cluster."""
     from shardrec.launch import runner
 
+    options, job = read_launch(arguments)
+    component_options, stage_arguments = runner.split(job.arguments)
+    is_question = "--help" in component_options  # TorchX answers it when it makes the request
+    if not is_question:
+        check_stage_arguments(job.component, stage_arguments)
+    if options.dryrun or is_question:
+        print(runner.describe(job))
+        return 0
+    if not job.is_local:
+        return submit(job, wait=options.wait)
+    failure = runner.run_here(job)
+    if failure is None:
+        return 0
+    reason = failure.complaint or "its workers' last lines are above"
+    print(f"shardrec launch: {job.component} failed: {reason}", file=sys.stderr)
+    return failure.exit_code
+
+
+def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
+    """What the arguments of ``launch`` spell; exits or raises when they are wrong."""
+    from shardrec.launch import components, runner
+    from shardrec.launch.component_options import check_component_options
+
     parser = Parser(
         "launch",
         "Runs a stage through TorchX: several workers here, or a job for a cluster.\n"
@@ -38,7 +63,8 @@ def launch(arguments: Sequence[str]) -> int:
         "  shardrec launch -s slurm -cfg partition=gpu train -j 4x8 --gpu 8 -- "
         "--prepared data --run run\n"
         "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
-        "--image me/shardrec:1 -- --prepared /data --run /run",
+        "--image me/shardrec:1 -- --prepared /data --run /run\n"
+        "exit codes: 2 and 3 as the stage's own, 1 where it failed otherwise",
     )
     parser.add_argument("-s", "--scheduler", default="local_cwd", help="default: local_cwd")
     parser.add_argument(
@@ -53,33 +79,28 @@ def launch(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--log-dir", type=Path, default=None, help="keep the output of local workers here"
     )
-    parser.add_argument("component", choices=runner.COMPONENTS)
+    parser.add_argument("component", help=", ".join(runner.COMPONENTS))
     parser.add_argument(
         "arguments", nargs="...", help="component options, then `--`, then the stage's"
     )
-    options = parser.parse_args(list(arguments))
+    # Cut here: argparse takes a `--` for its own in some releases and places, and not in others.
+    words, stage_arguments = runner.split(arguments)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.refuse(unknown)
+    if options.component not in runner.COMPONENTS:
+        parser.error(unknown_name("component", options.component, list(runner.COMPONENTS)))
+    if "--help" not in options.arguments:
+        component = getattr(components, options.component)
+        check_component_options(component, options.arguments, parser.names())
     job = runner.Job(
         component=options.component,
-        arguments=tuple(options.arguments),
+        arguments=(*options.arguments, "--", *stage_arguments),
         scheduler=options.scheduler,
         settings=options.scheduler_args,
         log_dir=options.log_dir,
     )
-    component_options, stage_arguments = runner.split(job.arguments)
-    is_question = "--help" in component_options  # TorchX answers it when it makes the request
-    if not is_question:
-        check_stage_arguments(job.component, stage_arguments)
-    if options.dryrun or is_question:
-        print(runner.describe(job))
-        return 0
-    if not job.is_local:
-        return submit(job, wait=options.wait)
-    complaints = runner.run_here(job)
-    if complaints is None:
-        return 0
-    reason = complaints or "its workers' last lines are above"
-    print(f"shardrec launch: {job.component} failed: {reason}", file=sys.stderr)
-    return 1
+    return options, job
 
 
 def submit(job: "Job", *, wait: bool) -> int:
@@ -138,7 +159,8 @@ def demo(arguments: Sequence[str]) -> int:
     """The whole job, on generated data or on the user's log."""
     from rich.console import Console
 
-    from shardrec.launch.demo import DemoConfig, run_demo
+    from shardrec.launch.demo import run_demo
+    from shardrec.launch.demo_config import DemoConfig
 
     parser = Parser(
         "demo",

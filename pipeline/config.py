@@ -155,7 +155,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
                 return readers[kind](text)  # type: ignore[operator]
         except ValueError:
             continue
-    raise ValueError(f"{name} must be {_spell(annotation)}, got {text!r}; spell it so")
+    raise ValueError(f"{name} must be {_spell(annotation)}, got {text!r}; correct it")
 
 
 def _split(assignment: str) -> tuple[str, str]:
@@ -283,6 +283,11 @@ def _spell(annotation: Any) -> str:
     for kind in _members(annotation):
         if typing.get_origin(kind) is typing.Literal:
             kinds += [repr(value) for value in typing.get_args(kind)]
+        elif _is_tuple(kind):
+            items = [_spell(item) for item in typing.get_args(kind) if item is not Ellipsis]
+            kinds.append(
+                ",".join([*items * 2, "…"] if Ellipsis in typing.get_args(kind) else items)
+            )
         else:
             kinds.append("none" if kind is type(None) else getattr(kind, "__name__", str(kind)))
     return " or ".join(kinds)

@@ -54,6 +54,25 @@ def test_popularity_is_judged_without_a_run(data: Path, capsys: pytest.CaptureFi
     assert "NDCG" in capsys.readouterr().out
 
 
+def test_the_metrics_of_popularity_are_a_report_like_others(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "pop.json"
+    words = ["evaluate", "--prepared", str(data / "prepared"), "--popularity", "--ks", "5"]
+    words += ["--output", str(path)]
+    assert cli.main(words) == 0
+    assert f"metrics in {path}" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["format"] == "shardrec.metrics" and "NDCG@5" in report["metrics"]
+    assert report["request"]["source"]["ranking"] == "popularity"
+    written = path.stat().st_ino
+    assert cli.main(words) == 0 and path.stat().st_ino == written
+    assert "nothing to do" in caplog.text and "NDCG" in capsys.readouterr().out
+    assert cli.main([*words, "--filter-seen"]) == 2
+    assert "differs in filter_seen" in capsys.readouterr().err
+    assert cli.main([*words, "--force"]) == 0 and path.stat().st_ino != written
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -61,7 +80,22 @@ def test_popularity_is_judged_without_a_run(data: Path, capsys: pytest.CaptureFi
         (["train", "--prepared", "P", "--run", "R", "loss=cee"], "did you mean sce, cce"),
         (["train", "--prepared", "P", "--run", "R", "--recipe", "dmeo"], "did you mean demo"),
         (["train", "--prepared", "P", "--run", "R", "--recipe", "demo"], "P"),
-        (["train", "--prepare", "P", "--run", "R"], "--prepared"),
+        (["train", "--prepare", "P", "--run", "R"], "'--prepare'; did you mean --prepared"),
+        (["train", "--prepared", "P", "--run", "R", "output=x"], "got --run R and output=x; drop"),
+        (["train", "--prepared", "P", "--run", "R", "data=x"], "got --prepared P and data=x; drop"),
+        (["train", "--prepared", "P", "--run", "R", "seed=1", "seed=2"], "got seed=1 and seed=2"),
+        (
+            ["train", "--prepared", "P", "--run", "R", "--init-from", "Q", "init_from.run=S"],
+            "init_from.run must be set once, got --init-from Q and init_from.run=S; drop one",
+        ),
+        (["train", "--prepared", "P", "--run", "R", "--grace", "nan"], "--grace must be a number"),
+        (["evaluate", "--prepared", "P", "--run", "R", "--ks", "a"], "--ks must be int,int,…, got"),
+        (["evaluate", "--prepared", "P", "--popularity", "--run", "R"], "without"),
+        (
+            ["evaluate", "--prepared", "P", "--popularity", "--checkpoint", "best"],
+            "--checkpoint must come with --run, got best; drop it",
+        ),
+        (["evaluate", "--prepared", "P", "--popularity", "--force"], "--force must come with"),
         (["evaluate", "--prepared", "P", "--run", "R"], "P"),
         (["prepare", "--events", "nowhere.parquet", "--output", "R"], "nowhere.parquet"),
         (["prepare", "--events", "x", "--output", "R", "--splt", "y"], "did you mean --split"),

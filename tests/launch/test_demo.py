@@ -1,20 +1,27 @@
-"""The demo's settings fit its recipe, and its table says how far each loss came."""
+"""The demo from one end to the other, and that it replaces nothing before its options are right."""
 
+import shlex
 from io import StringIO
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from shardrec.launch import cli
 from shardrec.launch.demo import (
     CLUSTERS,
     LOSS_SETTINGS,
-    LOSSES,
     METRICS,
     SETTINGS,
-    DemoConfig,
     Row,
+    next_steps,
+    program,
+    start_folder,
     table,
 )
+from shardrec.launch.demo_config import LOSSES, DemoConfig
 from shardrec.pipeline.config import override, snake_case
 from shardrec.pipeline.recipes import RECIPES
 from shardrec.pipeline.synth_world import SynthConfig, World, blocks
@@ -55,3 +62,79 @@ def shown(rows: list[Row], ceiling: float | None) -> str:
     console.print(table(rows, DemoConfig(), ceiling))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+SMALL = ["--users", "400", "--items", "300", "--size", "4000", "--steps", "3"]
+
+
+@pytest.mark.slow
+def test_the_demo_generates_trains_and_shows_a_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "de mo"
+    words = ["--output", str(folder), *SMALL, "--losses", "cce_minus,sce", "--workers", "1"]
+    assert cli.main(["demo", *words]) == 0, capfd.readouterr().err
+    shown = capfd.readouterr().out
+    for name in ("popularity", "cce_minus", "sce", "true model", "NDCG@10"):
+        assert name in shown
+    for run in ("cce_minus", "sce"):
+        assert (folder / "runs" / run / "metrics.json").is_file()
+        assert "stopped at step 3" in (folder / "logs" / f"{run}.log").read_text()
+    (folder / "prepared" / "manifest.json").rename(folder / "prepared" / "kept")
+    assert cli.main(["demo", *words, "--recipe", "dmeo"]) == 2
+    assert "did you mean demo" in capfd.readouterr().err
+    assert (folder / "prepared" / "kept").is_file(), "an earlier demo stays"
+
+
+@pytest.mark.slow
+def test_the_demo_takes_a_log_with_other_names(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events = [(f"u{k % 50}", k * k % 31, 1_700_000_000 + k) for k in range(2000)]
+    names = ["Kunde Nr.", "item_id", "timestamp"]
+    pq.write_table(pa.table(dict(zip(names, zip(*events, strict=True), strict=True))), "l og.pq")
+    words = ["--events", "l og.pq", "--user-column", "Kunde Nr.", "--losses", "rece"]
+    assert cli.main(["demo", *words, "--steps", "2"]) == 0
+    shown = capfd.readouterr().out
+    assert "popularity" in shown and "rece" in shown and "true model" not in shown
+    prepare = next(line for line in shown.splitlines() if "prepare --events" in line)
+    _, *again = shlex.split(prepare)
+    assert cli.main(again) == 0, "the printed command works as it stands"
+
+
+def test_the_printed_commands_start_the_program_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = program()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert Path(program()).is_file() and found in ("shardrec", program())
+    told = next_steps(DemoConfig(losses=("sce",)), "log", Path("data"), ".venv/bin/shardrec")
+    assert "  .venv/bin/shardrec prepare --events path/to/log.parquet --output data" in told
+    assert "--recipe demo loss=sce" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "foo"], "recipe must be a known name, got 'foo'"),
+        (["--losses", "ces"], "losses must be a known name, got 'ces'; did you mean sce, cce"),
+        (["--losses", "sce,sce"], "losses must be named once each, got sce,sce"),
+        (["--users", "0"], "users must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be"),
+        (["--user-column", "customer"], "user_column must come with events, got 'customer'"),
+        (["--events", "l.parquet", "--items", "3"], "items must come without events, got 3"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_an_earlier_demo_goes(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    start_folder(folder)
+    (folder / "kept").touch()
+    assert cli.main(["demo", "--output", str(folder), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert (folder / "kept").is_file()
+    start_folder(folder)
+    assert not (folder / "kept").exists()

@@ -127,8 +127,13 @@ def test_every_stage_of_several_workers_ends_in_bounded_time(
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon"])
-def test_a_timeout_is_a_number_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "--prepared", "p", "--run", "r", "--timeout", value]
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_is_a_number_above_0(
+    value: str, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [stage, "--prepared", "p", "--run", "r", "--timeout", value]
     assert cli.main(words) == 2
-    assert f"must be a number above 0, got '{value}'; give seconds" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"shardrec {stage}: --timeout must be a number above 0, got '{value}'; give seconds\n"
+    )

@@ -37,6 +37,7 @@ class Kitchen:
         kind: which kind.
         spices: any number of them.
         limit: bytes, or none.
+        pan: sizes of it.
         salted: whether to salt.
         columns: names.
     """
@@ -47,6 +48,7 @@ class Kitchen:
     kind: Literal["gas", "coal"] = "gas"
     spices: tuple[str, ...] = ()
     limit: int | None = None
+    pan: tuple[int, ...] = (1,)
     salted: bool = False
     columns: Columns = field(default_factory=Columns)
 
@@ -99,9 +101,11 @@ def test_the_help_says_what_the_docstring_says_with_type_and_default() -> None:
     ("words", "message"),
     [
         ([], "the following arguments are required: --source"),
-        (["--sourc", "log"], "the following arguments are required: --source"),
+        (["--sourc", "log"], "cook: option must be a known name, got '--sourc'; did you mean --s"),
         (["--source", "log", "--num-pot", "2"], "did you mean --num-pots"),
-        (["--source", "log", "--num-pots", "two"], "--num-pots must be int, got 'two'"),
+        (["--source", "log", "--num-pots", "two"], "cook: --num-pots must be int, got 'two'; "),
+        (["--source", "log", "--pan", "4,a"], "cook: --pan must be int,int,…, got '4,a'; "),
+        (["--source"], "cook: --source must be followed by a value, got none; give one"),
         (["--source", "log", "--kind", "oil"], "--kind must be 'gas' or 'coal', got 'oil'"),
         (["--source", "log", "more"], "arguments must follow an option, got 'more'"),
     ],
@@ -139,3 +143,28 @@ def test_every_option_of_a_stage_says_what_it_does(stage: type) -> None:
     helps = {action.dest: str(action.help).partition("(default")[0] for action in parser._actions}
     assert len(helps) > 3
     assert not {name: text for name, text in helps.items() if len(text.split()) < 2}
+
+
+def test_what_argparse_says_is_said_in_our_form(capsys: pytest.CaptureFixture[str]) -> None:
+    made = Parser("cook", "Cooks.")
+    either = made.add_mutually_exclusive_group()
+    either.add_argument("--kind", choices=("gas", "coal"))
+    either.add_argument("--cold", action="store_true")
+    made.add_argument("--pots", type=int)
+    made.add_argument("--heat", type=float)
+    said = [
+        (["--kind", "oil"], "--kind must be one of"),
+        (["--kind", "gas", "--cold"], "--cold must come without --kind, got both; drop one"),
+        (["--pots", "two"], "--pots must be a whole number, got 'two'; give one"),
+        (["--heat", "two"], "--heat must be a number, got 'two'; give one"),
+    ]
+    for words, message in said:
+        with pytest.raises(SystemExit):
+            made.parse(words)
+        assert capsys.readouterr().err.startswith(f"shardrec cook: {message}"), words
+
+
+def test_a_value_may_look_like_an_option() -> None:
+    assert read("--source", "-1").source == "-1"
+    assert read("--source=--odd").source == "--odd"
+    assert read("--source", "--odd name").source == "--odd name"

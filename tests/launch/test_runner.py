@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shardrec.launch.runner import Job, describe, run_here, split
+from shardrec.launch import cli
+from shardrec.launch.runner import Failure, Job, describe, run_here, split
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
@@ -37,46 +38,79 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process without a launcher."""
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process without a launcher."""
     run = tmp_path_factory.mktemp("alone") / "run"
     words = ["train", "--prepared", str(prepared), "--run", str(run), *SMALL]
     command = [sys.executable, "-P", "-m", "shardrec.launch.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return losses(run)
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["1x2", "2x1"])
 def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
-    layout: str, prepared: Path, alone: list[float], tmp_path: Path
+    layout: str, prepared: Path, trained: Path, tmp_path: Path
 ) -> None:
     run, lines = tmp_path / "run", list[str]()
     component = ("-j", layout, "--rdzv_port", str(free_port()), "--cpu", "2")
     stage = ("--prepared", str(prepared), "--run", str(run), *SMALL)
-    complaint = run_here(Job(component="train", arguments=(*component, "--", *stage)), lines.append)
-    assert complaint is None, "\n".join(lines)
-    assert losses(run) == pytest.approx(alone, rel=1e-4)
+    failure = run_here(Job(component="train", arguments=(*component, "--", *stage)), lines.append)
+    assert failure is None, "\n".join(lines)
+    assert losses(run) == pytest.approx(losses(trained), rel=1e-4)
     assert any("[0]:" in line and "step" in line for line in lines), "rank 0's progress is shown"
     assert not any("PYTHONSAFEPATH" in line for line in lines)
 
 
 @pytest.mark.slow
-def test_a_failing_worker_is_quoted_and_the_job_has_failed(tmp_path: Path) -> None:
+def test_a_failing_worker_is_quoted_and_its_exit_code_passed_on(tmp_path: Path) -> None:
     lines = list[str]()
     stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
     job = Job(component="train", arguments=("-j", "1x2", "--", *stage), log_dir=tmp_path / "logs")
-    complaint = run_here(job, lines.append)
-    assert complaint is not None and "nothing" in complaint, "\n".join(lines)
+    failure = run_here(job, lines.append)
+    assert failure is not None and "nothing" in failure.complaint, "\n".join(lines)
+    assert failure.exit_code == cli.BAD_INPUT
     assert list((tmp_path / "logs").rglob("combined.log"))
+
+
+def test_a_stage_without_torchrun_passes_its_exit_code_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = ["--events", str(tmp_path / "nothing.parquet"), "--output", str(tmp_path / "out")]
+    assert cli.main(["launch", "prepare", "--", *stage]) == 2
+    assert "shardrec launch: prepare failed: events must be" in capfd.readouterr().err
+
+
+def test_a_crash_is_no_wrong_input(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.exit(7)\n")
+    stage = ("--events", str(prepared.parent / "log.parquet"), "--output", str(tmp_path / "out"))
+    broken = ("--env", f"PYTHONPATH={tmp_path}")
+    failure = run_here(Job(component="prepare", arguments=(*broken, "--", *stage)), print)
+    assert failure == Failure("", cli.FAILED)
+
+
+@pytest.mark.slow
+def test_two_workers_evaluate_what_one_process_trained(
+    prepared: Path, trained: Path, tmp_path: Path
+) -> None:
+    reports = []
+    for component in (None, ("-j", "1x2")):
+        path = tmp_path / f"{component is None}.json"
+        stage = ("--prepared", str(prepared), "--run", str(trained), "--output", str(path))
+        if component is None:
+            assert cli.main(["evaluate", *stage]) == 0
+        else:
+            job = Job(component="evaluate", arguments=(*component, "--", *stage))
+            assert run_here(job, print) is None
+        reports.append(json.loads(path.read_text()))
+    assert reports[0]["request"] == reports[1]["request"]
+    assert reports[1]["metrics"] == pytest.approx(reports[0]["metrics"], rel=1e-6)
 
 
 def test_the_command_checks_the_stage_s_options_before_it_starts_anything(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from shardrec.launch import cli
-
     stage = ["--prepared", "data", "--run", str(tmp_path / "run"), "encoder.widht=8"]
     assert cli.main(["launch", "train", "-j", "1x2", "--", *stage]) == 2
     said = capsys.readouterr().err
@@ -88,8 +122,8 @@ def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
     log = prepared.parent / "log.parquet"
     stage = ("--events", str(log), "--output", str(tmp_path / "out"))
     lines = list[str]()
-    complaint = run_here(Job(component="prepare", arguments=("--", *stage)), lines.append)
-    assert complaint is None, "\n".join(lines)
+    failure = run_here(Job(component="prepare", arguments=("--", *stage)), lines.append)
+    assert failure is None, "\n".join(lines)
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 

@@ -68,5 +68,6 @@ def test_the_grace_fits_into_what_torchrun_leaves() -> None:
     assert grace_seconds(100, {}) == 100
     with pytest.raises(ValueError, match="--grace must be at most the 30 s"):
         grace_seconds(100, UNDER_TORCHRUN)
-    with pytest.raises(ValueError, match="--grace must be above 0"):
-        grace_seconds(0, {})
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--grace must be a number above 0"):
+            grace_seconds(wrong, {})
