@@ -79,6 +79,51 @@ def test_the_installed_wheel_offers_the_command_and_its_help(wheel: Path, tmp_pa
     assert "prepare" in done.stdout
 
 
+TORCHRUN = "#!{python}\nfrom torch.distributed.run import main\nmain()\n"
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_on_workers_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """Installed by pip into an environment of its own, which borrows this one's other packages."""
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    python = home / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own, ours = (
+        Path(
+            subprocess.run([one, "-c", where], capture_output=True, text=True, check=True).stdout[
+                :-1
+            ]
+        )
+        for one in (str(python), sys.executable)
+    )
+    (own / "borrowed.pth").write_text(f"{ours}\n")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(python)]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    (home / "bin" / "torchrun").write_text(TORCHRUN.format(python=python))
+    (home / "bin" / "torchrun").chmod(0o755)
+    size = "--users 300 --items 203 --events 3000 --clusters 16 --report-users 100"
+    small = "--recipe tiny_cpu limits.max_steps=2 validation.every_steps=none"
+    for words in (
+        f"synth --output log.parquet {size}",
+        "prepare --events log.parquet --output data",
+        f"launch train -j 1x2 -- --prepared data --run run {small}",
+    ):
+        done = subprocess.run(
+            [str(home / "bin" / "shardrec"), *words.split()],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "end.json").is_file()
+    code = "import shardrec.launch.cli as cli; print(cli.__file__)"
+    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(own))
+
+
 @pytest.mark.parametrize("name", ["shardrec", *(f"shardrec.{folder}" for folder in FOLDERS)])
 def test_every_public_name_is_there(name: str) -> None:
     module = importlib.import_module(name)
