@@ -135,7 +135,8 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     if found is not None:
         return Exported(found, False, time.monotonic() - started)
     on_first_rank(lambda: _check_index(index, source), group)
-    work = _Work(config, source.load(prepared, encoder), source, prepared)
+    model = source.load(prepared, encoder)
+    work = on_this_rank(lambda: _Work(config, model, source, prepared), group)
     manifest = output.write(work.write, work.details)
     return Exported(manifest, True, time.monotonic() - started)
 
