@@ -100,6 +100,8 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
         settings=options.scheduler_args,
         log_dir=options.log_dir,
     )
+    if job.log_dir and not job.is_local:
+        parser.error(f"--log-dir must come with local workers, got -s {job.scheduler}; drop it")
     return options, job
 
 

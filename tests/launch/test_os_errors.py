@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardrec.launch import cli
+from shardrec.launch.demo import start_folder
 from shardrec.launch.os_errors import explain
 
 SMALL = ["--users", "300", "--items", "203", "--events", "3000", "--clusters", "16"]
@@ -43,6 +44,8 @@ def data() -> Iterator[Path]:
         words = ["evaluate", "--prepared", prepared, "--run", str(folder / "run")]
         warm = ["--output", str(folder / "warm.json")]  # what nobody may be unable to import
         assert cli.main([*words, *warm]) == 0
+        start_folder(folder / "demo")
+        (folder / "demo" / "kept").touch()
         (folder / "unreadable.parquet").write_bytes((folder / "log.parquet").read_bytes())
         (folder / "unreadable.parquet").chmod(0)
         for path in [folder, *folder.rglob("*")]:
@@ -87,6 +90,15 @@ def test_a_folder_that_cannot_be_written_is_named(
         f"output must be in a folder that can be written, got {str(folder)!r} (Permission denied); "
         "choose another folder or mend its permissions"
     )
+
+
+def test_an_earlier_demo_that_cannot_be_replaced_is_named_and_stays(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with unprivileged():
+        said = refused(capsys, data, "demo", "--output", "D/demo")
+    assert said.startswith("output must be in a folder that can be written, got "), said
+    assert f"{data}/demo" in said and (data / "demo" / "kept").is_file()
 
 
 @pytest.mark.parametrize("stage", ["synth", "prepare", "train", "recommend", "export", "demo"])
