@@ -7,10 +7,9 @@ asked for, ``weight`` (float32).
 """
 
 import dataclasses
-import fnmatch
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,36 +17,27 @@ import pyarrow.compute as pc
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.event_columns import (
+    EventColumns,
+    check_columns,
+    first_line,
+    id_kind,
+    read_ids,
+    read_text,
+    read_times,
+    read_weights,
+    same_kind,
+    time_kind,
+    weight_kind,
+)
+from shardrec.pipeline.parquet_files import find_files
+
+__all__ = ["EventLog", "SourceFile"]
 
 _BATCH_ROWS = 65_536
 _CHUNK_ROWS = 491_520
 _FOOTER_BYTES = 65_536
-_GLOB_CHARACTERS = "*?["
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EventColumns:
-    """Which columns of the log to read.
-
-    Attributes:
-        user, item, time: names of the columns every log has.
-        event: column that ``event_types`` selects from, or None to read every row.
-        event_types: values of ``event`` to keep.
-        weight: column of position weights, or None.
-    """
-
-    user: str
-    item: str
-    time: str
-    event: str | None = None
-    event_types: tuple[str, ...] = ()
-    weight: str | None = None
-
-    def names(self) -> list[str]:
-        """The columns to read, in a fixed order."""
-        optional = [self.event, self.weight]
-        return [self.user, self.item, self.time] + [name for name in optional if name is not None]
+_TYPES_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +60,7 @@ class EventLog:
         time_type: "int64", or "timestamp[us]" when the log holds timestamps, dates or ISO text.
         events_read: rows read so far, before the event-type filter.
         event_types_seen: some of the event types read so far, for messages.
+        times_cut: whether a time read so far was finer than a microsecond.
     """
 
     filesystem: fs.FileSystem
@@ -80,6 +71,7 @@ class EventLog:
     time_type: str
     events_read: int = 0
     event_types_seen: set[str] = dataclasses.field(default_factory=set)
+    times_cut: bool = False
 
     @classmethod
     def open(cls, source: str, columns: EventColumns) -> "EventLog":
@@ -93,16 +85,16 @@ class EventLog:
         described = [_describe(filesystem, path) for path in paths]
         schemas = {file.path: schema for file, schema in described}
         for path, schema in schemas.items():
-            _check_columns(path, schema, columns)
+            check_columns(path, schema, columns)
         if columns.weight is not None:
-            _same_kind(schemas, columns.weight, _weight_kind)
+            same_kind(schemas, columns.weight, weight_kind)
         return cls(
             filesystem=filesystem,
             files=tuple(file for file, _ in described),
             columns=columns,
-            user_type=_same_kind(schemas, columns.user, _id_kind),
-            item_type=_same_kind(schemas, columns.item, _id_kind),
-            time_type=_same_kind(schemas, columns.time, _time_kind),
+            user_type=same_kind(schemas, columns.user, id_kind),
+            item_type=same_kind(schemas, columns.item, id_kind),
+            time_type=same_kind(schemas, columns.time, time_kind),
         )
 
     def tables(self) -> Iterator[pa.Table]:
@@ -122,103 +114,69 @@ class EventLog:
         if pending:
             yield pa.concat_tables(pending)
 
+    def describe_event_types(self) -> str:
+        """Some of the event types read so far, for messages."""
+        seen = sorted(self.event_types_seen)
+        shown = ", ".join(repr(kind) for kind in seen[:_TYPES_SHOWN])
+        return (shown or "nulls only") + (", …" if len(seen) > _TYPES_SHOWN else "")
+
     def _file_tables(self, path: str) -> Iterator[pa.Table]:
         with self.filesystem.open_input_file(path) as stream:
             file = pq.ParquetFile(stream)
             for group in range(file.num_row_groups):
                 place = f"{path!r}, row group {group}"
                 for batch in _batches(file, group, self.columns.names(), place):
-                    yield self._clean(batch, place)
+                    yield self._clean(self._select(batch, place), place)
                     self.events_read += batch.num_rows
 
-    def _clean(self, batch: pa.RecordBatch, place: str) -> pa.Table:
-        rows = pa.array(np.arange(self.events_read, self.events_read + batch.num_rows))
-        table = pa.Table.from_batches([batch]).append_column("__row", rows)
-        codes = pa.repeat(pa.scalar(0, pa.int32()), table.num_rows)
-        if self.columns.event is not None:
-            table, codes = self._keep_types(table)
+    def _select(self, batch: pa.RecordBatch, place: str) -> pa.Table:
+        """The columns under the names of their roles, of the events of the wanted types."""
+        last = self.events_read + batch.num_rows
+        columns = {role: batch.column(name) for role, name in self._roles().items()}
+        columns["row"] = pa.array(np.arange(self.events_read, last))
+        if self.columns.event is None:
+            columns["event"] = pa.repeat(pa.scalar(0, pa.int32()), batch.num_rows)
+            return pa.table(columns)
+        text = read_text(
+            batch.column(self.columns.event), f"{place}, column {self.columns.event!r}"
+        )
+        self._note_event_types(text)
+        columns["event"] = pc.index_in(text, pa.array(self.columns.event_types, pa.string()))
+        return pa.table(columns).filter(pc.is_valid(columns["event"]))
+
+    def _roles(self) -> dict[str, str]:
+        columns = self.columns
+        roles = {"user_id": columns.user, "item_id": columns.item, "time": columns.time}
+        return roles | ({} if columns.weight is None else {"weight": columns.weight})
+
+    def _note_event_types(self, text: pa.Array) -> None:
+        if len(self.event_types_seen) <= _TYPES_SHOWN:
+            kinds = [kind for kind in pc.unique(text).to_pylist() if kind]
+            self.event_types_seen |= set(kinds[: _TYPES_SHOWN + 1])
+
+    def _clean(self, table: pa.Table, place: str) -> pa.Table:
+        places = {role: f"{place}, column {name!r}" for role, name in self._roles().items()}
         clean = {
-            "user_id": _ids(table[self.columns.user], self.user_type, self.columns.user, place),
-            "item_id": _ids(table[self.columns.item], self.item_type, self.columns.item, place),
-            "time": _times(table[self.columns.time], self.columns.time, place),
-            "row": table["__row"],
-            "event": codes,
+            "user_id": read_ids(table["user_id"], self.user_type, places["user_id"]),
+            "item_id": read_ids(table["item_id"], self.item_type, places["item_id"]),
+            "time": self._times(table["time"], places["time"]),
+            "row": table["row"],
+            "event": table["event"],
         }
         if self.columns.weight is not None:
-            clean["weight"] = _weights(table[self.columns.weight], self.columns.weight, place)
+            clean["weight"] = read_weights(table["weight"], places["weight"])
         return pa.table(clean)
 
-    def _keep_types(self, table: pa.Table) -> tuple[pa.Table, Any]:
-        text = pc.cast(table[self.columns.event], pa.string())
-        if len(self.event_types_seen) < 100:
-            self.event_types_seen |= {kind for kind in pc.unique(text).to_pylist() if kind}
-        codes = pc.index_in(text, pa.array(self.columns.event_types, pa.string()))
-        keep = pc.is_valid(codes)
-        return table.filter(keep), codes.filter(keep)
-
-
-def find_files(source: str) -> tuple[fs.FileSystem, list[str]]:
-    """The file system and the sorted Parquet files that ``source`` means.
-
-    Args:
-        source: a file, a folder (searched below, names that start with "_" or "." skipped), a glob,
-            or a URI that pyarrow opens.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: pyarrow does not know the URI's scheme.
-    """
-    text, pattern = str(source), ""
-    wild = [text.index(character) for character in _GLOB_CHARACTERS if character in text]
-    if wild:
-        text, pattern = (
-            text[: text.rindex("/", 0, min(wild)) + 1 if "/" in text[: min(wild)] else 0],
-            text,
-        )
-    filesystem, root = _open(text or ".")
-    if pattern:
-        pattern = root.rstrip("/") + "/" + pattern[len(text) :]
-    info = filesystem.get_file_info(root)
-    if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"events must be an existing path, got {source!r}; check the path")
-    if info.type == fs.FileType.File:
-        return filesystem, [root]
-    paths = _below(filesystem, root)
-    paths = [path for path in paths if _matches(path, pattern)] if pattern else paths
-    if not paths:
-        raise FileNotFoundError(
-            f"events must name at least one .parquet file, got {source!r} with none; check the path"
-        )
-    return filesystem, paths
-
-
-def _open(text: str) -> tuple[fs.FileSystem, str]:
-    try:
-        if "://" in text:
-            filesystem, path = fs.FileSystem.from_uri(text)
-            return filesystem, path
-        return fs.LocalFileSystem(), text
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"events must be a path or a URI that pyarrow opens, got {text!r} ({error}); "
-            "use s3://, gs://, hdfs:// or file://"
-        ) from error
-
-
-def _below(filesystem: fs.FileSystem, root: str) -> list[str]:
-    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    files = [info.path for info in found if info.type == fs.FileType.File]
-    skip = len(root.rstrip("/")) + 1
-    hidden = [path for path in files if any(p[0] in "._" for p in path[skip:].split("/") if p)]
-    return sorted(p for p in files if p.endswith((".parquet", ".pq")) and p not in set(hidden))
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts, wanted = path.split("/"), pattern.split("/")
-    if "**" in wanted:
-        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
-    pairs = zip(parts, wanted, strict=False)
-    return len(parts) == len(wanted) and all(fnmatch.fnmatchcase(a, b) for a, b in pairs)
+    def _times(self, column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+        times, cut = read_times(column, place)
+        if cut and not self.times_cut:
+            self.times_cut = True
+            logging.getLogger(__name__).warning(
+                "%s has times finer than microseconds, which are rounded down: events of a user "
+                "within one microsecond keep the order of the log",
+                place,
+            )
+        return times
 
 
 def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Schema]:
@@ -231,64 +189,10 @@ def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Sche
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{path!r} must be a complete Parquet file, got one whose footer cannot be read "
-                f"({_first_line(error)}); it may be truncated: copy it again"
+                f"({first_line(error)}); it may be truncated: copy it again"
             ) from error
     digest = hashlib.sha256(tail).hexdigest()
     return SourceFile(path=path, bytes=size, rows=rows, footer_sha256=digest), schema
-
-
-def _check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
-    for name in columns.names():
-        if name not in schema.names:
-            raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
-
-
-def _same_kind(schemas: dict[str, pa.Schema], name: str, kind: Any) -> str:
-    kinds = {path: kind(schema.field(name).type, name, path) for path, schema in schemas.items()}
-    first = next(iter(kinds))
-    for path, found in kinds.items():
-        if found != kinds[first]:
-            raise ValueError(
-                f"column {name!r} must have one type in all files, got {kinds[first]} in {first!r} "
-                f"and {found} in {path!r}; convert one of them"
-            )
-    return str(kinds[first])
-
-
-def _id_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
-    if pa.types.is_integer(value):
-        return "int64"
-    if _is_text(value):
-        return "string"
-    raise ValueError(
-        f"column {name!r} of {path!r} must be integer or string, got {dtype}; convert the ids"
-    )
-
-
-def _time_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
-        return "int64"
-    if pa.types.is_timestamp(dtype) or pa.types.is_date(dtype) or _is_text(dtype):
-        return "timestamp[us]"
-    raise ValueError(
-        f"column {name!r} of {path!r} must be integer, timestamp, date or ISO text, got {dtype}; "
-        "convert the times"
-    )
-
-
-def _weight_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
-        return "float"
-    raise ValueError(
-        f"column {name!r} of {path!r} must be numeric, got {dtype}; convert the weights"
-    )
-
-
-def _is_text(dtype: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or dtype == pa.string_view()
-    )
 
 
 def _batches(
@@ -299,7 +203,7 @@ def _batches(
     except (pa.ArrowException, OSError) as error:
         column = next((name for name in names if not _decodes(file, group, name)), names[0])
         raise ValueError(
-            f"{place}, column {column!r} must be valid Parquet data, got {_first_line(error)}; "
+            f"{place}, column {column!r} must be valid Parquet data, got {first_line(error)}; "
             "the file is corrupt or truncated: copy it again"
         ) from error
 
@@ -311,63 +215,3 @@ def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:
     except (pa.ArrowException, OSError):
         return False
     return True
-
-
-def _no_nulls(column: pa.ChunkedArray, name: str, place: str) -> None:
-    if column.null_count:
-        raise ValueError(
-            f"{place}, column {name!r} must have no nulls, got {column.null_count}; "
-            "drop those rows or fill them"
-        )
-
-
-def _ids(column: pa.ChunkedArray, kind: str, name: str, place: str) -> pa.ChunkedArray:
-    _no_nulls(column, name, place)
-    if kind == "string":
-        return pc.cast(column, pa.string())
-    try:
-        column = pc.cast(column, pa.int64())
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{place}, column {name!r} must fit into int64, got {_first_line(error)}; "
-            "store such ids as strings"
-        ) from error
-    low = pc.min(column).as_py()
-    if low is not None and low < 0:
-        raise ValueError(
-            f"{place}, column {name!r} must hold ids of 0 or more, got {low}; "
-            "drop rows with placeholder ids, or store the ids as strings"
-        )
-    return column
-
-
-def _times(column: pa.ChunkedArray, name: str, place: str) -> pa.ChunkedArray:
-    _no_nulls(column, name, place)
-    try:
-        if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-            return pc.cast(column, pa.int64())
-        zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
-        stamps = pc.cast(column, pa.timestamp("us", tz=column.type.tz if zoned else None))
-        return pc.cast(stamps, pa.int64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{place}, column {name!r} must hold times, got {_first_line(error)}; use whole "
-            "numbers, timestamps, dates or text such as 2024-01-31T08:00:00"
-        ) from error
-
-
-def _weights(column: pa.ChunkedArray, name: str, place: str) -> pa.ChunkedArray:
-    _no_nulls(column, name, place)
-    weights = pc.cast(column, pa.float32(), safe=False)
-    wrong = pc.invert(pc.and_(pc.is_finite(weights), pc.greater_equal(weights, 0.0)))
-    if pc.any(wrong).as_py():
-        value = weights.filter(wrong)[0].as_py()
-        raise ValueError(
-            f"{place}, column {name!r} must hold finite weights of 0 or more, got {value}; "
-            "correct or drop those rows"
-        )
-    return weights
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]

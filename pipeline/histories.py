@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.events import find_files
 from shardrec.pipeline.item_ids import ItemIds, id_kind
+from shardrec.pipeline.parquet_files import find_files
 
 __all__ = ["Histories", "HistoryChunk"]
 
@@ -64,7 +64,7 @@ class Histories:
             ValueError: a footer cannot be read, a column is missing or of a type that does not fit.
         """
         self.catalog, self.columns, self.dense = catalog, (users, items), dense
-        self._filesystem, self._paths = find_files(source)
+        self._filesystem, self._paths = find_files(source, "histories")
         self._footers = [_footer(self._filesystem, path) for path in self._paths]
         types = [self._user_type(*pair) for pair in zip(self._paths, self._footers, strict=True)]
         self.user_type = types[0] if len(set(types)) == 1 else pa.int64()

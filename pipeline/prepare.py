@@ -37,7 +37,7 @@ from shardrec.pipeline.config import to_json
 from shardrec.pipeline.events import EventLog
 from shardrec.pipeline.former_items import FormerItems, index_order
 from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
-from shardrec.pipeline.prepare_config import PrepareConfig
+from shardrec.pipeline.prepare_config import MAX_THREADS, PrepareConfig
 from shardrec.pipeline.sequences import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.sorted_log import SortedLog, SortOptions, sort_log
 from shardrec.pipeline.split import (
@@ -125,7 +125,7 @@ def _find_result(config: PrepareConfig, source: dict[str, Any]) -> Manifest | No
             "choose another folder or delete it"
         ) from error
     ours = _stored_config(config)
-    theirs = _stored_config(PrepareConfig(events="", output="")) | manifest.config
+    theirs = _stored_config(PrepareConfig(events=".", output=".")) | manifest.config
     changed = [name for name in ours if ours[name] != theirs[name]]
     changed += ["the log's files"] if source["files"] != manifest.source["files"] else []
     changed += ["items"] if source.get("items") != manifest.source.get("items") else []
@@ -156,7 +156,7 @@ def _prepare(config: PrepareConfig, log: EventLog, former: FormerItems | None) -
     with staged_folder(Path(config.output), replace=config.force) as (folder, work):
         options = SortOptions(
             memory_limit=config.memory_limit,
-            threads=config.threads or len(os.sched_getaffinity(0)),
+            threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
             seed=config.seed,
             keep_duplicates=config.keep_duplicates,
         )

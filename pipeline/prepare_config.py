@@ -1,10 +1,16 @@
 """Options of the prepare stage, checked: ranges, and no option that the others switch off."""
 
 import dataclasses
+import itertools
 import re
 from typing import Literal
 
-from shardrec.pipeline.events import EventColumns
+from shardrec.pipeline.event_columns import EventColumns
+from shardrec.pipeline.parquet_files import check_path
+
+MAX_THREADS = 256
+MAX_GROUP_ROWS = 1 << 30
+_COLUMN_OPTIONS = ("user_column", "item_column", "time_column", "event_column", "weight_column")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +21,8 @@ class PrepareConfig:
         events: Parquet file, folder, glob, or URI that pyarrow opens.
         output: folder to write; it must not exist, or hold the same result already.
         user_column, item_column, time_column: names in the log. Ids are integers of 0 or more, or
-            strings; times are whole numbers, timestamps, dates or ISO text.
+            strings; times are whole numbers, timestamps, dates or ISO text, in UTC unless they say
+            their offset, and rounded down to microseconds.
         event_column: column that ``event_types`` selects from.
         event_types: values of ``event_column`` to keep; the others are counted and left out.
         weight_column: numbers of 0 or more that multiply the loss of the event as a target.
@@ -40,7 +47,7 @@ class PrepareConfig:
         sequences_per_row_group: rows of a row group in train, validation and test.
         seed: of the users' order.
         memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
-        threads: of DuckDB; by default as many as this process may use.
+        threads: of DuckDB, at most 256; by default as many as this process may use.
         force: prepare again whatever is there; a prepared folder in output is replaced as a whole,
             and only when the new one is complete. Anything else is never replaced.
     """
@@ -77,13 +84,18 @@ class PrepareConfig:
         _check_choice("split", self.split, ("temporal", "leave_one_out"))
         _check_choice("validation", self.validation, ("users", "time", "none"))
         _check_choice("targets", self.targets, ("last", "all"))
+        for name in ("events", "output", "items"):
+            path = getattr(self, name)
+            if path is not None:
+                check_path(name, path)
+        _check_columns(self)
         _check_numbers(self)
         _check_used(self)
         if "://" in self.output:
             raise ValueError(
                 f"output must be a local folder, got {self.output!r}; prepare here and copy it"
             )
-        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
+        if not re.fullmatch(r"\d{1,6}(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
             raise ValueError(
                 f"memory_limit must be a size, got {self.memory_limit!r}; say 512MB or 2GiB"
             )
@@ -105,6 +117,17 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}; choose one")
 
 
+def _check_columns(config: PrepareConfig) -> None:
+    """Refuse one column in two roles, but for a rating, which may select events and weigh them."""
+    for first, second in itertools.combinations(_COLUMN_OPTIONS, 2):
+        name = getattr(config, first)
+        may_be_same = name is None or (first, second) == ("event_column", "weight_column")
+        if not may_be_same and name == getattr(config, second):
+            raise ValueError(
+                f"{second} must be another column than {first}, got {name!r} for both; correct one"
+            )
+
+
 def _check_numbers(config: PrepareConfig) -> None:
     least = {"min_user_events": 1, "min_item_events": 0, "sequences_per_row_group": 1, "seed": 0}
     least |= {"threads": 1, "validation_users": 1}
@@ -112,6 +135,10 @@ def _check_numbers(config: PrepareConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}; raise it")
+    for name, high in (("threads", MAX_THREADS), ("sequences_per_row_group", MAX_GROUP_ROWS)):
+        value = getattr(config, name)
+        if value is not None and value > high:
+            raise ValueError(f"{name} must be at most {high}, got {value}; lower it")
     for name in ("test_quantile", "validation_quantile"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 1:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from shardrec.modules.ranking import Blocks, top_items
 from shardrec.pipeline.batches import gathered, padded
-from shardrec.pipeline.events import find_files
 from shardrec.pipeline.group import (
     default_group,
     in_step,
@@ -33,6 +32,7 @@ from shardrec.pipeline.histories import Histories, HistoryChunk
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model import Model
+from shardrec.pipeline.parquet_files import find_files
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source
@@ -360,7 +360,7 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
 
 def _read_list(name: str, source: str) -> pa.Array:
     """The column ``item_id`` of some Parquet files."""
-    filesystem, paths = find_files(source)
+    filesystem, paths = find_files(source, name)
     tables = []
     for path in paths:
         names = pq.read_schema(path, filesystem=filesystem).names

@@ -8,7 +8,8 @@ Events of one user at one time keep the order of the log: files by path, then ro
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20
 _ARROW_ROWS = 131_072
 _DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "max_temp_directory_size")
+_INTERRUPT_EVERY_S = 0.1
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
@@ -121,7 +123,10 @@ class SortedLog:
             for times in self._times():
                 inside = times[(times >= low) & (times <= high)]
                 below += int((times < low).sum())
-                counts += np.bincount((inside - low) // width, minlength=65_536)
+                # Two times may lie 2**64 apart, so their distance is unsigned and wraps.
+                distances = inside.view(np.uint64) - np.uint64(low % 2**64)
+                cells = (distances // np.uint64(width)).astype(np.int64)
+                counts += np.bincount(cells, minlength=65_536)
             cell = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
             low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
         return low
@@ -155,14 +160,41 @@ def sort_log(
         OSError: the disk is full.
     """
     with _database(folder, options) as database:
-        _ingest(database, log)
-        _check_not_empty(database, log)
-        seeded = f"md5_number(concat('{options.seed}:', id)), id"
-        user_ids = _number(database, "user", seeded)
-        item_ids, former_index = _number_items(database, former)
-        user_events, duplicates = _write_columns(
-            database, folder, len(user_ids), options.keep_duplicates, log
-        )
+        return _until_interrupted(database, lambda: _sort(database, log, folder, options, former))
+
+
+def _until_interrupted(
+    database: duckdb.DuckDBPyConnection, work: Callable[[], SortedLog]
+) -> SortedLog:
+    """What ``work`` returns; a signal that raises in this thread ends its queries at once.
+
+    A query hears no signal in its own thread, or swallows what the handler raised.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        done = pool.submit(work)
+        try:
+            return done.result()
+        finally:
+            while not done.done():
+                database.interrupt()
+                wait([done], timeout=_INTERRUPT_EVERY_S)
+
+
+def _sort(
+    database: duckdb.DuckDBPyConnection,
+    log: EventLog,
+    folder: Path,
+    options: SortOptions,
+    former: FormerItems | None,
+) -> SortedLog:
+    _ingest(database, log)
+    _check_not_empty(database, log)
+    seeded = f"md5_number(concat('{options.seed}:', id)), id"
+    user_ids = _number(database, "user", seeded)
+    item_ids, former_index = _number_items(database, former)
+    user_events, duplicates = _write_columns(
+        database, folder, len(user_ids), options.keep_duplicates, log
+    )
     return SortedLog(
         folder=folder,
         user_ids=user_ids,
@@ -234,10 +266,9 @@ def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None
     if row is not None and row[0]:
         return
     if log.events_read:
-        seen = ", ".join(repr(kind) for kind in sorted(log.event_types_seen))
         raise ValueError(
             f"event_types must select at least one event, got {list(log.columns.event_types)} "
-            f"where the log has {seen or 'nulls only'}; correct the spelling"
+            f"where the log has {log.describe_event_types()}; correct the spelling"
         )
     raise ValueError("the event log must hold at least one event, got none; check the path")
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shardrec.pipeline.config import from_json, to_json
+from shardrec.pipeline.parquet_files import check_path
 from shardrec.pipeline.synth_world import (
     TOP,
     Block,
@@ -86,7 +87,9 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
 
     Raises:
         FileExistsError: the file holds something else.
+        ValueError: the path is no path.
     """
+    check_path("output", str(path))
     target = Path(path)
     found = None if force else _finished(config, target)
     if found is not None:
@@ -97,13 +100,16 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
     partial = target.with_name(target.name + ".partial")
     world = World(config)
     judge = _Judge(world)
-    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-        for table in _rechunk(_tables(world, judge), config.chunk_events):
-            writer.write_table(table, row_group_size=config.chunk_events)
-        report = judge.report()
-        stored = {"config": to_json(config), "report": to_json(report)}
-        writer.add_key_value_metadata({METADATA: json.dumps(stored)})
-    partial.replace(target)
+    try:
+        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+            for table in _rechunk(_tables(world, judge), config.chunk_events):
+                writer.write_table(table, row_group_size=config.chunk_events)
+            report = judge.report()
+            stored = {"config": to_json(config), "report": to_json(report)}
+            writer.add_key_value_metadata({METADATA: json.dumps(stored)})
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return report
 
 
@@ -188,7 +194,7 @@ class _Judge:
             self.cluster_pairs.shape
         )
         room = config.markov_events - self.num_pairs
-        self.pairs.append((before * config.items + after)[:room])
+        self.pairs.append(before[:room] * config.items + after[:room])
         self.num_pairs += len(self.pairs[-1])
         self.samples.append(
             (block.tastes[last], block.previous[last], block.item[held - 1], block.item[held])

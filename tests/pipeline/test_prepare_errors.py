@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def test_a_missing_column_lists_near_matches(tmp_path: Path) -> None:
     columns["userid"] = columns.pop("user_id")
     log = write(tmp_path / "log.parquet", columns)
     message = fails_cleanly(tmp_path, log, ValueError)
-    assert "'user_id'" in message
-    assert "did you mean userid" in message
+    assert "--user-column must be a known name, got 'user_id'; did you mean userid" in message
 
 
 @pytest.mark.parametrize("name", ["user_id", "item_id", "timestamp"])
@@ -185,6 +185,46 @@ def test_an_unknown_event_type_lists_what_is_there(tmp_path: Path) -> None:
     assert "'buy', 'view'" in message
 
 
+def test_of_many_event_types_ten_are_listed(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.parquet", good_columns() | {"kind": [f"k{k}" for k in range(NUM)]})
+    message = fails_cleanly(tmp_path, log, ValueError, event_column="kind", event_types=("buy",))
+    assert message.count("'k") == 10
+    assert ", …; correct the spelling" in message
+
+
+def not_utf8(num: int) -> pa.Array:
+    """What a writer stores that takes bytes for text."""
+    values = pa.array([b"\xe9t\xe9%d" % (k % 31) for k in range(num)])
+    return pa.Array.from_buffers(pa.string(), num, values.buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("item_id", not_utf8(NUM), "0, column 'item_id' must hold text in UTF-8, got b'.xe9t.xe90'"),
+        ("kind", not_utf8(NUM), "0, column 'kind' must hold text in UTF-8, got b'.xe9t"),
+        ("kind", [b"\xff"] * NUM, "0, column 'kind' must hold text in UTF-8, got b'.xff'"),
+        ("kind", [[1]] * NUM, "column 'kind' of .* must hold single values"),
+        ("kind", [{"a": 1}] * NUM, "column 'kind' of .* must hold single values"),
+    ],
+    ids=["ids", "event-text", "event-bytes", "event-list", "event-struct"],
+)
+def test_values_that_are_no_text_are_refused(
+    tmp_path: Path, column: str, values: Any, expected: str
+) -> None:
+    log = write(tmp_path / "log.parquet", good_columns() | {"kind": ["1"] * NUM, column: values})
+    message = fails_cleanly(tmp_path, log, ValueError, event_column="kind", event_types=("1",))
+    assert re.search(expected, message)
+
+
+def test_two_columns_of_one_name_are_refused_where_the_name_is_asked_for(tmp_path: Path) -> None:
+    columns = good_columns()
+    names, values = [*columns, "user_id"], [*columns.values(), columns["item_id"]]
+    log = str(tmp_path / "log.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(one) for one in values], names), log)
+    assert "must have one column 'user_id', got 2" in fails_cleanly(tmp_path, log, ValueError)
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), None])
 def test_a_bad_weight_is_refused(tmp_path: Path, weight: float | None) -> None:
     values = [1.0] * (NUM - 1) + [weight]
@@ -293,6 +333,21 @@ def test_too_small_a_memory_limit_is_named(tmp_path: Path) -> None:
         ({"validation": "none", "validation_users": 5}, "validation=users"),
         ({"event_types": ("buy",)}, "must come with event_column"),
         ({"event_column": "kind"}, "must come with event_types"),
+        ({"events": ""}, "events must be a path, got ''"),
+        ({"events": "log\0.parquet"}, "events must be a path without NUL"),
+        ({"output": "out\0"}, "output must be a path without NUL"),
+        ({"output": "out\udcff"}, "output must be a path in UTF-8, got 'out.udcff'"),
+        ({"items": ""}, "items must be a path, got ''"),
+        ({"threads": 20_000}, "threads must be at most 256, got 20000; lower it"),
+        ({"sequences_per_row_group": 10**20}, "at most 1073741824"),
+        ({"memory_limit": "99999999999999999999TB"}, "say 512MB"),
+        ({"user_column": "x", "item_column": "x"}, "item_column must be another .* got 'x' for"),
+        ({"time_column": "user_id"}, "time_column must be another column than user_column"),
+        ({"weight_column": "timestamp"}, "weight_column must be another column than time_column"),
+        (
+            {"event_column": "item_id", "event_types": ("1",)},
+            "event_column must be another column than item_column",
+        ),
     ],
 )
 def test_options_that_cannot_hold_are_refused(options: dict[str, Any], expected: str) -> None:

@@ -1,5 +1,8 @@
 """The generated log: exact sizes, reproducible, known probabilities, an order of four rankings."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,3 +160,34 @@ def test_a_log_is_written_once_and_another_is_refused(
 def test_impossible_configs_are_refused(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["", "log\0.parquet", "log\udcff.parquet"])
+def test_what_is_no_path_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="output must be a path"):
+        generate(SMALL, path)
+
+
+def test_a_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shardrec.pipeline.synth.to_json", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        generate(SMALL, tmp_path / "log.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_four_times_the_events_need_no_more_memory(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("synth_memory.py"))
+    # Freed blocks of more than this size go back to the system, whatever the process did before.
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+    }
+    peaks = []
+    for events in (500_000, 2_000_000):
+        command = [sys.executable, "-P", script, str(tmp_path / "log.parquet"), str(events)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.3 * peaks[0], peaks

@@ -1,0 +1,122 @@
+"""The Parquet files that a path, a folder, a glob or a URI means."""
+
+import fnmatch
+import os
+
+import pyarrow as pa
+import pyarrow.fs as fs
+
+__all__ = ["check_path", "find_files"]
+
+_GLOB_CHARACTERS = "*?["
+
+
+def check_path(name: str, path: str) -> None:
+    """Refuse what is no path to the libraries that open it.
+
+    Args:
+        name: what the path is, for the message.
+        path: path or URI.
+
+    Raises:
+        ValueError: it is empty, holds NUL, or is not UTF-8.
+    """
+    if not path:
+        raise ValueError(f"{name} must be a path, got ''; the current folder is '.'")
+    if "\0" in path:
+        raise ValueError(f"{name} must be a path without NUL, got {path!r}; check the path")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be a path in UTF-8, got {path!r}; rename the file or folder"
+        ) from error
+
+
+def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[str]]:
+    """The file system and the sorted Parquet files that ``source`` means.
+
+    Args:
+        source: a file, a folder (searched below, names that start with "_" or "." skipped), a glob,
+            or a URI that pyarrow opens. What is there under its very name is taken for no glob.
+        name: what the files are, for messages.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the path is no path, pyarrow does not know the URI's scheme, or the name of a
+            file is not UTF-8.
+    """
+    check_path(name, source)
+    folder, pattern = _split_glob(source)
+    filesystem, root = _open(folder or ".", name)
+    info = filesystem.get_file_info(root)
+    if info.type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"{name} must be an existing path, got {source!r}; check the path")
+    if info.type == fs.FileType.File:
+        return filesystem, [root]
+    paths = _below(filesystem, root, pattern)
+    if not paths:
+        raise FileNotFoundError(
+            f"{name} must name at least one .parquet file, got {source!r} with none; check the path"
+        )
+    for path in paths:
+        check_path(name, path)
+    return filesystem, paths
+
+
+def _split_glob(source: str) -> tuple[str, str]:
+    """The folder above the first part that is a pattern, and the pattern from there on.
+
+    Example:
+        >>> _split_glob("s3://logs/day=*/part-?.parquet")
+        ('s3://logs/', 'day=*/part-?.parquet')
+    """
+    parts = source.split("/")
+    for count, part in enumerate(parts):
+        if not any(character in part for character in _GLOB_CHARACTERS):
+            continue
+        if "://" in source or not os.path.exists("/".join(parts[: count + 1])):
+            return "/".join([*parts[:count], ""]) if count else "", "/".join(parts[count:])
+    return source, ""
+
+
+def _open(text: str, name: str) -> tuple[fs.FileSystem, str]:
+    try:
+        if "://" in text:
+            filesystem, path = fs.FileSystem.from_uri(text)
+            return filesystem, path
+        return fs.LocalFileSystem(), text
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{name} must be a path or a URI that pyarrow opens, got {text!r} ({error}); "
+            "use s3://, gs://, hdfs:// or file://"
+        ) from error
+
+
+def _below(filesystem: fs.FileSystem, root: str, pattern: str) -> list[str]:
+    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    files = [_path_of(info) for info in found if info.type == fs.FileType.File]
+    skip = len(root.rstrip("/")) + 1
+    return sorted(path for path in files if _is_wanted(path[skip:], pattern))
+
+
+def _path_of(info: fs.FileInfo) -> str:
+    try:
+        return str(info.path)
+    except UnicodeDecodeError as error:
+        return os.fsdecode(error.object)
+
+
+def _is_wanted(path: str, pattern: str) -> bool:
+    """Whether a path below the folder is a visible Parquet file that the pattern means."""
+    if any(part[0] in "._" for part in path.split("/") if part):
+        return False
+    return path.endswith((".parquet", ".pq")) and (not pattern or _matches(path, pattern))
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, wanted = path.split("/"), pattern.split("/")
+    if "**" in wanted:
+        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
+    pairs = zip(parts, wanted, strict=False)
+    return len(parts) == len(wanted) and all(fnmatch.fnmatchcase(a, b) for a, b in pairs)

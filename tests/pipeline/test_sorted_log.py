@@ -1,0 +1,94 @@
+"""Sorting in little memory: what does not fit goes to the disk, and the result is the same."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shardrec.pipeline.event_columns import EventColumns
+from shardrec.pipeline.events import EventLog
+from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.sorted_log import SortOptions, sort_log
+
+EVENTS = 3_000_000
+LIMIT = "32MB"
+LIMIT_BYTES = 32_000_000
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A log that no compression brings below the memory limit."""
+    path = tmp_path_factory.mktemp("log") / "log.parquet"
+    draw = np.random.default_rng(0)
+    columns = {
+        "user_id": draw.integers(0, EVENTS // 20, EVENTS),
+        "item_id": draw.integers(0, 5000, EVENTS),
+        "timestamp": draw.integers(0, 1 << 60, EVENTS),
+    }
+    pq.write_table(pa.table(columns), path)
+    assert path.stat().st_size > LIMIT_BYTES
+    return str(path)
+
+
+@contextlib.contextmanager
+def largest_size(folder: Path) -> Iterator[Callable[[], int]]:
+    """The most bytes that the files of a folder have had since the start of a ``with``."""
+    sizes, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(sum(entry.stat().st_size for entry in os.scandir(folder)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: max(sizes)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_log_beyond_the_memory_limit_spills_and_gives_the_same_files(
+    log: str, tmp_path: Path
+) -> None:
+    manifests, spilled = [], []
+    for limit in (LIMIT, "4GB"):
+        output = tmp_path / limit
+        with largest_size(tmp_path / f".{limit}.partial" / "work" / "spill") as size:
+            config = PrepareConfig(
+                events=log, output=str(output), memory_limit=limit, threads=1, validation="none"
+            )
+            manifests.append(prepare(config))
+            spilled.append(size())
+    assert spilled[0] > LIMIT_BYTES // 4 and spilled[1] == 0
+    assert manifests[0].files == manifests[1].files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["32MB", "4GB"]
+
+
+def test_an_interrupted_query_ends_at_once_as_an_interruption(log: str, tmp_path: Path) -> None:
+    columns = EventColumns(user="user_id", item="item_id", time="timestamp")
+    options = SortOptions(memory_limit="1GB", threads=1, seed=0, keep_duplicates=False)
+    events = EventLog.open(log, columns)
+    threading.Thread(target=interrupt_when_read, args=(events,)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sort_log(events, tmp_path, options)
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "events.duckdb").exists()
+
+
+def interrupt_when_read(log: EventLog) -> None:
+    """SIGINT to this process when nothing but queries of about a second is left to do."""
+    while log.events_read < EVENTS:
+        time.sleep(0.001)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
