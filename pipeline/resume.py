@@ -138,6 +138,8 @@ def started(
     try:
         start()
         yield
+    except GeneratorExit:  # a run that was built and dropped has not failed
+        raise
     except BaseException:
         if is_new and not at.step:
             _undo(folder, was_there)

@@ -18,7 +18,7 @@ from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.callbacks import Callback, StepReport
 from shardrec.pipeline.lock import LOCK, RunLock
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.train import train
+from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)
 ONE_STEP = LimitConfig(max_steps=1)
@@ -162,6 +162,12 @@ def test_forced_anew_a_run_that_fails_at_once_leaves_the_former_as_it_was(
         train(config, encoder=Fails(1), force=True)
     assert content(tmp_path / "run") == before
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_run_that_was_built_and_dropped_can_be_gone_on_with(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path / "run", limits=ONE_STEP, validation=OFF)
+    assert build(config).is_new  # garbage at once, and so is what it holds
+    assert (tmp_path / "run" / "run.json").exists()
 
 
 class AsksForTheLock(Callback):
