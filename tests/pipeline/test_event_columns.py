@@ -88,7 +88,9 @@ def test_a_time_that_cannot_be_read_says_what_can(text: str) -> None:
 def test_ids_that_are_not_utf8_are_shown(dtype: pa.DataType, encoded: bool) -> None:
     column = unchecked_text([b"fine", b"\xe9t\xe9"], dtype)
     column = column.dictionary_encode() if encoded else column
-    with pytest.raises(ValueError, match=r"^here must hold text in UTF-8, got b'\\xe9t\\xe9'; decode"):
+    with pytest.raises(
+        ValueError, match=r"^here must hold text in UTF-8, got b'\\xe9t\\xe9'; decode"
+    ):
         read_ids(column, "string", "here")
 
 

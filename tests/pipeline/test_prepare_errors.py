@@ -201,7 +201,11 @@ def not_utf8(num: int) -> pa.Array:
 @pytest.mark.parametrize(
     ("column", "values", "expected"),
     [
-        ("item_id", not_utf8(NUM), "0, column 'item_id' must hold text in UTF-8, got b'.xe9t.xe90'"),
+        (
+            "item_id",
+            not_utf8(NUM),
+            "0, column 'item_id' must hold text in UTF-8, got b'.xe9t.xe90'",
+        ),
         ("kind", not_utf8(NUM), "0, column 'kind' must hold text in UTF-8, got b'.xe9t"),
         ("kind", [b"\xff"] * NUM, "0, column 'kind' must hold text in UTF-8, got b'.xff'"),
         ("kind", [[1]] * NUM, "column 'kind' of .* must hold single values"),
