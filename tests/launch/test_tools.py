@@ -37,7 +37,7 @@ def test_a_second_pair_of_dashes_belongs_to_the_stage(capsys: pytest.CaptureFixt
         (["train", "--cpu", "--gpu", "1"], "--cpu must be followed by a value, got none"),
         (["train", "--env", "OMP"], "--env must be NAME=VALUE,NAME=VALUE…, got 'OMP'"),
         (["train", "--dryrun"], "--dryrun must stand before train, got it behind; move it"),
-        (["trian", "-j", "1x2"], "component must be a known name, got 'trian'; did you mean train"),
+        (["traim", "-j", "1x2"], "component must be a known name, got 'traim'; did you mean train"),
         (["--dryrn", "train"], "option must be a known name, got '--dryrn'; did you mean --dryrun"),
         (["train", "-j", "1x0"], "-j must be NODESxWORKERS, both 1 or more, got '1x0'; say 1x2"),
         (["train", "-j", "0x2"], "-j must be NODESxWORKERS, both 1 or more, got '0x2'"),
