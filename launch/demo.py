@@ -84,6 +84,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
         RuntimeError: a training run failed.
         ValueError: an option means nothing; an earlier demo is as it was.
     """
+    command = program()  # before the launcher adds to PATH
     check_log(config)
     check_stages(config)
     start_folder(config.folder)
@@ -93,7 +94,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
     for loss in config.losses:
         rows.append(train_and_evaluate(config, prepared, loss, console))
     console.print(table(rows, config, ceiling))
-    told = next_steps(config, log, prepared, program())
+    told = next_steps(config, log, prepared, command)
     console.print(told, soft_wrap=True, highlight=False, markup=False)
     return rows
 

@@ -90,6 +90,7 @@ def test_the_demo_takes_a_log_with_other_names(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
     events = [(f"u{k % 50}", k * k % 31, 1_700_000_000 + k) for k in range(2000)]
     names = ["Kunde Nr.", "item_id", "timestamp"]
     pq.write_table(pa.table(dict(zip(names, zip(*events, strict=True), strict=True))), "l og.pq")
@@ -98,7 +99,8 @@ def test_the_demo_takes_a_log_with_other_names(
     shown = capfd.readouterr().out
     assert "popularity" in shown and "rece" in shown and "true model" not in shown
     prepare = next(line for line in shown.splitlines() if "prepare --events" in line)
-    _, *again = shlex.split(prepare)
+    command, *again = shlex.split(prepare)
+    assert Path(command).is_file(), "PATH does not lead to it"
     assert cli.main(again) == 0, "the printed command works as it stands"
 
 
