@@ -116,7 +116,9 @@ def listed(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
         cpu.backward(states, table, blocks, logsumexp, grad, -grad, grad_rows, tiles)
 
     made = {
-        f"{logits}/{floats}": lambda a=logits, b=floats: run(CpuTiles(logits=a, floats=b))
+        f"{logits}/{floats}": lambda a=logits, b=floats: run(
+            CpuTiles(logits=a, floats=b, wide_rows=1)
+        )
         for logits, floats in LISTED
     }
     return made | {"rule": lambda: run(cpu_tiles())}

@@ -355,7 +355,7 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
     copy = 0 if is_fused else rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
-    batches = cpu_tiles().listed_bytes if work.on_cpu else 0
+    batches = cpu_tiles().listed_bytes(work.width, share) if work.on_cpu else 0
     received, travelling = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)

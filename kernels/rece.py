@@ -280,7 +280,7 @@ def reduced_cross_entropy_cost(
         touched_rows=work.num_rows,
         is_dense=True,
         workspace_bytes=held
-        + (cpu_tiles().listed_bytes if work.on_cpu else 0)
+        + (cpu_tiles().listed_bytes(work.width, per_chunk) if work.on_cpu else 0)
         + streaming_bytes(work),
         work=hashed + blocks,
         received=state_traffic(work),

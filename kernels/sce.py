@@ -389,7 +389,7 @@ def scalable_cross_entropy_cost(
         is_dense=False,
         workspace_bytes=rows * work.width * work.element_bytes
         + 24 * num_buckets * (per_bucket + items_per_bucket)
-        + (cpu_tiles().listed_bytes if work.on_cpu else 0)
+        + (cpu_tiles().listed_bytes(work.width, per_bucket) if work.on_cpu else 0)
         + streaming_bytes(work),
         work=choices + blocks,
         received=state_traffic(work),

@@ -55,7 +55,7 @@ def batches(blocks: Blocks, width: int, tiles: CpuTiles) -> Iterator[Batch]:
         (pieces.end_item - pieces.first_item).tolist(),
         strict=True,
     )
-    for start, end in _runs(list(shapes), tiles.logits, max(1, tiles.floats // width)):
+    for start, end in _runs(list(shapes), tiles.logits, tiles.listed_rows(width)):
         members = torch.arange(start, end, device=pieces.round.device)
         yield _padded(blocks, pieces.pick(members))
 

@@ -28,18 +28,29 @@ class CpuTiles:
         logits: Of a tile.
         positions: Most of a tile.
         items: Most of a piece of a listed block.
-        floats: Of the rows that a batch of listed blocks copies together.
+        floats: Of the rows that a batch of listed blocks copies together,
+        wide_rows: or so many rows where these are more.
     """
 
     logits: int = 1 << 20
     positions: int = 1024
     items: int = 1 << 14
-    floats: int = 1 << 19
+    floats: int = 1 << 18
+    wide_rows: int = 1 << 11
 
-    @property
-    def listed_bytes(self) -> int:
-        """Of a batch of listed blocks at its peak: logits, rows and the rows' gradients."""
-        return _FLOAT * (self.logits + 2 * self.floats)
+    def listed_rows(self, width: int) -> int:
+        """Most rows of D numbers that a batch of listed blocks copies together."""
+        return max(self.floats // width, self.wide_rows)
+
+    def listed_bytes(self, width: int, height: float) -> int:
+        """Of a batch of listed blocks at its peak: logits, rows and the rows' gradients.
+
+        Args:
+            width: D.
+            height: Positions of a block.
+        """
+        rows = self.listed_rows(width)
+        return _FLOAT * round(min(self.logits, height * rows) + 2 * rows * width)
 
 
 def cpu_tiles() -> CpuTiles:

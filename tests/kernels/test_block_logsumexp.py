@@ -66,7 +66,7 @@ CASES = {
 @pytest.mark.parametrize("tile", [8, 64, 100])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_definition(case: str, tile: int) -> None:
-    tiles = CpuTiles(tile, 5, 7, tile) if tile < 100 else CpuTiles()
+    tiles = CpuTiles(tile, 5, 7, tile, 1) if tile < 100 else CpuTiles()
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
     rows = torch.randn(NUM_ROWS, WIDTH, generator=generator)

@@ -79,7 +79,7 @@ def test_any_list_of_blocks_gives_its_log_sum_exps_and_gradients(
     generator = torch.Generator().manual_seed(0)
     grads = [torch.rand(n, generator=generator) for n in (blocks.num_slots, len(states))]
     truth = by_definition(states, rows, blocks, grads)
-    tiles = CpuTiles(logits=tile, positions=1024, items=min(piece, tile), floats=tile)
+    tiles = CpuTiles(logits=tile, positions=1024, items=min(piece, tile), floats=tile, wide_rows=1)
     logsumexp, target_logits = cpu.forward(states, rows, blocks, tiles)
     grad_rows = torch.zeros_like(rows)
     grad_states = cpu.backward(
