@@ -12,14 +12,15 @@ from shardrec import kernels
 from shardrec.kernels import reference
 from shardrec.kernels.negatives import STREAM_HASH, STREAM_MIX, Uniform, random_signs
 
-__all__ = ["check", "make_batch"]
+__all__ = ["check", "check_triton", "make_batch"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 # Small sizes that divide evenly: then the chunks of the published algorithm are ours.
 _N, _D, _V, _K, _SEED = 256, 16, 2048, 64, 7
-_TOLERANCE = 1e-5
+# bfloat16 has eight bits; gradients are rounded to it.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def make_batch(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> Batch:
@@ -36,20 +37,42 @@ def check(loss: str) -> None:
 
     Loss and both gradients, with the same random choices for all.
     """
-    definition, operations = {
-        "cce": _cce,
-        "cce_minus": _cce_minus,
-        "sce": _sce,
-        "rece": _rece,
-    }[loss](make_batch(_N, _D, _V))
-    truth = make_batch(_N, _D, _V, torch.float64)
-    expected = _evaluate(definition, truth)
+    definition, operations = _CASES[loss](make_batch(_N, _D, _V))
+    expected = _evaluate(definition, make_batch(_N, _D, _V, torch.float64))
     for name, operation in operations.items():
         found = _evaluate(operation, make_batch(_N, _D, _V))
-        for part, value in expected.items():
-            error = (found[part].double() - value).abs().max() if part in found else 0.0
-            scale = value.abs().max()
-            assert error <= _TOLERANCE * scale, f"{loss}: {part} of {name} is off by {error:.2g}"
+        _compare(f"{name} of {loss}", found, expected, _TOLERANCE[torch.float32])
+
+
+def check_triton(loss: str, device: str, dtype: torch.dtype) -> None:
+    """Raises AssertionError where our Triton kernels differ from the definition.
+
+    Loss and both gradients, dense and sparse, of states and rows rounded to ``dtype``.
+    """
+    rounded = make_batch(_N, _D, _V, dtype)
+    definition, operations = _CASES[loss](tuple(part.detach().float() for part in rounded))
+    expected = _evaluate(definition, tuple(_as_float64(part) for part in rounded))
+    for name in (name for name in operations if name.startswith("ours")):
+        batch = tuple(_leaf(part.to(device)) for part in rounded)
+        found = _evaluate(partial(operations[name], backend="triton"), batch)
+        _compare(f"{name} of {loss} in {dtype}", found, expected, _TOLERANCE[dtype])
+
+
+def _as_float64(part: Tensor) -> Tensor:
+    return _leaf(part.double()) if part.is_floating_point() else part
+
+
+def _leaf(part: Tensor) -> Tensor:
+    return part.detach().requires_grad_(part.is_floating_point())
+
+
+def _compare(
+    what: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    for part in found.keys() & expected.keys():
+        error = float((found[part].cpu().double() - expected[part]).abs().max())
+        scale = float(expected[part].abs().max())
+        assert error <= tolerance * scale, f"{part} of {what} is off by {error / scale:.2g}"
 
 
 def _evaluate(operation: Operation, batch: Batch) -> dict[str, Tensor]:
@@ -147,3 +170,6 @@ def _rece(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
         "eager": partial(baselines.eager_rece, **sizes),
         "chunked": partial(baselines.chunked_rece, **sizes, block=5),
     }
+
+
+_CASES = {"cce": _cce, "cce_minus": _cce_minus, "sce": _sce, "rece": _rece}

@@ -133,9 +133,8 @@ def stored_gib(loss: str, name: str, N: int, V: int, D: int) -> float:
     return (whole[loss] * block / lines + gradient) / 2**30
 
 
-def counted(loss: str, N: int, V: int, D: int) -> LossCost:
+def counted(loss: str, work: Workload) -> LossCost:
     """What our function is said to cost."""
-    work = Workload(num_positions=N, num_items=V, num_ranks=1, width=D)
     return {
         "cce": lambda: cut_cross_entropy_cost(work),
         "cce_minus": lambda: sampled_cross_entropy_cost(work, NUM_NEGATIVES, SHARE),
@@ -229,7 +228,10 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
         memory = job | {"kind": "memory", "operation": name}
         peak = call_fresh(__file__, memory, environment=RETURN_AT_ONCE)["peak_bytes"]
         row["peak_mib"][name] = round(peak / 2**20, 2)
-    cost = counted(loss, options.positions, catalog, options.width)
+    work = Workload(
+        num_positions=options.positions, num_items=catalog, num_ranks=1, width=options.width
+    )
+    cost = counted(loss, work)
     rate = cost.flops / row["median_s"]["ours"] / 1e9
     row["share_of_gemm"] = round(rate / row["gemm_gflops"], 3)
     row["counted"] = {"gflop": round(cost.flops / 1e9, 2), "mib": cost.workspace_bytes >> 20}
