@@ -178,6 +178,9 @@ def _until_interrupted(
             while not done.done():
                 database.interrupt()
                 wait([done], timeout=_INTERRUPT_EVERY_S)
+            # Its exception would hold this frame and so itself, and with it the open database, for
+            # which the next connection to that file waits.
+            del done
 
 
 def _sort(

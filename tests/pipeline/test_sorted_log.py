@@ -78,10 +78,15 @@ def test_an_interrupted_query_ends_at_once_as_an_interruption(log: str, tmp_path
     columns = EventColumns(user="user_id", item="item_id", time="timestamp")
     options = SortOptions(memory_limit="1GB", threads=1, seed=0, keep_duplicates=False)
     events = EventLog.open(log, columns)
-    threading.Thread(target=interrupt_when_read, args=(events,)).start()
+    threading.Thread(target=interrupt_when_read, args=(events,), daemon=True).start()
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        sort_log(events, tmp_path, options)
+    # Libraries that other tests import have put handlers of their own there.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sort_log(events, tmp_path, options)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert time.monotonic() - started < 60
     assert not (tmp_path / "events.duckdb").exists()
 
