@@ -254,12 +254,15 @@ def test_a_disk_that_stays_full_ends_the_run_and_it_goes_on_when_there_is_room(
 def test_an_output_that_cannot_be_written_is_said_in_one_line(
     data: str, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "--prepared", data, "--recipe", "tiny_cpu", "limits.max_steps=2"]
-    assert cli.main([*words, "--run", str(disk / "old")]) == 0
+    words, two_steps = ["train", "--prepared", data, "--recipe", "tiny_cpu"], "limits.max_steps=2"
+    assert cli.main([*words, two_steps, "--run", str(disk / "old")]) == 0
     before = sorted(path.name for path in (disk / "old").iterdir())
     mount(disk, "-o", "remount,ro")
     capsys.readouterr()
-    for run, options in (("new", []), ("old", ["--resume=auto", "limits.max_steps=4"])):
+    for run, options in (
+        ("new", [two_steps]),
+        ("old", ["--resume=auto", "limits.max_steps=4"]),
+    ):
         assert cli.main([*words, *options, "--run", str(disk / run)]) in (1, 2)
         said = capsys.readouterr().err
         assert "Read-only file system" in said and str(disk) in said

@@ -92,7 +92,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 def test_the_backend_that_was_asked_for_ran(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = spied(monkeypatch)
-    values(LOSSES["cce_minus"], backend)
+    values(LOSSES["sce"], backend)
     assert ran == ["triton" if backend == "triton" else "torch"] * 2
 
 
@@ -108,7 +108,7 @@ def test_the_gpu_decides_where_nobody_does(
     monkeypatch.setattr(device, "_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     ran = spied(monkeypatch)
-    values(LOSSES["cce_minus"], "auto")
+    values(LOSSES["sce"], "auto")
     assert ran == [expected] * 2
 
 
