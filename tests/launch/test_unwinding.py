@@ -6,30 +6,20 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tests.pipeline.event_logs import write_random_log
 
 from shardrec.launch.unwinding import sigterm_unwinds
 
 CLI = [sys.executable, "-P", "-m", "shardrec.launch.cli"]
 SYNTH = ["synth", "--events", "50_000_000", "--users", "2_000_000", "--output"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-EVENTS = 4_000_000
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("log") / "log.parquet"
-    draw = np.random.default_rng(0)
-    columns = {
-        "user_id": draw.integers(0, EVENTS // 20, EVENTS),
-        "item_id": draw.integers(0, 5000, EVENTS),
-        "timestamp": draw.integers(0, 1 << 40, EVENTS),
-    }
-    pq.write_table(pa.table(columns), path)
-    return path
+def log(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A log that takes seconds to prepare."""
+    return write_random_log(tmp_path_factory.mktemp("log") / "log.parquet", 4_000_000)
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
@@ -38,10 +28,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("prepare", ".out.partial/work/events.duckdb"), ("synth", "out.partial")],
 )
 def test_a_signal_ends_a_stage_without_a_trace(
-    number: signal.Signals, stage: str, started: str, log: Path, tmp_path: Path
+    number: signal.Signals, stage: str, started: str, log: str, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "out")
-    prepare = ["prepare", "--events", str(log), "--threads", "1", "--output", output]
+    prepare = ["prepare", "--events", log, "--threads", "1", "--output", output]
     words = prepare if stage == "prepare" else [*SYNTH, output]
     process = subprocess.Popen([*CLI, *words], stderr=subprocess.PIPE, text=True)
     try:

@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from tests.pipeline.event_logs import write_random_log
 
 from shardrec.pipeline.event_columns import EventColumns
 from shardrec.pipeline.events import EventLog
@@ -27,13 +25,7 @@ LIMIT_BYTES = 32_000_000
 def log(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A log that no compression brings below the memory limit."""
     path = tmp_path_factory.mktemp("log") / "log.parquet"
-    draw = np.random.default_rng(0)
-    columns = {
-        "user_id": draw.integers(0, EVENTS // 20, EVENTS),
-        "item_id": draw.integers(0, 5000, EVENTS),
-        "timestamp": draw.integers(0, 1 << 60, EVENTS),
-    }
-    pq.write_table(pa.table(columns), path)
+    write_random_log(path, EVENTS, time_bits=60)
     assert path.stat().st_size > LIMIT_BYTES
     return str(path)
 

@@ -10,11 +10,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.disks import mount, small_disk
+from tests.pipeline.event_logs import write_random_log
 
 from shardrec.launch import cli
 from shardrec.pipeline import staging
@@ -41,25 +39,16 @@ def leave_free(disk: Path, num_bytes: int) -> None:
         os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - num_bytes)
 
 
-def write_log(path: Path, num_events: int) -> str:
-    draw = np.random.default_rng(0)
-    columns = {
-        "user_id": draw.integers(0, num_events // 20 + 2, num_events),
-        "item_id": draw.integers(0, 5000, num_events),
-        "timestamp": draw.integers(0, 1 << 40, num_events),
-    }
-    pq.write_table(pa.table(columns), path)
-    return str(path)
-
-
 def origin(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else origin(error.__cause__)
 
 
 def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_path: Path) -> None:
     output = str(disk / "out")
-    old = prepare(PrepareConfig(events=write_log(tmp_path / "old.parquet", 500), output=output))
-    log = write_log(tmp_path / "log.parquet", 200_000)
+    old = prepare(
+        PrepareConfig(events=write_random_log(tmp_path / "old.parquet", 500), output=output)
+    )
+    log = write_random_log(tmp_path / "log.parquet", 200_000)
     config = PrepareConfig(events=log, output=output, force=True, threads=1)
     struck = []
     for free in range(1 << 17, DISK_BYTES, 3 << 19):
@@ -81,7 +70,7 @@ def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_p
 def test_a_disk_that_cannot_be_written_is_said_and_kept(
     disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log, output = write_log(tmp_path / "log.parquet", 500), str(disk / "out")
+    log, output = write_random_log(tmp_path / "log.parquet", 500), str(disk / "out")
     old = prepare(PrepareConfig(events=log, output=output))
     mount(disk, "-o", "remount,ro")
     assert not prepare_once(PrepareConfig(events=log, output=output)).is_new
@@ -95,7 +84,7 @@ def test_a_disk_that_cannot_be_written_is_said_and_kept(
 
 
 def test_a_mount_point_is_refused_before_the_work(disk: Path, tmp_path: Path) -> None:
-    log = write_log(tmp_path / "log.parquet", 500)
+    log = write_random_log(tmp_path / "log.parquet", 500)
     with pytest.raises(ValueError, match="output must be a folder below a mount point"):
         prepare(PrepareConfig(events=log, output=str(disk)))
 
@@ -143,7 +132,7 @@ def kill_between_renames(output: Path, new: Path, answer: int) -> None:
 def test_a_kill_between_two_renames_loses_neither_the_old_nor_the_new(
     tmp_path: Path, answer: int
 ) -> None:
-    output, log = tmp_path / "out", write_log(tmp_path / "log.parquet", 500)
+    output, log = tmp_path / "out", write_random_log(tmp_path / "log.parquet", 500)
     prepare(PrepareConfig(events=log, output=str(output)))
     config = PrepareConfig(events=log, output=str(tmp_path / "new"), seed=7)
     new = prepare(config)
