@@ -29,6 +29,7 @@ COLOURS = {
     "look-up": "#8c6bb1",
     "encoder": "#4292c6",
     "loss": "#41ab5d",
+    "next ids": "#bcbddc",
     "loss backward": "#238b45",
     "encoder backward": "#2171b5",
     "gradients over ranks": "#969696",

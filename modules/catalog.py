@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -132,8 +132,45 @@ class Catalog:
         Collectives: one all-reduce of a number, all-to-all of ids and vectors; in backward
         all-to-all of gradients.
         """
-        self._check_items(items)
-        return self._table.lookup(items)
+        return self.begin_lookup(items)()
+
+    def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
+        """A look-up in two halves: the ids leave now, the function that comes back does the rest.
+
+        What is computed between the two hides the way of the ids. Updates between them are seen.
+
+        Args:
+            items: as for ``lookup``.
+
+        Returns:
+            A function for one call, which returns and raises what ``lookup`` does.
+
+        Raises:
+            TypeError: ``items`` is not one-dimensional int64.
+
+        Collectives: those of ``lookup``; the all-reduce and the all-to-all of ids begin here.
+        """
+        if items.dtype != torch.int64 or items.ndim != 1:
+            raise TypeError(
+                f"items must be one-dimensional int64, got {tuple(items.shape)} {items.dtype}; "
+                "flatten and convert with .long()"
+            )
+        outside = (items < 0) | (items >= self.num_items)
+        num_outside, counted = outside.sum(), None
+        if dist.get_world_size(self._group) > 1:
+            counted = dist.all_reduce(num_outside, group=self._group, async_op=True)
+        # TorchRec would read and write beyond its buffers for an item that does not exist.
+        vectors = self._table.begin_lookup(items.masked_fill(outside, 0))
+
+        def checked_vectors() -> Tensor:
+            found = vectors()
+            if counted is not None:
+                counted.wait()
+            if num_outside:
+                raise ValueError(self._describe_outside(items[outside]))
+            return found
+
+        return checked_vectors
 
     def merge_gradients(self) -> None:
         """Sums look-up gradients and loss gradients into ``shard.rows.grad``, one entry a row.
@@ -249,21 +286,9 @@ class Catalog:
             start += part.numel()
         return _sparse_gradient(rows, values, self._rows.shape[0])
 
-    def _check_items(self, items: Tensor) -> None:
-        if items.dtype != torch.int64 or items.ndim != 1:
-            raise TypeError(
-                f"items must be one-dimensional int64, got {tuple(items.shape)} {items.dtype}; "
-                "flatten and convert with .long()"
-            )
-        outside = (items < 0) | (items >= self.num_items)
-        num_outside = outside.sum()
-        if dist.get_world_size(self._group) > 1:
-            dist.all_reduce(num_outside, group=self._group)
-        if not num_outside:
-            return
-        here = items[outside]
+    def _describe_outside(self, here: Tensor) -> str:
         found = f"{here[0].item()} on this rank" if here.numel() else "an item on another rank"
-        raise ValueError(
+        return (
             f"items must be in [0, {self.num_items}), got {found}; "
             "prepare the data and build the catalog from the same item list"
         )

@@ -126,26 +126,35 @@ class ShardedTable:
         self.first_row = min(block * dist.get_rank(group), num_rows)
         # TorchRec builds the rest of itself in the first look-up; better here than in a timed step.
         with torch.no_grad(), _quiet("torch.fx._symbolic_trace"):
-            self.lookup(torch.empty(0, dtype=torch.int64, device=device))
+            self.begin_lookup(torch.empty(0, dtype=torch.int64, device=device))()
         assert self.rows.shape == (min(block, num_rows - self.first_row), width)
 
-    def lookup(self, items: Tensor) -> Tensor:
-        """The vectors of ``items``; backward appends to ``pairs`` on the ranks that own them.
+    def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
+        """A function that gives the vectors of ``items``, whose ids are on their way meanwhile.
+
+        Backward through the vectors appends to ``pairs`` on the ranks that own the rows.
 
         Args:
             items: (M,) int64 in [0, V); M may be 0 and differ by rank.
 
         Returns:
-            (M, D) float32.
+            A function for one call: () -> (M, D) float32, from the rows as they are then.
 
-        Collectives: all-to-all of ids and of vectors, in backward of gradients: every rank has to
-        call it, and to run backward through what it got, as many times as the others.
+        Collectives: all-to-all of ids at once; of vectors in the call; of gradients in backward.
+        Every rank has to do each of the three as many times as the others.
         """
         # One bag a rank, whatever M is, so that all ranks agree on the number of bags.
         lengths = torch.tensor([items.numel()], device=self.device)
         features = KeyedJaggedTensor(keys=[FEATURE], values=items, lengths=lengths)
-        vectors: Tensor = self._model(features)[FEATURE].values()
-        return _ContiguousGradient.apply(vectors)
+        collection = self._model.module
+        context = collection.create_context()
+        ids = collection.input_dist(context, features).wait()
+
+        def vectors() -> Tensor:
+            found = collection.compute_and_output_dist(context, ids.wait())
+            return _ContiguousGradient.apply(found[FEATURE].values())
+
+        return vectors
 
     def update_rows(self, rows: Tensor, gradients: Tensor) -> None:
         """Applies fbgemm's fused optimizer to some rows, once each.

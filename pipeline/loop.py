@@ -81,14 +81,15 @@ class Loop:
         self.saved_at = time.monotonic()
         self.first_positions = run.progress.positions
         self.seconds = array("d")
+        self.at_data = run.batches.state_dict()
         self.memory_bytes = 0
 
     def run_to_end(self) -> EndReport:
         """Train, validate and save until the run ends; how it ended."""
         try:
             reason = self._reason_to_stop()
-            for batches in self._batches() if reason is None else ():
-                outcome = self._take(batches)
+            for batches, following in self._steps() if reason is None else ():
+                outcome = self._take(batches, following)
                 if outcome.votes.written:
                     self._tell(self.run.writer.collect())
                 reason = self._end_step(outcome)
@@ -101,19 +102,31 @@ class Loop:
             self.run.writer.abandon()
             raise
 
+    def _steps(self) -> Iterator[tuple[list[Batch], Batch | None]]:
+        """The micro-batches of one step after another, with the one that follows on them."""
+        self.fetch_started = time.monotonic()
+        coming = self._batches()
+        batches = next(coming, None)
+        while batches is not None:
+            # A run that goes on from after this step has not seen what follows on it.
+            self.at_data = self.run.batches.state_dict()
+            is_last = self.at.step + 1 == self.run.total_steps
+            following = None if is_last else next(coming, None)
+            yield batches, None if following is None else following[0]
+            self.fetch_started = time.monotonic()
+            batches = following
+
     def _batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of one step after another, epoch after epoch."""
         model = self.run.stepper.model
-        self.fetch_started = time.monotonic()
         while self.run.steps_per_epoch:
             epoch = in_step(self.run.batches, model.group, model.device)
             while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
                 yield batches
-                self.fetch_started = time.monotonic()
 
-    def _take(self, batches: list[Batch]) -> StepOutcome:
+    def _take(self, batches: list[Batch], following: Batch | None) -> StepOutcome:
         at = self.at
-        outcome = self.run.stepper.take(batches, at.step + 1, self._votes())
+        outcome = self.run.stepper.take(batches, at.step + 1, self._votes(), following)
         at.step += 1
         self.seconds.append(time.monotonic() - self.fetch_started)
         at.positions += outcome.positions
@@ -224,7 +237,7 @@ class Loop:
             encoder=stepper.model.encoder.state_dict(),
             optimizer=stepper.optimizer.state_dict(),
             table=stepper.model.catalog.state_dict(),
-            progress=self.at.to_json() | {"data": self.run.batches.state_dict()},
+            progress=self.at.to_json() | {"data": self.at_data},
             config=to_json(self.run.config),
         )
         self._tell(self.run.writer.save(self.at.step, state, best=best))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,12 +46,26 @@ class Model:
         """The ranks that share the catalog; None for one process."""
         return self.catalog.shard.group
 
-    def states(self, items: Tensor, lengths: Tensor) -> Tensor:
+    def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
+        """Sends the ids of sequences whose ``states`` are wanted later, and returns what it takes.
+
+        Args:
+            items: as for ``states``.
+            lengths: the same.
+
+        Collectives: those of ``Catalog.begin_lookup``.
+        """
+        return self.catalog.begin_lookup(items.reshape(-1)[real_positions(lengths, items.shape[1])])
+
+    def states(
+        self, items: Tensor, lengths: Tensor, vectors: Callable[[], Tensor] | None = None
+    ) -> Tensor:
         """States at the real positions of this rank's sequences.
 
         Args:
             items: (B, L) int64, right padded; B may be 0 and differ by rank.
             lengths: (B,) int64 in [1, L].
+            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it here.
 
         Returns:
             (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
@@ -59,11 +74,11 @@ class Model:
         """
         positions = real_positions(lengths, items.shape[1])
         with part("look-up"):
-            vectors = self.catalog.lookup(items.reshape(-1)[positions])
+            found = (vectors or self.begin_lookup(items, lengths))()
         if not positions.numel():
-            return vectors  # still part of the graph: the look-up's backward needs every rank
+            return found  # still part of the graph: the look-up's backward needs every rank
         with part("encoder"):
-            return self._encode(vectors, positions, items.shape)
+            return self._encode(found, positions, items.shape)
 
     def scored_shard(self) -> RowShard:
         """The rows that states are scored against; a copy where rows must have unit length."""

@@ -12,6 +12,7 @@ Part = Literal[
     "look-up",
     "encoder",
     "loss",
+    "next ids",
     "loss backward",
     "encoder backward",
     "gradients over ranks",

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,6 +84,7 @@ class Votes:
 
 
 NO_VOTES = Votes()
+_Begun = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +136,7 @@ class Stepper:
         self.seed = seed
         self.total_steps = total_steps
         self.item_counts = item_counts
+        self._ahead: tuple[Batch, _Begun] | None = None
         self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
@@ -144,13 +146,21 @@ class Stepper:
             weight_decay=config.weight_decay,
         )
 
-    def take(self, batches: Sequence[Batch], step: int, votes: Votes = NO_VOTES) -> StepOutcome:
+    def take(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        votes: Votes = NO_VOTES,
+        following: Batch | None = None,
+    ) -> StepOutcome:
         """Take step number ``step``, counted from 1.
 
         Args:
             batches: this rank's parts of as many global batches on every rank.
             step: names the random draws; every step takes another number.
             votes: of this rank.
+            following: the first batch of the next call, on every rank or on none: its ids travel
+                during the backward of this step.
 
         Returns:
             The same outcome on every rank.
@@ -161,7 +171,7 @@ class Stepper:
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
         totals = self._agree(batches, votes)
-        losses, statistics = self._backward(batches, step, totals)
+        losses, statistics = self._backward(batches, step, totals, following)
         with part("gradients over ranks"):
             norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
@@ -208,7 +218,7 @@ class Stepper:
         )
 
     def _backward(
-        self, batches: Sequence[Batch], step: int, totals: "_Totals"
+        self, batches: Sequence[Batch], step: int, totals: "_Totals", following: Batch | None
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over all micro-batches; the mean, and its statistics.
 
@@ -217,7 +227,8 @@ class Stepper:
         if not math.isfinite(sum(totals.weights)):
             return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
-        for index, batch in enumerate(batches):
+        coming = [*batches[1:], following]
+        for index, (batch, after) in enumerate(zip(batches, coming, strict=True)):
             if not totals.positions[index]:
                 continue
             share = totals.weights[index] / (sum(totals.weights) or 1.0)
@@ -226,9 +237,9 @@ class Stepper:
                 step=(step - 1) * self.config.accumulate + index,
                 item_counts=self.item_counts,
             )
-            batch = batch.to(self.model.device)
+            batch, vectors = self._begun(batch)
             real = batch.real_positions()
-            states = self.model.states(batch.items, batch.lengths)
+            states = self.model.states(batch.items, batch.lengths, vectors)
             # Backward in two calls, so that a profile tells the loss from the encoder.
             seen = states.detach().requires_grad_()
             with part("loss"):
@@ -239,6 +250,9 @@ class Stepper:
                     weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
                     step=draw,
                 )
+            if after is not None:
+                with part("next ids"):
+                    self._ahead = after, self._begin(after)
             with part("loss backward"):
                 (output.loss * share).backward()
             with part("encoder backward"):
@@ -247,6 +261,15 @@ class Stepper:
             for name, value in output.statistics.items():
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
+
+    def _begin(self, batch: Batch) -> "_Begun":
+        there = batch.to(self.model.device)
+        return there, self.model.begin_lookup(there.items, there.lengths)
+
+    def _begun(self, batch: Batch) -> "_Begun":
+        """The batch on the device, its ids sent during the backward before or now."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] is batch else self._begin(batch)
 
     def _reduce_gradients(self) -> float:
         """Sum the encoder's gradients over ranks; the norm over encoder and table.

@@ -231,11 +231,32 @@ def test_lookup_without_autograd_records_nothing() -> None:
     assert float(catalog.squared_gradient_norm()) == 0.0
 
 
+def look_up_two_at_a_time() -> Tensor:
+    """Vectors of two look-ups begun before an update of the rows, taken after it."""
+    catalog = build(Case("sgd", 10, "none"))
+    rank = dist.get_rank()
+    first = catalog.begin_lookup(torch.arange(rank, 10))
+    second = catalog.begin_lookup(torch.full((2 * rank,), 9))
+    with torch.no_grad():
+        rows = catalog.shard.rows
+        rows.copy_((catalog.shard.first_row + torch.arange(len(rows)))[:, None].expand_as(rows))
+    return torch.cat([first(), second()]).detach()[:, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_lookup_begun_early_reads_the_rows_as_they_are_at_its_end(
+    ranks: Ranks, world_size: int
+) -> None:
+    for rank, found in enumerate(ranks(world_size).run(look_up_two_at_a_time)):
+        assert found.tolist() == [*range(rank, 10), *[9] * 2 * rank]
+
+
 def look_up_wrong_item(bad_rank: int) -> str:
     catalog = build(Case("sgd", 10, "none"))
     items = torch.tensor([3, 10 if dist.get_rank() == bad_rank else 4])
+    begun = catalog.begin_lookup(items)
     with pytest.raises(ValueError) as caught:
-        catalog.lookup(items)
+        begun()
     vectors = catalog.lookup(torch.tensor([1]))  # nobody is left waiting
     return f"{caught.value} {vectors.shape[0]}"
 

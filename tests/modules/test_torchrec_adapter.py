@@ -54,14 +54,16 @@ def test_another_kind_of_table_is_named() -> None:
 def test_rows_alias_the_storage_that_lookups_read() -> None:
     table = build()
     table.rows.copy_(torch.arange(40.0).view(10, 4))
-    assert table.lookup(torch.tensor([9, 2]))[:, 0].tolist() == [36.0, 8.0]
+    assert table.begin_lookup(torch.tensor([9, 2]))()[:, 0].tolist() == [36.0, 8.0]
 
 
 def test_backward_records_pairs_and_changes_no_row() -> None:
     table = build()
     table.set_learning_rate(1.0)
     before = table.rows.clone()
-    (table.lookup(torch.tensor([3, 5, 3])) * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
+    (
+        table.begin_lookup(torch.tensor([3, 5, 3]))() * torch.tensor([[1.0], [2.0], [3.0]])
+    ).sum().backward()
     assert torch.equal(table.rows, before)
     ((rows, gradients),) = table.pairs
     assert rows.tolist() == [3, 5, 3]
@@ -98,7 +100,7 @@ def test_building_and_looking_up_warn_of_nothing_and_restore_log_levels(
         for name in ("torchrec.distributed.planner", "torch.fx._symbolic_trace")
     ]
     levels = [logger.level for logger in loggers]
-    build().lookup(torch.tensor([1])).sum().backward()
+    build().begin_lookup(torch.tensor([1]))().sum().backward()
     assert [logger.level for logger in loggers] == levels
     assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
 
@@ -109,7 +111,7 @@ def count_gradients(divide: bool) -> tuple[list[float], bool]:
     comm_ops.set_gradient_division(divide)
     try:
         table = build()
-        table.lookup(torch.arange(10)).sum().backward()
+        table.begin_lookup(torch.arange(10))().sum().backward()
         counts = torch.zeros(len(table.rows))
         for rows, gradients in table.pairs:
             counts.index_add_(0, rows, gradients[:, 0])

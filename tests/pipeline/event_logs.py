@@ -15,7 +15,7 @@ Event = tuple[int, int, int]
 
 
 def write_random_log(path: Path, num_events: int, *, time_bits: int = 40) -> str:
-    """Uniform events, 20 a user, over 5,000 items; the more bits of time, the less they compress."""
+    """Uniform events, 20 a user, over 5,000 items; more bits of time compress less."""
     draw = np.random.default_rng(0)
     columns = {
         "user_id": draw.integers(0, num_events // 20 + 2, num_events),

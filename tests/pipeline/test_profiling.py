@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from tests.pipeline.small_data import prepare_small, small_config
@@ -62,6 +62,26 @@ def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConf
         assert all(value > 0 for value in parts.values())
         assert 0 < percent["collectives under way"] <= 100
         assert 0 <= percent["beside other work"] <= percent["collectives under way"]
+
+
+def test_the_ids_of_the_next_batch_travel_before_backward(
+    ranks: Ranks, config: TrainConfig
+) -> None:
+    run = dataclasses.replace(config, output=config.output + "-ids")
+    ranks(2).run(run_on_rank, run)
+    for rank in (0, 1):
+        with gzip.open(Path(run.output) / "profile" / f"rank{rank}.json.gz", "rt") as file:
+            events = json.load(file)["traceEvents"]
+        looked_up, sent = starts(events, PART + "look-up"), starts(events, PART + "next ids")
+        travel = starts(events, "gloo:all_to_all")
+        # Counts, lengths and ids of the next step, then the gradients of this one.
+        assert sum(sent[0] < start < looked_up[1] for start in travel) == 4
+        # What the next step still waits for are the vectors.
+        assert sum(looked_up[1] < start < sent[1] for start in travel) == 1
+
+
+def starts(events: list[dict[str, Any]], name: str) -> list[float]:
+    return sorted(float(event["ts"]) for event in events if event["name"] == name)
 
 
 def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) -> None:

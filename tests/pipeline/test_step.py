@@ -86,6 +86,35 @@ def test_a_step_equals_plain_pytorch(
         torch.testing.assert_close(dict(model.encoder.state_dict()), expected, rtol=1e-4, atol=1e-6)
 
 
+def take_steps(data: str, folder: Path, ahead: bool) -> tuple[list[float], torch.Tensor]:
+    """Losses and rows of three steps of two batches, the ids of the next sent ahead or not."""
+    run = build_run(data, folder, optimizer=OptimizerConfig(accumulate=2))
+    batches = list(islice(run.batches, 7))
+    losses = []
+    for step in (1, 2, 3):
+        following = batches[2 * step] if ahead else None
+        now = batches[2 * step - 2 : 2 * step]
+        losses.append(run.stepper.take(now, step, following=following).loss)
+    return losses, run.stepper.model.catalog.shard.rows.detach()
+
+
+def test_ids_sent_ahead_change_nothing(data: str, tmp_path: Path) -> None:
+    losses, rows = take_steps(data, tmp_path / "ahead", True)
+    expected, expected_rows = take_steps(data, tmp_path / "plain", False)
+    assert losses == expected
+    assert torch.equal(rows, expected_rows)
+
+
+def test_another_batch_than_the_one_announced_is_taken_as_it_is(data: str, tmp_path: Path) -> None:
+    losses = []
+    for announced in (1, 2):
+        run = build_run(data, tmp_path / str(announced))
+        batches = list(islice(run.batches, 3))
+        run.stepper.take(batches[:1], 1, following=batches[announced])
+        losses.append(run.stepper.take(batches[1:2], 2).loss)
+    assert losses[0] == losses[1]
+
+
 def test_both_learning_rates_warm_up_and_decay(data: str, tmp_path: Path) -> None:
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, decay="cosine")
     run = build_run(data, tmp_path, optimizer=config)
