@@ -39,11 +39,9 @@ def chunked_cce(states: Tensor, table: Tensor, targets: Tensor, block: int) -> N
 
 def eager_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """As published, negatives (N, K) of each position; stores (N, K, D)."""
-    correction = math.log(negatives.shape[1] / len(table))
-    positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
-    negative = (states[:, None] * F.embedding(negatives, table)).sum(2) - correction
-    negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
-    return (torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]).mean()
+    logits = (states[:, None] * F.embedding(negatives, table)).sum(2)
+    logits = logits - math.log(negatives.shape[1] / len(table))
+    return _among(logits, states, table, targets, negatives == targets[:, None])
 
 
 def chunked_cce_minus(
@@ -58,11 +56,17 @@ def chunked_cce_minus(
 
 def fair_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
     """One matrix product over negatives (K,) that the whole batch shares; stores (N, K)."""
-    correction = math.log(len(negatives) / len(table))
+    logits = states @ F.embedding(negatives, table).T - math.log(len(negatives) / len(table))
+    return _among(logits, states, table, targets, negatives == targets[:, None])
+
+
+def _among(
+    logits: Tensor, states: Tensor, table: Tensor, targets: Tensor, excluded: Tensor
+) -> Tensor:
+    """Mean loss of the targets among the (N, K) logits of other items, but for those excluded."""
     positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
-    negative = states @ F.embedding(negatives, table).T - correction
-    negative = negative.masked_fill(negatives == targets[:, None], -torch.inf)
-    return (torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]).mean()
+    logits = torch.cat([positive, logits.masked_fill(excluded, -torch.inf)], 1)
+    return (torch.logsumexp(logits, 1) - positive[:, 0]).mean()
 
 
 def eager_sce(
@@ -109,89 +113,58 @@ def _hardest(losses: Tensor, positions: Tensor, num_positions: int) -> Tensor:
 
 
 def eager_rece(
-    states: Tensor, table: Tensor, targets: Tensor, directions: Tensor, num_chunks: int, reach: int
+    states: Tensor, table: Tensor, targets: Tensor, directions: Tensor, reach: int
 ) -> Tensor:
     """As published, directions (r, n_b, D); stores ids and logits of all meetings.
 
     Repeats are counted by sorting the candidates of each position.
     """
-    logits, ids = [], []
+    all_logits, all_ids = [], []
     for hashes in directions:
-        own, near, back, _ = chunks_of(states, table, hashes, num_chunks, reach)
-        logits.append(
-            (states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)).flatten(0, 1)[
-                back
-            ]
-        )
-        ids.append(near[:, None].expand(-1, own.shape[1], -1).flatten(0, 1)[back])
-    all_logits, all_ids = torch.cat(logits, 1), torch.cat(ids, 1)
-    ordered = all_ids.sort(1).values
-    count = torch.searchsorted(ordered, all_ids, right=True) - torch.searchsorted(ordered, all_ids)
-    none = (all_ids < 0) | (all_ids == targets[:, None])
-    lowered = (all_logits - count.log()).masked_fill(none, -torch.inf)
-    positive = (states * F.embedding(targets, table)).sum(1, keepdim=True)
-    return (torch.logsumexp(torch.cat([positive, lowered], 1), 1) - positive[:, 0]).mean()
+        own, near, back, *_ = chunks_of(states, table, hashes, reach)
+        logits = states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)
+        all_logits.append(logits.flatten(0, 1)[back])
+        all_ids.append(near[:, None].expand_as(logits).flatten(0, 1)[back])
+    logits, ids = torch.cat(all_logits, 1), torch.cat(all_ids, 1)
+    ordered = ids.sort(1).values
+    count = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+    excluded = (ids < 0) | (ids == targets[:, None])
+    return _among(logits - count.log(), states, table, targets, excluded)
 
 
 def chunked_rece(
-    states: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    directions: Tensor,
-    num_chunks: int,
-    reach: int,
-    block: int,
+    states: Tensor, table: Tensor, targets: Tensor, directions: Tensor, reach: int, block: int
 ) -> Tensor:
     """The same, ``block`` chunks at a time, computed again in backward; repeats from chunk ids."""
-    plan = [chunks_of(states, table, hashes, num_chunks, reach) for hashes in directions]
-    own_chunks = torch.stack([back // own.shape[1] for own, _, back, _ in plan], 1)
-    item_chunks = torch.stack([of_item for *_, of_item in plan], 1)
+    plan = [chunks_of(states, table, hashes, reach) for hashes in directions]
+
+    def tile(own: Tensor, near: Tensor) -> Tensor:
+        met = [(at[own][:, :, None] - of[near][:, None]).abs() <= reach for *_, at, of in plan]
+        logits = states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)
+        excluded = (near[:, None] < 0) | (near[:, None] == targets[own][:, :, None])
+        return torch.logsumexp((logits - sum(met).log()).masked_fill(excluded, -torch.inf), 2)
+
     rounds = [(states * F.embedding(targets, table)).sum(1)]
-    for own, near, back, _ in plan:
-        tiles = [
-            checkpoint(
-                _tile,
-                *(states, table, targets, *pair, own_chunks, item_chunks, reach),
-                use_reentrant=False,
-            )
-            for pair in zip(own.split(block), near.split(block), strict=True)
-        ]
+    for own, near, back, *_ in plan:
+        parts = zip(own.split(block), near.split(block), strict=True)
+        tiles = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
         rounds.append(torch.cat(tiles).flatten()[back])
     return (torch.logsumexp(torch.stack(rounds), 0) - rounds[0]).mean()
 
 
-def _tile(
-    states: Tensor,
-    table: Tensor,
-    targets: Tensor,
-    own: Tensor,
-    near: Tensor,
-    own_chunks: Tensor,
-    item_chunks: Tensor,
-    reach: int,
-) -> Tensor:
-    """Log-sum-exp of each position of these chunks over the items it meets there."""
-    count = sum(
-        (of_position[own][:, :, None] - of_item[near][:, None]).abs() <= reach
-        for of_position, of_item in zip(own_chunks.T, item_chunks.T, strict=True)
-    )
-    none = (near[:, None] < 0) | (near[:, None] == targets[own][:, :, None])
-    logits = states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)
-    return torch.logsumexp((logits - count.log()).masked_fill(none, -torch.inf), 2)
-
-
 def chunks_of(
-    states: Tensor, table: Tensor, hashes: Tensor, num_chunks: int, reach: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(n_c, n) positions and (n_c, (1 + 2e) v) items of each chunk, -1 where there is none.
+    states: Tensor, table: Tensor, hashes: Tensor, reach: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(n_b, n) positions and (n_b, (1 + 2e) v) items of each chunk, -1 where there is none.
 
-    Also where each position stands in the first, and (V,) the chunk of each item.
+    Chunks are as many as hashes. Also where each position stands in the first, and the chunks of
+    (N,) positions and (V,) items.
     """
     with torch.no_grad():
-        own = (states @ hashes.T).argmax(1).argsort(stable=True)
-        items = (table @ hashes.T).argmax(1).argsort(stable=True)
+        own, items = ((of @ hashes.T).argmax(1).argsort(stable=True) for of in (states, table))
     back, place = own.argsort(), items.argsort()
-    own = F.pad(own, (0, -len(own) % num_chunks)).view(num_chunks, -1)
-    items = F.pad(items, (0, -len(items) % num_chunks), value=-1).view(num_chunks, -1)
+    own = F.pad(own, (0, -len(own) % len(hashes))).view(len(hashes), -1)
+    items = F.pad(items, (0, -len(items) % len(hashes)), value=-1).view(len(hashes), -1)
     near = F.pad(items, (0, 0, reach, reach), value=-1).unfold(0, 1 + 2 * reach, 1)
-    return own, near.transpose(1, 2).flatten(1), back, place // items.shape[1]
+    near = near.transpose(1, 2).flatten(1)
+    return own, near, back, back // own.shape[1], place // items.shape[1]

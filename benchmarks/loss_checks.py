@@ -148,18 +148,17 @@ def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
 
 def _rece(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     states, table, _ = (part.detach() for part in batch)
-    lines = [random_signs(0, 64, _D, seed=_SEED, step=0, stream=STREAM_HASH + q) for q in (0, 1, 2)]
-    plan = [baselines.chunks_of(states, table, line, num_chunks=32, reach=1) for line in lines]
-    own = torch.stack([back // order.shape[1] for order, _, back, _ in plan], 1)
+    lines = [random_signs(0, 32, _D, seed=_SEED, step=0, stream=STREAM_HASH + q) for q in (0, 1, 2)]
+    plan = [baselines.chunks_of(states, table, line, reach=1) for line in lines]
+    own = torch.stack([of_position for *_, of_position, _ in plan], 1)
     rows = torch.stack([of_item for *_, of_item in plan], 1)
     definition = _mean(
         reference.reduced_cross_entropy_reference, position_chunks=own, item_chunks=rows, reach=1
     )
-    sizes: dict[str, Any] = {"directions": torch.stack(lines), "num_chunks": 32, "reach": 1}
+    sizes: dict[str, Any] = {"directions": torch.stack(lines), "reach": 1}
     mine = partial(
         kernels.reduced_cross_entropy,
-        num_buckets=64,
-        num_chunks=32,
+        num_buckets=32,
         num_rounds=3,
         num_neighbor_chunks=1,
         align="rank",

@@ -93,7 +93,7 @@ def baseline(loss: str, block: int | None) -> Operation:
             chosen = (torch.randn(n_b, N) @ states.detach(), min(n_b, N), ITEMS_PER_BUCKET)
         elif loss == "rece":
             n_b = default_num_buckets(N, V, REACH)
-            chosen = (torch.randn(ROUNDS, n_b, states.shape[1]), n_b, REACH)
+            chosen = (torch.randn(ROUNDS, n_b, states.shape[1]), REACH)
         if block is None:
             return getattr(baselines, f"eager_{loss}")(states, table, targets, *chosen)
         return getattr(baselines, f"chunked_{loss}")(states, table, targets, *chosen, block)
