@@ -329,7 +329,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _numbers(content: bytes) -> dict[str, Any]:
     """What ``CheckpointState.numbers`` gave."""
-    shape = {"progress": dict, "config": dict, "optimizer": list, "table": dict}
+    shape = {"progress": dict, "config": dict, "optimizer": list, "table": dict, "versions": dict}
     stored = require_shape(json.loads(content), shape, STATE, "use another checkpoint")
     require_shape(stored["table"], {"num_rows": int}, "table", "use another checkpoint")
     return stored

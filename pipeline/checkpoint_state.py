@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,15 @@ from torch import Tensor
 from shardrec import __version__
 
 __all__ = ["CheckpointState", "is_row_name", "join_state", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    return {
+        "shardrec": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +34,7 @@ class CheckpointState:
             ``first_row`` and ``num_rows`` say which rows these are.
         progress: JSON; steps, data position, best metric: what else a resumed run needs.
         config: JSON; the config of the run.
+        written_by: versions of what wrote it, by name.
     """
 
     encoder: Mapping[str, Tensor]
@@ -32,6 +42,7 @@ class CheckpointState:
     table: Mapping[str, Tensor]
     progress: Mapping[str, Any]
     config: Mapping[str, Any]
+    written_by: Mapping[str, str] = field(default_factory=versions)
 
     @property
     def rows(self) -> range:
@@ -86,17 +97,8 @@ class CheckpointState:
             "config": dict(self.config),
             "optimizer": self.optimizer["param_groups"],
             "table": {name: value for name, value in table.items() if name != "first_row"},
-            "versions": versions(),
+            "versions": dict(self.written_by),
         }
-
-
-def versions() -> dict[str, str]:
-    """Of what a run depends on."""
-    return {
-        "shardrec": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def join_state(
@@ -122,6 +124,7 @@ def join_state(
         table=table,
         progress=numbers["progress"],
         config=numbers["config"],
+        written_by=numbers["versions"],
     )
 
 

@@ -8,15 +8,18 @@ new run that fails before its first step leaves nothing: whoever corrects it has
 import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
+from shardrec.pipeline.checkpoint_state import versions
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.data import TrainingBatches
+from shardrec.pipeline.group import rank_of
 from shardrec.pipeline.json_files import read_object
 from shardrec.pipeline.lock import LOCK, RunLock
 from shardrec.pipeline.prepared import Prepared
@@ -29,6 +32,7 @@ from shardrec.pipeline.run import (
     write_config,
 )
 from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.storage import Folder
 
 __all__ = [
     "Resume",
@@ -151,6 +155,8 @@ def restore(
 ) -> Progress | None:
     """Bring model, optimizers and data to where the last whole checkpoint stands.
 
+    One that another torch or shardrec wrote is taken, and a warning names both.
+
     Args:
         checkpoints: of the run.
         stepper: gets weights and optimizer memory.
@@ -169,7 +175,9 @@ def restore(
     found = checkpoints.load_last(rows)
     if found is None:
         return None
-    _, state = found
+    folder, state = found
+    if rank_of(checkpoints.group) == 0:
+        _warn_of_other_versions(folder, state.written_by)
     stepper.model.encoder.load_state_dict(dict(state.encoder))
     stepper.optimizer.load_state_dict(dict(state.optimizer))
     stepper.model.catalog.load_state_dict(state.table)
@@ -192,6 +200,15 @@ def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
 def write_end(folder: Path, report: EndReport) -> None:
     """Mark the run as finished."""
     write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
+
+
+def _warn_of_other_versions(folder: Folder, theirs: Mapping[str, str]) -> None:
+    ours = versions()
+    pairs = {name: (str(theirs.get(name)), ours[name]) for name in ("shardrec", "torch")}
+    differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
+    if differing:
+        message = "%s was written by %s: the run goes on, but may round otherwise from here"
+        logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 
 def _read_end(path: Path) -> EndReport:

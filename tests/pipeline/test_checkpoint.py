@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import platform
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 
+import shardrec
 from shardrec.pipeline.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -94,6 +96,11 @@ def test_one_process_reads_back_what_it_wrote(tmp_path: Path) -> None:
     assert int(state.table["num_steps"]) == 3 and int(state.table["first_row"]) == 0
     assert (state.progress, state.config) == ({"step": 3}, {"seed": 1})
     assert torch.equal(state.encoder["weight"], torch.full((2, 2), 3.0))
+    assert state.written_by == {
+        "shardrec": shardrec.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     saved = make_state(range(NUM_ROWS)).optimizer
     assert torch.equal(state.optimizer["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
     assert float(state.optimizer["state"][1]["step"]) == 1.0
@@ -292,7 +299,12 @@ def test_a_malformed_manifest_is_named_and_the_checkpoint_before_it_is_taken(
 
 def test_a_state_of_another_version_is_damaged_and_named(tmp_path: Path) -> None:
     folder = tmp_path / "step"
-    changes: list[dict[str, Any]] = [{"table": {}}, {"optimizer": {}}, {"progress": None}]
+    changes: list[dict[str, Any]] = [
+        {"table": {}},
+        {"optimizer": {}},
+        {"progress": None},
+        {"versions": "2.13"},
+    ]
     for change in changes:
         save_checkpoint(folder, make_state(range(NUM_ROWS)))
         numbers = json.loads((folder / "state.json").read_text()) | change

@@ -3,101 +3,40 @@
 import dataclasses
 import json
 import shutil
-from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.interrupted import (
+    OFF,
+    STEPS,
+    InterruptionError,
+    Recorder,
+    assert_told_once,
+    config_of,
+    train_and_read,
+)
+from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
-from torch import Tensor
 
-from shardrec.kernels import hash_chunks, rece, sce
+import shardrec
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
-from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
-from shardrec.pipeline.callbacks import Callback, StepReport, ValidationReport
-from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, load_checkpoint
-from shardrec.pipeline.data import BatchConfig
-from shardrec.pipeline.measure import MeasureConfig, measure, open_users
-from shardrec.pipeline.resume import Resume
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from shardrec.pipeline.run import LimitConfig, TrainConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import build, train
-
-STEPS = 6
-# The gradient of a key's bias is rounding and nothing else: without this Adam would blow it up.
-EPS = 1e-4
-OFF = ValidationConfig(every_epochs=None)
-
-
-class InterruptionError(Exception):
-    """Ends a run from outside."""
-
-
-class Recorder(Callback):
-    """Keeps what was said, and interrupts the run after a step."""
-
-    def __init__(self, last_step: int | None = None) -> None:
-        self.last_step = last_step
-        self.losses: dict[int, float] = {}
-        self.metrics: dict[int, dict[str, float]] = {}
-
-    def on_step(self, report: StepReport) -> None:
-        assert report.step not in self.losses
-        self.losses[report.step] = report.loss
-        if report.step == self.last_step:
-            raise InterruptionError
-
-    def on_validation(self, report: ValidationReport) -> None:
-        self.metrics[report.step] = dict(report.metrics)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
-
-
-def config_of(data: str, output: Path, loss: Any, table: str, **options: Any) -> TrainConfig:
-    """Dropout, warm-up, decay, clipping, accumulation that does not divide the epoch: all on."""
-    settings: dict[str, Any] = {
-        "loss": loss,
-        "catalog": CatalogConfig(optimizer=table, learning_rate=0.05),
-        "encoder": EncoderConfig(width=16, max_length=8, dropout=0.3),
-        "batches": BatchConfig(batch_size=20),
-        "optimizer": OptimizerConfig(
-            warmup_steps=2, decay="cosine", clip_norm=0.5, accumulate=2, learning_rate=3e-3, eps=EPS
-        ),
-        "limits": LimitConfig(max_steps=STEPS),
-        "validation": ValidationConfig(every_epochs=None, every_steps=4),
-        "checkpoints": CheckpointConfig(every_steps=1, keep=STEPS),
-        "log_every": 1,
-    }
-    return small_config(data, output, **(settings | options))
-
-
-def train_and_read(config: TrainConfig, resume: Resume, stop: int | None = None) -> dict[str, Any]:
-    """Losses and metrics by step, and all that the last checkpoint holds."""
-    recorder = Recorder(stop)
-    try:
-        train(config, callbacks=[recorder], resume=resume)
-    except InterruptionError:
-        assert stop is not None
-    folder = Checkpoints(Path(config.output) / "checkpoints", None).find("last")
-    state = load_checkpoint(folder)
-    progress = {name: one for name, one in state.progress.items() if name != "seconds"}
-    progress["best"] = {k: v for k, v in (progress["best"] or {}).items() if k != "seconds"}
-    whole, rows = state.tensors()
-    return {
-        "losses": recorder.losses,
-        "metrics": recorder.metrics,
-        "progress": json.dumps(progress),  # NaN equals NaN in text
-        "numbers": {name: one.item() for name, one in state.table.items() if not one.ndim},
-        "tensors": {name: one.clone() for name, one in (whole | rows).items()},
-    }
 
 
 def interrupted_after(config: TrainConfig, step: int, output: Path) -> TrainConfig:
@@ -121,27 +60,13 @@ def assert_goes_on(found: dict[str, Any], whole: dict[str, Any], step: int) -> N
         assert torch.equal(value, whole["tensors"][name]), name
 
 
-def assert_told_once(output: Path, step: int) -> None:
-    """Each step and each validation is in the metrics once, and in order."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    told = {
-        kind: [line["step"] for line in lines if line["event"] == kind]
-        for kind in ("step", "validation", "resume", "end")
-    }
-    assert told == {
-        "step": list(range(1, STEPS + 1)),
-        "validation": [4, 6],
-        "resume": [step],
-        "end": [STEPS],
-    }
-
-
 @pytest.mark.parametrize(
     ("loss", "optimizer", "accumulate"),
     [
         (CCE(), "rowwise_adagrad", 2),
         (CCEMinus(num_negatives=16, share=8), "adam", 2),
         (SCE(items_per_bucket=16), "sparse_adam", 1),
+        (RECE(), "adam", 2),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str | int) else str(value),
 )
@@ -162,11 +87,19 @@ def test_a_run_interrupted_at_any_step_goes_on_bit_by_bit(
         assert_told_once(tmp_path / f"after-{step}", step)
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam", "sparse_adam"])
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [
+        (CCEMinus(num_negatives=16, share=8), "rowwise_adagrad"),
+        (CCEMinus(num_negatives=16, share=8), "adam"),
+        (SCE(items_per_bucket=16), "sparse_adam"),
+        (RECE(), "adam"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_two_ranks_go_on_bit_by_bit(
-    ranks: Ranks, data: str, tmp_path: Path, optimizer: str
+    ranks: Ranks, data: str, tmp_path: Path, loss: Any, optimizer: str
 ) -> None:
-    loss = CCEMinus(num_negatives=16, share=8)
     config = config_of(data, tmp_path / "whole", loss, optimizer)
     whole = ranks(2).run(train_and_read, config, "no")
     for step in (2, 4):
@@ -174,84 +107,6 @@ def test_two_ranks_go_on_bit_by_bit(
         for found, expected in zip(ranks(2).run(train_and_read, again, "auto"), whole, strict=True):
             assert_goes_on(found, expected, step)
         assert_told_once(tmp_path / f"after-{step}", step)
-
-
-@pytest.mark.parametrize(
-    "loss", [CCE(), CCEMinus(num_negatives=16, share=8)], ids=["cce", "cce_minus"]
-)
-def test_another_number_of_ranks_goes_on_within_tolerance(
-    ranks: Ranks, data: str, tmp_path: Path, loss: Any
-) -> None:
-    encoder = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each rank for itself
-    config = config_of(data, tmp_path / "whole", loss, "rowwise_adagrad", encoder=encoder)
-    whole = train_and_read(config, "no")
-    for before, after in ((1, 3), (3, 2), (2, 1), (3, 1)):
-        output = tmp_path / f"{before}-to-{after}"
-        moved = dataclasses.replace(config, output=str(output))
-        ranks(before).run(train_and_read, moved, "no", 4)
-        for found in ranks(after).run(train_and_read, moved, "yes"):
-            assert list(found["losses"]) == [4, 5, 6]
-            expected = [whole["losses"][step] for step in found["losses"]]
-            assert list(found["losses"].values()) == pytest.approx(expected, rel=2e-5)
-            for name, value in found["tensors"].items():
-                torch.testing.assert_close(
-                    value, whole["tensors"][name], rtol=2e-3, atol=1e-4, msg=name
-                )
-        assert_told_once(output, 3)
-
-
-def choices_and_metrics(config: TrainConfig) -> tuple[list[Tensor], list[Tensor], dict[str, float]]:
-    """What the first step after a resume selects (alike on all ranks, and by rank); metrics."""
-    alike: list[Tensor] = []
-    own: list[Tensor] = []
-
-    def note(function: Any, keep: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            keep(result)
-            return result
-
-        return wrapped
-
-    run = build(config, resume="yes")
-    model, measured = run.stepper.model, MeasureConfig(ks=(10,))
-    model.encoder.eval()
-    users = open_users(run.prepared, "validation", measured, 8, model.group)
-    metrics = measure(model.last_states, model.scored_shard(), users, measured, run.prepared)
-    buckets = note(sce.fill_buckets, lambda found: alike.extend([found.positions, found.items]))
-    chunks = note(hash_chunks.item_chunks, own.append)
-    places = note(hash_chunks.position_chunks, own.append)
-    with (
-        mock.patch.object(sce, "fill_buckets", buckets),
-        mock.patch.object(rece, "item_chunks", chunks),
-        mock.patch.object(rece, "position_chunks", places),
-    ):
-        run.stepper.take(list(islice(run.batches, 1)), run.progress.step + 1)
-    return alike, own, metrics
-
-
-@pytest.mark.parametrize("loss", [SCE(items_per_bucket=16), RECE()], ids=["sce", "rece"])
-def test_another_number_of_ranks_selects_the_same(
-    ranks: Ranks, data: str, tmp_path: Path, loss: Any
-) -> None:
-    encoder = EncoderConfig(width=16, max_length=8, dropout=0.0)
-    config = config_of(data, tmp_path / "run", loss, "adam", encoder=encoder)
-    ranks(2).run(train_and_read, config, "no", 4)
-    alike, own, metrics = ranks(1).run(choices_and_metrics, resumable(config, tmp_path / "one"))[0]
-    assert (len(alike) > 0) != (len(own) > 0)
-    for num_ranks in (2, 3):
-        copied = resumable(config, tmp_path / f"ranks-{num_ranks}")
-        results = ranks(num_ranks).run(choices_and_metrics, copied)
-        for found, _, their_metrics in results:
-            assert all(torch.equal(a, b) for a, b in zip(found, alike, strict=True))
-            assert their_metrics == pytest.approx(metrics, rel=1e-6, nan_ok=True)
-        for index, expected in enumerate(own):
-            assert torch.equal(torch.cat([part[1][index] for part in results]), expected)
-
-
-def resumable(config: TrainConfig, output: Path) -> TrainConfig:
-    shutil.copytree(config.output, output)
-    return dataclasses.replace(config, output=str(output))
 
 
 def test_auto_starts_goes_on_and_then_does_nothing(
@@ -347,6 +202,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert_goes_on(train_and_read(again, "yes"), whole, 4)
     assert "step-00000005/rank-00000.bin must have sha256" in caplog.text
     assert_told_once(tmp_path / "run", 4)
+
+
+def test_a_checkpoint_of_other_versions_is_taken_and_both_are_named(
+    data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(data, tmp_path / "run", CCE(), "sgd", validation=OFF)
+    train_and_read(config, "no", 4)
+    assert list(train_and_read(config, "yes", 5)["losses"]) == [4, 5]
+    assert "was written by" not in caplog.text, "the same versions are no news"
+    folder = Checkpoints(tmp_path / "run" / "checkpoints", None).find("last")
+    stored = load_checkpoint(folder)
+    save_checkpoint(
+        folder, dataclasses.replace(stored, written_by=dict.fromkeys(stored.written_by, "0.9.1"))
+    )
+    assert list(train_and_read(config, "yes")["losses"]) == [5, 6]
+    (line,) = [one for one in caplog.messages if "was written by" in one]
+    assert f"shardrec 0.9.1, not {shardrec.__version__}" in line and "step-00000004" in line
+    assert f"torch 0.9.1, not {torch.__version__}" in line and "\n" not in line
 
 
 def test_two_runs_cannot_write_the_same_folder(data: str, tmp_path: Path) -> None:
