@@ -334,10 +334,10 @@ def publish(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Lets a pointer name an export, in one process.
+    """Lets a pointer name an export that its gate let pass, in one process.
 
     Args:
-        arguments: after ``--``, everything `shardrec publish` takes
+        arguments: after ``--``, everything `shardrec publish` takes, --gate or --force among it
         image: container image that has shardrec installed (local_cwd and slurm use no image)
         name: job name
         memMB: memory in MB

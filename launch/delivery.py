@@ -141,8 +141,9 @@ def read_publish(arguments: Sequence[str]) -> "PublishConfig":
 
     parser = Parser(
         "publish",
-        "Lets a pointer, one small JSON file with its history, name an export. The file is\n"
-        "replaced in one step; shardrec.pipeline.serve opens whatever it names.",
+        "Lets a pointer, one small JSON file with its history, name an export that its gate let\n"
+        "pass. The file is replaced in one step; shardrec.pipeline.serve opens whatever it names.\n"
+        "--force publishes without a gate, never against one that refused.",
         "example: shardrec publish --export model --gate run/gate.json --published published.json\n"
         "exit codes: 0 published, 3 the gate or a rollback stands against it",
     )

@@ -1,7 +1,7 @@
 """Publishing: a pointer is made to name an export, or what it named before.
 
-Run ``gate`` first and hand its report over: it must have let this very export pass, against the
-publication that is still served.
+What ``gate`` wrote comes along: it must have let this very export pass, against the publication
+that is still served. Only ``force`` publishes without it.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class PublishConfig:
     Attributes:
         export: folder of export.
         published: pointer to swap, a JSON file; made where there is none.
-        gate: report of gate that lets this export pass; none publishes without asking.
+        gate: report of gate that lets this export pass; required but for force.
         lists: folder of recommend, of the same weights as the export.
-        force: publish again what a rollback moved away from.
+        force: publish without a gate's report, or again what a rollback moved away from.
     """
 
     export: str
@@ -41,6 +41,14 @@ class PublishConfig:
     gate: str | None = None
     lists: str | None = None
     force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a publication that nobody has compared with the one before."""
+        if self.gate is None and not self.force:
+            raise ValueError(
+                "gate must be the report of a gate that let the export pass, got none; run "
+                "`shardrec gate` and give its report with --gate, or publish unasked with --force"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 
 MEASURE = MeasureConfig(ks=(5, 10))
+HISTORIES = [[3, 9, 4], [17], [40, 2]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +171,32 @@ def test_the_same_question_is_answered_once_and_another_refused(poor: Day, point
     assert not asked(poor, pointer).is_new
     with pytest.raises(FileExistsError, match="which differs in tolerance"):
         asked(poor, pointer, tolerance=0.5)
-    publish(PublishConfig(export=poor.export, published=str(pointer)))
+    publish(PublishConfig(export=poor.export, published=str(pointer), force=True))
     again = asked(poor, pointer)
     assert again.is_new and again.passed, "it is compared with itself now"
+
+
+def lists_of(served: str | Path) -> tuple[str, list[list[tuple[Any, float]]]]:
+    """The run behind an export or a pointer, and what it recommends to some users."""
+    model = Recommender.open(served)
+    return model.manifest["request"]["source"]["run"], model.recommend(HISTORIES, k=5)
+
+
+def test_after_a_poor_model_a_rollback_serves_the_good_one_again(
+    good: Day, poor: Day, pointer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not asked(poor, pointer).passed
+    words = ["publish", "--export", poor.export, "--published", str(pointer)]
+    assert main([*words, "--gate", f"{pointer}.poor"]) == 3
+    assert main([*words, "--force"]) == 0
+    poor_lists = lists_of(pointer)
+    assert poor_lists == lists_of(poor.export)
+    capsys.readouterr()
+    assert main(["rollback", "--published", str(pointer)]) == 0
+    assert "number 1" in capsys.readouterr().out
+    good_lists = lists_of(pointer)
+    assert good_lists == lists_of(good.export)
+    assert all(ours != theirs for ours, theirs in zip(good_lists, poor_lists, strict=True))
 
 
 def test_a_published_run_asks_for_nothing_when_its_day_is_repeated(

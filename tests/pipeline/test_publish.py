@@ -59,12 +59,23 @@ def write_gate(path: Path, weights: str, *, passed: bool = True, number: int | N
 
 @pytest.fixture
 def pointer(tmp_path: Path) -> Path:
-    """A pointer at the second of two exports."""
+    """A pointer at the second of two exports, each with the report of its gate beside it."""
     path = tmp_path / "live" / "published.json"
-    for name in ("monday", "tuesday"):
+    for name, before in (("monday", None), ("tuesday", 1)):
         export = write_export(tmp_path / "live" / name, name)
-        assert publish(PublishConfig(export=export, published=str(path))).is_new
+        gate = write_gate(tmp_path / "live" / f"{name}.json", name, number=before)
+        assert publish(PublishConfig(export=export, published=str(path), gate=gate)).is_new
     return path
+
+
+def unasked(export: str, pointer: Path | str, **options: Any) -> PublishConfig:
+    """Published by force, without a gate."""
+    return PublishConfig(export=export, published=str(pointer), force=True, **options)
+
+
+def tuesday_again(pointer: Path, *, force: bool = False) -> PublishConfig:
+    export, gate = pointer.parent / "tuesday", pointer.parent / "tuesday.json"
+    return PublishConfig(export=str(export), published=str(pointer), gate=str(gate), force=force)
 
 
 def back(pointer: Path, to: int | None = None) -> Swapped:
@@ -86,7 +97,7 @@ def test_the_pointer_names_the_last_export_and_rollback_the_one_before(pointer: 
 
 def test_publishing_and_going_to_a_number_again_do_nothing(pointer: Path) -> None:
     before = pointer.read_bytes()
-    again = publish(PublishConfig(export=str(pointer.parent / "tuesday"), published=str(pointer)))
+    again = publish(tuesday_again(pointer))
     assert not again.is_new and again.publication.number == 2
     assert not back(pointer, to=2).is_new
     assert pointer.read_bytes() == before
@@ -94,11 +105,9 @@ def test_publishing_and_going_to_a_number_again_do_nothing(pointer: Path) -> Non
 
 def test_what_was_rolled_back_is_published_again_only_by_force(pointer: Path) -> None:
     back(pointer)
-    config = PublishConfig(export=str(pointer.parent / "tuesday"), published=str(pointer))
     with pytest.raises(Refused, match="a rollback moved away from, got number 2"):
-        publish(config)
-    forced = PublishConfig(export=config.export, published=config.published, force=True)
-    assert publish(forced).publication.number == 3
+        publish(tuesday_again(pointer))
+    assert publish(tuesday_again(pointer, force=True)).publication.number == 3
     assert back(pointer).publication.number == 1
 
 
@@ -106,7 +115,7 @@ def test_folders_below_the_pointer_move_with_it(pointer: Path, tmp_path: Path) -
     pointer.parent.rename(tmp_path / "moved")
     assert export_folder(tmp_path / "moved" / "published.json") == tmp_path / "moved" / "tuesday"
     elsewhere = write_export(tmp_path / "elsewhere", "wednesday")
-    config = PublishConfig(export=elsewhere, published=str(tmp_path / "moved" / "published.json"))
+    config = unasked(elsewhere, tmp_path / "moved" / "published.json")
     assert publish(config).publication.export == elsewhere
 
 
@@ -128,8 +137,29 @@ def test_an_export_with_an_altered_file_is_not_published(pointer: Path, tmp_path
     export = write_export(tmp_path / "broken", "wednesday")
     (tmp_path / "broken" / "encoder.pt2").write_text("altered")
     with pytest.raises(ValueError, match="the SHA-256 of"):
-        publish(PublishConfig(export=export, published=str(pointer)))
+        publish(unasked(export, pointer))
     assert read_published(pointer).number == 2
+
+
+def test_without_a_gate_only_force_publishes_and_never_against_one_that_refused(
+    pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = write_export(tmp_path / "new", "wednesday")
+    before = pointer.read_bytes()
+    with pytest.raises(ValueError, match="gate must be the report of a gate .* got none; run"):
+        PublishConfig(export=export, published=str(pointer))
+    words = ["publish", "--export", export, "--published", str(pointer)]
+    for command in (words, ["launch", "publish", "--", *words[1:]]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "give its report with --gate, or publish unasked with --force" in said
+        assert said.count("\n") == 1
+    refusing = write_gate(tmp_path / "g", "wednesday", passed=False, number=2)
+    assert main([*words, "--gate", refusing, "--force"]) == 3
+    assert pointer.read_bytes() == before
+    assert main([*words, "--force"]) == 0
+    served = read_published(pointer).current
+    assert served is not None and (served.number, served.evaluation) == (3, None)
 
 
 def test_the_gate_must_be_passed_for_these_weights_and_against_what_is_served(
@@ -160,7 +190,7 @@ def test_lists_of_other_weights_are_not_published_with_an_export(
     export = write_export(tmp_path / "new", "wednesday")
     lists = tmp_path / "lists"
     lists.mkdir()
-    config = PublishConfig(export=export, published=str(pointer), lists=str(lists))
+    config = unasked(export, pointer, lists=str(lists))
     with pytest.raises(FileNotFoundError, match="lists must be a folder of `shardrec recommend`"):
         publish(config)
     for weights, message in [("other", "lists must come from the weights"), ("wednesday", "")]:
@@ -183,13 +213,13 @@ def test_another_file_is_no_pointer(tmp_path: Path) -> None:
 def publish_some(pointer: str, folder: str, process: int) -> None:
     for number in range(8):
         export = write_export(Path(folder) / f"{process}-{number}", f"{process}-{number}")
-        publish(PublishConfig(export=export, published=pointer))
+        publish(unasked(export, pointer))
 
 
 def test_writers_lose_nothing_and_readers_never_see_half_a_file(tmp_path: Path) -> None:
     pointer, done = tmp_path / "published.json", threading.Event()
     export = write_export(tmp_path / "first", "first")
-    publish(PublishConfig(export=export, published=str(pointer)))
+    publish(unasked(export, pointer))
 
     def read() -> list[int]:
         seen = []
@@ -222,6 +252,7 @@ def test_the_commands_say_what_is_served_and_exit_with_3_when_refused(
 ) -> None:
     live: dict[str, Any] = {"published": str(pointer), "export": str(pointer.parent / "tuesday")}
     words = ["--published", live["published"], "--export", live["export"]]
+    words += ["--gate", str(pointer.parent / "tuesday.json")]
     assert main(["publish", *words]) == 0
     assert "number 2 already: nothing to do" in capsys.readouterr().out
     assert main(["rollback", "--published", live["published"]]) == 0

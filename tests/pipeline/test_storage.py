@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.pipeline.event_logs import make_events, prepare_events, write_log
+from tests.pipeline.interrupted import InterruptionError, Recorder
 from tests.pipeline.object_store import inside, object_store
 from tests.pipeline.small_data import prepare_small, small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, ROWS, bounds, make_state
-from tests.pipeline.test_resume import InterruptionError, Recorder
 from tests.ranks import Ranks
 
 from shardrec.pipeline.checkpoint import (
@@ -21,6 +22,7 @@ from shardrec.pipeline.checkpoint import (
     load_checkpoint,
 )
 from shardrec.pipeline.evaluate import evaluate
+from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.storage import Folder, open_folder
 from shardrec.pipeline.train import train
@@ -67,6 +69,31 @@ def test_an_address_shows_no_keys(bucket: str) -> None:
 def test_an_address_that_nothing_opens_is_refused() -> None:
     with pytest.raises(ValueError, match="folder must be a path or an address that pyarrow opens"):
         open_folder("nowhere://bucket/prefix")
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "glob"])
+def test_a_log_in_an_object_store_is_prepared_as_a_local_one(
+    tmp_path: Path, bucket: str, form: str
+) -> None:
+    events = make_events(600)
+    local, _ = prepare_events(tmp_path, events)
+    halves = {"day=1/a.parquet": events[:300], "day=2/b.parquet": events[300:]}
+    if form == "file":
+        halves = {"all.parquet": events}
+    folder = open_folder(inside(bucket, f"logs-{form}"))
+    for name, half in halves.items():
+        log = Path(write_log(tmp_path / "part.parquet", half))
+        folder.write(name, log.read_bytes())
+    folder.write("day=3/other.txt", b"no events")
+    named = {"file": "/all.parquet", "folder": "", "glob": "/day=?/*.parquet"}[form]
+    source = inside(bucket, f"logs-{form}{named}")
+    manifest = prepare(PrepareConfig(events=source, output=str(tmp_path / "from_s3")))
+    assert manifest.files == local.files and manifest.counts == local.counts
+    assert [file["path"] for file in manifest.source["files"]] == [
+        f"runs/logs-{form}/{name}" for name in halves
+    ]
+    stored = (tmp_path / "from_s3" / "manifest.json").read_text()
+    assert "secret" not in stored, "what opens the store is not written down"
 
 
 def save_on_ranks(where: str) -> None:
