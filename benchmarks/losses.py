@@ -2,10 +2,10 @@
 
 For each loss: a check against its definition in float64, then medians of our function and of the
 baselines in one process, then peak memory of each in a process of its own, apart from the table's
-gradient. Where memory is measured, the allocator gives blocks of 64 KiB or more back as they are
-freed, for all alike, so that what it would keep does not count. No figure is written for an
-operation that fails its check. A baseline that would not fit in memory, by a count of what it
-stores, is left out and the row says so.
+gradient. A chunked baseline has the block size that a search finds best. Where memory is measured,
+the allocator gives blocks of 64 KiB or more back as they are freed, for all alike, so that what it
+would keep does not count. No figure is written for an operation that fails its check. A baseline
+that would not fit in memory, by a count of what it stores, is left out and the row says so.
 
     python benchmarks/losses.py --threads 2
     python benchmarks/losses.py --losses cce sce --catalog 100000 --positions 512 --repeats 1
@@ -49,13 +49,14 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """Takes states, table and targets; gives the mean loss, or does its own backward."""
 
 NUM_NEGATIVES, SHARE, ITEMS_PER_BUCKET, ROUNDS, REACH, SEED = 1024, 128, 256, 4, 1, 7
-BLOCKS = {"cce": (64, 256, 1024), "cce_minus": (64, 512), "sce": (8, 32), "rece": (8, 64)}
-LOSSES = tuple(BLOCKS)
+LOSSES = ("cce", "cce_minus", "sce", "rece")
+# Positions, buckets or chunks at a time where the search for the best begins.
+FIRST_BLOCK = {"cce": 64, "cce_minus": 512, "sce": 64, "rece": 64}
 # Left to itself glibc keeps freed blocks, and how many varies from run to run.
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def ours(loss: str, sparse_grad: bool = False) -> Operation:
+def ours(loss: str, sparse_grad: bool = False, rounds: int = ROUNDS) -> Operation:
     """Our function with the options of the table."""
     sparse = {"sparse_grad": True} if sparse_grad else {}
     by_name: dict[str, Operation] = {
@@ -72,7 +73,7 @@ def ours(loss: str, sparse_grad: bool = False) -> Operation:
         ),
         "rece": partial(
             kernels.reduced_cross_entropy,
-            num_rounds=ROUNDS,
+            num_rounds=rounds,
             num_neighbor_chunks=REACH,
             seed=SEED,
         ),
@@ -80,20 +81,22 @@ def ours(loss: str, sparse_grad: bool = False) -> Operation:
     return by_name[loss]
 
 
-def baseline(loss: str, block: int | None) -> Operation:
+def baseline(loss: str, block: int | None, rounds: int = ROUNDS) -> Operation:
     """Everything in memory, or ``block`` positions, buckets or chunks at a time."""
 
     def run(states: Tensor, table: Tensor, targets: Tensor) -> Tensor | None:
         N, V = len(states), len(table)
         chosen: tuple[Any, ...] = ()
         if loss == "cce_minus":
-            chosen = (torch.randint(V, (N, NUM_NEGATIVES)),)
+            chosen = (torch.randint(V, (N, NUM_NEGATIVES), device=states.device),)
         elif loss == "sce":
-            n_b = round(2 * N**0.5)
-            chosen = (torch.randn(n_b, N) @ states.detach(), min(n_b, N), ITEMS_PER_BUCKET)
+            n_b = num_sce_buckets(N)
+            mix = torch.randn(n_b, N, dtype=states.dtype, device=states.device)
+            chosen = (mix @ states.detach(), min(n_b, N), ITEMS_PER_BUCKET)
         elif loss == "rece":
             n_b = default_num_buckets(N, V, REACH)
-            chosen = (torch.randn(ROUNDS, n_b, states.shape[1]), REACH)
+            sizes = (rounds, n_b, states.shape[1])
+            chosen = (torch.randn(sizes, dtype=states.dtype, device=states.device), REACH)
         if block is None:
             return getattr(baselines, f"eager_{loss}")(states, table, targets, *chosen)
         return getattr(baselines, f"chunked_{loss}")(states, table, targets, *chosen, block)
@@ -103,7 +106,7 @@ def baseline(loss: str, block: int | None) -> Operation:
 
 def fair(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """CE- as one matrix product, its negatives shared by the batch."""
-    negatives = torch.randint(len(table), (NUM_NEGATIVES,))
+    negatives = torch.randint(len(table), (NUM_NEGATIVES,), device=states.device)
     return baselines.fair_cce_minus(states, table, targets, negatives)
 
 
@@ -116,30 +119,66 @@ def operation(loss: str, name: str) -> Operation:
     return baseline(loss, int(name.removeprefix("chunked_")) if name != "eager" else None)
 
 
-def stored_gib(loss: str, name: str, N: int, V: int, D: int) -> float:
-    """GiB that a baseline stores: logits and what backward keeps of them, counted, not measured."""
-    n_b, n_c = num_sce_buckets(N), default_num_buckets(N, V, REACH)
+def num_lines(loss: str, work: Workload) -> int:
+    """Positions, buckets or chunks of the loop of the chunked baseline."""
+    N = work.num_positions
+    n_c = default_num_buckets(N, work.num_items, REACH)
+    return {"cce": N, "cce_minus": N, "sce": num_sce_buckets(N), "rece": n_c}[loss]
+
+
+def stored_gib(loss: str, name: str, work: Workload, rounds: int = ROUNDS) -> float:
+    """GiB that a baseline stores: logits and what backward keeps of them, counted, not measured.
+
+    ``chunked`` without a number is the loop at its leanest.
+    """
+    N, V, D, size = work.num_positions, work.num_items, work.width, work.element_bytes
+    lines = num_lines(loss, work)
+    met = N * V * (1 + 2 * REACH) // lines
     whole = {
-        "cce": 3 * 4 * N * V,  # logits, log-softmax, gradient
-        "cce_minus": 3 * 4 * N * NUM_NEGATIVES * D,  # rows, products, gradient
-        "sce": 4 * n_b * (N + V) + 6 * 4 * n_b * n_b * ITEMS_PER_BUCKET,
-        "rece": 4 * n_c * V + ROUNDS * N * V * (1 + 2 * REACH) // n_c * (3 * 4 + 4 * 8),
+        "cce": 3 * size * N * V,  # logits, log-softmax, gradient
+        "cce_minus": 3 * size * N * NUM_NEGATIVES * D,  # rows, products, gradient
+        "sce": size * lines * (N + V) + 6 * size * lines * lines * ITEMS_PER_BUCKET,
+        "rece": (rounds if name == "eager" else 1) * met * (3 * size + 4 * 8),
     }
+    held = 2 * size * V * D  # gradient of the table, and the one that is added to it
     if name == "fair":
-        return 6 * 4 * N * NUM_NEGATIVES / 2**30
-    lines = {"cce": N, "cce_minus": N, "sce": n_b, "rece": n_c}[loss]
-    block = lines if name == "eager" else int(name.removeprefix("chunked_"))
-    gradient = 2 * 4 * V * D  # of the table, and the one that is added to it
-    return (whole[loss] * block / lines + gradient) / 2**30
+        return (6 * size * N * NUM_NEGATIVES + held) / 2**30
+    held += size * lines * V if loss == "rece" else 0  # hashes, of the loop too
+    block = {"eager": lines, "chunked": 1}.get(name) or int(name.removeprefix("chunked_"))
+    return (whole[loss] * block / lines + held) / 2**30
 
 
-def counted(loss: str, work: Workload) -> LossCost:
+def largest_block(loss: str, work: Workload, memory_gib: float, rounds: int = ROUNDS) -> int:
+    """The most positions, buckets or chunks whose loop stores no more than this; 0 for none."""
+    one, two = (stored_gib(loss, f"chunked_{block}", work, rounds) for block in (1, 2))
+    fit = int((memory_gib - (2 * one - two)) // (two - one))
+    return min(max(fit, 0), num_lines(loss, work))
+
+
+def search_block(first: int, most: int, seconds: Callable[[int], float]) -> dict[int, float]:
+    """Seconds by block size, doubled or halved until the best lies between two others.
+
+    A block of 1 and one of ``most`` have only one neighbour.
+    """
+    times: dict[int, float] = {}
+    block = min(first, most)
+    while True:
+        for size in (block, max(1, block // 2), min(2 * block, most)):
+            if size not in times:
+                times[size] = seconds(size)
+        best = min(times, key=lambda size: times[size])
+        if best == block:
+            return times
+        block = best
+
+
+def counted(loss: str, work: Workload, rounds: int = ROUNDS) -> LossCost:
     """What our function is said to cost."""
     return {
         "cce": lambda: cut_cross_entropy_cost(work),
         "cce_minus": lambda: sampled_cross_entropy_cost(work, NUM_NEGATIVES, SHARE),
         "sce": lambda: scalable_cross_entropy_cost(work, None, None, ITEMS_PER_BUCKET),
-        "rece": lambda: reduced_cross_entropy_cost(work, None, None, ROUNDS, REACH),
+        "rece": lambda: reduced_cross_entropy_cost(work, None, None, rounds, REACH),
     }[loss]()
 
 
@@ -182,6 +221,21 @@ def time_job(job: dict[str, Any]) -> dict[str, Any]:
     return {"times_s": times, "gemm_gflops": gemm_gflops(job["positions"], job["width"])}
 
 
+def search_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the chunked baseline by block size; each the quicker of two runs."""
+    batch = make_batch(job["positions"], job["width"], job["catalog"])
+
+    def seconds(block: int) -> float:
+        run = baseline(job["loss"], block)
+        found = []
+        for _ in range(2):
+            batch[0].grad = batch[1].grad = None
+            found.append(timed(lambda: step(run, batch)))
+        return round(min(found), 4)
+
+    return {"times_s": search_block(FIRST_BLOCK[job["loss"]], job["most"], seconds)}
+
+
 def memory_job(job: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of one forward and backward beyond its inputs and the table's gradient."""
     function = operation(job["loss"], job["operation"])
@@ -209,28 +263,30 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
     if results.has(key):
         return
     check(loss)
+    work = Workload(
+        num_positions=options.positions, num_items=catalog, num_ranks=1, width=options.width
+    )
     job = key | {"repeats": options.repeats}
     names = ["ours"] + ["ours_sparse"] * (loss in ("cce_minus", "sce"))
-    run, not_run = baselines_to_run(loss, catalog, options)
-    chunked = [name for name in run if name.startswith("chunked")]
-    if chunked:
-        swept = call_fresh(__file__, job | {"kind": "time", "operations": chunked, "repeats": 1})
-        names.append(min(chunked, key=lambda name: median(swept["times_s"][name])))
-    names += [name for name in run if name not in chunked]
+    run, not_run = baselines_to_run(loss, work, options)
+    searched: dict[str, float] = {}
+    if "chunked" in run:
+        most = largest_block(loss, work, options.memory_gib)
+        searched = call_fresh(__file__, job | {"kind": "search", "most": most})["times_s"]
+        run[run.index("chunked")] = "chunked_" + min(searched, key=lambda block: searched[block])
+    names += run
     answer = call_fresh(__file__, job | {"kind": "time", "operations": names})
     row: dict[str, Any] = {
         "times_s": answer["times_s"],
         "gemm_gflops": round(answer["gemm_gflops"], 1),
     }
+    row["searched_s"] = searched
     row["median_s"] = {name: median(times) for name, times in answer["times_s"].items()}
     row["peak_mib"] = {}
     for name in names:
         memory = job | {"kind": "memory", "operation": name}
         peak = call_fresh(__file__, memory, environment=RETURN_AT_ONCE)["peak_bytes"]
         row["peak_mib"][name] = round(peak / 2**20, 2)
-    work = Workload(
-        num_positions=options.positions, num_items=catalog, num_ranks=1, width=options.width
-    )
     cost = counted(loss, work)
     rate = cost.flops / row["median_s"]["ours"] / 1e9
     row["share_of_gemm"] = round(rate / row["gemm_gflops"], 3)
@@ -240,17 +296,15 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
 
 
 def baselines_to_run(
-    loss: str, catalog: int, options: argparse.Namespace
+    loss: str, work: Workload, options: argparse.Namespace
 ) -> tuple[list[str], dict[str, str]]:
     """Baselines, and why others are left out."""
-    names = [f"chunked_{block}" for block in BLOCKS[loss]] + ["eager"]
-    names += ["fair"] * (loss == "cce_minus")
     run, not_run = [], {}
-    for name in names:
-        needed = stored_gib(loss, name, options.positions, catalog, options.width)
+    for name in ["chunked", "eager"] + ["fair"] * (loss == "cce_minus"):
+        needed = stored_gib(loss, name, work)
         if needed > options.memory_gib:
             not_run[name] = f"stores {needed:.1f} GiB"
-        elif catalog > options.largest_baseline:
+        elif work.num_items > options.largest_baseline:
             not_run[name] = f"takes too long above V={options.largest_baseline:,}"
         else:
             run.append(name)
@@ -316,8 +370,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.job:
         torch.set_num_threads(options.job["threads"])
-        job = {"time": time_job, "memory": memory_job}[options.job["kind"]]
-        print(json.dumps(job(options.job)))
+        jobs = {"time": time_job, "search": search_job, "memory": memory_job}
+        print(json.dumps(jobs[options.job["kind"]](options.job)))
         return
     results = Results(options.output)
     for catalog in options.catalog:
