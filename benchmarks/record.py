@@ -94,8 +94,12 @@ def call_fresh(
     return answer
 
 
-def run_logged(arguments: Sequence[str], threads: int, log: Path) -> int:
+def run_logged(
+    arguments: Sequence[str], threads: int, log: Path, variables: Mapping[str, str] | None = None
+) -> int:
     """Runs python with these arguments in a process of its own; its output goes to ``log``.
+
+    ``variables`` are added to the environment of this process.
 
     Returns:
         Peak resident bytes of the process or child of it that used most.
@@ -103,7 +107,7 @@ def run_logged(arguments: Sequence[str], threads: int, log: Path) -> int:
     Raises:
         RuntimeError: it failed; the message ends with its last lines.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(variables or {})
     with log.open("a") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
