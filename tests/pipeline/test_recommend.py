@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,12 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.recommend import RecommendConfig, recommend
+from shardrec.pipeline.run import LimitConfig
 from shardrec.pipeline.train import train
 from shardrec.pipeline.trained import Source
 
@@ -137,30 +140,39 @@ def test_the_number_of_ranks_changes_no_list(
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest floating tensor that any operation makes."""
+    """Notes the shape of the largest tensor, of any type, that an operation makes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.shape = torch.Size()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                self.numel = max(self.numel, value.numel())
+            if isinstance(value, torch.Tensor) and value.numel() > self.shape.numel():
+                self.shape = value.shape
         return result
 
 
-def test_nothing_of_size_users_by_items_is_made(run: str, data: str, tmp_path: Path) -> None:
-    num_users = 8000
-    lists = [[user % NUM_ITEMS, 3 * user % NUM_ITEMS] for user in range(num_users)]
+def test_the_largest_tensor_has_the_scores_of_a_batch_for_a_block_of_rows(tmp_path: Path) -> None:
+    """Neither users x items nor a batch x items exists, and all else is smaller than a block."""
+    num_users, num_items, batch_size, block_rows = 8000, 4096, 64, 512
+    events = np.arange(2 * num_items)
+    log = {"user_id": events // 8, "item_id": events % num_items, "timestamp": events}
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    data = prepare_small(tmp_path, events=str(tmp_path / "log.parquet"))
+    narrow = EncoderConfig(width=4, num_heads=1, max_length=8)
+    train(small_config(data, tmp_path / "run", encoder=narrow, limits=LimitConfig(max_steps=1)))
+    lists = [[user % num_items, 3 * user % num_items] for user in range(num_users)]
     users = {"who": list(range(num_users)), "what": lists}
     pq.write_table(pa.table(users), tmp_path / "h.parquet", row_group_size=1000)
-    options = of_file(str(tmp_path / "h.parquet"), batch_size=64, block_rows=64)
+    sizes = of_file(
+        str(tmp_path / "h.parquet"), batch_size=batch_size, block_rows=block_rows, min_count=0
+    )
     with LargestTensor() as largest:
-        recommend(configured(run, data, tmp_path / "out", **options))
+        recommend(configured(str(tmp_path / "run"), data, tmp_path / "out", **sizes))
     assert len(rows_of(tmp_path / "out")) == num_users
-    assert 0 < largest.numel < num_users * NUM_ITEMS / 3  # the rest is work space of one size
+    assert largest.shape.numel() == batch_size * block_rows, largest.shape
 
 
 def test_prepared_users_get_the_lists_that_evaluation_judges(
