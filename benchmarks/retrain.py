@@ -3,10 +3,17 @@ r"""What is yesterday's run worth today? Day 2 trained warm and cold, for the sa
 The log is cut by time: day 1 is its first ``--day-one`` share of events, day 2 adds what follows,
 and what comes after ``--test`` is for testing. A run on day 1 is the start of the warm runs of
 day 2; cold ones start from random weights. Both see the same data in the same order and take the
-same number of steps. ``stale`` is the model of day 1 as it is, with the new items random.
+same number of steps. What is in --output is not measured again, and a run that is in --work is
+gone on with.
+
+    cold                    day 2 from random weights
+    warm                    from day 1's, its optimizers' memory kept, the rows of new items random
+    warm, new rows mean     these rows the mean of the table
+    warm, optimizer reset   without the optimizers' memory
+    stale                   no training on day 2: the model of day 1, the rows of new items random
 
     python benchmarks/retrain.py log.parquet --recipe demo --set batches.windows=all \
-        --day-one-steps 1000 --steps 100 300
+        --day-one-steps 1000 --steps 100 300 --seeds 1 2 3 --variants cold warm stale
 """
 
 import argparse
@@ -90,20 +97,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("log", type=Path, help="event Parquet whose times are real")
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="demo", help="of all runs (default: demo)")
     parser.add_argument("--set", nargs="*", default=[], help="options of train: dotted.name=value")
-    parser.add_argument("--day-one", type=float, default=0.8, help="share of the events")
-    parser.add_argument("--test", type=float, default=0.9, help="share of the events before it")
-    parser.add_argument("--day-one-steps", type=int, default=1000)
-    parser.add_argument("--steps", nargs="+", type=int, default=[100, 300])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["cold", "warm"])
+    parser.add_argument(
+        "--day-one", type=float, default=0.8, help="share of the events (default: 0.8)"
+    )
+    parser.add_argument(
+        "--test", type=float, default=0.9, help="share of the events before it (0.9)"
+    )
+    parser.add_argument("--day-one-steps", type=int, default=1000, help="of day 1 (default: 1000)")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[100, 300], help="of day 2, each a run (100 300)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1], help="each trains day 1 and day 2 (default: 1)"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=["cold", "warm"],
+        metavar="VARIANT",
+        help="of those above, in quotes (default: cold warm)",
+    )
     parser.add_argument("--user", default="user_id", help="column of the user")
     parser.add_argument("--item", default="item_id", help="column of the item")
     parser.add_argument("--time", default="timestamp", help="column of the time")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("runs/retrain"))
-    parser.add_argument("--output", type=Path, default=RESULTS / "retrain_cpu.jsonl")
+    parser.add_argument("--threads", type=int, default=1, help="of every stage (default: 1)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/retrain"), help="for logs, prepared data and runs"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "retrain_cpu.jsonl", help="rows")
     options = parser.parse_args()
     options.work = options.work / f"{options.log.stem}-{options.day_one}-{options.test}"
     options.work.mkdir(parents=True, exist_ok=True)
