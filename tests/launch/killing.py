@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,26 +82,37 @@ def until(seconds: float, what: str, job: Job) -> Iterator[None]:
     raise AssertionError(f"no {what} in {seconds} s:\n{job.said()[-4000:]}")
 
 
-def kill_during_a_write(run: Path, job: Job, after_step: int = 0) -> str:
-    """SIGKILL rank 0 while a checkpoint has no manifest yet; the name of that checkpoint.
+def kill_during_a_write(run: Path, job: Job, rank: int, after_step: int = 0) -> str:
+    """SIGKILL a worker while a checkpoint has no manifest yet; the name of that checkpoint.
 
-    The process is stopped first, so that it is certain that the manifest was not written.
+    Both workers are stopped first, so that it is certain that the manifest was not written.
     """
-    checkpoints = run / "checkpoints"
-    rank_0 = wait_for_workers(job)[0]
+    checkpoints, workers = run / "checkpoints", wait_for_workers(job)
     for _ in until(60, "unfinished checkpoint", job):
         if newest(checkpoints) <= f"step-{after_step:08d}":
             continue
-        rank_0.suspend()
-        while rank_0.status() != psutil.STATUS_STOPPED:
-            time.sleep(0.001)
-        name = newest(checkpoints)
-        if not (checkpoints / name / "manifest.json").exists():
-            rank_0.kill()
-            return name
-        rank_0.resume()
+        with stopped(workers.values()):
+            name = newest(checkpoints)
+            if not (checkpoints / name / "manifest.json").exists():
+                workers[rank].kill()
+                return name
         time.sleep(0.005)
     raise AssertionError
+
+
+@contextlib.contextmanager
+def stopped(processes: Iterable[psutil.Process]) -> Iterator[None]:
+    """Processes that stand still in a ``with``."""
+    for process in processes:
+        process.suspend()
+    for process in processes:
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def wait_for_workers(job: Job) -> dict[int, psutil.Process]:
@@ -187,8 +198,7 @@ def kill_at_random(run: Path, job: Job, luck: random.Random) -> Kill:
     rank, moment = luck.randrange(2), luck.choice(["write", "step", "step", "start"])
     starts = len(lines(run, "resume"))
     if moment == "write":
-        rank = 0
-        kill_during_a_write(run, job, step)
+        kill_during_a_write(run, job, rank, step)
     else:
         target = step + luck.randint(1, 60)
         for _ in until(60, f"step {target}", job) if moment == "step" else ():

@@ -45,26 +45,30 @@ def undisturbed(data: str, ranks: Ranks, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-def test_a_killed_and_preempted_run_ends_as_if_nothing_had_happened(
+def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
     data: str, undisturbed: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     words = stage(data, run, *options(STEPS))
-    with Job(words, tmp_path / "log", max_restarts=1) as job:
-        killed = kill_during_a_write(run, job, after_step=20)
-        for _ in until(60, "step after the restart", job):
-            if lines(run, "resume") and last_step(run) > 30:
-                break
+    killed = []
+    with Job(words, tmp_path / "log", max_restarts=2) as job:
+        for number, rank in enumerate((1, 0)):
+            killed.append(kill_during_a_write(run, job, rank, after_step=20 + 30 * number))
+            for _ in until(60, "step after the restart", job):
+                if len(lines(run, "resume")) > number and last_step(run) > 30 + 30 * number:
+                    break
         job.process.send_signal(signal.SIGTERM)
         assert job.end(timeout=40) == 75, job.said()
-    (restarted,) = lines(run, "resume")
-    assert 0 < restarted["step"] < int(killed.removeprefix("step-"))
+    restarts = [line["step"] for line in lines(run, "resume")]
+    assert len(restarts) == 2
+    for step, name in zip(restarts, killed, strict=True):
+        assert 0 < step < int(name.removeprefix("step-"))
 
     stopped = last_step(run)
     assert stopped < STEPS and not (run / "end.json").exists()
     assert f"shardrec launch: the run stopped after step {stopped}" in job.said()
     ranks(2).run(train_undisturbed, words)
-    _, resumed = lines(run, "resume")
+    resumed = lines(run, "resume")[-1]
     assert resumed["step"] == stopped, "the checkpoint was of the step at which the ranks agreed"
     assert_same_end(run, undisturbed)
 
@@ -94,6 +98,7 @@ def test_twenty_kills_lose_nothing(data: str, ranks: Ranks, tmp_path: Path) -> N
             print(f"kill {number + 1} of {KILLS}: {kills[-1]}", flush=True)
         assert job.end(timeout=600) == 0, job.said()
     assert all(kill.resumed >= kill.whole for kill in kills), "a whole checkpoint was passed over"
+    assert {kill.rank for kill in kills if kill.moment == "write"} == {0, 1}, "the seed sees to it"
     assert_same_end(run, whole)
     # One line, which benchmarks/kills.py reads.
     print(json.dumps(figures(kills)))
