@@ -1,17 +1,24 @@
 """What every shipped form of every Triton kernel uses, built for GPUs that need not be there.
 
-Writes a table of registers, spilled bytes, shared memory and matrix instructions, and fails where a
-form spills in bfloat16, wants more shared memory than the GPU has, or lacks matrix instructions.
+Writes a table of registers, spilled bytes, shared memory, matrix instructions and instructions of
+the main loop, a line as soon as its form is built, and fails where a form spills in bfloat16, wants
+more shared memory than the GPU has, or lacks matrix instructions. Started again it finds compiled
+kernels in Triton's cache. Widths that share all of their code share a line.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
 
 from shardrec.kernels.compile import ARCHITECTURES, MAX_SHARED_BYTES, Build, Case, shipped_cases
+from shardrec.kernels.least_work import LeastWork
 from shardrec.kernels.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.md"
@@ -19,40 +26,66 @@ PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
+    "fp16": (torch.float16, "ieee"),
 }
 HEAD = """# Compiled kernels
 
-Triton {triton}; ptxas {ptxas}. No figure here is a time.
-Tile: positions x items x width x out, warps, stages. `products`: multiply-adds of the matrix
-instructions in the code over those of one tile; 1 is the least, more is an unrolled or peeled loop.
-Float32 in IEEE precision has no matrix instruction. Where float32 spills, ptxas keeps to 128
-registers a thread, so that two programs share a processor.
+Triton {triton}; {ptxas}. No figure here is a time; nothing ran on a GPU.
+
+- D: widths that share the code. Tile: positions x items x width x out, warps, stages; empty for
+  kernels that have no entry in the table of tiles.
+- `spilled`: bytes of a thread that ptxas stores to local memory. `of`: the most shared memory that
+  a program may have on that GPU.
+- `work`: what one turn of the loops does over the least that its tile needs, counted in the PTX:
+  multiply-adds (of matrix instructions, of IEEE float32 in fp32), and for kernels without a matrix
+  product the bytes asked of global memory, where several lanes that ask for one index count each.
+  Above 1 for products: a product stands in an outer loop once more, ahead of the inner one.
+- `loop`: machine instructions of the longest loop, as ptxas left them, of a thread. An inner loop
+  stands in it once.
+- `least`: products, one exponential for each logit, and 16 bytes a read, in instructions of a
+  thread; not in it are addresses, masks, the running maximum and sum, and conversions.
+- `draw_below` and `random_signs` have no loop, product or read to be counted.
 
 """
-COLUMNS = "kernel D dtype GPU tile registers spilled shared_bytes of instruction products".split()
+COLUMNS = (
+    "kernel D dtype GPU tile registers spilled shared_bytes of instruction work loop least over"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one process builds: a case for one dtype and GPU, at the widths that share its code."""
+
+    case: int
+    widths: tuple[int, ...]
+    dtype: str
+    architecture: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table, what is wrong with it, and which assembler said so."""
+
+    cells: tuple[str, ...]
+    wrong: tuple[str, ...]
+    ptxas: str
+
+    def __str__(self) -> str:
+        """As it stands in the table."""
+        return "| " + " | ".join(self.cells) + " |"
 
 
 def main() -> int:
     """Builds what is asked for; 1 where a form does not hold."""
     arguments = parsed()
-    lines, wrong, versions = [], [], {}
-    for name in arguments.dtypes:
-        dtype, precision = PRECISIONS[name]
-        for case in shipped_cases():
-            for width in arguments.widths:
-                for architecture in arguments.architectures:
-                    tile, build = case.build(
-                        width=width, dtype=dtype, architecture=architecture, precision=precision
-                    )
-                    versions[architecture] = build.ptxas
-                    lines.append(line_of(case, width, name, architecture, tile, build))
-                    wrong += faults(case, name, architecture, lines[-1], build)
-                    print(lines[-1], flush=True)
-    ptxas = ", ".join(f"{version} for sm_{number}" for number, version in versions.items())
+    orders = list(ordered(arguments))
+    lines = []
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    head = HEAD.format(triton=triton.__version__, ptxas=ptxas)
-    rule = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    arguments.output.write_text(head + "\n".join(rule + lines) + "\n")
+    for line in built(orders, arguments.jobs):
+        lines.append(line)
+        print(f"{len(lines)} of {len(orders)}: {line}", flush=True)
+        arguments.output.write_text(table(lines))
+    wrong = [f"{fault}: {line}" for line in lines for fault in line.wrong]
     print("\n".join(wrong) if wrong else f"{len(lines)} forms hold")
     return 1 if wrong else 0
 
@@ -63,17 +96,45 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--dtypes", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--jobs", type=int, default=2, help="processes that build")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
-def line_of(case: Case, width: int, dtype: str, architecture: int, tile: Tile, build: Build) -> str:
-    """One line of the table."""
+def ordered(arguments: argparse.Namespace) -> Iterator[Order]:
+    """What has to be built, in the order of the table."""
+    for dtype in arguments.dtypes:
+        for index, case in enumerate(shipped_cases()):
+            for architecture in arguments.architectures:
+                alike: dict[object, list[int]] = {}
+                for width in arguments.widths:
+                    tile, constants = case.form(width, PRECISIONS[dtype][0], architecture)
+                    key = (tile.num_warps, tile.num_stages, *constants.items(), width % 16)
+                    alike.setdefault(key, []).append(width)
+                for widths in alike.values():
+                    yield Order(index, tuple(widths), dtype, architecture)
+
+
+def built(orders: Iterable[Order], jobs: int) -> Iterator[Line]:
+    """The lines in their order, each as soon as it and those before it are there."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(line_of, orders)
+
+
+def line_of(order: Order) -> Line:
+    """Builds one form."""
+    case = shipped_cases()[order.case]
+    dtype, precision = PRECISIONS[order.dtype]
+    width, architecture = order.widths[0], order.architecture
+    tile, build = case.build(
+        width=width, dtype=dtype, architecture=architecture, precision=precision
+    )
+    least = case.least(width, dtype, architecture, precision)
     shape = f"{tile.positions}x{tile.items}x{tile.width}x{tile.out}, {tile.num_warps}, "
-    cells = [
+    cells = (
         case.name,
-        width,
-        dtype,
+        " ".join(str(width) for width in order.widths),
+        order.dtype,
         f"sm_{architecture}",
         shape + str(tile.num_stages) if case.tiles else "",
         build.registers,
@@ -81,29 +142,51 @@ def line_of(case: Case, width: int, dtype: str, architecture: int, tile: Tile, b
         build.shared_bytes,
         MAX_SHARED_BYTES[architecture],
         build.matrix_instruction,
-        products_of(case, tile, build),
-    ]
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+        *work_of(case, tile, build, least),
+    )
+    wrong = faults(case, order.dtype, architecture, build)
+    return Line(
+        tuple(str(cell) for cell in cells), tuple(wrong), f"{build.ptxas} sm_{architecture}"
+    )
 
 
-def products_of(case: Case, tile: Tile, build: Build) -> str:
-    """Multiply-adds in the code over those of one tile."""
-    least = case.least_multiply_adds(tile)
-    if not build.matrix_instruction:
-        return ""
-    return f"{build.multiply_adds / least:.2f}" if build.multiply_adds else "not in the PTX"
+def work_of(case: Case, tile: Tile, build: Build, least: LeastWork) -> tuple[str, ...]:
+    """Work over the least, instructions of the loop, the least of them, and their ratio."""
+    if not least.multiply_adds:
+        return "", "", "", ""
+    work = build.bytes_read / least.bytes_read
+    each = 32.0 * tile.num_warps
+    if build.num_products and case.has_product:
+        work = build.multiply_adds / least.multiply_adds
+        each = build.multiply_adds / build.num_products
+    instructions = least.instructions(tile.num_warps, each)
+    over = build.loop_instructions / instructions
+    return f"{work:.2f}", str(build.loop_instructions), f"{instructions:.0f}", f"{over:.1f}"
 
 
-def faults(case: Case, dtype: str, architecture: int, line: str, build: Build) -> list[str]:
-    """What a form breaks, one line each."""
+def faults(case: Case, dtype: str, architecture: int, build: Build) -> list[str]:
+    """What a form breaks, a few words each."""
     found = []
     if build.spilled_bytes and dtype == "bf16":
-        found.append(f"spills: {line}")
+        found.append("spills")
     if build.shared_bytes > MAX_SHARED_BYTES[architecture]:
-        found.append(f"too much shared memory: {line}")
+        found.append("too much shared memory")
     if case.has_product and dtype != "fp32" and not build.matrix_instruction:
-        found.append(f"no matrix instruction: {line}")
+        found.append("no matrix instruction")
     return found
+
+
+def table(lines: list[Line]) -> str:
+    """The whole file."""
+    ptxas: dict[str, list[str]] = {}
+    for line in lines:
+        version, architecture = line.ptxas.split()
+        known = ptxas.setdefault(version, [])
+        known += [architecture] if architecture not in known else []
+    named = "; ".join(f"ptxas {v} for {', '.join(names)}" for v, names in ptxas.items())
+    rule = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    head = HEAD.format(triton=triton.__version__, ptxas=named)
+    return head + "\n".join(rule + [str(line) for line in lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ from triton.compiler import ASTSource
 
 from shardrec.kernels.block_logsumexp import gpu_full, gpu_gathered, gpu_listed
 from shardrec.kernels.device import alignment
+from shardrec.kernels.instructions import (
+    bytes_read,
+    loop_code,
+    main_loop,
+    matrix_products,
+    scalar_products,
+)
+from shardrec.kernels.least_work import LeastWork, least_work
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
 from shardrec.kernels.tiles import Tile, tile_for
@@ -43,9 +51,12 @@ class Build:
         spilled_bytes: Stores to local memory, of a thread, as ptxas counts them.
         shared_bytes: Of a program.
         matrix_instruction: The widest kind present, "" where there is none.
-        num_matrix_instructions: In the PTX.
-        multiply_adds: Of a program's matrix instructions, each counted once; 0 where the PTX does
-            not name their shape (tcgen05).
+        multiply_adds: Of a program in one turn of its loops: of matrix instructions where there
+            are any, of IEEE float32 elsewhere.
+        num_products: Instructions that do them, of a warp; of one thread for the whole program
+            where it starts a product alone (tcgen05).
+        bytes_read: From global memory by a program in one turn of its loops.
+        loop_instructions: Machine instructions of the longest loop, of a thread.
         ptxas: Version of the assembler.
         ptx: The code itself.
     """
@@ -54,8 +65,10 @@ class Build:
     spilled_bytes: int
     shared_bytes: int
     matrix_instruction: str
-    num_matrix_instructions: int
     multiply_adds: int
+    num_products: int
+    bytes_read: int
+    loop_instructions: int
     ptxas: str
     ptx: str
 
@@ -98,16 +111,21 @@ def build(
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
-    registers, spilled = _assemble(ptx, architecture)
-    counts = {name: ptx.count(name) for name in _MATRIX_INSTRUCTIONS}
-    kind = next((name for name in _MATRIX_INSTRUCTIONS if counts[name]), "")
+    registers, spilled, assembly = _assemble(ptx, architecture)
+    kind = next((name for name in _MATRIX_INSTRUCTIONS if name in ptx), "")
+    turn = loop_code(ptx)
+    products = scalar_products(turn, tile.num_warps)
+    if kind:
+        products = matrix_products(turn, ptx, tile.num_warps)
     return Build(
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
         matrix_instruction=kind,
-        num_matrix_instructions=counts.get(kind, 0),
-        multiply_adds=_multiply_adds(ptx, tile.num_warps),
+        multiply_adds=products[0],
+        num_products=products[1],
+        bytes_read=bytes_read(turn, tile.num_warps),
+        loop_instructions=main_loop(assembly),
         ptxas=_ptxas_version(architecture),
         ptx=ptx,
     )
@@ -125,19 +143,12 @@ def _type_of(name: str, dtype: torch.dtype) -> str:
     return "i32" if name.startswith("num_") or name in ("width", "reach") else "*i64"
 
 
-def _multiply_adds(ptx: str, num_warps: int) -> int:
-    """Of the matrix instructions of a program, each counted once for all warps that run it."""
-    total = 0
-    for name, m, n, k in re.findall(r"(wgmma|mma)\.\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx):
-        groups = num_warps // 4 if name == "wgmma" else num_warps
-        total += int(m) * int(n) * int(k) * groups
-    return total
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def _ptxas(architecture: int) -> str:
-    name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return str(folder / name)
+    return _tool("ptxas-blackwell" if architecture >= 100 else "ptxas")
 
 
 def _ptxas_version(architecture: int) -> str:
@@ -148,8 +159,8 @@ def _ptxas_version(architecture: int) -> str:
     return match.group(1) if match else "unknown"
 
 
-def _assemble(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers of a thread and bytes it spills."""
+def _assemble(ptx: str, architecture: int) -> tuple[int, int, str]:
+    """Registers of a thread, bytes it spills, and the machine code as text."""
     match = re.search(r"\.target (sm_\w+)", ptx)
     assert match, "PTX without a target"
     with tempfile.TemporaryDirectory() as folder:
@@ -158,10 +169,12 @@ def _assemble(ptx: str, architecture: int) -> tuple[int, int]:
         command = [_ptxas(architecture), "-v", f"--gpu-name={match.group(1)}", str(path)]
         command += ["-o", str(path.with_suffix(".cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [_tool("cuobjdump"), "-sass", str(path.with_suffix(".cubin"))]
+        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores", report)
     assert registers and spills, f"ptxas says nothing of registers: {report}"
-    return int(registers.group(1)), int(spills.group(1))
+    return int(registers.group(1)), int(spills.group(1)), assembly
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,19 +198,13 @@ class Case:
         """Whether the kernel multiplies matrices."""
         return "PRECISION" in self.kernel.arg_names
 
-    def least_multiply_adds(self, tile: Tile) -> int:
-        """Multiply-adds of one turn of the innermost loop; 0 without a product."""
-        if not self.has_product:
-            return 0
-        if self.name == "mixed_signs":
-            return tile.positions * 128 * tile.width
-        out = tile.out if "OUT" in self.kernel.arg_names else 0
-        return tile.positions * tile.items * (tile.width + out)
+    def form(
+        self, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
+    ) -> tuple[Tile, dict[str, int | bool | str]]:
+        """The shipped tile and the compile-time arguments; widths with the same share their code.
 
-    def build(
-        self, *, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
-    ) -> tuple[Tile, Build]:
-        """The shipped tile, and what the kernel uses with it."""
+        Two widths of which 16 divides one only do not.
+        """
         tile = Tile(16, 64, 64, 64, 4, 2)
         if self.tiles:
             tile = tile_for(self.tiles, width, dtype, architecture)
@@ -211,7 +218,20 @@ class Case:
             "PRECISION": precision,
             **self.constants,
         }
-        constants = {name: v for name, v in values.items() if name in self.kernel.arg_names}
+        return tile, {name: v for name, v in values.items() if name in self.kernel.arg_names}
+
+    def least(
+        self, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
+    ) -> LeastWork:
+        """What one turn of its loops cannot do without."""
+        constants = self.form(width, dtype, architecture, precision)[1]
+        return least_work(self.name, constants, dtype.itemsize)
+
+    def build(
+        self, *, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
+    ) -> tuple[Tile, Build]:
+        """The shipped tile, and what the kernel uses with it."""
+        tile, constants = self.form(width, dtype, architecture, precision)
         made = build(
             self.kernel, tile, constants, width=width, dtype=dtype, architecture=architecture
         )
