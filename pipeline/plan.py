@@ -4,8 +4,7 @@ The formulas stand beside the code they describe: ``*_cost`` in ``shardrec.kerne
 ``saved_floats`` and ``encoder_flops`` beside the encoder, ``state_floats`` beside the optimizers.
 Here they are put together. On a CPU they are held to measured peaks by a test. For a GPU they are
 the same sums, not measured: activations are counted in float32, though products in bfloat16 keep
-less. What an allocator holds back comes on top; with glibc's default settings, where blocks of up
-to 32 MB are kept, encoders of many small tensors were seen to hold a third more.
+less. What an allocator holds back comes on top, and a plan says so.
 """
 
 import functools
@@ -30,6 +29,14 @@ __all__ = ["Machine", "Plan", "loss_cost", "plan"]
 PASSING_TENSORS = 8
 # Of libraries that a first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
+# What is said beside a peak: it counts tensors, and an allocator keeps some of what was freed.
+CONDITION = {
+    "cpu": "The peak holds where freed blocks go back to the system, as with\n"
+    "MALLOC_MMAP_THRESHOLD_=1000000. By default glibc keeps blocks of up to 32 MB:\n"
+    "activations may then hold a third more.",
+    "cuda": "The peak is a sum of tensors, not measured on a GPU. What PyTorch's allocator\n"
+    "keeps of freed blocks comes on top.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +75,7 @@ class Plan:
 
     Attributes:
         num_items: V.
+        condition: under which the peak holds, in words.
         memory: bytes by term; "gradient" is that of the table.
         peak_bytes: most that exist at once: not all terms do.
         moved: bytes received from other ranks, by part.
@@ -79,6 +87,7 @@ class Plan:
     """
 
     num_items: int
+    condition: str
     memory: Mapping[str, int]
     peak_bytes: int
     moved: Mapping[str, float]
@@ -106,7 +115,8 @@ class Plan:
         rows += [(name, f"{value:,.3g}") for name, value in self.flops.items()]
         if self.largest_num_items is not None:
             rows += [("", ""), ("largest catalog that fits", f"{self.largest_num_items:,} items")]
-        return "\n".join(f"{name:<30}{value:>20}".rstrip() for name, value in rows)
+        table = "\n".join(f"{name:<30}{value:>20}".rstrip() for name, value in rows)
+        return f"{table}\n\n{self.condition}"
 
 
 def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
@@ -127,6 +137,7 @@ def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
     memory, peak = made.memory(num_items)
     return Plan(
         num_items=num_items,
+        condition=CONDITION[machine.device],
         memory=memory,
         peak_bytes=peak,
         moved=made.moved(num_items),
@@ -172,6 +183,8 @@ class _Planner:
             "optimizer state": state,
             "gradient": gradient,
             "encoder": 5 * 4 * self.parameters,  # weights, gradients twice, two moments
+            # An int64 of the whole catalog on every rank, whatever its shard.
+            "item counts": 8 * num_items + cost.table_bytes,
             "activations": self._activations(),
             "loss workspace": cost.workspace_bytes + self._unit_rows(work),
             "update workspace": update,
@@ -252,7 +265,7 @@ def _(loss: CCE, work: Workload) -> LossCost:
 
 @loss_cost.register
 def _(loss: CCEMinus, work: Workload) -> LossCost:
-    return sampled_cross_entropy_cost(work, loss.num_negatives, loss.share or None)
+    return sampled_cross_entropy_cost(work, loss.num_negatives, loss.share or None, loss.proposal)
 
 
 @loss_cost.register

@@ -1,23 +1,39 @@
-"""Peak memory of two training steps in a process of their own: what ``plan`` is held to.
+"""Peak memory of two training steps in processes of their own: what ``plan`` is held to.
 
-Run with JSON of num_items, overrides of ``tiny_cpu`` and the shape of a batch, such as
-``'{"num_items": 50000, "overrides": ["loss=cce"], "batch": [64, 20]}'``; prints the bytes that
-model and steps added to what the process held before.
+Run with JSON of num_items, overrides of ``tiny_cpu``, the shape of the batch of all ranks, rank,
+num_ranks and an empty folder for rendezvous and checkpoints, such as ``'{"num_items": 50000,
+"overrides": ["loss=cce"], "batch": [64, 20], "rank": 0, "num_ranks": 1, "folder": "peak"}'``;
+prints the bytes that model and steps added to what the process held before. With
+``checkpoints.background`` a checkpoint is written during the second step.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from shardrec.pipeline.config import override
+from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
+from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.data import Batch
+from shardrec.pipeline.group import default_group, rank_of, size_of
 from shardrec.pipeline.recipes import tiny_cpu
 from shardrec.pipeline.run import TrainConfig, build_model
 from shardrec.pipeline.step import Stepper
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks, and those of the background write."""
+
+    group: dist.ProcessGroup | None
+    writing: dist.ProcessGroup | None
+    folder: Path
 
 
 def status_bytes(name: str) -> int:
@@ -26,30 +42,64 @@ def status_bytes(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def batch_of(num_items: int, shape: Sequence[int]) -> Batch:
-    """Full sequences of uniform items."""
+def batch_of(num_items: int, shape: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
+    """This rank's part of full sequences of uniform items."""
     generator = torch.Generator().manual_seed(1)
-    items, targets = (torch.randint(num_items, tuple(shape), generator=generator) for _ in "ab")
-    return Batch(items, torch.full((shape[0],), shape[1]), targets)
+    items, targets = (
+        torch.randint(num_items, tuple(shape), generator=generator)[
+            rank_of(group) :: size_of(group)
+        ]
+        for _ in "ab"
+    )
+    return Batch(items, torch.full((len(items),), shape[1]), targets)
 
 
-def train_two_steps(config: TrainConfig, num_items: int, batch: Batch) -> None:
-    model = build_model(config, num_items, None, None)
+def train_two_steps(config: TrainConfig, num_items: int, shape: Sequence[int], at: Ranks) -> None:
+    model = build_model(config, num_items, None, at.group)
     counts = torch.ones(num_items, dtype=torch.int64)
     stepper = Stepper(
         model, config.loss, config.optimizer, seed=1, total_steps=None, item_counts=counts
     )
+    batch = batch_of(num_items, shape, at.group)
+    writer = CheckpointWriter(Checkpoints(at.folder, at.writing), background=True)
     stepper.take([batch], 1)
+    if config.checkpoints.background:
+        writer.save(1, state_of(stepper, config), best=False)
     stepper.take([batch], 2)
+    writer.collect()
+    assert writer.failure is None
+
+
+def state_of(stepper: Stepper, config: TrainConfig) -> CheckpointState:
+    """What the trainer saves."""
+    return CheckpointState(
+        encoder=stepper.model.encoder.state_dict(),
+        optimizer=stepper.optimizer.state_dict(),
+        table=stepper.model.catalog.state_dict(),
+        progress={},
+        config=to_json(config),
+    )
 
 
 def main(case: dict[str, Any]) -> None:
     config = override(tiny_cpu("none", "none"), case["overrides"])
-    train_two_steps(config, 500, batch_of(500, (8, 4)))  # loads the libraries
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
-    train_two_steps(config, case["num_items"], batch_of(case["num_items"], case["batch"]))
-    print(json.dumps({"before": before, "peak": status_bytes("VmHWM") - before}))
+    folder = Path(case["folder"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=case["rank"],
+        world_size=case["num_ranks"],
+    )
+    group = default_group()
+    with writing_group(group) as writing:
+        # Loads the libraries.
+        train_two_steps(config, 500, (8, 4), Ranks(group, writing, folder / "small"))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_bytes("VmRSS")
+        at = Ranks(group, writing, folder / "large")
+        train_two_steps(config, case["num_items"], case["batch"], at)
+        print(json.dumps({"before": before, "peak": status_bytes("VmHWM") - before}))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
