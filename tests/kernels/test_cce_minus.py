@@ -123,6 +123,34 @@ def test_cce_minus_with_its_gradient_taken_in_forward_equals_its_definition(
         torch.testing.assert_close(found, right.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [100.0, 3000.0])
+def test_saturated_logits_of_cce_minus_stay_exact(scale: float, reduction: str) -> None:
+    size = (37, 101, 12)
+    draws, probability = negatives_of_every_position(size, 20, 8, Uniform(101))
+    corrections = (20 * probability).log()
+
+    def ours(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        return sampled_cross_entropy(
+            states,
+            table,
+            targets,
+            num_negatives=20,
+            share=8,
+            seed=3,
+            step=2,
+            reduction=reduction,
+        )
+
+    def reference(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        losses = sampled_cross_entropy_reference(
+            states, table, targets, draws, corrections.to(states.dtype)
+        )
+        return losses if reduction == "none" else losses.mean()
+
+    check(ours, reference, batch(size, scale), torch.float32)
+
+
 def test_cce_minus_parity_form_counts_the_kept_draws() -> None:
     size = (37, 11, 12)
     draws, _ = negatives_of_every_position(size, 9, 4, Uniform(11))

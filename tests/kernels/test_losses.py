@@ -161,49 +161,6 @@ def test_more_rounds_over_the_same_candidates_change_nothing() -> None:
     torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cce", "sce", "rece3"])
-def test_an_item_above_2_to_24_gets_its_gradient(name: str) -> None:
-    num_items = (1 << 24) + 9
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(3, 4, generator=generator)
-    table = torch.zeros(num_items, 4)
-    table[-1], table[-2] = states[0], 10 * states[0]
-    table.requires_grad_()
-    targets = torch.tensor([num_items - 1, num_items - 2, num_items - 1])
-    if name == "sce":
-        loss = scalable_cross_entropy(
-            states, table, targets, items_per_bucket=4, seed=0, sparse_grad=True
-        )
-        assert isinstance(loss, Tensor)
-    elif name == "cce":
-        loss = cut_cross_entropy(states, table, targets)
-    else:
-        loss = reduced_cross_entropy(states, table, targets, num_rounds=1, seed=0)
-    loss.backward()
-    assert table.grad is not None
-    gradient = table.grad.to_dense() if table.grad.is_sparse else table.grad
-    assert gradient[-1].abs().sum() > 0 and gradient[-2].abs().sum() > 0
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_weights_scale_positions(reduction: str) -> None:
-    states, table, targets = batch((20, 30, 8))
-    weights = torch.rand(20, generator=torch.Generator().manual_seed(0))
-    weights[3] = 0
-    each = cut_cross_entropy(states, table, targets, reduction="none")
-    expected = (each * weights).sum() / (weights.sum() if reduction == "mean" else 1)
-    ours = cut_cross_entropy(states, table, targets, weights=weights, reduction=reduction)
-    torch.testing.assert_close(ours, expected)
-
-
-def test_normalized_logits_are_cosines_over_the_temperature() -> None:
-    states, table, targets = batch((20, 30, 8))
-    unit = torch.nn.functional.normalize
-    expected = cross_entropy_reference(unit(states) / 0.1, unit(table), targets).mean()
-    ours = cut_cross_entropy(states, table, targets, normalize=True, temperature=0.1)
-    torch.testing.assert_close(ours, expected)
-
-
 @pytest.mark.parametrize("name", ["cce", "cce_minus", "sce", "rece"])
 def test_no_position_gives_loss_zero_and_no_gradient(name: str) -> None:
     states = torch.zeros(0, 4, requires_grad=True)

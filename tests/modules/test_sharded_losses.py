@@ -33,9 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rece": {"num_buckets": 16, "num_rounds": 3},
     "rece-rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"},
     "rece-cosine": {"num_buckets": 16, "num_rounds": 2, "normalize": True},
+    "sce-cosine": {"num_buckets": 9, "normalize": True, "temperature": 0.2},
     "eager_ce": {},
+    "eager_ce-cosine": {"normalize": True, "temperature": 0.2},
     "bce": {"num_negatives": 3},
+    "bce-cosine": {"num_negatives": 3, "normalize": True, "temperature": 0.2},
     "gbce": {"num_negatives": 7},
+    "gbce-cosine": {"num_negatives": 7, "normalize": True, "temperature": 0.2},
 }
 
 

@@ -1,0 +1,172 @@
+"""Items above 2**24, where float32 no longer tells neighbours apart: their gradients are exact.
+
+All rows but the last are zero, so that the float64 truth needs one row of zeros in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.kernels.loss_definitions import assert_equals_truth, gradients
+from torch import Tensor
+
+from shardrec.kernels import (
+    cut_cross_entropy,
+    reduced_cross_entropy,
+    sampled_cross_entropy,
+    scalable_cross_entropy,
+)
+from shardrec.kernels.exchange import Alone
+from shardrec.kernels.hash_chunks import (
+    gather_histogram,
+    hash_buckets,
+    item_chunks,
+    position_chunks,
+)
+from shardrec.kernels.negatives import (
+    STREAM_MIX,
+    STREAM_NEGATIVES,
+    Popularity,
+    random_signs,
+)
+from shardrec.kernels.reference import (
+    sampled_cross_entropy_reference,
+    scalable_cross_entropy_reference,
+)
+
+NUM_ITEMS, NUM_LAST, NUM_POSITIONS, WIDTH = (1 << 24) + 20, 16, 6, 4
+FIRST = NUM_ITEMS - NUM_LAST  # the first row that is not zero, above 2**24 too
+TARGETS = FIRST + torch.tensor([1, 2, 7, 8, 14, 15])
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def last_rows() -> tuple[Tensor, Tensor]:
+    """(N, D) states and (16, D) rows, which come with their negatives: a centre likes half."""
+    generator = torch.Generator().manual_seed(0)
+    states = 3 * torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
+    half = 3 * torch.randn(NUM_LAST // 2, WIDTH, generator=generator)
+    return states, torch.cat([half, -half])
+
+
+@pytest.fixture(scope="module")
+def table() -> Tensor:
+    rows = torch.zeros(NUM_ITEMS, WIDTH)
+    rows[FIRST:] = last_rows()[1]
+    return rows
+
+
+def assert_last_rows_are_exact(ours: Losses, table: Tensor, definition: Losses) -> None:
+    """Value, gradient of the states and of the last rows; definition takes the last rows."""
+    states, last = last_rows()
+    leaf, whole = states.clone().requires_grad_(), table.detach().requires_grad_()
+    loss, grad_states, grad_rows = gradients(ours(leaf, whole, TARGETS), leaf, whole)
+    exact, rows = (one.double().requires_grad_() for one in (states, last))
+    expected = gradients(definition(exact, rows, TARGETS - FIRST), exact, rows)
+    assert all(expected[2][TARGETS - FIRST].any(1)), "every target's row is told apart"
+    assert_equals_truth([loss, grad_states, grad_rows[FIRST:]], expected)
+
+
+def with_zeros(rows: Tensor) -> Tensor:
+    """(17, D) the last rows and one that stands for all others."""
+    return torch.cat([rows, rows.new_zeros(1, WIDTH)])
+
+
+def met_by(counts: Tensor) -> Losses:
+    """Mean cross-entropy, each position of which meets a number of rows of each kind, (N, 17)."""
+
+    def definition(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        kinds = torch.arange(NUM_LAST + 1).expand(len(states), -1)
+        corrections = -counts.double().log()
+        losses = sampled_cross_entropy_reference(
+            states, with_zeros(rows), targets, kinds, corrections
+        )
+        return losses.mean()
+
+    return definition
+
+
+def test_cce_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
+    counts = torch.ones(NUM_POSITIONS, NUM_LAST + 1)
+    counts[:, -1] = FIRST
+    assert_last_rows_are_exact(cut_cross_entropy, table, met_by(counts))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "sparse_grad"), [("mean", True), ("mean", False), ("none", True)]
+)
+def test_cce_minus_tells_neighbours_above_2_to_24_apart(
+    table: Tensor, reduction: str, sparse_grad: bool
+) -> None:
+    counts = torch.zeros(NUM_ITEMS, dtype=torch.int64)
+    counts[FIRST:] = torch.arange(1, NUM_LAST + 1) << 40
+    proposal = Popularity(counts)
+    draws = proposal.draw(torch.arange(2), 40, seed=1, step=0, stream=STREAM_NEGATIVES)
+    draws = draws[torch.arange(NUM_POSITIONS) % 2]
+    assert draws.min() >= FIRST and len(draws.unique()) > 12
+    shares = (torch.arange(NUM_LAST) + 1) / 136  # 1 + 2 + ... + 16
+
+    def ours(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        return sampled_cross_entropy(
+            states,
+            rows,
+            targets,
+            num_negatives=40,
+            share=3,
+            seed=1,
+            proposal=proposal,
+            sparse_grad=sparse_grad,
+            reduction=reduction,
+        )
+
+    def definition(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        drawn = draws - FIRST
+        corrections = (40 * shares.double()[drawn]).log()
+        losses = sampled_cross_entropy_reference(states, rows, targets, drawn, corrections)
+        return losses.mean() if reduction == "mean" else losses
+
+    assert_last_rows_are_exact(ours, table, definition)
+
+
+def test_sce_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
+    def ours(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        loss = scalable_cross_entropy(
+            states,
+            rows,
+            targets,
+            num_buckets=3,
+            positions_per_bucket=NUM_POSITIONS,
+            items_per_bucket=5,
+            seed=0,
+            sparse_grad=True,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def definition(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        signs = random_signs(0, NUM_POSITIONS, 3, seed=0, step=0, stream=STREAM_MIX)
+        centres = signs.double().T @ states.detach()
+        items = (centres @ rows.detach().T).topk(5).indices
+        everyone = torch.arange(NUM_POSITIONS).expand(3, -1)
+        return scalable_cross_entropy_reference(states, rows, targets, everyone, items).mean()
+
+    assert_last_rows_are_exact(ours, table, definition)
+
+
+def test_rece_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
+    states = last_rows()[0]
+    alone = Alone(NUM_POSITIONS, NUM_ITEMS, states.device)
+    own, rows = (hash_buckets(part, 6, 1, seed=0, step=0) for part in (states, table))
+    of_own, of_rows = (gather_histogram(buckets, 6, alone) for buckets in (own, rows))
+    chunks = position_chunks(own, of_own, of_rows, 3, "bucket")
+    met = (chunks - item_chunks(rows, of_rows, 3).int().T).abs() <= 1
+    counts = torch.cat([met[:, FIRST:], met[:, :FIRST].sum(1, keepdim=True)], dim=1)
+    assert met[:, FIRST:].any() and not met.all()
+
+    def ours(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        return reduced_cross_entropy(
+            states, rows, targets, num_buckets=6, num_chunks=3, num_rounds=1, seed=0
+        )
+
+    assert_last_rows_are_exact(ours, table, met_by(counts))
