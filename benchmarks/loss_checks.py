@@ -44,12 +44,15 @@ def check(loss: str) -> None:
         _compare(f"{name} of {loss}", found, expected, _TOLERANCE[torch.float32])
 
 
-def check_triton(loss: str, device: str, dtype: torch.dtype) -> None:
+def check_triton(
+    loss: str, device: str, dtype: torch.dtype, positions: int = _N, catalog: int = _V
+) -> None:
     """Raises AssertionError where our Triton kernels differ from the definition.
 
-    Loss and both gradients, dense and sparse, of states and rows rounded to ``dtype``.
+    Loss and both gradients, dense and sparse, of states and rows rounded to ``dtype``. Positions
+    and catalog are multiples of 32.
     """
-    rounded = make_batch(_N, _D, _V, dtype)
+    rounded = make_batch(positions, _D, catalog, dtype)
     definition, operations = _CASES[loss](tuple(part.detach().float() for part in rounded))
     expected = _evaluate(definition, tuple(_as_float64(part) for part in rounded))
     for name in (name for name in operations if name.startswith("ours")):
@@ -98,13 +101,14 @@ def _cce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
 
 
 def _cce_minus(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
-    drawn = Uniform(_V).draw(torch.arange(2), _K, seed=_SEED, step=0, stream=0)
-    negatives = drawn[torch.arange(_N) % 2]
-    shared = drawn[:1].expand(_N, _K)
-    correction = torch.tensor(_K / _V).log().expand(_N, _K)
-    mine = partial(kernels.sampled_cross_entropy, num_negatives=_K, share=_N // 2, seed=_SEED)
+    N, V = len(batch[0]), len(batch[1])
+    drawn = Uniform(V).draw(torch.arange(2), _K, seed=_SEED, step=0, stream=0)
+    negatives = drawn[torch.arange(N) % 2]
+    shared = drawn[:1].expand(N, _K)
+    correction = torch.tensor(_K / V).log().expand(N, _K)
+    mine = partial(kernels.sampled_cross_entropy, num_negatives=_K, share=N // 2, seed=_SEED)
     # The fair baseline has one set of draws, so it is held to the eager one with that set.
-    batches = [make_batch(_N, _D, _V) for _ in range(2)]
+    batches = [make_batch(N, _D, V) for _ in range(2)]
     fair = baselines.fair_cce_minus(*batches[0], drawn[0])
     assert torch.allclose(fair, baselines.eager_cce_minus(*batches[1], shared)), "fair CE- is off"
     definition = _mean(
@@ -123,7 +127,7 @@ def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     centres = random_signs(0, 32, _D, seed=_SEED, step=0, stream=STREAM_MIX)
     positions = (centres @ states.T).topk(32, 1).indices
     items = (centres @ table.T).topk(_K, 1).indices
-    covered = torch.bincount(positions.flatten(), minlength=_N) > 0
+    covered = torch.bincount(positions.flatten(), minlength=len(states)) > 0
     sizes: dict[str, Any] = {"centres": centres, "b_x": 32, "b_y": _K}
     mine = partial(
         kernels.scalable_cross_entropy,

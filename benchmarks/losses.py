@@ -81,8 +81,17 @@ def ours(loss: str, sparse_grad: bool = False, rounds: int = ROUNDS) -> Operatio
     return by_name[loss]
 
 
-def baseline(loss: str, block: int | None, rounds: int = ROUNDS) -> Operation:
-    """Everything in memory, or ``block`` positions, buckets or chunks at a time."""
+def baseline(
+    loss: str,
+    block: int | None,
+    rounds: int = ROUNDS,
+    loop: Callable[..., Tensor | None] | None = None,
+) -> Operation:
+    """Everything in memory, or ``block`` positions, buckets or chunks at a time.
+
+    ``loop`` takes the place of the chunked baseline.
+    """
+    loop = loop or getattr(baselines, f"chunked_{loss}")
 
     def run(states: Tensor, table: Tensor, targets: Tensor) -> Tensor | None:
         N, V = len(states), len(table)
@@ -99,7 +108,7 @@ def baseline(loss: str, block: int | None, rounds: int = ROUNDS) -> Operation:
             chosen = (torch.randn(sizes, dtype=states.dtype, device=states.device), REACH)
         if block is None:
             return getattr(baselines, f"eager_{loss}")(states, table, targets, *chosen)
-        return getattr(baselines, f"chunked_{loss}")(states, table, targets, *chosen, block)
+        return loop(states, table, targets, *chosen, block)
 
     return run
 

@@ -2,9 +2,11 @@
 
 For each loss: a check of the Triton kernels against the definition in float64, then medians of
 ours and of whatever else fits the memory, peak memory beside the inputs and the table's gradient,
-and whether twenty runs of ours give the same bits. ``limit_ms`` is the larger of counted operations
-over the measured rate of a matrix product and counted bytes over the measured rate of a copy. The
-kernels of other projects take part where they are installed (cut-cross-entropy, liger-kernel).
+and whether twenty runs of ours give the same bits. Loops have the block size that a search finds
+best, as written and compiled. ``limit_ms`` is what gpu_limits.py counts, at the rates that
+``--tflops`` and ``--tbps`` name; ``limit_as_measured_ms`` at those of a matrix product and a copy
+in the same run. The kernels of other projects take part where they are installed
+(cut-cross-entropy, liger-kernel).
 
     python benchmarks/losses_gpu.py --catalog 100000 1000000 10000000
     python benchmarks/losses_gpu.py --dtype float32 --width 64
@@ -15,7 +17,8 @@ import argparse
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,39 +28,95 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baselines
+from gpu_limits import H200, Options, Rates, limit_ms
 from loss_checks import check_triton
-from losses import LOSSES, NUM_NEGATIVES, counted, ours, stored_gib
+from losses import (
+    ITEMS_PER_BUCKET,
+    LOSSES,
+    NUM_NEGATIVES,
+    REACH,
+    SHARE,
+    Operation,
+    baseline,
+    fair,
+    largest_block,
+    ours,
+    search_block,
+    stored_gib,
+)
 from record import RESULTS, Results
 
 from shardrec import kernels
 from shardrec.kernels.cost import Workload
 
-Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-BLOCK = 1024
+ROUNDS = 8
+# Positions, buckets or chunks at a time where the search for the best begins.
+FIRST_BLOCK = {"cce": 2048, "cce_minus": 1024, "sce": 64, "rece": 64}
 RUNS_OF_SAME_BITS = 20
+MOST_SECONDS = 20  # of the repeats of one contestant
+
+Batch = tuple[Tensor, Tensor, Tensor]
+CALLED_WITH = Options(
+    num_negatives=NUM_NEGATIVES,
+    share=SHARE,
+    items_per_bucket=ITEMS_PER_BUCKET,
+    rounds=ROUNDS,
+    reach=REACH,
+)
 
 
-def contestants(loss: str, options: argparse.Namespace, catalog: int) -> dict[str, Operation]:
-    """Our function and what else there is for a loss and fits the memory."""
-    found: dict[str, Operation] = {"ours": ours(loss)}
-    if loss == "cce":
-        loop = partial(baselines.chunked_cce, block=BLOCK)
-        found |= {"eager": baselines.eager_cce, "chunked": loop, "compiled": torch.compile(loop)}
-        found |= _of_other_projects()
-    if loss == "cce_minus":
+def ours_variants(loss: str) -> dict[str, Operation]:
+    """Our functions of a loss."""
+    found: dict[str, Operation] = {"ours": ours(loss, rounds=ROUNDS)}
+    if loss in ("cce_minus", "sce"):
         found["ours_sparse"] = ours(loss, sparse_grad=True)
+    if loss == "cce_minus":
         found["ours_share_1"] = partial(
             kernels.sampled_cross_entropy, num_negatives=NUM_NEGATIVES, share=1, seed=7
         )
-        found["fair"] = _fair
-    if loss == "sce":
-        found["ours_sparse"] = ours(loss, sparse_grad=True)
-    room = options.memory_gib
-    needed = {
-        name: stored_gib(loss, name, options.positions, catalog, options.width)
-        for name in found.keys() & {"eager", "fair"}
+    return found
+
+
+def others(loss: str, work: Workload, memory_gib: float) -> dict[str, Operation]:
+    """What needs no search of a block size and fits the memory."""
+    found: dict[str, Operation] = {"eager": baseline(loss, None, ROUNDS)}
+    found |= {"fair": fair} if loss == "cce_minus" else {}
+    found = {
+        name: run
+        for name, run in found.items()
+        if stored_gib(loss, name, work, ROUNDS) <= memory_gib
     }
-    return {name: run for name, run in found.items() if needed.get(name, 0.0) <= room}
+    return found | (_of_other_projects() if loss == "cce" else {})
+
+
+def chunked(
+    loss: str, work: Workload, batch: Batch, memory_gib: float
+) -> tuple[dict[str, Operation], dict[int, float]]:
+    """The loop at its best block size, as written and compiled, and the seconds of the search."""
+    most = largest_block(loss, work, memory_gib, ROUNDS)
+    if not most:
+        return {}, {}
+
+    def seconds(block: int) -> float:
+        run = partial(step, baseline(loss, block, ROUNDS), batch)
+        return min(time_ms(run, 1)) / 1e3
+
+    searched = search_block(FIRST_BLOCK[loss], most, seconds)
+    block = min(searched, key=lambda size: searched[size])
+    loops = {
+        f"chunked_{block}": baseline(loss, block, ROUNDS),
+        f"compiled_{block}": baseline(loss, block, ROUNDS, compiled_loop(loss)),
+    }
+    return loops, searched
+
+
+def compiled_loop(loss: str) -> Callable[..., Tensor | None]:
+    """The chunked baseline compiled: its body where backward is inside the loop."""
+    loop = getattr(baselines, f"chunked_{loss}")
+    if loss in ("cce", "cce_minus"):
+        return partial(loop, body=torch.compile(getattr(baselines, f"eager_{loss}")))
+    compiled: Callable[..., Tensor] = torch.compile(loop)
+    return compiled
 
 
 def _of_other_projects() -> dict[str, Operation]:
@@ -75,12 +134,7 @@ def _of_other_projects() -> dict[str, Operation]:
     return found
 
 
-def _fair(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    negatives = torch.randint(len(table), (NUM_NEGATIVES,), device=states.device)
-    return baselines.fair_cce_minus(states, table, targets, negatives)
-
-
-def step(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+def step(run: Operation, batch: Batch) -> None:
     """Forward and backward; the gradients stay."""
     batch[0].grad = batch[1].grad = None
     loss = run(*batch)
@@ -90,18 +144,20 @@ def step(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
 
 def time_ms(run: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds by events of the device, after two runs that warm up."""
-    times = []
-    for repeat in range(repeats + 2):
+    times: list[float] = []
+    for _ in range(repeats + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
         torch.cuda.synchronize()
-        times += [start.elapsed_time(end)] * (repeat >= 2)
-    return times
+        times.append(start.elapsed_time(end))
+        if len(times) > 2 and sum(times) > MOST_SECONDS * 1e3:
+            break
+    return times[2:]
 
 
-def peak_mib(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+def peak_mib(run: Operation, batch: Batch) -> float:
     """Peak memory of a step beside its inputs and the table's gradient."""
     batch[0].grad = batch[1].grad = None
     torch.cuda.synchronize()
@@ -115,7 +171,7 @@ def peak_mib(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> float:
     return (torch.cuda.max_memory_allocated() - before - gradient) / 2**20
 
 
-def same_bits(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> bool:
+def same_bits(run: Operation, batch: Batch) -> bool:
     """Whether all runs give the same gradients to the last bit."""
     first: list[Tensor] = []
     for _ in range(RUNS_OF_SAME_BITS):
@@ -127,13 +183,36 @@ def same_bits(run: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> bool:
     return True
 
 
-def rates(dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """Measured TFLOP/s of a matrix product and TB/s of a copy."""
+def measured_rates(dtype: torch.dtype, repeats: int) -> Rates:
+    """Of a matrix product and a copy."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
     product = statistics.median(time_ms(lambda: left @ right, repeats))
     copy = statistics.median(time_ms(source.clone, repeats))
-    return {"tflops": 2 * 8192**3 / product / 1e9, "tbps": 2 * source.nbytes / copy / 1e9}
+    return Rates(tflops=2 * 8192**3 / product / 1e9, tbps=2 * source.nbytes / copy / 1e9)
+
+
+def make_gpu_batch(work: Workload, dtype: torch.dtype) -> Batch:
+    """Random states, table and targets."""
+    place: dict[str, Any] = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(0)}
+    states = torch.randn(work.num_positions, work.width, **place).to(dtype)
+    table = torch.randn(work.num_items, work.width, **place).mul_(work.width**-0.5).to(dtype)
+    targets = torch.randint(work.num_items, (work.num_positions,), **place)
+    return states.requires_grad_(), table.requires_grad_(), targets
+
+
+def contest(
+    runs: dict[str, Operation], batch: Batch, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds and peak MiB of each that does not run out of memory."""
+    times, peaks = {}, {}
+    for name, run in runs.items():
+        try:
+            peaks[name] = round(peak_mib(run, batch), 1)
+            times[name] = time_ms(partial(step, run, batch), repeats)
+        except torch.OutOfMemoryError:
+            print(f"{name} ran out of memory", flush=True)
+    return times, peaks
 
 
 def measure(loss: str, catalog: int, options: argparse.Namespace, results: Results) -> None:
@@ -150,17 +229,6 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
     if results.has(key):
         return
     check_triton(loss, "cuda", dtype)
-    generator = torch.Generator("cuda").manual_seed(0)
-    place: dict[str, Any] = {"device": "cuda", "generator": generator}
-    states = torch.randn(options.positions, options.width, **place).to(dtype).requires_grad_()
-    table = torch.randn(catalog, options.width, **place).mul_(options.width**-0.5).to(dtype)
-    targets = torch.randint(catalog, (options.positions,), **place)
-    batch = states, table.requires_grad_(), targets
-    runs = contestants(loss, options, catalog)
-    measured = rates(dtype, options.repeats)
-    times = {
-        name: time_ms(partial(step, run, batch), options.repeats) for name, run in runs.items()
-    }
     work = Workload(
         num_positions=options.positions,
         num_items=catalog,
@@ -169,44 +237,92 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
         element_bytes=dtype.itemsize,
         on_cpu=False,
     )
-    cost = counted(loss, work)
-    by_work = cost.flops / measured["tflops"] / 1e9
-    by_bytes = cost.work.bytes / measured["tbps"] / 1e9
+    batch = make_gpu_batch(work, dtype)
+    loops, searched = chunked(loss, work, batch, options.memory_gib)
+    mine = ours_variants(loss)
+    runs = mine | others(loss, work, options.memory_gib) | loops
+    times, peaks = contest(runs, batch, options.repeats)
+    named = H200[options.dtype]
+    rates = {
+        "named": Rates(tflops=options.tflops or named.tflops, tbps=options.tbps or named.tbps),
+        "measured": measured_rates(dtype, options.repeats),
+    }
     results.append(
         key,
         times_ms=times,
+        searched_s=searched,
         median_ms={name: round(statistics.median(values), 3) for name, values in times.items()},
-        peak_mib={name: round(peak_mib(run, batch), 1) for name, run in runs.items()},
-        same_bits={
-            name: same_bits(run, batch) for name, run in runs.items() if name.startswith("ours")
-        },
-        limit_ms=round(max(by_work, by_bytes), 3),
-        rates={name: round(value, 2) for name, value in measured.items()},
+        peak_mib=peaks,
+        same_bits={name: same_bits(run, batch) for name, run in mine.items() if name in times},
+        limit_ms=limits(loss, work, mine, rates["named"]),
+        limit_as_measured_ms=limits(loss, work, mine, rates["measured"]),
+        rates={name: asdict(of) for name, of in rates.items()},
     )
 
 
+def limits(loss: str, work: Workload, names: Iterable[str], rates: Rates) -> dict[str, float]:
+    """Least milliseconds of each of our functions."""
+    return {
+        name: round(
+            limit_ms(
+                loss,
+                work,
+                replace(CALLED_WITH, share=1) if name == "ours_share_1" else CALLED_WITH,
+                rates,
+            ),
+            3,
+        )
+        for name in names
+    }
+
+
+def summary(results: Results) -> str:
+    """The rows as a Markdown table; others over ours, above 1 where ours is better."""
+    lines = [
+        "| loss | dtype | D | V | ours ms | over limit | MiB | others: time, memory over ours |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in results.rows:
+        key, times, peaks = row["key"], row["median_ms"], row["peak_mib"]
+        for mine in (name for name in times if name.startswith("ours")):
+            ratios = [
+                f"{name} {times[name] / times[mine]:.2f}, {peaks[name] / max(peaks[mine], 1):.2f}"
+                for name in times
+                if not name.startswith("ours")
+            ]
+            cells = [key["loss"] + mine[4:], key["dtype"], key["width"], f"{key['catalog']:,}"]
+            cells += [f"{times[mine]:.2f}", f"{times[mine] / row['limit_ms'][mine]:.2f}"]
+            cells += [f"{peaks[mine]:.0f}", "; ".join(ratios)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Checks, then measures what is missing."""
+    """Checks, then measures what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--catalog", nargs="+", type=int, default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--positions", type=int, default=131_072)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(H200))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--memory-gib", type=float, default=100.0, help="that a baseline may store")
+    parser.add_argument("--tflops", type=float, help="of the card; default: an H200's")
+    parser.add_argument("--tbps", type=float, help="of the card's memory; default: an H200's")
     parser.add_argument("--toy", action="store_true", help="the checks alone, in the interpreter")
     parser.add_argument("--output", type=Path, default=RESULTS / "losses_gpu.jsonl")
     options = parser.parse_args()
     if options.toy:
         for loss in options.losses:
-            check_triton(loss, "cpu", torch.float32)
-            print(f"{loss}: the kernels give the loss and gradients of its definition", flush=True)
+            for dtype in (torch.float32, torch.bfloat16):
+                check_triton(loss, "cpu", dtype, positions=64, catalog=512)
+                print(f"{loss} in {dtype}: as its definition", flush=True)
         return
     results = Results(options.output)
     for catalog in options.catalog:
         for loss in options.losses:
             measure(loss, catalog, options, results)
+    print(summary(results))
 
 
 if __name__ == "__main__":
