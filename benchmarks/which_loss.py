@@ -4,9 +4,12 @@ Every loss trains for the same number of minutes, with the same encoder, batch a
 workers of one thread; then the whole catalog is ranked for the test users. Memory is about equal by
 construction, because no loss stores logits: its peak stands in the table. Sharing negatives between
 positions is a loss of its own here: ``cce_minus`` with ``share`` 1, 128 and the whole batch (0).
+With ``--steps`` these three take the same number of steps instead: then what differs between them
+is the sharing alone. Both kinds of rows stand in one file and on one page.
 
     python benchmarks/which_loss.py --beauty beauty.parquet --epinions epinions.parquet \
         --generated 1000000 --minutes 2 --seeds 1 2 3
+    python benchmarks/which_loss.py --beauty beauty.parquet --steps 1750 --seeds 1 2 3
     python benchmarks/which_loss.py --page-only   # page and plot from the rows there are
 """
 
@@ -19,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality import run_once
@@ -34,6 +39,7 @@ VARIANTS = (
     "sce",
     "rece",
 )
+SHARES = tuple(loss for loss in VARIANTS if "share=" in loss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,10 +113,10 @@ def prepared(case: Case, options: argparse.Namespace) -> Path:
 def measure(case: Case, options: argparse.Namespace, results: Results) -> None:
     """Appends the rows of a case that are missing."""
     data = prepared(case, options)
-    minutes = f"limits.max_minutes={options.minutes:g}"
-    limits = [minutes, "limits.max_epochs=none", "validation.every_epochs=none"]
+    limit = f"max_steps={options.steps}" if options.steps else f"max_minutes={options.minutes:g}"
+    limits = [f"limits.{limit}", "limits.max_epochs=none", "validation.every_epochs=none"]
     for seed in options.seeds:
-        for loss in VARIANTS:
+        for loss in options.losses or (SHARES if options.steps else VARIANTS):
             key = {
                 "case": case.name,
                 "recipe": case.recipe,
@@ -129,12 +135,20 @@ def measure(case: Case, options: argparse.Namespace, results: Results) -> None:
 
 
 def groups(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The rows of each case and loss, seeds together."""
+    """The rows of each case and limit, by loss, seeds together."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in results.rows:
-        losses = found.setdefault(f"{row['key']['case']}, {row['num_items']:,} items", {})
-        losses.setdefault(label(row["key"]["loss"]), []).append(row)
+        title = f"{row['key']['case']}, {row['num_items']:,} items, {limit_of(row)}"
+        found.setdefault(title, {}).setdefault(label(row["key"]["loss"]), []).append(row)
     return found
+
+
+def limit_of(row: dict[str, Any]) -> str:
+    """What was equal: ``2 minutes each``."""
+    settings = dict(setting.split("=", 1) for setting in row["key"]["settings"])
+    if "limits.max_steps" in settings:
+        return f"{int(settings['limits.max_steps']):,} steps each"
+    return f"{settings['limits.max_minutes']} minutes each"
 
 
 def label(loss: str) -> str:
@@ -152,10 +166,12 @@ def score(row: dict[str, Any]) -> float:
 
 def page(results: Results) -> str:
     """The table of every case, in Markdown."""
-    lines = ["# Which loss for my catalog?", "", "Equal training time; `which_loss.py` says how."]
+    lines = ["# Which loss for my catalog?", "", "`which_loss.py` says how this was measured."]
     for case, losses in groups(results).items():
         settings = next(iter(losses.values()))[0]["key"]["settings"]
+        peaks = [row["peak_gib"] for rows in losses.values() for row in rows]
         lines += ["", f"## {case}", "", f"`{' '.join(settings)}`", ""]
+        lines += [f"Peak memory of a worker: {min(peaks):.2f} to {max(peaks):.2f} GiB.", ""]
         lines += ["| loss | NDCG@10 | of seeds | Coverage@10 | steps | s/step | GiB a worker |"]
         lines += ["|---|--:|---|--:|--:|--:|--:|"]
         for loss, rows in losses.items():
@@ -170,26 +186,41 @@ def page(results: Results) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """One panel a case: NDCG@10 at equal time against seconds per step."""
+    """A panel for each case and limit: NDCG@10 against seconds per step."""
     found = groups(results)
-    figure, panels = plt.subplots(
-        1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False, layout="constrained"
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.6 * lines), squeeze=False, layout="constrained"
     )
-    for panel, (case, losses) in zip(panels[0], found.items(), strict=True):
-        for loss, rows in losses.items():
-            seconds = statistics.mean(row["seconds_per_step"] for row in rows)
-            scores = [score(row) for row in rows]
-            (line,) = panel.plot([seconds] * len(scores), scores, "o", markersize=5)
-            place = (seconds, statistics.mean(scores))
-            panel.annotate(
-                loss, place, xytext=(6, 0), textcoords="offset points", va="center",
-                color=line.get_color(), fontsize=8,
-            )  # fmt: skip
-        panel.set(title=case, xscale="log", xlabel="seconds a step", ylabel="NDCG@10, equal time")
-        panel.set_ylim(bottom=0)
-        panel.margins(x=0.35)
-        panel.spines[["top", "right"]].set_visible(False)
+    for panel in grid.flat[len(found) :]:
+        panel.remove()
+    for panel, (case, losses) in zip(grid.flat, found.items(), strict=False):
+        panel.set_title(case, fontsize=9)
+        _draw_panel(panel, losses)
     figure.savefig(path)
+
+
+def _draw_panel(panel: Axes, losses: dict[str, list[dict[str, Any]]]) -> None:
+    means = {loss: statistics.mean(map(score, rows)) for loss, rows in losses.items()}
+    gap, lowest = 0.06 * max(means.values()), 0.0
+    for loss in sorted(means, key=lambda name: means[name]):
+        seconds = statistics.mean(row["seconds_per_step"] for row in losses[loss])
+        scores = [score(row) for row in losses[loss]]
+        (line,) = panel.plot([seconds] * len(scores), scores, "o", markersize=5)
+        # Names of scores close to each other would be printed over one another.
+        lowest = max(means[loss], lowest + gap)
+        panel.annotate(
+            loss, (seconds, lowest), xytext=(6, 0), textcoords="offset points", va="center",
+            color=line.get_color(), fontsize=8,
+        )  # fmt: skip
+    panel.set(xscale="log", xlabel="seconds a step", ylabel="NDCG@10")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set_ylim(bottom=0)
+    panel.margins(x=0.35, y=0.1)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
@@ -201,6 +232,10 @@ def main() -> None:
     parser.add_argument("--epinions", type=Path, help="event Parquet of Epinions")
     parser.add_argument("--generated", type=int, default=0, metavar="ITEMS")
     parser.add_argument("--minutes", type=float, default=2, help="of training, for every loss")
+    parser.add_argument("--steps", type=int, default=0, help="of training, in place of minutes")
+    parser.add_argument(
+        "--losses", nargs="+", help="default: all; with --steps those that differ in share alone"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
