@@ -57,8 +57,10 @@ def cpu_tiles() -> CpuTiles:
     """The tiles for this machine: twice as many bytes of logits as its threads have own cache.
 
     As high as wide, since rows are read once for each tile of positions and states once for each
-    tile of rows. Wider rows ask for no other tile. ``benchmarks/cpu_tiles.py`` holds the rule
-    against other tiles.
+    tile of rows. N, V and D choose no other tile: fewer positions leave a tile that is lower and
+    wider (``positions`` is the most), up to 32,768 rows ``fused_positions`` cuts by V instead, and
+    D sets the rows that listed blocks copy (``CpuTiles.listed_rows``).
+    ``benchmarks/cpu_tiles.py`` holds the rule against other tiles, by threads, N, V and D.
     """
     fit = 2 * core_cache_bytes() * min(torch.get_num_threads(), _MOST_THREADS) // _FLOAT
     logits = 1 << max(_LEAST_POWER, fit.bit_length() - 1)
