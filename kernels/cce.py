@@ -17,6 +17,7 @@ from shardrec.kernels.cost import (
     KernelCost,
     LossCost,
     Workload,
+    accumulator_bytes,
     full_cost,
     state_traffic,
     streaming_bytes,
@@ -27,6 +28,7 @@ from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
+from shardrec.kernels.triton_cost import full_bytes, full_kernels
 
 __all__ = ["cut_cross_entropy", "cut_cross_entropy_cost"]
 
@@ -133,14 +135,16 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
         tiles = cpu_tiles()
         held = 2 * 4 * tiles.logits
         return _full_cost(work, held, full_cost(4, tiles.positions, work), gathers=2)
-    return _full_cost(work, 0, full_cost(5, 128, work), gathers=2)
+    return _full_cost(work, full_bytes(work), full_kernels(work), gathers=2)
 
 
 def _full_cost(work: Workload, workspace: int, kernels: KernelCost, gathers: int) -> LossCost:
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
-        workspace_bytes=workspace + streaming_bytes(work, listed=False),
+        workspace_bytes=workspace
+        + streaming_bytes(work, listed=False)
+        + accumulator_bytes(work.num_rows, work),
         work=kernels,
         received=state_traffic(work, gathers),
     )

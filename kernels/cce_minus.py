@@ -19,6 +19,7 @@ from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
+    accumulator_bytes,
     cheaper,
     expected_distinct,
     listed_cost,
@@ -33,6 +34,7 @@ from shardrec.kernels.problem import Problem
 from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
+from shardrec.kernels.triton_cost import Listed, listed_bytes, listed_kernels
 
 __all__ = ["Sampler", "sampled_cross_entropy", "sampled_cross_entropy_cost"]
 
@@ -340,12 +342,15 @@ class _SampledItems(Plan):
 _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)
 
 
-def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | None) -> LossCost:
+def sampled_cross_entropy_cost(
+    work: Workload, num_negatives: int, share: int | None, proposal: str = "uniform"
+) -> LossCost:
     """What sampled negatives cost a rank, where the draws are uniform.
 
     A draw from popularity, or from the batch, meets fewer rows. One process on a CPU takes the
     gradient in forward, with three products. Else the rows drawn are copied once; beside the copy
-    there are the draws of a chunk, in about ten forms, and the batches of a CPU.
+    there are the draws of a chunk, in about ten forms, and the batches of a CPU. A table of
+    popularity has an int64 for every item of the catalog, on every rank.
     """
     share = max(1, work.num_positions if share is None else share)
     num_draws = -(-work.num_positions // share) * num_negatives
@@ -355,7 +360,6 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
     copy = 0 if is_fused else rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
-    batches = cpu_tiles().listed_bytes(work.width, share) if work.on_cpu else 0
     received, travelling = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)
@@ -365,10 +369,20 @@ def sampled_cross_entropy_cost(work: Workload, num_negatives: int, share: int | 
         vectors = 2 * (shared + work.own_positions) * work.width
         travelling = vectors * (work.element_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks
+    if work.on_cpu:
+        kernels = listed_cost(pairs, share, work, products=3 if is_fused else 4)
+        tiles = cpu_tiles().listed_bytes(work.width, share)
+    else:
+        entries = num_draws / work.num_ranks
+        listed = Listed(
+            pairs=pairs, positions=share, rows=num_negatives, entries=entries, touched=rows
+        )
+        kernels, tiles = listed_kernels(listed, work), listed_bytes(entries, work)
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=copy + 10 * draws + batches + travelling,
-        work=listed_cost(pairs, share, work, products=3 if is_fused else None),
+        workspace_bytes=copy + 10 * draws + tiles + travelling + accumulator_bytes(rows, work),
+        work=kernels,
         received=received,
+        table_bytes=8 * work.num_items * (proposal == "popularity"),
     )

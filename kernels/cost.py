@@ -12,6 +12,7 @@ __all__ = [
     "KernelCost",
     "LossCost",
     "Workload",
+    "accumulator_bytes",
     "cheaper",
     "expected_distinct",
     "full_cost",
@@ -32,6 +33,8 @@ MOST_CHUNK_BYTES = 16 * MIB
 # 1.3 (sce), 1.5 (cce_minus) and 1.9 (rece) times as long as one, against some ms saved.
 LEAST_FULL_BYTES = MIB
 LEAST_LISTED_BYTES = 8 * MIB
+# Entries of listed blocks whose gradients Triton holds together, where N is smaller.
+LEAST_ENTRIES = 1 << 14
 # With so many chunks at most a quarter of the states travels before there is work to do.
 LEAST_CHUNKS = 4
 
@@ -46,7 +49,8 @@ class Workload:
         num_ranks: W.
         width: D.
         element_bytes: of states and rows.
-        on_cpu: whether the plain path works, with the tiles of a CPU.
+        on_cpu: whether the plain path works, with the tiles of a CPU; else Triton does.
+        architecture: whose tiles Triton takes, 90 as in sm_90; 0 is its interpreter.
     """
 
     num_positions: int
@@ -55,6 +59,7 @@ class Workload:
     width: int
     element_bytes: int = 4
     on_cpu: bool = True
+    architecture: int = 90
 
     @property
     def own_positions(self) -> int:
@@ -98,6 +103,7 @@ class LossCost:
         workspace_bytes: most memory beside states and the rows' gradient, in forward or backward.
         work: of its kernels, forward and backward.
         received: bytes that arrive from other ranks, by what they are.
+        table_bytes: of what its proposal keeps from step to step.
     """
 
     touched_rows: int
@@ -105,6 +111,7 @@ class LossCost:
     workspace_bytes: int
     work: KernelCost
     received: Mapping[str, float]
+    table_bytes: int = 0
 
     @property
     def flops(self) -> float:
@@ -113,11 +120,10 @@ class LossCost:
 
 
 def full_cost(products: int, positions: int, work: Workload) -> KernelCost:
-    """The block log-sum-exp of all positions times all rows, forward and backward.
+    """The block log-sum-exp of all positions times all rows on a CPU, forward and backward.
 
     Args:
-        products: 3 where the gradient is taken in forward, 4 where either pass makes the logits, 5
-            where each gradient has a pass of its own.
+        products: 3 where the gradient is taken in forward, 4 where either pass makes the logits.
         positions: Of a tile; the rows are read, and their gradient is read and written, once a
             tile.
         work: Sizes.
@@ -134,10 +140,10 @@ def listed_cost(
     pairs_per_row: float,
     work: Workload,
     *,
-    products: int | None = None,
+    products: int = 4,
     kept: float = 1.0,
 ) -> KernelCost:
-    """The block log-sum-exp of listed blocks, forward and backward.
+    """The block log-sum-exp of listed blocks on a CPU, forward and backward.
 
     A row of a block is copied for its pairs, and its gradient is added up.
 
@@ -145,20 +151,27 @@ def listed_cost(
         pairs: Of positions and rows, over all blocks.
         pairs_per_row: How many of them share a copied row: the positions of a block.
         work: Sizes.
-        products: 3 where the gradient is taken in forward; None: 4 on a CPU and 5 in Triton.
+        products: 3 where the gradient is taken in forward, else 4.
         kept: Share of the pairs that backward looks at.
     """
-    in_backward = (4 if work.on_cpu else 5) - 1
-    flops = 2 * pairs * work.width * (products or 1 + kept * in_backward)
+    in_backward = kept * 3 if products == 4 else 2
     copies = pairs / max(1.0, pairs_per_row) * work.width
-    passes = 1 if products == 3 else 1 + in_backward // 2
-    return KernelCost(flops, copies * (passes * 2 * work.element_bytes + 3 * 4))
+    passes = products - 2
+    return KernelCost(
+        2 * pairs * work.width * (1 + in_backward),
+        copies * (passes * 2 * work.element_bytes + 3 * 4),
+    )
 
 
 def select_cost(directions: int, vectors: int, work: Workload) -> KernelCost:
-    """A projection of vectors onto directions, of which only the best entries are kept."""
+    """A projection of vectors onto directions on a CPU; only the best entries are kept."""
     read = work.element_bytes * work.width * (vectors + directions)
     return KernelCost(2.0 * directions * vectors * work.width, read)
+
+
+def accumulator_bytes(rows: int, work: Workload) -> int:
+    """Bytes of the float32 gradient of rows that is rounded to their own, narrower dtype."""
+    return 4 * rows * work.width * (work.element_bytes < 4)
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:

@@ -270,7 +270,9 @@ def shape_refusal(
             "cast one of them or use autocast"
         )
     if targets.dtype not in (torch.int32, torch.int64):
-        return TypeError(f"targets must be int64, got {targets.dtype}; cast them with .long()")
+        return TypeError(
+            f"targets must be int64 or int32, got {targets.dtype}; cast them with .long()"
+        )
     for name, vector in (("targets", targets), ("weights", weights)):
         if vector is not None and vector.shape != (states.shape[0],):
             return ValueError(

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds
+from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds, nearby
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
-from shardrec.kernels.block_logsumexp.nearby import ROWS_AT_ONCE
 from shardrec.kernels.call import Call
 from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost import (
     LossCost,
     Workload,
+    accumulator_bytes,
     listed_cost,
     select_cost,
     state_traffic,
@@ -36,6 +36,7 @@ from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
+from shardrec.kernels.triton_cost import Listed, listed_bytes, listed_kernels, sign_kernels
 
 __all__ = [
     "default_num_buckets",
@@ -265,23 +266,39 @@ def reduced_cross_entropy_cost(
     """What hashed chunks cost a rank.
 
     A row has in each round a chunk of one byte or two, which stands until backward. Some rows at a
-    time are put in the order of one round (three int64 each). A position has five int32 a round.
+    time are put in the order of one round (three int64 each, four on a GPU). A position has five
+    int32 a round.
     """
     reach = num_neighbor_chunks
     num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)
     num_chunks = num_chunks or num_buckets
-    hashed = num_rounds * select_cost(num_buckets, work.own_positions + work.num_rows, work)
-    met = num_rounds * rows_near(work.num_rows, num_chunks, reach)
+    chunk_bytes = index_dtype(num_chunks).itemsize
     per_chunk = work.num_positions / min(num_chunks, max(1, work.num_positions))
-    blocks = listed_cost(work.num_positions * met, per_chunk, work)
-    held = num_rounds * index_dtype(num_chunks).itemsize * work.num_rows
-    held += 20 * num_rounds * work.own_positions + 24 * min(ROWS_AT_ONCE, work.num_rows)
+    met = rows_near(work.num_rows, num_chunks, reach)
+    vectors = work.own_positions + work.num_rows
+    most = nearby.ROWS_AT_ONCE if work.on_cpu else nearby.GPU_ROWS_AT_ONCE
+    at_once = min(most, work.num_rows)
+    held = num_rounds * (chunk_bytes * work.num_rows + 20 * work.own_positions)
+    if work.on_cpu:
+        hashed = num_rounds * select_cost(num_buckets, vectors, work)
+        blocks = listed_cost(work.num_positions * num_rounds * met, per_chunk, work)
+        held += 24 * at_once + cpu_tiles().listed_bytes(work.width, per_chunk)
+    else:
+        hashed = num_rounds * sign_kernels("best_sign_direction", num_buckets, vectors, work)
+        listed = Listed(
+            pairs=work.num_positions * num_rounds * met,
+            positions=per_chunk,
+            rows=met * at_once / max(1, work.num_rows),
+            entries=num_rounds * work.num_rows,
+            touched=num_rounds * work.num_rows,
+            rounds=True,
+        )
+        blocks = listed_kernels(listed, work)
+        held += 32 * at_once + listed_bytes(at_once, work)
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,
-        workspace_bytes=held
-        + (cpu_tiles().listed_bytes(work.width, per_chunk) if work.on_cpu else 0)
-        + streaming_bytes(work),
+        workspace_bytes=held + accumulator_bytes(work.num_rows, work) + streaming_bytes(work),
         work=hashed + blocks,
         received=state_traffic(work),
     )

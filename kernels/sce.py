@@ -13,22 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
-from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.call import Call
 from shardrec.kernels.candidates import Candidates, Shape
-from shardrec.kernels.cost import (
-    LossCost,
-    Workload,
-    expected_distinct,
-    listed_cost,
-    select_cost,
-    state_traffic,
-    streaming_bytes,
-)
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
 from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
+from shardrec.kernels.sce_cost import default_num_buckets, scalable_cross_entropy_cost
 from shardrec.kernels.select import merge_topk, topk_rows
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
@@ -63,15 +54,6 @@ class Buckets:
         buckets = buckets[:, None].expand_as(self.positions).flatten()
         positions, order = self.positions.flatten().sort(stable=True)
         return positions, buckets[order]
-
-
-def default_num_buckets(num_positions: int) -> int:
-    """``2 sqrt(N)``, the paper's recommendation for both n_b and b_x, at least 1.
-
-    >>> default_num_buckets(10000)
-    200
-    """
-    return torch.sym_max(1, round(2 * torch.sym_sqrt(num_positions)))
 
 
 def mixed_centres(
@@ -364,33 +346,3 @@ class _BucketItems(Plan):
 
 
 _scalable_cross_entropy = Operator("scalable_cross_entropy", HardBuckets)
-
-
-def scalable_cross_entropy_cost(
-    work: Workload, num_buckets: int | None, positions_per_bucket: int | None, items_per_bucket: int
-) -> LossCost:
-    """What hard buckets cost a rank, where every bucket chooses other items.
-
-    Three projections are chosen from (states to centres, centres to states and to rows) and the
-    buckets' blocks are computed in forward and again in backward.
-    """
-    default = default_num_buckets(work.num_positions)
-    num_buckets, per_bucket = num_buckets or default, positions_per_bucket or default
-    listed = num_buckets * min(items_per_bucket, work.num_items)
-    touched = expected_distinct(listed + work.num_positions, work.num_items) / work.num_ranks
-    rows = min(work.num_rows, round(touched))
-    choices = select_cost(num_buckets, 2 * work.own_positions + work.num_rows, work)
-    # In backward a position has one bucket left of those it is in.
-    pairs = listed * min(per_bucket, work.num_positions) / work.num_ranks
-    kept = min(1.0, work.num_positions / (num_buckets * min(per_bucket, work.num_positions)))
-    blocks = listed_cost(pairs, per_bucket, work, kept=kept)
-    return LossCost(
-        touched_rows=rows,
-        is_dense=False,
-        workspace_bytes=rows * work.width * work.element_bytes
-        + 24 * num_buckets * (per_bucket + items_per_bucket)
-        + (cpu_tiles().listed_bytes(work.width, per_bucket) if work.on_cpu else 0)
-        + streaming_bytes(work),
-        work=choices + blocks,
-        received=state_traffic(work),
-    )

@@ -19,12 +19,13 @@ from shardrec.kernels import (
     scalable_cross_entropy,
 )
 from shardrec.kernels.collective import Collective, total_over_ranks
-from shardrec.kernels.negatives import InBatch, Mixture, Popularity, Proposal, Uniform
+from shardrec.kernels.negatives import Mixture, Proposal, Uniform
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,
     generalized_binary_cross_entropy,
 )
+from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.loss_options import check_options
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Batch",
     "CCEMinus",
     "EagerCE",
+    "ItemCounts",
     "Loss",
     "LossOutput",
     "Step",
@@ -55,12 +57,12 @@ class Step:
         seed: Key of all random choices.
         step: Training step.
         item_counts: (V,) int64 training events of each item; needed by proposals other than
-            uniform.
+            uniform. ``ItemCounts`` keeps the tables made of them from step to step.
     """
 
     seed: int
     step: int
-    item_counts: Tensor | None = None
+    item_counts: Tensor | ItemCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +213,9 @@ class CCEMinus(Loss):
                 "pass the training counts of all items in the Step"
             )
         if self.proposal == "popularity":
-            return Popularity(counts, self.popularity_exponent)
-        in_batch = InBatch(_targets_of_all_ranks(batch.targets, batch.group), counts)
+            return ItemCounts.of(counts).popularity(self.popularity_exponent)
+        targets = _targets_of_all_ranks(batch.targets, batch.group)
+        in_batch = ItemCounts.of(counts).in_batch(targets)
         if self.proposal == "in_batch":
             return in_batch
         half = self.num_negatives // 2

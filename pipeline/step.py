@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.losses import Loss, Step
 from shardrec.modules.option_checks import (
     require_above_zero,
@@ -135,7 +136,7 @@ class Stepper:
         self.config = config
         self.seed = seed
         self.total_steps = total_steps
-        self.item_counts = item_counts
+        self.item_counts = None if item_counts is None else ItemCounts(item_counts)
         self._ahead: tuple[Batch, _Begun] | None = None
         self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(

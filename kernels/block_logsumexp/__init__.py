@@ -32,7 +32,7 @@ def forward(
     if choose_backend(states, backend) == "triton":
         from shardrec.kernels.block_logsumexp import gpu
 
-        return gpu.forward(states, rows, _whole(blocks))
+        return gpu.forward(states, rows, blocks)
     return cpu.forward(states, rows, blocks)
 
 
@@ -69,7 +69,7 @@ def backward(
         return gpu.backward(
             states,
             rows,
-            _whole(blocks),
+            blocks,
             logsumexp,
             grad_logsumexp,
             grad_target_logits,
@@ -78,7 +78,3 @@ def backward(
     return cpu.backward(
         states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
     )
-
-
-def _whole(blocks: Blocks | NearbyChunks) -> Blocks:
-    return blocks if isinstance(blocks, Blocks) else blocks.whole()

@@ -19,8 +19,7 @@ class Rounds:
 
     Attributes:
         position_chunks: (N, r) int32, chunk of each position in each round.
-        item_chunks: (R, r) int32, chunk of each row in each round. Plain PyTorch takes uint8 and
-            int16 too.
+        item_chunks: (R, r) uint8, int16 or int32, chunk of each row in each round.
         reach: Number of neighbouring chunks on each side.
         block_rounds: (T,) int64, round of each block.
     """

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 
-__all__ = ["ROWS_AT_ONCE", "NearbyChunks"]
+__all__ = ["GPU_ROWS_AT_ONCE", "ROWS_AT_ONCE", "NearbyChunks"]
 
-# Rows whose order is in memory together, as int64.
+# Rows whose order is in memory together, as int64, where the caller does not say.
 ROWS_AT_ONCE = 1 << 16
+# On a GPU fewer would leave blocks too narrow to keep it busy.
+GPU_ROWS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +41,36 @@ class NearbyChunks:
         """A slot for each position."""
         return self.targets.numel()
 
-    def parts(self) -> Iterator[Blocks]:
-        """The blocks, one round and 65,536 rows at a time."""
+    def parts(self, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Blocks]:
+        """The blocks, one round and ``rows_at_once`` rows at a time.
+
+        A position stands in one block of a part at most.
+        """
         num_rows, num_rounds = self.row_chunks.shape
         for index in range(num_rounds):
-            for first in range(0, num_rows, ROWS_AT_ONCE):
-                yield self._listed([index], slice(first, min(first + ROWS_AT_ONCE, num_rows)))
-
-    def whole(self) -> Blocks:
-        """All blocks in one list, which takes 8 bytes for each row and round."""
-        num_rows, num_rounds = self.row_chunks.shape
-        return self._listed(list(range(num_rounds)), slice(0, num_rows))
-
-    def _listed(self, rounds: list[int], rows: slice) -> Blocks:
-        num_rows = rows.stop - rows.start
-        pairs, sizes, items, starts, ends, block_rounds = [], [], [], [], [], []
-        for place, index in enumerate(rounds):
-            pair_order, present, pairs_of_chunk = _group(self.position_chunks[:, index])
-            sorted_chunks, order = self.row_chunks[rows, index].sort(stable=True)
-            sorted_chunks = sorted_chunks.to(present.dtype)
-            first, last = present - self.reach, present + self.reach
-            shift = place * num_rows
-            pairs.append(pair_order)
-            sizes.append(pairs_of_chunk)
-            items.append(order.add_(rows.start))
-            starts.append(torch.searchsorted(sorted_chunks, first) + shift)
-            ends.append(torch.searchsorted(sorted_chunks, last, right=True) + shift)
-            block_rounds.append(torch.full_like(pairs_of_chunk, index))
-        return Blocks(
-            pair_positions=torch.cat(pairs),
-            pair_starts=F.pad(torch.cat(sizes).cumsum(0), (1, 0)),
-            items=torch.cat(items),
-            item_starts=torch.cat(starts),
-            item_ends=torch.cat(ends),
-            targets=self.targets,
-            num_slots=self.num_slots,
-            rounds=Rounds(
-                self.position_chunks, self.row_chunks, self.reach, torch.cat(block_rounds)
-            ),
-        )
+            pairs, present, sizes = _group(self.position_chunks[:, index])
+            pair_starts = F.pad(sizes.cumsum(0), (1, 0))
+            for first in range(0, num_rows, rows_at_once):
+                sorted_chunks, order = self.row_chunks[first : first + rows_at_once, index].sort(
+                    stable=True
+                )
+                sorted_chunks = sorted_chunks.to(present.dtype)
+                low, high = present - self.reach, present + self.reach
+                yield Blocks(
+                    pair_positions=pairs,
+                    pair_starts=pair_starts,
+                    items=order.add_(first),
+                    item_starts=torch.searchsorted(sorted_chunks, low),
+                    item_ends=torch.searchsorted(sorted_chunks, high, right=True),
+                    targets=self.targets,
+                    num_slots=self.num_slots,
+                    rounds=Rounds(
+                        self.position_chunks,
+                        self.row_chunks,
+                        self.reach,
+                        torch.full_like(sizes, index),
+                    ),
+                )
 
 
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

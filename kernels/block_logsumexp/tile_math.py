@@ -97,5 +97,7 @@ def met_before(
     for earlier in range(0, round_index):
         b_left = tl.load(chunks_left + o_left * num_rounds + earlier, mask=m_left, other=0)
         b_right = tl.load(chunks_right + o_right * num_rounds + earlier, mask=m_right, other=0)
-        met = met | (tl.abs(b_left[:, None] - b_right[None, :]) <= reach)
+        # Chunks of rows are stored in one or two bytes.
+        b_distance = b_left.to(tl.int32)[:, None] - b_right.to(tl.int32)[None, :]
+        met = met | (tl.abs(b_distance) <= reach)
     return met

@@ -66,15 +66,16 @@ class Popularity:
     size: int = 0
 
     def __init__(self, counts: Tensor, exponent: float = 1.0) -> None:
-        """Builds the cumulative table, 8 V bytes.
+        """Builds the cumulative table, 8 V bytes; meanwhile there are 8 V bytes more.
 
         Args:
             counts: (V,) int64 training events of each item.
             exponent: 0 is uniform, 1 is the training frequency.
         """
-        share = counts.double().clamp(min=1).pow(exponent)
-        weights = (share / share.sum() * _POPULARITY_TOTAL).round().long().clamp(min=1)
-        self.tables: tuple[Tensor, ...] = (weights.cumsum(0),)
+        share = torch.empty(counts.shape, dtype=torch.float64, device=counts.device)
+        share.copy_(counts).clamp_(min=1).pow_(exponent)
+        weights = share.div_(share.sum()).mul_(_POPULARITY_TOTAL).round_().long().clamp_(min=1)
+        self.tables: tuple[Tensor, ...] = (weights.cumsum_(0),)
 
     @classmethod
     def of_table(cls, ends: Tensor) -> "Popularity":

@@ -10,7 +10,13 @@ from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, gpu, gpu_gathered
+from shardrec.kernels.block_logsumexp import (
+    Blocks,
+    Rounds,
+    every_pair,
+    gpu_gathered,
+    launch_listed,
+)
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 
@@ -276,7 +282,7 @@ def test_gradients_of_rows_add_to_what_is_there() -> None:
 
 
 def test_entries_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_MIN_CHUNK", 13)
+    monkeypatch.setattr(launch_listed, "LEAST_ENTRIES", 13)
     check(*draw(11, 45, 8, torch.float32), listed(11, 45, offsets=True))
 
 
