@@ -195,31 +195,29 @@ def draw(results: Results, path: Path) -> None:
     )
     for panel in grid.flat[len(found) :]:
         panel.remove()
+    names = list(dict.fromkeys(loss for losses in found.values() for loss in losses))
+    colors = {loss: f"C{number}" for number, loss in enumerate(names)}
     for panel, (case, losses) in zip(grid.flat, found.items(), strict=False):
         panel.set_title(case, fontsize=9)
-        _draw_panel(panel, losses)
+        _draw_panel(panel, losses, colors)
+    dots = [plt.Line2D([], [], color=of, marker="o", linestyle="") for of in colors.values()]
+    figure.legend(dots, colors, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
-def _draw_panel(panel: Axes, losses: dict[str, list[dict[str, Any]]]) -> None:
-    means = {loss: statistics.mean(map(score, rows)) for loss, rows in losses.items()}
-    gap, lowest = 0.06 * max(means.values()), 0.0
-    for loss in sorted(means, key=lambda name: means[name]):
-        seconds = statistics.mean(row["seconds_per_step"] for row in losses[loss])
-        scores = [score(row) for row in losses[loss]]
-        (line,) = panel.plot([seconds] * len(scores), scores, "o", markersize=5)
-        # Names of scores close to each other would be printed over one another.
-        lowest = max(means[loss], lowest + gap)
-        panel.annotate(
-            loss, (seconds, lowest), xytext=(6, 0), textcoords="offset points", va="center",
-            color=line.get_color(), fontsize=8,
-        )  # fmt: skip
+def _draw_panel(
+    panel: Axes, losses: dict[str, list[dict[str, Any]]], colors: dict[str, str]
+) -> None:
+    for loss, rows in losses.items():
+        seconds = statistics.mean(row["seconds_per_step"] for row in rows)
+        scores = [score(row) for row in rows]
+        panel.plot([seconds] * len(scores), scores, "o", markersize=6, color=colors[loss])
     panel.set(xscale="log", xlabel="seconds a step", ylabel="NDCG@10")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.margins(x=0.2, y=0.1)
     panel.set_ylim(bottom=0)
-    panel.margins(x=0.35, y=0.1)
     panel.spines[["top", "right"]].set_visible(False)
 
 
