@@ -109,7 +109,10 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
-    peers = Peers(store, rank, world_size, timeout_s=timeout_s, interval_s=interval_s)
+    keeper = None if _launcher_keeps_the_store(os.environ) else 0
+    peers = Peers(
+        store, rank, world_size, keeper=keeper, timeout_s=timeout_s, interval_s=interval_s
+    )
     with _accounted_for(peers):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -170,12 +173,17 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
             f"--resume must be auto where workers are started again, got none with {restarts} "
             "restarts; without it they would refuse the folder that they began"
         )
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if _launcher_keeps_the_store(environment):
         raise ValueError(
             f"torchrun must make a new store for each start of the workers, got {restarts} "
             "restarts with one store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as "
             "`shardrec launch` does"
         )
+
+
+def _launcher_keeps_the_store(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun does, and not the worker of rank 0."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def choose_device(place: Place | None) -> torch.device:

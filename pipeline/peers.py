@@ -96,6 +96,7 @@ class Peers:
         rank: int,
         world_size: int,
         *,
+        keeper: int | None = 0,
         timeout_s: float = 600.0,
         interval_s: float = 1.0,
     ) -> None:
@@ -105,15 +106,17 @@ class Peers:
             store: of all ranks. Connections of its own are made, for others may wait in this one.
             rank: of this process.
             world_size: W.
+            keeper: rank that keeps the store, which is gone with it; None: the launcher does.
             timeout_s: of a collective; after half of it a warning says who is waited for.
             interval_s: seconds between two signs.
         """
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.keeper = rank, world_size, keeper
         self.timeout_s, self.interval_s = timeout_s, interval_s
         self.patience_s = MISSED * interval_s
         self._to_write, self._to_read = store.clone(), store.clone()
         self._number = 0
         self._left: str | None = None
+        self._of_keeper: Sign | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
 
@@ -138,7 +141,7 @@ class Peers:
         time.sleep(self.patience_s)
         after = _in_time(self._signs, self.patience_s)
         if before is None or after is None:
-            return Absence(["no answer from the store that rank 0 or its launcher keeps"], [])
+            return Absence([self._without_store()], [])
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         gone = [_why_gone(rank, before[rank], after[rank]) for rank in others]
         level = _collectives()
@@ -150,6 +153,8 @@ class Peers:
         try:
             while not self._over.is_set():
                 self._say()
+                if self.keeper is not None:
+                    self._of_keeper = _read(self._to_write, self.keeper)
                 now, level = time.monotonic(), _collectives()
                 if level != reached:
                     reached, since = level, now
@@ -179,12 +184,24 @@ class Peers:
         self._to_write.set(_key(self.rank), json.dumps(dataclasses.asdict(sign)))
 
     def _signs(self) -> list[Sign | None]:
-        """The last sign of each rank; None where there was none yet."""
-        signs = []
-        for rank in range(self.world_size):
-            there = self._to_read.check([_key(rank)])
-            signs.append(Sign(**json.loads(self._to_read.get(_key(rank)))) if there else None)
-        return signs
+        """The last sign of each rank."""
+        return [_read(self._to_read, rank) for rank in range(self.world_size)]
+
+    def _without_store(self) -> str:
+        """Who is gone where the store is, from what was known before."""
+        if self.keeper is None:
+            return "no answer from the store that the launcher of rank 0 keeps"
+        last = self._of_keeper
+        who = f"rank {self.keeper}" + (f" ({last.process})" if last else "")
+        return f"{who} gives no sign of life, nor does the store that it keeps" + (
+            f", it was last at {last.where}" if last else ""
+        )
+
+
+def _read(store: Store, rank: int) -> Sign | None:
+    """The last sign of a rank; None where there was none yet."""
+    there = store.check([_key(rank)])
+    return Sign(**json.loads(store.get(_key(rank)))) if there else None
 
 
 def _key(rank: int) -> str:

@@ -4,12 +4,15 @@ import contextlib
 import importlib
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +82,66 @@ def wait_for_rank_1(how: str, port: int) -> tuple[str, float, list[str]]:
             return f"{type(error).__name__}: {error}", time.monotonic() - started, said
         finally:
             logging.getLogger("shardrec").removeHandler(handler)
+
+
+def take_part(rank: int, victim: int, port: int, told: Connection) -> None:
+    """Be a worker, one of three, in a process of its own; tells what it raised, and when."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "localhost"}
+    try:
+        with workers(TIMEOUT_S):
+            dist.barrier()
+            told.send("ready")
+            if rank == victim:
+                time.sleep(60)
+            dist.all_reduce(torch.ones(1))
+        told.send(("nothing", time.monotonic()))
+    except Exception as error:
+        told.send((f"{type(error).__name__}: {error}", time.monotonic()))
+
+
+@contextlib.contextmanager
+def three_workers(victim: int) -> Iterator[tuple[list[int], list[Connection]]]:
+    """Processes that may be killed, and what they tell; they are in a collective soon."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(3)]
+    processes = [
+        context.Process(target=take_part, args=(rank, victim, port, pipes[rank][1]))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield [process.pid or 0 for process in processes], [ours for ours, _ in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def hear(one: Connection, seconds: float) -> Any:
+    assert one.poll(seconds), f"silent for {seconds} s"
+    return one.recv()
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["rank-0", "rank-1"])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_process_that_is_killed_or_stopped_is_named_by_the_others_in_bounded_time(
+    victim: int, end: signal.Signals
+) -> None:
+    """Also rank 0, with which the store of the signs is gone."""
+    with three_workers(victim) as (processes, told):
+        assert [hear(one, 30) for one in told] == ["ready"] * 3
+        time.sleep(TIMEOUT_S / 4)  # a few signs
+        os.kill(processes[victim], end)
+        ended_at = time.monotonic()
+        for rank in {0, 1, 2} - {victim}:
+            said, at = hear(told[rank], 4 * TIMEOUT_S)
+            assert said.startswith(LostRankError.__name__)
+            assert f"got rank {victim} (process {processes[victim]} on " in said, said
+            assert "gives no sign of life" in said and "it was last at " in said
+            assert not any(f"rank {other}" in said for other in {0, 1, 2} - {victim}), said
+            assert at - ended_at < 4 * TIMEOUT_S
 
 
 def run_without_rank_1(words: list[str], port: int) -> tuple[int, str, float]:
