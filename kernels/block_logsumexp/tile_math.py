@@ -39,7 +39,8 @@ def load_span(matrix, first, count, first_column, width, LINES: tl.constexpr, WI
     o_lines = tl.arange(0, LINES)
     o_columns = tl.arange(0, WIDTH)
     mask = (o_lines < count)[:, None] & (o_columns < width - first_column)[None, :]
-    tile = matrix + (first * width + first_column)
+    # The interpreter counts loops in Python's integers, which would be multiplied in 32 bits.
+    tile = matrix + (first * tl.cast(width, tl.int64) + first_column)
     return tl.load(tile + (o_lines[:, None] * width + o_columns[None, :]), mask=mask, other=0.0)
 
 
