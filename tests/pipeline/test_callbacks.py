@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shardrec.pipeline.callbacks import (
@@ -102,11 +103,23 @@ def test_a_terminal_gets_a_bar_and_a_log_gets_lines() -> None:
     assert isinstance(progress(3, io.StringIO()), MinuteLines)
 
 
-def test_a_log_gets_one_line_a_minute() -> None:
+def test_a_log_gets_one_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = progress(9, stream)
+    for step in range(1, 10):  # at 0, 25, 50, 75 … seconds
+        lines.on_step(dataclasses.replace(STEP, step=step))
+        now += 25
+    first, *others = stream.getvalue().splitlines()
+    assert first.startswith("step 1/9 epoch 0.10 loss 2.5000 0.500 s/step 200 positions/s")
+    assert [line.split()[1] for line in others] == ["4/9", "7/9"]
+
+
+def test_a_log_gets_every_validation_and_the_end() -> None:
     stream = io.StringIO()
     play(progress(3, stream))
     first, validation, end = stream.getvalue().splitlines()
-    assert first.startswith("step 1/3 epoch 0.10 loss 2.5000 0.500 s/step 200 positions/s")
+    assert first.startswith("step 1/3")
     assert validation == "validation at step 2 (best): ndcg@10 0.2500"
     assert end == "stopped at step 3: max_steps"
 
