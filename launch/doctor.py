@@ -3,6 +3,7 @@
 Imports nothing at the top that a broken environment could lack.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import platform
@@ -30,6 +31,7 @@ class Facts:
         python: (major, minor).
         machine: operating system and architecture.
         versions: version of each distribution, None where it is missing.
+        driver: release of the NVIDIA driver; None where there is none.
         gpus: number of GPUs the NVIDIA driver reports.
         torch_cuda: CUDA release torch was built for; None for a CPU build or no torch.
         torch_sees_gpu: whether torch can use a GPU.
@@ -40,6 +42,7 @@ class Facts:
     python: tuple[int, int]
     machine: str
     versions: dict[str, str | None]
+    driver: str | None
     gpus: int
     torch_cuda: str | None
     torch_sees_gpu: bool
@@ -74,12 +77,27 @@ def gather() -> Facts:
         python=(int(major), int(minor)),
         machine=f"{platform.system()} {platform.machine()}",
         versions={name: _version(name) for name in names},
+        driver=driver_release(),
         gpus=count_gpus(),
         torch_cuda=torch_cuda,
         torch_sees_gpu=sees_gpu,
         backends=backends,
         load_errors=load_errors,
     )
+
+
+def driver_release() -> str | None:
+    """Release of the NVIDIA driver, such as "550.54.15"; None where there is none."""
+    try:
+        management = ctypes.CDLL("libnvidia-ml.so.1")  # comes with the driver
+    except OSError:
+        return None
+    release = ctypes.create_string_buffer(96)
+    if management.nvmlInit_v2() != 0:
+        return None
+    failed = management.nvmlSystemGetDriverVersion(release, len(release)) != 0
+    management.nvmlShutdown()
+    return None if failed else release.value.decode()
 
 
 def _version(distribution: str) -> str | None:
@@ -205,7 +223,8 @@ def report(facts: Facts) -> str:
     rows += [(name, version) for name, version in facts.versions.items() if version]
     rows += [
         ("torch built for", f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU"),
-        ("NVIDIA driver", f"{facts.gpus} GPU(s)" if facts.gpus else "does not answer"),
+        ("NVIDIA driver", facts.driver or "none"),
+        ("GPUs", str(facts.gpus) if facts.gpus else "none"),
         ("backends", ", ".join(facts.backends) or "none"),
     ]
     lines = [f"{name:<16} {value}" for name, value in rows]

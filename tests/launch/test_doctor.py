@@ -1,8 +1,11 @@
+import ctypes
+import importlib.metadata
 from dataclasses import replace
 
 import pytest
 
-from shardrec.launch.doctor import Facts, diagnose, gather, report
+from shardrec.launch import cli
+from shardrec.launch.doctor import NEEDED, Facts, diagnose, driver_release, gather, report
 
 HEALTHY = Facts(
     python=(3, 12),
@@ -19,6 +22,7 @@ HEALTHY = Facts(
         "fbgemm-gpu-cpu": "1.8.0",
         "fbgemm-gpu": None,
     },
+    driver=None,
     gpus=0,
     torch_cuda=None,
     torch_sees_gpu=False,
@@ -76,6 +80,65 @@ def test_each_mismatch_is_explained_in_a_line(facts: Facts, level: str, words: s
     assert all("\n" not in finding.text and "; " in finding.text for finding in diagnose(facts)
                if finding.level == "wrong")  # fmt: skip
     assert f"{level}: {matching[0].text}" in report(facts)
+
+
+class Management:
+    """The driver's library as it answers on a machine that has a driver, loaded or not."""
+
+    def __init__(self, *, is_loaded: bool) -> None:
+        self.is_loaded = is_loaded
+        self.users = 0
+
+    def nvmlInit_v2(self) -> int:  # noqa: N802 (the library's own spelling)
+        self.users += self.is_loaded
+        return 0 if self.is_loaded else 9
+
+    def nvmlSystemGetDriverVersion(self, text: ctypes.Array[ctypes.c_char], size: int) -> int:  # noqa: N802
+        assert self.users and len(text) == size
+        text.value = b"550.54.15"
+        return 0
+
+    def nvmlShutdown(self) -> int:  # noqa: N802
+        self.users -= 1
+        return 0
+
+
+def test_the_driver_is_asked_for_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Management(is_loaded=True)
+    monkeypatch.setattr(ctypes, "CDLL", {"libnvidia-ml.so.1": library}.__getitem__)
+    assert driver_release() == "550.54.15"
+    assert library.users == 0
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Management(is_loaded=False))
+    assert driver_release() is None
+
+
+def test_the_report_names_the_driver_and_the_gpus() -> None:
+    lines = [line.split() for line in report(HEALTHY).splitlines()]
+    assert ["NVIDIA", "driver", "none"] in lines and ["GPUs", "none"] in lines
+    with_gpus = replace(HEALTHY, driver="550.54.15", gpus=2, backends=("gloo", "nccl"))
+    lines = [line.split() for line in report(with_gpus).splitlines()]
+    assert ["NVIDIA", "driver", "550.54.15"] in lines and ["GPUs", "2"] in lines
+    assert ["backends", "gloo,", "nccl"] in lines
+
+
+def test_the_command_shows_versions_driver_backends_and_whether_they_match(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    for name in NEEDED:
+        assert [name, importlib.metadata.version(name)] in lines
+    (driver,) = (line[2:] for line in lines if line[:2] == ["NVIDIA", "driver"])
+    assert driver == [driver_release() or "none"]
+    (backends,) = (line[1:] for line in lines if line[:1] == ["backends"])
+    assert "gloo" in backends or "gloo," in backends
+    assert text.splitlines()[-1].startswith("ready to train on ")
+    monkeypatch.setattr("shardrec.launch.doctor.gather", lambda: with_versions(triton="3.6.0"))
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "wrong: triton must be 3.7 with torch 2.13.0+cpu, got 3.6.0" in text
+    assert "ready to train" not in text
 
 
 def test_the_environment_of_the_tests_is_a_matching_set() -> None:
