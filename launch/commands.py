@@ -54,15 +54,14 @@ def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
 def prepare(arguments: Sequence[str]) -> int:
     """Turn an event log into a prepared folder."""
     from shardrec.pipeline.prepare import prepare_once
-    from shardrec.pipeline.spread import largest_load
+    from shardrec.pipeline.spread import describe_loads
 
     config = read_prepare(arguments)
     with sigterm_unwinds():
         done = prepare_once(config)
     for name, count in done.manifest.counts.items():
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
-    load, ranks = largest_load(done.manifest.load_per_rank)
-    print(f"{'largest load of a rank, over the mean':<40} {load:>14.3f} (of {ranks} ranks)")
+    print("\n".join(describe_loads(done.manifest.load_per_rank)))
     told = f"wrote {config.output}"
     print(told if done.is_new else f"{config.output} is complete already: nothing was done")
     return 0

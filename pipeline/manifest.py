@@ -56,7 +56,7 @@ class Manifest:
         split: kind, targets, validation, and the cuts in the log's own time unit.
         counts: events, users, items, sequences and targets, kept and dropped.
         quantiles: of the training sequences' lengths and of the items' counts.
-        load_per_rank: for 2, 4 and 8 ranks, each rank's share of the training events.
+        load_per_rank: for 2, 3, 4 and 8 ranks, each rank's share of the training events.
         files: every Parquet file of the folder.
     """
 

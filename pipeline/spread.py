@@ -48,8 +48,8 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
 
 
 def loads(counts: Array) -> dict[str, list[float]]:
-    """``load_per_rank`` for 2, 4 and 8 ranks, by their number."""
-    return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 4, 8)}
+    """``load_per_rank`` for 2, 3, 4 and 8 ranks, by their number."""
+    return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 3, 4, 8)}
 
 
 def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float, int]:
@@ -63,6 +63,23 @@ def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float,
         (2.0, 4)
     """
     return max((max(shares) * len(shares), len(shares)) for shares in shares_by_ranks.values())
+
+
+def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
+    """One line for each number of ranks: each rank's load as a multiple of the mean.
+
+    Args:
+        shares_by_ranks: for numbers of ranks, each rank's share; those of one number sum to 1.
+
+    Example:
+        >>> describe_loads({"2": [0.55, 0.45]})
+        ['load of each of 2 ranks, over the mean: 1.10 0.90']
+    """
+    return [
+        f"load of each of {ranks} ranks, over the mean: "
+        + " ".join(f"{share * len(shares):.2f}" for share in shares)
+        for ranks, shares in shares_by_ranks.items()
+    ]
 
 
 def describe_uneven_load(counts: Array) -> str | None:

@@ -33,6 +33,20 @@ def test_the_stages_follow_one_another(data: Path, capsys: pytest.CaptureFixture
     assert 0 <= written["metrics"]["NDCG@10"] <= 1
 
 
+def test_prepare_says_how_much_of_the_log_each_rank_gets(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", "--events", str(data / "log.parquet"), "--output", str(data / "prepared")]
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "load of each" in line]
+    stored = json.loads((data / "prepared" / "manifest.json").read_text())["load_per_rank"]
+    assert [line.split()[4] for line in lines] == list(stored) == ["2", "3", "4", "8"]
+    for line, shares in zip(lines, stored.values(), strict=True):
+        loads = [float(word) for word in line.partition(": ")[2].split()]
+        assert loads == pytest.approx([share * len(shares) for share in shares], abs=0.0051)
+
+
 def test_preparing_the_same_again_succeeds_and_something_else_is_refused(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """prepare on small logs: what it writes equals what a few lines of plain Python say."""
 
+import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -231,6 +232,23 @@ def test_the_manifest_fits_the_files(tmp_path: Path) -> None:
     lengths = [len(s) for s in read_rows(output, "train/*.parquet").values()]
     assert manifest.quantiles["train_sequence_length"]["1"] == max(lengths)
     assert manifest.counts["train_sequence_events"] == sum(lengths)
+
+
+def test_the_manifest_has_a_schema_version_and_each_rank_s_share_of_the_events(
+    tmp_path: Path,
+) -> None:
+    manifest, output = prepare_events(tmp_path, make_events())
+    written = json.loads((output / "manifest.json").read_text())
+    assert (written["format"], written["schema_version"]) == ("shardrec.prepared", 1)
+    assert written["load_per_rank"] == manifest.load_per_rank
+    counts = pq.read_table(output / "items.parquet")["count"].to_pylist()
+    assert list(manifest.load_per_rank) == ["2", "3", "4", "8"]
+    for num_ranks, shares in manifest.load_per_rank.items():
+        rows = -(-len(counts) // int(num_ranks))
+        expected = [0.0] * int(num_ranks)
+        for item, count in enumerate(counts):
+            expected[item // rows] += count / sum(counts)
+        assert shares == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 8])
