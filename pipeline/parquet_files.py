@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.fs as fs
@@ -9,6 +10,7 @@ import pyarrow.fs as fs
 __all__ = ["check_path", "find_files"]
 
 _GLOB_CHARACTERS = "*?["
+_SETTINGS = re.compile(r"\?\w+=[^/?&]*(&\w+=[^/?&]*)*$")
 
 
 def check_path(name: str, path: str) -> None:
@@ -67,10 +69,18 @@ def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[s
 def _split_glob(source: str) -> tuple[str, str]:
     """The folder above the first part that is a pattern, and the pattern from there on.
 
+    The settings behind a URI stay with the folder.
+
     Example:
         >>> _split_glob("s3://logs/day=*/part-?.parquet")
         ('s3://logs/', 'day=*/part-?.parquet')
+        >>> _split_glob("s3://logs/day=*?region=eu-west-1&scheme=http")
+        ('s3://logs/?region=eu-west-1&scheme=http', 'day=*')
     """
+    settings = _SETTINGS.search(source) if "://" in source else None
+    if settings is not None:
+        folder, pattern = _split_glob(source[: settings.start()])
+        return folder + settings[0], pattern
     parts = source.split("/")
     for count, part in enumerate(parts):
         if not any(character in part for character in _GLOB_CHARACTERS):
