@@ -300,7 +300,7 @@ def mark(value: float, best: float) -> str:
 
 
 def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> str:
-    """What was written, and the commands that do the same with the user's own log.
+    """What was written, and the commands that go on from here with the user's own log.
 
     Args:
         config: of the demo.
@@ -323,7 +323,7 @@ def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> st
             "Your own log (Parquet with user_id, item_id and timestamp; other names by "
             "--user-column, --item-column, --time-column):",
             f"  {command} demo --events {log}",
-            "or stage by stage, for as long as it takes:",
+            "or stage by stage, with the recipe's own model, for as long as it takes:",
         ]
     else:
         columns = "".join(
@@ -331,7 +331,7 @@ def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> st
             for name in COLUMNS
             if getattr(config, name) != config.default(name)
         )
-        lines += ["The same stage by stage, for as long as it takes:"]
+        lines += ["Stage by stage, with the recipe's own model, for as long as it takes:"]
     lines += [
         f"  {command} prepare --events {shlex.quote(log)}{columns} --output data",
         f"  {command} launch train -j 1x{config.workers} -- --prepared data --run run "

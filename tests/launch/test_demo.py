@@ -114,6 +114,7 @@ def test_the_printed_commands_start_the_program_that_runs(
     told = next_steps(DemoConfig(losses=("sce",)), "log", Path("data"), ".venv/bin/shardrec")
     assert "  .venv/bin/shardrec prepare --events path/to/log.parquet --output data" in told
     assert "--recipe demo loss=sce" in told
+    assert "with the recipe's own model" in told and "The same" not in told
 
 
 @pytest.mark.parametrize(
