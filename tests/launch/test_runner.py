@@ -64,6 +64,27 @@ def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
 
 
 @pytest.mark.slow
+def test_torchx_trains_by_the_path_of_the_component(
+    prepared: Path, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    scheduler = ["-s", "local_cwd", "-cfg", f"log_dir={tmp_path / 'logs'}", "--workspace", ""]
+    component = ["launch/components.py:train", "-j", "1x2", "--cpu", "2"]
+    stage = ["--", "--prepared", str(prepared), "--run", str(run), *SMALL]
+    torchx = str(Path(sys.executable).parent / "torchx")
+    done = subprocess.run(
+        [torchx, "run", *scheduler, *component, *stage],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == pytest.approx(losses(trained), rel=1e-4)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "end"
+
+
+@pytest.mark.slow
 def test_a_failing_worker_is_quoted_and_its_exit_code_passed_on(tmp_path: Path) -> None:
     lines = list[str]()
     stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
