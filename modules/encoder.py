@@ -252,7 +252,8 @@ class _SASRecBlock(nn.Module):
         inner = F.relu(self.feed_forward_in(normed))
         inner = dropout(inner, self.dropout, training=self.training)
         branch = self.feed_forward_out(inner)
-        return normed + dropout(branch, self.dropout, training=self.training)
+        added: Tensor = normed + dropout(branch, self.dropout, training=self.training)
+        return added
 
 
 class _ModernBlock(nn.Module):
@@ -320,7 +321,8 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, L, D) -> (B, heads, L, D / heads), a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 def _join_heads(x: Tensor) -> Tensor:

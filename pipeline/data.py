@@ -116,7 +116,7 @@ class TrainingBatches:
     @property
     def bytes_read(self) -> int:
         """Stored bytes of footers and column chunks read by this rank."""
-        return self._groups.bytes_read
+        return int(self._groups.bytes_read)
 
     @property
     def padding_share(self) -> float:

@@ -122,7 +122,7 @@ def evaluate_popularity(
         stored = StoredReport(Path(output), FORMAT, request, force, {"metrics": dict})
         found = _found(stored, group)
         if found is not None:
-            return with_numbers(found)["metrics"]
+            return dict(with_numbers(found)["metrics"])
     batches = open_users(prepared, split, config, 1, group)
     shard = popularity_shard(prepared, group)
     metrics = measure(_same_state, shard, batches, config, prepared)

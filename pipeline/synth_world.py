@@ -149,7 +149,8 @@ class World:
         found = np.searchsorted(
             self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right"
         )
-        return np.minimum(found, self.config.clusters - 1)
+        clusters: Ints = np.minimum(found, self.config.clusters - 1)
+        return clusters
 
     def draw_item(self, cluster: Ints, uniform: Floats) -> Ints:
         """Items by Zipf's law inside ``cluster``."""
@@ -245,7 +246,8 @@ def _lengths(random: np.random.Generator, users: int, budget: int, spread: float
     share = np.cumsum(np.exp(spread * random.standard_normal(users)))
     cuts = np.floor(share * ((budget - 2 * users) / share[-1])).astype(np.int64)
     cuts[-1] = budget - 2 * users
-    return 2 + np.diff(cuts, prepend=0)
+    lengths: Ints = 2 + np.diff(cuts, prepend=0)
+    return lengths
 
 
 def _times(config: SynthConfig, random: np.random.Generator, lengths: Ints, ends: Ints) -> Ints:

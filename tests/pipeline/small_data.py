@@ -77,4 +77,5 @@ class Running(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         count = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)[:, None]
-        return vectors + self.linear(vectors.cumsum(1) / count)
+        states: Tensor = vectors + self.linear(vectors.cumsum(1) / count)
+        return states

@@ -160,7 +160,7 @@ def test_serving_needs_no_training_stack_and_agrees_with_recommend(
 
 def readme_example() -> str:
     """The block of the README that serves an export."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "pipeline.serve" in block)
     return example
 
