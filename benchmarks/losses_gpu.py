@@ -15,6 +15,7 @@ in the same run. The kernels of other projects take part where they are installe
 
 import argparse
 import importlib.util
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -99,9 +100,15 @@ def chunked(
 
     def seconds(block: int) -> float:
         run = partial(step, baseline(loss, block, ROUNDS), batch)
-        return min(time_ms(run, 1)) / 1e3
+        try:
+            return min(time_ms(run, 1)) / 1e3
+        except torch.OutOfMemoryError:
+            return math.inf
 
-    searched = search_block(FIRST_BLOCK[loss], most, seconds)
+    found = search_block(FIRST_BLOCK[loss], most, seconds)
+    searched = {block: time for block, time in found.items() if time < math.inf}
+    if not searched:
+        return {}, {}
     block = min(searched, key=lambda size: searched[size])
     loops = {
         f"chunked_{block}": baseline(loss, block, ROUNDS),
@@ -270,7 +277,7 @@ def limits(loss: str, work: Workload, names: Iterable[str], rates: Rates) -> dic
                 replace(CALLED_WITH, share=1) if name == "ours_share_1" else CALLED_WITH,
                 rates,
             ),
-            3,
+            6,
         )
         for name in names
     }
