@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.small_data import write_log
 
 from shardrec.launch.cli import main
+from shardrec.pipeline.published import read_published
 from shardrec.pipeline.serve import Recommender
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "daily_dagster.py"
@@ -45,11 +48,18 @@ def first_day(example: ModuleType, root: Path) -> Any:
 
 
 def run_day(
-    example: ModuleType, root: Path, day: str, model: list[str], workers: str = "1x1"
+    example: ModuleType,
+    root: Path,
+    day: str,
+    model: list[str],
+    *,
+    workers: str = "1x1",
+    stages: tuple[str, ...] = tuple(STAGES),
 ) -> Any:
     shop = example.Shop(root=str(root), model=model, workers=workers)
     return dg.materialize(
         example.ASSETS,
+        selection=dg.AssetSelection.assets(*stages),
         partition_key=day,
         resources={"shop": shop},
         instance=dg.DagsterInstance.ephemeral(),
@@ -106,3 +116,51 @@ def test_a_refused_day_publishes_nothing_and_rollback_needs_a_day_before(
     assert not (root / "days" / "2026-11-20" / "export").exists()
     assert main(["rollback", "--published", str(root / "published.json")]) == 2
     assert "publication before number 1, got none" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def on_two_workers(
+    first_day: Any, example: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same day, whose lists and export are made once more, by jobs of two workers."""
+    copied = tmp_path_factory.mktemp("two") / "shop"
+    shutil.copytree(root, copied)
+    for name in ("lists", "export"):
+        shutil.rmtree(copied / "days" / "2026-11-19" / name)
+    stages = ("lists", "exported")
+    result = run_day(example, copied, "2026-11-19", GOOD, workers="1x2", stages=stages)
+    assert result.success and sorted(finished(result)) == sorted(stages)
+    return copied / "days" / "2026-11-19"
+
+
+def rows_of(folder: Path, num_parts: int) -> list[dict[str, Any]]:
+    """The rows of all parts, in the order of their names."""
+    parts = sorted(folder.glob(f"part-*-of-{num_parts:05d}.parquet"))
+    assert len(parts) == num_parts
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+@pytest.mark.slow
+def test_jobs_of_two_workers_write_what_one_process_does(on_two_workers: Path, root: Path) -> None:
+    alone = root / "days" / "2026-11-19"
+    ours, theirs = rows_of(on_two_workers / "lists", 2), rows_of(alone / "lists", 1)
+    for row, other in zip(ours, theirs, strict=True):
+        assert (row["user_id"], row["item_ids"]) == (other["user_id"], other["item_ids"])
+        assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    assert rows_of(on_two_workers / "export/items", 2) == rows_of(alone / "export/items", 1)
+
+
+@pytest.mark.slow
+def test_gate_publish_and_rollback_run_as_jobs(
+    on_two_workers: Path, root: Path, tmp_path: Path
+) -> None:
+    alone, report = root / "days" / "2026-11-19", str(tmp_path / "gate.json")
+    pointer = ["--published", str(tmp_path / "published.json")]
+    asked = ["--run", str(alone / "run"), "--prepared", str(alone / "prepared"), *pointer]
+    assert main(["launch", "gate", "--", *asked, "--output", report]) == 0
+    first = ["--export", str(alone / "export"), "--gate", report]
+    assert main(["launch", "publish", "--", *pointer, *first]) == 0
+    assert main(["publish", *pointer, "--export", str(on_two_workers / "export"), "--force"]) == 0
+    assert main(["launch", "rollback", "--", *pointer]) == 0
+    moves = [(one["action"], one["to"]) for one in read_published(Path(pointer[1])).swaps]
+    assert moves == [("publish", 1), ("publish", 2), ("rollback", 1)]
