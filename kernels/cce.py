@@ -68,7 +68,7 @@ def cut_cross_entropy(
         ValueError: a shape disagrees or a target is out of range, on this rank or another.
 
     On a CPU, for float32 and shards of up to 32,768 rows, mean and sum take their gradient in the
-    forward pass.
+    forward pass; in a compiled graph backward makes a copy of it.
 
     Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
     ``streamed_logsumexp`` and ``streamed_gradients``.

@@ -168,7 +168,7 @@ def sampled_cross_entropy(
             on this rank or another.
 
     On a CPU, for float32 rows of one process as they are, mean and sum take their gradient in the
-    forward pass.
+    forward pass; in a compiled graph backward makes a copy of it.
 
     Over several ranks either the states travel to all shards, or the rows that are drawn and those
     of the targets travel to the states: whichever is fewer bytes (see ``SampledItems.touched``).

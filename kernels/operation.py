@@ -238,6 +238,8 @@ class Operator:
     ) -> tuple[Tensor, Tensor]:
         options, candidates = self._unpack(values)
         if options.gradient == _IN_FORWARD:
+            # An operator must not change its inputs: where a graph is traced, and only there, the
+            # gradient of the table is copied once.
             return saved[0] * grad, saved[1] * grad
         kept = dict(zip(options.kept_shapes(candidates, rows), saved, strict=True))
         problem = pose_again(

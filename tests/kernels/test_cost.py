@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.kernels.interpreted.counted import peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
+from shardrec.kernels import cut_cross_entropy
 from shardrec.kernels.block_logsumexp import cpu, every_pair
 from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cce import cut_cross_entropy_cost
@@ -126,13 +131,35 @@ def test_traffic_is_that_which_one_counts_by_hand() -> None:
     assert 2 * KernelCost(1.0, 2.0) + KernelCost(1.0, 1.0) == KernelCost(3.0, 5.0)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_cost_counts_products_and_traffic(on_cpu: bool) -> None:
-    work = Workload(num_positions=N, num_items=V, num_ranks=3, width=D, on_cpu=on_cpu)
-    for cost in (
-        cut_cross_entropy_cost(work),
-        sampled_cross_entropy_cost(work, 64, None),
-        scalable_cross_entropy_cost(work, None, None, 64),
-        reduced_cross_entropy_cost(work, None, None, 4, 1),
-    ):
-        assert cost.work.flops > 0 and cost.work.bytes > 0
+def test_ranks_share_the_products_of_triton() -> None:
+    one = Workload(num_positions=600, num_items=9000, num_ranks=1, width=D, on_cpu=False)
+    costs: list[Callable[[Workload], LossCost]] = [
+        cut_cross_entropy_cost,
+        lambda work: sampled_cross_entropy_cost(work, 64, 20),
+        lambda work: scalable_cross_entropy_cost(work, None, None, 16),
+        lambda work: reduced_cross_entropy_cost(work, None, None, 4, 1),
+    ]
+    for cost in costs:
+        whole, part = cost(one).work, cost(replace(one, num_ranks=3)).work
+        # Each rank looks again at the groups of rows that it chose.
+        assert whole.flops <= 3 * part.flops <= 1.3 * whole.flops
+        assert part.bytes < whole.bytes < 6 * part.bytes
+
+
+def test_rows_of_two_bytes_have_a_gradient_of_four_beside_their_own() -> None:
+    num_positions, num_items, width = 256, 100_000, 64
+    states = torch.randn(num_positions, width, dtype=torch.bfloat16).requires_grad_()
+    table = torch.randn(num_items, width, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(0, num_items, (num_positions,))
+
+    def call() -> None:
+        cut_cross_entropy(states, table, targets, reduction="none").sum().backward()
+
+    work = Workload(
+        num_positions=num_positions, num_items=num_items, num_ranks=1, width=width, element_bytes=2
+    )
+    in_float32 = cut_cross_entropy_cost(replace(work, element_bytes=4)).workspace_bytes
+    workspace = cut_cross_entropy_cost(work).workspace_bytes
+    assert workspace == in_float32 + 4 * num_items * width
+    said = workspace + 2 * num_items * width
+    assert 0.8 * said < peak_bytes(call) < 1.1 * said

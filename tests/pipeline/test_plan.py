@@ -51,10 +51,12 @@ class Case:
         return ["encoder.width=64", written, *shape, *self.options.split()]
 
 
+POPULARITY = "loss=cce_minus loss.proposal=popularity loss.num_negatives=256"
 CASES = {
     "fused-softmax": Case(30_000, (64, 20), "loss=cce"),
     "streamed-softmax": Case(400_000, (64, 20), "loss=cce"),
     "sampled-adam": Case(300_000, (256, 20), "loss=cce_minus catalog.optimizer=adam"),
+    "sampled-popularity": Case(1_500_000, (64, 20), POPULARITY),
     "sampled-rowwise": Case(600_000, (256, 40), "loss=cce_minus"),
     "buckets-sparse-adam": Case(300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam"),
     "hashes-sgd": Case(300_000, (64, 20), "loss=rece catalog.optimizer=sgd"),
@@ -126,6 +128,17 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     halved = plan(config, 1_000_000, Machine(ranks=2, libraries_gb=0.0))
     assert halved.memory["table"] == 128_000_000
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_every_rank_holds_the_counts_of_the_whole_catalog_and_their_table(ranks: int) -> None:
+    config = override(tiny_cpu("none", "none"), ["loss=cce_minus"])
+    machine = Machine(ranks=ranks, libraries_gb=0.0)
+    uniform = plan(config, 10_000_000, machine)
+    popularity = plan(override(config, ["loss.proposal=popularity"]), 10_000_000, machine)
+    assert uniform.memory["item counts"] == 80_000_000
+    assert popularity.memory["item counts"] == 160_000_000
+    assert popularity.peak_bytes == uniform.peak_bytes + 80_000_000
 
 
 def test_what_travels_is_states_or_rows_whichever_is_fewer_bytes() -> None:
