@@ -1,0 +1,92 @@
+"""The precision of PyTorch's float32 products reaches every product of every kernel."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from shardrec.kernels import (
+    cut_cross_entropy,
+    negatives,
+    reduced_cross_entropy,
+    sampled_cross_entropy,
+    select,
+)
+from shardrec.kernels.compile import shipped_cases
+
+SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
+
+
+@pytest.fixture
+def precisions(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Grows by the precision of each product that runs, by the name of the kernel around it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    running = [""]
+    run, product = GridExecutor.__call__, InterpreterBuilder.create_dot
+
+    def launch(self: Any, *args: Any, **options: Any) -> Any:
+        running[0] = self.fn.__name__
+        return run(self, *args, **options)
+
+    def dot(self: Any, left: Any, right: Any, total: Any, precision: Any, *rest: Any) -> Any:
+        found[running[0]].add(str(precision).rpartition(".")[2])
+        return product(self, left, right, total, precision, *rest)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    return found
+
+
+@pytest.fixture
+def torch_precision() -> Iterator[Callable[[str], None]]:
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def run_all(dtype: torch.dtype) -> None:
+    """Every kernel with a product, through the functions that launch it."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(7, 8, generator=generator).to(dtype).requires_grad_()
+    table = torch.randn(41, 8, generator=generator).to(dtype).requires_grad_()
+    targets = torch.arange(7)
+    losses: list[Tensor] = [
+        cut_cross_entropy(states, table, targets, backend="triton"),
+        sampled_cross_entropy(
+            states, table, targets, num_negatives=5, share=4, seed=1, backend="triton"
+        ),
+    ]
+    rece = reduced_cross_entropy(
+        states, table, targets, num_buckets=4, num_rounds=2, seed=1, backend="triton"
+    )
+    assert isinstance(rece, Tensor)
+    torch.autograd.grad(torch.stack([*losses, rece]).sum(), (states, table))
+    select.topk_rows(states.detach(), table.detach(), 1, backend="triton")
+    select.best_sign_direction(table.detach(), 5, **SIGNS, backend="triton")
+    negatives.mixed_signs(states.detach(), 0, 5, **SIGNS, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "expected"),
+    [
+        ("highest", torch.float32, "IEEE"),
+        ("high", torch.float32, "TF32"),
+        ("high", torch.float16, "IEEE"),
+    ],
+    ids=str,
+)
+def test_every_product_has_the_precision_that_pytorch_allows(
+    precisions: dict[str, set[str]],
+    torch_precision: Callable[[str], None],
+    setting: str,
+    dtype: torch.dtype,
+    expected: str,
+) -> None:
+    torch_precision(setting)
+    run_all(dtype)
+    shipped = {case.kernel.fn.__name__ for case in shipped_cases() if case.has_product}
+    assert dict(precisions) == {kernel: {expected} for kernel in shipped}
