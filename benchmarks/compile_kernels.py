@@ -39,13 +39,15 @@ Triton {triton}; {ptxas}. No figure here is a time; nothing ran on a GPU.
 - `work`: what one turn of the loops does over the least that its tile needs, counted in the PTX:
   multiply-adds (of matrix instructions, of IEEE float32 in fp32), and for kernels without a matrix
   product the bytes asked of global memory, where several lanes that ask for one index count each.
-  Above 1 for products: a product stands in an outer loop once more, ahead of the inner one.
+  Products above 1 on sm_100: the first turn of the loop over the width stands in the loop around
+  it once more. The 1.50 of `full_rows_backward` on sm_90: both groups of four warps compute all
+  logits of a 64 x 64 tile; tiles of 128 rows do not, and spill 12 to 52 bytes.
 - `loop`: machine instructions of the longest loop, as ptxas left them, of a thread. An inner loop
   stands in it once.
 - `least`: products, one exponential for each logit, and 16 bytes a read, in instructions of a
   thread; not in it are addresses, masks, the running maximum and sum, and conversions.
 - `draw_below` and `random_signs` have no loop, product or read to be counted.
-
+{spills}
 """
 COLUMNS = (
     "kernel D dtype GPU tile registers spilled shared_bytes of instruction work loop least over"
@@ -96,6 +98,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--dtypes", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--kernels", nargs="+", help="names as in the table; default all")
     parser.add_argument("--jobs", type=int, default=2, help="processes that build")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -105,6 +108,8 @@ def ordered(arguments: argparse.Namespace) -> Iterator[Order]:
     """What has to be built, in the order of the table."""
     for dtype in arguments.dtypes:
         for index, case in enumerate(shipped_cases()):
+            if arguments.kernels and case.name not in arguments.kernels:
+                continue
             for architecture in arguments.architectures:
                 alike: dict[object, list[int]] = {}
                 for width in arguments.widths:
@@ -185,8 +190,23 @@ def table(lines: list[Line]) -> str:
         known += [architecture] if architecture not in known else []
     named = "; ".join(f"ptxas {v} for {', '.join(names)}" for v, names in ptxas.items())
     rule = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    head = HEAD.format(triton=triton.__version__, ptxas=named)
+    head = HEAD.format(triton=triton.__version__, ptxas=named, spills=spills(lines))
     return head + "\n".join(rule + [str(line) for line in lines]) + "\n"
+
+
+def spills(lines: list[Line]) -> str:
+    """How many forms spill, how much, and with how many registers."""
+    wide = [line.cells for line in lines if int(line.cells[COLUMNS.index("spilled")])]
+    if not wide:
+        return "- No form spills.\n"
+    most = max(int(cells[COLUMNS.index("spilled")]) for cells in wide)
+    dtypes = " and ".join(sorted({cells[COLUMNS.index("dtype")] for cells in wide}))
+    held = " or ".join(sorted({cells[COLUMNS.index("registers")] for cells in wide}, key=int))
+    return (
+        f"- {len(wide)} of {len(lines)} forms spill, all in {dtypes}, at most {most} bytes. In each"
+        f" ptxas\n  stays at {held} registers of the 255 that it may use: of a processor's 65536,"
+        " 128 let two\n  programs of 8 warps run side by side and 80 three.\n"
+    )
 
 
 if __name__ == "__main__":

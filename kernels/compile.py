@@ -37,7 +37,8 @@ _POINTERS_TO_FLOAT = (
     "partials logsumexp grad_logsumexp scale grad_states grad_rows grad_entries offsets source "
     "weights total maxima scores signs shares"
 ).split()
-_POINTERS_TO_INT = "position_chunks item_chunks".split()
+# Chunks of rows have a dtype of one byte too, where there are at most 256.
+_POINTERS_TO_INT = {"position_chunks": "*i32", "item_chunks": "*i16"}
 _OPERANDS = ("states", "rows", "queries", "vectors")
 _NUMBERS_64 = "first_entry first_row first_line seed step stream bound".split()
 
@@ -137,7 +138,7 @@ def _type_of(name: str, dtype: torch.dtype) -> str:
     if name in _POINTERS_TO_FLOAT:
         return "*fp32"
     if name in _POINTERS_TO_INT:
-        return "*i32"
+        return _POINTERS_TO_INT[name]
     if name in _NUMBERS_64:
         return "i64"
     return "i32" if name.startswith("num_") or name in ("width", "reach") else "*i64"
