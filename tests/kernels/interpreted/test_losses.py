@@ -16,7 +16,7 @@ from shardrec.kernels import (
 )
 from shardrec.kernels.block_logsumexp import cpu as block_cpu
 from shardrec.kernels.block_logsumexp import gpu as block_gpu
-from shardrec.kernels.block_logsumexp import gpu_gathered
+from shardrec.kernels.block_logsumexp import gpu_gathered, nearby
 from shardrec.kernels.device import choose_backend
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
@@ -72,6 +72,17 @@ def test_triton_equals_torch(name: str) -> None:
     ours, expected = values(LOSSES[name], "triton"), values(LOSSES[name], "torch")
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_rece_listed_in_many_parts_equals_torch_and_repeats_its_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 23)
+    expected = values(LOSSES["rece"], "torch")
+    first, second = (values(LOSSES["rece"], "triton") for _ in range(2))
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=2e-5, atol=2e-6)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
