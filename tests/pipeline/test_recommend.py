@@ -156,11 +156,11 @@ class LargestTensor(TorchDispatchMode):
 
 def test_the_largest_tensor_has_the_scores_of_a_batch_for_a_block_of_rows(tmp_path: Path) -> None:
     """Neither users x items nor a batch x items exists, and all else is smaller than a block."""
-    num_users, num_items, batch_size, block_rows = 8000, 4096, 64, 512
+    num_users, num_items, batch_size, block_rows = 8000, 4096, 128, 1024
     events = np.arange(2 * num_items)
     log = {"user_id": events // 8, "item_id": events % num_items, "timestamp": events}
-    pq.write_table(pa.table(log), tmp_path / "log.parquet")
-    data = prepare_small(tmp_path, events=str(tmp_path / "log.parquet"))
+    pq.write_table(pa.table(log), tmp_path / "large.parquet")
+    data = prepare_small(tmp_path, events=str(tmp_path / "large.parquet"))
     narrow = EncoderConfig(width=4, num_heads=1, max_length=8)
     train(small_config(data, tmp_path / "run", encoder=narrow, limits=LimitConfig(max_steps=1)))
     lists = [[user % num_items, 3 * user % num_items] for user in range(num_users)]
