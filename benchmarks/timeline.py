@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, SHARDREC, run_logged
 
 from shardrec.pipeline.parts import PART
-from shardrec.pipeline.profiling import Span, common, length, union
+from shardrec.pipeline.profiling import OPERATORS, Span, common, length, union
 
 WIDTH, LANE, GAP, LEFT, RIGHT = 1030, 34, 10, 130, 50
 COLOURS = {
@@ -65,7 +65,7 @@ class Trace:
                 parts.append((name.removeprefix(PART), span))
             elif name.startswith(("gloo:", "nccl")):
                 travel.append((name.partition(":")[2], span))
-            elif name.startswith("aten::"):
+            elif name.startswith(OPERATORS):
                 work.append(span)
         return cls(parts, travel, union(work))
 

@@ -18,9 +18,10 @@ from typing_extensions import override
 from shardrec.pipeline.callbacks import Callback, EndReport, StepReport
 from shardrec.pipeline.parts import PART
 
-__all__ = ["ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
+__all__ = ["OPERATORS", "ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
 
 COLLECTIVES = ("gloo:", "nccl")
+OPERATORS = ("aten::", "mkldnn::")  # the CPU's
 # Start and end, in microseconds.
 Span = tuple[float, float]
 
@@ -171,4 +172,4 @@ def _is_work(event: FunctionEvent, on_gpu: bool) -> bool:
     """Whether something is computed: an operator, or on a GPU a kernel; no wait for a rank."""
     if event.name.startswith((PART, *COLLECTIVES)):
         return False
-    return on_gpu or event.name.startswith("aten::")
+    return on_gpu or event.name.startswith(OPERATORS)

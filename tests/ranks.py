@@ -181,7 +181,8 @@ def _answer(request: bytes) -> tuple[bool, Any]:
         try:
             return True, getattr(sys.modules[module], name)(*args)
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():  # unless the function has ended it
+                dist.destroy_process_group()
     except BaseException:
         return False, traceback.format_exc()
 

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks import Ranks
 
 from shardrec.launch.distributed import Place, check_restarts, choose_device, workers
 
@@ -61,33 +62,34 @@ def test_without_gpus_workers_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen == []
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "device", "backend"),
-    [(2, torch.device("cuda", 1), "cpu:gloo,cuda:nccl"), (0, torch.device("cpu"), "gloo")],
-    ids=["gpus", "no-gpu"],
-)
-def test_workers_talk_over_nccl_where_they_have_gpus_and_over_gloo_elsewhere(
-    num_gpus: int, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_gpus(monkeypatch, num_gpus)
+def talk(num_gpus: int) -> tuple[torch.device, list[str]]:
+    """The device of a worker, and the backends that it asked for; gloo stands in for them."""
+    dist.destroy_process_group()
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = str(listener.getsockname()[1])
     alone = {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    for name, value in (alone | {"MASTER_PORT": port}).items():
-        monkeypatch.setenv(name, value)
     asked, start = list[str](), dist.init_process_group
 
     def start_over_gloo(backend: str, **options: Any) -> None:
         asked.append(backend)
         start("gloo", **options)
 
-    monkeypatch.setattr(dist, "init_process_group", start_over_gloo)
-    with workers() as found:
-        assert found.device == device
-        assert found.group is dist.group.WORLD
-    assert asked == [backend]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fake_gpus(monkeypatch, num_gpus)
+        for name, value in (alone | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(dist, "init_process_group", start_over_gloo)
+        with workers() as found:
+            assert found.group is dist.group.WORLD
     assert not dist.is_initialized()
+    return found.device, asked
+
+
+def test_workers_talk_over_nccl_where_they_have_gpus_and_over_gloo_elsewhere(ranks: Ranks) -> None:
+    # Not in this process: a catalog of another test may have made its default group.
+    assert ranks(1).run(talk, 2) == [(torch.device("cuda", 1), ["cpu:gloo,cuda:nccl"])]
+    assert ranks(1).run(talk, 0) == [(torch.device("cpu"), ["gloo"])]
 
 
 def test_workers_that_are_started_again_must_be_able_to_go_on() -> None:

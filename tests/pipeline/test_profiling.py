@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
+from torch.profiler import ProfilerActivity
 
+from shardrec.kernels.products import times_transposed
 from shardrec.launch.commands import read_train
 from shardrec.pipeline.parts import PART, Part
-from shardrec.pipeline.profiling import ProfileConfig
+from shardrec.pipeline.profiling import OPERATORS, ProfileConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
@@ -95,6 +98,16 @@ def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) ->
     assert losses[0] == losses[1]
     assert (Path(alone.output) / "profile" / "rank0.json.gz").exists()
     assert not (Path(plain.output) / "profile").exists()
+
+
+def test_products_of_both_libraries_count_as_work() -> None:
+    names = set[str]()
+    for width in (64, 65):
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as recorded:
+            times_transposed(torch.ones(64, 64), torch.ones(width, 64))
+        names |= {event.name for event in recorded.events() or [] if "::" in event.name}
+    assert names and all(name.startswith(OPERATORS) for name in names)
+    assert {name.partition("::")[0] for name in names} == {"aten", "mkldnn"}
 
 
 def test_a_run_that_ends_in_the_warm_up_says_so(config: TrainConfig) -> None:
