@@ -23,7 +23,12 @@ from loss_checks import make_batch
 from record import RESULTS, Results, call_fresh, timed
 
 from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
-from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles, fused_positions
+from shardrec.kernels.block_logsumexp.cpu_tiles import (
+    LEAST_FUSED,
+    CpuTiles,
+    cpu_tiles,
+    fused_positions,
+)
 from shardrec.kernels.fused_cce import fused_cross_entropy
 from shardrec.kernels.problem import Scaling, pose
 
@@ -94,9 +99,14 @@ def fused(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
         str(group): lambda group=group: fused_cross_entropy(problem, coefficients, group)
         for group in groups
     }
-    rule = max(1, fused_positions(len(table)))
-    made["rule"] = lambda: fused_cross_entropy(problem, coefficients, rule)
-    return made | {"two passes": two_pass(batch)["rule"]}
+    made["two passes"] = two_pass(batch)["rule"]
+    rule = fused_positions(len(table))
+    made["rule"] = (
+        made["two passes"]
+        if rule < LEAST_FUSED
+        else made.get(str(rule)) or (lambda: fused_cross_entropy(problem, coefficients, rule))
+    )
+    return made
 
 
 def listed(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
