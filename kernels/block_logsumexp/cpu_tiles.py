@@ -62,7 +62,7 @@ def cpu_tiles() -> CpuTiles:
     D sets the rows that listed blocks copy (``CpuTiles.listed_rows``).
     ``benchmarks/cpu_tiles.py`` holds the rule against other tiles, by threads, N, V and D: in its
     rows it takes at most 26 % longer than the best of them, except that above 32,768 rows the fused
-    softmax would save a fifth to a third (V = 100,000) and hold 49 MiB of logits instead of 4.
+    softmax would save a fourth (V = 100,000) and hold 49 MiB of logits instead of 4.
     """
     fit = 2 * core_cache_bytes() * min(torch.get_num_threads(), _MOST_THREADS) // _FLOAT
     logits = 1 << max(_LEAST_POWER, fit.bit_length() - 1)
