@@ -32,6 +32,9 @@ from shardrec.kernels.reference import (
 Definition = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 DRAWN: dict[str, Any] = {"seed": 3, "step": 2}
+WEIGHTS = torch.linspace(0.0, 2.0, 60)
+# Names of (normalize, temperature).
+SCALINGS = {"plain": (False, 1.0), "unit": (True, 1.0), "cosine": (True, 0.1)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "cce": {},
     "cce_minus": {"num_negatives": 9, "share": 8},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels import loss_definitions
-from tests.kernels.loss_definitions import DEFINITIONS, DRAWN, OPTIONS
+from tests.kernels.loss_definitions import DEFINITIONS, DRAWN, OPTIONS, WEIGHTS
 from torch import Tensor
 
 from shardrec.kernels import (
@@ -24,8 +24,7 @@ FUNCTIONS: dict[str, Any] = {
     "rece": reduced_cross_entropy,
 }
 CASES = [*FUNCTIONS, "cce_minus-sparse", "sce-sparse"]
-WEIGHTS = torch.linspace(0.0, 2.0, 60)
-SCALINGS = {"plain": (False, 1.0), "warm": (False, 2.5), "unit": (True, 1.0), "cosine": (True, 0.1)}
+SCALINGS = loss_definitions.SCALINGS | {"warm": (False, 2.5)}
 
 
 def computed(case: str, **options: Any) -> tuple[list[Tensor], Tensor | None]:

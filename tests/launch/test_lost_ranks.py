@@ -23,15 +23,14 @@ from shardrec.launch import cli
 from shardrec.launch.distributed import workers
 from shardrec.pipeline.peers import LostRankError
 
+TIMEOUT_S = 2.0
+
 
 @pytest.fixture(autouse=True)
 def no_default_group() -> None:
     """Ends the group that a catalog of another test may have made: forked workers inherit it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-TIMEOUT_S = 2.0
 
 
 def free_port() -> int:

@@ -6,9 +6,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 from tests.kernels import loss_definitions
-from tests.kernels.loss_definitions import DEFINITIONS, DRAWN, OPTIONS
+from tests.kernels.loss_definitions import DEFINITIONS, DRAWN, OPTIONS, WEIGHTS
 from torch import Tensor
 
 from shardrec.modules.baselines import (
@@ -22,13 +21,7 @@ FUNCTIONS: dict[str, Any] = {
     "bce": partial(binary_cross_entropy, **DRAWN),
     "gbce": partial(generalized_binary_cross_entropy, **DRAWN),
 }
-WEIGHTS = torch.linspace(0.0, 2.0, 60)
-SCALINGS = {
-    "plain": (False, 1.0),
-    "saturated": (False, 0.01),
-    "unit": (True, 1.0),
-    "cosine": (True, 0.1),
-}
+SCALINGS = loss_definitions.SCALINGS | {"saturated": (False, 0.01)}
 
 
 def computed(name: str, **options: Any) -> list[Tensor]:
