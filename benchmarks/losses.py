@@ -248,7 +248,7 @@ def search_job(job: dict[str, Any]) -> dict[str, Any]:
 def memory_job(job: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of one forward and backward beyond its inputs and the table's gradient."""
     function = operation(job["loss"], job["operation"])
-    step(function, make_batch(64, job["width"], 1000))
+    step(function, make_batch(1024, job["width"], 4096))
     batch = make_batch(job["positions"], job["width"], job["catalog"])
     gc.collect()
     before = rss_bytes()

@@ -104,9 +104,9 @@ def shard_top(
     search = TopSearch(len(states), k, like=states)
     for start, scores in _tiles(local, states, seen, blocks):
         search.add(scores, start)
-    search.merge()
-    search.best[search.not_numbers, 0] = math.nan
-    return search.best[:num_states], search.best_rows[:num_states] + local.first_row
+    best, best_rows, not_numbers = search.result()
+    best[not_numbers, 0] = math.nan
+    return best[:num_states], best_rows[:num_states] + local.first_row
 
 
 def _tiles(

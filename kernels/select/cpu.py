@@ -40,10 +40,10 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     search = TopSearch(num_queries, k, like=queries, group=group)
     for start in range(0, num_rows, tile):
         search.add(times_transposed(rows[start : start + tile].float(), queries), start)
-    search.merge()
-    search.best[search.not_numbers] = math.nan
-    search.best_rows[search.not_numbers] = torch.arange(k, device=rows.device)
-    return search.best, search.best_rows
+    best, best_rows, not_numbers = search.result()
+    best[not_numbers] = math.nan
+    best_rows[not_numbers] = torch.arange(k, device=rows.device)
+    return best, best_rows
 
 
 def best_direction(directions: Tensor, rows: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class TopSearch:
 
     Most rows cannot enter a list that is already good: a tile is first reduced to the best score
     of each group of rows, and only groups that beat a state's k-th score so far are looked into.
+    Lists are in the order of rows until the end, so that of equal scores the first ones stay and
+    nothing has to be sorted on the way.
     """
 
     def __init__(self, num_states: int, k: int, like: Tensor, group: int = GROUP) -> None:
@@ -28,65 +30,99 @@ class TopSearch:
             like: a float32 tensor on the device of the tiles.
             group: rows whose best score decides whether they are looked into.
         """
-        self.k = k
-        self.group = group
-        self.best = like.new_full((num_states, k), -math.inf)
-        self.best_rows = torch.zeros_like(self.best, dtype=torch.int64)
+        self._k = k
+        self._group = group
+        self._best = like.new_full((num_states, k), -math.inf)
+        self._best_rows = torch.zeros_like(self._best, dtype=torch.int64)
         # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
-        self.floor = self.best[:, -1].clone()
-        self.not_numbers = torch.zeros_like(self.floor, dtype=torch.bool)
-        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.num_pending = 0
+        self._floor = self._best[:, :1].clone()
+        self._not_numbers = torch.zeros(num_states, dtype=torch.bool, device=like.device)
+        # Of each tile how many rows of each state may enter, these rows and their scores.
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_pending = 0
 
     def add(self, scores: Tensor, first_row: int) -> None:
         """Take in a (n, M) tile; tiles must come in row order."""
-        groups = scores[: len(scores) - len(scores) % self.group].unflatten(0, (-1, self.group))
+        groups = scores[: len(scores) - len(scores) % self._group].unflatten(0, (-1, self._group))
         if len(groups):
             self._add_groups(groups, first_row)
-        rest = scores[len(groups) * self.group :]
+        rest = scores[len(groups) * self._group :]
         if len(rest):
-            self._add_groups(rest[None], first_row + len(groups) * self.group)
+            self._add_groups(rest[None], first_row + len(groups) * self._group)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, k) scores and rows, the best first, and (M,) whether a score was not a number.
+
+        Where there were fewer than k rows the list ends with -inf.
+        """
+        self._merge()
+        scores, order = self._best.sort(dim=1, descending=True, stable=True)
+        return scores, self._best_rows.gather(1, order), self._not_numbers
 
     def _add_groups(self, groups: Tensor, first_row: int) -> None:
-        maxima = groups.amax(1)  # (groups, M)
-        self.not_numbers |= maxima.isnan().any(0)
-        hot, states = (maxima > self.floor).nonzero(as_tuple=True)
-        if len(hot) > self.k * len(self.floor):
+        maxima = groups.amax(1).T.contiguous()  # (M, groups)
+        self._not_numbers |= maxima.isnan().any(1)
+        states, hot = (maxima > self._floor).nonzero(as_tuple=True)
+        if len(hot) > self._best.numel():
             self._raise_floor(maxima)
-            hot, states = (maxima > self.floor).nonzero(as_tuple=True)
+            states, hot = (maxima > self._floor).nonzero(as_tuple=True)
         values = groups[hot, :, states]  # (hot, group)
-        inner, place = (values > self.floor[states, None]).nonzero(as_tuple=True)
+        enters = values > self._floor[states]
+        inner, place = enters.nonzero(as_tuple=True)
         rows = first_row + hot[inner] * groups.shape[1] + place
-        self.pending.append((states[inner], rows, values[inner, place]))
-        self.num_pending += len(rows)
-        if self.num_pending > self.k * len(self.floor) // 2:
-            self.merge()
+        counts = torch.bincount(states[inner], minlength=len(self._best))
+        self._pending.append((counts, rows, values[enters]))
+        self._num_pending += len(rows)
+        if self._num_pending > self._best.numel() // 2:
+            self._merge()
 
     def _raise_floor(self, maxima: Tensor) -> None:
         """The k-th best group holds a row that good, so nothing worse can enter."""
-        if len(maxima) >= self.k:
-            kth = maxima.topk(self.k, 0).values[-1]
+        if maxima.shape[1] >= self._k:
+            kth = _kth_largest(maxima, self._k)
             below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
-            self.floor = torch.maximum(self.floor, below)
+            self._floor = torch.maximum(self._floor, below)
 
-    def merge(self) -> None:
+    def _merge(self) -> None:
         """Bring the pending rows into the lists."""
-        if not self.pending:
+        if not self._pending:
             return
-        states, rows, values = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
-        self.pending, self.num_pending = [], 0
-        states, order = states.sort(stable=True)  # rows of a state stay in row order
-        counts = torch.bincount(states, minlength=len(self.floor))
-        places = torch.arange(len(states), device=states.device)
-        places += self.k - (counts.cumsum(0) - counts)[states]
-        most = self.k + int(counts.max())
-        merged = self.best.new_full((len(self.floor), most), -math.inf)
-        merged_rows = self.best_rows.new_zeros(len(self.floor), most)
-        merged[:, : self.k], merged_rows[:, : self.k] = self.best, self.best_rows
-        merged[states, places], merged_rows[states, places] = values[order], rows[order]
-        self.best, order = top_lowest(merged, self.k)
-        self.best_rows = merged_rows.gather(1, order)
-        self.floor = self.best[:, -1].clone()
+        counts = torch.stack([counts for counts, _, _ in self._pending])
+        ends = self._k + counts.cumsum(0)  # (tiles, M) columns behind the rows of a tile
+        most = int(ends[-1].max())
+        merged = self._best.new_full((len(self._best), most), -math.inf)
+        merged_rows = self._best_rows.new_zeros(merged.shape)
+        merged[:, : self._k], merged_rows[:, : self._k] = self._best, self._best_rows
+        line_starts = most * torch.arange(len(merged), device=merged.device)
+        for (count, rows, values), end in zip(self._pending, ends, strict=True):
+            places = torch.arange(len(rows), device=rows.device)
+            places += torch.repeat_interleave(line_starts + end - count.cumsum(0), count)
+            merged.view(-1)[places], merged_rows.view(-1)[places] = values, rows
+        self._pending, self._num_pending = [], 0
+        kept = _first_best(merged, self._k).flatten().nonzero()[:, 0]
+        self._best = merged.view(-1)[kept].view(self._best.shape)
+        self._best_rows = merged_rows.view(-1)[kept].view(self._best.shape)
+        self._floor = self._best.amin(1, keepdim=True)
+
+
+def _kth_largest(scores: Tensor, k: int) -> Tensor:
+    """(M, 1) k-th largest of each row of (M, n)."""
+    return scores.topk(k, 1, sorted=False).values.amin(1, keepdim=True)
+
+
+def _first_best(scores: Tensor, k: int) -> Tensor:
+    """(M, n) bool, the k largest of each row; of equal ones those of lower column.
+
+    >>> _first_best(torch.tensor([[1.0, 2.0, 1.0, 3.0]]), 3)
+    tensor([[ True,  True, False,  True]])
+    """
+    kth = _kth_largest(scores, k)
+    best = scores >= kth
+    if int(best.sum()) == k * len(scores):
+        return best
+    above, equal = scores > kth, scores == kth
+    room = k - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= room))
 
 
 def top_lowest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

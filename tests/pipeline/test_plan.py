@@ -6,10 +6,14 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.side_by_side import asked_for, side_by_side
 
 from shardrec.kernels.cost import Workload
 from shardrec.launch.cli import main
@@ -74,12 +78,14 @@ CASES = {
 QUICK = ("fused-softmax", "sampled-adam", "sasrec", "two-ranks-checkpoint")
 
 
-def measured_bytes(case: Case, folder: Path) -> int:
+def measured_bytes(name: str) -> int:
     """Peak of the rank that used most."""
+    case = CASES[name]
     known = {"num_items": case.num_items, "batch": case.batch, "overrides": case.overrides()}
-    known |= {"num_ranks": case.num_ranks, "folder": str(folder)}
     command = [sys.executable, "-P", str(Path(__file__).with_name("peak_memory.py"))]
     with contextlib.ExitStack() as started:
+        folder = started.enter_context(tempfile.TemporaryDirectory())
+        known |= {"num_ranks": case.num_ranks, "folder": folder}
         processes = [
             started.enter_context(
                 subprocess.Popen(
@@ -103,13 +109,21 @@ def without_libraries(config: TrainConfig, num_items: int, num_ranks: int = 1) -
     return plan(config, num_items, Machine(libraries_gb=0.0, ranks=num_ranks))
 
 
+@pytest.fixture(scope="module")
+def peaks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
+    with side_by_side(measured_bytes, asked_for(request, "case_name")) as started:
+        yield started
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+    "case_name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 )
-def test_the_plan_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
+def test_the_plan_is_within_15_percent_of_the_measured_peak(
+    case_name: str, peaks: dict[str, Future[int]]
+) -> None:
+    case = CASES[case_name]
     planned = without_libraries(case.config(), case.num_items, case.num_ranks).peak_bytes
-    measured = measured_bytes(case, tmp_path)
+    measured = peaks[case_name].result()
     assert planned == pytest.approx(measured, rel=0.15), (
         f"planned {planned / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB"
     )
