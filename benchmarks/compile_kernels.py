@@ -17,8 +17,14 @@ from pathlib import Path
 import torch
 import triton
 
-from shardrec.kernels.compile import ARCHITECTURES, MAX_SHARED_BYTES, Build, Case, shipped_cases
-from shardrec.kernels.least_work import LeastWork
+from shardrec.kernels.compiled import (
+    ARCHITECTURES,
+    MAX_SHARED_BYTES,
+    Build,
+    Case,
+    LeastWork,
+    shipped_cases,
+)
 from shardrec.kernels.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.md"

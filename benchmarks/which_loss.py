@@ -86,7 +86,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     if options.generated:
         log = options.work / f"generated-{options.generated}.parquet"
         sizes = ["--users", str(options.generated // 20), "--items", str(options.generated)]
-        sizes += ["--events", str(options.generated * 2), "--markov-events", "0"]
+        # So many events, so evenly spread, that nearly every item has some.
+        sizes += ["--events", str(options.generated * 10), "--item-exponent", "0.8"]
+        sizes += ["--markov-events", "0"]
         generate = ["synth", "--output", str(log), *sizes]
         if not log.exists():
             run_logged([*SHARDREC, *generate], options.threads, options.work / "synth.log")
@@ -95,7 +97,11 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             log=log,
             prepare=("split=leave_one_out", "validation=none"),
             recipe="demo",
-            settings=("batches.batch_size=64", "catalog.optimizer=rowwise_adagrad"),
+            settings=(
+                "batches.batch_size=64",
+                "batches.windows=all",
+                "catalog.optimizer=rowwise_adagrad",
+            ),
             judge="test",
         )
 

@@ -1,13 +1,13 @@
 """What is counted in the code of a kernel, on code short enough to count by hand."""
 
-from shardrec.kernels.instructions import (
+from shardrec.kernels.compiled import LeastWork, least_work
+from shardrec.kernels.compiled.instructions import (
     bytes_read,
     loop_code,
     main_loop,
     matrix_products,
     scalar_products,
 )
-from shardrec.kernels.least_work import LeastWork, least_work
 
 PTX = """
 // %bb.0:

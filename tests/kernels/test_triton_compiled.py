@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shardrec.kernels.compile import ARCHITECTURES, MAX_SHARED_BYTES, Case, shipped_cases
+from shardrec.kernels.compiled import ARCHITECTURES, MAX_SHARED_BYTES, Case, shipped_cases
 from shardrec.kernels.tiles import KERNELS, tile_for
 
 CASES = shipped_cases()

@@ -16,7 +16,7 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     select,
 )
-from shardrec.kernels.compile import shipped_cases
+from shardrec.kernels.compiled import shipped_cases
 
 SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
 
