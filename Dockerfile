@@ -17,5 +17,5 @@ COPY launch ./launch
 RUN make setup DEVICE=$DEVICE
 ENV PATH=/opt/shardrec/.venv/bin:$PATH
 ENV PYTHONSAFEPATH=1
-WORKDIR /work
+WORKDIR /data
 CMD ["shardrec", "--help"]

@@ -5,7 +5,7 @@ the machine's moods; a row holds every repetition of every candidate. ``two_pass
 the full softmax, forward and backward, ``listed`` are blocks of 128 positions and 1024 draws.
 
     python benchmarks/cpu_tiles.py --threads 1 2        # some minutes
-    python benchmarks/cpu_tiles.py --paths fused --threads 2 --repeats 1 --output /tmp/smoke.jsonl
+    python benchmarks/cpu_tiles.py --paths fused --threads 2 --repeats 1 --output smoke.jsonl
 """
 
 import argparse

@@ -1,9 +1,9 @@
 r"""Which loss for my catalog? Equal time for each, on three catalogs, as a table and a plot.
 
 Every loss trains for the same number of minutes, with the same encoder, batch and optimizer, in
-workers of one thread; then the whole catalog is ranked for the test users. Memory is about equal by
-construction, because no loss stores logits: its peak stands in the table. Sharing negatives between
-positions is a loss of its own here: ``cce_minus`` with ``share`` 1, 128 and the whole batch (0).
+workers of one thread; then the whole catalog is ranked for the test users. No loss stores logits,
+so that memory is about equal: its peak stands in the table. Sharing negatives between positions is
+a loss of its own here: ``cce_minus`` with ``share`` 1, 128 and the whole batch (0).
 With ``--steps`` these three take the same number of steps instead: then what differs between them
 is the sharing alone. Both kinds of rows stand in one file and on one page.
 

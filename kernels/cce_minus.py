@@ -28,7 +28,14 @@ from shardrec.kernels.cost import (
     streaming_bytes,
 )
 from shardrec.kernels.exchange import Chunk
-from shardrec.kernels.negatives import STREAM_NEGATIVES, Proposal, Uniform, pack, unpack
+from shardrec.kernels.negatives import (
+    STREAM_NEGATIVES,
+    Proposal,
+    Uniform,
+    catalog_sizes,
+    pack,
+    unpack,
+)
 from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.row_trip import RowTrip
@@ -272,8 +279,15 @@ class SampledItems(Candidates):
         return _SampledItems(meeting, self._sampler(problem, tensors), shift)
 
     def _sampler(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Sampler:
+        proposal = unpack(self.proposal_kinds, self.proposal_numbers, tensors)
+        sizes = catalog_sizes(proposal)
+        if sizes != {problem.num_items}:
+            raise ValueError(
+                f"proposal must be over the {problem.num_items} items of the table, got one over "
+                f"{', '.join(map(str, sorted(sizes)))}; make it from this catalog"
+            )
         return Sampler(
-            proposal=unpack(self.proposal_kinds, self.proposal_numbers, tensors),
+            proposal=proposal,
             num_negatives=self.num_negatives,
             num_positions=problem.exchange.num_positions,
             share=self.share,

@@ -51,7 +51,8 @@ class Collective:
         cls,
         group: dist.ProcessGroup,
         num_positions: int,
-        num_rows: int,
+        held: range,
+        num_items: int,
         device: torch.device,
         *,
         state_bytes: int = 0,
@@ -62,24 +63,26 @@ class Collective:
         Args:
             group: Ranks that hold the shards.
             num_positions: N of this rank.
-            num_rows: R of this rank.
+            held: Rows of the table on this rank.
+            num_items: V.
             device: Where the tensors are.
             state_bytes: Bytes of one state; decides in how many chunks the states travel.
             failed: Whether this rank refuses its inputs.
 
         Raises:
-            ValueError: on every rank, where any rank refuses.
+            ValueError: on every rank, where any rank refuses, or the shards are not the table.
 
-        Collectives: one gather of three numbers.
+        Collectives: one gather of five numbers.
         """
-        own = torch.tensor([num_positions, num_rows, int(failed)], device=device)
-        facts = _stack(own, group).cpu()
-        refusing = facts[:, 2].nonzero()[:, 0].tolist()
+        own = [num_positions, len(held), held.start, num_items, int(failed)]
+        facts = _stack(torch.tensor(own, device=device), group).cpu()
+        refusing = facts[:, 4].nonzero()[:, 0].tolist()
         if refusing:
             raise ValueError(
                 f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
                 f"{len(facts)}; its own message says why"
             )
+        _require_whole_table(*facts[:, 1:4].T)
         return cls(group, facts[:, :2].clone(), device, state_bytes)
 
     def even_chunks(self, num_chunks: int) -> Tensor:
@@ -202,3 +205,16 @@ class _TotalOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def _require_whole_table(num_rows: Tensor, first_rows: Tensor, num_items: Tensor) -> None:
+    """Refuses shards that do not hold every row once, in the order of ranks; all (W,) int64."""
+    starts = num_rows.cumsum(0) - num_rows
+    misplaced = (first_rows != starts) & (num_rows > 0)
+    if bool(misplaced.any()) or bool((num_items != num_rows.sum()).any()):
+        held = zip(first_rows.tolist(), num_rows.tolist(), num_items.tolist(), strict=True)
+        said = ", ".join(f"{first}:{first + count} of {total}" for first, count, total in held)
+        raise ValueError(
+            "shards must hold every row of the table once, in the order of ranks, got rows "
+            f"{said}; check rows, first_row and num_rows of RowShard"
+        )

@@ -47,7 +47,9 @@ def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"backend must be 'torch' here, got 'triton', because {reason}")
+        raise ValueError(
+            f"backend must be 'torch' here, got 'triton', because {reason}; leave it at 'auto'"
+        )
     warnings.warn(f"plain PyTorch serves this GPU, because {reason}", stacklevel=3)
     return "torch"
 

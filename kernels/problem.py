@@ -166,7 +166,7 @@ def pose(
         ValueError: a shape or a value is wrong, here or on another rank, or the backend does not
             serve this device.
 
-    Collectives: with a group, one gather of three numbers.
+    Collectives: with a group, one gather of five numbers.
     """
     chosen = choose_backend(states, backend)
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
@@ -174,16 +174,20 @@ def pose(
     refusal = refusal or _value_refusal(targets, weights, shard.num_rows)
     exchange: Exchange
     if shard.group is None:
+        refusal = refusal or _part_refusal(shard)
         if refusal:
             raise refusal
         exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
     else:
-        num_positions = states.shape[0] if states.dim() else 0
+        num_positions, num_rows = (
+            part.shape[0] if part.dim() else 0 for part in (states, shard.rows)
+        )
         try:
             exchange = Collective.meet(
                 shard.group,
                 num_positions,
-                shard.rows.shape[0],
+                range(shard.first_row, shard.first_row + num_rows),
+                shard.num_rows,
                 shard.rows.device,
                 state_bytes=_state_bytes(states),
                 failed=refusal is not None,
@@ -282,12 +286,26 @@ def shape_refusal(
     return None
 
 
+def _part_refusal(shard: RowShard) -> ValueError | None:
+    """What is wrong with the shard of one process."""
+    if (shard.first_row, shard.num_rows) == (0, shard.rows.shape[0]):
+        return None
+    return ValueError(
+        f"a shard without a group must hold rows 0:{shard.num_rows}, got {shard.rows.shape[0]} "
+        f"rows from {shard.first_row} on; give the group, or the whole table"
+    )
+
+
 def _value_refusal(targets: Tensor, weights: Tensor | None, num_items: int) -> ValueError | None:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_items:
         return ValueError(
             f"targets must be in [0, {num_items}), got {int(targets.min())}..{int(targets.max())}; "
             "remove padding and use indices of this catalog"
         )
-    if weights is not None and not bool((weights >= 0).all()):
-        return ValueError(f"weights must not be negative, got {float(weights.min())}; clip them")
+    if weights is not None:
+        refused = weights[~(weights.isfinite() & (weights >= 0))]
+        if refused.numel():
+            return ValueError(
+                f"weights must be finite and not negative, got {float(refused[0])}; replace them"
+            )
     return None

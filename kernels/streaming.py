@@ -149,7 +149,7 @@ def combine_shards(
 
     Collectives: a maximum, and one sum over both.
     """
-    largest = exchange.max(logsumexp.clone())
+    largest = exchange.max(logsumexp)
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
     sums = exchange.sum(torch.cat([(logsumexp - shift).exp_(), target_logits]))
     num_slots = logsumexp.numel()

@@ -64,7 +64,8 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
         "--prepared data --run run\n"
         "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
         "--image me/shardrec:1 -- --prepared /data --run /run\n"
-        "exit codes: 2 and 3 as the stage's own, 1 where it failed otherwise",
+        "exit codes: 2, 3 and 75 as those of workers here, 1 where they or an awaited job failed\n"
+        "otherwise",
     )
     parser.add_argument("-s", "--scheduler", default="local_cwd", help="default: local_cwd")
     parser.add_argument(

@@ -33,8 +33,8 @@ def eager_cross_entropy(
 ) -> Tensor:
     """Full softmax cross-entropy that stores the logits of all positions and rows.
 
-    Arguments, results and errors are those of ``cut_cross_entropy``; the memory is O(N V / W) on
-    each of W ranks, and a rank holds the states of all.
+    Arguments, results and errors are those of ``cut_cross_entropy``; autocast changes nothing here.
+    The memory is O(N V / W) on each of W ranks, and a rank holds the states of all.
 
     Collectives: a gather of states and targets, two reductions; backward the transposes.
     """
@@ -44,7 +44,8 @@ def eager_cross_entropy(
     chunk = _whole_batch(exchange)
     all_states = _Gather.apply(problem.states, exchange, chunk)
     rows = problem.row_ids.find(exchange.gather_all(problem.targets))
-    logits = all_states.float() @ problem.scaled_rows().float().T
+    with torch.autocast(all_states.device.type, enabled=False):
+        logits = all_states.float() @ problem.scaled_rows().float().T
     shard_logsumexp = (
         torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(rows.shape, -torch.inf)
     )
@@ -72,6 +73,7 @@ def binary_cross_entropy(
 
     Collectives: those of ``eager_cross_entropy``, of (N, K + 1) logits.
     """
+    _require_negatives(num_negatives)
     scaling = Scaling(normalize, temperature)
     problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
     positive, negative = _sampled_logits(problem, num_negatives, seed, step)
@@ -100,6 +102,7 @@ def generalized_binary_cross_entropy(
 
     Collectives: those of ``binary_cross_entropy``.
     """
+    _require_negatives(num_negatives)
     scaling = Scaling(normalize, temperature)
     problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
     positive, negative = _sampled_logits(problem, num_negatives, seed, step)
@@ -107,6 +110,11 @@ def generalized_binary_cross_entropy(
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     loss = beta * F.softplus(-positive) + F.softplus(negative).sum(1)
     return problem.reduce(loss, reduction)
+
+
+def _require_negatives(num_negatives: int) -> None:
+    if num_negatives < 1:
+        raise ValueError(f"num_negatives must be at least 1, got {num_negatives}; raise it")
 
 
 def _sampled_logits(

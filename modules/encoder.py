@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardrec.modules.dropout import causal_attention, dropout
-from shardrec.modules.option_checks import require_at_least
+from shardrec.modules.option_checks import require_at_least, require_choice
 
 __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats"]
 
@@ -55,9 +55,11 @@ class EncoderConfig:
         """Refuse sizes and combinations that no encoder can have."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
             require_at_least(f"encoder.{name}", getattr(self, name), 1)
-        _require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
-        _require_choice("encoder.norm", self.norm, (None, "layer", "rms"))
-        _require_choice("encoder.positions", self.positions, (None, "learned", "rotary"))
+        require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
+        if self.norm is not None:
+            require_choice("encoder.norm", self.norm, ("layer", "rms"))
+        if self.positions is not None:
+            require_choice("encoder.positions", self.positions, ("learned", "rotary"))
         for name in ("dropout", "attention_dropout"):
             _require_share(f"encoder.{name}", getattr(self, name))
         self._check_combination()
@@ -334,12 +336,6 @@ def _build_norm(config: EncoderConfig) -> nn.Module:
     if config.resolved_norm == "rms":
         return nn.RMSNorm(config.width, eps=1e-6)
     return nn.LayerNorm(config.width, eps=1e-8 if config.kind == "sasrec" else 1e-6)
-
-
-def _require_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        named = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise ValueError(f"{name} must be one of {named}, got {value!r}; pick one of them")
 
 
 def _require_share(name: str, value: float | None) -> None:

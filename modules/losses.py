@@ -212,10 +212,16 @@ class CCEMinus(Loss):
                 f"item_counts must be given for proposal {self.proposal!r}, got None; "
                 "pass the training counts of all items in the Step"
             )
+        counts = ItemCounts.of(counts)
+        if counts.counts.numel() != num_items:
+            raise ValueError(
+                f"item_counts must have one count for each of {num_items} items, got "
+                f"{counts.counts.numel()}; pass those of this catalog"
+            )
         if self.proposal == "popularity":
-            return ItemCounts.of(counts).popularity(self.popularity_exponent)
+            return counts.popularity(self.popularity_exponent)
         targets = _targets_of_all_ranks(batch.targets, batch.group)
-        in_batch = ItemCounts.of(counts).in_batch(targets)
+        in_batch = counts.in_batch(targets)
         if self.proposal == "in_batch":
             return in_batch
         half = self.num_negatives // 2
@@ -375,5 +381,5 @@ LOSSES: dict[str, type[Loss]] = {
 def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return targets.long()
-    exchange = Collective.meet(group, targets.numel(), 0, targets.device)
+    exchange = Collective.meet(group, targets.numel(), range(0), 0, targets.device)
     return exchange.gather_all(targets.long())

@@ -123,8 +123,9 @@ def target_ranks(
         target_pairs = ranks.gather_ragged(wanted, sizes, start)
         thresholds = ranks.sum(own_scores(local, chunk, target_pairs))
         above = shard_counts(local, chunk, seen_pairs, target_pairs, thresholds, blocks)
-        result.append(ranks.sum(above)[ranks.owned(target_pairs[1], sizes)])
-        met.append(thresholds)
+        owned = ranks.owned(target_pairs[1], sizes)
+        result.append(ranks.sum(above)[owned])
+        met.append(thresholds[owned])
     ranks.require_numbers(torch.cat([states.new_empty(0), *met]))
     return torch.cat([_no_items(states), *result])
 

@@ -101,7 +101,8 @@ def shard_top(
     """
     num_states = len(states)
     states = _widen(states)
-    search = TopSearch(len(states), k, like=states)
+    tile = blocks.rows_of_tile(states, len(local.rows))
+    search = TopSearch(len(states), k, tile, like=states)
     for start, scores in _tiles(local, states, seen, blocks):
         search.add(scores, start)
     best, best_rows, not_numbers = search.result()
@@ -139,7 +140,9 @@ def own_scores(local: LocalRows, states: Tensor, targets: Ragged) -> Tensor:
     for first in range(0, len(mine), 64):
         picked = mine[first : first + 64]
         padded = picked[torch.arange(64, device=picked.device).clamp(max=len(picked) - 1)]
-        square = local.rows[rows[padded]].float() @ states[columns[padded]].T
+        # As the tiles, into memory of its own: autocast leaves such products alone.
+        square = states.new_empty(64, 64)
+        torch.mm(local.rows[rows[padded]].float(), states[columns[padded]].T, out=square)
         result[picked] = square.diagonal()[: len(picked)]
     return result
 

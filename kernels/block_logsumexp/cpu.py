@@ -7,7 +7,7 @@ with tiles of P positions the rows are read ceil(N / P) times in each.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from shardrec.kernels.block_logsumexp.batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
+from shardrec.kernels.block_logsumexp.schedule import without_idle_pairs
 from shardrec.kernels.products import times_transposed
 
 __all__ = ["SoftmaxTile", "add_tile_gradient", "backward", "forward", "softmax_", "softmax_tiles"]
@@ -70,8 +71,9 @@ def backward(
             grad_rows[items] += times_transposed(weighted, shares.T).T
             del shares
     else:
-        busy = _without_idle_pairs(blocks, grad_logsumexp)
-        made = softmax_tiles(states, rows, busy, tiles)
+        if isinstance(blocks, Blocks):
+            blocks = without_idle_pairs(blocks, grad_logsumexp)
+        made = softmax_tiles(states, rows, blocks, tiles)
         _add_tile_gradients(made, logsumexp, grad_logsumexp, grad_states, grad_rows)
     _add_target_gradient(states, rows, blocks.targets, grad_target_logits, grad_states, grad_rows)
     return grad_states
@@ -268,21 +270,3 @@ def add_tile_gradient(
     grad_states.index_add_(0, batch.positions.flatten(), for_states.flatten(0, 1))
     for_rows = torch.bmm(tile.shares.transpose(1, 2), tile.states.mul_(weight))
     grad_rows.index_add_(0, lines.flatten(), for_rows.flatten(0, 1))
-
-
-def _without_idle_pairs(
-    blocks: Blocks | NearbyChunks, grad_logsumexp: Tensor
-) -> Blocks | NearbyChunks:
-    """The blocks less the pairs whose slot gets no gradient, such as all but one bucket of sce."""
-    if isinstance(blocks, NearbyChunks):
-        return blocks
-    if blocks.pair_slots is None or blocks.pair_positions is None:
-        return blocks
-    busy = grad_logsumexp[blocks.pair_slots] != 0
-    kept_before = F.pad(busy.cumsum(0), (1, 0))
-    return replace(
-        blocks,
-        pair_positions=blocks.pair_positions[busy],
-        pair_slots=blocks.pair_slots[busy],
-        pair_starts=kept_before[blocks.pair_starts],
-    )

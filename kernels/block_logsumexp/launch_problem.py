@@ -81,7 +81,7 @@ def _scaled(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Shares are rounded to the dtype of the states before the second product; in float16 a uniform
     softmax over a million rows would vanish there.
     """
-    if dtype is not torch.float16:
+    if dtype is not torch.float16 or not grad.numel():
         return grad.float().contiguous(), torch.ones(1, device=grad.device)
     exponent = torch.frexp(grad.float().abs().max()).exponent.reshape(1) - 14
     one = torch.ones(1, device=grad.device)

@@ -14,6 +14,7 @@ from shardrec.kernels.negatives.proposals import (
     Popularity,
     Proposal,
     Uniform,
+    catalog_sizes,
     pack,
     unpack,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Popularity",
     "Proposal",
     "Uniform",
+    "catalog_sizes",
     "draw_below",
     "mixed_signs",
     "pack",

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from shardrec.kernels.negatives.draws import draw_below
 
-__all__ = ["InBatch", "Mixture", "Popularity", "Proposal", "Uniform", "pack", "unpack"]
+__all__ = [
+    "InBatch",
+    "Mixture",
+    "Popularity",
+    "Proposal",
+    "Uniform",
+    "catalog_sizes",
+    "pack",
+    "unpack",
+]
 
 # Weights of a popularity table are integers that sum to about 2**50: exact in int64 and fine enough
 # for any catalog below 2**31 items.
@@ -125,7 +134,8 @@ class InBatch:
         targets = self.tables[0]
         bound = max(targets.numel(), 1)
         draws = draw_below(bound, blocks, num_draws, seed=seed, step=step, stream=stream)
-        return targets[draws]
+        # A batch without positions has nobody to compare with the item 0 that it draws.
+        return targets[draws] if targets.numel() else draws
 
     def probability(self, items: Tensor) -> Tensor:
         """Share of the item in the training events."""
@@ -173,6 +183,19 @@ class Mixture:
         """Mean of the parts' probabilities, weighted by their draws."""
         shares = [count / self._total * part.probability(items) for part, count in self.parts]
         return torch.stack(shares).sum(0)
+
+
+def catalog_sizes(proposal: Proposal) -> set[int]:
+    """How many items its parts draw from; one number where they fit together.
+
+    >>> catalog_sizes(Mixture([(Uniform(9), 3), (Popularity(torch.ones(9).long()), 1)]))
+    {9}
+    """
+    if isinstance(proposal, Mixture):
+        return set().union(*(catalog_sizes(part) for part, _ in proposal.parts))
+    if isinstance(proposal, InBatch):
+        return {proposal.tables[1].numel()}
+    return {proposal.size or proposal.tables[0].numel()}
 
 
 def pack(proposal: Proposal) -> tuple[str, list[int], tuple[Tensor, ...]]:

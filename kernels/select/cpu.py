@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.products import times_transposed
-from shardrec.kernels.select.search import GROUP, TopSearch
+from shardrec.kernels.select.search import TopSearch
 
 __all__ = ["best_direction", "topk_rows"]
 
@@ -31,13 +31,11 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     k = min(k, num_rows)
     queries = queries.float()
-    if not k:
-        scores = queries.new_empty((num_queries, 0))
+    if 0 in (num_queries, k):
+        scores = queries.new_empty((num_queries, k))
         return scores, scores.long()
     tile = max(1, min(num_rows, TILE_SCORES // max(num_queries, 1)))
-    # Of a tile with twice as many groups as the list is long, half the groups are looked into.
-    group = max(1, min(GROUP, tile // (2 * k)))
-    search = TopSearch(num_queries, k, like=queries, group=group)
+    search = TopSearch(num_queries, k, tile, like=queries)
     for start in range(0, num_rows, tile):
         search.add(times_transposed(rows[start : start + tile].float(), queries), start)
     best, best_rows, not_numbers = search.result()

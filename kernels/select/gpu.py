@@ -144,7 +144,8 @@ def best_sign_direction_kernel(
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(Q, k) scores and (Q, k) rows, sorted, ties by lower row; see ``cpu.topk_rows``.
 
-    Choices are exact but for rows whose scores differ by less than the rounding of a product.
+    Choices are exact but for rows whose scores differ by less than the rounding of a product, and
+    scores must be finite: one that is not a number is passed over.
     """
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     k = min(k, num_rows)

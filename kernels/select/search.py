@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["GROUP", "TopSearch", "top_lowest"]
 
 GROUP = 64  # rows of a group where lists are short
+MOST_PENDING = 64  # tiles
 
 
 class TopSearch:
@@ -18,20 +19,21 @@ class TopSearch:
     Most rows cannot enter a list that is already good: a tile is first reduced to the best score
     of each group of rows, and only groups that beat a state's k-th score so far are looked into.
     Lists are in the order of rows until the end, so that of equal scores the first ones stay and
-    nothing has to be sorted on the way.
+    nothing has to be sorted on the way. No state has more than k rows and one tile waiting.
     """
 
-    def __init__(self, num_states: int, k: int, like: Tensor, group: int = GROUP) -> None:
+    def __init__(self, num_states: int, k: int, tile: int, like: Tensor) -> None:
         """Start with empty lists.
 
         Args:
             num_states: M, columns of the tiles to come.
             k: items wanted for each state.
+            tile: most rows of a tile.
             like: a float32 tensor on the device of the tiles.
-            group: rows whose best score decides whether they are looked into.
         """
         self._k = k
-        self._group = group
+        # Of a tile with twice as many groups as the list is long, half the groups are looked into.
+        self._group = max(1, min(GROUP, tile // (2 * k)))
         self._best = like.new_full((num_states, k), -math.inf)
         self._best_rows = torch.zeros_like(self._best, dtype=torch.int64)
         # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
@@ -39,7 +41,7 @@ class TopSearch:
         self._not_numbers = torch.zeros(num_states, dtype=torch.bool, device=like.device)
         # Of each tile how many rows of each state may enter, these rows and their scores.
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._num_pending = 0
+        self._num_pending = torch.zeros(num_states, dtype=torch.int64, device=like.device)
 
     def add(self, scores: Tensor, first_row: int) -> None:
         """Take in a (n, M) tile; tiles must come in row order."""
@@ -69,19 +71,20 @@ class TopSearch:
         values = groups[hot, :, states]  # (hot, group)
         enters = values > self._floor[states]
         inner, place = enters.nonzero(as_tuple=True)
+        if not len(inner):
+            return
         rows = first_row + hot[inner] * groups.shape[1] + place
         counts = torch.bincount(states[inner], minlength=len(self._best))
         self._pending.append((counts, rows, values[enters]))
-        self._num_pending += len(rows)
-        if self._num_pending > self._best.numel() // 2:
+        self._num_pending += counts
+        if len(self._pending) == MOST_PENDING or int(self._num_pending.max()) > self._k:
             self._merge()
 
     def _raise_floor(self, maxima: Tensor) -> None:
         """The k-th best group holds a row that good, so nothing worse can enter."""
-        if maxima.shape[1] >= self._k:
-            kth = _kth_largest(maxima, self._k)
-            below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
-            self._floor = torch.maximum(self._floor, below)
+        kth = _kth_largest(maxima, self._k)
+        below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
+        self._floor = torch.maximum(self._floor, below)
 
     def _merge(self) -> None:
         """Bring the pending rows into the lists."""
@@ -98,7 +101,7 @@ class TopSearch:
             places = torch.arange(len(rows), device=rows.device)
             places += torch.repeat_interleave(line_starts + end - count.cumsum(0), count)
             merged.view(-1)[places], merged_rows.view(-1)[places] = values, rows
-        self._pending, self._num_pending = [], 0
+        self._pending, self._num_pending = [], torch.zeros_like(self._num_pending)
         kept = _first_best(merged, self._k).flatten().nonzero()[:, 0]
         self._best = merged.view(-1)[kept].view(self._best.shape)
         self._best_rows = merged_rows.view(-1)[kept].view(self._best.shape)

@@ -97,6 +97,11 @@ def test_in_batch_draws_targets_and_knows_their_training_frequency() -> None:
     assert proposal.probability(torch.tensor([3])).tolist() == [0.4]
 
 
+def test_an_empty_batch_draws_an_item_that_nobody_is_compared_with() -> None:
+    proposal = InBatch(TARGETS[:0], COUNTS)
+    assert not proposal.draw(BLOCKS, 5, seed=0, step=0, stream=0).any()
+
+
 def test_popularity_reaches_a_tail_beyond_2_to_24() -> None:
     num_items = (1 << 24) + 1000
     proposal = Popularity(torch.ones(num_items, dtype=torch.int64))

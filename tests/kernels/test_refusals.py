@@ -16,6 +16,8 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
+from shardrec.kernels.negatives import InBatch, Mixture, Popularity, Uniform
+from shardrec.kernels.shard import RowShard
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "cce": cut_cross_entropy,
@@ -54,8 +56,9 @@ BAD: list[Case] = [
         TypeError,
         "must share one float dtype",
     ),
-    ({"weights": torch.tensor([1.0, -1.0])}, ValueError, "weights must not be negative"),
-    ({"weights": torch.tensor([1.0, math.nan])}, ValueError, "weights must not be negative"),
+    ({"weights": torch.tensor([1.0, -1.0])}, ValueError, "finite and not negative, got -1.0"),
+    ({"weights": torch.tensor([1.0, math.nan])}, ValueError, "finite and not negative, got nan"),
+    ({"weights": torch.tensor([1.0, math.inf])}, ValueError, "finite and not negative, got inf"),
     ({"weights": torch.ones(3)}, ValueError, r"weights must have shape \(2,\), got \(3,\)"),
     ({"weights": torch.ones(2, 1)}, ValueError, r"weights must have shape \(2,\), got \(2, 1\)"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of"),
@@ -63,6 +66,8 @@ BAD: list[Case] = [
     ({"temperature": -1.0}, ValueError, "temperature must be positive, got -1.0"),
     ({"temperature": math.nan}, ValueError, "temperature must be positive, got nan"),
     ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ({"table": RowShard(torch.zeros(30, 4), 0, 31)}, ValueError, "hold rows 0:31, got 30 rows"),
+    ({"table": RowShard(torch.zeros(20, 4), 10, 30)}, ValueError, "got 20 rows from 10 on"),
 ]
 # What those that draw have in common; the operators of torch refuse what is no 64-bit integer.
 DRAWN: list[Case] = [
@@ -79,6 +84,15 @@ OWN: dict[str, list[Case]] = {
         ],
         ({"num_negatives": 1.5}, RuntimeError, "for argument 'num_negatives'"),
         ({"share": 1.5}, RuntimeError, "for argument 'share'"),
+        *[
+            ({"proposal": proposal}, ValueError, "the 30 items of the table, got one over")
+            for proposal in (
+                Uniform(31),
+                Popularity(torch.ones(29).long()),
+                InBatch(torch.tensor([0]), torch.ones(31).long()),
+                Mixture([(Uniform(30), 2), (Uniform(31), 1)]),
+            )
+        ],
         *DRAWN,
     ],
     "sce": [

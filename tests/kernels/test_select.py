@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardrec.kernels.select import best_direction, cpu, merge_topk, top_lowest, topk_rows
+from shardrec.kernels.select import (
+    best_direction,
+    cpu,
+    merge_topk,
+    search,
+    top_lowest,
+    topk_rows,
+)
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
 
 
@@ -25,9 +32,43 @@ def test_ties_go_to_the_lower_row(
     assert torch.equal(scores, expected_scores) and torch.equal(chosen, expected)
 
 
-def test_no_rows_give_empty_lists() -> None:
-    scores, chosen = topk_rows(few_values(5, 3, 0), torch.zeros(0, 3), 4)
-    assert scores.shape == chosen.shape == (5, 0)
+def test_lists_brought_together_after_every_tile_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "TILE_SCORES", 200)
+    monkeypatch.setattr(search, "MOST_PENDING", 1)
+    queries, rows = few_values(5, 3, 0), few_values(1000, 3, 1)
+    scores, chosen = topk_rows(queries, rows, 7)
+    expected_scores, expected = topk_rows_reference(queries, rows, 7)
+    assert torch.equal(scores, expected_scores) and torch.equal(chosen, expected)
+
+
+def test_scores_that_rise_for_one_query_do_not_widen_the_lists_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "TILE_SCORES", 64 * 40)
+    widths = []
+    first_best = search._first_best
+
+    def spy(scores: torch.Tensor, k: int) -> torch.Tensor:
+        widths.append(scores.shape[1])
+        return first_best(scores, k)
+
+    monkeypatch.setattr(search, "_first_best", spy)
+    num_rows, k = 20_000, 10
+    queries, rows = torch.zeros(64, 2), torch.ones(num_rows, 2)
+    queries[3, 0] = 1.0
+    rows[:, 0] = torch.arange(num_rows)
+    scores, chosen = topk_rows(queries, rows, k)
+    assert chosen[3].tolist() == list(range(num_rows - 1, num_rows - 1 - k, -1))
+    assert chosen[0].tolist() == list(range(k)) and not scores[0].any()
+    assert len(widths) > num_rows / 40 / 2 and max(widths) <= 2 * k + 40
+
+
+@pytest.mark.parametrize(("num_queries", "num_rows"), [(5, 0), (0, 9), (0, 0)])
+def test_no_rows_or_queries_give_empty_lists(num_queries: int, num_rows: int) -> None:
+    scores, chosen = topk_rows(few_values(num_queries, 3, 0), torch.zeros(num_rows, 3), 4)
+    assert scores.shape == chosen.shape == (num_queries, min(num_rows, 4))
 
 
 def test_equal_scores_everywhere_keep_the_first_columns() -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from tests.kernels import loss_definitions
 from tests.kernels.loss_definitions import DEFINITIONS, DRAWN, OPTIONS, WEIGHTS
 from torch import Tensor
@@ -52,3 +53,18 @@ def test_the_calibration_of_gbce_is_the_power_of_the_positive_probability(
     definition = partial(loss_definitions.gbce, calibration=calibration)
     expected = loss_definitions.truth(definition)
     loss_definitions.assert_equals_truth(computed("gbce", calibration=calibration), expected)
+
+
+@pytest.mark.parametrize("name", ["bce", "gbce"])
+def test_no_negatives_are_refused(name: str) -> None:
+    states, table, targets = loss_definitions.batch()
+    with pytest.raises(ValueError, match="num_negatives must be at least 1, got 0; raise it"):
+        FUNCTIONS[name](states, table, targets, num_negatives=0)
+
+
+def test_autocast_changes_no_logit_of_the_full_softmax() -> None:
+    states, table, targets = loss_definitions.batch()
+    states, table = states.float(), table.float()
+    expected = eager_cross_entropy(states, table, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(eager_cross_entropy(states, table, targets), expected)

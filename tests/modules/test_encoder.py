@@ -210,7 +210,7 @@ def test_the_defaults_of_each_kind() -> None:
         ({"num_blocks": 0}, "encoder.num_blocks must be at least 1"),
         ({"hidden": -1}, "encoder.hidden must be at least 1"),
         ({"num_heads": 3}, "divisible by encoder.num_heads, got 8 and 3"),
-        ({"kind": "gpt"}, "encoder.kind must be one of 'sasrec', 'modern', got 'gpt'"),
+        ({"kind": "gpt"}, "encoder.kind must be one of sasrec, modern, got 'gpt'"),
         ({"dropout": 1.0}, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, "encoder.attention_dropout must be in"),
         ({"positions": "rotary"}, "use kind 'modern'"),

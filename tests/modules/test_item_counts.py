@@ -45,6 +45,14 @@ def test_a_table_is_built_once_and_draws_the_same(
     assert kept == losses_of_two_steps(loss, counts_of_items())
 
 
+@pytest.mark.parametrize("proposal", ["popularity", "in_batch", "mixed"])
+@pytest.mark.parametrize("size", [NUM_ITEMS - 1, NUM_ITEMS + 1])
+def test_counts_of_another_catalog_are_refused(proposal: str, size: int) -> None:
+    loss = CCEMinus(num_negatives=20, proposal=proposal)
+    with pytest.raises(ValueError, match=f"count for each of {NUM_ITEMS} items, got {size};"):
+        losses_of_two_steps(loss, torch.ones(size, dtype=torch.int64))
+
+
 def test_a_plan_counts_the_table_and_it_is_built_in_twice_its_size() -> None:
     counts = ItemCounts(counts_of_items())
     for ranks in (1, 4):

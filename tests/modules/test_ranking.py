@@ -265,6 +265,44 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
         target_ranks(torch.ones(3, 2), shard, torch.tensor([0, 2, 1]))
 
 
+def ranks_under_autocast(problem: Problem) -> torch.Tensor:
+    rank = dist.get_rank()
+    half = len(problem.table) // 2
+    rows = problem.table[:half] if rank == 0 else problem.table[half:]
+    shard = RowShard(rows, rank * half, len(problem.table), dist.group.WORLD)
+    # All targets are of the first shard: the second has no score to set.
+    targets = torch.arange(len(problem.states)) % half
+    with torch.autocast("cpu", torch.bfloat16):
+        return target_ranks(problem.states, shard, targets)
+
+
+def test_autocast_changes_no_rank(ranks: Ranks) -> None:
+    problem = problem_of(11, 40)
+    half = len(problem.table) // 2
+    targets = torch.arange(len(problem.states)) % half
+    expected = target_ranks(problem.states, whole(problem), targets)
+    for found in ranks(2).run(ranks_under_autocast, problem):
+        assert torch.equal(found, expected)
+
+
+def not_numbers(rank_of_nan: int) -> str:
+    rank = dist.get_rank()
+    rows = torch.ones(2, 2)
+    if rank == rank_of_nan:
+        rows[0] = float("nan")
+    shard = RowShard(rows, 2 * rank, 4, dist.group.WORLD)
+    try:
+        target_ranks(torch.ones(3, 2), shard, torch.tensor([0, 2, 1]))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_score_that_is_not_a_number_counts_once_for_each_target(ranks: Ranks) -> None:
+    for message in ranks(2).run(not_numbers, 1):
+        assert message.startswith("scores must be numbers, got 2 NaN"), message
+
+
 def refuse_on_one_rank(bad_rank: int) -> str:
     rank = dist.get_rank()
     shard = RowShard(torch.ones(3, 2), 3 * rank, 6, dist.group.WORLD)

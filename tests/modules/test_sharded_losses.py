@@ -119,6 +119,30 @@ def test_a_bad_target_on_one_rank_is_an_error_on_every_rank(ranks: Ranks) -> Non
     assert "targets must be in [0, 10), got 0..99" in messages[1]
 
 
+def refused_rows(first_rows: list[int], num_items: list[int]) -> str:
+    rank = dist.get_rank()
+    shard = RowShard(torch.zeros(5, 4), first_rows[rank], num_items[rank], dist.group.WORLD)
+    try:
+        LOSSES["cce"]()(torch.zeros(1, 4), shard, torch.tensor([0]), step=Step(seed=0, step=0))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("first_rows", "num_items"),
+    [([5, 0], [10, 10]), ([0, 6], [11, 11]), ([0, 5], [10, 11]), ([0, 5], [9, 9])],
+    ids=["swapped", "gap", "two sizes", "padded"],
+)
+def test_shards_that_are_not_the_table_are_an_error_on_every_rank(
+    first_rows: list[int], num_items: list[int], ranks: Ranks
+) -> None:
+    for message in ranks(2).run(refused_rows, first_rows, num_items):
+        assert "shards must hold every row of the table once, in the order of ranks" in message
+        first, total = first_rows[1], num_items[1]
+        assert f"{first}:{first + 5} of {total}; check" in message
+
+
 def test_a_failing_function_is_reported(ranks: Ranks) -> None:
     with pytest.raises(RankError, match="KeyError"):
         ranks(2).run(sharded_loss, "no such case")
