@@ -75,7 +75,7 @@ class Collective:
         Collectives: one gather of five numbers.
         """
         own = [num_positions, len(held), held.start, num_items, int(failed)]
-        facts = _stack(torch.tensor(own, device=device), group).cpu()
+        facts = _start_stack(torch.tensor(own, device=device), group)().cpu()
         refusing = facts[:, 4].nonzero()[:, 0].tolist()
         if refusing:
             raise ValueError(
@@ -156,7 +156,11 @@ class Collective:
 
     def stack(self, local: Tensor) -> Tensor:
         """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
-        return _stack(local, self._group)
+        return self.start_stack(local)()
+
+    def start_stack(self, local: Tensor) -> Wait:
+        """Begins a ``stack`` on the group's own stream or thread."""
+        return _start_stack(local, self._group)
 
     def sum(self, local: Tensor) -> Tensor:
         """Sum over ranks; one all-reduce, no gradient."""
@@ -180,11 +184,17 @@ def find_group(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _stack(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _start_stack(local: Tensor, group: dist.ProcessGroup) -> Wait:
     world_size = dist.get_world_size(group)
+    sent = local.contiguous().flatten()
     received = local.new_empty((world_size * local.numel(),))
-    _all_gather(received, local.contiguous().flatten(), group=group)
-    return received.view(world_size, *local.shape)
+    work = _all_gather(received, sent, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return received.view(world_size, *local.shape)
+
+    return wait
 
 
 def total_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

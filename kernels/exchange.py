@@ -113,6 +113,10 @@ class Exchange(Protocol):
         """(W, ...) tensors of all ranks, all of one shape."""
         ...
 
+    def start_stack(self, local: Tensor) -> Wait:
+        """Begins a ``stack`` and goes on; what it returns waits for the tensors."""
+        ...
+
     def sum(self, local: Tensor) -> Tensor:
         """Sum over ranks; no gradient."""
         ...
@@ -180,6 +184,10 @@ class Alone:
     def stack(self, local: Tensor) -> Tensor:
         """(1, ...) the tensor itself."""
         return local[None]
+
+    def start_stack(self, local: Tensor) -> Wait:
+        """Nothing travels."""
+        return lambda: local[None]
 
     def sum(self, local: Tensor) -> Tensor:
         """The tensor itself."""

@@ -16,7 +16,6 @@ from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, fused_positi
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.products import STEP, times_transposed
-from shardrec.kernels.streaming import combine_shards
 
 __all__ = ["fits_cache", "fused_cross_entropy"]
 
@@ -54,7 +53,8 @@ def fused_cross_entropy(
         ``problem.scaled_rows()``.
 
     Collectives: per chunk of positions a gather of states, targets and coefficients and a
-    reduce-scatter of state gradients, per group of a chunk a maximum and a sum.
+    reduce-scatter of state gradients, per group of a chunk a gather of two numbers a
+    position, which travel beside a product.
     """
     states, rows, exchange = problem.states, problem.scaled_rows(), problem.exchange
     grad_states = Gradients(exchange, states.new_empty(states.shape))
@@ -104,9 +104,12 @@ def _add_group(
     # The rows of the shard are the same in every step.
     recurring = group.states.shape[0] % STEP == 0
     logits = times_transposed(group.states, rows, recurring=recurring)
-    losses, factors, slopes = _softmax_losses(logits, group.targets, group.weights, exchange)
-    # The factors of the lines go to the narrow operands, not over all logits.
+    own = _softmax_(logits, group.targets)
+    of_ranks = exchange.start_stack(own)
+    # What the other ranks say is a factor of each line, so that a product fits in beside its way.
+    # Factors go to the narrow operands, not over all logits.
     part = times_transposed(logits, rows.T, recurring=recurring)
+    losses, factors, slopes = _losses(own[0], of_ranks(), group.weights)
     torch.mul(part, factors[:, None], out=grad_states)
     weighted = (group.states * factors[:, None]).T.contiguous()
     grad_rows += times_transposed(weighted, logits.T, recurring=recurring).T
@@ -117,22 +120,32 @@ def _add_group(
     return losses
 
 
-def _softmax_losses(
-    logits: Tensor, targets: Tensor, weights: Tensor, exchange: Exchange
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(n,) losses; the (n, R) logits become the softmax of the shard's candidates.
+def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
+    """(2, n) log-sum-exps of the shard's candidates, and the logits of the targets that it has.
 
-    Also the (n,) factors that make a line its gradient, and the (n,) negative gradients of the
-    target logits.
+    The (n, R) logits become the softmax of the candidates.
     """
     here = (targets >= 0).nonzero()[:, 0]
     target_logits = logits.new_zeros(logits.shape[0])
     target_logits[here] = logits[here, targets[here]]
     logits[here, targets[here]] = -torch.inf
-    shard_logsumexp = softmax_(logits)
-    logsumexp, target_logits = combine_shards(shard_logsumexp, target_logits, exchange)
+    return torch.stack([softmax_(logits), target_logits])
+
+
+def _losses(own: Tensor, of_ranks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) losses, factors and slopes.
+
+    A factor makes a line of the shard's softmax the gradient of its logits, a slope is the negative
+    gradient of the target logit.
+
+    Args:
+        own: (n,) log-sum-exps of this shard.
+        of_ranks: (W, 2, n) log-sum-exps and target logits of all shards.
+        weights: (n,) float32 coefficients of the losses.
+    """
+    logsumexp, target_logits = of_ranks[:, 0].logsumexp(0), of_ranks[:, 1].sum(0)
     margin = logsumexp - target_logits
     slopes = weights * margin.sigmoid()
     # A line without candidates has logsumexp -inf, slope 0 and zeros for its softmax.
-    share = (shard_logsumexp - logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)).exp_()
+    share = (own - logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)).exp_()
     return torch.nn.functional.softplus(margin), slopes * share, slopes

@@ -11,7 +11,7 @@ from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.problem import Problem
 
-__all__ = ["Plan", "combine_shards", "streamed_gradients", "streamed_logsumexp"]
+__all__ = ["Plan", "streamed_gradients", "streamed_logsumexp"]
 
 
 class Plan(ABC):
@@ -71,7 +71,7 @@ def streamed_logsumexp(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     for chunk, (chunk_states, targets, *rest) in _chunks(problem, plan):
         blocks = plan.blocks(chunk, targets, problem.row_ids, rest)
         shard = block_logsumexp.forward(chunk_states, rows, blocks, problem.backend)
-        chunk_logsumexp, chunk_target_logits = combine_shards(*shard, exchange)
+        chunk_logsumexp, chunk_target_logits = _combine_shards(*shard, exchange)
         slots = plan.slots(chunk)
         logsumexp[slots.own] = chunk_logsumexp[slots.own_slice]
         target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
@@ -142,7 +142,7 @@ def _chunks(
     return prefetched(list(exchange.chunks(plan.chunk_of())), start)
 
 
-def combine_shards(
+def _combine_shards(
     logsumexp: Tensor, target_logits: Tensor, exchange: Exchange
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exps and target logits over all shards, of the shares of each.
