@@ -36,7 +36,7 @@ class DemoConfig:
     item_column: str = "item_id"
     time_column: str = "timestamp"
     losses: tuple[str, ...] = LOSSES
-    steps: int = 500
+    steps: int = 400
     workers: int = 2
     recipe: str = "demo"
     users: int = 30_000
