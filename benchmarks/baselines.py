@@ -153,7 +153,7 @@ def chunked_rece(
         met = [(at[own][:, :, None] - of[near][:, None]).abs() <= reach for *_, at, of in plan]
         logits = states[own] @ F.embedding(near.clamp(min=0), table).transpose(1, 2)
         excluded = (near[:, None] < 0) | (near[:, None] == targets[own][:, :, None])
-        return torch.logsumexp((logits - sum(met).log()).masked_fill(excluded, -torch.inf), 2)
+        return torch.logsumexp((logits - _total(met).log()).masked_fill(excluded, -torch.inf), 2)
 
     rounds = [(states * F.embedding(targets, table)).sum(1)]
     for own, near, back, *_ in plan:
@@ -161,6 +161,13 @@ def chunked_rece(
         tiles = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
         rounds.append(torch.cat(tiles).flatten()[back])
     return (torch.logsumexp(torch.stack(rounds), 0) - rounds[0]).mean()
+
+
+def _total(masks: list[Tensor]) -> Tensor:
+    """How many of the masks are set; there is at least one of them."""
+    count = sum(masks)
+    assert isinstance(count, Tensor)
+    return count
 
 
 def chunks_of(

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,7 @@ def fused(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
     coefficients = problem.coefficients("mean")
     groups = [g for g in GROUPS if g <= len(states) and g * len(table) <= 1 << 24]
     made: dict[str, Run] = {
-        str(group): lambda group=group: fused_cross_entropy(problem, coefficients, group)
-        for group in groups
+        str(group): partial(fused_cross_entropy, problem, coefficients, group) for group in groups
     }
     made["two passes"] = two_pass(batch)["rule"]
     rule = fused_positions(len(table))

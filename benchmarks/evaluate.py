@@ -17,7 +17,7 @@ from record import RESULTS, SHARDREC, Results, run_logged
 
 def one_step(options: argparse.Namespace) -> Path:
     """A run folder with a checkpoint."""
-    run = options.work / f"{Path(options.data).name}-one-step"
+    run: Path = options.work / f"{Path(options.data).name}-one-step"
     if not (run / "checkpoints").exists():
         settings = [
             "limits.max_steps=1",

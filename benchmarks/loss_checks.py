@@ -12,10 +12,12 @@ from shardrec import kernels
 from shardrec.kernels import reference
 from shardrec.kernels.negatives import STREAM_HASH, STREAM_MIX, Uniform, random_signs
 
-__all__ = ["check", "check_triton", "make_batch"]
+__all__ = ["check", "check_triton", "make_batch", "mean_sce"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+Case = tuple[Operation, dict[str, Callable[..., Tensor | None]]]
+"""The definition of a loss, and what is held to it, which may take options too."""
 
 # Small sizes that divide evenly: then the chunks of the published algorithm are ours.
 _N, _D, _V, _K, _SEED = 256, 16, 2048, 64, 7
@@ -53,12 +55,24 @@ def check_triton(
     and catalog are multiples of 32.
     """
     rounded = make_batch(positions, _D, catalog, dtype)
-    definition, operations = _CASES[loss](tuple(part.detach().float() for part in rounded))
-    expected = _evaluate(definition, tuple(_as_float64(part) for part in rounded))
+    definition, operations = _CASES[loss](_each(rounded, lambda part: part.detach().float()))
+    expected = _evaluate(definition, _each(rounded, _as_float64))
     for name in (name for name in operations if name.startswith("ours")):
-        batch = tuple(_leaf(part.to(device)) for part in rounded)
+        batch = _each(rounded, lambda part: _leaf(part.to(device)))
         found = _evaluate(partial(operations[name], backend="triton"), batch)
         _compare(f"{name} of {loss} in {dtype}", found, expected, _TOLERANCE[dtype])
+
+
+def mean_sce(states: Tensor, table: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    """Our loss over hard buckets; with a reduction to one number it gives that alone."""
+    loss = kernels.scalable_cross_entropy(states, table, targets, **options)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    states, table, targets = batch
+    return change(states), change(table), change(targets)
 
 
 def _as_float64(part: Tensor) -> Tensor:
@@ -92,7 +106,7 @@ def _mean(losses: Callable[..., Tensor], **choices: Any) -> Operation:
     return lambda *batch: losses(*batch, **choices).mean()
 
 
-def _cce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+def _cce(batch: Batch) -> Case:
     return _mean(reference.cross_entropy_reference), {
         "ours": kernels.cut_cross_entropy,
         "eager": baselines.eager_cce,
@@ -100,7 +114,7 @@ def _cce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     }
 
 
-def _cce_minus(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+def _cce_minus(batch: Batch) -> Case:
     N, V = len(batch[0]), len(batch[1])
     drawn = Uniform(V).draw(torch.arange(2), _K, seed=_SEED, step=0, stream=0)
     negatives = drawn[torch.arange(N) % 2]
@@ -122,7 +136,7 @@ def _cce_minus(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     }
 
 
-def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+def _sce(batch: Batch) -> Case:
     states, table, _ = (part.detach() for part in batch)
     centres = random_signs(0, 32, _D, seed=_SEED, step=0, stream=STREAM_MIX)
     positions = (centres @ states.T).topk(32, 1).indices
@@ -130,7 +144,7 @@ def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     covered = torch.bincount(positions.flatten(), minlength=len(states)) > 0
     sizes: dict[str, Any] = {"centres": centres, "b_x": 32, "b_y": _K}
     mine = partial(
-        kernels.scalable_cross_entropy,
+        mean_sce,
         num_buckets=32,
         positions_per_bucket=32,
         items_per_bucket=_K,
@@ -138,8 +152,10 @@ def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
         seed=_SEED,
     )
 
-    def definition(*batch: Tensor) -> Tensor:
-        losses = reference.scalable_cross_entropy_reference(*batch, positions, items)
+    def definition(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        losses = reference.scalable_cross_entropy_reference(
+            states, table, targets, positions, items
+        )
         return losses.sum() / covered.sum()
 
     return definition, {
@@ -150,7 +166,7 @@ def _sce(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
     }
 
 
-def _rece(batch: Batch) -> tuple[Operation, dict[str, Operation]]:
+def _rece(batch: Batch) -> Case:
     states, table, _ = (part.detach() for part in batch)
     lines = [random_signs(0, 32, _D, seed=_SEED, step=0, stream=STREAM_HASH + q) for q in (0, 1, 2)]
     plan = [baselines.chunks_of(states, table, line, reach=1) for line in lines]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baselines
-from loss_checks import check, make_batch
+from loss_checks import check, make_batch, mean_sce
 from record import (
     RESULTS,
     Results,
@@ -58,7 +58,7 @@ RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 def ours(loss: str, sparse_grad: bool = False, rounds: int = ROUNDS) -> Operation:
     """Our function with the options of the table."""
-    sparse = {"sparse_grad": True} if sparse_grad else {}
+    sparse: dict[str, Any] = {"sparse_grad": True} if sparse_grad else {}
     by_name: dict[str, Operation] = {
         "cce": kernels.cut_cross_entropy,
         "cce_minus": partial(
@@ -68,9 +68,7 @@ def ours(loss: str, sparse_grad: bool = False, rounds: int = ROUNDS) -> Operatio
             seed=SEED,
             **sparse,
         ),
-        "sce": partial(
-            kernels.scalable_cross_entropy, items_per_bucket=ITEMS_PER_BUCKET, seed=SEED, **sparse
-        ),
+        "sce": partial(mean_sce, items_per_bucket=ITEMS_PER_BUCKET, seed=SEED, **sparse),
         "rece": partial(
             kernels.reduced_cross_entropy,
             num_rounds=rounds,
@@ -107,7 +105,8 @@ def baseline(
             sizes = (rounds, n_b, states.shape[1])
             chosen = (torch.randn(sizes, dtype=states.dtype, device=states.device), REACH)
         if block is None:
-            return getattr(baselines, f"eager_{loss}")(states, table, targets, *chosen)
+            eager: Callable[..., Tensor] = getattr(baselines, f"eager_{loss}")
+            return eager(states, table, targets, *chosen)
         return loop(states, table, targets, *chosen, block)
 
     return run
@@ -225,7 +224,7 @@ def time_job(job: dict[str, Any]) -> dict[str, Any]:
         for name, function in functions.items():
             # Giving 256 MB back to the system would count for whoever comes next.
             batch[0].grad = batch[1].grad = None
-            seconds = timed(lambda function=function: step(function, batch))
+            seconds = timed(partial(step, function, batch))
             times[name] += [seconds] * (repeat > 0)  # the first one warms up
     return {"times_s": times, "gemm_gflops": gemm_gflops(job["positions"], job["width"])}
 
@@ -255,6 +254,7 @@ def memory_job(job: dict[str, Any]) -> dict[str, Any]:
     reset_peak_rss()
     step(function, batch)
     grad = batch[1].grad
+    assert grad is not None
     parts = (grad._indices(), grad._values()) if grad.is_sparse else (grad,)
     gradient = sum(part.nbytes for part in parts)
     return {"peak_bytes": max(0, peak_rss_since_reset() - before - gradient)}

@@ -31,7 +31,7 @@ from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
 FOLDER = Path(__file__).parent
-TRAINERS = {  # row name: script, loss, options of ours
+TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # row name: script, loss, options of ours
     "shardrec cce": ("shardrec", "full", {"loss": "cce"}),
     "shardrec cce_minus share=128": ("shardrec", "sampled", {"loss": "cce_minus"}),
     "shardrec cce_minus share=batch": ("shardrec", "sampled", {"loss": "cce_minus", "share": 0}),
@@ -47,10 +47,17 @@ def prepared_log(work: Path, users: int, items: int, spread: float) -> Path:
     log = work / f"log-{users}-{items}-{spread:g}.parquet"
     folder = log.with_suffix("")
     if not log.exists():
-        sizes = {"users": users, "items": items, "events": users * 53, "markov_events": 0}
-        # Popularity is nearly flat, so that nearly every item occurs: it does not change the speed.
-        shape = {"length_spread": spread, "item_exponent": 0.2, "report_users": 100}
-        generate(SynthConfig(**sizes, **shape), log)
+        config = SynthConfig(
+            users=users,
+            items=items,
+            events=users * 53,
+            markov_events=0,
+            length_spread=spread,
+            # Nearly flat, so that nearly every item occurs: it does not change the speed.
+            item_exponent=0.2,
+            report_users=100,
+        )
+        generate(config, log)
     prepare(PrepareConfig(events=str(log), output=str(folder), split="leave_one_out"))
     sequences = sequences_of(folder)
     if not sequences.exists():
@@ -158,8 +165,8 @@ def summary(results: Results) -> str:
     for row in results.rows:
         same = {name: value for name, value in row["key"].items() if name != "round"}
         rounds.setdefault(json.dumps(same), []).append(row)
-    for same, rows in rounds.items():
-        key, times = json.loads(same), [time for row in rows for time in row["times_s"]]
+    for written, rows in rounds.items():
+        key, times = json.loads(written), [time for row in rows for time in row["times_s"]]
         peak, imports = (max(row[f"{part}_gib"] for row in rows) for part in ("peak", "import"))
         lines.append(
             f"| {key['trainer']} | {key['catalog']:,} | {key['batch']} | {median(times):.3f} "

@@ -85,10 +85,11 @@ def work(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     probe = Probe(job["warmup"], job["steps"], job["profiled"])
     folder = Path(job["answer"]).parent / "run"
+    loss: Any = LOSSES[job["loss"]]()  # one of those that TrainConfig names
     config = TrainConfig(
         data=job["data"],
         output=str(folder),
-        loss=LOSSES[job["loss"]](),
+        loss=loss,
         catalog=CatalogConfig(optimizer=job["optimizer"]),
         encoder=EncoderConfig(width=job["width"], max_length=job["length"], num_heads=2),
         batches=BatchConfig(batch_size=job["batch"]),

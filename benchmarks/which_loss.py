@@ -23,6 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -108,7 +109,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def prepared(case: Case, options: argparse.Namespace) -> Path:
     """The prepared folder of a case."""
-    folder = options.work / f"prepared-{case.log.stem}"
+    folder: Path = options.work / f"prepared-{case.log.stem}"
     pairs = [pair.split("=", 1) for pair in case.prepare]
     flags = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
     stage = ["prepare", "--events", str(case.log), "--output", str(folder), *flags]
@@ -206,7 +207,7 @@ def draw(results: Results, path: Path) -> None:
     for panel, (case, losses) in zip(grid.flat, found.items(), strict=False):
         panel.set_title(case, fontsize=9)
         _draw_panel(panel, losses, colors)
-    dots = [plt.Line2D([], [], color=of, marker="o", linestyle="") for of in colors.values()]
+    dots = [Line2D([], [], color=of, marker="o", linestyle="") for of in colors.values()]
     figure.legend(dots, colors, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
 

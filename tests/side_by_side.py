@@ -38,7 +38,7 @@ def side_by_side(
 
 
 def asked_for(request: pytest.FixtureRequest, argument: str) -> list[Any]:
-    """Values of an argument in those tests of the module that this session runs, in their order."""
+    """Values of an argument in those tests of the module that are run, in their order."""
     of_module = (i for i in request.session.items if getattr(i, "module", None) is request.module)
     calls = (getattr(item, "callspec", None) for item in of_module)
     return [call.params[argument] for call in calls if call and argument in call.params]
