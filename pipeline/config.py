@@ -177,8 +177,10 @@ def _assign(cls: Any, data: dict[str, Any], name: str, text: str) -> None:
         cls, data = choices[data[parent].get("type", next(iter(choices)))], data[parent]
     annotations = typing.get_type_hints(cls)
     if leaf not in annotations:
-        switches = [key for key in annotations if len(_choices(annotations[key])) > 1]
-        raise ValueError(unknown_name("option", name, known + switches))
+        # What was just switched has no values yet, only names.
+        beside = [key for key in annotations if len(_choices(annotations[key])) != 1]
+        names = dict.fromkeys([*known, *(".".join((*parents, key)) for key in beside)])
+        raise ValueError(unknown_name("option", name, list(names)))
     data[leaf] = _value(annotations[leaf], text, name)
 
 

@@ -96,6 +96,11 @@ def test_a_wrong_override_says_what_would_be_right(assignment: str, hint: str) -
         override(Run(data="x"), [assignment])
 
 
+def test_a_misspelt_option_of_what_was_switched_to_is_named() -> None:
+    with pytest.raises(ValueError, match=r"did you mean loss\.num_negatives"):
+        override(Run(data="x"), ["loss=full_minus", "loss.num_negative=3"])
+
+
 def test_checks_run_on_the_complete_result() -> None:
     with pytest.raises(ValueError, match="num_negatives must be at least 1, got 0"):
         override(Run(data="x"), ["loss=full_minus", "loss.num_negatives=0"])
