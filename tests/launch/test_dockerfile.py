@@ -74,4 +74,4 @@ def test_the_instructions_make_a_system_that_trains(tmp_path: Path) -> None:
     image.run("shardrec prepare --events log.parquet --output prepared")
     train = "--prepared prepared --run run --recipe tiny_cpu limits.max_steps=2"
     image.run(f"shardrec launch train -j 1x2 -- {train}")
-    assert (image.root / "work/run/metrics.jsonl").is_file()
+    assert (image.root / image.work.lstrip("/") / "run/metrics.jsonl").is_file()
