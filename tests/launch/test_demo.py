@@ -107,9 +107,9 @@ def test_the_demo_takes_a_log_with_other_names(
 def test_the_printed_commands_start_the_program_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a path below the current folder is told without it
     found = program()
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.chdir(tmp_path)
     assert Path(program()).is_file() and found in ("shardrec", program())
     told = next_steps(DemoConfig(losses=("sce",)), "log", Path("data"), ".venv/bin/shardrec")
     assert "  .venv/bin/shardrec prepare --events path/to/log.parquet --output data" in told
