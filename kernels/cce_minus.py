@@ -32,8 +32,8 @@ from shardrec.kernels.negatives import (
     STREAM_NEGATIVES,
     Proposal,
     Uniform,
-    catalog_sizes,
     pack,
+    require_catalog,
     unpack,
 )
 from shardrec.kernels.operation import Operator
@@ -280,12 +280,7 @@ class SampledItems(Candidates):
 
     def _sampler(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Sampler:
         proposal = unpack(self.proposal_kinds, self.proposal_numbers, tensors)
-        sizes = catalog_sizes(proposal)
-        if sizes != {problem.num_items}:
-            raise ValueError(
-                f"proposal must be over the {problem.num_items} items of the table, got one over "
-                f"{', '.join(map(str, sorted(sizes)))}; make it from this catalog"
-            )
+        require_catalog(proposal, problem.num_items)
         return Sampler(
             proposal=proposal,
             num_negatives=self.num_negatives,

@@ -14,8 +14,8 @@ from shardrec.kernels.negatives.proposals import (
     Popularity,
     Proposal,
     Uniform,
-    catalog_sizes,
     pack,
+    require_catalog,
     unpack,
 )
 
@@ -28,10 +28,10 @@ __all__ = [
     "Popularity",
     "Proposal",
     "Uniform",
-    "catalog_sizes",
     "draw_below",
     "mixed_signs",
     "pack",
     "random_signs",
+    "require_catalog",
     "unpack",
 ]

@@ -14,8 +14,8 @@ __all__ = [
     "Popularity",
     "Proposal",
     "Uniform",
-    "catalog_sizes",
     "pack",
+    "require_catalog",
     "unpack",
 ]
 
@@ -185,17 +185,21 @@ class Mixture:
         return torch.stack(shares).sum(0)
 
 
-def catalog_sizes(proposal: Proposal) -> set[int]:
-    """How many items its parts draw from; one number where they fit together.
+def require_catalog(proposal: Proposal, num_items: int) -> None:
+    """Refuses a proposal of which a part is over another number of items.
 
-    >>> catalog_sizes(Mixture([(Uniform(9), 3), (Popularity(torch.ones(9).long()), 1)]))
-    {9}
+    Raises:
+        ValueError: with both numbers.
     """
-    if isinstance(proposal, Mixture):
-        return set().union(*(catalog_sizes(part) for part, _ in proposal.parts))
-    if isinstance(proposal, InBatch):
-        return {proposal.tables[1].numel()}
-    return {proposal.size or proposal.tables[0].numel()}
+    parts = [part for part, _ in proposal.parts] if isinstance(proposal, Mixture) else [proposal]
+    for part in parts:
+        counted = part.tables[1] if isinstance(part, InBatch) else next(iter(part.tables), None)
+        size = part.size if counted is None else counted.numel()
+        if size != num_items:
+            raise ValueError(
+                f"proposal must be over the {num_items} items of the table, got one over {size}; "
+                "make it from this catalog"
+            )
 
 
 def pack(proposal: Proposal) -> tuple[str, list[int], tuple[Tensor, ...]]:
