@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+from compiled.tile_search import Size, search
 
-from shardrec.kernels.tile_search import Size, search
 from shardrec.kernels.tiles import KERNELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

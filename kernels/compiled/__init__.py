@@ -1,6 +1,6 @@
 """What a compiler makes of the Triton kernels, beside what they cannot do without."""
 
-from shardrec.kernels.compiled.builds import (
+from compiled.builds import (
     ARCHITECTURES,
     MAX_SHARED_BYTES,
     Build,
@@ -8,7 +8,7 @@ from shardrec.kernels.compiled.builds import (
     build,
     shipped_cases,
 )
-from shardrec.kernels.compiled.least_work import LeastWork, least_work
+from compiled.least_work import LeastWork, least_work
 
 __all__ = [
     "ARCHITECTURES",

@@ -1,13 +1,15 @@
 """What is counted in the code of a kernel, on code short enough to count by hand."""
 
-from shardrec.kernels.compiled import LeastWork, least_work
-from shardrec.kernels.compiled.instructions import (
+from compiled import least_work
+from compiled.instructions import (
     bytes_read,
     loop_code,
     main_loop,
     matrix_products,
     scalar_products,
 )
+
+from shardrec.kernels.compiled import LeastWork
 
 PTX = """
 // %bb.0:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from compiled import tile_search
+from compiled.tile_search import Size, neighbours, search
 
-from shardrec.kernels import tile_search
-from shardrec.kernels.tile_search import Size, neighbours, search
 from shardrec.kernels.tiles import KERNELS, Tile, tile_for, trial
 
 TOY = Size(positions=9, items=20, width=16, dtype=torch.float32, negatives=5, queries=9, repeats=1)

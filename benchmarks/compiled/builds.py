@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from shardrec.kernels.block_logsumexp import gpu_full, gpu_gathered, gpu_listed
-from shardrec.kernels.compiled.instructions import (
+from compiled.instructions import (
     bytes_read,
     loop_code,
     main_loop,
     matrix_products,
     scalar_products,
 )
-from shardrec.kernels.compiled.least_work import LeastWork, least_work
+from compiled.least_work import LeastWork, least_work
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shardrec.kernels.block_logsumexp import gpu_full, gpu_gathered, gpu_listed
 from shardrec.kernels.device import alignment
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
