@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp.batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
+from shardrec.kernels.block_logsumexp.cpu_batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.block_logsumexp.schedule import without_idle_pairs
