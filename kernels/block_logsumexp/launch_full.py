@@ -4,9 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import gpu_full
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.launch_problem import LaunchProblem, Upstream
+from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
+from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.device import num_processors
 from shardrec.kernels.tiles import Tile
 

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import gpu_listed
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.launch_problem import LaunchProblem, Upstream
+from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
+from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.schedule import pair_tiles, row_tiles
 from shardrec.kernels.cost import LEAST_ENTRIES
 from shardrec.kernels.device import alignment, operand

@@ -19,7 +19,8 @@ from shardrec.kernels import (
     scalable_cross_entropy,
     select,
 )
-from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair, gpu
+from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
+from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as gpu
 from shardrec.kernels.device import choose_backend, gpu_refusal
 
 

@@ -9,7 +9,7 @@ once to be added up.
 import triton
 import triton.language as tl
 
-from shardrec.kernels.block_logsumexp.tile_math import (
+from shardrec.kernels.block_logsumexp.gpu.tile_math import (
     LN2,
     LOG2E,
     add_exponentials,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.tile_math import LN2, LOG2E, load_tile
+from shardrec.kernels.block_logsumexp.gpu.tile_math import LN2, LOG2E, load_tile
 from shardrec.kernels.device import alignment, architecture_of, operand
 from shardrec.kernels.tiles import Tile, tile_for
 
