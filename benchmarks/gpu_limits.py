@@ -7,7 +7,7 @@ FLOP in forward; each of the two gradients as many, and as many again where no l
 
 from dataclasses import dataclass
 
-from shardrec.kernels.cost import Workload
+from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.rece import default_num_buckets
 from shardrec.kernels.sce import default_num_buckets as num_sce_buckets
 

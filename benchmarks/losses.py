@@ -40,7 +40,7 @@ from record import (
 from shardrec import kernels
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost import LossCost, Workload
+from shardrec.kernels.cost.workload import LossCost, Workload
 from shardrec.kernels.rece import default_num_buckets, reduced_cross_entropy_cost
 from shardrec.kernels.sce import default_num_buckets as num_sce_buckets
 from shardrec.kernels.sce import scalable_cross_entropy_cost

@@ -13,7 +13,8 @@ from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.call import Call, autocast_dtype
 from shardrec.kernels.candidates import Candidates
-from shardrec.kernels.cost import (
+from shardrec.kernels.cost.triton import full_bytes, full_kernels
+from shardrec.kernels.cost.workload import (
     KernelCost,
     LossCost,
     Workload,
@@ -28,7 +29,6 @@ from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
-from shardrec.kernels.triton_cost import full_bytes, full_kernels
 
 __all__ = ["cut_cross_entropy", "cut_cross_entropy_cost"]
 

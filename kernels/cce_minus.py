@@ -16,7 +16,8 @@ from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.call import Call, autocast_dtype
 from shardrec.kernels.candidates import Candidates
-from shardrec.kernels.cost import (
+from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels
+from shardrec.kernels.cost.workload import (
     LossCost,
     Workload,
     accumulator_bytes,
@@ -41,7 +42,6 @@ from shardrec.kernels.problem import Problem
 from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
-from shardrec.kernels.triton_cost import Listed, listed_bytes, listed_kernels
 
 __all__ = ["Sampler", "sampled_cross_entropy", "sampled_cross_entropy_cost"]
 

@@ -15,7 +15,8 @@ from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds, nearby
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.call import Call
 from shardrec.kernels.candidates import Candidates, Shape
-from shardrec.kernels.cost import (
+from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels, sign_kernels
+from shardrec.kernels.cost.workload import (
     LossCost,
     Workload,
     accumulator_bytes,
@@ -36,7 +37,6 @@ from shardrec.kernels.operation import Operator
 from shardrec.kernels.problem import Problem
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
-from shardrec.kernels.triton_cost import Listed, listed_bytes, listed_kernels, sign_kernels
 
 __all__ = [
     "default_num_buckets",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
-from shardrec.kernels.cost import Workload, cheaper, row_traffic, state_traffic
+from shardrec.kernels.cost.workload import Workload, cheaper, row_traffic, state_traffic
 from shardrec.kernels.exchange import Alone, Chunk, Exchange
 from shardrec.kernels.problem import Problem
 

@@ -3,7 +3,14 @@
 import torch
 
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
-from shardrec.kernels.cost import (
+from shardrec.kernels.cost.triton import (
+    Listed,
+    listed_bytes,
+    listed_kernels,
+    sign_kernels,
+    topk_kernels,
+)
+from shardrec.kernels.cost.workload import (
     KernelCost,
     LossCost,
     Workload,
@@ -13,13 +20,6 @@ from shardrec.kernels.cost import (
     select_cost,
     state_traffic,
     streaming_bytes,
-)
-from shardrec.kernels.triton_cost import (
-    Listed,
-    listed_bytes,
-    listed_kernels,
-    sign_kernels,
-    topk_kernels,
 )
 
 __all__ = ["default_num_buckets", "scalable_cross_entropy_cost"]

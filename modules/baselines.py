@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.cost import KernelCost, LossCost, Workload, state_traffic, streaming_bytes
+from shardrec.kernels.cost.workload import (
+    KernelCost,
+    LossCost,
+    Workload,
+    state_traffic,
+    streaming_bytes,
+)
 from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
 from shardrec.kernels.problem import Problem, Scaling, pose

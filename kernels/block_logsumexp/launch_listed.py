@@ -10,7 +10,7 @@ from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.schedule import pair_tiles, row_tiles
-from shardrec.kernels.cost import LEAST_ENTRIES
+from shardrec.kernels.cost.workload import LEAST_ENTRIES
 from shardrec.kernels.device import alignment, operand
 
 __all__ = ["add_rows", "forward", "rows_backward", "states_backward"]

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from shardrec.kernels.cost import Workload
+from shardrec.kernels.cost.workload import Workload
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import SampledItems, sampled_cross_entropy_cost
 from shardrec.kernels.comparison import compare, gradients
-from shardrec.kernels.cost import (
+from shardrec.kernels.cost.workload import (
     KernelCost,
     LossCost,
     Workload,

@@ -14,7 +14,6 @@ from torch import Tensor
 from shardrec.kernels import (
     RowShard,
     block_logsumexp,
-    cost,
     cut_cross_entropy,
     fused_cce,
     reduced_cross_entropy,
@@ -22,7 +21,8 @@ from shardrec.kernels import (
     scalable_cross_entropy,
 )
 from shardrec.kernels.collective import Collective
-from shardrec.kernels.cost import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
+from shardrec.kernels.cost.workload import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
+from shardrec.kernels.cost.workload import workload as cost
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 4200, 300, 256
 POSITION_ENDS = {2: (3000, 4200), 3: (1500, 1500, 4200)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardrec.kernels import RowShard, sampled_cross_entropy
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
 from shardrec.kernels.collective import Collective
-from shardrec.kernels.cost import Workload
+from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.negatives import Popularity
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 20_003, 12

@@ -18,10 +18,10 @@ from shardrec.kernels import (
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, nearby
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost import KernelCost, LossCost, Workload
+from shardrec.kernels.cost.triton import Listed, listed_kernels, sign_kernels, topk_kernels
+from shardrec.kernels.cost.workload import KernelCost, LossCost, Workload
 from shardrec.kernels.negatives import mixed_signs
 from shardrec.kernels.rece import reduced_cross_entropy_cost
-from shardrec.kernels.triton_cost import Listed, listed_kernels, sign_kernels, topk_kernels
 
 D = 64
 # Sizes that the interpreter's tiles of 32 x 32 fit, so that no product is made of padding. What the
