@@ -25,7 +25,7 @@ from shardrec.kernels.compiled import (
     LeastWork,
     shipped_cases,
 )
-from shardrec.kernels.tiles import Tile
+from shardrec.kernels.device.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.md"
 PRECISIONS = {

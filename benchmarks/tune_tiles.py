@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from compiled.tile_search import Size, search
 
-from shardrec.kernels.tiles import KERNELS
+from shardrec.kernels.device.tiles import KERNELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

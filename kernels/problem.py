@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.collective import Collective
-from shardrec.kernels.device import choose_backend
+from shardrec.kernels.device.backend import choose_backend
 from shardrec.kernels.exchange import Alone, Exchange
 from shardrec.kernels.shard import RowShard
 

@@ -22,10 +22,10 @@ from triton.compiler import ASTSource
 from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
 from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
-from shardrec.kernels.device import alignment
+from shardrec.kernels.device.backend import alignment
+from shardrec.kernels.device.tiles import Tile, tile_for
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
-from shardrec.kernels.tiles import Tile, tile_for
 
 __all__ = ["ARCHITECTURES", "MAX_SHARED_BYTES", "Build", "Case", "build", "shipped_cases"]
 

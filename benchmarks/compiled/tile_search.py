@@ -17,11 +17,11 @@ from triton.runtime.errors import OutOfResources
 
 from shardrec.kernels.cce import cut_cross_entropy
 from shardrec.kernels.cce_minus import sampled_cross_entropy
-from shardrec.kernels.device import architecture_of
+from shardrec.kernels.device.backend import architecture_of
+from shardrec.kernels.device.tiles import KERNELS, Tile, entry_width, tile_for, trial
 from shardrec.kernels.negatives import mixed_signs
 from shardrec.kernels.rece import reduced_cross_entropy
 from shardrec.kernels.select import best_sign_direction, topk_rows
-from shardrec.kernels.tiles import KERNELS, Tile, entry_width, tile_for, trial
 
 __all__ = ["Found", "Size", "neighbours", "search"]
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import cpu
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
-from shardrec.kernels.device import choose_backend
+from shardrec.kernels.device.backend import choose_backend
 
 __all__ = ["Blocks", "NearbyChunks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
 

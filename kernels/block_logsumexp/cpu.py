@@ -18,7 +18,7 @@ from shardrec.kernels.block_logsumexp.cpu_batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.block_logsumexp.schedule import without_idle_pairs
-from shardrec.kernels.products import times_transposed
+from shardrec.kernels.device.matmul import times_transposed
 
 __all__ = ["SoftmaxTile", "add_tile_gradient", "backward", "forward", "softmax_", "softmax_tiles"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardrec.kernels.products import STEP
+from shardrec.kernels.device.matmul import STEP
 
 __all__ = ["LEAST_FUSED", "CpuTiles", "core_cache_bytes", "cpu_tiles", "fused_positions"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
-from shardrec.kernels.device import num_processors
-from shardrec.kernels.tiles import Tile
+from shardrec.kernels.device.backend import num_processors
+from shardrec.kernels.device.tiles import Tile
 
 __all__ = ["PROGRAMS_PER_PROCESSOR", "forward", "rows_backward", "states_backward"]
 

@@ -11,7 +11,7 @@ from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.schedule import pair_tiles, row_tiles
 from shardrec.kernels.cost.workload import LEAST_ENTRIES
-from shardrec.kernels.device import alignment, operand
+from shardrec.kernels.device.backend import alignment, operand
 
 __all__ = ["add_rows", "forward", "rows_backward", "states_backward"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shardrec.kernels.cost.workload import LEAST_ENTRIES, KernelCost, Workload
-from shardrec.kernels.tiles import Tile, tile_for
+from shardrec.kernels.device.tiles import Tile, tile_for
 
 __all__ = [
     "Listed",

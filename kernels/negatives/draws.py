@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shardrec.kernels.device import choose_backend
+from shardrec.kernels.device.backend import choose_backend
 from shardrec.kernels.negatives.reference import philox
 
 __all__ = [

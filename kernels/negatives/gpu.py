@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardrec.kernels.device import (
+from shardrec.kernels.device.backend import (
     alignment,
     architecture_of,
     num_processors,
     operand,
     precision_of,
 )
-from shardrec.kernels.tiles import tile_for
+from shardrec.kernels.device.tiles import tile_for
 
 # mypy: disable-error-code="no-untyped-def"
 

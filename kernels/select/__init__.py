@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shardrec.kernels.device import choose_backend
+from shardrec.kernels.device.backend import choose_backend
 from shardrec.kernels.negatives import random_signs
 from shardrec.kernels.select import cpu
 from shardrec.kernels.select.cpu import best_direction

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardrec.kernels.products import times_transposed
+from shardrec.kernels.device.matmul import times_transposed
 from shardrec.kernels.select.search import TopSearch
 
 __all__ = ["best_direction", "topk_rows"]

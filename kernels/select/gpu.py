@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardrec.kernels.device import alignment, architecture_of, operand, precision_of
+from shardrec.kernels.device.backend import alignment, architecture_of, operand, precision_of
+from shardrec.kernels.device.tiles import tile_for
 from shardrec.kernels.negatives.gpu import counters, sign_tile
 from shardrec.kernels.select.search import top_lowest
-from shardrec.kernels.tiles import tile_for
 
 # mypy: disable-error-code="no-untyped-def"
 

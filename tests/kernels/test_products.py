@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardrec.kernels.products import STEP, times_transposed
+from shardrec.kernels.device.matmul import STEP, times_transposed
 
 
 def resident_mib() -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shardrec.kernels.compiled import ARCHITECTURES, MAX_SHARED_BYTES, Case, shipped_cases
-from shardrec.kernels.tiles import KERNELS, tile_for
+from shardrec.kernels.device.tiles import KERNELS, tile_for
 
 CASES = shipped_cases()
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -13,7 +13,6 @@ from torch import Tensor
 from shardrec.kernels import (
     block_logsumexp,
     cut_cross_entropy,
-    device,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
@@ -21,7 +20,8 @@ from shardrec.kernels import (
 )
 from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
 from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as gpu
-from shardrec.kernels.device import choose_backend, gpu_refusal
+from shardrec.kernels.device.backend import backend as device
+from shardrec.kernels.device.backend import choose_backend, gpu_refusal
 
 
 def run_python(code: str) -> None:

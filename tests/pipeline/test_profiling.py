@@ -15,7 +15,7 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
 from torch.profiler import ProfilerActivity
 
-from shardrec.kernels.products import times_transposed
+from shardrec.kernels.device.matmul import times_transposed
 from shardrec.launch.commands import read_train
 from shardrec.pipeline.parts import PART, Part
 from shardrec.pipeline.profiling import OPERATORS, ProfileConfig

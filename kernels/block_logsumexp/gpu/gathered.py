@@ -13,8 +13,8 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.gpu.tile_math import LN2, LOG2E, load_tile
-from shardrec.kernels.device import alignment, architecture_of, operand
-from shardrec.kernels.tiles import Tile, tile_for
+from shardrec.kernels.device.backend import alignment, architecture_of, operand
+from shardrec.kernels.device.tiles import Tile, tile_for
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.device import alignment, architecture_of, operand, precision_of
-from shardrec.kernels.tiles import Tile, tile_for
+from shardrec.kernels.device.backend import alignment, architecture_of, operand, precision_of
+from shardrec.kernels.device.tiles import Tile, tile_for
 
 __all__ = ["LaunchProblem", "Upstream"]
 

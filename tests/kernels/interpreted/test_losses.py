@@ -9,7 +9,6 @@ from torch import Tensor
 
 from shardrec.kernels import (
     cut_cross_entropy,
-    device,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
@@ -18,7 +17,8 @@ from shardrec.kernels.block_logsumexp import cpu as block_cpu
 from shardrec.kernels.block_logsumexp import nearby
 from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as block_gpu
 from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
-from shardrec.kernels.device import choose_backend
+from shardrec.kernels.device.backend import backend as device
+from shardrec.kernels.device.backend import choose_backend
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
 

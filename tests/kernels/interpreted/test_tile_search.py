@@ -5,7 +5,7 @@ import torch
 from compiled import tile_search
 from compiled.tile_search import Size, neighbours, search
 
-from shardrec.kernels.tiles import KERNELS, Tile, tile_for, trial
+from shardrec.kernels.device.tiles import KERNELS, Tile, tile_for, trial
 
 TOY = Size(positions=9, items=20, width=16, dtype=torch.float32, negatives=5, queries=9, repeats=1)
 
