@@ -31,7 +31,7 @@ from shardrec.kernels.block_logsumexp.cpu_tiles import (
     fused_positions,
 )
 from shardrec.kernels.fused_cce import fused_cross_entropy
-from shardrec.kernels.problem import Scaling, pose
+from shardrec.kernels.loss.inputs import Scaling, pose
 
 # N, V, D: of each path a middle one, and others that differ from it in one of the three.
 SHAPES = {

@@ -12,7 +12,6 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.call import Call, autocast_dtype
-from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost.triton import full_bytes, full_kernels
 from shardrec.kernels.cost.workload import (
     KernelCost,
@@ -25,8 +24,9 @@ from shardrec.kernels.cost.workload import (
 )
 from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.fused_cce import fits_cache, fused_cross_entropy
-from shardrec.kernels.operation import Operator
-from shardrec.kernels.problem import Problem
+from shardrec.kernels.loss.candidates import Candidates
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.operator import Operator
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.call import Call, autocast_dtype
-from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels
 from shardrec.kernels.cost.workload import (
     LossCost,
@@ -29,6 +28,10 @@ from shardrec.kernels.cost.workload import (
     streaming_bytes,
 )
 from shardrec.kernels.exchange import Chunk
+from shardrec.kernels.loss.candidates import Candidates
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.operator import Operator
+from shardrec.kernels.loss.row_fetch import RowTrip
 from shardrec.kernels.negatives import (
     STREAM_NEGATIVES,
     Proposal,
@@ -37,9 +40,6 @@ from shardrec.kernels.negatives import (
     require_catalog,
     unpack,
 )
-from shardrec.kernels.operation import Operator
-from shardrec.kernels.problem import Problem
-from shardrec.kernels.row_trip import RowTrip
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

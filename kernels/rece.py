@@ -14,7 +14,6 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds, nearby
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.call import Call
-from shardrec.kernels.candidates import Candidates, Shape
 from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels, sign_kernels
 from shardrec.kernels.cost.workload import (
     LossCost,
@@ -33,8 +32,9 @@ from shardrec.kernels.hash_chunks import (
     item_chunks,
     position_chunks,
 )
-from shardrec.kernels.operation import Operator
-from shardrec.kernels.problem import Problem
+from shardrec.kernels.loss.candidates import Candidates, Shape
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.operator import Operator
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

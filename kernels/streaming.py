@@ -9,7 +9,7 @@ from torch import Tensor
 from shardrec.kernels import block_logsumexp
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
 from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
-from shardrec.kernels.problem import Problem
+from shardrec.kernels.loss.inputs import Problem
 
 __all__ = ["Plan", "streamed_gradients", "streamed_logsumexp"]
 

@@ -14,8 +14,8 @@ from shardrec.kernels.cost.workload import (
     streaming_bytes,
 )
 from shardrec.kernels.exchange import Chunk, Exchange
+from shardrec.kernels.loss.inputs import Problem, Scaling, pose
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
-from shardrec.kernels.problem import Problem, Scaling, pose
 from shardrec.kernels.shard import RowShard
 
 __all__ = [

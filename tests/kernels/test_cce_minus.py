@@ -9,9 +9,10 @@ import torch
 from tests.kernels.loss_cases import SIZES, batch, check, ids
 from torch import Tensor
 
-from shardrec.kernels import cce_minus, operation, sampled_cross_entropy
+from shardrec.kernels import cce_minus, sampled_cross_entropy
 from shardrec.kernels.cce_minus import Sampler
-from shardrec.kernels.fused_comparison import fused_comparison
+from shardrec.kernels.loss import operator as operation
+from shardrec.kernels.loss.fused import fused_comparison
 from shardrec.kernels.negatives import Popularity, Proposal, Uniform
 from shardrec.kernels.reference import sampled_cross_entropy_reference
 

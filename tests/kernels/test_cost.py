@@ -12,10 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shardrec.kernels import cut_cross_entropy
 from shardrec.kernels.block_logsumexp import cpu, every_pair
-from shardrec.kernels.candidates import Candidates
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import SampledItems, sampled_cross_entropy_cost
-from shardrec.kernels.comparison import compare, gradients
 from shardrec.kernels.cost.workload import (
     KernelCost,
     LossCost,
@@ -25,9 +23,11 @@ from shardrec.kernels.cost.workload import (
     select_cost,
 )
 from shardrec.kernels.fused_cce import fused_cross_entropy
-from shardrec.kernels.fused_comparison import fused_comparison
+from shardrec.kernels.loss.candidates import Candidates
+from shardrec.kernels.loss.fused import fused_comparison
+from shardrec.kernels.loss.inputs import Problem, Scaling, pose
+from shardrec.kernels.loss.passes import compare, gradients
 from shardrec.kernels.negatives import Uniform, pack
-from shardrec.kernels.problem import Problem, Scaling, pose
 from shardrec.kernels.rece import HashedChunks, reduced_cross_entropy_cost
 from shardrec.kernels.sce import HardBuckets, scalable_cross_entropy_cost
 

@@ -15,7 +15,7 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.problem import Scaling, pose
+from shardrec.kernels.loss.inputs import Scaling, pose
 from shardrec.kernels.reference import (
     cross_entropy_reference,
     scalable_cross_entropy_reference,

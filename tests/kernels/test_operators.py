@@ -25,8 +25,8 @@ from shardrec.kernels import cce as cce_file
 from shardrec.kernels import cce_minus as cce_minus_file
 from shardrec.kernels import rece as rece_file
 from shardrec.kernels import sce as sce_file
+from shardrec.kernels.loss.operator import Operator
 from shardrec.kernels.negatives import InBatch, Mixture, Popularity, Uniform
-from shardrec.kernels.operation import Operator
 
 N, V, D = 23, 61, 8
 

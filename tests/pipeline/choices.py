@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shardrec.kernels.loss.inputs import Problem
 from shardrec.kernels.negatives import STREAM_HASH, STREAM_MIX, random_signs
-from shardrec.kernels.problem import Problem
 from shardrec.kernels.rece import HashedChunks
 from shardrec.kernels.sce import HardBuckets
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import add_tile_gradient, softmax_tiles
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
-from shardrec.kernels.candidates import Candidates
-from shardrec.kernels.comparison import candidate_loss, touched_rows
-from shardrec.kernels.problem import Problem
+from shardrec.kernels.loss.candidates import Candidates
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.passes import candidate_loss, touched_rows
 
 __all__ = ["fake_gradients", "fused_comparison"]
 

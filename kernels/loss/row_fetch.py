@@ -8,7 +8,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.cost.workload import Workload, cheaper, row_traffic, state_traffic
 from shardrec.kernels.exchange import Alone, Chunk, Exchange
-from shardrec.kernels.problem import Problem
+from shardrec.kernels.loss.inputs import Problem
 
 __all__ = ["RowTrip", "fetch_rows", "return_gradients", "with_fetched_rows"]
 

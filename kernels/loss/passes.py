@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.candidates import Candidates, Shape
-from shardrec.kernels.problem import Problem
-from shardrec.kernels.row_trip import (
+from shardrec.kernels.loss.candidates import Candidates, Shape
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.row_fetch import (
     RowTrip,
     fetch_rows,
     return_gradients,

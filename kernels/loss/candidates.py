@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shardrec.kernels.problem import Problem
-from shardrec.kernels.row_trip import RowTrip
+from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.row_fetch import RowTrip
 from shardrec.kernels.streaming import Plan
 
 __all__ = ["Candidates", "Shape"]
