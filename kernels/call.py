@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardrec.kernels.collective import find_group
 from shardrec.kernels.loss.candidates import Candidates, Shape
 from shardrec.kernels.loss.inputs import Scaling
 from shardrec.kernels.loss.passes import kept_shapes
+from shardrec.kernels.ranks.communicator import find_group
 from shardrec.kernels.shard import RowShard
 
 __all__ = ["SCHEMA_TYPES", "Call", "Options", "autocast_dtype"]

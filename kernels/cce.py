@@ -22,11 +22,11 @@ from shardrec.kernels.cost.workload import (
     state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.fused_cce import fits_cache, fused_cross_entropy
 from shardrec.kernels.loss.candidates import Candidates
 from shardrec.kernels.loss.inputs import Problem
 from shardrec.kernels.loss.operator import Operator
+from shardrec.kernels.ranks.chunks import Chunk
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

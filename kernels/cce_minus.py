@@ -27,7 +27,6 @@ from shardrec.kernels.cost.workload import (
     state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.loss.candidates import Candidates
 from shardrec.kernels.loss.inputs import Problem
 from shardrec.kernels.loss.operator import Operator
@@ -40,6 +39,7 @@ from shardrec.kernels.negatives import (
     require_catalog,
     unpack,
 )
+from shardrec.kernels.ranks.chunks import Chunk
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp.cpu import softmax_
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, fused_positions
 from shardrec.kernels.device.matmul import STEP, times_transposed
-from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.ranks.chunks import Chunk, Exchange, Gradients, Wait, prefetched
 
 __all__ = ["fits_cache", "fused_cross_entropy"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardrec.kernels.exchange import Exchange
 from shardrec.kernels.negatives import STREAM_HASH
+from shardrec.kernels.ranks.chunks import Exchange
 from shardrec.kernels.select import best_sign_direction
 
 __all__ = [

@@ -24,7 +24,6 @@ from shardrec.kernels.cost.workload import (
     state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.exchange import Chunk
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
@@ -35,6 +34,7 @@ from shardrec.kernels.hash_chunks import (
 from shardrec.kernels.loss.candidates import Candidates, Shape
 from shardrec.kernels.loss.inputs import Problem
 from shardrec.kernels.loss.operator import Operator
+from shardrec.kernels.ranks.chunks import Chunk
 from shardrec.kernels.shard import RowShard
 from shardrec.kernels.streaming import Plan
 

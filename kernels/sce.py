@@ -14,11 +14,11 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.call import Call
-from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.loss.candidates import Candidates, Shape
 from shardrec.kernels.loss.inputs import Problem
 from shardrec.kernels.loss.operator import Operator
 from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
+from shardrec.kernels.ranks.chunks import Chunk, Exchange
 from shardrec.kernels.sce_cost import default_num_buckets, scalable_cross_entropy_cost
 from shardrec.kernels.select import merge_topk, topk_rows
 from shardrec.kernels.shard import RowShard

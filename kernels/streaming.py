@@ -8,8 +8,8 @@ from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
-from shardrec.kernels.exchange import Chunk, Exchange, Gradients, Wait, prefetched
 from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.ranks.chunks import Chunk, Exchange, Gradients, Wait, prefetched
 
 __all__ = ["Plan", "streamed_gradients", "streamed_logsumexp"]
 

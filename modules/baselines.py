@@ -13,9 +13,9 @@ from shardrec.kernels.cost.workload import (
     state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.exchange import Chunk, Exchange
 from shardrec.kernels.loss.inputs import Problem, Scaling, pose
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
+from shardrec.kernels.ranks.chunks import Chunk, Exchange
 from shardrec.kernels.shard import RowShard
 
 __all__ = [

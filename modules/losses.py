@@ -18,8 +18,8 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.collective import Collective, total_over_ranks
 from shardrec.kernels.negatives import Mixture, Proposal, Uniform
+from shardrec.kernels.ranks.communicator import Collective, total_over_ranks
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
-from shardrec.kernels.collective import Collective
 from shardrec.kernels.device.backend import choose_backend
-from shardrec.kernels.exchange import Alone, Exchange
+from shardrec.kernels.ranks.chunks import Alone, Exchange
+from shardrec.kernels.ranks.communicator import Collective
 from shardrec.kernels.shard import RowShard
 
 __all__ = ["Problem", "Scaling", "pose", "pose_again", "shape_refusal"]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.call import SCHEMA_TYPES, Call, Options, autocast_dtype
-from shardrec.kernels.collective import find_group
 from shardrec.kernels.loss.candidates import Candidates
 from shardrec.kernels.loss.fused import fake_gradients, fused_comparison
 from shardrec.kernels.loss.inputs import Problem, pose, pose_again, shape_refusal
 from shardrec.kernels.loss.passes import compare, gradients
+from shardrec.kernels.ranks.communicator import find_group
 from shardrec.kernels.shard import RowShard
 
 __all__ = ["Operator"]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.cost.workload import Workload, cheaper, row_traffic, state_traffic
-from shardrec.kernels.exchange import Alone, Chunk, Exchange
 from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.ranks.chunks import Alone, Chunk, Exchange
 
 __all__ = ["RowTrip", "fetch_rows", "return_gradients", "with_fetched_rows"]
 

@@ -18,7 +18,6 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.exchange import Alone
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
@@ -31,6 +30,7 @@ from shardrec.kernels.negatives import (
     Popularity,
     random_signs,
 )
+from shardrec.kernels.ranks.chunks import Alone
 from shardrec.kernels.reference import (
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,

@@ -8,13 +8,13 @@ from tests.kernels.loss_cases import SIZES, batch, check, ids
 from torch import Tensor
 
 from shardrec.kernels import reduced_cross_entropy
-from shardrec.kernels.exchange import Alone
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
     item_chunks,
     position_chunks,
 )
+from shardrec.kernels.ranks.chunks import Alone
 from shardrec.kernels.reference import reduced_cross_entropy_reference
 
 

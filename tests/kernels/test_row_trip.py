@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shardrec.kernels import RowShard, sampled_cross_entropy
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.collective import Collective
 from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.negatives import Popularity
+from shardrec.kernels.ranks.communicator import Collective
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 20_003, 12
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.

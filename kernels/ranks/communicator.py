@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from shardrec.kernels.cost.workload import num_chunks
-from shardrec.kernels.exchange import Chunk, Wait, chunk_members
+from shardrec.kernels.ranks.chunks import Chunk, Wait, chunk_members
 
 __all__ = ["Collective", "find_group", "total_over_ranks"]
 
