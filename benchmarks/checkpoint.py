@@ -23,7 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, median, run_logged
 
-from shardrec.launch.distributed import process_group
+from shardrec.launch.workers import process_group
 from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState

@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, SHARDREC, Results, peak_rss_since_reset, rss_bytes, run_logged
 
-from shardrec.launch.distributed import process_group
+from shardrec.launch.workers import process_group
 from shardrec.pipeline.config import override
 from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.group import rank_of

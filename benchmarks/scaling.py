@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, median, run_logged
 
-from shardrec.launch.distributed import process_group
+from shardrec.launch.workers import process_group
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES

@@ -86,8 +86,8 @@ def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
 
 def train(arguments: Sequence[str]) -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
-    from shardrec.launch.distributed import check_restarts, workers
-    from shardrec.launch.termination import grace_seconds, sigterm_asks
+    from shardrec.launch.signals import grace_seconds, sigterm_asks
+    from shardrec.launch.workers import check_restarts, workers
     from shardrec.pipeline.train import train as run_train
 
     options, config = read_train(arguments)
@@ -221,7 +221,7 @@ def first_line(documented: object) -> str:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Rank the whole catalog for the users of a split and write the metrics into the run."""
-    from shardrec.launch.distributed import process_group
+    from shardrec.launch.workers import process_group
     from shardrec.pipeline.evaluate import evaluate as run_evaluate
     from shardrec.pipeline.evaluate import evaluate_popularity
     from shardrec.pipeline.group import rank_of

@@ -18,7 +18,7 @@ REFUSED = 3
 
 def recommend(arguments: Sequence[str]) -> int:
     """Write the best items of every user of some histories."""
-    from shardrec.launch.distributed import process_group
+    from shardrec.launch.workers import process_group
     from shardrec.pipeline.group import rank_of
     from shardrec.pipeline.recommend import recommend as run_recommend
 
@@ -53,7 +53,7 @@ def read_recommend(arguments: Sequence[str]) -> "tuple[Namespace, RecommendConfi
 
 def export(arguments: Sequence[str]) -> int:
     """Write item vectors and the encoder for a service."""
-    from shardrec.launch.distributed import process_group
+    from shardrec.launch.workers import process_group
     from shardrec.pipeline.export import export as run_export
     from shardrec.pipeline.group import rank_of
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 
-from shardrec.launch.distributed import Place, check_restarts, choose_device, workers
+from shardrec.launch.workers import Place, check_restarts, choose_device, workers
 
 TORCHRUN = {
     "RANK": "5",

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
-from shardrec.launch.distributed import workers
-from shardrec.pipeline.peers import LostRankError
+from shardrec.launch.heartbeat import LostRankError
+from shardrec.launch.workers import workers
 
 TIMEOUT_S = 2.0
 

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from shardrec.launch.termination import grace_seconds, sigterm_asks
+from shardrec.launch.signals import grace_seconds, sigterm_asks
 
 # The main thread never comes back to Python, as in a collective that hangs.
 HANGS = """
 import ctypes
 import torch.distributed as dist
-from shardrec.launch.termination import sigterm_asks
-from shardrec.pipeline.peers import Peers
+from shardrec.launch.signals import sigterm_asks
+from shardrec.launch.heartbeat import Peers
 
 store = dist.TCPStore("localhost", 0, is_master=True)
 peers = Peers(store, rank=0, world_size=2, interval_s=0.1)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from shardrec.launch.heartbeat import LostRankError, Peers
 from shardrec.pipeline.interruption import Preempted
-from shardrec.pipeline.peers import LostRankError, Peers
 
 __all__ = [
     "TIMEOUT_S",

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from shardrec.launch.cli import FAILED, PREEMPTED
-from shardrec.pipeline.peers import Peers
+from shardrec.launch.heartbeat import Peers
 
 __all__ = ["GRACE_S", "grace_seconds", "sigterm_asks"]
 
