@@ -28,7 +28,7 @@ from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
-from shardrec.pipeline.group import rank_of
+from shardrec.pipeline.ranks import rank_of
 
 CPU = torch.device("cpu")
 

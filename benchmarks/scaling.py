@@ -27,7 +27,7 @@ from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.callbacks import StepReport
 from shardrec.pipeline.data import BatchConfig, Prepared
-from shardrec.pipeline.group import rank_of
+from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 

@@ -224,7 +224,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.evaluate import evaluate as run_evaluate
     from shardrec.pipeline.evaluate import evaluate_popularity
-    from shardrec.pipeline.group import rank_of
+    from shardrec.pipeline.ranks import rank_of
 
     options, config = read_evaluate(arguments)
     with process_group(options.timeout) as (group, _):

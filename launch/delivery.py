@@ -19,7 +19,7 @@ REFUSED = 3
 def recommend(arguments: Sequence[str]) -> int:
     """Write the best items of every user of some histories."""
     from shardrec.launch.workers import process_group
-    from shardrec.pipeline.group import rank_of
+    from shardrec.pipeline.ranks import rank_of
     from shardrec.pipeline.recommend import recommend as run_recommend
 
     options, config = read_recommend(arguments)
@@ -55,7 +55,7 @@ def export(arguments: Sequence[str]) -> int:
     """Write item vectors and the encoder for a service."""
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.export import export as run_export
-    from shardrec.pipeline.group import rank_of
+    from shardrec.pipeline.ranks import rank_of
 
     options, config = read_export(arguments)
     with process_group(options.timeout) as (group, _):

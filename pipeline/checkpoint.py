@@ -46,8 +46,8 @@ from shardrec.pipeline.checkpoint_manifest import (
     Manifest,
 )
 from shardrec.pipeline.checkpoint_state import CheckpointState, is_row_name, join_state
-from shardrec.pipeline.group import on_first_rank, on_this_rank, rank_of, size_of
 from shardrec.pipeline.json_files import require_shape
+from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, size_of
 from shardrec.pipeline.storage import Folder, open_folder
 
 __all__ = [

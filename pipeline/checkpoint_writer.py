@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardrec.pipeline.callbacks import CheckpointReport
 from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.group import rank_of, timeout_of
+from shardrec.pipeline.ranks import rank_of, timeout_of
 
 __all__ = ["CheckpointWriter", "writing_group"]
 

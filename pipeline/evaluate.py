@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.data import Prepared
-from shardrec.pipeline.group import (
+from shardrec.pipeline.measure import MeasureConfig, Split, measure, open_users
+from shardrec.pipeline.ranks import (
     default_group,
     on_first_rank,
     on_this_rank,
     rank_of,
     size_of,
 )
-from shardrec.pipeline.measure import MeasureConfig, Split, measure, open_users
 from shardrec.pipeline.stored_report import StoredReport
 from shardrec.pipeline.trained import Source, load_model
 

@@ -26,7 +26,11 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
-from shardrec.pipeline.group import (
+from shardrec.pipeline.item_ids import ItemIds
+from shardrec.pipeline.manifest import FileEntry, describe_file
+from shardrec.pipeline.model import Model
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.ranks import (
     default_group,
     on_all_ranks,
     on_first_rank,
@@ -34,10 +38,6 @@ from shardrec.pipeline.group import (
     rank_of,
     size_of,
 )
-from shardrec.pipeline.item_ids import ItemIds
-from shardrec.pipeline.manifest import FileEntry, describe_file
-from shardrec.pipeline.model import Model
-from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
 from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source

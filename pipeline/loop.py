@@ -21,10 +21,10 @@ from shardrec.pipeline.checkpoint import CheckpointState
 from shardrec.pipeline.checkpoint_writer import CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
-from shardrec.pipeline.group import in_step, on_first_rank, rank_of
 from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.measure import measure, open_users
 from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.ranks import in_step, on_first_rank, rank_of
 from shardrec.pipeline.resume import write_end
 from shardrec.pipeline.run import TrainConfig
 from shardrec.pipeline.step import StepOutcome, Stepper, Votes

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from shardrec.modules.ranking import Blocks, top_items
 from shardrec.pipeline.batches import gathered, padded
-from shardrec.pipeline.group import (
+from shardrec.pipeline.histories import Histories, HistoryChunk
+from shardrec.pipeline.item_ids import ItemIds
+from shardrec.pipeline.manifest import FileEntry, describe_file
+from shardrec.pipeline.model import Model
+from shardrec.pipeline.parquet_files import find_files
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.ranks import (
     default_group,
     in_step,
     on_this_rank,
@@ -28,12 +34,6 @@ from shardrec.pipeline.group import (
     size_of,
     sum_over_ranks,
 )
-from shardrec.pipeline.histories import Histories, HistoryChunk
-from shardrec.pipeline.item_ids import ItemIds
-from shardrec.pipeline.manifest import FileEntry, describe_file
-from shardrec.pipeline.model import Model
-from shardrec.pipeline.parquet_files import find_files
-from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source
 

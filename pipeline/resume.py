@@ -19,11 +19,11 @@ from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
 from shardrec.pipeline.checkpoint_state import versions
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.data import TrainingBatches
-from shardrec.pipeline.group import rank_of
 from shardrec.pipeline.json_files import read_object
 from shardrec.pipeline.lock import LOCK, RunLock
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run import (
     TrainConfig,
     open_checkpoints,

@@ -20,9 +20,9 @@ from shardrec.modules.option_checks import (
     require_choice,
 )
 from shardrec.pipeline.data import Batch
-from shardrec.pipeline.group import rank_of, size_of, sum_over_ranks
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.parts import part
+from shardrec.pipeline.ranks import rank_of, size_of, sum_over_ranks
 
 __all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "Votes", "learning_rate_factor"]
 

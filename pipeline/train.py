@@ -20,13 +20,6 @@ from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import describe, flatten
 from shardrec.pipeline.data import Prepared, TrainingBatches
 from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place
-from shardrec.pipeline.group import (
-    default_group,
-    on_first_rank,
-    on_this_rank,
-    rank_of,
-    size_of,
-)
 from shardrec.pipeline.init_from import start_from
 from shardrec.pipeline.interruption import never
 from shardrec.pipeline.lock import RunLock
@@ -34,6 +27,13 @@ from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
 from shardrec.pipeline.profiling import Profiler
 from shardrec.pipeline.progress import Progress
+from shardrec.pipeline.ranks import (
+    default_group,
+    on_first_rank,
+    on_this_rank,
+    rank_of,
+    size_of,
+)
 from shardrec.pipeline.resume import (
     Resume,
     begin_again,

@@ -10,9 +10,9 @@ from torch import nn
 
 from shardrec.pipeline.checkpoint import load_checkpoint
 from shardrec.pipeline.checkpoint_manifest import MANIFEST
-from shardrec.pipeline.group import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run import TrainConfig, build_model, open_checkpoints, open_run
 from shardrec.pipeline.storage import Folder
 

@@ -21,7 +21,7 @@ from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.data import Batch
-from shardrec.pipeline.group import default_group, rank_of, size_of
+from shardrec.pipeline.ranks import default_group, rank_of, size_of
 from shardrec.pipeline.recipes import tiny_cpu
 from shardrec.pipeline.run import TrainConfig, build_model
 from shardrec.pipeline.step import Stepper
