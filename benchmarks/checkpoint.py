@@ -26,8 +26,8 @@ from record import RESULTS, Results, median, run_logged
 from shardrec.launch.workers import process_group
 from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
-from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.ranks import rank_of
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardrec.pipeline.callbacks import EndReport
-from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.lock import RunLock
 from shardrec.pipeline.resume import END, METRICS, Resume, write_end
 from shardrec.pipeline.run import TrainConfig, write_config

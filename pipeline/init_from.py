@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint import CheckpointState, StoredCheckpoint
+from shardrec.pipeline.checkpoint.store import CheckpointState, StoredCheckpoint
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared import Prepared

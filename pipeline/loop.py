@@ -17,8 +17,8 @@ from shardrec.pipeline.callbacks import (
     StepReport,
     ValidationReport,
 )
-from shardrec.pipeline.checkpoint import CheckpointState
-from shardrec.pipeline.checkpoint_writer import CheckpointWriter
+from shardrec.pipeline.checkpoint.store import CheckpointState
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.interruption import Preempted

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.staging import settle

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from shardrec.pipeline.callbacks import EndReport
-from shardrec.pipeline.checkpoint import Checkpoints, write_atomically
-from shardrec.pipeline.checkpoint_state import versions
+from shardrec.pipeline.checkpoint.state import versions
+from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.data import TrainingBatches
 from shardrec.pipeline.json_files import read_object

@@ -29,8 +29,8 @@ from shardrec.modules.option_checks import (
     require_choice,
     require_within,
 )
-from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, write_atomically
-from shardrec.pipeline.checkpoint_state import versions
+from shardrec.pipeline.checkpoint.state import versions
+from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, write_atomically
 from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.data import BatchConfig, Prepared
 from shardrec.pipeline.init_config import InitConfig

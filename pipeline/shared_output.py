@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.json_files import read_object, require_shape
 from shardrec.pipeline.manifest import MANIFEST_NAME, FileEntry
 from shardrec.pipeline.ranks import on_all_ranks, on_first_rank

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.checkpoint import write_atomically
+from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.json_files import Shape, require_shape
 
 __all__ = ["StoredReport", "read_json", "read_report"]

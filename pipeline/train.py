@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardrec.pipeline.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
-from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import describe, flatten
 from shardrec.pipeline.data import Prepared, TrainingBatches
 from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place

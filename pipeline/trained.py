@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shardrec.pipeline.checkpoint import load_checkpoint
-from shardrec.pipeline.checkpoint_manifest import MANIFEST
+from shardrec.pipeline.checkpoint.manifest import MANIFEST
+from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model import Model
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from shardrec.launch.commands import read_train
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.train import train
 
 CLI = [sys.executable, "-P", "-m", "shardrec.launch.cli"]

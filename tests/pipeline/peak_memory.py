@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
-from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.data import Batch
 from shardrec.pipeline.ranks import default_group, rank_of, size_of

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 
 import shardrec
-from shardrec.pipeline.checkpoint import (
+from shardrec.pipeline.checkpoint.store import (
     CheckpointConfig,
     Checkpoints,
     CheckpointState,

@@ -14,13 +14,13 @@ from tests.pipeline.test_checkpoint import NUM_ROWS, bounds, make_state
 from tests.ranks import Ranks
 
 from shardrec.pipeline.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.checkpoint import (
+from shardrec.pipeline.checkpoint.store import (
     CheckpointConfig,
     Checkpoints,
     CheckpointState,
     load_checkpoint,
 )
-from shardrec.pipeline.checkpoint_writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.storage import Folder
 from shardrec.pipeline.train import train

@@ -21,7 +21,7 @@ from tests.ranks import Ranks
 from shardrec.launch import cli
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
 from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.lock import RunLock

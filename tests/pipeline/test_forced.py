@@ -14,7 +14,7 @@ from tests.ranks import Ranks
 from shardrec.launch import cli
 from shardrec.pipeline import staging
 from shardrec.pipeline.callbacks import Callback, StepReport
-from shardrec.pipeline.checkpoint import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
 from shardrec.pipeline.lock import RunLock
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig, open_run

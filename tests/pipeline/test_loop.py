@@ -12,7 +12,7 @@ from tests.ranks import Ranks
 from torch import Tensor, nn
 
 from shardrec.modules.catalog import CatalogConfig
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import build, train

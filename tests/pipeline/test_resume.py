@@ -23,7 +23,7 @@ from tests.ranks import Ranks
 import shardrec
 from shardrec.launch.cli import main
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
-from shardrec.pipeline.checkpoint import (
+from shardrec.pipeline.checkpoint.store import (
     CheckpointConfig,
     Checkpoints,
     load_checkpoint,

@@ -15,7 +15,7 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, ROWS, bounds, make_state
 from tests.ranks import Ranks
 
-from shardrec.pipeline.checkpoint import (
+from shardrec.pipeline.checkpoint.store import (
     CheckpointConfig,
     Checkpoints,
     DamagedCheckpointError,

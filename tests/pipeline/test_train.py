@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
-from shardrec.pipeline.checkpoint import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.measure import MeasureConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 from typing_extensions import override
 
-from shardrec.pipeline.checkpoint_manifest import (
+from shardrec.pipeline.checkpoint.manifest import (
     BLOCK_BYTES,
     DamagedCheckpointError,
     FileEntry,

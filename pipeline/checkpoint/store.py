@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from shardrec.modules.option_checks import require_above_zero, require_at_least
-from shardrec.pipeline.checkpoint_format import (
+from shardrec.pipeline.checkpoint.format import (
     RowLoadPlanner,
     RowReader,
     RowSavePlanner,
@@ -39,13 +39,13 @@ from shardrec.pipeline.checkpoint_format import (
     metadata_from_json,
     metadata_to_json,
 )
-from shardrec.pipeline.checkpoint_manifest import (
+from shardrec.pipeline.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
     FileEntry,
     Manifest,
 )
-from shardrec.pipeline.checkpoint_state import CheckpointState, is_row_name, join_state
+from shardrec.pipeline.checkpoint.state import CheckpointState, is_row_name, join_state
 from shardrec.pipeline.json_files import require_shape
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, size_of
 from shardrec.pipeline.storage import Folder, open_folder

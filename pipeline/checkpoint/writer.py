@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.pipeline.callbacks import CheckpointReport
-from shardrec.pipeline.checkpoint import Checkpoints, CheckpointState
+from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.ranks import rank_of, timeout_of
 
 __all__ = ["CheckpointWriter", "writing_group"]
