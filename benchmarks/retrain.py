@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, SHARDREC, Results, run_logged
 
-from shardrec.pipeline.event_columns import EventColumns
-from shardrec.pipeline.events import EventLog
+from shardrec.pipeline.log.columns import EventColumns
+from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.manifest import read_manifest
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")

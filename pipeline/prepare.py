@@ -34,19 +34,19 @@ import numpy.typing as npt
 
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.events import EventLog
-from shardrec.pipeline.former_items import FormerItems, index_order
-from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
-from shardrec.pipeline.prepare_config import MAX_THREADS, PrepareConfig
-from shardrec.pipeline.sequences import Written, write_item_map, write_items, write_sequences
-from shardrec.pipeline.sorted_log import SortedLog, SortOptions, sort_log
-from shardrec.pipeline.split import (
+from shardrec.pipeline.log.config import MAX_THREADS, PrepareConfig
+from shardrec.pipeline.log.item_indices import FormerItems, index_order
+from shardrec.pipeline.log.reader import EventLog
+from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
+from shardrec.pipeline.log.split import (
     Cuts,
     count_items,
     leave_one_out_cuts,
     temporal_cuts,
     training_counts,
 )
+from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
+from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
 from shardrec.pipeline.spread import describe_uneven_load, loads
 from shardrec.pipeline.staging import settle, staged_folder
 

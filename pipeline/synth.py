@@ -1,6 +1,6 @@
 """Generated event logs whose best possible metrics are known.
 
-`shardrec.pipeline.synth_world` says how events come about. Here they are written to Parquet, and a
+`shardrec.pipeline.log.generator` says how events come about. Here they are written to Parquet, and a
 few simple rankings are judged on them.
 """
 
@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shardrec.pipeline.config import from_json, to_json
-from shardrec.pipeline.parquet_files import check_path
-from shardrec.pipeline.synth_world import (
+from shardrec.pipeline.log.generator import (
     TOP,
     Block,
     Floats,
@@ -27,6 +26,7 @@ from shardrec.pipeline.synth_world import (
     blocks,
     top_columns,
 )
+from shardrec.pipeline.parquet_files import check_path
 
 __all__ = ["SynthConfig", "SynthReport", "generate"]
 

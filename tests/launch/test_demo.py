@@ -23,8 +23,8 @@ from shardrec.launch.demo import (
 )
 from shardrec.launch.demo_config import LOSSES, DemoConfig
 from shardrec.pipeline.config import override, snake_case
+from shardrec.pipeline.log.generator import SynthConfig, World, blocks
 from shardrec.pipeline.recipes import RECIPES
-from shardrec.pipeline.synth_world import SynthConfig, World, blocks
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -6,7 +6,7 @@ Run with a file to write and the number of events. Blocks are small, so that few
 import sys
 from pathlib import Path
 
-from shardrec.pipeline import synth_world
+from shardrec.pipeline.log import generator as synth_world
 from shardrec.pipeline.synth import SynthConfig, generate
 
 BLOCK_EVENTS = 1 << 16

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from shardrec.pipeline.event_columns import (
+from shardrec.pipeline.log.columns import (
     EventColumns,
     check_columns,
     id_kind,

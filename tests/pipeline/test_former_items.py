@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardrec.pipeline.former_items import index_order
+from shardrec.pipeline.log.item_indices import index_order
 from shardrec.pipeline.manifest import read_manifest
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.spread import TOO_UNEVEN, describe_uneven_load, largest_load, load_per_rank

@@ -277,8 +277,8 @@ def test_a_second_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
 def test_a_skewed_user_longer_than_a_block_stays_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardrec.pipeline.sorted_log._BLOCK_EVENTS", 64)
-    monkeypatch.setattr("shardrec.pipeline.sorted_log._ARROW_ROWS", 2048)
+    monkeypatch.setattr("shardrec.pipeline.log.sort._BLOCK_EVENTS", 64)
+    monkeypatch.setattr("shardrec.pipeline.log.sort._ARROW_ROWS", 2048)
     events = make_events() + [(7, k % 50, 1000 + k) for k in range(6000)]
     small = prepare_events(tmp_path / "a", events, split="leave_one_out")[0]
     monkeypatch.undo()

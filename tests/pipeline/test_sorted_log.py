@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tests.pipeline.event_logs import write_random_log
 
-from shardrec.pipeline.event_columns import EventColumns
-from shardrec.pipeline.events import EventLog
+from shardrec.pipeline.log.columns import EventColumns
+from shardrec.pipeline.log.reader import EventLog
+from shardrec.pipeline.log.sort import SortOptions, sort_log
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.sorted_log import SortOptions, sort_log
 
 EVENTS = 3_000_000
 LIMIT = "32MB"

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardrec.pipeline import synth_world
+from shardrec.pipeline.log import generator as synth_world
+from shardrec.pipeline.log.generator import World, blocks
 from shardrec.pipeline.synth import SynthConfig, generate
-from shardrec.pipeline.synth_world import World, blocks
 
 SMALL = SynthConfig(users=300, items=500, events=6_001, clusters=16, seed=5, report_users=100)
 

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shardrec.pipeline.events import EventLog
-from shardrec.pipeline.former_items import FormerItems
+from shardrec.pipeline.log.item_indices import FormerItems
+from shardrec.pipeline.log.reader import EventLog
 
 Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20

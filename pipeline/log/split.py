@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardrec.pipeline.sorted_log import Block, SortedLog
+from shardrec.pipeline.log.sort import Block, SortedLog
 
 Array = npt.NDArray[Any]
 

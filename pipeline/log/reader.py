@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.event_columns import (
+from shardrec.pipeline.log.columns import (
     EventColumns,
     check_columns,
     first_line,

@@ -5,7 +5,7 @@ import itertools
 import re
 from typing import Literal
 
-from shardrec.pipeline.event_columns import EventColumns
+from shardrec.pipeline.log.columns import EventColumns
 from shardrec.pipeline.parquet_files import check_path
 
 MAX_THREADS = 256

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shardrec.pipeline.log.sort import Block, SortedLog
+from shardrec.pipeline.log.split import Cuts, positions
 from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
-from shardrec.pipeline.sorted_log import Block, SortedLog
-from shardrec.pipeline.split import Cuts, positions
 
 Array = npt.NDArray[Any]
 _GROUPS_PER_PART = 256
