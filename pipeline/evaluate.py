@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.data import Prepared
-from shardrec.pipeline.measure import MeasureConfig, Split, measure, open_users
+from shardrec.pipeline.model.measure import MeasureConfig, Split, measure, open_users
 from shardrec.pipeline.ranks import (
     default_group,
     on_first_rank,

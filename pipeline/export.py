@@ -28,7 +28,7 @@ from shardrec import __version__
 from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
-from shardrec.pipeline.model import Model
+from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import (
     default_group,

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
 from shardrec.pipeline.callbacks import Callback, EndReport, StepReport
-from shardrec.pipeline.parts import PART
+from shardrec.pipeline.model.profile_ranges import PART
 
 __all__ = ["OPERATORS", "ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
 

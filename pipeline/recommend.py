@@ -23,7 +23,7 @@ from shardrec.pipeline.batches import gathered, padded
 from shardrec.pipeline.histories import Histories, HistoryChunk
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
-from shardrec.pipeline.model import Model
+from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.parquet_files import find_files
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import (

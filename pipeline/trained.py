@@ -10,7 +10,7 @@ from torch import nn
 
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
-from shardrec.pipeline.model import Model
+from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run import TrainConfig, build_model, open_checkpoints, open_run

@@ -21,7 +21,7 @@ from shardrec.modules.losses import CCE
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.data import EvaluationBatches, Prepared
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
-from shardrec.pipeline.measure import MeasureConfig, measure
+from shardrec.pipeline.model.measure import MeasureConfig, measure
 from shardrec.pipeline.train import train
 from shardrec.pipeline.trained import Source
 

@@ -27,7 +27,7 @@ from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE, Loss, Step
 from shardrec.pipeline.data import Batch
-from shardrec.pipeline.model import Model
+from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.step import OptimizerConfig, Stepper
 
 CPU = torch.device("cpu")

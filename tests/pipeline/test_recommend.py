@@ -21,7 +21,7 @@ from shardrec.modules.losses import CCE
 from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.item_ids import ItemIds
-from shardrec.pipeline.measure import MeasureConfig
+from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.run import LimitConfig
 from shardrec.pipeline.train import train

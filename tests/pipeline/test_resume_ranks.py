@@ -28,7 +28,7 @@ from shardrec.kernels import hash_chunks, rece, sce
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.callbacks import Callback, StepReport
-from shardrec.pipeline.measure import measure, open_users
+from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.run import TrainConfig
 from shardrec.pipeline.train import build, train
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.parts import part
+from shardrec.pipeline.model.profile_ranges import part
 
 __all__ = ["Model", "real_positions"]
 
