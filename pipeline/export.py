@@ -29,6 +29,7 @@ from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.stage_output import SharedOutput
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import (
     default_group,
@@ -39,7 +40,6 @@ from shardrec.pipeline.ranks import (
     size_of,
 )
 from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
-from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint.store import write_atomically
-from shardrec.pipeline.lock import RunLock
+from shardrec.pipeline.outputs.lock import RunLock
+from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
 from shardrec.pipeline.resume import END, METRICS, Resume, write_end
 from shardrec.pipeline.run import TrainConfig, write_config
-from shardrec.pipeline.staging import RESULT, locked, partial_of, put_in_place, settle
 
 __all__ = ["check_force", "folder_for", "moved_to", "take_place"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import FORMAT as METRICS_FORMAT
-from shardrec.pipeline.json_files import require_shape
 from shardrec.pipeline.measure_export import measure_export
 from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.published import Publication, read_published, require_unchanged
 from shardrec.pipeline.stored_report import StoredReport, read_report

@@ -27,12 +27,12 @@ from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.checkpoint.store import CheckpointState, StoredCheckpoint
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
+from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, sum_over_ranks
 from shardrec.pipeline.row_groups import RowGroups
 from shardrec.pipeline.run import OURS, TrainConfig, open_checkpoints, read_run
 from shardrec.pipeline.step import Stepper
-from shardrec.pipeline.storage import Folder
 
 __all__ = ["start_from"]
 

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.json_files import read_object, require_shape
-from shardrec.pipeline.staging import settle
+from shardrec.pipeline.outputs.json_files import read_object, require_shape
+from shardrec.pipeline.outputs.staging import settle
 
 FORMAT = "shardrec.prepared"
 SCHEMA_VERSION = 1

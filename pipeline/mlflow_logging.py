@@ -20,7 +20,7 @@ from shardrec.pipeline.callbacks import (
     ValidationReport,
     step_scalars,
 )
-from shardrec.pipeline.json_files import read_object
+from shardrec.pipeline.outputs.json_files import read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

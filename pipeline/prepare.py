@@ -47,8 +47,8 @@ from shardrec.pipeline.log.split import (
 )
 from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
+from shardrec.pipeline.outputs.staging import settle, staged_folder
 from shardrec.pipeline.spread import describe_uneven_load, loads
-from shardrec.pipeline.staging import settle, staged_folder
 
 __all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 

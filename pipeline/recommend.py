@@ -24,6 +24,7 @@ from shardrec.pipeline.histories import Histories, HistoryChunk
 from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.stage_output import SharedOutput
 from shardrec.pipeline.parquet_files import find_files
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import (
@@ -34,7 +35,6 @@ from shardrec.pipeline.ranks import (
     size_of,
     sum_over_ranks,
 )
-from shardrec.pipeline.shared_output import SharedOutput
 from shardrec.pipeline.trained import Source
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]

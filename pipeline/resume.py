@@ -19,8 +19,9 @@ from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.data import TrainingBatches
-from shardrec.pipeline.json_files import read_object
-from shardrec.pipeline.lock import LOCK, RunLock
+from shardrec.pipeline.outputs.json_files import read_object
+from shardrec.pipeline.outputs.lock import LOCK, RunLock
+from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import rank_of
@@ -32,7 +33,6 @@ from shardrec.pipeline.run import (
     write_config,
 )
 from shardrec.pipeline.step import Stepper
-from shardrec.pipeline.storage import Folder
 
 __all__ = [
     "Resume",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.checkpoint.store import write_atomically
-from shardrec.pipeline.json_files import Shape, require_shape
+from shardrec.pipeline.outputs.json_files import Shape, require_shape
 
 __all__ = ["StoredReport", "read_json", "read_report"]
 

@@ -22,9 +22,9 @@ from shardrec.pipeline.data import Prepared, TrainingBatches
 from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place
 from shardrec.pipeline.init_from import start_from
 from shardrec.pipeline.interruption import never
-from shardrec.pipeline.lock import RunLock
 from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
+from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.profiling import Profiler
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import (

@@ -11,10 +11,10 @@ from torch import nn
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run import TrainConfig, build_model, open_checkpoints, open_run
-from shardrec.pipeline.storage import Folder
 
 __all__ = ["Source", "load_model"]
 

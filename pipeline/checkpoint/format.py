@@ -49,7 +49,7 @@ from shardrec.pipeline.checkpoint.manifest import (
     FileEntry,
     Manifest,
 )
-from shardrec.pipeline.storage import Folder
+from shardrec.pipeline.outputs.storage import Folder
 
 __all__ = [
     "RowReader",

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardrec.pipeline.json_files import require_shape
-from shardrec.pipeline.storage import Folder
+from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.storage import Folder
 
 __all__ = ["BLOCK_BYTES", "MANIFEST", "DamagedCheckpointError", "FileEntry", "Manifest"]
 

@@ -46,9 +46,9 @@ from shardrec.pipeline.checkpoint.manifest import (
     Manifest,
 )
 from shardrec.pipeline.checkpoint.state import CheckpointState, is_row_name, join_state
-from shardrec.pipeline.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.storage import Folder, open_folder
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, size_of
-from shardrec.pipeline.storage import Folder, open_folder
 
 __all__ = [
     "CheckpointConfig",

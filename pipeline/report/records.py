@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import require_shape
 
 __all__ = ["RunRecord", "read_run", "read_runs"]
 

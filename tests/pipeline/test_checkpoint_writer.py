@@ -21,8 +21,8 @@ from shardrec.pipeline.checkpoint.store import (
     load_checkpoint,
 )
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
+from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.storage import Folder
 from shardrec.pipeline.train import train
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from shardrec.pipeline.lock import RunLock
+from shardrec.pipeline.outputs.lock import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from shardrec.pipeline.lock import RunLock
+from shardrec.pipeline.outputs.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)

@@ -22,9 +22,9 @@ from shardrec.pipeline.checkpoint.store import (
     load_checkpoint,
 )
 from shardrec.pipeline.evaluate import evaluate
+from shardrec.pipeline.outputs.storage import Folder, open_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.storage import Folder, open_folder
 from shardrec.pipeline.train import train
 
 

@@ -16,7 +16,7 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.callbacks import Callback, StepReport
-from shardrec.pipeline.lock import LOCK, RunLock
+from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
