@@ -18,7 +18,7 @@ from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
 from shardrec.pipeline.callbacks import StepReport
-from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import train

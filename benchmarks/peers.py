@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from losses import gemm_gflops
 from record import RESULTS, Results, call_fresh, median
 
-from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.synth import SynthConfig, generate
 
 FOLDER = Path(__file__).parent

@@ -29,8 +29,8 @@ from record import RESULTS, SHARDREC, Results, peak_rss_since_reset, rss_bytes, 
 
 from shardrec.launch.workers import process_group
 from shardrec.pipeline.config import override
-from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.plan import Machine, plan
+from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.recipes import RECIPES
 from shardrec.pipeline.run import TrainConfig

@@ -24,7 +24,7 @@ from record import RESULTS, SHARDREC, Results, run_logged
 
 from shardrec.launch.cli import main as shardrec
 from shardrec.modules.losses import LOSSES
-from shardrec.pipeline.data import Prepared
+from shardrec.pipeline.prepared.loader import Prepared
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
 PROTOCOLS = {"test": [], "test_unseen": ["--filter-seen"]}

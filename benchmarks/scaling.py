@@ -26,7 +26,7 @@ from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.callbacks import StepReport
-from shardrec.pipeline.data import BatchConfig, Prepared
+from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train

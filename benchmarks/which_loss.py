@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quality import run_once
 from record import RESULTS, SHARDREC, Results, run_logged
 
-from shardrec.pipeline.data import Prepared
+from shardrec.pipeline.prepared.loader import Prepared
 
 VARIANTS = (
     "cce",

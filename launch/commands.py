@@ -54,7 +54,7 @@ def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
 def prepare(arguments: Sequence[str]) -> int:
     """Turn an event log into a prepared folder."""
     from shardrec.pipeline.prepare import prepare_once
-    from shardrec.pipeline.spread import describe_loads
+    from shardrec.pipeline.prepared.balance import describe_loads
 
     config = read_prepare(arguments)
     with sigterm_unwinds():

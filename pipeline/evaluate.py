@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.model.measure import MeasureConfig, Split, measure, open_users
+from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.ranks import (
     default_group,
     on_first_rank,

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
-from shardrec.pipeline.item_ids import ItemIds
-from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.stage_output import SharedOutput
 from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import FileEntry, describe_file
+from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranks import (
     default_group,
     on_all_ranks,

@@ -20,9 +20,9 @@ from shardrec.pipeline.callbacks import (
 from shardrec.pipeline.checkpoint.store import CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.data import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.model.measure import measure, open_users
+from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import in_step, on_first_rank, rank_of
 from shardrec.pipeline.resume import write_end

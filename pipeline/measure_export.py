@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.data import EvaluationBatches
 from shardrec.pipeline.model.measure import MeasureConfig, Split, measure
 from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.loader import EvaluationBatches
 from shardrec.pipeline.serve import Recommender
 
 __all__ = ["measure_export"]

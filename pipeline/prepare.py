@@ -46,9 +46,14 @@ from shardrec.pipeline.log.split import (
     training_counts,
 )
 from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
-from shardrec.pipeline.manifest import Manifest, holds_prepared, read_manifest, write_manifest
 from shardrec.pipeline.outputs.staging import settle, staged_folder
-from shardrec.pipeline.spread import describe_uneven_load, loads
+from shardrec.pipeline.prepared.balance import describe_uneven_load, loads
+from shardrec.pipeline.prepared.folder import (
+    Manifest,
+    holds_prepared,
+    read_manifest,
+    write_manifest,
+)
 
 __all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from shardrec.pipeline.manifest import Manifest, read_manifest
-from shardrec.pipeline.row_groups import RowGroups
+from shardrec.pipeline.prepared.folder import Manifest, read_manifest
+from shardrec.pipeline.prepared.row_groups import RowGroups
 
 __all__ = ["Prepared"]
 

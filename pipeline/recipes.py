@@ -10,8 +10,8 @@ from typing import Protocol
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
-from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from shardrec.modules.ranking import Blocks, top_items
-from shardrec.pipeline.batches import gathered, padded
-from shardrec.pipeline.histories import Histories, HistoryChunk
-from shardrec.pipeline.item_ids import ItemIds
-from shardrec.pipeline.manifest import FileEntry, describe_file
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.stage_output import SharedOutput
-from shardrec.pipeline.parquet_files import find_files
 from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.batches import gathered, padded
+from shardrec.pipeline.prepared.folder import FileEntry, describe_file
+from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
+from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.parquet_files import find_files
 from shardrec.pipeline.ranks import (
     default_group,
     in_step,

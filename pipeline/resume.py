@@ -18,11 +18,11 @@ from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.data import TrainingBatches
 from shardrec.pipeline.outputs.json_files import read_object
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run import (

@@ -19,9 +19,9 @@ from shardrec.modules.option_checks import (
     require_betas,
     require_choice,
 )
-from shardrec.pipeline.data import Batch
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
+from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import rank_of, size_of, sum_over_ranks
 
 __all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "Votes", "learning_rate_factor"]

@@ -26,7 +26,7 @@ from shardrec.pipeline.log.generator import (
     blocks,
     top_columns,
 )
-from shardrec.pipeline.parquet_files import check_path
+from shardrec.pipeline.prepared.parquet_files import check_path
 
 __all__ = ["SynthConfig", "SynthReport", "generate"]
 

@@ -18,13 +18,13 @@ from torch import nn
 from shardrec.pipeline.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import describe, flatten
-from shardrec.pipeline.data import Prepared, TrainingBatches
 from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place
 from shardrec.pipeline.init_from import start_from
 from shardrec.pipeline.interruption import never
 from shardrec.pipeline.loop import Loop, Run
 from shardrec.pipeline.mlflow_logging import open_mlflow
 from shardrec.pipeline.outputs.lock import RunLock
+from shardrec.pipeline.prepared.loader import Prepared, TrainingBatches
 from shardrec.pipeline.profiling import Profiler
 from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import (

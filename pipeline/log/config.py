@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from shardrec.pipeline.log.columns import EventColumns
-from shardrec.pipeline.parquet_files import check_path
+from shardrec.pipeline.prepared.parquet_files import check_path
 
 MAX_THREADS = 256
 MAX_GROUP_ROWS = 1 << 30

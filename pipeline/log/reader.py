@@ -30,7 +30,7 @@ from shardrec.pipeline.log.columns import (
     time_kind,
     weight_kind,
 )
-from shardrec.pipeline.parquet_files import find_files
+from shardrec.pipeline.prepared.parquet_files import find_files
 
 __all__ = ["EventLog", "SourceFile"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.data import BatchConfig, Prepared, TrainingBatches
+from shardrec.pipeline.prepared.loader import BatchConfig, Prepared, TrainingBatches
 
 NUM_ITEMS = 1 << 19
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.manifest import Manifest
 from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.prepared.folder import Manifest
 
 Event = tuple[int, int, int]
 

@@ -10,7 +10,7 @@ from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.callbacks import Callback, StepReport, ValidationReport
 from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
-from shardrec.pipeline.data import BatchConfig
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.resume import Resume
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig

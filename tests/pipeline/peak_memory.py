@@ -20,7 +20,7 @@ import torch.distributed as dist
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
-from shardrec.pipeline.data import Batch
+from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import default_group, rank_of, size_of
 from shardrec.pipeline.recipes import tiny_cpu
 from shardrec.pipeline.run import TrainConfig, build_model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig
 
 NUM_ITEMS = 53

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.pipeline.counted_log import NUM_ITEMS, lengths_of, loader, write_prepared
 
-from shardrec.pipeline.data import Batch, EvaluationBatches, Prepared, TrainingBatches
+from shardrec.pipeline.prepared.loader import Batch, EvaluationBatches, Prepared, TrainingBatches
 
 Pair = tuple[list[int], list[int]]
 WORLD_SIZES = (1, 2, 3, 4)

@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.losses import CCE
 from shardrec.modules.shard import RowShard
-from shardrec.pipeline.data import EvaluationBatches, Prepared
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.model.measure import MeasureConfig, measure
+from shardrec.pipeline.prepared.loader import EvaluationBatches, Prepared
 from shardrec.pipeline.train import train
 from shardrec.pipeline.trained import Source
 

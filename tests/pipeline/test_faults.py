@@ -22,9 +22,9 @@ from shardrec.launch import cli
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.callbacks import Callback, CheckpointReport, StepReport
 from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
-from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.outputs.lock import RunLock
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import train

@@ -12,9 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardrec.pipeline.log.item_indices import index_order
-from shardrec.pipeline.manifest import read_manifest
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
-from shardrec.pipeline.spread import TOO_UNEVEN, describe_uneven_load, largest_load, load_per_rank
+from shardrec.pipeline.prepared.balance import (
+    TOO_UNEVEN,
+    describe_uneven_load,
+    largest_load,
+    load_per_rank,
+)
+from shardrec.pipeline.prepared.folder import read_manifest
 
 Event = tuple[int, int, int]
 KINDS = ["int64", "string"]

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE, Loss, Step
-from shardrec.pipeline.data import Batch
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.step import OptimizerConfig, Stepper
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shardrec.pipeline.parquet_files import find_files
+from shardrec.pipeline.prepared.parquet_files import find_files
 
 FILES = ["plain.parquet", "a[1].parquet", "a1.parquet", "what?.parquet", "whatx.parquet"]
 FILES += ["day[2]/x.parquet", "day[2]/y.parquet", "day2/z.parquet", "deep/one/two.parquet"]

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardrec.pipeline.config import from_json
-from shardrec.pipeline.manifest import read_manifest
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
+from shardrec.pipeline.prepared.folder import read_manifest
 
 NUM = 2000
 

@@ -18,10 +18,10 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
-from shardrec.pipeline.data import Prepared
 from shardrec.pipeline.evaluate import evaluate
-from shardrec.pipeline.item_ids import ItemIds
 from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.run import LimitConfig
 from shardrec.pipeline.train import train

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.counted_log import lengths_of, loader, write_prepared
 
-from shardrec.pipeline.data import TrainingBatches
+from shardrec.pipeline.prepared.loader import TrainingBatches
 
 
 def damaged(tmp_path: Path) -> tuple[TrainingBatches, Path]:

@@ -15,10 +15,10 @@ from tests.pipeline.disks import mount, small_disk
 from tests.pipeline.event_logs import write_random_log
 
 from shardrec.launch import cli
-from shardrec.pipeline.manifest import read_manifest
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.staging import locked, partial_of, settle, staged_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
+from shardrec.pipeline.prepared.folder import read_manifest
 
 DISK_BYTES = 24 << 20
 

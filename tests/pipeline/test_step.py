@@ -12,7 +12,7 @@ from tests.pipeline.small_data import prepare_small, small_config
 from torch import Tensor, nn
 
 from shardrec.modules.catalog import CatalogConfig
-from shardrec.pipeline.data import Batch, BatchConfig
+from shardrec.pipeline.prepared.loader import Batch, BatchConfig
 from shardrec.pipeline.run import LimitConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig, learning_rate_factor
 from shardrec.pipeline.train import Run, build

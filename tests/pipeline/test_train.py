@@ -19,8 +19,8 @@ from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
-from shardrec.pipeline.data import BatchConfig
 from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.step import OptimizerConfig
 from shardrec.pipeline.train import train

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.item_ids import ItemIds, id_kind
-from shardrec.pipeline.parquet_files import find_files
+from shardrec.pipeline.prepared.item_ids import ItemIds, id_kind
+from shardrec.pipeline.prepared.parquet_files import find_files
 
 __all__ = ["Histories", "HistoryChunk"]
 

@@ -1,7 +1,7 @@
 """Prepared data as batches of tensors, deterministic by (seed, epoch) and the same for any W.
 
-`shardrec.pipeline.order` decides what is where in an epoch, `shardrec.pipeline.row_groups` reads,
-and `shardrec.pipeline.batches` cuts tensors. There is no Python loop over sequences: list columns
+`shardrec.pipeline.prepared.epoch_order` decides what is where in an epoch, `shardrec.pipeline.prepared.row_groups` reads,
+and `shardrec.pipeline.prepared.batches` cuts tensors. There is no Python loop over sequences: list columns
 become one flat tensor and offsets, and a batch is index arithmetic on them.
 """
 
@@ -15,7 +15,8 @@ import pyarrow as pa
 import torch
 
 from shardrec.modules.option_checks import require_at_least, require_choice
-from shardrec.pipeline.batches import (
+from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.batches import (
     Batch,
     EvaluationBatch,
     Samples,
@@ -24,9 +25,8 @@ from shardrec.pipeline.batches import (
     num_windows,
     padded,
 )
-from shardrec.pipeline.order import EpochOrder, Piece, Window
-from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.row_groups import RowGroups, flat_list
+from shardrec.pipeline.prepared.epoch_order import EpochOrder, Piece, Window
+from shardrec.pipeline.prepared.row_groups import RowGroups, flat_list
 
 __all__ = [
     "Batch",
