@@ -17,10 +17,10 @@ from record import peak_rss_bytes, rss_bytes
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
-from shardrec.pipeline.callbacks import StepReport
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.callbacks import StepReport
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import train
 
 

@@ -33,7 +33,7 @@ from shardrec.pipeline.plan import Machine, plan
 from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.recipes import RECIPES
-from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import train
 
 ALLOCATORS = {"default": {}, "threshold": {"MALLOC_MMAP_THRESHOLD_": "1000000"}}

@@ -25,10 +25,10 @@ from shardrec.launch.workers import process_group
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
-from shardrec.pipeline.callbacks import StepReport
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
 from shardrec.pipeline.ranks import rank_of
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.callbacks import StepReport
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, SHARDREC, run_logged
 
 from shardrec.pipeline.model.profile_ranges import PART
-from shardrec.pipeline.profiling import OPERATORS, Span, common, length, union
+from shardrec.pipeline.run.profiler import OPERATORS, Span, common, length, union
 
 WIDTH, LANE, GAP, LEFT, RIGHT = 1030, 34, 10, 130, 50
 COLOURS = {

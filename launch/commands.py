@@ -102,8 +102,8 @@ def train(arguments: Sequence[str]) -> int:
 def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     """What the arguments of ``train`` spell; exits when they are wrong."""
     from shardrec.pipeline.config import describe, override, unknown_name
-    from shardrec.pipeline.forced import check_force
     from shardrec.pipeline.recipes import RECIPES
+    from shardrec.pipeline.run.replace import check_force
 
     parser = Parser(
         "train",

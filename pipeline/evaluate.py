@@ -22,8 +22,8 @@ from shardrec.pipeline.ranks import (
     rank_of,
     size_of,
 )
+from shardrec.pipeline.run.trained import Source, load_model
 from shardrec.pipeline.stored_report import StoredReport
-from shardrec.pipeline.trained import Source, load_model
 
 __all__ = ["FORMAT", "evaluate", "evaluate_popularity", "with_numbers"]
 

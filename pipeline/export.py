@@ -39,8 +39,8 @@ from shardrec.pipeline.ranks import (
     rank_of,
     size_of,
 )
+from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
-from shardrec.pipeline.trained import Source
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
 

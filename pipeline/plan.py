@@ -21,7 +21,7 @@ from shardrec.modules.baselines import eager_cross_entropy_cost, paired_cross_en
 from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
 from shardrec.modules.row_updates import state_floats
-from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = ["Machine", "Plan", "loss_cost", "plan"]
 

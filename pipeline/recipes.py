@@ -12,8 +12,8 @@ from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 
 __all__ = ["RECIPES", "Recipe", "beauty", "demo", "epinions", "large_catalog", "tiny_cpu"]
 

@@ -35,7 +35,7 @@ from shardrec.pipeline.ranks import (
     size_of,
     sum_over_ranks,
 )
-from shardrec.pipeline.trained import Source
+from shardrec.pipeline.run.trained import Source
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]
 

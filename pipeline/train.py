@@ -15,18 +15,11 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from shardrec.pipeline.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import describe, flatten
-from shardrec.pipeline.forced import check_force, folder_for, moved_to, take_place
-from shardrec.pipeline.init_from import start_from
 from shardrec.pipeline.interruption import never
-from shardrec.pipeline.loop import Loop, Run
-from shardrec.pipeline.mlflow_logging import open_mlflow
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.prepared.loader import Prepared, TrainingBatches
-from shardrec.pipeline.profiling import Profiler
-from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import (
     default_group,
     on_first_rank,
@@ -34,15 +27,8 @@ from shardrec.pipeline.ranks import (
     rank_of,
     size_of,
 )
-from shardrec.pipeline.resume import (
-    Resume,
-    begin_again,
-    check_folder,
-    find_end,
-    restore,
-    started,
-)
-from shardrec.pipeline.run import (
+from shardrec.pipeline.run.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
+from shardrec.pipeline.run.config import (
     OURS,
     LimitConfig,
     TrainConfig,
@@ -51,7 +37,21 @@ from shardrec.pipeline.run import (
     open_checkpoints,
     start_run,
 )
-from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.run.loop import Loop, Run
+from shardrec.pipeline.run.mlflow_logging import open_mlflow
+from shardrec.pipeline.run.profiler import Profiler
+from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.replace import check_force, folder_for, moved_to, take_place
+from shardrec.pipeline.run.resume import (
+    Resume,
+    begin_again,
+    check_folder,
+    find_end,
+    restore,
+    started,
+)
+from shardrec.pipeline.run.step import Stepper
+from shardrec.pipeline.run.warm_start import start_from
 
 __all__ = ["LimitConfig", "Run", "TrainConfig", "ValidationConfig", "build", "train"]
 

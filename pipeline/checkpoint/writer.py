@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardrec.pipeline.callbacks import CheckpointReport
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.ranks import rank_of, timeout_of
+from shardrec.pipeline.run.callbacks import CheckpointReport
 
 __all__ = ["CheckpointWriter", "writing_group"]
 

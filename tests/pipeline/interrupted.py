@@ -8,12 +8,12 @@ from tests.pipeline.small_data import small_config
 
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.callbacks import Callback, StepReport, ValidationReport
 from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.resume import Resume
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport, ValidationReport
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.resume import Resume
+from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import train
 
 STEPS = 6

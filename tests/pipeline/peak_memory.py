@@ -23,8 +23,8 @@ from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import default_group, rank_of, size_of
 from shardrec.pipeline.recipes import tiny_cpu
-from shardrec.pipeline.run import TrainConfig, build_model
-from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.run.config import TrainConfig, build_model
+from shardrec.pipeline.run.step import Stepper
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A callback that keeps what it is told."""
 
-from shardrec.pipeline.callbacks import (
+from shardrec.pipeline.run.callbacks import (
     Callback,
     CheckpointReport,
     EndReport,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run import LimitConfig, TrainConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig
 
 NUM_ITEMS = 53
 NUM_USERS = 97

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shardrec.pipeline.callbacks import (
+from shardrec.pipeline.run.callbacks import (
     Callback,
     CheckpointReport,
     EndReport,

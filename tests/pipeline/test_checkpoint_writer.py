@@ -13,7 +13,6 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, bounds, make_state
 from tests.ranks import Ranks
 
-from shardrec.pipeline.callbacks import Callback, CheckpointReport, StepReport
 from shardrec.pipeline.checkpoint.store import (
     CheckpointConfig,
     Checkpoints,
@@ -22,7 +21,8 @@ from shardrec.pipeline.checkpoint.store import (
 )
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.callbacks import Callback, CheckpointReport, StepReport
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 

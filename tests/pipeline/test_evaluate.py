@@ -22,8 +22,8 @@ from shardrec.modules.shard import RowShard
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.model.measure import MeasureConfig, measure
 from shardrec.pipeline.prepared.loader import EvaluationBatches, Prepared
+from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
-from shardrec.pipeline.trained import Source
 
 
 @pytest.fixture(scope="module")

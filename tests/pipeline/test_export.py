@@ -27,9 +27,9 @@ from shardrec.pipeline.export import (
 )
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
+from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
-from shardrec.pipeline.trained import Source
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 WITHOUT_THE_TRAINING_STACK = """

@@ -19,7 +19,7 @@ from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.publish import PublishConfig, publish
-from shardrec.pipeline.run import LimitConfig
+from shardrec.pipeline.run.config import LimitConfig
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 

@@ -28,7 +28,7 @@ from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE, Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.prepared.loader import Batch
-from shardrec.pipeline.step import OptimizerConfig, Stepper
+from shardrec.pipeline.run.step import OptimizerConfig, Stepper
 
 CPU = torch.device("cpu")
 NUM_ITEMS, WIDTH, LENGTH = 307, 8, 6

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
 
-from shardrec.pipeline import run as run_module
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
-from shardrec.pipeline.run import LimitConfig, ValidationConfig
+from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
+from shardrec.pipeline.run.config import config as run_module
 from shardrec.pipeline.train import train
 
 MESSAGE = "the disk of this node is gone"

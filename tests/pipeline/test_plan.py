@@ -21,7 +21,7 @@ from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.config import override
 from shardrec.pipeline.plan import Machine, Plan, loss_cost, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
-from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.run.config import TrainConfig
 
 MIB = 1 << 20
 # glibc raises the size from which a block goes back to the system to that of blocks freed before,

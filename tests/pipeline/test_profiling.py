@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity
 from shardrec.kernels.device.matmul import times_transposed
 from shardrec.launch.commands import read_train
 from shardrec.pipeline.model.profile_ranges import PART, Part
-from shardrec.pipeline.profiling import OPERATORS, ProfileConfig
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.profiler import OPERATORS, ProfileConfig
 from shardrec.pipeline.train import train
 
 

@@ -8,7 +8,7 @@ from tests.pipeline.small_data import prepare_small
 
 from shardrec.pipeline.config import describe, from_json, override, to_json
 from shardrec.pipeline.recipes import RECIPES
-from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import train
 
 

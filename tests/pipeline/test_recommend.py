@@ -23,9 +23,9 @@ from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
-from shardrec.pipeline.run import LimitConfig
+from shardrec.pipeline.run.config import LimitConfig
+from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
-from shardrec.pipeline.trained import Source
 
 UNKNOWN = 10_000
 

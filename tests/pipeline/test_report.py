@@ -15,12 +15,12 @@ from tests.pipeline.small_data import prepare_small, small_config
 
 from shardrec.launch.cli import main
 from shardrec.modules.losses import CCEMinus
-from shardrec.pipeline.callbacks import EndReport, JsonLines, StepReport, ValidationReport
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.report import report
 from shardrec.pipeline.report.curves import Line, place_labels, thin
 from shardrec.pipeline.report.records import read_runs
+from shardrec.pipeline.run.callbacks import EndReport, JsonLines, StepReport, ValidationReport
 from shardrec.pipeline.train import train
 
 HOSTILE = """<img src=x onerror=alert(1)>&"'$x^2$ {{ 7 * 7 }}\N{ESCAPE}"""

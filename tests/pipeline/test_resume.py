@@ -29,8 +29,8 @@ from shardrec.pipeline.checkpoint.store import (
     load_checkpoint,
     save_checkpoint,
 )
-from shardrec.pipeline.run import LimitConfig, TrainConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import build, train
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from shardrec.kernels import hash_chunks, rece, sce
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
-from shardrec.pipeline.callbacks import Callback, StepReport
 from shardrec.pipeline.model.measure import measure, open_users
-from shardrec.pipeline.run import TrainConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import build, train
 
 NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each rank for itself

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.pipeline.prepared.loader import Batch, BatchConfig
-from shardrec.pipeline.run import LimitConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig, learning_rate_factor
+from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
+from shardrec.pipeline.run.step import OptimizerConfig, learning_rate_factor
 from shardrec.pipeline.train import Run, build
 
 OFF = ValidationConfig(every_epochs=None)

@@ -24,7 +24,7 @@ from shardrec.pipeline.checkpoint.store import (
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.outputs.storage import Folder, open_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 

@@ -21,8 +21,8 @@ from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import train
 
 # The gradient of a key's bias is rounding and nothing else: without this Adam would blow it up.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.losses import CCEMinus
-from shardrec.pipeline.callbacks import Callback, StepReport
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
-from shardrec.pipeline.run import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
 from shardrec.pipeline.config import flatten
@@ -23,16 +22,17 @@ from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
-from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import rank_of
-from shardrec.pipeline.run import (
+from shardrec.pipeline.run.callbacks import EndReport
+from shardrec.pipeline.run.config import (
     TrainConfig,
     open_checkpoints,
     read_run,
     require_new,
     write_config,
 )
-from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.step import Stepper
 
 __all__ = [
     "Resume",

@@ -15,8 +15,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
-from shardrec.pipeline.callbacks import Callback, EndReport, StepReport
 from shardrec.pipeline.model.profile_ranges import PART
+from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport
 
 __all__ = ["OPERATORS", "ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
 

@@ -33,15 +33,15 @@ from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, write_atomically
 from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.init_config import InitConfig
-from shardrec.pipeline.mlflow_logging import MLflowConfig
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.model.model import Model, Precision
 from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.outputs.staging import settle
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
-from shardrec.pipeline.profiling import ProfileConfig
 from shardrec.pipeline.ranks import on_this_rank
-from shardrec.pipeline.step import OptimizerConfig
+from shardrec.pipeline.run.mlflow_logging import MLflowConfig
+from shardrec.pipeline.run.profiler import ProfileConfig
+from shardrec.pipeline.run.step import OptimizerConfig
 
 __all__ = [
     "LimitConfig",

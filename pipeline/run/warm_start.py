@@ -31,8 +31,8 @@ from shardrec.pipeline.prepared.folder import ITEM_MAP_NAME, ITEMS_NAME, read_ma
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.row_groups import RowGroups
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, sum_over_ranks
-from shardrec.pipeline.run import OURS, TrainConfig, open_checkpoints, read_run
-from shardrec.pipeline.step import Stepper
+from shardrec.pipeline.run.config import OURS, TrainConfig, open_checkpoints, read_run
+from shardrec.pipeline.run.step import Stepper
 
 __all__ = ["start_from"]
 

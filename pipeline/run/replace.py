@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.callbacks import EndReport
 from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
-from shardrec.pipeline.resume import END, METRICS, Resume, write_end
-from shardrec.pipeline.run import TrainConfig, write_config
+from shardrec.pipeline.run.callbacks import EndReport
+from shardrec.pipeline.run.config import TrainConfig, write_config
+from shardrec.pipeline.run.resume import END, METRICS, Resume, write_end
 
 __all__ = ["check_force", "folder_for", "moved_to", "take_place"]
 

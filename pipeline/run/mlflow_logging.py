@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from typing_extensions import override
 
-from shardrec.pipeline.callbacks import (
+from shardrec.pipeline.outputs.json_files import read_object
+from shardrec.pipeline.run.callbacks import (
     Callback,
     CheckpointReport,
     EndReport,
@@ -20,7 +21,6 @@ from shardrec.pipeline.callbacks import (
     ValidationReport,
     step_scalars,
 )
-from shardrec.pipeline.outputs.json_files import read_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardrec.pipeline.callbacks import ValidationReport
+from shardrec.pipeline.run.callbacks import ValidationReport
 
 __all__ = ["Progress"]
 

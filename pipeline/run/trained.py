@@ -14,7 +14,7 @@ from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run import TrainConfig, build_model, open_checkpoints, open_run
+from shardrec.pipeline.run.config import TrainConfig, build_model, open_checkpoints, open_run
 
 __all__ = ["Source", "load_model"]
 

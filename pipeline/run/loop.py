@@ -10,24 +10,24 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from shardrec.pipeline.callbacks import (
-    Callback,
-    CheckpointReport,
-    EndReport,
-    StepReport,
-    ValidationReport,
-)
 from shardrec.pipeline.checkpoint.store import CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
-from shardrec.pipeline.progress import Progress
 from shardrec.pipeline.ranks import in_step, on_first_rank, rank_of
-from shardrec.pipeline.resume import write_end
-from shardrec.pipeline.run import TrainConfig
-from shardrec.pipeline.step import StepOutcome, Stepper, Votes
+from shardrec.pipeline.run.callbacks import (
+    Callback,
+    CheckpointReport,
+    EndReport,
+    StepReport,
+    ValidationReport,
+)
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.resume import write_end
+from shardrec.pipeline.run.step import StepOutcome, Stepper, Votes
 
 __all__ = ["Loop", "Run"]
 
