@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from shardrec import __version__
-from shardrec.pipeline.ann_index import INDEX, IndexConfig, build_index
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.stage_output import SharedOutput
 from shardrec.pipeline.prepared import Prepared
@@ -41,6 +40,7 @@ from shardrec.pipeline.ranks import (
 )
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
+from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
 

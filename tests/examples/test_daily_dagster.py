@@ -13,8 +13,8 @@ import pytest
 from tests.pipeline.small_data import write_log
 
 from shardrec.launch.cli import main
-from shardrec.pipeline.published import read_published
 from shardrec.pipeline.serve import Recommender
+from shardrec.pipeline.served.pointer import read_published
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "daily_dagster.py"
 SMALL = ["--recipe", "tiny_cpu", "show_progress=false", "encoder.max_length=8"]

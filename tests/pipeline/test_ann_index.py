@@ -17,9 +17,9 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.losses import CCE
 from shardrec.modules.ranking import top_items
-from shardrec.pipeline.ann_index import IndexConfig, build_index, index_top_items, open_index
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.serve import Recommender
+from shardrec.pipeline.served.ann_index import IndexConfig, build_index, index_top_items, open_index
 from shardrec.pipeline.train import train
 
 HISTORIES = [[3, 9, 4], [], [10_000], list(range(20)), [7]]

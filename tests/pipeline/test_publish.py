@@ -18,7 +18,7 @@ from shardrec.pipeline.publish import (
     publish,
     rollback,
 )
-from shardrec.pipeline.published import export_folder, read_published
+from shardrec.pipeline.served.pointer import export_folder, read_published
 
 
 def write_export(folder: Path, weights: str) -> str:
