@@ -16,15 +16,9 @@ from pathlib import Path
 
 import torch
 import triton
+from compiled.builds import ARCHITECTURES, MAX_SHARED_BYTES, Build, Case, shipped_cases
+from compiled.least_work import LeastWork
 
-from shardrec.kernels.compiled import (
-    ARCHITECTURES,
-    MAX_SHARED_BYTES,
-    Build,
-    Case,
-    LeastWork,
-    shipped_cases,
-)
 from shardrec.kernels.device.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.md"

@@ -31,7 +31,7 @@ from record import RESULTS, SHARDREC, Results, run_logged
 
 from shardrec.pipeline.log.columns import EventColumns
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.prepared.folder import read_manifest
+from shardrec.pipeline.prepared.manifest import read_manifest
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
 FROZEN = ("limits.max_steps=1", "optimizer.learning_rate=0", "catalog.learning_rate=0")

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from shardrec import __version__
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.stage_output import SharedOutput
-from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.prepared.folder import FileEntry, describe_file
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.manifest import FileEntry, describe_file
 from shardrec.pipeline.ranks import (
     default_group,
     on_all_ranks,

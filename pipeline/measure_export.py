@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardrec.modules.shard import RowShard
 from shardrec.pipeline.model.measure import MeasureConfig, Split, measure
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import EvaluationBatches
 from shardrec.pipeline.serve import Recommender
 

@@ -48,7 +48,7 @@ from shardrec.pipeline.log.split import (
 from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.outputs.staging import settle, staged_folder
 from shardrec.pipeline.prepared.balance import describe_uneven_load, loads
-from shardrec.pipeline.prepared.folder import (
+from shardrec.pipeline.prepared.manifest import (
     Manifest,
     holds_prepared,
     read_manifest,

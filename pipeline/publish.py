@@ -12,7 +12,7 @@ from typing import Any
 from shardrec.pipeline.gate import FORMAT as GATE_FORMAT
 from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.folder import MANIFEST_NAME, sha256
+from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.serve import read_manifest
 from shardrec.pipeline.served.pointer import Publication, Published, require_unchanged, swap
 from shardrec.pipeline.stored_report import read_report

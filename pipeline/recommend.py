@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from shardrec.modules.ranking import Blocks, top_items
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.stage_output import SharedOutput
-from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.prepared.batches import gathered, padded
-from shardrec.pipeline.prepared.folder import FileEntry, describe_file
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.manifest import FileEntry, describe_file
 from shardrec.pipeline.prepared.parquet_files import find_files
 from shardrec.pipeline.ranks import (
     default_group,

@@ -21,8 +21,8 @@ from shardrec.kernels.shard import RowShard
 from shardrec.modules.ranking import top_items
 from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.folder import MANIFEST_NAME, sha256
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.served.ann_index import INDEX, index_top_items, open_index
 from shardrec.pipeline.served.pointer import export_folder
 

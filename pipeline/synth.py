@@ -1,7 +1,7 @@
 """Generated event logs whose best possible metrics are known.
 
-`shardrec.pipeline.log.generator` says how events come about. Here they are written to Parquet, and a
-few simple rankings are judged on them.
+`shardrec.pipeline.log.generator` says how events come about. Here they are written to Parquet, and
+a few simple rankings are judged on them.
 """
 
 import json

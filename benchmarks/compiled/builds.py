@@ -19,9 +19,9 @@ from compiled.least_work import LeastWork, least_work
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
-from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
-from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
+from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
+from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
+from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
 from shardrec.kernels.device.backend import alignment
 from shardrec.kernels.device.tiles import Tile, tile_for
 from shardrec.kernels.negatives import gpu as negatives_gpu

@@ -30,7 +30,7 @@ def forward(
     Collectives: none.
     """
     if choose_backend(states, backend) == "triton":
-        from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as gpu
+        from shardrec.kernels.block_logsumexp.gpu import dispatch as gpu
 
         return gpu.forward(states, rows, blocks)
     return cpu.forward(states, rows, blocks)
@@ -64,7 +64,7 @@ def backward(
     Collectives: none.
     """
     if choose_backend(states, backend) == "triton":
-        from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as gpu
+        from shardrec.kernels.block_logsumexp.gpu import dispatch as gpu
 
         return gpu.backward(
             states,

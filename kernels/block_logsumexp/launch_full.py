@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
+from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.device.backend import num_processors
 from shardrec.kernels.device.tiles import Tile

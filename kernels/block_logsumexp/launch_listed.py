@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.gpu.dispatch import listed as gpu_listed
+from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.schedule import pair_tiles, row_tiles
 from shardrec.kernels.cost.workload import LEAST_ENTRIES

@@ -1,0 +1,1 @@
+"""What a loss costs a rank: FLOP, bytes and workspace, for planning alone."""

@@ -1,0 +1,1 @@
+"""Communication between the ranks that hold the shards of a table."""

@@ -1,0 +1,1 @@
+"""The model of a run: catalog, encoder and loss together, and how it is measured."""

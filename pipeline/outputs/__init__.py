@@ -1,0 +1,1 @@
+"""How a stage writes: complete or not at all."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.outputs.json_files import read_object, require_shape
 from shardrec.pipeline.outputs.staging import settle, staged_folder
-from shardrec.pipeline.prepared.folder import MANIFEST_NAME, FileEntry
+from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, FileEntry
 from shardrec.pipeline.ranks import on_all_ranks, on_first_rank
 
 __all__ = ["SharedOutput"]

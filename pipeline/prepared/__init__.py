@@ -1,0 +1,1 @@
+"""The prepared folder: its manifest, its files, and the batches read from it."""

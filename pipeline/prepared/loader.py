@@ -1,8 +1,8 @@
 """Prepared data as batches of tensors, deterministic by (seed, epoch) and the same for any W.
 
-`shardrec.pipeline.prepared.epoch_order` decides what is where in an epoch, `shardrec.pipeline.prepared.row_groups` reads,
-and `shardrec.pipeline.prepared.batches` cuts tensors. There is no Python loop over sequences: list columns
-become one flat tensor and offsets, and a batch is index arithmetic on them.
+``epoch_order`` decides the order of an epoch, ``row_groups`` reads, ``batches`` cuts tensors. There
+is no Python loop over sequences: list columns become one flat tensor and offsets, and a batch is
+index arithmetic on them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ import pyarrow as pa
 import torch
 
 from shardrec.modules.option_checks import require_at_least, require_choice
-from shardrec.pipeline.prepared import Prepared
 from shardrec.pipeline.prepared.batches import (
     Batch,
     EvaluationBatch,
@@ -26,6 +25,7 @@ from shardrec.pipeline.prepared.batches import (
     padded,
 )
 from shardrec.pipeline.prepared.epoch_order import EpochOrder, Piece, Window
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.row_groups import RowGroups, flat_list
 
 __all__ = [

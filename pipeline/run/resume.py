@@ -20,7 +20,7 @@ from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.json_files import read_object
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run.callbacks import EndReport

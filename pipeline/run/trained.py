@@ -12,7 +12,7 @@ from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import TrainConfig, build_model, open_checkpoints, open_run
 

@@ -26,9 +26,9 @@ from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.checkpoint.store import CheckpointState, StoredCheckpoint
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.prepared import Prepared
-from shardrec.pipeline.prepared.folder import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, sum_over_ranks
 from shardrec.pipeline.run.config import OURS, TrainConfig, open_checkpoints, read_run

@@ -22,7 +22,7 @@ from typing import Any
 from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
 from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.folder import MANIFEST_NAME, sha256
+from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
 
 __all__ = ["FORMAT", "Publication", "Published", "export_folder", "read_published", "swap"]
 

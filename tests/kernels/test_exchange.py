@@ -20,8 +20,8 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
+from shardrec.kernels.cost import workload as cost
 from shardrec.kernels.cost.workload import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
-from shardrec.kernels.cost.workload import workload as cost
 from shardrec.kernels.ranks.communicator import Collective
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 4200, 300, 256

@@ -1,6 +1,5 @@
 """What is counted in the code of a kernel, on code short enough to count by hand."""
 
-from compiled import least_work
 from compiled.instructions import (
     bytes_read,
     loop_code,
@@ -8,8 +7,7 @@ from compiled.instructions import (
     matrix_products,
     scalar_products,
 )
-
-from shardrec.kernels.compiled import LeastWork
+from compiled.least_work import LeastWork, least_work
 
 PTX = """
 // %bb.0:

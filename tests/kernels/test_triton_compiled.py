@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from compiled.builds import ARCHITECTURES, MAX_SHARED_BYTES, Case, shipped_cases
 
-from shardrec.kernels.compiled import ARCHITECTURES, MAX_SHARED_BYTES, Case, shipped_cases
 from shardrec.kernels.device.tiles import KERNELS, tile_for
 
 CASES = shipped_cases()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.prepared.folder import Manifest
+from shardrec.pipeline.prepared.manifest import Manifest
 
 Event = tuple[int, int, int]
 

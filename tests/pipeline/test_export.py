@@ -25,7 +25,7 @@ from shardrec.pipeline.export import (
     export,
     export_encoder,
 )
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender

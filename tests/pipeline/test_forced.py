@@ -16,7 +16,7 @@ from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, lo
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import partial_of
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.run.callbacks import Callback, StepReport
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig, open_run
 from shardrec.pipeline.train import train

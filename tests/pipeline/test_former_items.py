@@ -19,7 +19,7 @@ from shardrec.pipeline.prepared.balance import (
     largest_load,
     load_per_rank,
 )
-from shardrec.pipeline.prepared.folder import read_manifest
+from shardrec.pipeline.prepared.manifest import read_manifest
 
 Event = tuple[int, int, int]
 KINDS = ["int64", "string"]

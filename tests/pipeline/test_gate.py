@@ -17,7 +17,7 @@ from shardrec.pipeline.gate import GateConfig, Verdict, gate
 from shardrec.pipeline.measure_export import measure_export
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.publish import PublishConfig, publish
 from shardrec.pipeline.run.config import LimitConfig
 from shardrec.pipeline.serve import Recommender

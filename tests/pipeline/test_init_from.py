@@ -23,8 +23,8 @@ from shardrec.pipeline.checkpoint.manifest import Manifest
 from shardrec.pipeline.checkpoint.store import Checkpoints, StoredCheckpoint, load_checkpoint
 from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.run import warm_start as init_from
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.config import warm_start as init_from
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)

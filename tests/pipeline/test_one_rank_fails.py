@@ -14,10 +14,10 @@ from tests.ranks import Ranks
 
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.export import ExportConfig, export
-from shardrec.pipeline.prepared import Prepared
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
+from shardrec.pipeline.run import config as run_module
 from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
-from shardrec.pipeline.run.config import config as run_module
 from shardrec.pipeline.train import train
 
 MESSAGE = "the disk of this node is gone"

@@ -20,7 +20,7 @@ from tests.pipeline.event_logs import (
 
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.prepared.balance import load_per_rank, spread_by_popularity
-from shardrec.pipeline.prepared.folder import read_manifest
+from shardrec.pipeline.prepared.manifest import read_manifest
 
 
 def sequences_of(events: list[Event]) -> dict[int, list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ import pytest
 
 from shardrec.pipeline.config import from_json
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
-from shardrec.pipeline.prepared.folder import read_manifest
+from shardrec.pipeline.prepared.manifest import read_manifest
 
 NUM = 2000
 

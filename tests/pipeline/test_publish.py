@@ -23,7 +23,7 @@ from shardrec.pipeline.served.pointer import export_folder, read_published
 
 def write_export(folder: Path, weights: str) -> str:
     """What publish looks at of an export: its manifest, and one file that it lists."""
-    from shardrec.pipeline.prepared.folder import sha256
+    from shardrec.pipeline.prepared.manifest import sha256
 
     folder.mkdir(parents=True)
     (folder / "encoder.pt2").write_text(weights)

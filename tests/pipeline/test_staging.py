@@ -18,7 +18,7 @@ from shardrec.launch import cli
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.staging import locked, partial_of, settle, staged_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
-from shardrec.pipeline.prepared.folder import read_manifest
+from shardrec.pipeline.prepared.manifest import read_manifest
 
 DISK_BYTES = 24 << 20
 

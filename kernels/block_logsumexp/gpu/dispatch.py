@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import launch_full, launch_listed, nearby
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
+from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.block_logsumexp.schedule import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, launch_listed
-from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
+from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 

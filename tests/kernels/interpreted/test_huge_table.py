@@ -19,7 +19,7 @@ from tests.kernels.huge_table import (
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import every_pair
-from shardrec.kernels.block_logsumexp.gpu.dispatch import full as gpu_full
+from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 from shardrec.kernels.select import gpu as select_gpu
 from shardrec.kernels.select.reference import topk_rows_reference

@@ -15,9 +15,9 @@ from shardrec.kernels import (
 )
 from shardrec.kernels.block_logsumexp import cpu as block_cpu
 from shardrec.kernels.block_logsumexp import nearby
-from shardrec.kernels.block_logsumexp.gpu.dispatch import dispatch as block_gpu
-from shardrec.kernels.block_logsumexp.gpu.dispatch import gathered as gpu_gathered
-from shardrec.kernels.device.backend import backend as device
+from shardrec.kernels.block_logsumexp.gpu import dispatch as block_gpu
+from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
+from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu

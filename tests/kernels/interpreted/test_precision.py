@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled.builds import shipped_cases
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -16,7 +17,6 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     select,
 )
-from shardrec.kernels.compiled import shipped_cases
 
 SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
 
