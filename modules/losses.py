@@ -19,7 +19,8 @@ from shardrec.kernels import (
     scalable_cross_entropy,
 )
 from shardrec.kernels.negatives import Mixture, Proposal, Uniform
-from shardrec.kernels.ranks.communicator import Collective, total_over_ranks
+from shardrec.kernels.ranks.chunks import Layout
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,
@@ -263,7 +264,7 @@ class SCE(Loss):
         factors = torch.ones_like(weighted) if batch.weights is None else batch.weights
         sums = torch.stack([weighted.sum(), (factors * covered).sum()])
         counts = torch.tensor([float(covered.sum()), covered.numel()], device=sums.device)
-        sums = total_over_ranks(torch.cat([sums, counts]), batch.group)
+        sums = Communicator(batch.group).total(torch.cat([sums, counts]))
         norm, num_covered, num_positions = sums[1:].tolist()
         statistics = {"covered_share": num_covered / max(num_positions, 1)}
         return LossOutput(sums[0] / (norm or 1.0), statistics)
@@ -381,5 +382,5 @@ LOSSES: dict[str, type[Loss]] = {
 def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return targets.long()
-    exchange = Collective.meet(group, targets.numel(), range(0), 0, targets.device)
-    return exchange.gather_all(targets.long())
+    layout = Layout.gathered(group, targets.numel(), range(0), 0, targets.device)
+    return layout.gather_all(targets.long())

@@ -14,7 +14,8 @@ from typing import Any
 
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import LossCost, Workload
+from shardrec.kernels.cost.terms import LossCost
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import reduced_cross_entropy_cost
 from shardrec.kernels.sce import scalable_cross_entropy_cost
 from shardrec.modules.baselines import eager_cross_entropy_cost, paired_cross_entropy_cost

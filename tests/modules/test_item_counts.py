@@ -5,8 +5,8 @@ import torch
 from tests.kernels.interpreted.counted import peak_bytes
 from torch import Tensor
 
-from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.negatives import Popularity
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.losses import CCEMinus, Loss, Step
 from shardrec.pipeline.plan import loss_cost

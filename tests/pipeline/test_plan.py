@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.side_by_side import asked_for, side_by_side
 
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.config import override
