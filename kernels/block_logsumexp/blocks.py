@@ -13,8 +13,8 @@ class Rounds:
     """Rule that counts a candidate once although several rounds of blocks contain it.
 
     Item j is a candidate of position i in round q when
-    ``|position_chunks[i, q] - item_chunks[j, q]| <= reach``. A block of round q keeps the pairs that
-    no earlier round had, so a pair enters the sum once. That is the union of the rounds, the same
+    ``|position_chunks[i, q] - item_chunks[j, q]| <= reach``. A block of round q keeps the pairs
+    that no earlier round had, so a pair enters the sum once. That is the union of the rounds, the same
     value as lowering a logit by the log of the number of rounds in which it occurs.
 
     Attributes:

@@ -1,7 +1,7 @@
 """What the Triton kernels of the block log-sum-exp multiply, read, write and hold, by their tiles.
 
-Tests hold the numbers to what interpreted kernels do. Ids, targets and chunks that kernels also read
-are left out: a few bytes for each vector.
+Tests hold the numbers to what interpreted kernels do. Left out are the ids, targets and chunks that
+kernels also read: a few bytes for each vector.
 """
 
 from dataclasses import dataclass
