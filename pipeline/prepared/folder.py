@@ -37,11 +37,6 @@ class Prepared:
         return self.manifest.counts["items"]
 
     @property
-    def num_train_sequences(self) -> int:
-        """Rows of the training files."""
-        return self.manifest.counts["train_sequences"]
-
-    @property
     def has_weights(self) -> bool:
         """Whether events carry a weight."""
         return self.manifest.columns["weight"] is not None
