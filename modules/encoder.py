@@ -18,12 +18,12 @@ __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig:
-    """What `TransformerEncoder` is built from.
+    """The sizes and options of a `TransformerEncoder`.
 
     Attributes:
         width: D, the length of an item vector and of a state.
         max_length: the longest sequence, in positions.
-        kind: "sasrec" is the block of the SASRec paper and its public code: the query alone is
+        kind: "sasrec" is the block of the SASRec paper and its public code: only the query is
             normalised, the residual adds the normalised query, attention has no output
             projection, the feed-forward is point-wise with ReLU and D hidden units. "modern" is
             pre-norm with SwiGLU.
@@ -52,7 +52,7 @@ class EncoderConfig:
     hidden: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes and combinations that no encoder can have."""
+        """Check the ranges and combinations."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
             require_at_least(f"encoder.{name}", getattr(self, name), 1)
         require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
@@ -107,10 +107,10 @@ class EncoderConfig:
 
 
 def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
-    """Float32 numbers that one position keeps for backward; padded positions too.
+    """Float32 numbers saved for backward at each position, padding included.
 
-    Counted with saved-tensor hooks, and linear in every size. Dropout keeps a mask and what it was
-    applied to; attention weights are kept where they are dropped on a CPU.
+    Measured with saved-tensor hooks; linear in every size. Dropout saves a mask and its input;
+    attention weights are saved if they are dropped on a CPU.
     """
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
     is_dropped = config.dropout > 0
@@ -119,7 +119,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
         block = (8 - stores_weights + is_dropped) * width + (1 + 2 * is_dropped) * hidden
         first = (1 + is_dropped) * width
     else:
-        # Values of one head are a view of the projection, which is then kept whole.
+        # The values of one head are a view of the projection, which is then saved whole.
         copies = 0 if heads == 1 else 1 - 3 * stores_weights
         block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
         first = (2 + is_dropped) * width
@@ -128,7 +128,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
-    """Of products at one position, forward and backward; attention over the whole (L, L)."""
+    """FLOPs of the matrix products at one position, forward and backward, with full attention."""
     width, hidden = config.width, config.resolved_hidden
     modern = config.kind == "modern"
     projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
@@ -136,20 +136,20 @@ def encoder_flops(config: EncoderConfig, length: int) -> float:
 
 
 class TransformerEncoder(nn.Module):
-    """Turns item vectors into states: (B, L, D) -> (B, L, D), each position seeing only the past.
+    """A causal transformer from item vectors to states: (B, L, D) -> (B, L, D).
 
-    Sequences are padded on the right. A real position then never sees padding, so no key mask is
-    needed; states at padded positions mean nothing and must be dropped by the caller.
-    Item vectors are scaled by sqrt(D) on the way in. Learned positions count from the first item
-    (the published SASRec pads on the left and so counts from the last).
+    Sequences are padded on the right. A real position then never attends to padding, so no key mask
+    is needed; the caller must drop the states at padded positions. Item vectors are multiplied by
+    sqrt(D) first. Learned positions count from the first item (the published SASRec pads on the
+    left and so counts from the last).
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
-        """Build the blocks and draw their weights.
+        """Build the blocks and initialise their weights.
 
         Args:
             config: sizes and kind.
-            seed: of the first weights; equal seeds give equal weights on every rank.
+            seed: of the initial weights; equal seeds give equal weights on every rank.
         """
         super().__init__()
         self.config = config
@@ -168,12 +168,12 @@ class TransformerEncoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, _SASRecBlock | _ModernBlock)
             for linear, num_fused in block.projections():
-                for part in linear.weight.chunk(num_fused):  # as if they were apart
+                for part in linear.weight.chunk(num_fused):  # as if they were not fused
                     nn.init.xavier_uniform_(part, generator=generator)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
             if isinstance(block, _ModernBlock):
-                # Keeps the residual stream's variance near one at the start, whatever the depth.
+                # Keeps the variance of the residual near one at the start, at any depth.
                 for branch in (block.attention_out, block.feed_forward_out):
                     branch.weight.mul_(1 / math.sqrt(2 * len(self.blocks)))
         if self.position_vectors is not None:
@@ -183,8 +183,8 @@ class TransformerEncoder(nn.Module):
         """States of all positions.
 
         Args:
-            vectors: (B, L, D) float; item vectors in time order, padded on the right;
-                L at most ``max_length``, B may be 0.
+            vectors: (B, L, D) float item vectors in time order, padded on the right; L is at most
+                ``max_length``, B may be 0.
 
         Returns:
             (B, L, D); gradients flow to ``vectors``. Float32 under autocast.
@@ -223,7 +223,7 @@ class TransformerEncoder(nn.Module):
 
 
 class _SASRecBlock(nn.Module):
-    """The published block; note that both residuals add the *normalised* input."""
+    """The published block: both residuals add the *normalised* input."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class _SASRecBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each projection, and how many are fused in it."""
+        """Each linear layer, and the number of projections fused in it."""
         apart = (self.query, self.feed_forward_in, self.feed_forward_out)
         return [(self.key_value, 2), *((linear, 1) for linear in apart)]
 
@@ -259,7 +259,7 @@ class _SASRecBlock(nn.Module):
 
 
 class _ModernBlock(nn.Module):
-    """Pre-norm attention with one projection for query, key and value, then SwiGLU."""
+    """Pre-norm attention with one fused projection for query, key and value, then SwiGLU."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class _ModernBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width, bias=False)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each projection, and how many are fused in it."""
+        """Each linear layer, and the number of projections fused in it."""
         apart = (self.attention_out, self.feed_forward_out)
         fused = [(self.query_key_value, 3), (self.feed_forward_in, 2)]
         return [*fused, *((linear, 1) for linear in apart)]
@@ -297,7 +297,7 @@ class _ModernBlock(nn.Module):
 
 
 class _Rotary(nn.Module):
-    """Cosines and sines of the angles by which queries and keys are turned."""
+    """Cosines and sines of the rotation angles of queries and keys."""
 
     angles: Tensor
 
@@ -315,7 +315,7 @@ class _Rotary(nn.Module):
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
+    """Rotate each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
     cosine, sine = rotation.to(x.dtype).unbind(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)

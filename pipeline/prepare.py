@@ -1,21 +1,25 @@
-"""The prepare stage: an event log in, a folder of sequences, splits and a manifest out.
+"""The prepare stage: turn an event log into a folder of sequences, splits and a manifest.
+
+The phases: sort the log; find the cut times; choose the catalog; find each user's cuts; count the
+training events; assign the item indices; write items and sequences; write the manifest.
 
 Splits:
 
-* ``temporal`` (default): events from one global time on are for testing. Counts, popularity,
+* ``temporal`` (default): events from one global time on are for the test. Counts, popularity,
   filters and training sequences come from earlier events only. Validation is by users (the default:
-  one in ten gives up the last event before the test part, so that training still sees the newest
+  the last event before the test part of one user in ten, so that training still has the newest
   weeks) or by time (the part just before the test part, for all users: training ends earlier).
 * ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
-  than three events only train. There is no clock in it: filters count the whole log.
+  than three events only train. Times give the order only: filters count the whole log.
 
-Targets are the user's ``last`` held-out event, with everything before it as history, or ``all`` of
-them, with what precedes the split as history. Items first seen after the split stay in the catalog
-with count 0 (unless ``min_item_events`` asks for training events), and users without history before
-it are counted and left out. Events of one user at one time keep the order of the log.
+Targets are the user's ``last`` held-out event, with all events before it as history, or ``all`` of
+them, with the events before the split as history. Items first seen after the split stay in the
+catalog with count 0 (unless ``min_item_events`` requires training events), and users without
+history before it are counted and left out. Events of one user at one time keep the order of the
+log.
 
-The day after, ``items`` names the ``items.parquet`` of an earlier folder, whose items keep their
-indices: see ``former_items.py``.
+To prepare a newer log, pass the ``items.parquet`` of the earlier folder as ``items``: its items
+keep their indices (``log/item_indices.py``).
 """
 
 import contextlib
@@ -64,11 +68,11 @@ _WITHOUT_EFFECT = ("events", "output", "items", "memory_limit", "threads", "forc
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preparation:
-    """What ``prepare_once`` wrote, or found already written.
+    """The result of ``prepare_once``.
 
     Attributes:
         manifest: of the output folder.
-        is_new: False where the output was there and nothing had to be done.
+        is_new: False if the output was complete already.
         seconds: wall time.
     """
 
@@ -78,30 +82,30 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """The manifest of ``config.output``, prepared now or before: see ``prepare_once``."""
+    """The manifest of ``config.output``; see ``prepare_once``."""
     return prepare_once(config).manifest
 
 
 def prepare_once(config: PrepareConfig) -> Preparation:
-    """Prepare a log for training; does nothing when the result is there already.
+    """Prepare a log for training, unless the same result exists already.
 
-    The output appears whole, by a rename, or not at all; with ``force`` what was there stays until
-    then.
+    The output is complete or absent: it appears by a rename. With ``force`` the earlier output
+    stays until then.
 
     Args:
         config: what to read, how to split, where to write.
 
     Returns:
-        The manifest of ``config.output``, and whether there was something to do.
+        The manifest of ``config.output``, and whether it is new.
 
     Raises:
         FileNotFoundError: there is no log, or no file of former items.
         FileExistsError: the output folder holds something else.
-        ValueError: the log or the former items break the contract; the message names file, row
-            group and column.
+        ValueError: the log or the former items are invalid; the message names file, row group and
+            column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
-        PermissionError: nothing can be written beside the output folder.
+        PermissionError: the folder above the output is not writable.
     """
     started = time.monotonic()
     log = EventLog.open(config.events, config.columns())
@@ -152,8 +156,8 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         raise OSError(
             error.errno,
             "the disk of the output must have room for a copy of the log, its sorted columns and "
-            f"the result, got {error.strerror} beside {output!r}; free some space, what was there "
-            "before is as it was",
+            f"the result, got {error.strerror} in the folder of {output!r}; free some space, "
+            "earlier outputs are unchanged",
         ) from error
 
 
@@ -226,7 +230,7 @@ def _cut_times(
     """First time of the test part and of the validation part, where the split has them."""
     if config.split == "leave_one_out":
         return None, None
-    first, last = events.time_range()
+    first, last = events.time_range
     test = _cut("test", config.test_time, config.test_quantile or 0.9, log, events)
     if not first < test <= last:
         raise ValueError(

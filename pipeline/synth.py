@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from shardrec.pipeline.config import from_json, to_json
 from shardrec.pipeline.log.generator import (
     TOP,
-    GeneratedBlock,
     Floats,
+    GeneratedBlock,
     Ints,
     SynthConfig,
     World,

@@ -1,7 +1,7 @@
-"""Which events train, validate and test: two cut positions in each user's sorted sequence.
+"""Split the log into training, validation and test: two cut positions in each user's sequence.
 
-A user's events 0 .. train_end - 1 train, train_end .. test_start - 1 are held out for validation,
-test_start .. are for testing. Every split of ``prepare`` is a way to choose these two numbers.
+Events 0 .. train_end - 1 of a user train, train_end .. test_start - 1 are held out for validation,
+and the rest for the test. Each split of ``prepare`` is a way to choose these two numbers.
 """
 
 import dataclasses
@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardrec.pipeline.log.sort import Block, SortedLog
+from shardrec.pipeline.log.sort import SortedLog, UserBlock
 
 Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cuts:
-    """Cut positions of every user, in events that the item filter left.
+    """The cut positions of each user, counted in events of catalog items.
 
     Attributes:
         item_kept: (items,) bool, whether the item is in the catalog.
-        kept: (users,) bool, whether the user trains and is evaluated.
-        total: (users,) int64, the user's events.
+        kept: (users,) bool, whether the user is in the prepared data.
+        total: (users,) int64 events of the user.
         train_end: (users,) int64; events before it train.
-        test_start: (users,) int64; events from it on are for testing.
+        test_start: (users,) int64; events from it on are for the test.
     """
 
     item_kept: Array
@@ -35,7 +35,7 @@ class Cuts:
 
 
 def count_items(log: SortedLog, before: int | None) -> Array:
-    """(items,) int64 events of each item, those before time ``before`` only when it is given."""
+    """(items,) int64 events of each item, before time ``before`` or in all."""
     counts = np.zeros(len(log.item_ids), np.int64)
     for block in log.blocks():
         items = block.item if before is None else block.item[block.time < before]
@@ -73,19 +73,20 @@ def temporal_cuts(
         test_time: first time of the test part.
         validation_time: first time of the validation part, or None to validate by users.
         min_user_events: events before ``test_time`` that a user needs.
-        validation_users: how many users give up their last event before ``test_time``, evenly
-            spread over those with three or more; None means one in ten and at most 10,000.
+        validation_users: number of users whose last event before ``test_time`` validates, chosen
+            evenly from those with three or more; None means one in ten, at most 10,000.
     """
-    total, test_start = count_users(log, item_kept, [None, test_time])
+    times = [None, test_time] + ([] if validation_time is None else [validation_time])
+    total, test_start, *train_ends = count_users(log, item_kept, times)
     kept = test_start >= max(min_user_events, 1)
-    if validation_time is not None:
-        train_end = count_users(log, item_kept, [validation_time])[0]
+    if train_ends:
+        train_end = train_ends[0]
     else:
         eligible = np.flatnonzero(kept & (test_start >= 3))
         tenth = -(-len(eligible) // 10)
         wanted = min(tenth, 10_000) if validation_users is None else validation_users
         train_end = test_start.copy()
-        train_end[_spread(eligible, wanted)] -= 1
+        train_end[_evenly(eligible, wanted)] -= 1
     return Cuts(
         item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
     )
@@ -94,13 +95,13 @@ def temporal_cuts(
 def leave_one_out_cuts(
     log: SortedLog, item_kept: Array, *, min_user_events: int, validation_users: int | None
 ) -> Cuts:
-    """The last event tests and the one before it validates; under three events, all train.
+    """The last event tests and the one before it validates; all train below three events.
 
     Args:
         log: the sorted log.
         item_kept: (items,) bool, the catalog.
         min_user_events: events that a user needs.
-        validation_users: how many users validate (evenly spread); None means all.
+        validation_users: number of users that validate, chosen evenly; None means all.
     """
     total = count_users(log, item_kept, [None])[0]
     kept = total >= max(min_user_events, 1)
@@ -109,15 +110,15 @@ def leave_one_out_cuts(
     train_end = test_start.copy()
     eligible = np.flatnonzero(kept & long)
     train_end[
-        _spread(eligible, len(eligible) if validation_users is None else validation_users)
+        _evenly(eligible, len(eligible) if validation_users is None else validation_users)
     ] -= 1
     return Cuts(
         item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
     )
 
 
-def positions(block: Block, cuts: Cuts) -> tuple[Array, Array]:
-    """Where the block's events of kept items and kept users stand in their sequences.
+def positions(block: UserBlock, cuts: Cuts) -> tuple[Array, Array]:
+    """Positions of a block's events in their sequences, for kept items and kept users.
 
     Returns:
         (E,) bool mask over the block, and (M,) int64 positions of the masked events.
@@ -133,7 +134,7 @@ def positions(block: Block, cuts: Cuts) -> tuple[Array, Array]:
 
 
 def training_counts(log: SortedLog, cuts: Cuts) -> Array:
-    """(items,) int64 training events of each item: the only popularity anything may use."""
+    """(items,) int64 training events of each item; popularity always means these counts."""
     counts = np.zeros(len(log.item_ids), np.int64)
     for block in log.blocks():
         mask, place = positions(block, cuts)
@@ -142,11 +143,11 @@ def training_counts(log: SortedLog, cuts: Cuts) -> Array:
     return counts
 
 
-def _spread(chosen_from: Array, count: int) -> Array:
-    """``count`` of the values, evenly spread over their order; all where there are fewer.
+def _evenly(chosen_from: Array, count: int) -> Array:
+    """``count`` of the values at even distances; all if there are fewer.
 
     Example:
-        >>> _spread(np.arange(10), 3).tolist()
+        >>> _evenly(np.arange(10), 3).tolist()
         [0, 3, 6]
     """
     count = min(count, len(chosen_from))
