@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,7 +167,7 @@ class TransformerEncoder(nn.Module):
     @torch.no_grad()
     def _draw_weights(self, generator: torch.Generator) -> None:
         for block in self.blocks:
-            assert isinstance(block, _SASRecBlock | _ModernBlock)
+            assert isinstance(block, _Block)
             for linear, num_fused in block.projections():
                 for part in linear.weight.chunk(num_fused):  # as if they were not fused
                     nn.init.xavier_uniform_(part, generator=generator)
@@ -222,16 +223,42 @@ class TransformerEncoder(nn.Module):
             )
 
 
-class _SASRecBlock(nn.Module):
-    """The published block: both residuals add the *normalised* input."""
+class _Block(nn.Module):
+    """Causal attention and dropout, for both kinds of block.
+
+    Optimizer states are stored by the order of the parameters: keep it.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.resolved_hidden
         self.num_heads = config.num_heads
         self.dropout = config.dropout
         self.attention_dropout = config.resolved_attention_dropout
         self.attention_norm = _build_norm(config)
+
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Each linear layer, and the number of projections fused in it."""
+        raise NotImplementedError
+
+    def attend(self, projected: Iterable[Tensor], rotation: Tensor | None) -> Tensor:
+        """(B, L, D) attention of the (B, L, D) query, key and value."""
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in projected)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        if rotation is not None:
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
+        share = self.attention_dropout if self.training else 0.0
+        return causal_attention(query, key, value, share).transpose(1, 2).flatten(2)
+
+    def dropped(self, values: Tensor) -> Tensor:
+        return dropout(values, self.dropout, training=self.training)
+
+
+class _SASRecBlock(_Block):
+    """The published block: both residuals add the *normalised* input."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        width, hidden = config.width, config.resolved_hidden
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.feed_forward_norm = _build_norm(config)
@@ -239,35 +266,24 @@ class _SASRecBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each linear layer, and the number of projections fused in it."""
-        apart = (self.query, self.feed_forward_in, self.feed_forward_out)
-        return [(self.key_value, 2), *((linear, 1) for linear in apart)]
+        single = (self.query, self.feed_forward_in, self.feed_forward_out)
+        return [(self.key_value, 2), *((linear, 1) for linear in single)]
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         normed = self.attention_norm(x)
-        query = _split_heads(self.query(normed), self.num_heads)
-        key, value = self.key_value(x).chunk(2, dim=-1)
-        key, value = _split_heads(key, self.num_heads), _split_heads(value, self.num_heads)
-        share = self.attention_dropout if self.training else 0.0
-        mixed = causal_attention(query, key, value, share)
-        normed = self.feed_forward_norm(normed + _join_heads(mixed))
-        inner = F.relu(self.feed_forward_in(normed))
-        inner = dropout(inner, self.dropout, training=self.training)
-        branch = self.feed_forward_out(inner)
-        added: Tensor = normed + dropout(branch, self.dropout, training=self.training)
+        query, (key, value) = self.query(normed), self.key_value(x).chunk(2, dim=-1)
+        normed = self.feed_forward_norm(normed + self.attend((query, key, value), rotation))
+        inner = self.dropped(F.relu(self.feed_forward_in(normed)))
+        added: Tensor = normed + self.dropped(self.feed_forward_out(inner))
         return added
 
 
-class _ModernBlock(nn.Module):
+class _ModernBlock(_Block):
     """Pre-norm attention with one fused projection for query, key and value, then SwiGLU."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width, hidden = config.width, config.resolved_hidden
-        self.num_heads = config.num_heads
-        self.dropout = config.dropout
-        self.attention_dropout = config.resolved_attention_dropout
-        self.attention_norm = _build_norm(config)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.feed_forward_norm = _build_norm(config)
@@ -275,25 +291,15 @@ class _ModernBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width, bias=False)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each linear layer, and the number of projections fused in it."""
-        apart = (self.attention_out, self.feed_forward_out)
+        single = (self.attention_out, self.feed_forward_out)
         fused = [(self.query_key_value, 3), (self.feed_forward_in, 2)]
-        return [*fused, *((linear, 1) for linear in apart)]
+        return [*fused, *((linear, 1) for linear in single)]
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        projected = self.query_key_value(self.attention_norm(x))
-        query, key, value = (
-            _split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
-        )
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
-        share = self.attention_dropout if self.training else 0.0
-        mixed = causal_attention(query, key, value, share)
-        branch = self.attention_out(_join_heads(mixed))
-        x = x + dropout(branch, self.dropout, training=self.training)
+        projected = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
+        x = x + self.dropped(self.attention_out(self.attend(projected, rotation)))
         gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        branch = self.feed_forward_out(F.silu(gate) * inner)
-        return x + dropout(branch, self.dropout, training=self.training)
+        return x + self.dropped(self.feed_forward_out(F.silu(gate) * inner))
 
 
 class _Rotary(nn.Module):
@@ -319,17 +325,6 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     cosine, sine = rotation.to(x.dtype).unbind(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-
-
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, L, D) -> (B, heads, L, D / heads), a view."""
-    heads: Tensor = x.unflatten(-1, (num_heads, -1))
-    return heads.transpose(1, 2)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    """(B, heads, L, D / heads) -> (B, L, D)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 def _build_norm(config: EncoderConfig) -> nn.Module:

@@ -85,28 +85,18 @@ class SynthConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in (
-            "users",
-            "items",
-            "clusters",
-            "tastes",
-            "chunk_events",
-            "duration_s",
-            "report_users",
-        ):
+        for name in "users clusters tastes chunk_events duration_s report_users".split():
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(
-            self.items >= TOP, "items", f"at least {TOP} (ranking is judged at {TOP})", self.items
-        )
-        _require(
-            self.clusters <= self.items, "clusters", f"at most items = {self.items}", self.clusters
-        )
-        needed = 2 * self.users
-        _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
-        _require(self.markov_events >= 0, "markov_events", "0 or more", self.markov_events)
+        for name in ("seed", "markov_events"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("taste", "follow", "drift"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "within [0, 1]", getattr(self, name))
+        rule = f"at least {TOP} (ranking is judged at {TOP})"
+        _require(self.items >= TOP, "items", rule, self.items)
+        rule = f"at most items = {self.items}"
+        _require(self.clusters <= self.items, "clusters", rule, self.clusters)
+        needed = 2 * self.users
+        _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
         total = self.taste + self.follow
         _require(total <= 1.0 + 1e-9, "taste + follow", "at most 1", total)
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shardrec.pipeline.log.config import PrepareConfig
 from shardrec.pipeline.log.sort import SortedLog, UserBlock
 from shardrec.pipeline.log.split import Cuts, positions
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
@@ -132,9 +133,7 @@ def write_sequences(
     cuts: Cuts,
     item_index: Array,
     counts: Array,
-    *,
-    last_target_only: bool,
-    group_rows: int,
+    config: PrepareConfig,
 ) -> Written:
     """Write training sequences, validation and test in the order of the sorted log.
 
@@ -144,9 +143,9 @@ def write_sequences(
         cuts: cut positions of each user.
         item_index: (items,) int64 dense index of each item (any value outside the catalog).
         counts: (items,) int64 training events of each item, to count new items among the targets.
-        last_target_only: keep one target a user, with all events before it as history.
-        group_rows: sequences in a row group.
+        config: kind of targets and size of a row group.
     """
+    group_rows = config.sequences_per_row_group
     schemas = _schemas(log)
     train = RowGroupWriter(folder, "train/part-{part:05d}.parquet", schemas[0], group_rows)
     validation = RowGroupWriter(folder, "validation.parquet", schemas[1], group_rows)
@@ -162,14 +161,14 @@ def write_sequences(
             ("validation", validation, sequences.train_end, sequences.test_start),
             ("test", test, sequences.test_start, sequences.total),
         ):
-            table = _evaluation_table(log, sequences, start, stop, last_target_only)
+            table = _evaluation_table(log, sequences, start, stop, config.targets == "last")
             tallies[name] += _tally(table, is_new)
             writer.write(table)
     files = [*train.close(), *validation.close(), *test.close()]
     numbers = {
-        f"{name}_{what}": int(value)
-        for name, tally in tallies.items()
-        for what, value in zip(["users", "targets", "targets_new_items"], tally, strict=True)
+        f"{split}_{counted}": int(value)
+        for split, tally in tallies.items()
+        for counted, value in zip(["users", "targets", "targets_new_items"], tally, strict=True)
     }
     all_lengths = np.concatenate(lengths)
     numbers |= {
