@@ -76,7 +76,7 @@ class LocalRows:
 
 
 class _Hidden:
-    """The (row, state) pairs and rows whose scores are set to -inf, sorted by row."""
+    """The (row, state) pairs and the rows to set to -inf, sorted by row."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked

@@ -189,7 +189,7 @@ def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Sche
             rows, schema = file.metadata.num_rows, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{path!r} must be a complete Parquet file, got one whose footer cannot be read "
+                f"{path!r} must be a complete Parquet file, got an unreadable footer "
                 f"({short_message(error)}); it may be truncated: copy it again"
             ) from error
     digest = hashlib.sha256(tail).hexdigest()

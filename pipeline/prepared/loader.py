@@ -184,27 +184,24 @@ class TrainingBatches:
         self, order: EpochOrder, pieces: list[Piece]
     ) -> tuple[Samples, npt.NDArray[np.float64]]:
         """The samples of the pieces in the epoch's order, and their random keys."""
-        items, weights, starts, lengths, keys, base = [], [], [], [], [], 0
+        dtypes = (np.int64, np.float32, np.int64, np.int64, np.float64)
+        parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.zeros(0, kind) for kind in dtypes)]
+        base, weight = 0, parts[0][1]
         for piece in pieces:
             table = self._groups.read(piece.row_group, self._columns)
             values, offsets = self._items(piece.row_group, table)
+            if self.prepared.has_weights:
+                weight = self._weights(piece.row_group, table, offsets)
             begin, size = cut_windows(offsets, self.max_length, self.config.windows)
             shuffled, random = order.shuffled(piece.row_group, len(begin))
             kept = shuffled[piece.first : piece.last]
-            items.append(values)
-            if self.prepared.has_weights:
-                weights.append(self._weights(piece.row_group, table, offsets))
-            starts.append(begin[kept] + base)
-            lengths.append(size[kept])
-            keys.append(random[piece.first : piece.last])
+            keys = random[piece.first : piece.last]
+            parts.append((values, weight, begin[kept] + base, size[kept], keys))
             base += len(values)
-        flat = torch.from_numpy(_joined(items, np.int64))
-        weight = (
-            torch.from_numpy(_joined(weights, np.float32)) if self.prepared.has_weights else None
-        )
-        start = torch.from_numpy(_joined(starts, np.int64))
-        length = torch.from_numpy(_joined(lengths, np.int64))
-        return Samples(flat, weight, start, length), _joined(keys, np.float64)
+        items, weights, starts, lengths, keys = map(np.concatenate, zip(*parts, strict=True))
+        flat, start, length = map(torch.from_numpy, (items, starts, lengths))
+        flat_weights = torch.from_numpy(weights) if self.prepared.has_weights else None
+        return Samples(flat, flat_weights, start, length), keys
 
     def _items(self, row_group: int, table: pa.Table) -> tuple[Ints, Ints]:
         values, offsets = flat_list(table, "items")
@@ -329,10 +326,6 @@ class EvaluationBatches:
             length = seen[1].clamp(max=self.max_length)
             last, _, _ = padded(items, item_offsets[chosen + 1] - length, length)
             yield EvaluationBatch(last, length, gathered(targets, target_offsets, chosen), seen)
-
-
-def _joined(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
 def _check_items(values: npt.NDArray[Any], num_items: int, name: str) -> None:

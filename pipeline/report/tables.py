@@ -133,8 +133,8 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
         )
     if len({record.config.get("loss.type") for record in records}) > 1:
         found.append(
-            "The runs minimise different losses, whose values and gradients are on scales of their "
-            "own."
+            "The runs minimise different losses: their values and gradients are on different "
+            "scales."
         )
     for record in records:
         if record.num_unreadable:
