@@ -101,36 +101,24 @@ class EpochOrder:
         stop = min(last * self.batch_size, self.num_samples)
         return Window(first, last - first, start, stop - start, self.batch_size)
 
-    def pieces(self, window: Window, start: int, stop: int) -> list[Piece]:
+    def pieces(self, window: Window, start: int, stop: int) -> tuple[list[Piece], int]:
         """The parts of row groups that hold samples ``start .. stop`` of the window.
 
-        Each part is everything the window has of a row group, even if the range needs less.
+        Each part is everything the window has of a row group, even if the range needs less. Also
+        returns the position in the window of the first sample of the first part.
         """
         if start >= stop:
-            return []
+            return [], 0
         opening = window.first_sample
         closing = opening + window.num_samples
         first = int(np.searchsorted(self.ends, opening + start, side="right"))
         last = int(np.searchsorted(self.ends, opening + stop, side="left"))
-        pieces = []
-        for index in range(first, last + 1):
-            begin = int(self.ends[index - 1]) if index else 0
-            pieces.append(
-                Piece(
-                    int(self.row_groups[index]),
-                    max(opening, begin) - begin,
-                    min(closing, int(self.ends[index])) - begin,
-                )
-            )
-        return pieces
-
-    def offset(self, window: Window, pieces: list[Piece]) -> int:
-        """Position in the window of the first sample of the first piece."""
-        if not pieces:
-            return 0
-        index = int(np.flatnonzero(self.row_groups == pieces[0].row_group)[0])
-        begin = int(self.ends[index - 1]) if index else 0
-        return begin + pieces[0].first - window.first_sample
+        begins = np.append(0, self.ends)[first : last + 1]
+        firsts = np.maximum(opening, begins) - begins
+        lasts = np.minimum(closing, self.ends[first : last + 1]) - begins
+        parts = zip(self.row_groups[first : last + 1], firsts, lasts, strict=True)
+        pieces = [Piece(*map(int, part)) for part in parts]
+        return pieces, int(begins[0]) + pieces[0].first - opening
 
     def shuffled(self, row_group: int, num_samples: int) -> tuple[Ints, Floats]:
         """The epoch's order inside a row group, and a random key in [0, 1) for each sample."""

@@ -165,9 +165,8 @@ class TrainingBatches:
         """The batches of a window from ``step`` on; ``step`` is advanced before each yield."""
         places = window.places(self.rank, self.world_size)
         run = window.place_start(np.array(places))
-        pieces = order.pieces(window, int(run[0]), int(run[1]))
+        pieces, start = order.pieces(window, int(run[0]), int(run[1]))
         samples, random_keys = self._read(order, pieces)
-        start = order.offset(window, pieces)
         sizes = np.array([piece.last - piece.first for piece in pieces], dtype=np.int64)
         chosen, counts = order.assign(
             window, start, sizes, samples.length.numpy(), random_keys, places
@@ -205,9 +204,8 @@ class TrainingBatches:
 
     def _items(self, row_group: int, table: pa.Table) -> tuple[Ints, Ints]:
         values, offsets = flat_list(table, "items")
-        _check_items(
-            values, self.prepared.num_items, f"{self._groups.name(row_group)}, column items"
-        )
+        place = f"{self._groups.name(row_group)}, column items"
+        _check_items(values, self.prepared.num_items, place)
         return values.astype(np.int64, copy=False), offsets
 
     def _weights(self, row_group: int, table: pa.Table, offsets: Ints) -> npt.NDArray[Any]:
