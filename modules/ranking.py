@@ -137,7 +137,7 @@ def _refusal(
     if allowed is not None and (allowed.dtype, len(allowed)) != (torch.bool, shard.num_rows):
         return (
             f"allowed must be bool of length {shard.num_rows}, got {allowed.dtype} of length "
-            f"{len(allowed)}; give one answer for every item"
+            f"{len(allowed)}; pass one value for each item"
         )
     messages = (_ragged_refusal(name, pair, states, shard) for name, pair in ragged.items())
     return next((message for message in messages if message), None)

@@ -97,7 +97,7 @@ class PrepareConfig:
             )
         if not re.fullmatch(r"\d{1,6}(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
             raise ValueError(
-                f"memory_limit must be a size, got {self.memory_limit!r}; say 512MB or 2GiB"
+                f"memory_limit must be a size, got {self.memory_limit!r}; use 512MB or 2GiB"
             )
 
     def columns(self) -> EventColumns:
@@ -142,7 +142,7 @@ def _check_numbers(config: PrepareConfig) -> None:
     for name in ("test_quantile", "validation_quantile"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}; say 0.9")
+            raise ValueError(f"{name} must be between 0 and 1, got {value}; use 0.9")
 
 
 def _check_used(config: PrepareConfig) -> None:

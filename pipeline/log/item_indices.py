@@ -57,7 +57,7 @@ class FormerItems:
         """
         file = Path(path)
         if not file.is_file():
-            hint = f"; say {str(file / ITEMS_NAME)!r}" if file.is_dir() else "; check the path"
+            hint = f"; choose {str(file / ITEMS_NAME)!r}" if file.is_dir() else "; check the path"
             raise FileNotFoundError(
                 f"items must be the {ITEMS_NAME} of a prepared folder, got {path!r}{hint}"
             )
@@ -89,7 +89,7 @@ class FormerItems:
             if not np.array_equal(items, np.arange(expected, expected + len(items))):
                 raise ValueError(
                     f"{groups.name(index)}, column item must count from {expected}, got other "
-                    f"numbers; give the {ITEMS_NAME} that prepare wrote"
+                    f"numbers; use the {ITEMS_NAME} that prepare wrote"
                 )
             expected += len(items)
             yield table

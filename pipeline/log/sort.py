@@ -299,7 +299,7 @@ def _ingest_former(database: duckdb.DuckDBPyConnection, former: FormerItems) -> 
     if twice is not None:
         raise ValueError(
             f"items must name each id once, got {twice[0]!r} more than once in "
-            f"{str(former.path)!r}; give the items.parquet that prepare wrote"
+            f"{str(former.path)!r}; use the items.parquet that prepare wrote"
         )
 
 

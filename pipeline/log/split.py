@@ -120,7 +120,7 @@ def _parse_time(name: str, time: int | str | None, time_type: str) -> int | None
         moment = datetime.datetime.fromisoformat(time)
     except ValueError as error:
         raise ValueError(
-            f"{name} must be ISO text or a number, got {time!r}; say 2024-01-31"
+            f"{name} must be ISO text or a number, got {time!r}; write 2024-01-31"
         ) from error
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -80,12 +80,12 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     paths = [Path(folder) for folder in folders]
     if not 1 <= len(paths) <= MOST_RUNS:
         raise ValueError(
-            f"a report must be of 1 to {MOST_RUNS} runs, got {len(paths)}; name those to compare"
+            f"a report must be of 1 to {MOST_RUNS} runs, got {len(paths)}; choose those to compare"
         )
     whole = [path.resolve() for path in paths]
     for index, path in enumerate(whole):
         if path in whole[:index]:
-            raise ValueError(f"runs must be different folders, got {path} twice; name it once")
+            raise ValueError(f"runs must be different folders, got {path} twice; remove one")
     names = _distinct(whole)
     return [read_record(path, name) for path, name in zip(paths, names, strict=True)]
 

@@ -235,7 +235,7 @@ def test_a_file_that_prepare_did_not_write_is_refused(
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "check the path" in refused(tmp_path, tmp_path / "no.parquet", FileNotFoundError)
-    assert "say " in refused(tmp_path, tmp_path, FileNotFoundError)
+    assert "; choose " in refused(tmp_path, tmp_path, FileNotFoundError)
 
 
 def test_rebalance_needs_items() -> None:
