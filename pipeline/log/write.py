@@ -145,26 +145,26 @@ def write_sequences(
         counts: (items,) int64 training events of each item, to count new items among the targets.
         config: kind of targets and size of a row group.
     """
-    group_rows = config.sequences_per_row_group
-    schemas = _schemas(log)
+    schemas, group_rows = _schemas(log), config.sequences_per_row_group
     train = RowGroupWriter(folder, "train/part-{part:05d}.parquet", schemas[0], group_rows)
-    validation = RowGroupWriter(folder, "validation.parquet", schemas[1], group_rows)
-    test = RowGroupWriter(folder, "test.parquet", schemas[1], group_rows)
+    held_out = {
+        split: RowGroupWriter(folder, f"{split}.parquet", schemas[1], group_rows)
+        for split in ("validation", "test")
+    }
+    tallies = {split: np.zeros(3, np.int64) for split in held_out}
     is_new = np.zeros(len(item_index), bool)
     is_new[item_index[cuts.item_kept]] = counts[cuts.item_kept] == 0
-    lengths, tallies = [], {"validation": np.zeros(3, np.int64), "test": np.zeros(3, np.int64)}
+    lengths = []
     for block in log.blocks():
         sequences = _Sequences.of(block, cuts, item_index)
         train.write(_train_table(log, sequences))
         lengths.append(sequences.train_end[sequences.train_end >= 2])
-        for name, writer, start, stop in (
-            ("validation", validation, sequences.train_end, sequences.test_start),
-            ("test", test, sequences.test_start, sequences.total),
-        ):
+        bounds = [sequences.train_end, sequences.test_start, sequences.total]
+        for (split, writer), start, stop in zip(held_out.items(), bounds, bounds[1:], strict=False):
             table = _evaluation_table(log, sequences, start, stop, config.targets == "last")
-            tallies[name] += _tally(table, is_new)
+            tallies[split] += _tally(table, is_new)
             writer.write(table)
-    files = [*train.close(), *validation.close(), *test.close()]
+    files = [entry for writer in (train, *held_out.values()) for entry in writer.close()]
     numbers = {
         f"{split}_{counted}": int(value)
         for split, tally in tallies.items()
