@@ -112,26 +112,17 @@ def shard_top(
     states = _widen(states)
     tile = blocks.rows_of_tile(states, len(local.rows))
     search = TopSearch(len(states), k, tile, like=states)
-    for start, scores in _tiles(local, states, seen, blocks):
+    hidden = _Hidden(local, seen, tile)
+    memory = states.new_empty(tile, len(states))  # all tiles share it
+    for start in range(0, len(local.rows), tile):
+        rows = local.rows[start : start + tile]
+        # Autocast leaves a product into given memory alone, so scores stay float32.
+        scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
+        hidden.cover(scores, start)
         search.add(scores, start)
     best, best_rows, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
     return best[:num_states], best_rows[:num_states] + local.first_row
-
-
-def _tiles(
-    local: LocalRows, states: Tensor, seen: Ragged | None, blocks: Blocks
-) -> Iterator[tuple[int, Tensor]]:
-    """First row and (n, M) scores of each tile in row order; all tiles share one buffer."""
-    tile = blocks.rows_of_tile(states, len(local.rows))
-    hidden = _Hidden(local, seen, tile)
-    memory = states.new_empty(tile, len(states))
-    for start in range(0, len(local.rows), tile):
-        rows = local.rows[start : start + tile]
-        scores = memory[: len(rows)]
-        torch.mm(rows.float(), states.T, out=scores)
-        hidden.cover(scores, start)
-        yield start, scores
 
 
 def _widen(states: Tensor) -> Tensor:
