@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.option_checks import require_above_zero, require_at_least, require_betas
 from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
-from shardrec.modules.shard import RowShard
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
 __all__ = ["OPTIMIZERS", "Catalog", "CatalogConfig"]
