@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import shardrec
-from shardrec.launch.runner import COMPONENTS, Job, describe
+from shardrec.launch.runner import Job, describe
+from shardrec.launch.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHX = str(Path(sys.executable).parent / "torchx")
@@ -109,7 +110,7 @@ def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
     assert "loss=sce" in request
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", STAGES)
 def test_every_stage_is_a_request_that_runs_its_command(component: str) -> None:
     job = Job(component=component, arguments=("--", "--force"), scheduler="slurm")
     text = " ".join(describe(job).split())

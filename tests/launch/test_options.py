@@ -154,7 +154,7 @@ def test_what_argparse_says_is_said_in_our_form(capsys: pytest.CaptureFixture[st
     made.add_argument("--heat", type=float)
     said = [
         (["--kind", "oil"], "--kind must be one of"),
-        (["--kind", "gas", "--cold"], "--cold must come without --kind, got both; drop one"),
+        (["--kind", "gas", "--cold"], "--cold must come without --kind, got both; remove one"),
         (["--pots", "two"], "--pots must be a whole number, got 'two'; give one"),
         (["--heat", "two"], "--heat must be a number, got 'two'; give one"),
     ]

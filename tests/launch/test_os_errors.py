@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shardrec.launch import cli
+from shardrec.launch.cli import explain
 from shardrec.launch.demo import start_folder
-from shardrec.launch.os_errors import explain
 
 SMALL = ["--users", "300", "--items", "203", "--events", "3000", "--clusters", "16"]
 TINY = ["--recipe", "tiny_cpu", "limits.max_steps=1", "validation.every_steps=none"]
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_named(
         said = refused(capsys, data, stage, *STAGES[stage])
     assert said == (
         f"output must be in a folder that can be written, got {str(folder)!r} (Permission denied); "
-        "choose another folder or mend its permissions"
+        "choose another folder or fix its permissions"
     )
 
 
@@ -130,7 +130,7 @@ def test_a_log_that_cannot_be_read_is_named(
         said = refused(capsys, data, stage, *words)
     assert said == (
         f"input must be a file or folder that can be read, got {str(log)!r} (Permission denied); "
-        "mend its permissions or give another"
+        "choose another or fix its permissions"
     )
 
 
