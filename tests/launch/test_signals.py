@@ -1,32 +1,23 @@
 """SIGTERM ends stages of one process cleanly, and workers between two steps or soon after."""
 
+import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from tests.pipeline.event_logs import write_random_log
 
+from shardrec.launch.heartbeat import Peers
 from shardrec.launch.signals import exit_on_sigterm, grace_seconds, stop_on_sigterm
 
-# The main thread never comes back to Python, as in a collective that hangs.
-HANGS = """
-import ctypes
-import torch.distributed as dist
-from shardrec.launch.signals import stop_on_sigterm
-from shardrec.launch.heartbeat import Peers
-
-store = dist.TCPStore("localhost", 0, is_master=True)
-peers = Peers(store, rank=0, world_size=2, interval_s=0.1)
-mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-with stop_on_sigterm(GRACE_S, PEERS):
-    lock(mutex)
-    print("ready", flush=True)
-    lock(mutex)
-"""
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
 
 
@@ -42,25 +33,40 @@ def test_sigterm_is_a_question_for_the_next_step() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def hang(grace_s: float, peers: bool, ready: Connection) -> None:
+    """Be a worker with a main thread that never comes back to Python, as in a hung collective."""
+    store: Any = dist.TCPStore("localhost", 0, is_master=True)  # type: ignore[attr-defined]
+    others = Peers(store, rank=0, world_size=2, interval_s=0.1) if peers else None
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    with stop_on_sigterm(grace_s, others):
+        lock(mutex)
+        ready.send("ready")
+        lock(mutex)
+
+
 @pytest.mark.parametrize(
-    ("grace", "peers", "code", "words"),
+    ("grace_s", "peers", "code", "words"),
     [
-        ("1.0", "None", 75, "no checkpoint within 1 s after SIGTERM"),
-        ("60.0", "peers", 1, "no checkpoint can be written: rank 1 has not started"),
+        (1.0, False, 75, "no checkpoint within 1 s after SIGTERM"),
+        (60.0, True, 1, "no checkpoint can be written: rank 1 has not started"),
     ],
     ids=["alone", "without-rank-1"],
 )
 def test_a_worker_that_hangs_ends_when_there_is_nothing_to_wait_for(
-    grace: str, peers: str, code: int, words: str
+    grace_s: float, peers: bool, code: int, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source = HANGS.replace("GRACE_S", grace).replace("PEERS", peers)
-    command, pipe = [sys.executable, "-P", "-c", source], subprocess.PIPE
-    worker = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-    assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-    worker.terminate()
-    _, said = worker.communicate(timeout=30)
-    assert worker.returncode == code
-    assert words in said
+    context = multiprocessing.get_context("fork")  # torch is imported already
+    ours, theirs = context.Pipe(duplex=False)
+    worker = context.Process(target=hang, args=(grace_s, peers, theirs))
+    worker.start()
+    try:
+        assert ours.poll(30) and ours.recv() == "ready"
+        worker.terminate()
+        worker.join(30)
+    finally:
+        worker.kill()
+    assert worker.exitcode == code
+    assert words in capfd.readouterr().err
 
 
 def test_the_grace_fits_into_what_torchrun_leaves() -> None:
