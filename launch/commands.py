@@ -42,7 +42,7 @@ OWN_OPTIONS = {
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a stage and return its exit code."""
     options, config = read(name, arguments)
-    with exit_on_sigterm() if STAGES[name].place == "process" else nullcontext():
+    with exit_on_sigterm() if STAGES[name].kind == "single" else nullcontext():
         return FUNCTIONS[name](options, config)
 
 
@@ -67,7 +67,7 @@ def parser_for(name: str) -> Parser:
     """A parser for a command with its help; with ``--timeout`` if several workers may run it."""
     command = COMMANDS[name]
     parser = Parser(name, command.description, command.epilog)
-    if command.place == "workers":
+    if command.kind == "distributed":
         add_timeout(parser)
     return parser
 
@@ -285,7 +285,7 @@ def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None
 
 
 def add_train_options(parser: Parser) -> None:
-    """Add what ``train`` takes besides the options of its config."""
+    """Add the options of ``train`` that are not in its config, and the overrides that are."""
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument(
         "--run",
@@ -339,7 +339,7 @@ def add_train_options(parser: Parser) -> None:
 
 
 def add_evaluate_options(parser: Parser) -> None:
-    """Add what ``evaluate`` takes besides the options of its config."""
+    """Add the options of ``evaluate`` that are not in its config."""
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="folder of `train`")

@@ -25,7 +25,7 @@ from shardrec.launch.stages import STAGES
 
 IMAGE = f"shardrec:{shardrec.__version__}"
 
-# The working directory may be a checkout, whose folder `kernels` would hide the package so named.
+# The working directory may be a checkout, and its folder `kernels` would hide a package so named.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 
 # What torchrun waits longer than its workers may take after SIGTERM, before it kills them.
@@ -122,12 +122,12 @@ def _process(
 
 
 def _component(add: Callable[..., AppDef]) -> Callable[..., AppDef]:
-    """The component of the stage named as ``add``: makes the job and hands it to ``add``.
+    """The component of a stage, which makes the job and lets ``add`` complete it.
 
-    Its options are those of the kind of the job and the keyword-only parameters of ``add``.
+    Its options are the keyword-only parameters of ``_workers`` or ``_process``, and of ``add``.
     """
     stage, command = add.__name__, STAGES[add.__name__]
-    kind, name = (_workers, f"/{stage}") if command.place == "workers" else (_process, stage)
+    kind, name = (_workers, f"/{stage}") if command.kind == "distributed" else (_process, stage)
     defaults = {"name": name, "cpu": command.cpu, "memMB": command.memory_mb}
     signature = inspect.Signature(
         [

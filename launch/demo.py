@@ -253,7 +253,7 @@ def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
 
 
 def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
-    """Train with ``loss`` on the workers, then rank the catalog for the test users here."""
+    """Train with ``loss`` on the workers, then rank the catalog for the test users."""
     console.rule(f"train: {loss}")
     run = config.folder / "runs" / loss
     train(config, prepared, run, loss, console)

@@ -67,8 +67,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say ``message`` in one line and exit with 2."""
-        for theirs, ours in _OUR_WORDS:
-            message = re.sub(rf"^argument (\S+): {theirs}", ours, message)
+        for argparse_words, ours in _OUR_WORDS:
+            message = re.sub(rf"^argument (\S+): {argparse_words}", ours, message)
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 

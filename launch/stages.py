@@ -9,27 +9,25 @@ from typing import Any, Literal
 
 __all__ = ["COMMANDS", "STAGES", "Command", "imported"]
 
-# Where a command runs: on all workers of a job, in one process that may be a job, or only here.
-Place = Literal["workers", "process", "here"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
     """One subcommand of ``shardrec``.
 
     Attributes:
-        place: "workers" and "process" are stages: each has a TorchX component of its name. SIGTERM
-            ends a stage of one process with exit code 143; workers have rules of their own.
+        kind: a stage that several workers may run ("distributed"), a stage of one process
+            ("single"), or no stage ("tool"). Each stage has a TorchX component of its name. SIGTERM
+            ends a single stage with exit code 143, see ``shardrec.launch.signals``.
         summary: its line in ``shardrec --help``.
         description: what it does, one paragraph for its own help.
         epilog: examples, and exit codes that mean something else than those of ``shardrec``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
-        cpu: that its component asks for by default.
-        memory_mb: likewise.
+        cpu: CPUs that its component asks for by default.
+        memory_mb: memory that it asks for by default.
     """
 
-    place: Place
+    kind: Literal["distributed", "single", "tool"]
     summary: str
     description: str
     epilog: str = ""
@@ -40,7 +38,7 @@ class Command:
 
 COMMANDS = {
     "synth": Command(
-        place="process",
+        kind="single",
         summary="generate an event log whose best possible metrics are known",
         description=(
             "Writes a generated event log to one Parquet file: popularity by Zipf's law, users "
@@ -57,7 +55,7 @@ COMMANDS = {
         memory_mb=4096,
     ),
     "prepare": Command(
-        place="process",
+        kind="single",
         summary="turn an event log into a prepared folder that training streams",
         description=(
             "Reads an event log (Parquet: user, item, time) and writes what training and "
@@ -74,7 +72,7 @@ COMMANDS = {
         cpu=4,
     ),
     "train": Command(
-        place="workers",
+        kind="distributed",
         summary="train on a prepared folder",
         description=(
             "Trains on a prepared folder and writes a run folder: the best and the last weights, "
@@ -89,7 +87,7 @@ COMMANDS = {
         ),
     ),
     "evaluate": Command(
-        place="workers",
+        kind="distributed",
         summary="rank the whole catalog for the test users and write the metrics",
         description=(
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
@@ -102,7 +100,7 @@ COMMANDS = {
         config="pipeline.model.measure.MeasureConfig",
     ),
     "recommend": Command(
-        place="workers",
+        kind="distributed",
         summary="write the best items of every user to Parquet",
         description=(
             "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and "
@@ -116,7 +114,7 @@ COMMANDS = {
         config="pipeline.recommend.RecommendConfig",
     ),
     "export": Command(
-        place="workers",
+        kind="distributed",
         summary="write item vectors and the encoder for a service",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
@@ -127,7 +125,7 @@ COMMANDS = {
         config="pipeline.export.ExportConfig",
     ),
     "gate": Command(
-        place="process",
+        kind="single",
         summary="compare an evaluated run with the published model on the same users",
         description=(
             "Compares an evaluated run with the published model on the same users and writes a "
@@ -143,7 +141,7 @@ COMMANDS = {
         config="pipeline.gate.GateConfig",
     ),
     "publish": Command(
-        place="process",
+        kind="single",
         summary="make a pointer name an export, in one step",
         description=(
             "Makes a pointer, one small JSON file with its history, name an export that passed "
@@ -160,7 +158,7 @@ COMMANDS = {
         memory_mb=4096,
     ),
     "rollback": Command(
-        place="process",
+        kind="single",
         summary="make a pointer name what it named before",
         description=(
             "Makes a pointer name the publication before the present one, or the one of a number,"
@@ -172,7 +170,7 @@ COMMANDS = {
         memory_mb=4096,
     ),
     "report": Command(
-        place="here",
+        kind="tool",
         summary="write one HTML page that shows and compares runs",
         description=(
             "Writes one self-contained HTML page about run folders: curves of loss, validation "
@@ -183,7 +181,7 @@ COMMANDS = {
         epilog="example: shardrec report runs/cce runs/sce --output report.html",
     ),
     "plan": Command(
-        place="here",
+        kind="tool",
         summary="say what a run will cost each rank, and how large a catalog fits",
         description=(
             "Says before a machine is rented what a step costs each rank: bytes of memory by "
@@ -199,7 +197,7 @@ COMMANDS = {
         config="pipeline.plan.Machine",
     ),
     "launch": Command(
-        place="here",
+        kind="tool",
         summary="run a stage through TorchX, here or on a cluster",
         description=(
             "Runs a stage through TorchX: several workers here, or a job for a cluster. The "
@@ -218,7 +216,7 @@ COMMANDS = {
         ),
     ),
     "doctor": Command(
-        place="here",
+        kind="tool",
         summary="say what is installed, whether it fits together, how to fix it",
         description=(
             "Prints versions, the NVIDIA driver, the communication backends and whether the "
@@ -227,7 +225,7 @@ COMMANDS = {
         epilog="exit codes: 0 training can start here, 1 something must be fixed first",
     ),
     "demo": Command(
-        place="here",
+        kind="tool",
         summary="the whole job on generated data or on your own log, with a table",
         description=(
             "Generates a log (or takes yours), prepares it, trains every loss for the same number"
@@ -238,7 +236,7 @@ COMMANDS = {
         config="launch.demo.DemoConfig",
     ),
 }
-STAGES = {name: command for name, command in COMMANDS.items() if command.place != "here"}
+STAGES = {name: command for name, command in COMMANDS.items() if command.kind != "tool"}
 
 
 def imported(dotted: str) -> Any:

@@ -172,7 +172,7 @@ def run_without_rank_1(words: list[str], port: int) -> tuple[int, str, float]:
     ],
 )
 def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) -> None:
-    answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=60)
+    answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=240)
     for said, seconds, _ in (answers[0], answers[2]):
         assert said.startswith(LostRankError.__name__)
         assert "got rank 1" in said and words in said, said
@@ -190,7 +190,7 @@ def test_every_stage_of_several_workers_ends_in_bounded_time(
     output = [] if stage == "evaluate" else ["--output", str(tmp_path / "output")]
     words = [stage, "--prepared", str(tmp_path), "--run", str(tmp_path / "run"), *output]
     words += ["--timeout", str(TIMEOUT_S)]
-    (code, said, seconds), _ = ranks(2).run(run_without_rank_1, words, free_port(), timeout=60)
+    (code, said, seconds), _ = ranks(2).run(run_without_rank_1, words, free_port(), timeout=240)
     assert code == 1
     assert f"shardrec {stage}: every rank must take part to the end, got rank 1" in said
     assert "is alive but has not joined" in said and seconds < 4 * TIMEOUT_S
