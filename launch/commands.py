@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardrec.launch.cli import REFUSED
-from shardrec.launch.options import Parser, add_options, add_timeout, read_options
+from shardrec.launch.options import (
+    Parser,
+    add_options,
+    add_timeout,
+    read_options,
+    require_set_once,
+)
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import COMMANDS, STAGES, imported
 
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
 
-__all__ = ["parser_for", "read", "read_train", "recipe_named", "require_set_once", "run"]
+__all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
 
 # Options of the config that `train` has options of its own for.
 OWN_OPTIONS = {
@@ -48,18 +54,19 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
     """The options of a stage and the config made from them; exits or raises if one is wrong."""
-    if name == "train":
-        return read_train(arguments)
-    parser, config = parser_for(name), imported(STAGES[name].config)
-    if name == "synth":
-        parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
-        parser.add_argument("--force", action="store_true", help="replace a log that is there")
-    elif name == "evaluate":
-        add_evaluate_options(parser)
+    special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
+    return (
+        special[name](arguments)
+        if name in special
+        else read_with(parser_for(name), name, arguments)
+    )
+
+
+def read_with(parser: Parser, name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
+    """What ``parser`` reads and the config of the stage, after adding the options of its config."""
+    config = imported(STAGES[name].config)
     add_options(parser, config)
     options = parser.parse(arguments)
-    if name == "evaluate" and options.popularity:
-        require_use(parser, options)
     return options, read_options(config, options)
 
 
@@ -209,45 +216,48 @@ FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
 }
 
 
+def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
+    """The options of ``synth`` and what to generate."""
+    parser = parser_for("synth")
+    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
+    parser.add_argument("--force", action="store_true", help="replace a log that is there")
+    return read_with(parser, "synth", arguments)
+
+
 def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     """The options of ``train`` and the config of its recipe with the overrides applied."""
-    from shardrec.pipeline.config import describe, override
-    from shardrec.pipeline.recipes import RECIPES
+    from shardrec.pipeline.config import override
 
     parser = parser_for("train")
     add_train_options(parser)
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').partition(chr(10))[0]}"
-        for name, recipe in RECIPES.items()
-    ]
-    options_of_demo = describe(RECIPES["demo"]("DIR", "DIR"))
-    parser.epilog = "\n".join(
-        [
-            *(parser.epilog or "", "", "recipes:", *lines, ""),
-            *("options, as the recipe `demo` sets them:", options_of_demo),
-        ]
-    )
+    parser.epilog = f"{parser.epilog}\n\n{describe_recipes()}"
     options = parser.parse(arguments)
     if options.force:
         from shardrec.pipeline.run.replace import check_force
 
         check_force(options.force, options.resume)
-    given = {name: getattr(options, option) for name, option in OWN_OPTIONS.items()}
-    require_set_once(
-        options.overrides,
-        {
-            name: f"--{OWN_OPTIONS[name].replace('_', '-')} {value}"
-            for name, value in given.items()
-            if value is not None
-        },
-    )
-    added = [
-        f"{name}={given[name]}"
-        for name in ("init_from.run", "profile.steps")
-        if given[name] is not None
+    given = {
+        name: value
+        for name, option in OWN_OPTIONS.items()
+        if (value := getattr(options, option)) is not None
+    }
+    words = {name: f"--{OWN_OPTIONS[name].replace('_', '-')} {given[name]}" for name in given}
+    require_set_once(options.overrides, words)
+    recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
+    rest = [f"{name}={value}" for name, value in given.items()]
+    return options, override(recipe, [*rest, *options.overrides])
+
+
+def describe_recipes() -> str:
+    """The recipes by name, and all options as the recipe ``demo`` sets them."""
+    from shardrec.pipeline.config import describe
+    from shardrec.pipeline.recipes import RECIPES
+
+    lines = [
+        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
     ]
-    config = recipe_named(options.recipe)(options.prepared, options.run)
-    return options, override(config, [*added, *options.overrides])
+    heading = "options, as the recipe `demo` sets them:"
+    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])
 
 
 def recipe_named(name: str) -> "Recipe":
@@ -262,26 +272,6 @@ def recipe_named(name: str) -> "Recipe":
     if name not in RECIPES:
         raise ValueError(unknown_name("recipe", name, list(RECIPES)))
     return RECIPES[name]
-
-
-def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None:
-    """Refuse options that are set twice, of which one would be ignored.
-
-    Args:
-        overrides: as typed, name=value.
-        given: dotted names that other words of the command line set, and these words.
-
-    Raises:
-        ValueError: a name comes again.
-    """
-    words = dict(given)
-    for assignment in overrides:
-        name = assignment.partition("=")[0].strip()
-        if name in words:
-            raise ValueError(
-                f"{name} must be set once, got {words[name]} and {assignment}; remove one of them"
-            )
-        words[name] = assignment
 
 
 def add_train_options(parser: Parser) -> None:
@@ -338,8 +328,9 @@ def add_train_options(parser: Parser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
 
 
-def add_evaluate_options(parser: Parser) -> None:
-    """Add the options of ``evaluate`` that are not in its config."""
+def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":
+    """The options of ``evaluate`` and how the users are ranked."""
+    parser = parser_for("evaluate")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="folder of `train`")
@@ -358,14 +349,12 @@ def add_evaluate_options(parser: Parser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace a report of other weights or options"
     )
-
-
-def require_use(parser: Parser, options: Namespace) -> None:
-    """Refuse options of ``evaluate`` that ``--popularity`` would ignore; exits with 2."""
-    if options.checkpoint:
+    options, config = read_with(parser, "evaluate", arguments)
+    if options.popularity and options.checkpoint:
         parser.error(f"--checkpoint must come with --run, got {options.checkpoint}; remove it")
-    if options.force and not options.output:
+    if options.popularity and options.force and not options.output:
         parser.error("--force must come with --output or --run, got neither; remove it")
+    return options, config
 
 
 def print_counts(counts: Mapping[str, int]) -> None:

@@ -8,14 +8,14 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
 
 from shardrec.pipeline.config import parse, type_names, unknown_name
 
-__all__ = ["Parser", "add_options", "add_timeout", "read_options"]
+__all__ = ["Parser", "add_options", "add_timeout", "read_options", "require_set_once"]
 
 Config = TypeVar("Config")
 
@@ -139,6 +139,26 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         help="how long workers wait for one that does not join, before they say which it is and "
         "end (default: 600)",
     )
+
+
+def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None:
+    """Refuse options that are set twice, of which one would be ignored.
+
+    Args:
+        overrides: as typed, name=value.
+        given: dotted names that other words of the command line set, and these words.
+
+    Raises:
+        ValueError: a name comes again.
+    """
+    words = dict(given)
+    for assignment in overrides:
+        name = assignment.partition("=")[0].strip()
+        if name in words:
+            raise ValueError(
+                f"{name} must be set once, got {words[name]} and {assignment}; remove one of them"
+            )
+        words[name] = assignment
 
 
 def _seconds(text: str) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardrec.launch import commands
 from shardrec.launch.commands import parser_for
-from shardrec.launch.options import add_options, read_options
+from shardrec.launch.options import add_options, read_options, require_set_once
 from shardrec.launch.stages import STAGES
 from shardrec.pipeline.config import unknown_name
 
@@ -53,7 +53,7 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
     recipe = commands.recipe_named(options.recipe)
-    commands.require_set_once(options.overrides, {})
+    require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
     print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
     return 0
