@@ -85,7 +85,7 @@ def test_given_variables_win_over_ours() -> None:
     assert "'NCCL_DEBUG': 'INFO'" in text
 
 
-def test_slurm_is_asked_for_nodes_that_meet_at_the_first() -> None:
+def test_slurm_is_asked_for_nodes_that_connect_to_the_first() -> None:
     words = ["-j", "2x8", "--cpu", "96", "--gpu", "8", "--memMB", "500000", "--max_retries", "2"]
     text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE)
     assert text.count("#SBATCH --job-name=train-") == 2

@@ -1,4 +1,4 @@
-"""What the operating system refuses is told as what must hold, by every stage alike."""
+"""What the operating system refuses becomes a message of what must hold, in every stage alike."""
 
 import contextlib
 import errno
