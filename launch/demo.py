@@ -52,10 +52,9 @@ SETTINGS = (
     "validation.patience=none",
 )
 
-# The losses that the demo compares, and what each sees of the catalog in a step: enough to learn,
-# little enough to be quick.
+# What some losses see of the catalog in a step, instead of the default: enough to learn, little
+# enough to be quick.
 LOSS_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "cce": (),
     "cce_minus": ("loss.proposal=popularity", "loss.num_negatives=2048"),
     "sce": ("loss.items_per_bucket=512",),
     "rece": ("loss.num_rounds=1", "loss.num_neighbor_chunks=0"),
@@ -89,7 +88,7 @@ class DemoConfig:
     user_column: str = "user_id"
     item_column: str = "item_id"
     time_column: str = "timestamp"
-    losses: tuple[str, ...] = tuple(name for name in LOSSES if name in LOSS_SETTINGS)
+    losses: tuple[str, ...] = tuple(name for name in LOSSES if not LOSSES[name].is_baseline)
     steps: int = 400
     workers: int = 2
     recipe: str = "demo"
@@ -279,7 +278,7 @@ def train_words(config: DemoConfig, prepared: Path, run: Path, loss: str) -> lis
     """The arguments of ``shardrec train``."""
     stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
     options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
-    return [*stage, *options, *SETTINGS, *LOSS_SETTINGS[loss]]
+    return [*stage, *options, *SETTINGS, *LOSS_SETTINGS.get(loss, ())]
 
 
 def pass_on(line: str, log: TextIO, console: Console) -> None:

@@ -31,7 +31,7 @@ from shardrec.pipeline.recipes import RECIPES
 def test_the_settings_of_each_loss_fit_the_recipe(loss: str) -> None:
     start = RECIPES[DemoConfig().recipe](data="data", output="run")
     config = override(
-        start, [f"loss={loss}", "limits.max_steps=1", *SETTINGS, *LOSS_SETTINGS[loss]]
+        start, [f"loss={loss}", "limits.max_steps=1", *SETTINGS, *LOSS_SETTINGS.get(loss, ())]
     )
     assert snake_case(type(config.loss).__name__) == loss
     assert not config.validation.is_on
