@@ -110,7 +110,7 @@ def is_for_the_user(error: Exception) -> bool:
     operating system refused something, or when a package of somebody else is not installed.
     """
     if isinstance(error, ModuleNotFoundError):
-        return not (error.name or "shardrec").startswith("shardrec")
+        return (error.name or "shardrec").partition(".")[0] != "shardrec"
     if isinstance(error, OSError):
         return True
     *_, (frame, line) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
@@ -176,24 +176,16 @@ def _path_of(error: OSError) -> Path | None:
 def _not_permitted(path: Path, reason: str) -> str:
     """Whether it is an input or an output that permissions refuse, and which file or folder."""
     folder = next((one for one in path.absolute().parents if os.path.isdir(one)), Path("/"))
-    shown, within = repr(str(path)), repr(str(folder))
     if os.path.exists(path) and not _allows(path, os.R_OK):
-        rule, got, advice = "input must be a file or folder that can be read", shown, "another"
+        rule, got, kind = "input must be a file or folder that can be read", path, ""
     elif not _allows(folder, os.X_OK):
-        rule, got, advice = (
-            f"path {shown} must be in folders that can be entered",
-            within,
-            "another",
-        )
+        rule, got, kind = "path must be in folders that can be entered", path, ""
+        reason = f"{reason} in {str(folder)!r}"
     elif os.path.isfile(path) and _allows(folder, os.W_OK):
-        rule, got, advice = "output must be a file that can be written", shown, "another name"
+        rule, got, kind = "output must be a file that can be written", path, " name"
     else:
-        rule, got, advice = (
-            "output must be in a folder that can be written",
-            within,
-            "another folder",
-        )
-    return f"{rule}, got {got} ({reason}); choose {advice} or fix its permissions"
+        rule, got, kind = "output must be in a folder that can be written", folder, " folder"
+    return f"{rule}, got {str(got)!r} ({reason}); choose another{kind} or fix its permissions"
 
 
 def _allows(path: Path, how: int) -> bool:

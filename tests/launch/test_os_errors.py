@@ -149,3 +149,26 @@ def test_a_message_of_ours_stays_as_it_is() -> None:
     assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x")) == (
         "path must exist, got 'x'; check it"
     )
+
+
+def test_a_closed_folder_is_not_mistaken_for_a_file_that_cannot_be_written() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        kept, closed = Path(name) / "kept", Path(name) / "closed"
+        kept.touch(0o444)
+        closed.mkdir(0o700)
+        closed.chmod(0)
+        Path(name).chmod(0o777)
+        with unprivileged():
+            errors = [
+                PermissionError(errno.EACCES, "refused", str(path)) for path in (kept, closed / "x")
+            ]
+            file, folder = (explain(error) for error in errors)
+        closed.chmod(0o700)
+    assert file == (
+        f"output must be a file that can be written, got {str(kept)!r} (Permission denied); choose "
+        "another name or fix its permissions"
+    )
+    assert folder == (
+        f"path must be in folders that can be entered, got {str(closed / 'x')!r} (Permission "
+        f"denied in {str(closed)!r}); choose another or fix its permissions"
+    )
