@@ -364,7 +364,7 @@ def print_counts(counts: Mapping[str, int]) -> None:
 
 
 def print_end(
-    is_new: bool, output: str, otherwise: str = "is there already: nothing to do"
+    is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
 ) -> None:
     """Say that an output was written, or that it was complete before."""
     print(f"wrote {output}" if is_new else f"{output} {otherwise}")

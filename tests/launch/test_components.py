@@ -1,6 +1,7 @@
 """The components as TorchX reads them: by path, with help, and as requests to three schedulers."""
 
 import contextlib
+import inspect
 import io
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torchx.cli.argparse_util import ArgOnceAction, torchxconfig
 from torchx.cli.main import main
 
 import shardrec
+from shardrec.launch import components
 from shardrec.launch.runner import Job, describe
 from shardrec.launch.stages import STAGES
 
@@ -139,6 +141,18 @@ def test_every_stage_is_a_request_that_runs_its_command(component: str) -> None:
     assert f"shardrec.launch.cli -- {component} --force" in text or (
         f"shardrec {component} --force" in text
     )
+
+
+def test_the_defaults_of_a_component_are_those_of_its_stage() -> None:
+    for stage, command in STAGES.items():
+        options = inspect.signature(getattr(components, stage)).parameters
+        assert (options["cpu"].default, options["memMB"].default) == (
+            command.cpu,
+            command.memory_mb,
+        )
+        assert options["name"].default.lstrip("/") == stage
+        assert ("j" in options) == (command.kind == "distributed")
+    assert inspect.signature(components.train).parameters["grace"].default == 25
 
 
 @pytest.mark.parametrize("scheduler", ["kubernetes", "aws_batch"])
