@@ -13,6 +13,7 @@ so ``_component`` makes them, and a ``def`` holds only what its stage adds to th
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any, Dict, List, Optional
 
@@ -141,12 +142,9 @@ def _component(add: Callable[..., AppDef]) -> Callable[..., AppDef]:
     def component(*arguments: str, **options: Any) -> AppDef:
         bound = signature.bind(*arguments, **options)
         bound.apply_defaults()
-        app = kind(
-            stage, list(arguments), **{one.name: bound.kwargs[one.name] for one in _options(kind)}
-        )
-        return add(
-            app, list(arguments), **{one.name: bound.kwargs[one.name] for one in _options(add)}
-        )
+        values = bound.kwargs
+        app = kind(stage, list(arguments), **{one.name: values[one.name] for one in _options(kind)})
+        return add(app, **{one.name: values[one.name] for one in _options(add)})
 
     described = (f"    {option}: {HELP[option]}" for option in signature.parameters)
     component.__doc__ = "\n".join([inspect.getdoc(add) or "", "", "Args:", *described])
@@ -161,13 +159,14 @@ def _options(function: Callable[..., AppDef]) -> List[inspect.Parameter]:
 
 
 @_component
-def train(app: AppDef, arguments: List[str], *, max_restarts: int = 0, grace: int = 25) -> AppDef:
+def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
 
     With `--resume=auto` after the `--`, workers that are started again go on from the last whole
     checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
     """
-    if max_restarts and not any(word.startswith("--resume") for word in arguments):
+    words = shlex.split(app.roles[0].args[-1])
+    if max_restarts and not any(word.startswith("--resume") for word in words):
         raise ValueError(
             "--resume=auto must follow the -- where workers are started again, got none with "
             f"max_restarts={max_restarts}; without it they would refuse the folder that they began"
@@ -182,7 +181,7 @@ def train(app: AppDef, arguments: List[str], *, max_restarts: int = 0, grace: in
 
 
 @_component
-def evaluate(app: AppDef, _: List[str]) -> AppDef:
+def evaluate(app: AppDef) -> AppDef:
     """Ranks the whole catalog for every test user of a prepared folder and writes the metrics.
 
     The layout of the workers need not be what the run was trained with.
@@ -191,31 +190,31 @@ def evaluate(app: AppDef, _: List[str]) -> AppDef:
 
 
 @_component
-def recommend(app: AppDef, _: List[str]) -> AppDef:
+def recommend(app: AppDef) -> AppDef:
     """Writes the best items of every user of some histories to Parquet, at any layout the same."""
     return app
 
 
 @_component
-def export(app: AppDef, _: List[str]) -> AppDef:
+def export(app: AppDef) -> AppDef:
     """Writes item vectors and the encoder of a run for a service; each worker writes its rows."""
     return app
 
 
 @_component
-def synth(app: AppDef, _: List[str]) -> AppDef:
+def synth(app: AppDef) -> AppDef:
     """Generates an event log, in one process on one node."""
     return app
 
 
 @_component
-def prepare(app: AppDef, _: List[str]) -> AppDef:
+def prepare(app: AppDef) -> AppDef:
     """Turns an event log into a prepared folder, in one process on one node."""
     return app
 
 
 @_component
-def gate(app: AppDef, _: List[str]) -> AppDef:
+def gate(app: AppDef) -> AppDef:
     """Says whether a run may take the place of the published model, in one process.
 
     The job fails where it may not; the report that it writes says why.
@@ -224,12 +223,12 @@ def gate(app: AppDef, _: List[str]) -> AppDef:
 
 
 @_component
-def publish(app: AppDef, _: List[str]) -> AppDef:
+def publish(app: AppDef) -> AppDef:
     """Makes a pointer name an export that passed its gate, in one process."""
     return app
 
 
 @_component
-def rollback(app: AppDef, _: List[str]) -> AppDef:
+def rollback(app: AppDef) -> AppDef:
     """Makes a pointer name what it named before, in one process."""
     return app
