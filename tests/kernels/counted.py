@@ -1,6 +1,7 @@
 """What really happens in a call: products and bytes of interpreted kernels, bytes of tensors."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Launched", "counted_launches", "peak_bytes"]
+__all__ = ["Launched", "counted_launches", "peak_bytes", "product_flops"]
 
 
 @dataclass
@@ -78,3 +79,32 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         most = max(most, held)
     del result
     return most
+
+
+def product_flops(call: Callable[[], Any]) -> int:
+    """FLOP of the matrix products that PyTorch makes on the CPU in a call, custom operators too."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        call()
+    return sum(_flops(event.name, event.input_shapes) for event in profiled.events())
+
+
+# Where the left of two factors stands among the inputs of a product.
+_LEFT = {
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::mv": 0,
+    "aten::addmm": 1,
+    "aten::addmm_": 1,
+    "aten::baddbmm": 1,
+    "aten::baddbmm_": 1,
+    "mkldnn::_linear_pointwise": 0,
+}
+
+
+def _flops(name: str, shapes: list[list[int]]) -> int:
+    if name not in _LEFT:
+        return 0
+    left, right = shapes[_LEFT[name] : _LEFT[name] + 2]
+    # The weight of a linear layer stands on its side.
+    columns = right[0] if name.startswith("mkldnn") else math.prod(right[len(left) - 1 :])
+    return 2 * math.prod(left) * columns
