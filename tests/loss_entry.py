@@ -51,6 +51,7 @@ class Entry:
         has_sparse_grad: can give a sparse gradient of the table.
         has_covered: ``reduction="none"`` gives the mask of covered positions too.
         is_operator: is a custom operator of PyTorch with a choice of backends.
+        padding: part of the products that padding takes them from the cost model.
         chooses: compares products to choose candidates, so rounding may choose others.
         in_forward: takes the gradient of a mean or sum in forward, in float32 on one CPU.
         refused: own arguments that are wrong for 2 positions and a table of 30 rows.
@@ -68,6 +69,7 @@ class Entry:
     has_sparse_grad: bool = False
     has_covered: bool = False
     is_operator: bool = True
+    padding: float = 0.001
     chooses: bool = False
     in_forward: bool = False
     refused: Sequence[Refusal] = ()

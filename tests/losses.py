@@ -111,7 +111,8 @@ def rece(
         if align == "rank":
             of_positions.append(chunks_in_order(position_buckets, num_chunks))
         else:
-            places = places_by_bucket(position_buckets, item_buckets)
+            sizes = [item_buckets.count(bucket) for bucket in range(num_buckets)]
+            places = places_by_bucket(position_buckets, sizes)
             of_positions.append([place * num_chunks // len(table) for place in places])
     chunks = torch.tensor(of_positions).T, torch.tensor(of_items).T
     losses = reduced_cross_entropy_reference(states, table, targets, *chunks, num_neighbor_chunks)
@@ -125,15 +126,14 @@ def chunks_in_order(buckets: Sequence[int], num_chunks: int) -> list[int]:
     return [chunk_of[one] for one in range(len(order))]
 
 
-def places_by_bucket(positions: Sequence[int], items: Sequence[int]) -> list[int]:
+def places_by_bucket(positions: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """The k-th of P positions of a bucket has the place of item ``k I / P`` of its I items."""
-    sizes = [items.count(bucket) for bucket in range(max([*positions, *items]) + 1)]
     starts = [0, *accumulate(sizes)]
     places = []
     for index, bucket in enumerate(positions):
         within = positions[:index].count(bucket)
         place = starts[bucket] + within * sizes[bucket] // positions.count(bucket)
-        places.append(min(place, len(items) - 1))
+        places.append(min(place, starts[-1] - 1))
     return places
 
 
@@ -242,6 +242,7 @@ LOSSES: dict[str, Entry] = {
         has_sparse_grad=True,
         has_covered=True,
         chooses=True,
+        padding=0.2,
         refused=[
             *each(
                 "num_buckets positions_per_bucket items_per_bucket",
@@ -272,6 +273,7 @@ LOSSES: dict[str, Entry] = {
         options={"num_buckets": 12, "num_chunks": 10, "num_rounds": 3, "num_neighbor_chunks": 1},
         variants={"rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"}},
         chooses=True,
+        padding=0.3,
         refused=[
             *each(
                 "num_buckets num_chunks num_rounds",

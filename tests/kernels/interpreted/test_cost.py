@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.interpreted.counted import counted_launches, peak_bytes
+from tests.kernels.counted import counted_launches, peak_bytes
 from torch import Tensor
 
 from shardrec.kernels import (

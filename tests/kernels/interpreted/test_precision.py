@@ -7,16 +7,10 @@ from typing import Any
 import pytest
 import torch
 from compiled.builds import shipped_cases
-from torch import Tensor
+from tests.every_loss import loss_of, names
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from shardrec.kernels import (
-    cut_cross_entropy,
-    negatives,
-    reduced_cross_entropy,
-    sampled_cross_entropy,
-    select,
-)
+from shardrec.kernels import negatives, select
 
 SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
 
@@ -54,17 +48,10 @@ def run_all(dtype: torch.dtype) -> None:
     states = torch.randn(7, 8, generator=generator).to(dtype).requires_grad_()
     table = torch.randn(41, 8, generator=generator).to(dtype).requires_grad_()
     targets = torch.arange(7)
-    losses: list[Tensor] = [
-        cut_cross_entropy(states, table, targets, backend="triton"),
-        sampled_cross_entropy(
-            states, table, targets, num_negatives=5, share=4, seed=1, backend="triton"
-        ),
+    losses = [
+        loss_of(name, states, table, targets, backend="triton") for name in names(is_operator=True)
     ]
-    rece = reduced_cross_entropy(
-        states, table, targets, num_buckets=4, num_rounds=2, seed=1, backend="triton"
-    )
-    assert isinstance(rece, Tensor)
-    torch.autograd.grad(torch.stack([*losses, rece]).sum(), (states, table))
+    torch.autograd.grad(torch.stack(losses).sum(), (states, table))
     select.topk_rows(states.detach(), table.detach(), 1, backend="triton")
     select.best_sign_direction(table.detach(), 5, **SIGNS, backend="triton")
     negatives.mixed_signs(states.detach(), 0, 5, **SIGNS, backend="triton")
