@@ -234,7 +234,7 @@ LOSSES: dict[str, Entry] = {
         function=scalable_cross_entropy,
         config=SCE,
         definition=sce,
-        options={"num_buckets": 5, "positions_per_bucket": 7, "items_per_bucket": 23},
+        options={"num_buckets": 4, "positions_per_bucket": 9, "items_per_bucket": 11},
         variants={
             "plain": {"num_buckets": 9, "items_per_bucket": 23, "mix": False},
             "wide": {"num_buckets": 3, "positions_per_bucket": 99, "items_per_bucket": 500},
@@ -270,7 +270,7 @@ LOSSES: dict[str, Entry] = {
         function=reduced_cross_entropy,
         config=RECE,
         definition=rece,
-        options={"num_buckets": 12, "num_chunks": 10, "num_rounds": 3, "num_neighbor_chunks": 1},
+        options={"num_buckets": 6, "num_chunks": 6, "num_rounds": 2, "num_neighbor_chunks": 1},
         variants={"rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"}},
         chooses=True,
         padding=0.3,

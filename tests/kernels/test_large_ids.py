@@ -72,7 +72,7 @@ def with_zeros(rows: Tensor) -> Tensor:
 
 
 def compared_with(counts: Tensor) -> Losses:
-    """Mean cross-entropy, whose positions are compared with (N, 17) numbers of rows of each kind."""
+    """Mean cross-entropy with (N, 17) numbers of rows of each kind as candidates."""
 
     def definition(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         kinds = torch.arange(NUM_LAST + 1).expand(len(states), -1)

@@ -57,7 +57,8 @@ def test_a_loss_is_its_definition_at_any_size(
 def test_rece_is_its_definition_with_any_reach_and_alignment(
     size: tuple[int, int, int], reach: int, align: str
 ) -> None:
-    options = {"num_rounds": 4, "num_neighbor_chunks": reach, "align": align}
+    sizes = {"num_buckets": 12, "num_chunks": 10, "num_rounds": 4, "num_neighbor_chunks": reach}
+    options = sizes | {"align": align}
     check(ours("rece", **options), definition("rece", **options), batch(size), torch.float32)
 
 
