@@ -4,7 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -20,32 +20,47 @@ class Launched:
     Attributes:
         flops: Of products, two for a multiply-add, padding of tiles included.
         bytes: Loaded and stored where masks are true.
+        kernels: Names of the kernels that were launched.
+        precisions: Of the products, by the name of the kernel around them.
     """
 
     flops: int = 0
     bytes: int = 0
+    kernels: set[str] = field(default_factory=set)
+    precisions: dict[str, set[str]] = field(default_factory=dict)
 
 
 @contextmanager
 def counted_launches() -> Iterator[Launched]:
-    """Within it every product, load and store of an interpreted kernel is counted."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    """Within it every launch, product, load and store of an interpreted kernel is counted."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     found = Launched()
+    running = [""]
 
-    def dot(left: Any, right: Any) -> None:
+    run = GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **options: Any) -> Any:
+        running[0] = executor.fn.__name__
+        found.kernels.add(running[0])
+        return run(executor, *args, **options)
+
+    def dot(left: Any, right: Any, precision: Any) -> None:
         found.flops += 2 * left.data.size * right.data.shape[-1]
+        name = str(precision).rpartition(".")[2]
+        found.precisions.setdefault(running[0], set()).add(name)
 
     def load(pointers: Any, mask: Any) -> None:
         found.bytes += int(mask.data.sum()) * _bytes(pointers)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (
-            ("create_dot", lambda left, right, *_: dot(left, right)),
+            ("create_dot", lambda left, right, _, precision, *__: dot(left, right, precision)),
             ("create_masked_load", lambda pointers, mask, *_: load(pointers, mask)),
             ("create_masked_store", lambda pointers, _, mask, *__: load(pointers, mask)),
         ):
             patch.setattr(InterpreterBuilder, name, _counting(InterpreterBuilder, name, count))
+        patch.setattr(GridExecutor, "__call__", launch)
         yield found
 
 

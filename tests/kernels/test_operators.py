@@ -143,6 +143,7 @@ def train(model: Callable[..., Any], parameters: list[nn.Parameter]) -> list[Ten
     return losses + [dense(parameter.grad) for parameter in parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_compiled_model_is_one_graph_and_is_not_compiled_at_each_step(
@@ -313,6 +314,7 @@ def eager_over_ranks(name: str) -> list[Tensor]:
     return [loss.detach(), dense(states.grad), dense(shard.rows.grad)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_compiled_loss_over_shards_equals_the_eager_one(

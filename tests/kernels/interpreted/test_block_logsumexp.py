@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.counted import counted_launches
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
 from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, launch_listed
-from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 
@@ -210,20 +210,13 @@ def test_tiny_listed_blocks(n: int, r: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gathered", "listed"])
-def test_lists_of_single_pairs_have_kernels_of_their_own(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran = []
-    for function in ("forward", "backward"):
-        original = getattr(gpu_gathered, function)
-
-        def spy(*args: object, f: str = function, g: object = original) -> None:
-            ran.append(f)
-            g(*args)  # type: ignore[operator]
-
-        monkeypatch.setattr(gpu_gathered, function, spy)
-    check(*draw(9, 13, 8, torch.float32), blocks_of(kind, 9, 13))
-    assert ran == (["forward", "backward"] if kind == "gathered" else [])
+def test_lists_of_single_pairs_have_kernels_of_their_own(kind: str) -> None:
+    with counted_launches() as launched:
+        check(*draw(9, 13, 8, torch.float32), blocks_of(kind, 9, 13))
+    ran = {name for name in launched.kernels if name.startswith("gathered")}
+    passes = ("forward", "states_backward", "rows_backward")
+    expected = {f"gathered_{one}_kernel" for one in passes} if kind == "gathered" else set()
+    assert ran == expected
 
 
 def test_no_block_at_all() -> None:

@@ -3,18 +3,20 @@
 import pytest
 import torch
 from tests.every_loss import cases, dense, loss_of
+from tests.kernels.counted import counted_launches
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import cpu as block_cpu
 from shardrec.kernels.block_logsumexp import nearby
-from shardrec.kernels.block_logsumexp.gpu import dispatch as block_gpu
-from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend
-from shardrec.kernels.negatives import gpu as negatives_gpu
-from shardrec.kernels.select import gpu as select_gpu
 
 N, V, D = 45, 61, 12
+
+
+LISTED, GATHERED = (
+    {f"{kind}_forward_kernel", f"{kind}_states_backward_kernel", f"{kind}_rows_backward_kernel"}
+    for kind in ("listed", "gathered")
+)
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
@@ -48,26 +50,12 @@ def test_rece_listed_in_many_parts_equals_torch_and_repeats_its_bits(
         torch.testing.assert_close(a, c, rtol=2e-5, atol=2e-6)
 
 
-def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by the name of the path at each call of the block log-sum-exp."""
-    ran = []
-    for name, module in (("torch", block_cpu), ("triton", block_gpu)):
-        for function in ("forward", "backward"):
-            original = getattr(module, function)
-
-            def spy(*args: object, name: str = name, original: object = original) -> object:
-                ran.append(name)
-                return original(*args)  # type: ignore[operator]
-
-            monkeypatch.setattr(module, function, spy)
-    return ran
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
-def test_the_backend_that_was_asked_for_ran(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = spied(monkeypatch)
-    values("sce", backend)
-    assert ran == ["triton" if backend == "triton" else "torch"] * 2
+def test_the_backend_that_was_asked_for_ran(backend: str) -> None:
+    with counted_launches() as launched:
+        values("sce", backend)
+    assert bool(launched.kernels) == (backend == "triton")
+    assert (launched.kernels >= LISTED) == (backend == "triton")
 
 
 @pytest.mark.parametrize(
@@ -81,45 +69,26 @@ def test_the_gpu_decides_where_nobody_does(
     monkeypatch.setattr(device, "_is_gpu", lambda _: True)
     monkeypatch.setattr(device, "_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    ran = spied(monkeypatch)
-    values("sce", "auto")
-    assert ran == [expected] * 2
+    with counted_launches() as launched:
+        values("sce", "auto")
+    assert bool(launched.kernels) == (expected == "triton")
+    assert (launched.kernels >= LISTED) == (expected == "triton")
 
 
-def test_sce_and_rece_choose_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    for module, function in (
-        (select_gpu, "topk_rows"),
-        (select_gpu, "best_sign_direction"),
-        (negatives_gpu, "mixed_signs"),
-    ):
-        original = getattr(module, function)
-
-        def spy(*args: object, f: str = function, g: object = original, **kw: object) -> object:
-            ran.append(f)
-            return g(*args, **kw)  # type: ignore[operator]
-
-        monkeypatch.setattr(module, function, spy)
-    for name in ("sce", "rece"):
-        loss_of(name, *problem(), backend="triton")
-    assert set(ran) == {"topk_rows", "best_sign_direction", "mixed_signs"}
+def test_sce_and_rece_choose_with_triton() -> None:
+    with counted_launches() as launched:
+        for name in ("sce", "rece"):
+            loss_of(name, *problem(), backend="triton")
+    choices = {"group_maxima_kernel", "best_sign_direction_kernel", "mixed_signs_kernel"}
+    assert launched.kernels >= choices
 
 
-@pytest.mark.parametrize("name", ["cce_minus", "cce_minus-single"])
-def test_negatives_of_single_positions_are_gathered(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran = []
-    for function in ("forward", "backward"):
-        original = getattr(gpu_gathered, function)
-
-        def spy(*args: object, f: str = function, g: object = original) -> None:
-            ran.append(f)
-            g(*args)  # type: ignore[operator]
-
-        monkeypatch.setattr(gpu_gathered, function, spy)
-    values(name, "triton")
-    assert ran == (["forward", "backward"] if name == "cce_minus-single" else [])
+@pytest.mark.parametrize("case", ["cce_minus", "cce_minus-single"])
+def test_negatives_of_single_positions_are_gathered(case: str) -> None:
+    with counted_launches() as launched:
+        values(case, "triton")
+    gathered = {name for name in launched.kernels if name.startswith("gathered")}
+    assert gathered == (GATHERED if case == "cce_minus-single" else set())
 
 
 def test_a_chosen_backend_is_reported() -> None:

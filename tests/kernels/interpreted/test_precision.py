@@ -1,6 +1,5 @@
 """The precision of PyTorch's float32 products reaches every product of every kernel."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,31 +7,11 @@ import pytest
 import torch
 from compiled.builds import shipped_cases
 from tests.every_loss import loss_of, names
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from tests.kernels.counted import counted_launches
 
 from shardrec.kernels import negatives, select
 
 SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
-
-
-@pytest.fixture
-def precisions(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Grows by the precision of each product that runs, by the name of the kernel around it."""
-    found: dict[str, set[str]] = defaultdict(set)
-    running = [""]
-    run, product = GridExecutor.__call__, InterpreterBuilder.create_dot
-
-    def launch(self: Any, *args: Any, **options: Any) -> Any:
-        running[0] = self.fn.__name__
-        return run(self, *args, **options)
-
-    def dot(self: Any, left: Any, right: Any, total: Any, precision: Any, *rest: Any) -> Any:
-        found[running[0]].add(str(precision).rpartition(".")[2])
-        return product(self, left, right, total, precision, *rest)
-
-    monkeypatch.setattr(GridExecutor, "__call__", launch)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    return found
 
 
 @pytest.fixture
@@ -67,13 +46,13 @@ def run_all(dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_every_product_has_the_precision_that_pytorch_allows(
-    precisions: dict[str, set[str]],
     torch_precision: Callable[[str], None],
     setting: str,
     dtype: torch.dtype,
     expected: str,
 ) -> None:
     torch_precision(setting)
-    run_all(dtype)
+    with counted_launches() as launched:
+        run_all(dtype)
     shipped = {case.kernel.fn.__name__ for case in shipped_cases() if case.has_product}
-    assert dict(precisions) == {kernel: {expected} for kernel in shipped}
+    assert launched.precisions == {kernel: {expected} for kernel in shipped}
