@@ -59,7 +59,8 @@ def config_of(case: str) -> Loss:
     name, _, variant = case.partition("-")
     loss = LOSSES[name]
     options = (loss.shared_variants() | loss.config_variants)[variant]
-    return loss.config(**{key: 0 if value is None else value for key, value in options.items()})
+    given: dict[str, Any] = {key: 0 if one is None else one for key, one in options.items()}
+    return loss.config(**given)
 
 
 def evaluate(

@@ -63,8 +63,8 @@ class Entry:
     config: type[Loss]
     definition: Definition
     options: Options = field(default_factory=dict)
-    variants: Mapping[str, Options] = field(default_factory=dict)
-    config_variants: Mapping[str, Options] = field(default_factory=dict)
+    variants: dict[str, Options] = field(default_factory=dict)
+    config_variants: dict[str, Options] = field(default_factory=dict)
     has_draws: bool = True
     has_sparse_grad: bool = False
     has_covered: bool = False

@@ -49,8 +49,7 @@ def test_the_workspace_is_a_fraction_of_what_is_usually_stored(case: str, proces
         num_ranks=1,
         width=width,
     )
-    options = {key: value or 0 for key, value in measured.options.items()}
-    cost = loss_cost(LOSSES[name].config(**options), work)
+    cost = loss_cost(LOSSES[name].config(**measured.options), work)
     rows = num_items if cost.is_dense else cost.touched_rows
     said = (cost.workspace_bytes + (rows + num_positions) * width * 4) / MIB
     assert 0.7 * said < peak < 1.15 * said, f"{peak:.1f} MiB, said {said:.1f} MiB"

@@ -31,7 +31,7 @@ class Called(TorchDispatchMode):
     """The operators of this package that run within it, with their arguments and results."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Any] = []
         self.arguments: list[tuple[Any, ...]] = []
         self.results: list[Any] = []
@@ -102,10 +102,12 @@ def test_opcheck_of_backward_passes(case: str) -> None:
     torch.library.opcheck(operator, called.arguments[1], test_utils=tests)
 
 
-def at_step(step: int, name: str, *inputs: Tensor, **options: Any) -> Tensor:
+def at_step(
+    step: int, name: str, states: Tensor, table: Tensor, targets: Tensor, **options: Any
+) -> Tensor:
     """The loss of a function at a step, if it draws."""
-    drawn = {"step": step} if LOSSES[name].has_draws else {}
-    return loss_of(name, *inputs, **drawn, **options)
+    options |= {"step": step} if LOSSES[name].has_draws else {}
+    return loss_of(name, states, table, targets, **options)
 
 
 class Model(nn.Module):
