@@ -62,7 +62,7 @@ def assert_last_rows_are_exact(ours: Losses, table: Tensor, definition: Losses) 
     loss, grad_states, grad_rows = gradients(ours(leaf, whole, TARGETS), leaf, whole)
     exact, rows = (one.double().requires_grad_() for one in (states, last))
     expected = gradients(definition(exact, rows, TARGETS - FIRST), exact, rows)
-    assert all(expected[2][TARGETS - FIRST].any(1)), "every target's row is told apart"
+    assert all(expected[2][TARGETS - FIRST].any(1)), "every target has a gradient of its own"
     assert_equals_truth([loss, grad_states, grad_rows[FIRST:]], expected)
 
 

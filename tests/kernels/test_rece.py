@@ -1,4 +1,4 @@
-"""Whom the chunks of rece bring together."""
+"""Which items the chunks of rece compare a position with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardrec.kernels.hash_chunks import (
 from shardrec.kernels.ranks.chunks import Alone
 
 
-def test_buckets_of_positions_meet_their_own_buckets_of_items() -> None:
+def test_positions_are_compared_with_items_of_their_own_buckets() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2000, 16, generator=generator)
     states = rows[:10].repeat(50, 1) + 0.1 * torch.randn(500, 16, generator=generator)
@@ -25,7 +25,7 @@ def test_buckets_of_positions_meet_their_own_buckets_of_items() -> None:
         of_rows, of_own = (gather_histogram(b, 20, alone) for b in (row_buckets, buckets))
         chunks = position_chunks(buckets, of_own, of_rows, 20, align)
         row_chunks = item_chunks(row_buckets, of_rows, 20)
-        met = chunks[:, None, 0] == row_chunks[None, :, 0]
+        near = chunks[:, None, 0] == row_chunks[None, :, 0]
         same = buckets[:, None, 0] == row_buckets[None, :, 0]
-        own_share[align] = float((met & same).sum() / met.sum())
+        own_share[align] = float((near & same).sum() / near.sum())
     assert own_share["bucket"] > own_share["rank"] + 0.2
