@@ -9,7 +9,6 @@ from tests.kernels.block_lists import (
     assert_as_close_as_definition,
     blocks_of,
     draw,
-    listed,
 )
 from torch import Tensor
 
@@ -26,14 +25,16 @@ from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, core_cache_byte
 
 def blocks_for_cpu(kind: str) -> Blocks:
     """Of the kinds that Triton is tested with too, or of one that only a CPU treats differently."""
+    if kind == "full":
+        return blocks_of(kind, 23, 31)
+    of = {"ascending": "offsets", "rounds-offsets": "rounds"}
+    blocks = blocks_of(of.get(kind, kind), 23, 31)
+    assert blocks.items is not None and blocks.pair_positions is not None
     if kind == "ascending":
-        blocks = listed(23, 31, offsets=True)
         return replace(blocks, items=blocks.items.sort().values)
     if kind == "rounds-offsets":
-        blocks = blocks_of("rounds", 23, 31)
         generator = torch.Generator().manual_seed(1)
         return replace(blocks, offsets=torch.rand(len(blocks.items), generator=generator))
-    blocks = blocks_of(kind, 23, 31)
     # Blocks of a round must not share a slot, though Triton adds up those that do.
     own_slots = torch.arange(len(blocks.pair_positions)) if kind == "slots" else None
     return replace(blocks, pair_slots=own_slots)
