@@ -23,9 +23,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def process() -> Iterator[Ranks]:
-    """A process that returns every block at once: what the allocator keeps is not measured."""
+    """A fresh process that returns every block at once: what allocators keep is not measured."""
     pool = Ranks({"MALLOC_MMAP_THRESHOLD_": "65536"})
     yield pool
     pool.stop()
