@@ -1,4 +1,16 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+``make test-quick`` leaves out what is marked ``slow``: a test, or a process for several tests, that
+takes more than 5 seconds of an idle core, because it
+
+================================ ===============================================
+measures peak memory             processes of their own and batches of real size
+runs Triton in its interpreter   every element of a tile is a Python object
+compiles                         ``torch.compile`` and Triton for three GPUs
+has a table of 2**24 rows        the smallest where float32 confuses neighbours
+runs commands as a user does     workers, restarts, packages, orchestrators
+================================ ===============================================
+"""
 
 from __future__ import annotations
 

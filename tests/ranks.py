@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -50,9 +50,9 @@ class RankError(AssertionError):
 class Worker:
     """One process that runs functions on request."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str]) -> None:
         ours, theirs = socketpair()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}
         self.stacks = tempfile.NamedTemporaryFile("r")
         files = [str(theirs.fileno()), self.stacks.name]
         command = [sys.executable, "-P", str(TESTS / "ranks.py"), *files]
@@ -74,14 +74,18 @@ class Worker:
 
 
 class Ranks:
-    """``ranks(W)`` gives W of the processes, starting those that are missing."""
+    """``ranks(W)`` gives W of the processes, starting those that are missing.
 
-    def __init__(self) -> None:
+    ``variables`` are those of the environment that differ in the processes.
+    """
+
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        self.variables = variables or {}
         self.workers: list[Worker] = []
 
     def __call__(self, num_ranks: int) -> Pool:
         while len(self.workers) < num_ranks:
-            self.workers.append(Worker())
+            self.workers.append(Worker(self.variables))
         return Pool(self, num_ranks)
 
     def stop(self) -> None:
@@ -176,7 +180,7 @@ def _answer(request: bytes) -> tuple[bool, Any]:
             world_size=num_ranks,
             timeout=timedelta(seconds=timeout),
         )
-        # A rank that is done before others have met it would close their connection.
+        # A rank that ends before the others are connected to it would fail them.
         dist.barrier()
         try:
             return True, getattr(sys.modules[module], name)(*args)

@@ -21,7 +21,7 @@ def total(number: Number) -> Number:
 
 def fail_on(rank: int) -> None:
     if dist.get_rank() == rank:
-        raise ValueError("told to fail")
+        raise ValueError("asked to fail")
     dist.barrier()
 
 
@@ -53,7 +53,7 @@ def test_workers_use_one_thread(ranks: Ranks) -> None:
 
 
 def test_failing_rank_is_named_and_the_next_run_works(ranks: Ranks) -> None:
-    with pytest.raises(RankError, match=r"rank 1 of 2:(.|\n)*told to fail"):
+    with pytest.raises(RankError, match=r"rank 1 of 2:(.|\n)*asked to fail"):
         ranks(2).run(fail_on, 1)
     assert ranks(2).run(total, Number(0)) == [Number(1)] * 2
 

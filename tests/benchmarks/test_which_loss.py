@@ -1,18 +1,11 @@
 """Rows of equal time and of equal steps stand in one file and in tables of their own."""
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
-
-
-@pytest.fixture
-def which_loss(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("which_loss")
+import record
+import which_loss
 
 
 def row(loss: str, limit: str, score: float) -> dict[str, Any]:
@@ -23,14 +16,14 @@ def row(loss: str, limit: str, score: float) -> dict[str, Any]:
 
 
 def test_the_page_has_a_table_for_equal_time_and_one_for_equal_steps(
-    which_loss: ModuleType, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     shared = "cce_minus:num_negatives=8,share=128"
     rows = [row("cce", "max_minutes=2", 0.1), row(shared, "max_minutes=2", 0.2)]
     rows += [row(shared, "max_steps=1750", 0.3)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    results = importlib.import_module("record").Results(file)
+    results = record.Results(file)
     _, of_time, of_steps = which_loss.page(results).split("\n## ")
     assert of_time.startswith("A log, 1,000 items, 2 minutes each")
     assert "| cce | 0.1000" in of_time and "share 128 | 0.2000" in of_time

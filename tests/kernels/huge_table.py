@@ -6,12 +6,12 @@ import mmap
 from pathlib import Path
 
 import torch
+from tests.kernels.block_lists import by_autograd
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp, sampled_cross_entropy
 from shardrec.kernels.block_logsumexp import Blocks
-from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 from shardrec.kernels.negatives import STREAM_NEGATIVES, Uniform
 from shardrec.kernels.reference import sampled_cross_entropy_reference
 
@@ -55,12 +55,12 @@ def check_blocks(kind: str, backend: str) -> None:
     states, last = last_rows()
     table, grad_rows = lazy_table(), lazy_table()
     table[FIRST:] = last
-    near, grads = _blocks(kind, 0), torch.rand(2, NUM_POSITIONS, dtype=torch.float64)
-    truth = _by_definition(states.double(), last.double(), near, grads)
-    eager = _by_definition(states, last, near, grads.float())
+    near, grads = _blocks(kind, 0), torch.rand(2, NUM_POSITIONS)
+    truth = by_autograd(states, last, near, torch.float64, (grads[0], grads[1]))
+    eager = by_autograd(states, last, near, torch.float32, (grads[0], grads[1]))
     blocks = _blocks(kind, FIRST)
     logsumexp, target_logits = block_logsumexp.forward(states, table, blocks, backend)
-    grad_logsumexp, grad_target_logits = grads.float()
+    grad_logsumexp, grad_target_logits = grads
     grad_states = block_logsumexp.backward(
         states, table, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows, backend
     )
@@ -128,14 +128,6 @@ def _blocks(kind: str, first: int) -> Blocks:
         num_slots=NUM_POSITIONS,
         offsets=torch.rand(21 * num_blocks, generator=generator) if kind == "offsets" else None,
     )
-
-
-def _by_definition(states: Tensor, rows: Tensor, blocks: Blocks, grads: Tensor) -> list[Tensor]:
-    states, rows = states.clone().requires_grad_(), rows.clone().requires_grad_()
-    logsumexp, target_logits = block_logsumexp_reference(states, rows, blocks)
-    total = (logsumexp * grads[0]).sum() + (target_logits * grads[1]).sum()
-    gradients = torch.autograd.grad(total, (states, rows))
-    return [logsumexp.detach(), target_logits.detach(), *gradients]
 
 
 def _resident_bytes() -> int:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.kernels.loss_definitions import assert_equals_truth, gradients
+from tests.every_loss import assert_equals_truth, gradients
+from tests.losses import places_by_bucket
 from torch import Tensor
 
 from shardrec.kernels import (
@@ -18,25 +19,19 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.hash_chunks import (
-    gather_histogram,
-    hash_buckets,
-    item_chunks,
-    position_chunks,
-)
 from shardrec.kernels.negatives import (
+    STREAM_HASH,
     STREAM_MIX,
     STREAM_NEGATIVES,
     Popularity,
     random_signs,
 )
-from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.reference import (
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,
 )
 
-NUM_ITEMS, NUM_LAST, NUM_POSITIONS, WIDTH = (1 << 24) + 20, 16, 6, 4
+NUM_ITEMS, NUM_LAST, NUM_POSITIONS, WIDTH = (1 << 24) + 20, 16, 6, 2
 FIRST = NUM_ITEMS - NUM_LAST  # the first row that is not zero, above 2**24 too
 TARGETS = FIRST + torch.tensor([1, 2, 7, 8, 14, 15])
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +43,9 @@ def last_rows() -> tuple[Tensor, Tensor]:
     states = 3 * torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
     half = 3 * torch.randn(NUM_LAST // 2, WIDTH, generator=generator)
     return states, torch.cat([half, -half])
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def assert_last_rows_are_exact(ours: Losses, table: Tensor, definition: Losses) 
     loss, grad_states, grad_rows = gradients(ours(leaf, whole, TARGETS), leaf, whole)
     exact, rows = (one.double().requires_grad_() for one in (states, last))
     expected = gradients(definition(exact, rows, TARGETS - FIRST), exact, rows)
-    assert all(expected[2][TARGETS - FIRST].any(1)), "every target's row is told apart"
+    assert all(expected[2][TARGETS - FIRST].any(1)), "every target has a gradient of its own"
     assert_equals_truth([loss, grad_states, grad_rows[FIRST:]], expected)
 
 
@@ -73,8 +71,8 @@ def with_zeros(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, WIDTH)])
 
 
-def met_by(counts: Tensor) -> Losses:
-    """Mean cross-entropy, each position of which meets a number of rows of each kind, (N, 17)."""
+def compared_with(counts: Tensor) -> Losses:
+    """Mean cross-entropy with (N, 17) numbers of rows of each kind as candidates."""
 
     def definition(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         kinds = torch.arange(NUM_LAST + 1).expand(len(states), -1)
@@ -90,18 +88,23 @@ def met_by(counts: Tensor) -> Losses:
 def test_cce_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
     counts = torch.ones(NUM_POSITIONS, NUM_LAST + 1)
     counts[:, -1] = FIRST
-    assert_last_rows_are_exact(cut_cross_entropy, table, met_by(counts))
+    assert_last_rows_are_exact(cut_cross_entropy, table, compared_with(counts))
+
+
+@pytest.fixture(scope="module")
+def proposal() -> Popularity:
+    """Draws the k-th of the last rows with probability proportional to k."""
+    counts = torch.zeros(NUM_ITEMS, dtype=torch.int64)
+    counts[FIRST:] = torch.arange(1, NUM_LAST + 1) << 40
+    return Popularity(counts)
 
 
 @pytest.mark.parametrize(
     ("reduction", "sparse_grad"), [("mean", True), ("mean", False), ("none", True)]
 )
 def test_cce_minus_tells_neighbours_above_2_to_24_apart(
-    table: Tensor, reduction: str, sparse_grad: bool
+    table: Tensor, proposal: Popularity, reduction: str, sparse_grad: bool
 ) -> None:
-    counts = torch.zeros(NUM_ITEMS, dtype=torch.int64)
-    counts[FIRST:] = torch.arange(1, NUM_LAST + 1) << 40
-    proposal = Popularity(counts)
     draws = proposal.draw(torch.arange(2), 40, seed=1, step=0, stream=STREAM_NEGATIVES)
     draws = draws[torch.arange(NUM_POSITIONS) % 2]
     assert draws.min() >= FIRST and len(draws.unique()) > 12
@@ -155,18 +158,26 @@ def test_sce_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
 
 
 def test_rece_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
-    states = last_rows()[0]
-    alone = Communicator(None)
-    own, rows = (hash_buckets(part, 6, 1, seed=0, step=0) for part in (states, table))
-    of_own, of_rows = (gather_histogram(buckets, 6, alone) for buckets in (own, rows))
-    chunks = position_chunks(own, of_own, of_rows, 3, "bucket")
-    met = (chunks - item_chunks(rows, of_rows, 3).int().T).abs() <= 1
-    counts = torch.cat([met[:, FIRST:], met[:, :FIRST].sum(1, keepdim=True)], dim=1)
-    assert met[:, FIRST:].any() and not met.all()
+    signs = random_signs(0, 6, WIDTH, seed=0, step=0, stream=STREAM_HASH).double()
+    own, last = ((part.double() @ signs.T).argmax(1).tolist() for part in last_rows())
+    # Rows of zeros are in the first bucket, before the last rows.
+    sizes = [last.count(bucket) + FIRST * (bucket == 0) for bucket in range(6)]
+    order = sorted(range(NUM_LAST), key=lambda row: (last[row], row))
+    places = {row: FIRST + place for place, row in enumerate(order)}
+    row_chunks = [places[row] * 3 // NUM_ITEMS for row in range(NUM_LAST)]
+    # The first place of each of three chunks.
+    starts = [-(-chunk * NUM_ITEMS // 3) for chunk in range(3)]
+    zeros = [end - start for start, end in zip(starts, [*starts[1:], FIRST], strict=True)]
+    counts = torch.zeros(NUM_POSITIONS, NUM_LAST + 1)
+    for position, place in enumerate(places_by_bucket(own, sizes)):
+        near = [abs(chunk - place * 3 // NUM_ITEMS) <= 1 for chunk in range(3)]
+        counts[position, :-1] = torch.tensor([near[chunk] for chunk in row_chunks]).float()
+        counts[position, -1] = sum(zeros[chunk] for chunk in range(3) if near[chunk])
+    assert counts[:, :-1].any() and (counts[:, -1] < FIRST).any()
 
     def ours(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         return reduced_cross_entropy(
             states, rows, targets, num_buckets=6, num_chunks=3, num_rounds=1, seed=0
         )
 
-    assert_last_rows_are_exact(ours, table, met_by(counts))
+    assert_last_rows_are_exact(ours, table, compared_with(counts))

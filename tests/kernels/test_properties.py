@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.block_lists import by_autograd
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, cpu
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles
-from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 from shardrec.kernels.select import best_direction, merge_topk, topk_rows
 from shardrec.kernels.select import cpu as select_cpu
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
@@ -55,21 +55,6 @@ def block_lists(draw: st.DrawFn) -> tuple[Tensor, Tensor, Blocks]:
     return states, rows, blocks
 
 
-def by_definition(
-    states: Tensor, rows: Tensor, blocks: Blocks, grads: list[Tensor]
-) -> list[Tensor]:
-    states, rows = states.double().requires_grad_(), rows.double().requires_grad_()
-    logsumexp, target_logits = block_logsumexp_reference(states, rows, blocks)
-    finite = logsumexp.isfinite()
-    total = (logsumexp[finite] * grads[0][finite]).sum() + (target_logits * grads[1]).sum()
-    gradients = torch.autograd.grad(total, (states, rows), allow_unused=True)
-    filled = [
-        torch.zeros_like(leaf) if gradient is None else gradient
-        for gradient, leaf in zip(gradients, (states, rows), strict=True)
-    ]
-    return [logsumexp.detach(), target_logits.detach(), *filled]
-
-
 @quick
 @given(problem=block_lists(), tile=st.sampled_from([4, 64, 1 << 20]), piece=st.integers(1, 9))
 def test_any_list_of_blocks_gives_its_log_sum_exps_and_gradients(
@@ -77,8 +62,11 @@ def test_any_list_of_blocks_gives_its_log_sum_exps_and_gradients(
 ) -> None:
     states, rows, blocks = problem
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.rand(n, generator=generator) for n in (blocks.num_slots, len(states))]
-    truth = by_definition(states, rows, blocks, grads)
+    grads = (
+        torch.rand(blocks.num_slots, generator=generator),
+        torch.rand(len(states), generator=generator),
+    )
+    truth = by_autograd(states, rows, blocks, torch.float64, grads)
     tiles = CpuTiles(logits=tile, positions=1024, items=min(piece, tile), floats=tile, wide_rows=1)
     logsumexp, target_logits = cpu.forward(states, rows, blocks, tiles)
     grad_rows = torch.zeros_like(rows)

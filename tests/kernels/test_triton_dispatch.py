@@ -3,23 +3,17 @@
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.every_loss import batch, gradients, loss_of, names
+from tests.losses import LOSSES
 from torch import Tensor
 
-from shardrec.kernels import (
-    block_logsumexp,
-    cut_cross_entropy,
-    reduced_cross_entropy,
-    sampled_cross_entropy,
-    scalable_cross_entropy,
-    select,
-)
+from shardrec.kernels import block_logsumexp, cut_cross_entropy, select
 from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
-from shardrec.kernels.block_logsumexp import dispatch as gpu
+from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend, gpu_refusal
 
@@ -88,18 +82,6 @@ GPUS: dict[str, tuple[str | None, tuple[int, int], str]] = {
     "sm_75": (None, (7, 5), "sm_75"),
     "rocm": ("6.2", (9, 4), "NVIDIA"),
 }
-LOSSES: dict[str, Callable[..., Any]] = {
-    "cce": lambda x, w, y: cut_cross_entropy(x, w, y, reduction="none"),
-    "cce-fused": lambda x, w, y: cut_cross_entropy(x, w, y),
-    "cce_minus": lambda x, w, y: sampled_cross_entropy(
-        x, w, y, num_negatives=9, share=4, seed=1, reduction="none"
-    ),
-    "cce_minus-fused": lambda x, w, y: sampled_cross_entropy(
-        x, w, y, num_negatives=9, share=4, seed=1
-    ),
-    "sce": lambda x, w, y: scalable_cross_entropy(x, w, y, items_per_bucket=9, seed=2),
-    "rece": lambda x, w, y: reduced_cross_entropy(x, w, y, num_buckets=9, num_rounds=2, seed=3),
-}
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int]) -> None:
@@ -112,38 +94,39 @@ def pretend(monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of the path at each call of the block log-sum-exp."""
     ran: list[str] = []
-    for name, module in (("torch", cpu), ("triton", gpu)):
-        for function in ("forward", "backward"):
-            original = getattr(module, function)
+    paths = (("torch", cpu, "forward"), ("torch", cpu, "backward"), ("triton", LaunchProblem, "of"))
+    for name, owner, function in paths:
+        original = getattr(owner, function)
 
-            def spy(*args: object, name: str = name, original: Any = original) -> object:
-                ran.append(name)
-                return original(*args)
+        def spy(*args: object, name: str = name, original: Any = original) -> object:
+            ran.append(name)
+            return original(*args)
 
-            monkeypatch.setattr(module, function, spy)
+        monkeypatch.setattr(owner, function, spy)
     return ran
 
 
-def values(loss: Callable[..., Any]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(21, 8, generator=generator, requires_grad=True)
-    table = torch.randn(33, 8, generator=generator, requires_grad=True)
-    value = loss(states, table, torch.arange(21)).sum()
-    return [value.detach(), *torch.autograd.grad(value, (states, table))]
+def values(name: str, reduction: str) -> list[Tensor]:
+    states, table, targets = batch()
+    states.requires_grad_(), table.requires_grad_()
+    loss = loss_of(name, states, table, targets, reduction=reduction)
+    return gradients(loss, states, table)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", names(is_operator=True))
 @pytest.mark.parametrize("name_of_gpu", GPUS)
-def test_a_gpu_that_triton_does_not_serve_gets_plain_pytorch_and_is_told_why(
-    monkeypatch: pytest.MonkeyPatch, name_of_gpu: str, name: str
+def test_a_gpu_that_triton_does_not_serve_gets_plain_pytorch_and_a_warning_that_says_why(
+    monkeypatch: pytest.MonkeyPatch, name_of_gpu: str, name: str, reduction: str
 ) -> None:
     hip, capability, words = GPUS[name_of_gpu]
-    expected = values(LOSSES[name])
+    expected = values(name, reduction)
     pretend(monkeypatch, hip, capability)
     ran = spied(monkeypatch)
     with pytest.warns(UserWarning, match=f"plain PyTorch serves this GPU.*{words}"):
-        found = values(LOSSES[name])
-    assert set(ran) <= {"torch"} and bool(ran) == (not name.endswith("fused"))
+        found = values(name, reduction)
+    in_forward = LOSSES[name].in_forward and reduction == "mean"
+    assert set(ran) == (set() if in_forward else {"torch"})
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

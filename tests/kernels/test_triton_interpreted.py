@@ -1,6 +1,7 @@
-"""Runs every file of ``interpreted/`` in a process of its own, where Triton interprets kernels.
+"""Runs the files of ``interpreted/`` in processes of their own, where Triton interprets kernels.
 
-The variable is read when a kernel is declared, so it must not reach the tests that compile.
+The variable is read when a kernel is declared, so it must not reach the tests that compile. Two
+processes share the files: each imports PyTorch and Triton once.
 """
 
 import os
@@ -17,37 +18,29 @@ from tests.side_by_side import asked_for, side_by_side
 pytestmark = pytest.mark.slow
 
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
-
-
 Run = subprocess.CompletedProcess[str]
 
 
-def interpret(file: Path) -> Run:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(file),
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
+def interpret(part: int) -> Run:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
-        command, cwd=file.parents[3], env=env, capture_output=True, text=True, timeout=590
+        [*command, *map(str, FILES[part::2])],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=590,
     )
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[Path, Future[Run]]]:
-    with side_by_side(interpret, asked_for(request, "file")) as started:
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[Run]]]:
+    with side_by_side(interpret, asked_for(request, "part")) as started:
         yield started
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kernels_in_the_interpreter(file: Path, runs: dict[Path, Future[Run]]) -> None:
-    run = runs[file].result()
+@pytest.mark.parametrize("part", [0, 1])
+def test_kernels_in_the_interpreter(part: int, runs: dict[int, Future[Run]]) -> None:
+    run = runs[part].result()
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]

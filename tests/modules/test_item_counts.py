@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.kernels.interpreted.counted import peak_bytes
+from tests.kernels.counted import peak_bytes
 from torch import Tensor
 
 from shardrec.kernels.negatives import Popularity

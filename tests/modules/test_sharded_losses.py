@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.every_loss import config_cases, config_of, dense
 from tests.ranks import RankError, Ranks
 
-from shardrec.kernels.shard import RowShard
-from shardrec.modules.losses import LOSSES, Step
+from shardrec.kernels import RowShard
+from shardrec.modules.losses import CCE, Step
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
 POSITION_ENDS = {1: (53,), 2: (37, 53), 3: (20, 20, 53)}
 ROW_ENDS = {1: (211,), 2: (106, 211), 3: (120, 211, 211)}
-
-CASES: dict[str, dict[str, Any]] = {
-    "cce": {},
-    "cce-cosine": {"normalize": True, "temperature": 0.2},
-    "cce_minus": {"num_negatives": 40, "share": 8},
-    "cce_minus-single": {"num_negatives": 9, "share": 1, "normalize": True},
-    "cce_minus-batch": {"num_negatives": 64, "share": 0, "proposal": "popularity"},
-    "cce_minus-in_batch": {"num_negatives": 30, "share": 16, "proposal": "in_batch"},
-    "cce_minus-mixed": {"num_negatives": 31, "share": 16, "proposal": "mixed"},
-    "cce_minus-parity": {"num_negatives": 50, "share": 8, "parity": True},
-    "sce": {"num_buckets": 9, "positions_per_bucket": 11, "items_per_bucket": 23},
-    "sce-plain": {"num_buckets": 9, "mix": False, "items_per_bucket": 23},
-    "sce-wide": {"num_buckets": 3, "positions_per_bucket": 99, "items_per_bucket": 500},
-    "rece": {"num_buckets": 16, "num_rounds": 3},
-    "rece-rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"},
-    "rece-cosine": {"num_buckets": 16, "num_rounds": 2, "normalize": True},
-    "sce-cosine": {"num_buckets": 9, "normalize": True, "temperature": 0.2},
-    "eager_ce": {},
-    "eager_ce-cosine": {"normalize": True, "temperature": 0.2},
-    "bce": {"num_negatives": 3},
-    "bce-cosine": {"num_negatives": 3, "normalize": True, "temperature": 0.2},
-    "gbce": {"num_negatives": 7},
-    "gbce-cosine": {"num_negatives": 7, "normalize": True, "temperature": 0.2},
-}
 
 
 @dataclass
@@ -73,8 +49,7 @@ def sharded_loss(case: str, with_group: bool = True) -> Result:
     rows = table[held].clone().requires_grad_()
     group = dist.group.WORLD if with_group else None
     shard = RowShard(rows, held.start, NUM_ITEMS, group)
-    loss = LOSSES[case.split("-")[0]](**CASES[case])
-    output = loss(
+    output = config_of(case)(
         own_states,
         shard,
         targets[own],
@@ -82,12 +57,10 @@ def sharded_loss(case: str, with_group: bool = True) -> Result:
         step=Step(seed=3, step=7, item_counts=counts),
     )
     output.loss.backward()
-    assert own_states.grad is not None and rows.grad is not None
-    grad_rows = rows.grad.to_dense() if rows.grad.is_sparse else rows.grad
-    return Result(float(output.loss), output.statistics, own_states.grad, grad_rows)
+    return Result(float(output.loss), output.statistics, dense(own_states.grad), dense(rows.grad))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", config_cases())
 def test_ranks_do_not_change_a_loss_or_its_gradients(ranks: Ranks, case: str) -> None:
     alone = ranks(1).run(sharded_loss, case, False)[0]
     assert alone.loss > 0 and alone.grad_states.abs().sum() > 0 and alone.grad_rows.abs().sum() > 0
@@ -107,7 +80,7 @@ def refused_on_one_rank() -> str:
     target = 99 if dist.get_rank() == 1 else 0
     shard = RowShard(torch.zeros(5, 4), 5 * dist.get_rank(), 10, dist.group.WORLD)
     try:
-        LOSSES["cce"]()(states, shard, torch.tensor([0, target]), step=Step(seed=0, step=0))
+        CCE()(states, shard, torch.tensor([0, target]), step=Step(seed=0, step=0))
     except ValueError as error:
         return str(error)
     return ""
@@ -123,7 +96,7 @@ def refused_rows(first_rows: list[int], num_items: list[int]) -> str:
     rank = dist.get_rank()
     shard = RowShard(torch.zeros(5, 4), first_rows[rank], num_items[rank], dist.group.WORLD)
     try:
-        LOSSES["cce"]()(torch.zeros(1, 4), shard, torch.tensor([0]), step=Step(seed=0, step=0))
+        CCE()(torch.zeros(1, 4), shard, torch.tensor([0]), step=Step(seed=0, step=0))
     except ValueError as error:
         return str(error)
     return ""

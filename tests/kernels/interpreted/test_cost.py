@@ -5,24 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.interpreted.counted import counted_launches, peak_bytes
+from tests.every_loss import loss_of
+from tests.kernels.counted import counted_launches, peak_bytes
+from tests.losses import LOSSES as entries
 from torch import Tensor
 
-from shardrec.kernels import (
-    block_logsumexp,
-    cut_cross_entropy,
-    reduced_cross_entropy,
-    sampled_cross_entropy,
-    select,
-)
+from shardrec.kernels import block_logsumexp, reduced_cross_entropy, select
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, nearby
-from shardrec.kernels.cce import cut_cross_entropy_cost
-from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.terms import KernelCost, LossCost
+from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.cost.triton import Listed, listed_kernels, sign_kernels, topk_kernels
 from shardrec.kernels.negatives import mixed_signs
 from shardrec.kernels.ranks.traffic import Workload
-from shardrec.kernels.rece import reduced_cross_entropy_cost
+from shardrec.modules.losses import RECE
 
 D = 64
 # Sizes that the interpreter's tiles of 32 x 32 fit, so that no product is made of padding. What the
@@ -48,33 +42,24 @@ def batch(num_positions: int, num_items: int, width: int = D) -> tuple[Tensor, T
     return states, table, torch.randint(0, num_items, (num_positions,), generator=generator)
 
 
-LOSSES: dict[str, tuple[Callable[..., Tensor], LossCost, tuple[int, int, int]]] = {
-    "cce": (cut_cross_entropy, cut_cross_entropy_cost(work_of(64, 256)), (64, 256, D)),
-    "cce-wide": (cut_cross_entropy, cut_cross_entropy_cost(work_of(32, 64, 192)), (32, 64, 192)),
-    "cce_minus": (
-        lambda x, w, y, backend: sampled_cross_entropy(
-            x, w, y, num_negatives=64, share=32, seed=1, sparse_grad=True, backend=backend
-        ),
-        sampled_cross_entropy_cost(work_of(64, 1000), 64, 32),
-        (64, 1000, D),
-    ),
-    "cce_minus-each": (
-        lambda x, w, y, backend: sampled_cross_entropy(
-            x, w, y, num_negatives=32, share=1, seed=1, sparse_grad=True, backend=backend
-        ),
-        sampled_cross_entropy_cost(work_of(16, 1000), 32, 1),
-        (16, 1000, D),
-    ),
+# Options and N, V and D.
+LOSSES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "cce": ({}, (64, 256, D)),
+    "cce-wide": ({}, (32, 64, 192)),
+    "cce_minus": ({"num_negatives": 64, "share": 32}, (64, 1000, D)),
+    "cce_minus-each": ({"num_negatives": 32, "share": 1}, (16, 1000, D)),
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_multiplies_and_moves_what_is_said(name: str) -> None:
-    loss, cost, size = LOSSES[name]
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_loss_multiplies_and_moves_what_is_said(case: str) -> None:
+    name, (options, size) = case.partition("-")[0], LOSSES[case]
+    given = options | ({"sparse_grad": True} if entries[name].has_sparse_grad else {})
     with counted_launches() as counted:
-        loss(*batch(*size), backend="triton").backward()
+        loss_of(name, *batch(*size), **given, backend="triton").backward()
+    cost = entries[name].config(**options).cost(work_of(*size))
     # Negatives of single positions are no matrix product.
-    assert counted.flops == (0 if name == "cce_minus-each" else cost.flops)
+    assert counted.flops == (0 if case == "cce_minus-each" else cost.flops)
     assert cost.work.bytes <= counted.bytes <= MOST_IDS * cost.work.bytes
 
 
@@ -151,7 +136,7 @@ def test_choices_multiply_and_move_what_is_said(name: str) -> None:
 
 
 def rece(num_items: int) -> tuple[int, int]:
-    """Bytes that a step holds at most beside both gradients, and what is said."""
+    """Bytes that a step holds at most besides both gradients, and what is said."""
     num_positions, width = 16, 16
     states, table, targets = batch(num_positions, num_items, width)
 
@@ -162,7 +147,7 @@ def rece(num_items: int) -> tuple[int, int]:
 
     gradients = 4 * (num_positions + num_items) * width
     work = work_of(num_positions, num_items, width)
-    said = reduced_cross_entropy_cost(work, 4, None, 2, 1).workspace_bytes
+    said = RECE(num_buckets=4, num_rounds=2).cost(work).workspace_bytes
     return peak_bytes(call) - gradients, said
 
 

@@ -1,6 +1,6 @@
 """Rows above element 2**31 of a table: every kernel that reads or writes rows, interpreted.
 
-Kernels that would walk over the whole table are launched for its end alone.
+Kernels that would go over the whole table are launched for its end alone.
 """
 
 import pytest

@@ -1,44 +1,17 @@
 """The precision of PyTorch's float32 products reaches every product of every kernel."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from compiled.builds import shipped_cases
-from torch import Tensor
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from tests.every_loss import loss_of, names
+from tests.kernels.counted import counted_launches
 
-from shardrec.kernels import (
-    cut_cross_entropy,
-    negatives,
-    reduced_cross_entropy,
-    sampled_cross_entropy,
-    select,
-)
+from shardrec.kernels import negatives, select
 
 SIGNS: dict[str, Any] = {"seed": 1, "step": 0, "stream": 0}
-
-
-@pytest.fixture
-def precisions(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Grows by the precision of each product that runs, by the name of the kernel around it."""
-    found: dict[str, set[str]] = defaultdict(set)
-    running = [""]
-    run, product = GridExecutor.__call__, InterpreterBuilder.create_dot
-
-    def launch(self: Any, *args: Any, **options: Any) -> Any:
-        running[0] = self.fn.__name__
-        return run(self, *args, **options)
-
-    def dot(self: Any, left: Any, right: Any, total: Any, precision: Any, *rest: Any) -> Any:
-        found[running[0]].add(str(precision).rpartition(".")[2])
-        return product(self, left, right, total, precision, *rest)
-
-    monkeypatch.setattr(GridExecutor, "__call__", launch)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    return found
 
 
 @pytest.fixture
@@ -54,17 +27,10 @@ def run_all(dtype: torch.dtype) -> None:
     states = torch.randn(7, 8, generator=generator).to(dtype).requires_grad_()
     table = torch.randn(41, 8, generator=generator).to(dtype).requires_grad_()
     targets = torch.arange(7)
-    losses: list[Tensor] = [
-        cut_cross_entropy(states, table, targets, backend="triton"),
-        sampled_cross_entropy(
-            states, table, targets, num_negatives=5, share=4, seed=1, backend="triton"
-        ),
+    losses = [
+        loss_of(name, states, table, targets, backend="triton") for name in names(is_operator=True)
     ]
-    rece = reduced_cross_entropy(
-        states, table, targets, num_buckets=4, num_rounds=2, seed=1, backend="triton"
-    )
-    assert isinstance(rece, Tensor)
-    torch.autograd.grad(torch.stack([*losses, rece]).sum(), (states, table))
+    torch.autograd.grad(torch.stack(losses).sum(), (states, table))
     select.topk_rows(states.detach(), table.detach(), 1, backend="triton")
     select.best_sign_direction(table.detach(), 5, **SIGNS, backend="triton")
     negatives.mixed_signs(states.detach(), 0, 5, **SIGNS, backend="triton")
@@ -80,13 +46,13 @@ def run_all(dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_every_product_has_the_precision_that_pytorch_allows(
-    precisions: dict[str, set[str]],
     torch_precision: Callable[[str], None],
     setting: str,
     dtype: torch.dtype,
     expected: str,
 ) -> None:
     torch_precision(setting)
-    run_all(dtype)
+    with counted_launches() as launched:
+        run_all(dtype)
     shipped = {case.kernel.fn.__name__ for case in shipped_cases() if case.has_product}
-    assert dict(precisions) == {kernel: {expected} for kernel in shipped}
+    assert launched.precisions == {kernel: {expected} for kernel in shipped}

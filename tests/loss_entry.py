@@ -1,0 +1,101 @@
+"""What tests know of a loss: the form of an entry of ``tests/losses.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shardrec.modules.losses import Loss
+
+Options = dict[str, Any]
+# Takes states, rows, targets and the options of a loss; gives (N,) losses and the covered mask.
+Definition = Callable[..., tuple[Tensor, Tensor]]
+# Arguments, the error that they raise, and what its message says.
+Refusal = tuple[Options, type[Exception], str]
+
+DRAWN: Options = {"seed": 3, "step": 2}
+# N, V and D at which peak memory is measured.
+LARGE = (4096, 60_000, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """A loss whose peak memory is measured at the sizes ``LARGE``.
+
+    Attributes:
+        stored: floats that the shortest way to write the loss would store.
+        options: of the function and of its class of options.
+        reduction: "none" takes no gradient in forward.
+    """
+
+    stored: int
+    options: Options = field(default_factory=dict)
+    reduction: str = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What tests know of a loss.
+
+    Attributes:
+        function: the public function.
+        config: the class of its options for training.
+        definition: the loss in float64, with the same ``options``.
+        options: small ones, for batches of 20 to 60 positions and 60 to 300 items.
+        variants: other options, by name.
+        config_variants: those that only the class of options can say.
+        has_draws: takes a seed and a step.
+        has_sparse_grad: can give a sparse gradient of the table.
+        has_covered: ``reduction="none"`` gives the mask of covered positions too.
+        is_operator: is a custom operator of PyTorch with a choice of backends.
+        padding: part of the products that padding takes them from the cost model.
+        chooses: compares products to choose candidates, so rounding may choose others.
+        in_forward: takes the gradient of a mean or sum in forward, in float32 on one CPU.
+        refused: own arguments that are wrong for 2 positions and a table of 30 rows.
+        refused_options: wrong values of its own options for training.
+        workspaces: what its peak memory is held to, by name.
+    """
+
+    function: Callable[..., Any]
+    config: type[Loss]
+    definition: Definition
+    options: Options = field(default_factory=dict)
+    variants: dict[str, Options] = field(default_factory=dict)
+    config_variants: dict[str, Options] = field(default_factory=dict)
+    has_draws: bool = True
+    has_sparse_grad: bool = False
+    has_covered: bool = False
+    is_operator: bool = True
+    padding: float = 0.001
+    chooses: bool = False
+    in_forward: bool = False
+    refused: Sequence[Refusal] = ()
+    refused_options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    workspaces: Mapping[str, Workspace] = field(default_factory=dict)
+
+    def shared_variants(self) -> dict[str, Options]:
+        """Options of the function and of the class alike."""
+        cosine = self.options | {"normalize": True, "temperature": 0.2}
+        return {"": self.options, "cosine": cosine, **self.variants}
+
+    def function_variants(self) -> dict[str, Options]:
+        """Options of the function."""
+        sparse = {"sparse": self.options | {"sparse_grad": True}} if self.has_sparse_grad else {}
+        return self.shared_variants() | sparse
+
+
+# The custom operators of PyTorch refuse what is no 64-bit integer.
+REFUSED_DRAWS: list[Refusal] = [
+    *[({"seed": value}, RuntimeError, "for argument 'seed'") for value in (1.5, None, 2**63)],
+    ({"step": 0.5}, RuntimeError, "for argument 'step'"),
+]
+
+
+def each(
+    names: str, values: Sequence[Any], message: str, error: type[Exception] = ValueError
+) -> list[Refusal]:
+    """Every value of every one of the arguments is refused with the message."""
+    return [({name: value}, error, message) for name in names.split() for value in values]
