@@ -14,7 +14,7 @@ from types import TracebackType
 
 import shardrec
 from shardrec.launch.os_errors import WRONG_PATHS, explain
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.run.interruption import Preempted
 
 COMMANDS = {
     "synth": "generate an event log whose best possible metrics are known",

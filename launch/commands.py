@@ -14,7 +14,7 @@ from shardrec.launch.options import Parser, add_options, add_timeout, read_optio
 from shardrec.launch.unwinding import sigterm_unwinds
 
 if TYPE_CHECKING:
-    from shardrec.pipeline.model.measure import MeasureConfig
+    from shardrec.pipeline.model.config import MeasureConfig
     from shardrec.pipeline.prepare import PrepareConfig
     from shardrec.pipeline.synth import SynthConfig
     from shardrec.pipeline.train import TrainConfig
@@ -255,7 +255,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":
     """What the arguments of ``evaluate`` spell; exits when they are wrong."""
-    from shardrec.pipeline.model.measure import MeasureConfig
+    from shardrec.pipeline.model.config import MeasureConfig
 
     parser = Parser(
         "evaluate",

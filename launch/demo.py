@@ -24,7 +24,7 @@ from shardrec.launch.demo_config import COLUMNS, DemoConfig
 from shardrec.launch.runner import Job, run_here
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 

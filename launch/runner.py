@@ -21,7 +21,7 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
 from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.run.interruption import Preempted
 
 COMPONENTS = (
     "synth",

@@ -6,58 +6,21 @@ The gradient of a row comes from two places, the encoder's input and the loss. B
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardrec.modules.option_checks import require_above_zero, require_at_least, require_betas
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
 from shardrec.modules.shard import RowShard
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
-__all__ = ["OPTIMIZERS", "Catalog", "CatalogConfig"]
+__all__ = ["Catalog"]
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "sparse_adam")
 INITIAL_BLOCK = 8_192  # rows made from one seed; part of what a seed means, so never changed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CatalogConfig:
-    """How the table starts and how it learns.
-
-    Attributes:
-        optimizer: "rowwise_adagrad" (one number a row; above a million items), "adagrad", "sgd",
-            "adam" (exact, every row every step) or "sparse_adam" (moments move where touched).
-        learning_rate: of the table, unless ``step`` is told another.
-        eps: added to the root in the update.
-        betas: decay of the two moments of adam and sparse_adam.
-        init_std: standard deviation of the normal that initial rows are drawn from.
-    """
-
-    optimizer: str = "rowwise_adagrad"
-    learning_rate: float = 0.01
-    eps: float = 1e-8
-    betas: tuple[float, float] = (0.9, 0.999)
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        """Refuses what would fail later or silently do nothing."""
-        if self.optimizer not in OPTIMIZERS:
-            near = difflib.get_close_matches(self.optimizer, OPTIMIZERS) or OPTIMIZERS
-            raise ValueError(
-                f"catalog.optimizer must be one of {', '.join(OPTIMIZERS)}, got "
-                f"{self.optimizer!r}; did you mean {' or '.join(near)}?"
-            )
-        for name in ("learning_rate", "init_std"):
-            require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
-        # With 0 a row whose gradient is 0 would become 0 / 0.
-        require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
-        require_betas("catalog.betas", self.betas)
 
 
 class Catalog:

@@ -18,9 +18,9 @@ from shardrec.kernels.cost.workload import LossCost, Workload
 from shardrec.kernels.rece import reduced_cross_entropy_cost
 from shardrec.kernels.sce import scalable_cross_entropy_cost
 from shardrec.modules.baselines import eager_cross_entropy_cost, paired_cross_entropy_cost
+from shardrec.modules.catalog_config import state_floats
 from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
 from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
-from shardrec.modules.row_updates import state_floats
 from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = ["Machine", "Plan", "loss_cost", "plan"]

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.shard import RowShard
+from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
 __all__ = ["Model", "real_positions"]
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)

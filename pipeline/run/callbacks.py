@@ -1,4 +1,4 @@
-"""What a training run tells the outside: four hooks, and the callbacks that come with the trainer.
+"""Callbacks of a training run: four hooks, and those that come with the trainer.
 
 Every rank calls its hooks at the same steps with the same numbers. The callbacks below are attached
 to rank 0 only; a callback of yours runs on every rank and may use collectives.
@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from typing_extensions import override
 
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 __all__ = [
     "Callback",
-    "CheckpointReport",
     "EndReport",
     "JsonLines",
     "MinuteLines",
@@ -77,36 +80,6 @@ class ValidationReport:
     metrics: Mapping[str, float]
     improved: bool
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointReport:
-    """A checkpoint was written to ``folder``, or could not be.
-
-    It is told at the first step border at which the write is over on every rank.
-
-    Attributes:
-        step: whose weights it holds; steps after it may have been taken meanwhile.
-        folder: where it is.
-        best: whether the validation of that step was the best so far.
-        seconds: from the step until it was complete.
-        stall_seconds: of these, how long training stood still.
-        num_bytes: of its tensors, over all ranks.
-        error: why there is none, in words; None where it is complete.
-    """
-
-    step: int
-    folder: str
-    best: bool
-    seconds: float
-    stall_seconds: float = 0.0
-    num_bytes: int = 0
-    error: str | None = None
-
-    def ended(self, seconds: float, stall: float, error: Exception | None) -> "CheckpointReport":
-        """The same when its write is over."""
-        words = None if error is None else str(error) or type(error).__name__
-        return dataclasses.replace(self, seconds=seconds, stall_seconds=stall, error=words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,6 +218,8 @@ class TensorBoard(Callback):
 
     def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
         def write() -> None:
+            from torch.utils.tensorboard import SummaryWriter
+
             if self.writer is None:
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
             for name, value in values.items():

@@ -7,7 +7,6 @@ GPU both are taken where the kernels ran, elsewhere where they were called.
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,34 +16,14 @@ from typing_extensions import override
 
 from shardrec.pipeline.model.profile_ranges import PART
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport
+from shardrec.pipeline.run.config import ProfileConfig
 
-__all__ = ["OPERATORS", "ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
+__all__ = ["OPERATORS", "Profiler", "Span", "common", "length", "summary", "union"]
 
 COLLECTIVES = ("gloo:", "nccl")
 OPERATORS = ("aten::", "mkldnn::")  # the CPU's
 # Start and end, in microseconds.
 Span = tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProfileConfig:
-    """Which steps of a run are profiled.
-
-    Attributes:
-        steps: how many; 0: none.
-        warmup: steps before them; the first ones load libraries and grow memory.
-    """
-
-    steps: int = 0
-    warmup: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no run can use."""
-        if self.steps < 0 or self.warmup < 1:
-            raise ValueError(
-                "profile.steps must be at least 0 and profile.warmup at least 1, got "
-                f"{self.steps} and {self.warmup}; steps=0 turns it off"
-            )
 
 
 class Profiler(Callback):
@@ -109,8 +88,8 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
     rows = [(name, micros, seconds * 1e6) for name, micros in taken.items()]
-    rows.append(("collectives under way", length(travel), seconds * 1e6))
-    rows.append(("  beside other work", length(common(travel, work)), seconds * 1e6))
+    rows.append(("collectives in flight", length(travel), seconds * 1e6))
+    rows.append(("  during other work", length(common(travel, work)), seconds * 1e6))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
     for name, micros, whole in rows:
         lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / whole:>7.1%}")

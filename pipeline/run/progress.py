@@ -1,4 +1,4 @@
-"""Where a run stands: what must survive an interruption besides weights and the data's position."""
+"""Training state saved in addition to weights and the position in the data."""
 
 import dataclasses
 from collections.abc import Mapping

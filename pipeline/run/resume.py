@@ -2,7 +2,7 @@
 
 A run folder is interrupted until ``end.json`` is there. An interrupted run goes on from its last
 whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again. A
-new run that fails before its first step leaves nothing: whoever corrects it has the folder again.
+new run that fails before its first step removes what it wrote, so the folder can be used again.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run.callbacks import EndReport
-from shardrec.pipeline.run.config import (
-    TrainConfig,
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import (
+    END,
+    METRICS,
     open_checkpoints,
     read_run,
     require_new,
@@ -34,21 +36,11 @@ from shardrec.pipeline.run.config import (
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.step import Stepper
 
-__all__ = [
-    "Resume",
-    "begin_again",
-    "check_folder",
-    "find_end",
-    "restore",
-    "started",
-    "write_end",
-]
+__all__ = ["Resume", "check_folder", "find_end", "restore", "rewind", "started", "write_end"]
 
 Resume = Literal["no", "yes", "auto"]
 """What a run folder may hold: nothing; an interrupted run; either, or a finished one."""
 
-END = "end.json"
-METRICS = "metrics.jsonl"
 # Options that change neither the weights nor which of them are the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
 FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
@@ -62,7 +54,7 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
     Args:
         config: of the run asked for.
         resume: with "no" a folder that holds a run is never looked into.
-        encoder: whose encoder it is, as ``start_run`` stores it.
+        encoder: its name, as ``start_run`` stores it.
 
     Raises:
         ValueError: the folder holds a run of another config, data or encoder.
@@ -73,7 +65,10 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
     stored = _check_same(config, Prepared.open(config.data), encoder)
     if stored.limits != config.limits:
         return None
-    return _read_end(folder / END)
+    end = _read_end(folder / END)
+    message = "%s is finished already (%s): nothing to do"
+    logging.getLogger(__name__).warning(message, folder, end.reason)
+    return end
 
 
 def check_folder(
@@ -84,7 +79,7 @@ def check_folder(
     Args:
         config: of the run asked for.
         prepared: the data.
-        encoder: whose encoder it is, as ``start_run`` stores it.
+        encoder: its name, as ``start_run`` stores it.
         resume: what the folder may hold.
         lock: of the run folder.
 
@@ -118,20 +113,20 @@ def check_folder(
 def started(
     config: TrainConfig, start: Callable[[], Path], lock: RunLock, at: Progress, *, is_new: bool
 ) -> Iterator[None]:
-    """Lock the run folder and start the run in it; a new one that takes no step is undone.
+    """Lock the run folder and start the run in it; a new run that takes no step is removed.
 
-    Leaving the ``with`` by an exception removes what a new run wrote if ``at`` still stands at
-    step 0, so that a command with corrected options finds the folder as this one did.
+    An exception inside the ``with`` removes what a new run wrote if ``at`` still stands at step 0,
+    so that a command with corrected options finds the folder as this one did.
 
     Args:
         config: of the run.
         start: writes what the run is into its folder.
         lock: of the run folder; stays locked.
-        at: where the run stands.
-        is_new: whether nobody else may have started a run there since it was looked at.
+        at: the progress of the run.
+        is_new: whether the folder was free when it was checked.
 
     Raises:
-        FileExistsError: somebody has.
+        FileExistsError: another process has started a run there since.
     """
     folder = Path(config.output)
     was_there = folder.exists()
@@ -153,14 +148,14 @@ def started(
 def restore(
     checkpoints: Checkpoints, stepper: Stepper, batches: TrainingBatches
 ) -> Progress | None:
-    """Bring model, optimizers and data to where the last whole checkpoint stands.
+    """Load the last whole checkpoint into model, optimizers and data.
 
-    One that another torch or shardrec wrote is taken, and a warning names both.
+    One that another torch or shardrec wrote is taken, and a warning names both versions.
 
     Args:
         checkpoints: of the run.
-        stepper: gets weights and optimizer memory.
-        batches: get their position.
+        stepper: receives weights and optimizer memory.
+        batches: receive their position.
 
     Returns:
         The progress stored with them; None where there is no checkpoint yet.
@@ -185,16 +180,16 @@ def restore(
     return Progress.from_json(state.progress)
 
 
-def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
-    """Make the run folder say what it said after ``step``, and that the run goes on from there."""
+def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:
+    """Cut the records in the run folder back to ``step``, and record that the run goes on."""
     folder = Path(config.output)
     write_config(config, folder)
     (folder / END).unlink(missing_ok=True)
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _is_before(line, step)]
-    told = {"event": "resume", "time": round(time.time(), 3), "step": step, "ranks": num_ranks}
-    write_atomically(path, "".join(f"{line}\n" for line in [*kept, json.dumps(told)]))
+    event = {"event": "resume", "time": round(time.time(), 3), "step": step, "ranks": num_ranks}
+    write_atomically(path, "".join(f"{line}\n" for line in [*kept, json.dumps(event)]))
 
 
 def write_end(folder: Path, report: EndReport) -> None:
@@ -202,9 +197,9 @@ def write_end(folder: Path, report: EndReport) -> None:
     write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
 
 
-def _warn_of_other_versions(folder: Folder, theirs: Mapping[str, str]) -> None:
+def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> None:
     ours = versions()
-    pairs = {name: (str(theirs.get(name)), ours[name]) for name in ("shardrec", "torch")}
+    pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
         message = "%s was written by %s: the run goes on, but may round otherwise from here"
@@ -234,7 +229,7 @@ def _is_before(line: str, step: int) -> bool:
 def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainConfig:
     """The stored config of the run in the folder, which must be this run."""
     folder = Path(config.output)
-    details, theirs = read_run(folder)
+    details, stored = read_run(folder)
     if details["data"]["fingerprint"] != prepared.fingerprint:
         raise ValueError(
             f"the run must belong to the prepared data, got {folder} of other data than "
@@ -245,7 +240,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
             f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; hand in the "
             "same module, or start a new run"
         )
-    ours, before = dict(flatten(config)), dict(flatten(theirs))
+    ours, before = dict(flatten(config)), dict(flatten(stored))
     differing = [
         name
         for name in sorted(ours.keys() | before.keys())
@@ -257,7 +252,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
             f"config must be that of the run in {folder} to go on with it, got {shown}; restore "
             "the options, or start a new run in another folder"
         )
-    return theirs
+    return stored
 
 
 def _is_free(name: str, config: TrainConfig) -> bool:
@@ -276,7 +271,7 @@ def _undo(folder: Path, was_there: bool) -> None:
 
 
 def _is_a_beginning(folder: Path) -> bool:
-    """Whether a run was killed here before it could say what it is."""
+    """Whether a run was killed in this folder before it wrote run.json."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}

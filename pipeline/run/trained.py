@@ -14,7 +14,9 @@ from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.config import TrainConfig, build_model, open_checkpoints, open_run
+from shardrec.pipeline.run.build import build_model
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import open_checkpoints, open_run
 
 __all__ = ["Source", "load_model"]
 

@@ -8,7 +8,8 @@ import torch
 from tests.modules.small_catalogs import CPU, alone
 from tests.ranks import Ranks
 
-from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.catalog_config import OPTIMIZERS, CatalogConfig
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "sparse_adam"])

@@ -6,14 +6,19 @@ from typing import Any
 
 from tests.pipeline.small_data import small_config
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.callbacks import Callback, StepReport, ValidationReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.run.resume import Resume
-from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import train
 
 STEPS = 6

@@ -14,15 +14,19 @@ from tests.pipeline.test_checkpoint import NUM_ROWS, bounds, make_state
 from tests.ranks import Ranks
 
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     CheckpointState,
     load_checkpoint,
 )
-from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter, writing_group
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.run.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.train import train
 
 

@@ -20,13 +20,19 @@ from tests.ranks import Ranks
 
 from shardrec.launch import cli
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from shardrec.pipeline.run.interruption import Preempted
 from shardrec.pipeline.train import train
 
 STEPS, CUT = 12, 7

@@ -12,13 +12,19 @@ from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import partial_of
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.run.callbacks import Callback, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig, open_run
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from shardrec.pipeline.run.folder import open_run
 from shardrec.pipeline.train import train
 
 STEPS, CUT = 4, 2

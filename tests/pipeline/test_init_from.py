@@ -16,15 +16,14 @@ from tests.pipeline.small_data import Running, small_config, write_log
 from tests.ranks import Ranks
 from torch import Tensor
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.checkpoint.manifest import Manifest
 from shardrec.pipeline.checkpoint.store import Checkpoints, StoredCheckpoint, load_checkpoint
-from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.run import warm_start as init_from
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import InitConfig, LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)

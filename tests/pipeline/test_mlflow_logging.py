@@ -12,8 +12,8 @@ from tests.pipeline.test_callbacks import CHECKPOINT, END, STEP, VALIDATION, pla
 from tests.ranks import Ranks
 
 from shardrec.launch.cli import main
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig
-from shardrec.pipeline.run.mlflow_logging import MLflowConfig, open_mlflow
+from shardrec.pipeline.run.config import LimitConfig, MLflowConfig, TrainConfig
+from shardrec.pipeline.run.mlflow_logging import open_mlflow
 from shardrec.pipeline.train import train
 
 

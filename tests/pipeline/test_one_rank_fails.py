@@ -16,7 +16,7 @@ from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
-from shardrec.pipeline.run import config as run_module
+from shardrec.pipeline.run import build as run_module
 from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
 from shardrec.pipeline.train import train
 

@@ -24,13 +24,11 @@ import shardrec
 from shardrec.launch.cli import main
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import CheckpointConfig, LimitConfig, OptimizerConfig, TrainConfig
 from shardrec.pipeline.train import build, train
 
 

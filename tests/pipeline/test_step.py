@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tests.pipeline.small_data import prepare_small, small_config
 from torch import Tensor, nn
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.prepared.loader import Batch, BatchConfig
-from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig, learning_rate_factor
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, ValidationConfig
+from shardrec.pipeline.run.step import learning_rate_factor
 from shardrec.pipeline.train import Run, build
 
 OFF = ValidationConfig(every_epochs=None)

@@ -13,7 +13,7 @@ from tests.ranks import Ranks
 from torch import Tensor, nn
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.run.callbacks import Callback, StepReport
