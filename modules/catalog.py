@@ -70,7 +70,7 @@ class Catalog:
 
     @property
     def shard(self) -> RowShard:
-        """This rank's rows, a leaf whose ``.grad`` the losses add to; aliases the table."""
+        """This rank's rows, a leaf that collects the losses' gradients; aliases the table."""
         alone = dist.get_world_size(self._group) == 1
         return RowShard(
             rows=self._rows,
@@ -98,9 +98,9 @@ class Catalog:
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """A look-up in two halves: the ids leave now, the function that comes back does the rest.
+        """A look-up in two halves: this call sends the ids, the returned function does the rest.
 
-        What is computed between the two hides the way of the ids. Updates between them are seen.
+        Work between the two overlaps with the all-to-all of ids. Updates between them are seen.
 
         Args:
             items: as for ``lookup``.
@@ -111,7 +111,7 @@ class Catalog:
         Raises:
             TypeError: ``items`` is not one-dimensional int64.
 
-        Collectives: those of ``lookup``; the all-reduce and the all-to-all of ids begin here.
+        Collectives: as ``lookup``; this call starts the all-reduce and the all-to-all of ids.
         """
         if items.dtype != torch.int64 or items.ndim != 1:
             raise TypeError(
@@ -191,7 +191,7 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Forgets all gradients since the last step."""
+        """Drop all gradients since the last step."""
         self._table.pairs.clear()
         self._rows.grad = None
 
@@ -200,7 +200,7 @@ class Catalog:
 
         Keys: ``rows`` (R, D), ``optimizer.<name>`` (R,) or (R, D), and () int64 or float64 numbers
         ``first_row``, ``num_rows``, ``num_steps``, ``learning_rate``. Row-aligned tensors of
-        several ranks, put one after another, are the state of a table on fewer ranks.
+        several ranks, concatenated, are the state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -249,8 +249,8 @@ class Catalog:
             start += part.numel()
         return _sparse_gradient(rows, values, self._rows.shape[0])
 
-    def _describe_outside(self, here: Tensor) -> str:
-        found = f"{here[0].item()} on this rank" if here.numel() else "an item on another rank"
+    def _describe_outside(self, local: Tensor) -> str:
+        found = f"{local[0].item()} on this rank" if local.numel() else "an item on another rank"
         return (
             f"items must be in [0, {self.num_items}), got {found}; "
             "prepare the data and build the catalog from the same item list"

@@ -2,7 +2,7 @@
 
 All work through the shard in ranges of rows, so that a step's extra memory is one range and not
 copies of the shard. A gradient is either dense (R, D) or coalesced sparse COO over rows; a sparse
-one stays sparse except for ``adam``, whose momentum moves every row.
+one stays sparse except for ``adam``, which moves every row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AdamUpdate:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.rows = rows.detach().requires_grad_()
         self.optimizer = torch.optim.Adam([self.rows], betas=betas, eps=eps, fused=True)
-        # Made here and not in the first step, whose peak memory is promised.
+        # Allocated now: ``plan`` promises the peak memory of a step.
         self.state = {
             "step": torch.zeros((), device=rows.device),
             "exp_avg": torch.zeros_like(rows, requires_grad=False),

@@ -1,9 +1,9 @@
-"""One row-wise sharded TorchRec table whose updates wait until they are asked for.
+"""One row-wise sharded TorchRec table with deferred updates.
 
 The only file that touches private names of TorchRec and fbgemm.
 
-TorchRec's fused optimizers update a row inside ``backward``. Here the look-up runs fbgemm's table
-(a "TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
+TorchRec's fused optimizers update a row inside ``backward``. This look-up runs fbgemm's table (a
+"TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
 then runs the TBE forward and backward once more on a range of rows, which is fbgemm's fused update.
 """
 
@@ -71,7 +71,7 @@ class ShardedTable:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        """Plans and allocates; ``rows`` are random until somebody fills them.
+        """Plans and allocates; ``rows`` are random until they are filled.
 
         Args:
             num_rows: V.
@@ -124,13 +124,13 @@ class ShardedTable:
         self.rows: Tensor = self._tbe.split_embedding_weights()[0]
         block = -(-num_rows // self.num_ranks)
         self.first_row = min(block * dist.get_rank(group), num_rows)
-        # TorchRec builds the rest of itself in the first look-up; better here than in a timed step.
+        # TorchRec builds the rest of itself in the first look-up; do that before the first step.
         with torch.no_grad(), _quiet("torch.fx._symbolic_trace"):
             self.begin_lookup(torch.empty(0, dtype=torch.int64, device=device))()
         assert self.rows.shape == (min(block, num_rows - self.first_row), width)
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """A function that gives the vectors of ``items``, whose ids are on their way meanwhile.
+        """Send the ids of ``items``; a function that returns their vectors.
 
         Backward through the vectors appends to ``pairs`` on the ranks that own the rows.
 
@@ -297,7 +297,7 @@ def _place(plan: ShardingPlan, group: dist.ProcessGroup, device: torch.device) -
 def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
     """What ``ShardingEnv.from_process_group`` gives, for a group of any of the ranks.
 
-    That one makes its device mesh of the first ranks of the world, whoever is in the group.
+    That one makes its device mesh of the first ranks of the world, not of the group's.
     """
     env = ShardingEnv(dist.get_world_size(group), dist.get_rank(group))
     env.process_group = group

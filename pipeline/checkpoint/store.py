@@ -70,7 +70,7 @@ class Checkpoints:
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
         """Write one more, make it the last (and the best), then delete what is neither.
 
-        Collectives: as ``save_checkpoint``, and a gather of a small object.
+        Collectives: as ``save_checkpoint``, and an all-gather of a small object.
         """
         folder = self.folder / f"step-{step:08d}"
         try:
@@ -119,7 +119,7 @@ class Checkpoints:
         Args:
             rows: of the table, wanted on this rank.
 
-        Collectives: gathers of small objects: one, and one for each checkpoint tried.
+        Collectives: all-gathers of small objects: one, and one for each checkpoint tried.
         """
         for name in on_first_rank(self._whole_names, self.group):
             read = functools.partial(load_checkpoint, self.folder / name, rows)
@@ -135,7 +135,7 @@ class Checkpoints:
         return not self._names()
 
     def _manifests(self) -> Iterator[Manifest]:
-        """Those of checkpoints that were completed, the last first."""
+        """Manifests of completed checkpoints, the last first."""
         for name in reversed(self._names()):
             try:
                 manifest = Manifest.find(self.folder / name)
@@ -146,7 +146,7 @@ class Checkpoints:
                 yield manifest
 
     def _whole(self) -> Iterator[Manifest]:
-        """Those whose files are all there, the last first."""
+        """Manifests of checkpoints with all their files, the last first."""
         for manifest in self._manifests():
             try:
                 manifest.check_sizes()
@@ -248,7 +248,7 @@ class StoredCheckpoint:
         return {name.removeprefix("table."): value for name, value in tensors.items()}
 
     def _read(self, names: Collection[str], rows: range) -> dict[str, Tensor]:
-        """The tensors whole, those of the table in these rows only."""
+        """These tensors; of the table's, these rows only."""
         known = range(rows.start, max(rows.start, min(rows.stop, self.num_rows)))
         whole = {name: range((*self._tensors[name].shape, 1)[0]) for name in names}
         return self._reader.read(

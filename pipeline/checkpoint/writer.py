@@ -2,7 +2,7 @@
 
 What is saved is first copied into host memory, which is all that training waits for. A thread
 writes the copy, over a process group of its own so that its collectives cannot interleave with
-those of a step. The next copy reuses the buffers, so one write is in flight at a time.
+a step's. The next copy reuses the buffers, so one write is in flight at a time.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
-from shardrec.pipeline.ranks import rank_of, timeout_of
+from shardrec.pipeline.ranks import rank_of
 
 __all__ = ["CheckpointReport", "CheckpointWriter", "writing_group"]
 
@@ -33,13 +33,14 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
     Args:
         group: the ranks; None for one process, which needs no group.
 
-    Collectives: those of ``new_group``, on the default group, and a barrier.
+    Collectives: ``new_group`` on the default group, and a barrier.
     """
     if group is None:
         yield None
         return
     ranks = dist.get_process_group_ranks(group)
-    made = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    made = dist.new_group(ranks, backend="gloo", timeout=timeout)
     assert isinstance(made, dist.ProcessGroup)
     # A rank that is done before the others have connected would close their connections.
     dist.barrier(group=made)
@@ -54,10 +55,10 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
 class CheckpointReport:
     """A checkpoint was written to ``folder``, or could not be.
 
-    Reported after the first step at whose end every rank has finished writing.
+    Reported after the first step by the end of which every rank has finished writing.
 
     Attributes:
-        step: whose weights it holds; steps after it may have been taken meanwhile.
+        step: the step after which it was taken; later steps may have been taken meanwhile.
         folder: where it is.
         best: whether the validation of that step was the best so far.
         seconds: from the step until it was complete.

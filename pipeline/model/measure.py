@@ -43,8 +43,8 @@ def measure(
         saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
         was measured.
 
-    Collectives: a gather of small objects, those of the scorer and of the ranking for each batch,
-    then one gather.
+    Collectives: an all-gather of small objects, for each batch the collectives of the scorer and
+    of the ranking, then an all-reduce and those of the metrics.
     """
     meter = _Meter(shard, config, prepared)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def open_users(
         max_length: items of a history that the scorer reads.
         group: the ranks that share the users.
 
-    Collectives: one gather of small objects.
+    Collectives: one all-gather of small objects.
     """
     return on_this_rank(
         lambda: EvaluationBatches(

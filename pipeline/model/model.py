@@ -45,13 +45,13 @@ class Model:
         return self.catalog.shard.group
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
-        """Sends the ids of sequences whose ``states`` are wanted later, and returns what it takes.
+        """Send the ids of sequences; the function that ``states`` takes to finish the look-up.
 
         Args:
             items: as for ``states``.
             lengths: the same.
 
-        Collectives: those of ``Catalog.begin_lookup``.
+        Collectives: as ``Catalog.begin_lookup``.
         """
         return self.catalog.begin_lookup(items.reshape(-1)[real_positions(lengths, items.shape[1])])
 
@@ -63,12 +63,12 @@ class Model:
         Args:
             items: (B, L) int64, right padded; B may be 0 and differ by rank.
             lengths: (B,) int64 in [1, L].
-            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it here.
+            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it now.
 
         Returns:
             (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
 
-        Collectives: those of ``Catalog.lookup``, forward and backward.
+        Collectives: as ``Catalog.lookup``, forward and backward.
         """
         positions = real_positions(lengths, items.shape[1])
         with part("look-up"):
@@ -94,7 +94,7 @@ class Model:
         Returns:
             (B, D) float32.
 
-        Collectives: those of ``Catalog.lookup``.
+        Collectives: as ``Catalog.lookup``.
         """
         return self.states(items, lengths)[lengths.cumsum(0) - 1]
 

@@ -90,8 +90,8 @@ def build_model(
         ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
             not there, on this rank or another.
 
-    Collectives: an all-gather of small objects, a broadcast of the encoder's weights, those of the
-    catalog's constructor.
+    Collectives: an all-gather of small objects, a broadcast of the encoder's weights, and the
+    collectives of ``Catalog``.
     """
     device = on_this_rank(lambda: pick_device(config.device), group)
     own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder

@@ -89,7 +89,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """How encoder and table are updated; the table's own options are those of the catalog.
+    """How encoder and table are updated; the table's own options are in ``CatalogConfig``.
 
     Attributes:
         learning_rate: of the encoder; the table's is ``catalog.learning_rate``.
@@ -255,7 +255,7 @@ class TrainConfig:
         limits: when to stop.
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
-        init_from: the earlier run whose weights this one starts from.
+        init_from: the earlier run to take weights from (a warm start).
         seed: of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.

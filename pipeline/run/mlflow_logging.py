@@ -53,9 +53,7 @@ class MLflow(Callback):
             every: steps between two that are logged.
         """
         self.client: MlflowClient | None = client
-        self.start = start
-        self.parameters = parameters
-        self.every = every
+        self.start, self.parameters, self.every = start, parameters, every
         self.run_id: str | None = None
 
     @override
@@ -102,7 +100,7 @@ class MLflow(Callback):
         self._guarded(lambda client, run_id: client.log_batch(run_id, metrics=metrics, tags=shown))
 
     def _guarded(self, work: Callable[["MlflowClient", str], object]) -> None:
-        """Do ``work``; a store that fails is given up, training is not."""
+        """Do ``work``; where the store fails, log nothing more and train on."""
         from mlflow.exceptions import MlflowException
 
         if self.client is None:

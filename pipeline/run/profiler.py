@@ -1,7 +1,7 @@
-"""A profile of a few steps: a Chrome trace of every rank, and the parts of a step in words.
+"""A profile of a few steps: a Chrome trace of every rank, and a table of the parts of a step.
 
 A part is a range that the step names ``step/...``. Collectives are what gloo or NCCL report. On a
-GPU both are taken where the kernels ran, elsewhere where they were called.
+GPU the times are those of the kernels, elsewhere those of the calls.
 """
 
 import time
@@ -78,13 +78,13 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     """
     events = list(events)
     on_gpu = any(event.device_type.name == "CUDA" for event in events)
-    here = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
+    chosen = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
     parts: dict[str, list[Span]] = {}
-    for event in here:
+    for event in chosen:
         if event.name.startswith(PART):
             parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
-    travel = union(_span(event) for event in here if event.name.startswith(COLLECTIVES))
-    work = union(_span(event) for event in here if _is_work(event, on_gpu))
+    travel = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
+    work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
     rows = [(name, micros, seconds * 1e6) for name, micros in taken.items()]

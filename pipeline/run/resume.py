@@ -202,7 +202,9 @@ def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> No
     pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
-        message = "%s was written by %s: the run goes on, but may round otherwise from here"
+        message = (
+            "%s was written by %s: the run goes on, but its rounding may differ from now on"
+        )
         logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 

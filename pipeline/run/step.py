@@ -120,8 +120,8 @@ class Stepper:
         Returns:
             The same outcome on every rank.
 
-        Collectives: one reduction of a few numbers, those of look-up and loss, one reduction of the
-        encoder's gradients.
+        Collectives: an all-reduce of a few numbers, the collectives of look-up and loss, an
+        all-reduce of the encoder's gradients.
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
@@ -177,7 +177,7 @@ class Stepper:
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over all micro-batches; the mean, and its statistics.
 
-        Data whose weights are not finite have no mean: NaN, and no gradients.
+        Where the data's weights are not finite there is no mean: NaN, and no gradients.
         """
         if not math.isfinite(sum(totals.weights)):
             return math.nan, {}
@@ -227,9 +227,9 @@ class Stepper:
         return ahead[1] if ahead is not None and ahead[0] is batch else self._begin(batch)
 
     def _reduce_gradients(self) -> float:
-        """Sum the encoder's gradients over ranks; the norm over encoder and table.
+        """All-reduce the encoder's gradients; the norm over encoder and table.
 
-        A gradient of one rank is that of the global mean loss already: nothing is averaged.
+        Each rank's gradient belongs to the global mean loss already, so they are summed.
         """
         table = self.model.catalog.squared_gradient_norm().reshape(1)
         parts = [_gradient(one).reshape(-1) for one in self.parameters]

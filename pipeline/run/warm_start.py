@@ -1,4 +1,4 @@
-"""Starting a run from the weights of an earlier one, whose catalog was smaller or another.
+"""Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
 
 Which row of the old table belongs to an item is never guessed. In this order:
 
@@ -66,7 +66,7 @@ def start_from(
         ValueError: encoder, table optimizer or items do not fit; raised on all ranks before any
             weight changes.
 
-    Collectives: a few gathers of small objects and reductions of a few numbers.
+    Collectives: a few all-gathers of small objects and all-reduces of a few numbers.
     """
     if config.init_from.run is None:
         return None
@@ -193,8 +193,8 @@ def _mapped_rows(path: Path, rows: range) -> Tensor:
     for index in range(len(groups)):
         table = groups.read(index, names)
         old, new = (torch.tensor(table.column(name).to_numpy()) for name in names)
-        here = (new >= rows.start) & (new < rows.stop)
-        former[new[here] - rows.start] = old[here]
+        is_local = (new >= rows.start) & (new < rows.stop)
+        former[new[is_local] - rows.start] = old[is_local]
     return former
 
 
@@ -257,11 +257,11 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep: bool) -> None:
     """Copy what this rank's items had in the old table, wherever its rows were."""
     targets = _copied(catalog, keep)
-    for piece, here in _pieces(former, BLOCK_ROWS):
+    for piece, local in _pieces(former, BLOCK_ROWS):
         table = stored.load_rows(piece, targets)
-        there = former[here] - piece.start
+        wanted = former[local] - piece.start
         for name, target in targets.items():
-            target[here.to(target.device)] = table[name][there].to(target)
+            target[local.to(target.device)] = table[name][wanted].to(target)
 
 
 @torch.no_grad()
@@ -282,7 +282,7 @@ def _fill_new_rows(
 def _load_encoder(state: CheckpointState, stepper: Stepper, keep: bool) -> None:
     stepper.model.encoder.load_state_dict(dict(state.encoder))
     if keep:
-        # The learning rate, betas and decay are those of the new run.
+        # Learning rate, betas and decay come from the new run.
         groups = stepper.optimizer.state_dict()["param_groups"]
         stepper.optimizer.load_state_dict(
             {"state": state.optimizer["state"], "param_groups": groups}

@@ -84,6 +84,6 @@ def test_all_ranks_raise_what_one_of_them_met(
     pq.write_table(users, tmp_path / "histories.parquet")
     output = str(tmp_path / "output")
     asked = (stage, broken, data, run, output)
-    told = ranks(2).run(fail_on_the_second_rank, *asked, timeout=20)
-    assert told == [f"{MESSAGE} ['raised on rank 1 of 2']"] * 2
+    outcomes = ranks(2).run(fail_on_the_second_rank, *asked, timeout=20)
+    assert outcomes == [f"{MESSAGE} ['raised on rank 1 of 2']"] * 2
     assert not Path(output).exists()

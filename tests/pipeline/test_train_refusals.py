@@ -108,21 +108,21 @@ def test_a_run_that_fails_at_its_first_step_gives_its_folder_back(
 
 
 def fail_then_train(config: TrainConfig) -> list[str]:
-    told = []
+    outcomes = []
     for encoder in (Fails(1), Running()):
         try:
-            told.append(train(config, encoder=encoder).reason)
+            outcomes.append(train(config, encoder=encoder).reason)
         except ValueError as error:
-            told.append(str(error))
-    return told
+            outcomes.append(str(error))
+    return outcomes
 
 
 def test_workers_that_fail_at_the_first_step_give_the_folder_back(
     ranks: Ranks, data: str, tmp_path: Path
 ) -> None:
     config = small_config(data, tmp_path / "run", limits=ONE_STEP, validation=OFF)
-    told = ["vectors must be of another kind", "max_steps reached"]
-    assert ranks(2).run(fail_then_train, config) == [told, told]
+    outcomes = ["vectors must be of another kind", "max_steps reached"]
+    assert ranks(2).run(fail_then_train, config) == [outcomes, outcomes]
 
 
 def test_a_run_that_has_taken_a_step_stays(data: str, tmp_path: Path) -> None:

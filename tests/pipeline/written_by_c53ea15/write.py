@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from shardrec.modules.catalog import CatalogConfig  # type: ignore[attr-defined]
+from shardrec.modules.catalog import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.evaluate import evaluate
@@ -80,7 +80,7 @@ def main() -> None:
     prepare(
         PrepareConfig(events="log.parquet", output="prepared", split="leave_one_out", threads=1)
     )
-    spawn(on_two_ranks, (5, "run"), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(on_two_ranks, (5, "run"), nprocs=2)
     export(ExportConfig(run="run", prepared="prepared", output="export"))
     report = evaluate("run", "prepared", output="metrics.json")
     expected: dict[str, Any] = {"metrics": report["metrics"]}
@@ -88,7 +88,7 @@ def main() -> None:
     shutil.copytree("run", "alone")
     expected["losses_alone"] = train_to(9, "alone")
     shutil.copytree("run", "together")
-    spawn(on_two_ranks, (9, "together"), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(on_two_ranks, (9, "together"), nprocs=2)
     with open("losses.json") as file:
         expected["losses_of_two"] = json.load(file)
     with open("expected.json", "w") as file:
