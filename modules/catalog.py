@@ -41,7 +41,7 @@ class Catalog:
         device: torch.device,
         seed: int,
     ) -> None:
-        """Makes this rank's rows; they depend on (seed, item) and not on the number of ranks.
+        """Make this rank's rows; they depend on (seed, item) and not on the number of ranks.
 
         Args:
             num_items: V, at least 1. Ranks beyond the rows hold none.
@@ -79,6 +79,11 @@ class Catalog:
             group=None if alone else self._group,
         )
 
+    @property
+    def row_range(self) -> range:
+        """Global indices of this rank's rows."""
+        return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
+
     def lookup(self, items: Tensor) -> Tensor:
         """The vectors of ``items``, differentiable.
 
@@ -100,13 +105,8 @@ class Catalog:
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
         """A look-up in two halves: this call sends the ids, the returned function does the rest.
 
-        Work between the two overlaps with the all-to-all of ids. Updates between them are seen.
-
-        Args:
-            items: as for ``lookup``.
-
-        Returns:
-            A function for one call, which returns and raises what ``lookup`` does.
+        Work between the two overlaps with the all-to-all of ids; the vectors are those at the time
+        of the second call, which may be made once and raises what ``lookup`` does.
 
         Raises:
             TypeError: ``items`` is not one-dimensional int64.
@@ -312,14 +312,10 @@ def _fill_initial_rows(rows: Tensor, first_row: int, seed: int, std: float) -> N
     for block in range(first_row // INITIAL_BLOCK, -(-last_row // INITIAL_BLOCK)):
         generator.manual_seed((base + block) % 2**32)  # torch's CPU generator reads 32 bits
         values = torch.empty(INITIAL_BLOCK, rows.shape[1]).normal_(0, std, generator=generator)
-        start, stop = (
-            max(first_row, block * INITIAL_BLOCK),
-            min(last_row, (block + 1) * INITIAL_BLOCK),
-        )
+        base_row = block * INITIAL_BLOCK
+        start, stop = max(first_row, base_row), min(last_row, base_row + INITIAL_BLOCK)
         if start < stop:
-            rows[start - first_row : stop - first_row] = values[
-                start - block * INITIAL_BLOCK : stop - block * INITIAL_BLOCK
-            ]
+            rows[start - first_row : stop - first_row] = values[start - base_row : stop - base_row]
 
 
 def _build_update(config: CatalogConfig, table: ShardedTable) -> RowUpdate:

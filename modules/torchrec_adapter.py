@@ -71,39 +71,22 @@ class ShardedTable:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        """Plans and allocates; ``rows`` are random until they are filled.
+        """Plan and allocate V = ``num_rows`` rows of D = ``width``; random until they are filled.
 
-        Args:
-            num_rows: V.
-            width: D, a multiple of 4.
-            optimizer: a key of ``FUSED_OPTIMIZERS``; what ``update_rows`` applies.
-            eps: added to the root by the two Adagrads.
-            group: the ranks that share the table.
-            device: where the rows live.
+        ``optimizer`` is a key of ``FUSED_OPTIMIZERS``, which ``update_rows`` applies; ``eps`` is
+        added to the root by the two Adagrads.
         """
         self.device = device
         self.num_rows = num_rows
         self.width = width
         self.num_ranks = dist.get_world_size(group)
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        collection = EmbeddingCollection(
-            tables=[
-                EmbeddingConfig(
-                    name=TABLE,
-                    num_embeddings=num_rows,
-                    embedding_dim=width,
-                    feature_names=[FEATURE],
-                )
-            ],
-            device=torch.device("meta"),
+        table = EmbeddingConfig(
+            name=TABLE, num_embeddings=num_rows, embedding_dim=width, feature_names=[FEATURE]
         )
-        sharder = EmbeddingCollectionSharder(
-            fused_params={
-                "optimizer": FUSED_OPTIMIZERS[optimizer],
-                "learning_rate": 0.0,
-                "eps": eps,
-            }
-        )
+        collection = EmbeddingCollection(tables=[table], device=torch.device("meta"))
+        fused = {"optimizer": FUSED_OPTIMIZERS[optimizer], "learning_rate": 0.0, "eps": eps}
+        sharder = EmbeddingCollectionSharder(fused_params=fused)
         self.plan = _plan(collection, sharder, self.num_ranks, device)
         _place(self.plan, group, device)
         _forget_former_groups()
@@ -157,7 +140,7 @@ class ShardedTable:
         return vectors
 
     def update_rows(self, rows: Tensor, gradients: Tensor) -> None:
-        """Applies fbgemm's fused optimizer to some rows, once each.
+        """Apply fbgemm's fused optimizer to some rows, once each.
 
         Args:
             rows: (M,) int64 local row indices without duplicates.
@@ -180,12 +163,7 @@ class ShardedTable:
         return {"sum": states[0]}
 
     def describe(self, optimizer: str, states: Mapping[str, Tensor]) -> str:
-        """The plan as text: what is sharded how, and rows and bytes of each rank.
-
-        Args:
-            optimizer: the name to print.
-            states: this rank's row-aligned tensors, for the bytes that a row costs.
-        """
+        """The plan as text: kernel, and rows and bytes of each rank; ``states`` give the bytes."""
         planned = self.plan.plan[""][TABLE]
         shards = [
             (*shard.shard_offsets, *shard.shard_sizes) for shard in planned.sharding_spec.shards

@@ -181,7 +181,7 @@ def save_checkpoint(
 
     Args:
         folder: where all ranks can write.
-        state: ``table`` is this rank's; the rest is written by rank 0.
+        state: ``table`` holds this rank's rows; rank 0 writes all the rest.
         group: the ranks that write together; None for one process.
         best: whether it is the best of its run so far.
 
@@ -199,15 +199,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
-    """Read a checkpoint, whatever number of ranks wrote it.
+    """Read these rows of a complete checkpoint and all that is replicated, at any number of ranks.
 
-    Args:
-        folder: a complete checkpoint.
-        rows: the rows of the table wanted on this rank; None for all. Rows beyond the saved
-            table are left out.
-
-    Returns:
-        The state; ``table["first_row"]`` is the first row read.
+    ``rows`` None means all; rows beyond the saved table are left out. ``table["first_row"]`` of the
+    result is the first row read.
 
     Raises:
         FileNotFoundError: the manifest is missing: the checkpoint is not complete.
@@ -222,11 +217,11 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
 class StoredCheckpoint:
     """A complete checkpoint that is read in parts; each file is compared with its checksum once.
 
-    Raises as ``load_checkpoint`` does, when it is opened or when a part is read.
+    Opening it and reading a part raise as ``load_checkpoint`` does.
     """
 
     def __init__(self, folder: Path | str | Folder) -> None:
-        """Read what it says of itself, and no tensor yet."""
+        """Read its metadata, and no tensor yet."""
         manifest = Manifest.read(open_folder(folder))
         self.numbers = _parsed(manifest, STATE, _numbers)
         self._tensors = _parsed(manifest, METADATA, metadata_from_json)

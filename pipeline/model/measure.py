@@ -61,14 +61,7 @@ def open_users(
     max_length: int,
     group: dist.ProcessGroup | None,
 ) -> EvaluationBatches:
-    """This rank's users of a split.
-
-    Args:
-        prepared: the data.
-        split: which users.
-        config: how many at a time.
-        max_length: items of a history that the scorer reads.
-        group: the ranks that share the users.
+    """This rank's users of a split; ``max_length`` items of a history are read.
 
     Collectives: one all-gather of small objects.
     """

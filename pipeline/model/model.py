@@ -47,10 +47,6 @@ class Model:
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
         """Send the ids of sequences; the function that ``states`` takes to finish the look-up.
 
-        Args:
-            items: as for ``states``.
-            lengths: the same.
-
         Collectives: as ``Catalog.begin_lookup``.
         """
         return self.catalog.begin_lookup(items.reshape(-1)[real_positions(lengths, items.shape[1])])
@@ -85,14 +81,7 @@ class Model:
         return dataclasses.replace(shard, rows=F.normalize(rows) if self.normalize else rows)
 
     def last_states(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """The state after the last item of each sequence.
-
-        Args:
-            items: (B, L) int64, right padded; B may be 0 and differ by rank.
-            lengths: (B,) int64 in [1, L].
-
-        Returns:
-            (B, D) float32.
+        """(B, D) float32, the state after the last item of each sequence; arguments as ``states``.
 
         Collectives: as ``Catalog.lookup``.
         """

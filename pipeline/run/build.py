@@ -31,12 +31,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
     """A run that is ready for its next step.
 
     Opens the data, looks at the run folder, makes the model and its optimizers, and then either
-    loads the last checkpoint or starts the run folder.
-
-    Args:
-        config: the same on every rank.
-        encoder: as in ``train``.
-        resume: as in ``train``.
+    loads the last checkpoint or starts the run folder. Arguments and errors are those of ``train``.
 
     Collectives: on the default group.
     """

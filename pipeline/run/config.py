@@ -177,17 +177,9 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         """Refuse unknown names, and options that do nothing without a run."""
-        choices = {
-            "checkpoint": ("best", "last"),
-            "optimizer": ("keep", "reset"),
-            "new_rows": ("random", "mean"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"init_from.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}; "
-                    "choose one"
-                )
+        require_choice("init_from.checkpoint", self.checkpoint, ("best", "last"))
+        require_choice("init_from.optimizer", self.optimizer, ("keep", "reset"))
+        require_choice("init_from.new_rows", self.new_rows, ("random", "mean"))
         changed = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
         if changed and self.run is None:
             raise ValueError(

@@ -56,16 +56,13 @@ def start_run(
     encoder: str = OWN_ENCODER,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Make the run folder and write into it what the run is.
+    """Make the run folder and write into it what the run is; the folder.
 
     Args:
         config: of the run; ``config.output`` is the folder.
         prepared: the data.
         encoder: its name, as ``encoder_name`` gives it.
         origin: JSON; what ``start_from`` took over from an earlier run.
-
-    Returns:
-        The folder.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +86,7 @@ def write_config(config: TrainConfig, folder: Path) -> None:
 def open_checkpoints(
     folder: Path, config: TrainConfig, group: dist.ProcessGroup | None = None
 ) -> Checkpoints:
-    """The checkpoints of a run.
-
-    Args:
-        folder: the run folder, which may have been moved since.
-        config: of the run.
-        group: the ranks that write or resume together; None for one process.
-    """
+    """The checkpoints of the run in ``folder``, which may have been moved since it started."""
     where = config.checkpoints.folder or folder / "checkpoints"
     return Checkpoints(where, group, config.checkpoints.keep)
 
@@ -117,10 +108,7 @@ def require_new(folder: Path) -> Path:
 def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
     """The config of a run that belongs to ``prepared``.
 
-    Args:
-        folder: a run folder.
-        prepared: the data it is to be used with.
-        own_encoder: whether the encoder will be built from the config.
+    ``own_encoder`` says whether the encoder will be built from the config.
 
     Raises:
         FileNotFoundError: it is not a run folder.

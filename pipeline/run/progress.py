@@ -35,7 +35,7 @@ class Progress:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as ``from_json`` reads it back."""
+        """JSON that ``from_json`` reads back."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -51,11 +51,6 @@ BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
     """How the run in the folder of ``config`` ended, if it is this run and nothing is left to do.
 
-    Args:
-        config: of the run asked for.
-        resume: with "no" a folder that holds a run is never looked into.
-        encoder: its name, as ``start_run`` stores it.
-
     Raises:
         ValueError: the folder holds a run of another config, data or encoder.
     """
@@ -75,13 +70,6 @@ def check_folder(
     config: TrainConfig, prepared: Prepared, encoder: str, resume: Resume, lock: RunLock
 ) -> bool:
     """Whether the run is new; where it goes on, the folder is locked.
-
-    Args:
-        config: of the run asked for.
-        prepared: the data.
-        encoder: its name, as ``start_run`` stores it.
-        resume: what the folder may hold.
-        lock: of the run folder.
 
     Raises:
         FileExistsError: the folder holds something that is not to be continued, or is in use.
@@ -115,18 +103,11 @@ def started(
 ) -> Iterator[None]:
     """Lock the run folder and start the run in it; a new run that takes no step is removed.
 
-    An exception inside the ``with`` removes what a new run wrote if ``at`` still stands at step 0,
-    so that a command with corrected options finds the folder as this one did.
-
-    Args:
-        config: of the run.
-        start: writes what the run is into its folder.
-        lock: of the run folder; stays locked.
-        at: the progress of the run.
-        is_new: whether the folder was free when it was checked.
+    An exception inside the ``with`` removes what a new run wrote if ``at`` is still at step 0, so
+    that a command with corrected options finds the folder as this one did.
 
     Raises:
-        FileExistsError: another process has started a run there since.
+        FileExistsError: another process has started a run there since ``check_folder``.
     """
     folder = Path(config.output)
     was_there = folder.exists()
@@ -152,22 +133,15 @@ def restore(
 
     One that another torch or shardrec wrote is taken, and a warning names both versions.
 
-    Args:
-        checkpoints: of the run.
-        stepper: receives weights and optimizer memory.
-        batches: receive their position.
-
     Returns:
-        The progress stored with them; None where there is no checkpoint yet.
+        The progress stored with it; None where there is no checkpoint yet.
 
     Raises:
         ValueError: the checkpoint does not fit the model or the data.
 
     Collectives: as ``Checkpoints.load_last``.
     """
-    shard = stepper.model.catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    found = checkpoints.load_last(rows)
+    found = checkpoints.load_last(stepper.model.catalog.row_range)
     if found is None:
         return None
     folder, state = found
@@ -202,9 +176,7 @@ def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> No
     pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
-        message = (
-            "%s was written by %s: the run goes on, but its rounding may differ from now on"
-        )
+        message = "%s was written by %s: the run goes on, but its rounding may differ from now on"
         logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 

@@ -76,7 +76,7 @@ class Stepper:
             model: encoder and catalog.
             loss: called with the states and the table shard.
             config: learning rates, clipping, accumulation.
-            seed: of dropout and of what the loss draws.
+            seed: of dropout and of the random draws of the loss.
             total_steps: of the whole run; cosine decay ends there.
             item_counts: (V,) int64 training events of each item, for the loss.
         """

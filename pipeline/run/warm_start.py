@@ -51,12 +51,6 @@ def start_from(
     Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
     it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
 
-    Args:
-        config: of the new run.
-        prepared: its data.
-        stepper: its model and optimizers, changed in place.
-        encoder: its name, as the run folder stores it.
-
     Returns:
         JSON for the run folder: from which run and step, how items were matched, and how many were
         carried over, are new, and were left out. None where the run starts from random weights.
@@ -72,9 +66,7 @@ def start_from(
         return None
     catalog, group = stepper.model.catalog, stepper.model.group
     origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
-    shard = catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    former = on_this_rank(lambda: _former_rows(origin, prepared, rows), group)
+    former = on_this_rank(lambda: _former_rows(origin, prepared, catalog.row_range), group)
     carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
     sum_over_ranks(carried, group)
     if not carried:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, bounds, make_state
 from tests.ranks import Ranks
 
@@ -100,11 +100,6 @@ class Recorder(Callback):
 
     def checkpoints(self) -> list[CheckpointReport]:
         return [one for one in self.told if isinstance(one, CheckpointReport)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 def config_of(data: str, output: Path, **options: Any) -> TrainConfig:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.pipeline.disks import fill, mount, small_disk
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
@@ -41,8 +41,8 @@ OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 @pytest.fixture

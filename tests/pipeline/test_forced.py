@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
@@ -62,11 +62,6 @@ def config_of(data: str, output: Path, **options: Any) -> TrainConfig:
         "checkpoints": CheckpointConfig(every_steps=1, keep=STEPS, background=False),
     }
     return small_config(data, output, **(settings | options))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -381,7 +381,7 @@ def test_a_run_of_another_log_is_refused(days: Path, run: Path, tmp_path: Path) 
     ("options", "message"),
     [
         ({"optimizer": "reset"}, "init_from.optimizer must come with init_from.run"),
-        ({"run": "r", "new_rows": "zero"}, "init_from.new_rows must be random or mean"),
+        ({"run": "r", "new_rows": "zero"}, "init_from.new_rows must be one of random, mean"),
     ],
 )
 def test_options_that_cannot_hold_are_refused(options: dict[str, Any], message: str) -> None:

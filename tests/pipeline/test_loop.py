@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.pipeline.recorder import Recorder
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 from torch import Tensor, nn
 
@@ -17,11 +17,6 @@ from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConf
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 class Breaks(nn.Module):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
@@ -21,11 +21,6 @@ from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 MESSAGE = "the disk of this node is gone"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

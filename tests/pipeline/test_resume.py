@@ -33,8 +33,8 @@ from shardrec.pipeline.train import build, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 def interrupted_after(config: TrainConfig, step: int, output: Path) -> TrainConfig:

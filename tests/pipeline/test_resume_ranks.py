@@ -20,7 +20,6 @@ from tests.pipeline.interrupted import (
     config_of,
     train_and_read,
 )
-from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
 from torch import Tensor
 
@@ -36,8 +35,8 @@ NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.pipeline.recorder import Recorder
-from tests.pipeline.small_data import Running, prepare_small, small_config
+from tests.pipeline.small_data import Running, small_config
 from tests.ranks import Ranks
 from torch import Tensor, nn
 
@@ -58,11 +58,6 @@ BAD = [
     ("checkpoints.every_minutes=inf", "checkpoints.every_minutes must be finite, got inf"),
     ("profile.steps=-1", "profile.steps must be at least 0"),
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[words.split()[-1] for words, _ in BAD])
