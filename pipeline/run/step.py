@@ -39,7 +39,7 @@ class StepFlags:
 
 
 NO_FLAGS = StepFlags()
-_Begun = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
+_InFlight = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class Stepper:
         self.seed = seed
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
-        self._ahead: tuple[Batch, _Begun] | None = None
+        self._ahead: tuple[Batch, _InFlight] | None = None
         self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
@@ -192,7 +192,7 @@ class Stepper:
                 step=(step - 1) * self.config.accumulate + index,
                 item_counts=self.item_counts,
             )
-            batch, vectors = self._begun(batch)
+            batch, vectors = self._in_flight(batch)
             real = batch.real_positions()
             states = self.model.states(batch.items, batch.lengths, vectors)
             # Backward in two calls, so that a profile tells the loss from the encoder.
@@ -207,7 +207,7 @@ class Stepper:
                 )
             if after is not None:
                 with part("next ids"):
-                    self._ahead = after, self._begin(after)
+                    self._ahead = after, self._start_lookup(after)
             with part("loss backward"):
                 (output.loss * share).backward()
             with part("encoder backward"):
@@ -217,14 +217,14 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
-    def _begin(self, batch: Batch) -> "_Begun":
+    def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
         return there, self.model.begin_lookup(there.items, there.lengths)
 
-    def _begun(self, batch: Batch) -> "_Begun":
+    def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, its ids sent during the backward before or now."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] is batch else self._begin(batch)
+        return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
     def _reduce_gradients(self) -> float:
         """All-reduce the encoder's gradients; the norm over encoder and table.

@@ -75,7 +75,7 @@ CASES = {
     "two-ranks-hashes": Case(400_000, (64, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
-QUICK = ("fused-softmax", "sampled-adam", "sasrec", "two-ranks-checkpoint")
+QUICK = ("fused-softmax", "sasrec")
 
 
 def measured_bytes(name: str) -> int:

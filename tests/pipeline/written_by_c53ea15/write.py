@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog import CatalogConfig  # type: ignore[attr-defined]
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.evaluate import evaluate
