@@ -9,8 +9,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
-from shardrec.kernels.block_logsumexp.schedule import pair_tiles, row_tiles
-from shardrec.kernels.cost.workload import LEAST_ENTRIES
+from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES, pair_tiles, row_tiles
 from shardrec.kernels.device.backend import alignment, operand
 
 __all__ = ["add_rows", "forward", "rows_backward", "states_backward"]

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from shardrec.kernels.cost.workload import LEAST_ENTRIES, KernelCost, Workload
+from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES
+from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.device.tiles import Tile, tile_for
+from shardrec.kernels.ranks.traffic import Workload
 
 __all__ = [
     "Listed",
