@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
-from shardrec.modules.shard import RowShard
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
 __all__ = ["Catalog"]

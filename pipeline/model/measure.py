@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.metrics import ranking_metrics
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
-from shardrec.modules.shard import RowShard
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import EvaluationBatch, EvaluationBatches, Prepared
 from shardrec.pipeline.ranks import in_step, on_this_rank, rank_of, size_of, sum_over_ranks

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog import Catalog
-from shardrec.modules.shard import RowShard
 from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 

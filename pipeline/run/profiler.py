@@ -87,12 +87,11 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
-    rows = [(name, micros, seconds * 1e6) for name, micros in taken.items()]
-    rows.append(("collectives in flight", length(travel), seconds * 1e6))
-    rows.append(("  during other work", length(common(travel, work)), seconds * 1e6))
+    taken["collectives in flight"] = length(travel)
+    taken["  during other work"] = length(common(travel, work))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
-    for name, micros, whole in rows:
-        lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / whole:>7.1%}")
+    for name, micros in taken.items():
+        lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / seconds / 1e6:>7.1%}")
     return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ def memory(field: str) -> int:
 
 @pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_step_needs_a_tenth_of_the_shard_beside_one_dense_gradient(
+def test_a_step_needs_one_dense_gradient_and_a_tenth_of_the_shard(
     ranks: Ranks, optimizer: str, gradient: str
 ) -> None:
     ((extra, shard),) = ranks(1).run(step_memory, optimizer, gradient == "dense")

@@ -32,7 +32,7 @@ class InterruptionError(Exception):
 
 
 class Recorder(Callback):
-    """Keeps what was said, and interrupts the run after a step."""
+    """Keeps what was reported, and interrupts the run after a step."""
 
     def __init__(self, last_step: int | None = None) -> None:
         self.last_step = last_step
@@ -88,14 +88,14 @@ def train_and_read(config: TrainConfig, resume: Resume, stop: int | None = None)
     }
 
 
-def assert_told_once(output: Path, step: int) -> None:
+def assert_recorded_once(output: Path, step: int) -> None:
     """Each step and each validation is in the metrics once, and in order."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    told = {
+    recorded = {
         kind: [line["step"] for line in lines if line["event"] == kind]
         for kind in ("step", "validation", "resume", "end")
     }
-    assert told == {
+    assert recorded == {
         "step": list(range(1, STEPS + 1)),
         "validation": [4, 6],
         "resume": [step],

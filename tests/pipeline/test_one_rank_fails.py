@@ -72,7 +72,7 @@ def fail_on_the_second_rank(stage: str, broken: str, data: str, run: str, output
         ("export", "item_counts"),
     ],
 )
-def test_all_ranks_raise_what_one_of_them_met(
+def test_an_error_on_one_rank_is_raised_on_all(
     ranks: Ranks, data: str, run: str, tmp_path: Path, stage: str, broken: str
 ) -> None:
     users = pa.table({"user_id": [1, 2], "items": [[1, 2], [3]]})

@@ -16,7 +16,7 @@ import torch
 from tests.pipeline.interrupted import (
     InterruptionError,
     Recorder,
-    assert_told_once,
+    assert_recorded_once,
     config_of,
     train_and_read,
 )
@@ -55,7 +55,7 @@ def test_another_number_of_ranks_goes_on_within_tolerance(
             moved = copied(begun, tmp_path / f"{before}-to-{after}")
             for found in ranks(after).run(train_and_read, moved, "yes"):
                 assert_close(found, whole, 2)
-            assert_told_once(Path(moved.output), 2)
+            assert_recorded_once(Path(moved.output), 2)
 
 
 def assert_close(found: dict[str, Any], whole: dict[str, Any], step: int) -> None:

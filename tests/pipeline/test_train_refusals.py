@@ -88,7 +88,7 @@ class Fails(Running):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_run_that_fails_at_its_first_step_gives_its_folder_back(
+def test_a_run_that_fails_at_its_first_step_removes_its_folder(
     data: str, tmp_path: Path, error: type[BaseException]
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -112,7 +112,7 @@ def fail_then_train(config: TrainConfig) -> list[str]:
     return outcomes
 
 
-def test_workers_that_fail_at_the_first_step_give_the_folder_back(
+def test_workers_that_fail_at_the_first_step_remove_the_folder(
     ranks: Ranks, data: str, tmp_path: Path
 ) -> None:
     config = small_config(data, tmp_path / "run", limits=ONE_STEP, validation=OFF)
