@@ -62,9 +62,9 @@ def assert_goes_on(found: dict[str, Any], whole: dict[str, Any], step: int) -> N
     ("loss", "optimizer", "accumulate"),
     [
         (CCE(), "rowwise_adagrad", 2),
-        (CCEMinus(num_negatives=16, share=8), "adam", 2),
-        (SCE(items_per_bucket=16), "sparse_adam", 1),
-        (RECE(), "adam", 2),
+        pytest.param(CCEMinus(num_negatives=16, share=8), "adam", 2, marks=pytest.mark.slow),
+        pytest.param(SCE(items_per_bucket=16), "sparse_adam", 1, marks=pytest.mark.slow),
+        pytest.param(RECE(), "adam", 2, marks=pytest.mark.slow),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str | int) else str(value),
 )

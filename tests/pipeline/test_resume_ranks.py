@@ -41,7 +41,9 @@ def data(weighted_data: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "loss", [CCE(), CCEMinus(num_negatives=16, share=8)], ids=["cce", "cce_minus"]
+    "loss",
+    [CCE(), pytest.param(CCEMinus(num_negatives=16, share=8), marks=pytest.mark.slow)],
+    ids=["cce", "cce_minus"],
 )
 def test_another_number_of_ranks_goes_on_within_tolerance(
     ranks: Ranks, data: str, tmp_path: Path, loss: Any
@@ -137,7 +139,11 @@ def choices_and_metrics(config: TrainConfig) -> tuple[Choices, dict[str, float]]
     return choices, metrics
 
 
-@pytest.mark.parametrize("loss", [SCE(items_per_bucket=16), RECE()], ids=["sce", "rece"])
+@pytest.mark.parametrize(
+    "loss",
+    [SCE(items_per_bucket=16), pytest.param(RECE(), marks=pytest.mark.slow)],
+    ids=["sce", "rece"],
+)
 def test_another_number_of_ranks_selects_and_measures_the_same(
     ranks: Ranks, data: str, tmp_path: Path, loss: Any
 ) -> None:
