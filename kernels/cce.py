@@ -122,9 +122,9 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
     """
     if work.on_cpu and fused_positions(work.num_rows) >= LEAST_FUSED:
         group = min(fused_positions(work.num_rows), work.num_positions)
-        # One process has one chunk, whose gradient is made beside the one that is returned.
+        # One process has one chunk, and makes its gradient in addition to the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        # A product copies logits; as measured, half of them beside everything else.
+        # A product copies logits; as measured, half of them in addition to everything else.
         logits = group * work.num_rows * 3 // 2
         held = 4 * (logits + (3 * group + chunk) * work.width)
         return _full_cost(work, held, full_cost(3, group, work), gathers=1)

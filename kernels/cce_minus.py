@@ -99,7 +99,7 @@ def sampled_cross_entropy(
 
     Collectives: none for a tensor; for a shard one gather of the targets, and those of
     ``streamed_logsumexp`` and ``streamed_gradients``, and of ``fetch_rows`` and
-    ``return_gradients`` where rows travel.
+    ``return_gradients`` where rows are fetched.
     """
     if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
@@ -257,8 +257,8 @@ def sampled_cross_entropy_cost(
 ) -> LossCost:
     """What sampled negatives cost a rank, where the draws are uniform.
 
-    A draw from popularity, or from the batch, meets fewer rows. One process on a CPU takes the
-    gradient in forward, with three products. Else the rows drawn are copied once; beside the copy
+    Draws from popularity, or from the batch, have fewer distinct rows. One process on a CPU takes
+    the gradient in forward, with three products. Else the rows drawn are copied once; in addition
     there are the draws of a chunk, in about ten forms, and the batches of a CPU. A table of
     popularity has an int64 for every item of the catalog, on every rank.
     """
@@ -270,14 +270,14 @@ def sampled_cross_entropy_cost(
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
     copy = 0 if is_fused else rows * work.width * work.element_bytes
     draws = 8 * min(max(num_draws, num_negatives), DRAWS_AT_ONCE)
-    received, travelling = state_traffic(work), streaming_bytes(work)
+    received, in_flight = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)
     if num_draws <= 2 * work.num_positions and sends_fewer_bytes(by_rows, received):
         received = by_rows
         # The rows as they arrive and in order, with both gradients.
         vectors = 2 * (shared + work.own_positions) * work.width
-        travelling = vectors * (work.element_bytes + 4)
+        in_flight = vectors * (work.element_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks
     if work.on_cpu:
         kernels = listed_cost(pairs, share, work, products=3 if is_fused else 4)
@@ -291,7 +291,7 @@ def sampled_cross_entropy_cost(
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=copy + 10 * draws + tiles + travelling + accumulator_bytes(rows, work),
+        workspace_bytes=copy + 10 * draws + tiles + in_flight + accumulator_bytes(rows, work),
         work=kernels,
         received=received,
         table_bytes=8 * work.num_items * (proposal == "popularity"),

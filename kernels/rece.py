@@ -2,7 +2,7 @@
 
 Source: Gusak et al., "RECE: Reduced Cross-Entropy Loss for Large-Catalogue Sequential
 Recommenders", arXiv 2408.02354. Positions are placed by bucket, not by rank, so that a position
-meets the items of its own bucket although the histograms of positions and items differ.
+is compared with the items of its own bucket although the histograms of both differ.
 """
 
 from collections.abc import Sequence
@@ -76,8 +76,8 @@ def reduced_cross_entropy(
     """Cross-entropy of every target among the rows that a random hash puts near its position.
 
     In each round positions and rows are ordered by the nearest of n_b random sign vectors and cut
-    into n_c chunks; a position meets the rows of its chunk and of e chunks on either side. A row
-    met in several rounds counts once.
+    into n_c chunks; the candidates of a position are the rows of its chunk and of e chunks
+    on either side. A candidate of several rounds counts once.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
@@ -87,7 +87,7 @@ def reduced_cross_entropy(
         num_chunks: n_c; as many as buckets when None.
         num_rounds: r.
         num_neighbor_chunks: e.
-        align: "bucket" places positions beside the items of their bucket, "rank" by order alone.
+        align: "bucket" aligns positions with the items of their bucket, "rank" by order alone.
         seed: Key of the generator.
         step: Training step; another step draws other vectors.
         weights: (N,) float factors of the positions' losses; the mean divides by their sum.
@@ -232,7 +232,7 @@ def _check_options(
 
 
 def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
-    """Rows that a position meets in a round, on average over the chunks.
+    """Number of candidates of a position in a round, on average over the chunks.
 
     Chunks at either end have fewer neighbours.
 

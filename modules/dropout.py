@@ -1,7 +1,7 @@
-"""Dropout and attention whose masks are bytes on a CPU.
+"""Dropout and causal attention, with a faster random mask on the CPU.
 
-There torch draws a random number for every value, one after the other: at B = 128, L = 50, D = 64
-that was a fifth of a training step. A byte is enough to decide, and eight come with each draw.
+On a CPU torch draws one random number for each value: at B = 128, L = 50, D = 64 that was a fifth
+of a training step. Here each int64 draw gives eight bytes, and each byte decides on one value.
 """
 
 import math
@@ -14,13 +14,13 @@ __all__ = ["causal_attention", "dropout"]
 
 
 def dropout(values: Tensor, share: float, *, training: bool) -> Tensor:
-    """The values with a share of them set to zero and the others scaled to keep the expectation.
+    """``values`` with a random share set to zero and the others scaled to keep the expectation.
 
     Args:
-        values: Any shape.
-        share: In [0, 1). On a CPU it is rounded to a multiple of 1/256, at least 1/256 and at most
-            255/256; the scale is that of the rounded share.
-        training: False gives the values themselves.
+        values: any shape.
+        share: in [0, 1). On a CPU it is rounded to a multiple of 1/256 in [1/256, 255/256], and the
+            scale is that of the rounded share.
+        training: False returns ``values`` unchanged.
     """
     if not training or share == 0:
         return values
@@ -29,18 +29,18 @@ def dropout(values: Tensor, share: float, *, training: bool) -> Tensor:
     dropped = min(max(round(share * 256), 1), 255)
     words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= dropped
-    # A product with floats, forward and backward, takes a third of the time of one with booleans.
+    # Multiplying by a float mask takes a third of the time of a boolean mask.
     return values * kept.to(values.dtype).mul_(256 / (256 - dropped))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, share: float) -> Tensor:
-    """(B, heads, L, D / heads) values mixed over the positions up to each.
+    """(B, heads, L, D / heads) scaled dot-product attention over earlier and equal positions.
 
     Args:
         query: (B, heads, L, D / heads).
         key: as query.
         value: as query.
-        share: of the attention weights that are dropped. Above 0 the CPU stores (L, L) weights.
+        share: dropout of the attention weights. Above 0 the CPU stores (L, L) weights.
     """
     if share == 0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +19,12 @@ __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig:
-    """What `TransformerEncoder` is built from.
+    """The sizes and options of a `TransformerEncoder`.
 
     Attributes:
         width: D, the length of an item vector and of a state.
         max_length: the longest sequence, in positions.
-        kind: "sasrec" is the block of the SASRec paper and its public code: the query alone is
+        kind: "sasrec" is the block of the SASRec paper and its public code: only the query is
             normalised, the residual adds the normalised query, attention has no output
             projection, the feed-forward is point-wise with ReLU and D hidden units. "modern" is
             pre-norm with SwiGLU.
@@ -52,7 +53,7 @@ class EncoderConfig:
     hidden: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes and combinations that no encoder can have."""
+        """Check the ranges and combinations."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
             require_at_least(f"encoder.{name}", getattr(self, name), 1)
         require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
@@ -107,10 +108,10 @@ class EncoderConfig:
 
 
 def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
-    """Float32 numbers that one position keeps for backward; padded positions too.
+    """Float32 numbers saved for backward at each position, padding included.
 
-    Counted with saved-tensor hooks, and linear in every size. Dropout keeps a mask and what it was
-    applied to; attention weights are kept where they are dropped on a CPU.
+    Measured with saved-tensor hooks; linear in every size. Dropout saves a mask and its input;
+    attention weights are saved if they are dropped on a CPU.
     """
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
     is_dropped = config.dropout > 0
@@ -119,7 +120,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
         block = (8 - stores_weights + is_dropped) * width + (1 + 2 * is_dropped) * hidden
         first = (1 + is_dropped) * width
     else:
-        # Values of one head are a view of the projection, which is then kept whole.
+        # The values of one head are a view of the projection, which is then saved whole.
         copies = 0 if heads == 1 else 1 - 3 * stores_weights
         block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
         first = (2 + is_dropped) * width
@@ -128,7 +129,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
-    """Of products at one position, forward and backward; attention over the whole (L, L)."""
+    """FLOPs of the matrix products at one position, forward and backward, with full attention."""
     width, hidden = config.width, config.resolved_hidden
     modern = config.kind == "modern"
     projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
@@ -136,20 +137,20 @@ def encoder_flops(config: EncoderConfig, length: int) -> float:
 
 
 class TransformerEncoder(nn.Module):
-    """Turns item vectors into states: (B, L, D) -> (B, L, D), each position seeing only the past.
+    """A causal transformer from item vectors to states: (B, L, D) -> (B, L, D).
 
-    Sequences are padded on the right. A real position then never sees padding, so no key mask is
-    needed; states at padded positions mean nothing and must be dropped by the caller.
-    Item vectors are scaled by sqrt(D) on the way in. Learned positions count from the first item
-    (the published SASRec pads on the left and so counts from the last).
+    Sequences are padded on the right. A real position then never attends to padding, so no key mask
+    is needed; the caller must drop the states at padded positions. Item vectors are multiplied by
+    sqrt(D) first. Learned positions count from the first item (the published SASRec pads on the
+    left and so counts from the last).
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
-        """Build the blocks and draw their weights.
+        """Build the blocks and initialise their weights.
 
         Args:
             config: sizes and kind.
-            seed: of the first weights; equal seeds give equal weights on every rank.
+            seed: of the initial weights; equal seeds give equal weights on every rank.
         """
         super().__init__()
         self.config = config
@@ -166,14 +167,14 @@ class TransformerEncoder(nn.Module):
     @torch.no_grad()
     def _draw_weights(self, generator: torch.Generator) -> None:
         for block in self.blocks:
-            assert isinstance(block, _SASRecBlock | _ModernBlock)
+            assert isinstance(block, _Block)
             for linear, num_fused in block.projections():
-                for part in linear.weight.chunk(num_fused):  # as if they were apart
+                for part in linear.weight.chunk(num_fused):  # as if they were not fused
                     nn.init.xavier_uniform_(part, generator=generator)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
             if isinstance(block, _ModernBlock):
-                # Keeps the residual stream's variance near one at the start, whatever the depth.
+                # Keeps the variance of the residual near one at the start, at any depth.
                 for branch in (block.attention_out, block.feed_forward_out):
                     branch.weight.mul_(1 / math.sqrt(2 * len(self.blocks)))
         if self.position_vectors is not None:
@@ -183,8 +184,8 @@ class TransformerEncoder(nn.Module):
         """States of all positions.
 
         Args:
-            vectors: (B, L, D) float; item vectors in time order, padded on the right;
-                L at most ``max_length``, B may be 0.
+            vectors: (B, L, D) float item vectors in time order, padded on the right; L is at most
+                ``max_length``, B may be 0.
 
         Returns:
             (B, L, D); gradients flow to ``vectors``. Float32 under autocast.
@@ -222,16 +223,42 @@ class TransformerEncoder(nn.Module):
             )
 
 
-class _SASRecBlock(nn.Module):
-    """The published block; note that both residuals add the *normalised* input."""
+class _Block(nn.Module):
+    """Causal attention and dropout, for both kinds of block.
+
+    Optimizer states are stored by the order of the parameters: keep it.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.resolved_hidden
         self.num_heads = config.num_heads
         self.dropout = config.dropout
         self.attention_dropout = config.resolved_attention_dropout
         self.attention_norm = _build_norm(config)
+
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        """Each linear layer, and the number of projections fused in it."""
+        raise NotImplementedError
+
+    def attend(self, projected: Iterable[Tensor], rotation: Tensor | None) -> Tensor:
+        """(B, L, D) attention of the (B, L, D) query, key and value."""
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in projected)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        if rotation is not None:
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
+        share = self.attention_dropout if self.training else 0.0
+        return causal_attention(query, key, value, share).transpose(1, 2).flatten(2)
+
+    def dropped(self, values: Tensor) -> Tensor:
+        return dropout(values, self.dropout, training=self.training)
+
+
+class _SASRecBlock(_Block):
+    """The published block: both residuals add the *normalised* input."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        width, hidden = config.width, config.resolved_hidden
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.feed_forward_norm = _build_norm(config)
@@ -239,35 +266,24 @@ class _SASRecBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each projection, and how many are fused in it."""
-        apart = (self.query, self.feed_forward_in, self.feed_forward_out)
-        return [(self.key_value, 2), *((linear, 1) for linear in apart)]
+        single = (self.query, self.feed_forward_in, self.feed_forward_out)
+        return [(self.key_value, 2), *((linear, 1) for linear in single)]
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         normed = self.attention_norm(x)
-        query = _split_heads(self.query(normed), self.num_heads)
-        key, value = self.key_value(x).chunk(2, dim=-1)
-        key, value = _split_heads(key, self.num_heads), _split_heads(value, self.num_heads)
-        share = self.attention_dropout if self.training else 0.0
-        mixed = causal_attention(query, key, value, share)
-        normed = self.feed_forward_norm(normed + _join_heads(mixed))
-        inner = F.relu(self.feed_forward_in(normed))
-        inner = dropout(inner, self.dropout, training=self.training)
-        branch = self.feed_forward_out(inner)
-        added: Tensor = normed + dropout(branch, self.dropout, training=self.training)
+        query, (key, value) = self.query(normed), self.key_value(x).chunk(2, dim=-1)
+        normed = self.feed_forward_norm(normed + self.attend((query, key, value), rotation))
+        inner = self.dropped(F.relu(self.feed_forward_in(normed)))
+        added: Tensor = normed + self.dropped(self.feed_forward_out(inner))
         return added
 
 
-class _ModernBlock(nn.Module):
-    """Pre-norm attention with one projection for query, key and value, then SwiGLU."""
+class _ModernBlock(_Block):
+    """Pre-norm attention with one fused projection for query, key and value, then SwiGLU."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width, hidden = config.width, config.resolved_hidden
-        self.num_heads = config.num_heads
-        self.dropout = config.dropout
-        self.attention_dropout = config.resolved_attention_dropout
-        self.attention_norm = _build_norm(config)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.feed_forward_norm = _build_norm(config)
@@ -275,29 +291,19 @@ class _ModernBlock(nn.Module):
         self.feed_forward_out = nn.Linear(hidden, width, bias=False)
 
     def projections(self) -> list[tuple[nn.Linear, int]]:
-        """Each projection, and how many are fused in it."""
-        apart = (self.attention_out, self.feed_forward_out)
+        single = (self.attention_out, self.feed_forward_out)
         fused = [(self.query_key_value, 3), (self.feed_forward_in, 2)]
-        return [*fused, *((linear, 1) for linear in apart)]
+        return [*fused, *((linear, 1) for linear in single)]
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        projected = self.query_key_value(self.attention_norm(x))
-        query, key, value = (
-            _split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1)
-        )
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
-        share = self.attention_dropout if self.training else 0.0
-        mixed = causal_attention(query, key, value, share)
-        branch = self.attention_out(_join_heads(mixed))
-        x = x + dropout(branch, self.dropout, training=self.training)
+        projected = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
+        x = x + self.dropped(self.attention_out(self.attend(projected, rotation)))
         gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        branch = self.feed_forward_out(F.silu(gate) * inner)
-        return x + dropout(branch, self.dropout, training=self.training)
+        return x + self.dropped(self.feed_forward_out(F.silu(gate) * inner))
 
 
 class _Rotary(nn.Module):
-    """Cosines and sines of the angles by which queries and keys are turned."""
+    """Cosines and sines of the rotation angles of queries and keys."""
 
     angles: Tensor
 
@@ -315,21 +321,10 @@ class _Rotary(nn.Module):
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
+    """Rotate each pair (x[i], x[i + half]) of (B, heads, L, D / heads) by its position's angle."""
     cosine, sine = rotation.to(x.dtype).unbind(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-
-
-def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, L, D) -> (B, heads, L, D / heads), a view."""
-    heads: Tensor = x.unflatten(-1, (num_heads, -1))
-    return heads.transpose(1, 2)
-
-
-def _join_heads(x: Tensor) -> Tensor:
-    """(B, heads, L, D / heads) -> (B, L, D)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 def _build_norm(config: EncoderConfig) -> nn.Module:

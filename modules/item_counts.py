@@ -1,4 +1,4 @@
-"""Training events of each item, and what losses make of them once for all steps."""
+"""Training events of each item, and the proposal distributions built from them."""
 
 from torch import Tensor
 
@@ -8,35 +8,31 @@ __all__ = ["ItemCounts"]
 
 
 class ItemCounts:
-    """The counts of a run with the proposals made of them; a table is built once and kept.
+    """The counts of a run, with a cache of the proposal tables built from them.
 
     Attributes:
         counts: (V,) int64 training events of each item.
     """
 
     def __init__(self, counts: Tensor) -> None:
-        """Keeps the counts, which must not change."""
+        """Store the counts, which must not change afterwards."""
         self.counts = counts
         self._total: Tensor | None = None
         self._popularity: dict[float, Popularity] = {}
 
     @classmethod
     def of(cls, counts: "Tensor | ItemCounts") -> "ItemCounts":
-        """The same object, or one for a step alone that builds its tables again."""
+        """``counts`` as ItemCounts; from a tensor its tables are built for one step only."""
         return counts if isinstance(counts, ItemCounts) else cls(counts)
 
     def popularity(self, exponent: float) -> Popularity:
-        """Items in proportion to ``max(count, 1) ** exponent``: a table of 8 V bytes."""
+        """The proposal ``max(count, 1) ** exponent`` over items: a cached table of 8 V bytes."""
         if exponent not in self._popularity:
             self._popularity[exponent] = Popularity(self.counts, exponent)
         return self._popularity[exponent]
 
     def in_batch(self, targets: Tensor) -> InBatch:
-        """The targets of a global batch, with their share of the events.
-
-        Args:
-            targets: (N,) int64 targets of all ranks.
-        """
+        """The in-batch proposal over the (N,) int64 ``targets`` of all ranks."""
         if self._total is None:
             self._total = self.counts.sum()
         return InBatch(targets, self.counts, self._total)

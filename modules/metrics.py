@@ -1,14 +1,14 @@
-"""Ranking metrics as torchmetrics: sums over users, the same on any number of ranks.
+"""Ranking metrics for torchmetrics: sums over users, equal on any number of ranks.
 
-`update` of each metric takes what it needs, by these names:
+The arguments of each metric's `update` are some of:
 
-- ``ranks`` (T,) int64: rank of each target, 0 the best, anything >= k for "not in the list"
-- ``lengths`` (B,) int64: targets of each user, in the order of ``ranks``; None means one each
+- ``ranks`` (T,) int64: rank of each target, 0 the best, any number >= k if not in the list
+- ``lengths`` (B,) int64: number of targets of each user, in the order of ``ranks``; None: one each
 - ``targets`` (T,) int64: the target items
-- ``items`` (B, >= k) int64: recommended items, best first, -1 where a list is short
+- ``items`` (B, >= k) int64: recommended items, best first, -1 at the end of a short list
 
-`shardrec.modules.ranking` makes ``ranks`` and ``items``. Users without targets are left out of each
-mean over users. Sums are float64 and counts int64. Before the first user a mean is NaN.
+`shardrec.modules.ranking` computes ``ranks`` and ``items``. A mean over users leaves out users
+without targets, and is NaN before the first user. Sums are float64 and counts int64.
 """
 
 from __future__ import annotations
@@ -44,22 +44,18 @@ def ranking_metrics(
     num_users: int,
     process_group: dist.ProcessGroup | None = None,
 ) -> MetricCollection:
-    """All metrics at every k: keys such as "NDCG@10" and "Recall@10/tail".
+    """All metrics at every k, with keys such as "NDCG@10" and "Recall@10/tail".
 
-    Update it with ``ranks``, ``lengths``, ``targets`` and ``items`` by name.
+    `update` takes ``ranks``, ``lengths``, ``targets`` and ``items`` by name.
 
     Args:
         ks: list lengths.
         num_items: V.
-        item_counts: (V,) int64, training events of each item.
-        num_users: training users.
-        process_group: ranks whose sums are added; None means all.
+        item_counts: (V,) int64 training events of each item.
+        num_users: number of training users.
+        process_group: ranks to sum over; None means all.
 
-    Returns:
-        A collection without compute groups: torchmetrics would merge metrics of different k whose
-        sums happen to be equal after the first batch.
-
-    Collectives: none here; `compute` gathers the sums.
+    Collectives: none; `compute` all-gathers the sums.
     """
     metrics: dict[str, Metric] = {}
     for k in ks:
@@ -72,56 +68,66 @@ def ranking_metrics(
             f"Surprisal@{k}": Surprisal(k, item_counts, num_users, process_group),
             f"PopularityRecall@{k}": PopularityRecall(k, item_counts, process_group),
         }
+    # Compute groups would merge metrics of different k if their sums are equal after one batch.
     return MetricCollection(metrics, compute_groups=False)
 
 
-class _MeanOverUsers(Metric):
-    """Mean of one number per user who has targets; a subclass says which number."""
+class _ListMetric(Metric):
+    """A metric of lists of ``k`` items, summed over the ranks of a group (None means all)."""
 
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
 
+    def __init__(self, k: int, process_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(process_group=process_group)
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}; a list needs a place")
+        self.k = k
+
+    def _lists(self, items: Tensor) -> Tensor:
+        if items.dim() != 2 or items.shape[1] < self.k:
+            raise ValueError(
+                f"items must be of shape (B, {self.k}) or longer, got {tuple(items.shape)}; "
+                "ask the ranking for more items"
+            )
+        return items[:, : self.k]
+
+
+class _Mean(_ListMetric):
+    """Mean of one number per user."""
+
     total: Tensor
     num_users: Tensor
 
     def __init__(self, k: int, process_group: dist.ProcessGroup | None = None) -> None:
-        """Start at zero users.
-
-        Args:
-            k: length of the list that counts.
-            process_group: ranks whose sums are added; None means all.
-        """
-        super().__init__(process_group=process_group)
-        self.k = _require_positive(k)
+        super().__init__(k, process_group)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
-        """Add users.
-
-        Args:
-            ranks: (T,) int64.
-            lengths: (B,) int64; None means one target for each user.
-        """
-        lengths = _lengths_of(ranks, lengths)
-        self.total += self.per_user(ranks, lengths)[lengths > 0].sum()
-        self.num_users += (lengths > 0).sum()
-
-    @abstractmethod
-    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
-        """(B,) float64, the number of each user; any value for users without targets."""
 
     def compute(self) -> Tensor:
         """() float64; NaN before the first user."""
         return self.total / self.num_users
 
 
-class NDCG(_MeanOverUsers):
-    """Discounted gain of the targets in the list, over that of a perfect list.
+class _MeanOverUsers(_Mean):
+    """Mean over the users with targets; `_per_user` of the subclass computes each number."""
 
-    A target at rank r < k gains 1 / log2(r + 2); a perfect list has all targets, at most k of
-    them, in front.
+    def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
+        """Add users by the (T,) ranks of their targets and (B,) lengths."""
+        lengths = _lengths_of(ranks, lengths)
+        self.total += self._per_user(ranks, lengths)[lengths > 0].sum()
+        self.num_users += (lengths > 0).sum()
+
+    @abstractmethod
+    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 number of each user; any value for users without targets."""
+
+
+class NDCG(_MeanOverUsers):
+    """Discounted cumulative gain of the list, divided by that of a perfect list.
+
+    A target at rank r < k gains 1 / log2(r + 2); a perfect list starts with the targets, at most k.
 
     >>> metric = NDCG(k=3)
     >>> metric.update(torch.tensor([0, 2, 5]), torch.tensor([2, 1]))  # (1 + 1/2) / (1 + 0.6309), 0
@@ -129,8 +135,7 @@ class NDCG(_MeanOverUsers):
     0.4599
     """
 
-    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
-        """Gain over perfect gain."""
+    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         places = torch.arange(2, self.k + 2, dtype=torch.float64, device=ranks.device)
         perfect = places.log2().reciprocal().cumsum(0)  # (k,)
         gains = (ranks.double() + 2).log2().reciprocal().where(ranks < self.k, 0.0)
@@ -138,9 +143,7 @@ class NDCG(_MeanOverUsers):
 
 
 class Recall(_MeanOverUsers):
-    """Share of a user's targets that are in the list.
-
-    With several targets it differs from `HitRate`; with one it is the same number.
+    """Share of a user's targets in the list; equal to `HitRate` with one target a user.
 
     >>> metric = Recall(k=3)
     >>> metric.update(torch.tensor([0, 2, 7, 9, 1]), torch.tensor([4, 1]))  # 2/4 and 1/1
@@ -148,8 +151,7 @@ class Recall(_MeanOverUsers):
     0.75
     """
 
-    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
-        """Targets found over targets."""
+    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         return _sum_by_user((ranks < self.k).double(), lengths) / lengths
 
 
@@ -162,13 +164,12 @@ class HitRate(_MeanOverUsers):
     0.5
     """
 
-    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
-        """1 where any target was found."""
+    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         return (_sum_by_user((ranks < self.k).double(), lengths) > 0).double()
 
 
 class MRR(_MeanOverUsers):
-    """Mean of 1 / (1 + rank) of a user's best target, 0 where it is not in the list.
+    """Mean of 1 / (1 + rank) of a user's best target, 0 if it is not in the list.
 
     >>> metric = MRR(k=3)
     >>> metric.update(torch.tensor([4, 1, 3]), torch.tensor([2, 1]))  # 1/2 and 0
@@ -176,18 +177,17 @@ class MRR(_MeanOverUsers):
     0.25
     """
 
-    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
-        """Reciprocal of the first place at which a target was found."""
+    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         found = (ranks.double() + 1).reciprocal().where(ranks < self.k, 0.0)
         owners = torch.repeat_interleave(lengths)
         return found.new_zeros(len(lengths)).scatter_reduce(0, owners, found, "amax")
 
 
-class Coverage(Metric):
-    """Share of the catalog's V items that are in at least one list.
+class Coverage(_ListMetric):
+    """Share of the catalog's V items in at least one list.
 
-    The state is one byte for each item, merged by maximum. Every catalog item counts in V, also
-    those that training never saw.
+    The state is one byte for each item, reduced by maximum. V includes items without training
+    events.
 
     >>> metric = Coverage(k=2, num_items=8)
     >>> metric.update(torch.tensor([[3, 5, 1], [5, -1, -1]]))
@@ -195,30 +195,20 @@ class Coverage(Metric):
     0.25
     """
 
-    full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
-
     recommended: Tensor
 
     def __init__(
         self, k: int, num_items: int, process_group: dist.ProcessGroup | None = None
     ) -> None:
-        """Start with no item recommended.
-
-        Args:
-            k: length of the list that counts.
-            num_items: V.
-            process_group: ranks that are merged; None means all.
-        """
-        super().__init__(process_group=process_group)
-        self.k, self.num_items = _require_positive(k), num_items
+        """Start with no item recommended, for lists of ``k`` out of V = ``num_items`` items."""
+        super().__init__(k, process_group)
+        self.num_items = num_items
         marks = torch.zeros(num_items, dtype=torch.uint8)
         self.add_state("recommended", marks, dist_reduce_fx="max")
 
     def update(self, items: Tensor) -> None:
         """Mark the items of (B, >= k) lists."""
-        listed = _lists_of(items, self.k)
+        listed = self._lists(items)
         self.recommended[listed[listed >= 0]] = 1
 
     def compute(self) -> Tensor:
@@ -226,12 +216,12 @@ class Coverage(Metric):
         return self.recommended.count_nonzero().double() / self.num_items
 
 
-class Surprisal(Metric):
-    """How rare the recommended items are: 0 means known to all users, 1 known to one or none.
+class Surprisal(_Mean):
+    """Rarity of the recommended items: 0 if all users know them, 1 if one or none does.
 
-    As RePlay defines it, the self-information of an item that u of U training users know is
-    log2(U / u) / log2(U), and an item that nobody knows counts as known to one. A user's number is
-    the sum over the list divided by k, and the metric is the mean over users.
+    As in RePlay, the self-information of an item that u of U training users know is
+    log2(U / u) / log2(U), with u at least 1. A user's number is the sum over the list divided by k,
+    and the metric is the mean over users.
 
     >>> metric = Surprisal(k=2, item_users=torch.tensor([8, 4, 1, 0]), num_users=8)
     >>> metric.update(torch.tensor([[0, 1, 3], [2, 3, 0]]))  # (0 + 1/3) / 2 and (1 + 1) / 2
@@ -239,12 +229,6 @@ class Surprisal(Metric):
     0.5833
     """
 
-    full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
-
-    total: Tensor
-    num_users: Tensor
     surprise: Tensor
 
     def __init__(
@@ -257,51 +241,40 @@ class Surprisal(Metric):
         """Start at zero users.
 
         Args:
-            k: length of the list that counts.
-            item_users: (V,) int64, training users of each item. Training events stand in where
-                users repeat items seldom; a count above ``num_users`` is taken as ``num_users``.
-            num_users: U, training users; at least 2.
-            process_group: ranks whose sums are added; None means all.
+            k: list length.
+            item_users: (V,) int64 training users of each item, or its training events if users
+                seldom repeat items; limited to ``num_users``.
+            num_users: U, number of training users; at least 2.
+            process_group: ranks to sum over; None means all.
         """
-        super().__init__(process_group=process_group)
+        super().__init__(k, process_group)
         if num_users < 2:
             raise ValueError(
                 f"num_users must be at least 2, got {num_users}; surprisal compares with the "
                 "information in one user of many"
             )
-        self.k = _require_positive(k)
         known = item_users.clamp(1, num_users).double()
         scale = torch.tensor(num_users, dtype=torch.float64).log2()
         self.register_buffer("surprise", (num_users / known).log2() / scale, persistent=False)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, items: Tensor) -> None:
         """Add users by their (B, >= k) lists; absent items (-1) add nothing."""
-        listed = _lists_of(items, self.k)
+        listed = self._lists(items)
         self.total += self.surprise[listed[listed >= 0]].sum() / self.k
         self.num_users += len(listed)
 
-    def compute(self) -> Tensor:
-        """() float64; NaN before the first user."""
-        return self.total / self.num_users
 
-
-class PopularityRecall(Metric):
-    """Share of targets found in the list, apart for head, torso and tail items.
+class PopularityRecall(_ListMetric):
+    """Share of targets found in the list, separately for head, torso and tail items.
 
     Buckets are those of `popularity_buckets`. The share is over targets, not users, because one
-    user's targets fall into several buckets.
+    user's targets are in several buckets.
 
     >>> metric = PopularityRecall(k=3, item_counts=torch.tensor([9, 9, 9, 0]))
     >>> metric.update(torch.tensor([0, 5, 2, 8]), torch.tensor([0, 0, 1, 3]))
     >>> {name: value.item() for name, value in metric.compute().items()}
     {'Recall@3/head': 0.5, 'Recall@3/torso': 1.0, 'Recall@3/tail': 0.0}
     """
-
-    full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
 
     found: Tensor
     asked: Tensor
@@ -310,15 +283,8 @@ class PopularityRecall(Metric):
     def __init__(
         self, k: int, item_counts: Tensor, process_group: dist.ProcessGroup | None = None
     ) -> None:
-        """Start at zero targets.
-
-        Args:
-            k: length of the list that counts.
-            item_counts: (V,) int64, training events of each item.
-            process_group: ranks whose counts are added; None means all.
-        """
-        super().__init__(process_group=process_group)
-        self.k = _require_positive(k)
+        """Start at zero targets, with (V,) int64 training events of each item."""
+        super().__init__(k, process_group)
         self.register_buffer("buckets", popularity_buckets(item_counts), persistent=False)
         for name in ("found", "asked"):
             zeros = torch.zeros(len(BUCKETS), dtype=torch.int64)
@@ -342,16 +308,13 @@ class PopularityRecall(Metric):
 
 
 def popularity_buckets(item_counts: Tensor) -> Tensor:
-    """The bucket of each item: 0 head, 1 torso, 2 tail, a third of the training events each.
+    """(V,) uint8 bucket of each item: 0 head, 1 torso, 2 tail, a third of the events each.
 
-    Items are ordered by falling count, equal counts by index; an item belongs to the third in
-    which its first event falls. Items without events are tail.
+    Items are sorted by falling count, equal counts by index; an item belongs to the third that
+    contains its first event. Items without events are tail.
 
     Args:
-        item_counts: (V,) int64, training events of each item.
-
-    Returns:
-        (V,) uint8.
+        item_counts: (V,) int64 training events of each item.
 
     >>> popularity_buckets(torch.tensor([1, 6, 0, 3, 2])).tolist()
     [2, 0, 2, 1, 2]
@@ -376,18 +339,3 @@ def _lengths_of(ranks: Tensor, lengths: Tensor | None) -> Tensor:
             f"{len(ranks)}; pass one rank for each target"
         )
     return lengths
-
-
-def _lists_of(items: Tensor, k: int) -> Tensor:
-    if items.dim() != 2 or items.shape[1] < k:
-        raise ValueError(
-            f"items must be of shape (B, {k}) or longer, got {tuple(items.shape)}; "
-            "ask the ranking for more items"
-        )
-    return items[:, :k]
-
-
-def _require_positive(k: int) -> int:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}; a list needs a place")
-    return k

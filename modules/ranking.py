@@ -1,7 +1,7 @@
 """Exact ranking of the whole catalog over a row-sharded table.
 
-The states of all ranks travel in chunks; each rank scores its own rows in blocks, so that nothing
-of size (states x V) exists; candidates and counts travel back. Scores are float32, and equal scores
+States are all-gathered in chunks, each rank scores its own rows in tiles, and the candidates return
+to the rank that owns the state: no (B, V) scores are stored. Scores are float32, and equal scores
 rank by the lower item index.
 """
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.select import top_lowest
-from shardrec.modules.ranking_exchange import Ragged, Ranks, real_rows, rounds
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.ranking_shard import (
     Blocks,
     LocalRows,
-    own_scores,
-    shard_counts,
+    Ragged,
+    Ranks,
+    real_rows,
+    rounds,
     shard_top,
 )
-from shardrec.modules.shard import RowShard
 
-__all__ = ["Blocks", "Ragged", "ranks_in_lists", "target_ranks", "top_items"]
+__all__ = ["Blocks", "Ragged", "ranks_in_lists", "top_items"]
 
 
 @torch.no_grad()
@@ -44,19 +45,19 @@ def top_items(
         shard: the table; rows beyond ``shard.num_rows`` are padding and never returned.
         k: length of the lists, the same on every rank.
         seen: items of each state that must not be returned.
-        keep: items of each state that are returned all the same, although ``seen`` names them
-            (the targets of an evaluation).
-        allowed: (V,) bool, the same on every rank; items that may be returned at all.
-        blocks: how much is worked on at a time; the same on every rank.
+        keep: items of each state that are returned even if ``seen`` lists them (the targets of an
+            evaluation).
+        allowed: (V,) bool, the same on every rank; False excludes an item from every list.
+        blocks: block sizes, the same on every rank.
 
     Returns:
         Scores (B, k) float32 and items (B, k) int64. Where fewer than ``k`` items are left,
         the list ends with score -inf and item -1.
 
     Raises:
-        ValueError: an argument does not fit, or a score is not a number; on every rank.
+        ValueError: an argument does not fit, or a score is NaN; on every rank.
 
-    Collectives: gathers and all-to-alls on ``shard.group``; ranks without states call it too.
+    Collectives: all-gathers and all-to-alls on ``shard.group``; ranks without states call it too.
     """
     ranks = Ranks(shard.group)
     blocks = blocks or Blocks()
@@ -73,73 +74,20 @@ def top_items(
         scores.append(best)
         items.append(ranks.send_back(found_items, sizes).gather(1, order))
     joined = torch.cat([states.new_empty(0, k, dtype=torch.float32), *scores])
-    joined_items = torch.cat([_no_items(states, k), *items])
+    joined_items = torch.cat([states.new_empty(0, k, dtype=torch.int64), *items])
     ranks.require_numbers(joined)
     return joined, joined_items.masked_fill_(joined == -math.inf, -1)
 
 
-@torch.no_grad()
-def target_ranks(
-    states: Tensor,
-    shard: RowShard,
-    targets: Tensor | Ragged,
-    *,
-    seen: Ragged | None = None,
-    allowed: Tensor | None = None,
-    blocks: Blocks | None = None,
-) -> Tensor:
-    """The exact rank of each target in the whole catalog; 0 is the best.
-
-    A rank is the number of items with a higher score, or an equal one and a lower index, that are
-    not hidden. Neither ``seen`` nor ``allowed`` hides the target itself; ``seen`` hides no target.
-
-    Args:
-        states: (B, D) float; B differs by rank and may be 0.
-        shard: the table.
-        targets: (B,) int64, or several for each state as values (T,) and lengths (B,).
-        seen: items of each state that are left out.
-        allowed: (V,) bool, the same on every rank; other items are left out.
-        blocks: how much is worked on at a time; the same on every rank.
-
-    Returns:
-        (T,) int64 in the order of the targets.
-
-    Raises:
-        ValueError: an argument does not fit, or a target's score is not a number; on every rank.
-
-    Collectives: gathers and sums on ``shard.group``; ranks without states call it too.
-    """
-    ranks = Ranks(shard.group)
-    wanted = (targets, torch.ones_like(targets)) if isinstance(targets, Tensor) else targets
-    blocks = blocks or Blocks()
-    refusal = _refusal(states, shard, 1, {"seen": seen, "targets": wanted}, allowed)
-    counts = ranks.agree(states, shard, refusal, (0, seen is None, blocks.states))
-    local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
-    pairs = _without(seen, wanted, shard.num_rows)
-    result, met = [], []
-    for start, sizes in rounds(counts, blocks.states):
-        chunk = ranks.gather(states, sizes, start).float()
-        seen_pairs = None if pairs is None else ranks.gather_ragged(pairs, sizes, start)
-        target_pairs = ranks.gather_ragged(wanted, sizes, start)
-        thresholds = ranks.sum(own_scores(local, chunk, target_pairs))
-        above = shard_counts(local, chunk, seen_pairs, target_pairs, thresholds, blocks)
-        owned = ranks.owned(target_pairs[1], sizes)
-        result.append(ranks.sum(above)[owned])
-        met.append(thresholds[owned])
-    ranks.require_numbers(torch.cat([states.new_empty(0), *met]))
-    return torch.cat([_no_items(states), *result])
-
-
 def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
-    """Ranks of targets inside recommended lists; ``missing`` for those that are not there.
+    """Ranks of targets in recommended lists, 0 the best; ``missing`` for targets not in the list.
 
-    With lists of k items this is all that metrics at k or less need: one pass over the catalog
-    instead of two.
+    Lists of k items are enough for all metrics at k or less.
 
     Args:
         items: (B, k) int64 from `top_items` (with ``keep=targets`` where seen items are hidden).
         targets: values (T,) and lengths (B,).
-        missing: the rank to report beyond the list, such as the number of items.
+        missing: rank of a target that is not in its list, such as the number of items.
 
     Returns:
         (T,) int64.
@@ -156,12 +104,8 @@ def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
     return place.masked_fill_(~hits.any(1), missing)
 
 
-def _no_items(like: Tensor, *width: int) -> Tensor:
-    return torch.empty(0, *width, dtype=torch.int64, device=like.device)
-
-
 def _without(seen: Ragged | None, keep: Ragged | None, num_rows: int) -> Ragged | None:
-    """``seen`` without the pairs (state, item) that ``keep`` names too.
+    """``seen`` without the (state, item) pairs that are also in ``keep``.
 
     >>> seen = torch.tensor([5, 7, 5]), torch.tensor([2, 1])
     >>> _without(seen, (torch.tensor([7, 7]), torch.tensor([1, 1])), num_rows=10)
@@ -182,7 +126,7 @@ def _refusal(
     ragged: dict[str, Ragged | None],
     allowed: Tensor | None,
 ) -> str | None:
-    """What is wrong with the arguments, if anything."""
+    """The error message for the arguments; None if they are valid."""
     if k < 1:
         return f"k must be at least 1, got {k}; ask for at least one item"
     if states.dim() != 2 or states.shape[1] != shard.rows.shape[1]:
@@ -193,7 +137,7 @@ def _refusal(
     if allowed is not None and (allowed.dtype, len(allowed)) != (torch.bool, shard.num_rows):
         return (
             f"allowed must be bool of length {shard.num_rows}, got {allowed.dtype} of length "
-            f"{len(allowed)}; give one answer for every item"
+            f"{len(allowed)}; pass one value for each item"
         )
     messages = (_ragged_refusal(name, pair, states, shard) for name, pair in ragged.items())
     return next((message for message in messages if message), None)

@@ -1,7 +1,13 @@
-"""What one rank does with its own rows when a catalog is ranked; no collectives.
+"""Ranking on one shard: the search of its own rows, and the collectives before and after it.
 
-Scores are kept with rows first and states last, so that reductions over rows run along contiguous
-memory. They exist for one tile of rows at a time.
+The phases of a ranking, chunk by chunk of states:
+1. `Ranks.agree`: all ranks check their arguments together and learn each other's number of states.
+2. `Ranks.gather` and `gather_ragged`: all-gather of the chunk's states and of their seen items.
+3. `shard_top`: scores of a tile of rows at a time, hidden ones set to -inf, the best k kept.
+4. `Ranks.send_back`: all-to-all of the candidates; the rank that owns a state merges them.
+
+Scores are stored with rows first and states last, so that reductions over rows run along contiguous
+memory.
 """
 
 from __future__ import annotations
@@ -11,31 +17,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.select import GROUP, TopSearch
-from shardrec.modules.ranking_exchange import Ragged
+from shardrec.kernels.shard import RowShard
 
-__all__ = ["Blocks", "LocalRows", "own_scores", "shard_counts", "shard_top"]
+__all__ = ["Blocks", "LocalRows", "Ragged", "Ranks", "real_rows", "rounds", "shard_top"]
+
+Ragged = tuple[Tensor, Tensor]
+"""Items of several users: values (sum of lengths,) int64 and lengths (B,) int64."""
 
 _LEAST_COLUMNS = 16  # narrower products take another path in BLAS and round differently
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """How much is worked on at a time: about ``states * rows`` scores of 4 bytes exist at once.
+    """Block sizes of a ranking: about ``states * rows`` scores of 4 bytes exist at once.
 
     Attributes:
-        states: states of all ranks together that are ranked at a time; more suit a GPU.
-        rows: most rows of a shard that are scored at a time. Fewer are, where 2**20 scores
-            (4 MiB, which stay in a CPU's cache; on a GPU 2**26) are reached before.
+        states: states ranked at a time, over all ranks; a GPU is faster with more.
+        rows: upper limit of the rows of a shard scored at a time. A tile also has at most 2**20
+            scores on a CPU (4 MiB, which stay in the cache) and 2**26 on a GPU.
     """
 
     states: int = 256
     rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Refuse empty blocks, and rows that a float32 count cannot hold."""
+        """Check the ranges."""
         if not (self.states >= 1 and 1 <= self.rows <= 2**24):
             raise ValueError(
                 "blocks must have states >= 1 and rows in [1, 2**24], got "
@@ -50,11 +60,11 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class LocalRows:
-    """This rank's real rows and the local indices of those that may not be recommended."""
+    """This rank's real rows, and which of them may not be recommended."""
 
-    rows: Tensor
+    rows: Tensor  # (R, D)
     first_row: int
-    blocked: Tensor
+    blocked: Tensor  # int64 local indices, rising
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
@@ -66,7 +76,7 @@ class LocalRows:
 
 
 class _Hidden:
-    """The scores that must become -inf, found tile by tile."""
+    """The (row, state) pairs and the rows to set to -inf, sorted by row."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked
@@ -79,7 +89,7 @@ class _Hidden:
         self.bounds = _tile_bounds(self.rows, len(local.rows), tile_rows)
 
     def cover(self, scores: Tensor, start: int) -> None:
-        """Hide what is hidden in the (rows, columns) tile that begins at local row ``start``."""
+        """Set hidden scores to -inf in the (rows, columns) tile that starts at row ``start``."""
         tile = start // self.tile_rows
         low, high = self.bounds[tile], self.bounds[tile + 1]
         if high > low:
@@ -93,148 +103,26 @@ class _Hidden:
 def shard_top(
     local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
-    """Best items of this shard for (M, D) float32 states, equal scores by lower index.
+    """The (M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Returns:
-        (M, k) scores and global items; where the shard has fewer, the scores end in -inf, and
-        where any score is not a number, they begin with NaN.
+    Equal scores rank by the lower index. A list with fewer than k items ends in -inf; a list with
+    any NaN among its scores starts with NaN.
     """
     num_states = len(states)
     states = _widen(states)
     tile = blocks.rows_of_tile(states, len(local.rows))
     search = TopSearch(len(states), k, tile, like=states)
-    for start, scores in _tiles(local, states, seen, blocks):
+    hidden = _Hidden(local, seen, tile)
+    memory = states.new_empty(tile, len(states))  # all tiles share it
+    for start in range(0, len(local.rows), tile):
+        rows = local.rows[start : start + tile]
+        # Autocast leaves a product into given memory alone, so scores stay float32.
+        scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
+        hidden.cover(scores, start)
         search.add(scores, start)
     best, best_rows, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
     return best[:num_states], best_rows[:num_states] + local.first_row
-
-
-def _tiles(
-    local: LocalRows, states: Tensor, seen: Ragged | None, blocks: Blocks
-) -> Iterator[tuple[int, Tensor]]:
-    """First row and (n, M) scores of each tile in row order, hidden scores at -inf.
-
-    All tiles are written to the same memory.
-    """
-    tile = blocks.rows_of_tile(states, len(local.rows))
-    hidden = _Hidden(local, seen, tile)
-    memory = states.new_empty(tile, len(states))
-    for start in range(0, len(local.rows), tile):
-        rows = local.rows[start : start + tile]
-        scores = memory[: len(rows)]
-        torch.mm(rows.float(), states.T, out=scores)
-        hidden.cover(scores, start)
-        yield start, scores
-
-
-def own_scores(local: LocalRows, states: Tensor, targets: Ragged) -> Tensor:
-    """(T,) scores of the targets on this shard, 0 for those elsewhere.
-
-    By a square product and not by dot products, which would round differently from the tiles.
-    """
-    items, columns = targets
-    result = states.new_zeros(len(items))
-    rows = items - local.first_row
-    mine = ((rows >= 0) & (rows < len(local.rows))).nonzero()[:, 0]
-    for first in range(0, len(mine), 64):
-        picked = mine[first : first + 64]
-        padded = picked[torch.arange(64, device=picked.device).clamp(max=len(picked) - 1)]
-        # As the tiles, into memory of its own: autocast leaves such products alone.
-        square = states.new_empty(64, 64)
-        torch.mm(local.rows[rows[padded]].float(), states[columns[padded]].T, out=square)
-        result[picked] = square.diagonal()[: len(picked)]
-    return result
-
-
-def shard_counts(
-    local: LocalRows,
-    states: Tensor,
-    seen: Ragged | None,
-    targets: Ragged,
-    thresholds: Tensor,
-    blocks: Blocks,
-) -> Tensor:
-    """(T,) int64: how many rows of this shard rank before each target."""
-    work = _Targets.of(local, targets, thresholds, len(states))
-    states = _widen(states[work.order])
-    seen = None if seen is None else (seen[0], work.place[seen[1]])
-    tile = blocks.rows_of_tile(states, len(local.rows))
-    bounds = _tile_bounds(work.rows[work.by_row], len(local.rows), tile)
-    memory = states.new_empty(tile, len(states))
-    for start, scores in _tiles(local, states, seen, blocks):
-        work.count(scores, memory[: len(scores)], start)
-        low, high = bounds[start // tile], bounds[start // tile + 1]
-        for first in range(low, high, len(states)):
-            work.count_ties(scores, work.by_row[first : min(first + len(states), high)], start)
-    return torch.empty_like(work.counts).index_copy_(0, work.original, work.counts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Targets:
-    """Targets in layers: the first of every state, then the second of those that have one, ...
-
-    States are ordered by their number of targets, so that layer j is about the first
-    ``layers[j]`` columns of a tile.
-    """
-
-    rows: Tensor  # (T,) local row, outside [0, R) for targets of other shards
-    columns: Tensor  # (T,) place of the state
-    thresholds: Tensor  # (T,) the target's own score
-    thresholds_below: Tensor  # (T,) the next smaller float: "above it" means "at least the score"
-    counts: Tensor  # (T,) int64
-    layers: list[int]
-    original: Tensor  # (T,) index of the target in the caller's order
-    by_row: Tensor  # (T,) targets in order of their rows
-    order: Tensor  # (M,) states by falling number of targets
-    place: Tensor  # (M,) where each state went
-
-    @classmethod
-    def of(cls, local: LocalRows, targets: Ragged, thresholds: Tensor, num_states: int) -> _Targets:
-        items, owners = targets
-        lengths = torch.bincount(owners, minlength=num_states)
-        order = lengths.argsort(descending=True, stable=True)
-        place = torch.empty_like(order).index_copy_(
-            0, order, torch.arange(num_states, device=order.device)
-        )
-        layer = (
-            torch.arange(len(items), device=items.device) - (lengths.cumsum(0) - lengths)[owners]
-        )
-        original = (layer * num_states + place[owners]).argsort()
-        rows, thresholds = (items - local.first_row)[original], thresholds[original]
-        return cls(
-            rows=rows,
-            columns=place[owners][original],
-            thresholds=thresholds,
-            thresholds_below=thresholds.nextafter(thresholds.new_tensor(-math.inf)),
-            counts=torch.zeros_like(items),
-            layers=torch.bincount(layer).tolist(),
-            original=original,
-            by_row=rows.argsort(),
-            order=order,
-            place=place,
-        )
-
-    def count(self, scores: Tensor, below: Tensor, start: int) -> None:
-        """Add the rows of a tile that beat each target; ties too where the tile ends before it."""
-        num_rows = len(scores)
-        limits = torch.where(self.rows >= start + num_rows, self.thresholds_below, self.thresholds)
-        first = 0
-        for width in self.layers:
-            layer = slice(first, first + width)
-            # Counted as "not at most", so that a score that is not a number never helps a target.
-            torch.le(scores[:, :width], limits[layer], out=below[:, :width])
-            self.counts[layer] += num_rows - below[:, :width].sum(0).long()
-            first += width
-
-    def count_ties(self, scores: Tensor, picked: Tensor, start: int) -> None:
-        """Add equal scores at lower rows for targets inside the tile; never the target itself."""
-        rows, thresholds = self.rows[picked] - start, self.thresholds[picked]
-        columns = scores[:, self.columns[picked]]  # (n, picked)
-        lower = torch.arange(len(scores), device=rows.device)[:, None] < rows
-        ties = (lower & (columns == thresholds)).sum(0)
-        itself = columns.gather(0, rows[None])[0] > thresholds
-        self.counts[picked] += ties - itself.long()
 
 
 def _widen(states: Tensor) -> Tensor:
@@ -243,10 +131,106 @@ def _widen(states: Tensor) -> Tensor:
 
 
 def _tile_bounds(sorted_rows: Tensor, num_rows: int, tile: int) -> list[int]:
-    """Where each tile's part of the sorted rows begins, and the end of the last.
+    """Index of each tile's first entry in the sorted rows, and the end of the last tile.
 
     >>> _tile_bounds(torch.tensor([-3, 0, 1, 5, 99]), num_rows=7, tile=3)
     [1, 3, 4, 4]
     """
     edges = list(range(0, num_rows, tile)) + [num_rows]
     return torch.searchsorted(sorted_rows, sorted_rows.new_tensor(edges)).tolist()
+
+
+class Ranks:
+    """The collectives of a ranking; with ``group`` None each returns its input."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Store the group; look up the number of ranks and this rank."""
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def agree(
+        self, states: Tensor, shard: RowShard, refusal: str | None, form: tuple[int, ...]
+    ) -> list[int]:
+        """The number of states on each rank.
+
+        Raises ValueError on every rank when one of them refuses its arguments, when ``form`` (what
+        decides which collectives follow) differs between ranks, or when the shards leave a gap.
+        """
+        num_states = len(states) if states.dim() else 0
+        header = [num_states, len(real_rows(shard)), refusal is not None, *form]
+        table = self.gather(torch.tensor([header], device=states.device), [1] * self.size)
+        if refusal is not None:
+            raise ValueError(refusal)
+        refused = table[:, 2].nonzero().flatten().tolist()
+        if refused:
+            raise ValueError(
+                f"arguments must fit on every rank, got a refusal on ranks {refused}; "
+                "the error there says why"
+            )
+        if (table[:, 3:] != table[0, 3:]).any():
+            raise ValueError(
+                "k, the presence of seen items and blocks must be the same on every rank, got "
+                f"{table[:, 3:].tolist()}; pass the same options everywhere"
+            )
+        if self.group is not None and int(table[:, 1].sum()) != shard.num_rows:
+            raise ValueError(
+                f"the shards of all ranks must hold {shard.num_rows} rows together, got "
+                f"{int(table[:, 1].sum())}; check num_rows and first_row of each RowShard"
+            )
+        return table[:, 0].tolist()
+
+    def gather(self, values: Tensor, sizes: list[int], start: int = 0) -> Tensor:
+        """All-gather in rank order: ``sizes[rank]`` values of each rank, from ``start`` on."""
+        local = values[start : start + sizes[self.rank]]
+        if self.group is None or max(sizes) == 0:
+            return local
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def gather_ragged(self, ragged: Ragged, sizes: list[int], start: int) -> Ragged:
+        """All-gather the items of a chunk of states, and the index in the chunk of each."""
+        values, lengths = ragged
+        first = int(lengths[:start].sum())
+        lengths = self.gather(lengths, sizes, start)
+        per_rank = [int(part.sum()) for part in lengths.split(sizes)]
+        return self.gather(values, per_rank, first), torch.repeat_interleave(lengths)
+
+    def send_back(self, found: Tensor, sizes: list[int]) -> Tensor:
+        """All-to-all: (all states, k) of this shard -> (own states, W * k) of all shards."""
+        if self.group is None:
+            return found
+        own = sizes[self.rank]
+        parts = found.new_empty(self.size * own, found.shape[1])
+        splits = [own] * self.size
+        dist.all_to_all_single(parts, found.contiguous(), splits, sizes, group=self.group)
+        return parts.view(self.size, own, found.shape[1]).transpose(0, 1).flatten(1)
+
+    def require_numbers(self, scores: Tensor) -> None:
+        """Raise ValueError on every rank when any rank has a NaN."""
+        bad = scores.isnan().sum()
+        if self.group is not None:
+            dist.all_reduce(bad, group=self.group)
+        if bad:
+            raise ValueError(
+                f"scores must be numbers, got {int(bad)} NaN; the model or the table has diverged"
+            )
+
+
+def rounds(counts: list[int], num_states: int) -> Iterator[tuple[int, list[int]]]:
+    """First state of each chunk, and the number of its states on each rank.
+
+    >>> list(rounds([3, 0], num_states=4))
+    [(0, [2, 0]), (2, [1, 0])]
+    """
+    share = max(1, num_states // len(counts))
+    for start in range(0, max(counts), share):
+        yield start, [min(max(count - start, 0), share) for count in counts]
+
+
+def real_rows(shard: RowShard) -> Tensor:
+    """(R, D) rows of a shard without the padding at the table's end; no gradient."""
+    return shard.rows.detach()[: max(0, shard.num_rows - shard.first_row)]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardrec.modules.shard import RowShard
+from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.measure import Split, measure, open_users
 from shardrec.pipeline.prepared.loader import Prepared

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardrec.modules.shard import RowShard
+from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.measure import Split, measure
 from shardrec.pipeline.prepared.folder import Prepared

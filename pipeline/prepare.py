@@ -1,26 +1,29 @@
-"""The prepare stage: an event log in, a folder of sequences, splits and a manifest out.
+"""The prepare stage: turn an event log into a folder of sequences, splits and a manifest.
+
+The phases: sort the log; find the cut times; choose the catalog; find each user's cuts; count the
+training events; assign the item indices; write items and sequences; write the manifest.
 
 Splits:
 
-* ``temporal`` (default): events from one global time on are for testing. Counts, popularity,
+* ``temporal`` (default): events from one global time on are for the test. Counts, popularity,
   filters and training sequences come from earlier events only. Validation is by users (the default:
-  one in ten gives up the last event before the test part, so that training still sees the newest
+  the last event before the test part of one user in ten, so that training still has the newest
   weeks) or by time (the part just before the test part, for all users: training ends earlier).
 * ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
-  than three events only train. There is no clock in it: filters count the whole log.
+  than three events only train. Times give the order only: filters count the whole log.
 
-Targets are the user's ``last`` held-out event, with everything before it as history, or ``all`` of
-them, with what precedes the split as history. Items first seen after the split stay in the catalog
-with count 0 (unless ``min_item_events`` asks for training events), and users without history before
-it are counted and left out. Events of one user at one time keep the order of the log.
+Targets are the user's ``last`` held-out event, with all events before it as history, or ``all`` of
+them, with the events before the split as history. Items first seen after the split stay in the
+catalog with count 0 (unless ``min_item_events`` requires training events), and users without
+history before it are counted and left out. Events of one user at one time keep the order of the
+log.
 
-The day after, ``items`` names the ``items.parquet`` of an earlier folder, whose items keep their
-indices: see ``former_items.py``.
+To prepare a newer log, pass the ``items.parquet`` of the earlier folder as ``items``: its items
+keep their indices (``log/item_indices.py``).
 """
 
 import contextlib
 import dataclasses
-import datetime
 import errno
 import logging
 import os
@@ -38,13 +41,7 @@ from shardrec.pipeline.log.config import MAX_THREADS, PrepareConfig
 from shardrec.pipeline.log.item_indices import FormerItems, index_order
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
-from shardrec.pipeline.log.split import (
-    Cuts,
-    count_items,
-    leave_one_out_cuts,
-    temporal_cuts,
-    training_counts,
-)
+from shardrec.pipeline.log.split import Cuts, split_log, training_counts
 from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.outputs.staging import settle, staged_folder
 from shardrec.pipeline.prepared.balance import describe_uneven_load, loads
@@ -64,11 +61,11 @@ _WITHOUT_EFFECT = ("events", "output", "items", "memory_limit", "threads", "forc
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preparation:
-    """What ``prepare_once`` wrote, or found already written.
+    """The result of ``prepare_once``.
 
     Attributes:
         manifest: of the output folder.
-        is_new: False where the output was there and nothing had to be done.
+        is_new: False if the output was complete already.
         seconds: wall time.
     """
 
@@ -78,30 +75,30 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """The manifest of ``config.output``, prepared now or before: see ``prepare_once``."""
+    """The manifest of ``config.output``; see ``prepare_once``."""
     return prepare_once(config).manifest
 
 
 def prepare_once(config: PrepareConfig) -> Preparation:
-    """Prepare a log for training; does nothing when the result is there already.
+    """Prepare a log for training, unless the same result exists already.
 
-    The output appears whole, by a rename, or not at all; with ``force`` what was there stays until
-    then.
+    The output is complete or absent: it appears by a rename. With ``force`` the earlier output
+    stays until then.
 
     Args:
         config: what to read, how to split, where to write.
 
     Returns:
-        The manifest of ``config.output``, and whether there was something to do.
+        The manifest of ``config.output``, and whether it is new.
 
     Raises:
         FileNotFoundError: there is no log, or no file of former items.
         FileExistsError: the output folder holds something else.
-        ValueError: the log or the former items break the contract; the message names file, row
-            group and column.
+        ValueError: the log or the former items are invalid; the message names file, row group and
+            column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
-        PermissionError: nothing can be written beside the output folder.
+        PermissionError: the folder above the output is not writable.
     """
     started = time.monotonic()
     log = EventLog.open(config.events, config.columns())
@@ -152,7 +149,7 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         raise OSError(
             error.errno,
             "the disk of the output must have room for a copy of the log, its sorted columns and "
-            f"the result, got {error.strerror} beside {output!r}; free some space, what was there "
+            f"the result, got {error.strerror} at {output!r}; free some space, what was there "
             "before is as it was",
         ) from error
 
@@ -174,26 +171,16 @@ def _prepare(config: PrepareConfig, log: EventLog, former: FormerItems | None) -
 def _write(
     config: PrepareConfig, source: dict[str, Any], log: EventLog, events: SortedLog, folder: Path
 ) -> Manifest:
-    test_time, validation_time = _cut_times(config, log, events)
-    item_kept = _kept_items(config, events, test_time)
-    cuts = _cuts(config, events, item_kept, test_time, validation_time)
+    cuts = split_log(events, config, log.time_type)
     counts = training_counts(events, cuts)
-    catalog = np.flatnonzero(item_kept)
+    catalog = np.flatnonzero(cuts.item_kept)
     order = index_order(counts, catalog, events.former, config.rebalance)
-    item_index = np.zeros(len(item_kept), np.int64)
+    item_index = np.zeros(len(counts), np.int64)
     item_index[order] = np.arange(len(order))
     files = [write_items(folder, events.item_ids, order, counts)]
     if config.rebalance and events.former is not None:
         files.append(write_item_map(folder, events.former, item_index))
-    written = write_sequences(
-        folder,
-        events,
-        cuts,
-        item_index,
-        counts,
-        last_target_only=config.targets == "last",
-        group_rows=config.sequences_per_row_group,
-    )
+    written = write_sequences(folder, events, cuts, item_index, counts, config)
     _check_written(config, written)
     uneven = describe_uneven_load(counts[order])
     if uneven:
@@ -207,8 +194,8 @@ def _write(
             "kind": config.split,
             "targets": config.targets,
             "validation": config.validation,
-            "test_time": test_time,
-            "validation_time": validation_time,
+            "test_time": cuts.test_time,
+            "validation_time": cuts.validation_time,
         },
         counts=_counts(log, events, cuts, counts) | written.counts,
         quantiles={
@@ -217,95 +204,6 @@ def _write(
         },
         load_per_rank=loads(counts[order]),
         files=(*files, *written.files),
-    )
-
-
-def _cut_times(
-    config: PrepareConfig, log: EventLog, events: SortedLog
-) -> tuple[int | None, int | None]:
-    """First time of the test part and of the validation part, where the split has them."""
-    if config.split == "leave_one_out":
-        return None, None
-    first, last = events.time_range()
-    test = _cut("test", config.test_time, config.test_quantile or 0.9, log, events)
-    if not first < test <= last:
-        raise ValueError(
-            f"the test part must start after the first and not after the last time of the log "
-            f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
-            "split=leave_one_out where the times are an order only"
-        )
-    if config.validation != "time":
-        return test, None
-    quantile = config.validation_quantile or 0.8
-    validation = _cut("validation", config.validation_time, quantile, log, events)
-    if not first < validation < test:
-        raise ValueError(
-            f"the validation part must start after {first} and before the test part at {test}, "
-            f"got {validation}; set validation_time or validation_quantile"
-        )
-    return test, validation
-
-
-def _cut(
-    name: str, time: int | str | None, quantile: float, log: EventLog, events: SortedLog
-) -> int:
-    if time is None:
-        return events.time_at(quantile)
-    if isinstance(time, int):
-        return time
-    if log.time_type != "timestamp[us]":
-        raise ValueError(
-            f"{name}_time must be a number because the log's times are, got {time!r}; "
-            "give it in the log's unit"
-        )
-    try:
-        moment = datetime.datetime.fromisoformat(time)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}_time must be ISO text or a number, got {time!r}; say 2024-01-31"
-        ) from error
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(microseconds=1)
-
-
-def _kept_items(config: PrepareConfig, events: SortedLog, test_time: int | None) -> Array:
-    if config.min_item_events == 0:
-        kept: Array = np.ones(len(events.item_ids), bool)
-    else:
-        kept = count_items(events, test_time) >= config.min_item_events
-    if events.former is not None:
-        kept |= events.former >= 0
-    if kept.sum() < 2:
-        raise ValueError(
-            f"the catalog must have at least 2 items, got {int(kept.sum())}; "
-            "check item_column and lower min_item_events"
-        )
-    return kept
-
-
-def _cuts(
-    config: PrepareConfig,
-    events: SortedLog,
-    item_kept: Array,
-    test_time: int | None,
-    validation_time: int | None,
-) -> Cuts:
-    num_users = 0 if config.validation == "none" else config.validation_users
-    if test_time is None:
-        return leave_one_out_cuts(
-            events,
-            item_kept,
-            min_user_events=config.min_user_events,
-            validation_users=num_users,
-        )
-    return temporal_cuts(
-        events,
-        item_kept,
-        test_time=test_time,
-        validation_time=validation_time,
-        min_user_events=config.min_user_events,
-        validation_users=num_users,
     )
 
 

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from shardrec.pipeline.config import from_json, to_json
 from shardrec.pipeline.log.generator import (
     TOP,
-    Block,
     Floats,
+    GeneratedBlock,
     Ints,
     SynthConfig,
     World,
@@ -175,7 +175,7 @@ class _Judge:
         self.events = 0
         self.samples: list[tuple[Ints, Ints, Ints, Ints]] = []
 
-    def observe(self, block: Block) -> None:
+    def observe(self, block: GeneratedBlock) -> None:
         """Count a block; the sampled users' last events stay out of every count."""
         config = self.world.config
         last = self._sampled(block.user[block.last])

@@ -50,7 +50,7 @@ class LossCost:
     Attributes:
         touched_rows: rows of this shard that get a gradient.
         is_dense: whether that gradient is (R, D) and not one vector a touched row.
-        workspace_bytes: most memory beside states and the rows' gradient, in forward or backward.
+        workspace_bytes: most memory in addition to states and the rows' gradient, in either pass.
         work: of its kernels, forward and backward.
         received: bytes that arrive from other ranks, by what they are.
         table_bytes: of what its proposal keeps from step to step.
@@ -125,7 +125,7 @@ def accumulator_bytes(rows: int, work: Workload) -> int:
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:
-    """How many of ``num_items`` are met, on average, in uniform draws.
+    """Expected number of distinct items in uniform draws of ``num_items``.
 
     Example:
         >>> expected_distinct(1, 10), expected_distinct(1e9, 10), expected_distinct(1000, 1000)

@@ -52,7 +52,7 @@ def fused_cross_entropy(
     """Sum over this rank's positions of coefficient times loss, and its gradients.
 
     The workspace is one group of logits, at most 16 MiB twice, and two chunks of states: those of
-    a chunk travel while the groups of the one before are worked on.
+    a chunk are in flight while the groups of the one before are worked on.
 
     Args:
         inputs: The batch and the table.
@@ -65,7 +65,7 @@ def fused_cross_entropy(
 
     Collectives: per chunk of positions a gather of states, targets and coefficients and a
     reduce-scatter of state gradients, per group of a chunk a gather of two numbers a
-    position, which travel beside a product.
+    position, in flight during a product.
     """
     states, rows, layout = inputs.states, inputs.scaled_rows(), inputs.layout
     grad_states = Gradients(inputs.ranks, states.new_empty(states.shape))

@@ -8,13 +8,13 @@ __all__ = ["Workload", "num_chunks", "row_traffic", "sends_fewer_bytes", "state_
 MIB = 1 << 20
 # States of a chunk: at most these are in memory for one chunk of positions.
 MOST_CHUNK_BYTES = 16 * MIB
-# Smaller chunks cost more than is saved by what travels beside the work of another. For the full
+# Smaller chunks cost more than is saved by sending one while another is worked on. For the full
 # softmax a chunk costs a few calls: on two CPU ranks (N=8,192, D=128) four took as long as one. A
 # list of blocks is made for every chunk and its blocks get smaller: there four chunks of 1 MiB took
 # 1.3 (sce), 1.5 (cce_minus) and 1.9 (rece) times as long as one, against some ms saved.
 LEAST_FULL_BYTES = MIB
 LEAST_LISTED_BYTES = 8 * MIB
-# With so many chunks at most a quarter of the states travels before there is work to do.
+# With so many chunks at most a quarter of the states is sent before there is work to do.
 LEAST_CHUNKS = 4
 
 
@@ -52,15 +52,15 @@ class Workload:
 
 
 def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
-    """In how many chunks the states of all ranks travel.
+    """In how many chunks the states of all ranks are sent.
 
     As many as keep a chunk within ``MOST_CHUNK_BYTES``, and ``LEAST_CHUNKS`` where none of them
-    falls below the least that pays: then most of the states travel while others are worked on.
+    falls below the least that pays: then most of the states are sent while others are worked on.
 
     Args:
         num_positions: N over all ranks.
         state_bytes: Of one state.
-        listed: Whether blocks are listed for every chunk; else it meets all rows.
+        listed: Whether blocks are listed for every chunk; else it is compared with all rows.
 
     >>> [num_chunks(n, 256, listed=False) for n in (1_000, 10_000, 20_000, 1_000_000)]
     [1, 2, 4, 16]
@@ -77,7 +77,7 @@ def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:
 
     Args:
         work: The step.
-        gathers: How often the states travel; 2 where backward asks for them again.
+        gathers: How often the states are sent; 2 where backward needs them again.
     """
     others = work.num_positions * (1 - 1 / work.num_ranks) * work.width
     name = "states, twice" if gathers == 2 else "states"
@@ -85,12 +85,12 @@ def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:
 
 
 def row_traffic(work: Workload, shared: float, fetched: float) -> dict[str, float]:
-    """Bytes of rows and their gradients that a rank receives where the states stay, by name.
+    """Bytes of rows and their gradients that a rank receives where rows are fetched, by name.
 
     Args:
         work: The step.
         shared: Rows that every rank needs.
-        fetched: Rows that this rank needs besides, of any shard.
+        fetched: Further rows that this rank alone needs, of any shard.
     """
     vectors = (shared + fetched) * (1 - 1 / work.num_ranks) * work.width
     return {"candidates": work.element_bytes * vectors, "gradients of candidates": 4 * vectors}

@@ -1,4 +1,4 @@
-"""The columns of an event log: their types checked in the footer, their values as they are read."""
+"""Check the column types of an event log in its footers, and its values as they are read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.prepared.parquet_files import is_text, value_type
 
 _MICROSECONDS = pa.timestamp("us")
 _ZONE = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
@@ -15,13 +16,15 @@ _FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EventColumns:
-    """Which columns of the log to read.
+    """Names of the columns of the log to read.
 
     Attributes:
-        user, item, time: names of the columns every log has.
-        event: column that ``event_types`` selects from, or None to read every row.
+        user: user ids.
+        item: item ids.
+        time: event times.
+        event: event types; None reads every row.
         event_types: values of ``event`` to keep.
-        weight: column of position weights, or None.
+        weight: weights of the targets, or None.
     """
 
     user: str
@@ -32,19 +35,19 @@ class EventColumns:
     weight: str | None = None
 
     def options(self) -> dict[str, str]:
-        """The columns to read, by the option that names each, in a fixed order."""
+        """The column names by the option that sets each, in a fixed order."""
         asked = {"user": self.user, "item": self.item, "time": self.time}
         asked |= {} if self.event is None else {"event": self.event}
         asked |= {} if self.weight is None else {"weight": self.weight}
         return {f"--{role}-column": name for role, name in asked.items()}
 
     def names(self) -> list[str]:
-        """The columns to read, each once, in a fixed order."""
+        """The column names without repetition, in a fixed order."""
         return list(dict.fromkeys(self.options().values()))
 
 
 def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
-    """Refuse a file that lacks a column, has it twice, or has event types of no single value."""
+    """Raise ValueError for a missing column, a repeated one, or event types of a nested type."""
     for option, name in columns.options().items():
         count = schema.names.count(name)
         if not count:
@@ -60,10 +63,10 @@ def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
 def same_kind(
     schemas: Mapping[str, pa.Schema], name: str, kind: Callable[[pa.DataType, str, str], str]
 ) -> str:
-    """What ``kind`` says of the column in every file.
+    """The kind of a column, which must be the same in all files.
 
     Raises:
-        ValueError: it says different things, or raises itself.
+        ValueError: two files differ, or ``kind`` refuses the type in one of them.
     """
     kinds = {path: kind(schema.field(name).type, name, path) for path, schema in schemas.items()}
     first = next(iter(kinds))
@@ -76,24 +79,12 @@ def same_kind(
     return kinds[first]
 
 
-def id_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    """What ids are kept as: "int64" or "string"."""
-    value = _value_type(dtype)
-    if pa.types.is_integer(value):
-        return "int64"
-    if _is_text(value):
-        return "string"
-    raise ValueError(
-        f"column {name!r} of {path!r} must be integer or string, got {dtype}; convert the ids"
-    )
-
-
 def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    """What times are: "int64", of a unit that we do not know, or "timestamp[us]"."""
-    value = _value_type(dtype)
+    """The kind of times: "int64", of an unknown unit, or "timestamp[us]"."""
+    value = value_type(dtype)
     if pa.types.is_integer(value) or pa.types.is_floating(value):
         return "int64"
-    if pa.types.is_timestamp(value) or pa.types.is_date(value) or _is_text(value):
+    if pa.types.is_timestamp(value) or pa.types.is_date(value) or is_text(value):
         return "timestamp[us]"
     raise ValueError(
         f"column {name!r} of {path!r} must be integer, timestamp, date or ISO text, got {dtype}; "
@@ -102,7 +93,7 @@ def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
 
 
 def weight_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    """What weights are: "float"."""
+    """The kind of weights: "float" for every numeric type."""
     if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
         return "float"
     raise ValueError(
@@ -112,7 +103,7 @@ def weight_kind(dtype: pa.DataType, name: str, path: str) -> str:
 
 def _check_event_type(dtype: pa.DataType, name: str, path: str) -> None:
     try:
-        pc.cast(pa.array([], _value_type(dtype)), pa.string())
+        pc.cast(pa.array([], value_type(dtype)), pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"column {name!r} of {path!r} must hold single values such as text or integers, got "
@@ -120,26 +111,12 @@ def _check_event_type(dtype: pa.DataType, name: str, path: str) -> None:
         ) from error
 
 
-def _value_type(dtype: pa.DataType) -> pa.DataType:
-    return dtype.value_type if pa.types.is_dictionary(dtype) else dtype
-
-
-def _is_text(dtype: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or dtype == pa.string_view()
-    )
-
-
 def read_ids(column: pa.ChunkedArray, kind: str, place: str) -> pa.ChunkedArray:
-    """The ids as int64 of 0 or more, or as strings.
-
-    Args:
-        column: as stored.
-        kind: what ``id_kind`` says.
-        place: file, row group and column, for messages.
+    """The ids as non-negative int64 or as strings, by ``kind`` ("int64" or "string").
 
     Raises:
-        ValueError: an id is null, negative, beyond int64, or not UTF-8.
+        ValueError: an id is null, negative, beyond int64, or not UTF-8; the message starts with
+            ``place``.
     """
     _check_no_nulls(column, place)
     if kind == "string":
@@ -148,7 +125,7 @@ def read_ids(column: pa.ChunkedArray, kind: str, place: str) -> pa.ChunkedArray:
         column = pc.cast(column, pa.int64())
     except pa.ArrowInvalid as error:
         raise ValueError(
-            f"{place} must fit into int64, got {first_line(error)}; store such ids as strings"
+            f"{place} must fit into int64, got {short_message(error)}; store such ids as strings"
         ) from error
     low = pc.min(column).as_py()
     if low is not None and low < 0:
@@ -160,10 +137,10 @@ def read_ids(column: pa.ChunkedArray, kind: str, place: str) -> pa.ChunkedArray:
 
 
 def read_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """The values as strings, nulls as nulls.
+    """The values as strings; nulls stay nulls.
 
     Raises:
-        ValueError: a value is not UTF-8; Parquet does not promise that it is.
+        ValueError: a value is not UTF-8, which Parquet does not guarantee.
     """
     unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
     text = pc.cast(column, options=unchecked)
@@ -187,26 +164,24 @@ def _first_invalid(text: pa.ChunkedArray) -> bytes | None:
 
 
 def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bool]:
-    """The times as int64, in microseconds since 1970 where they are no numbers.
+    """The times as int64, and whether any was rounded down to microseconds.
 
-    Text without an offset is taken for UTC, as timestamps without a zone are.
-
-    Returns:
-        The times, and whether some were finer than microseconds, which is cut off.
+    Numbers stay as they are; timestamps, dates and text become microseconds since 1970. Without a
+    zone or offset they are in UTC.
 
     Raises:
-        ValueError: a time is null, a fraction, beyond the range, or cannot be read.
+        ValueError: a time is null, a fraction, out of range, or cannot be parsed.
     """
     _check_no_nulls(column, place)
-    dtype = _value_type(column.type)
+    dtype = value_type(column.type)
     try:
         plain = pc.cast(column, dtype)
         if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
             return pc.cast(plain, pa.int64()), False
-        return _parse(read_text(plain, place)) if _is_text(dtype) else _whole_microseconds(plain)
+        return _parse(read_text(plain, place)) if is_text(dtype) else _whole_microseconds(plain)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(
-            f"{place} must hold times, got {first_line(error)}; use whole numbers, timestamps, "
+            f"{place} must hold times, got {short_message(error)}; use whole numbers, timestamps, "
             "dates or text such as 2024-01-31T08:00:00 (Z or +02:00 may follow)"
         ) from error
 
@@ -214,7 +189,7 @@ def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bo
 def _parse(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
     try:
         return pc.cast(pc.cast(text, _MICROSECONDS), pa.int64()), False
-    except pa.ArrowInvalid:  # some have an offset or more decimals
+    except pa.ArrowInvalid:  # Arrow parses neither offsets nor more than six decimals here.
         short = pc.replace_substring_regex(text, _FINER_THAN_MICROSECONDS, r"\1")
     has_zone, null = pc.match_substring_regex(short, _ZONE), pa.scalar(None, pa.string())
     zoned = pc.cast(pc.if_else(has_zone, short, null), pa.timestamp("us", tz="UTC"))
@@ -224,10 +199,10 @@ def _parse(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
 
 
 def _whole_microseconds(stamps: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
-    """Of timestamps and dates, rounded down."""
+    """Timestamps and dates in microseconds since 1970, rounded down."""
     if not pa.types.is_timestamp(stamps.type):
         return pc.cast(pc.cast(stamps, _MICROSECONDS), pa.int64()), False
-    counts = pc.cast(stamps, pa.int64())  # a zone changes nothing: the counts are of UTC
+    counts = pc.cast(stamps, pa.int64())  # in UTC, whatever the zone
     given = pc.cast(counts, pa.timestamp(stamps.type.unit))
     floored = given
     if stamps.type.unit == "ns":
@@ -239,7 +214,7 @@ def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """The weights as float32.
 
     Raises:
-        ValueError: one is null, negative or not finite.
+        ValueError: a weight is null, negative or not finite.
     """
     _check_no_nulls(column, place)
     weights = pc.cast(column, pa.float32(), safe=False)
@@ -247,8 +222,7 @@ def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     if pc.any(wrong).as_py():
         value = weights.filter(wrong)[0].as_py()
         raise ValueError(
-            f"{place} must hold finite weights of 0 or more, got {value}; "
-            "correct or drop those rows"
+            f"{place} must hold finite weights of 0 or more, got {value}; fix or drop those rows"
         )
     return weights
 
@@ -260,6 +234,6 @@ def _check_no_nulls(column: pa.ChunkedArray, place: str) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    """Of the message."""
+def short_message(error: Exception) -> str:
+    """The first line of the error's message."""
     return str(error).split("\n", 1)[0]

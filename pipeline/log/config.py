@@ -1,4 +1,4 @@
-"""Options of the prepare stage, checked: ranges, and no option that the others switch off."""
+"""Options of the prepare stage, with their ranges and combinations checked."""
 
 import dataclasses
 import itertools
@@ -19,37 +19,37 @@ class PrepareConfig:
 
     Attributes:
         events: Parquet file, folder, glob, or URI that pyarrow opens.
-        output: folder to write; it must not exist, or hold the same result already.
-        user_column, item_column, time_column: names in the log. Ids are integers of 0 or more, or
-            strings; times are whole numbers, timestamps, dates or ISO text, in UTC unless they say
-            their offset, and rounded down to microseconds.
+        output: folder to write; it must be new, or hold the same result.
+        user_column, item_column, time_column: names in the log. Ids are non-negative integers or
+            strings; times are whole numbers, timestamps, dates or ISO text, in UTC unless they have
+            an offset, and rounded down to microseconds.
         event_column: column that ``event_types`` selects from.
-        event_types: values of ``event_column`` to keep; the others are counted and left out.
-        weight_column: numbers of 0 or more that multiply the loss of the event as a target.
+        event_types: values of ``event_column`` to keep; other events are counted and left out.
+        weight_column: non-negative numbers that multiply the loss of the event as a target.
         split: "temporal" or "leave_one_out".
         test_quantile: share of the events, in global time order, before the test part (0.9).
-        test_time: instead, the first time of the test part: a number, or ISO text where the log has
-            timestamps (numbers then are microseconds).
+        test_time: instead, the first time of the test part: a number, or ISO text if the log has
+            timestamps (numbers are then microseconds).
         validation: "users", "time" (temporal split only), or "none".
-        validation_users: with "users", how many; by default all for leave_one_out, else one in ten
-            and at most 10,000.
+        validation_users: with "users", how many; by default all for leave_one_out, else one in
+            ten, at most 10,000.
         validation_quantile: with "time", share of the events before the validation part (0.8).
         validation_time: instead, the first time of the validation part.
         targets: "last" or "all" held-out events of a user.
         min_user_events: events a user needs before the test part (leave_one_out: in all).
         min_item_events: events an item needs before the test part (leave_one_out: in all); counted
             before users are dropped.
-        keep_duplicates: keep events that repeat another one in every column read.
-        items: items.parquet of an earlier prepared folder: its items keep their indices, whether
-            this log has them or not and whatever min_item_events says; new items follow them.
+        keep_duplicates: keep events that equal another one in every column read.
+        items: items.parquet of an earlier prepared folder: its items keep their indices, even if
+            this log or min_item_events would leave them out; new items get the next indices.
         rebalance: with items, give every item a new index that spreads popular items evenly, and
             write item_map.parquet (former_item, item), which train --init-from applies.
         sequences_per_row_group: rows of a row group in train, validation and test.
         seed: of the users' order.
         memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
-        threads: of DuckDB, at most 256; by default as many as this process may use.
-        force: prepare again whatever is there; a prepared folder in output is replaced as a whole,
-            and only when the new one is complete. Anything else is never replaced.
+        threads: of DuckDB, at most 256; by default all CPUs available to this process.
+        force: prepare again; a prepared folder in output is replaced as a whole once the new one is
+            complete. Anything else is never replaced.
     """
 
     events: str
@@ -80,7 +80,7 @@ class PrepareConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Check ranges, and refuse options that would be ignored."""
+        """Check ranges, and refuse options that would have no effect."""
         _check_choice("split", self.split, ("temporal", "leave_one_out"))
         _check_choice("validation", self.validation, ("users", "time", "none"))
         _check_choice("targets", self.targets, ("last", "all"))
@@ -97,7 +97,7 @@ class PrepareConfig:
             )
         if not re.fullmatch(r"\d{1,6}(\.\d+)?\s*[KMGT]i?B", self.memory_limit):
             raise ValueError(
-                f"memory_limit must be a size, got {self.memory_limit!r}; say 512MB or 2GiB"
+                f"memory_limit must be a size, got {self.memory_limit!r}; use 512MB or 2GiB"
             )
 
     def columns(self) -> EventColumns:
@@ -118,13 +118,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_columns(config: PrepareConfig) -> None:
-    """Refuse one column in two roles, but for a rating, which may select events and weigh them."""
+    """Refuse one column in two roles; only a rating may both select events and weigh them."""
     for first, second in itertools.combinations(_COLUMN_OPTIONS, 2):
         name = getattr(config, first)
         may_be_same = name is None or (first, second) == ("event_column", "weight_column")
         if not may_be_same and name == getattr(config, second):
             raise ValueError(
-                f"{second} must be another column than {first}, got {name!r} for both; correct one"
+                f"{second} must be another column than {first}, got {name!r} for both; change one"
             )
 
 
@@ -142,11 +142,11 @@ def _check_numbers(config: PrepareConfig) -> None:
     for name in ("test_quantile", "validation_quantile"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}; say 0.9")
+            raise ValueError(f"{name} must be between 0 and 1, got {value}; use 0.9")
 
 
 def _check_used(config: PrepareConfig) -> None:
-    """Refuse options that the others switch off."""
+    """Refuse options that have no effect with the others."""
     temporal, by_time = config.split == "temporal", config.validation == "time"
     rules = [
         ("test_quantile", temporal, "split=temporal"),

@@ -1,16 +1,16 @@
-"""Generated event logs whose own next-item probabilities are known.
+"""Generate event logs with known next-item probabilities.
 
-Items live in clusters. A user holds a few tastes (clusters); now and then one is forgotten and
-drawn anew (drift). The cluster of the next event comes from one of three places:
+Each item belongs to a cluster. A user has a few tastes (clusters); from time to time one taste is
+replaced by a new one (drift). The cluster of the next event is one of three:
 
-- a taste of the user, with probability ``taste`` (a model has to read the whole history for it),
-- the successor of the previous event's cluster, with probability ``follow`` (order matters),
-- the clusters' own popularity, with probability ``1 - taste - follow`` (noise nobody can predict).
+- a taste of the user, with probability ``taste`` (a model must use the whole history),
+- the successor of the previous event's cluster, with probability ``follow`` (the order matters),
+- a cluster drawn by popularity, with probability ``1 - taste - follow`` (unpredictable noise).
 
 Inside a cluster items follow Zipf's law. So the probability of item j is
 ``P(j) = P(cluster of j | tastes, previous cluster) * zipf(rank of j in its cluster)``,
-and the best possible ranking is known for every event. An item's vector needs to learn little more
-than its cluster, and most events fall on few items, so a small model learns from few events.
+and the best possible ranking is known for every event. A small model learns from few events: an
+item's vector encodes little more than its cluster, and most events are of few items.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TOP", "Block", "Floats", "Ints", "SynthConfig", "World", "blocks", "top_columns"]
+__all__ = [
+    "TOP",
+    "Floats",
+    "GeneratedBlock",
+    "Ints",
+    "SynthConfig",
+    "World",
+    "blocks",
+    "top_columns",
+]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -30,29 +39,30 @@ TOP = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthConfig:
-    """What to generate; two equal configs write equal events.
+    """The options of a generated log; equal configs write equal events.
 
     Attributes:
-        users: how many users; each gets at least two events.
-        items: size of the catalog; rare ones get no event (of the default 80,000, about 56,000 do).
-        events: how many events, exactly.
-        seed: of all random choices; another seed makes another log of the same kind.
-        clusters: groups of items; users have tastes for clusters, and clusters follow one another.
+        users: number of users; each gets at least two events.
+        items: size of the catalog; rare items get no event (of the default 80,000, about 56,000
+            do).
+        events: exact number of events.
+        seed: of all random choices.
+        clusters: number of groups of items.
         tastes: clusters that a user likes at a time.
         taste: probability that an event comes from one of the user's tastes, which a model learns
             only from the whole history.
         follow: probability that it comes from the successor of the previous event's cluster, which
-            a model learns from the order; what is left of 1 is noise.
-        drift: probability, at each event, that one taste is drawn anew and the old one forgotten.
+            a model learns from the order; the rest is noise.
+        drift: probability, at each event, that a new taste replaces an old one.
         item_exponent: of Zipf's law inside a cluster; the larger, the fewer items get most events.
         cluster_exponent: of Zipf's law over clusters; 0 makes all of them equally popular.
-        length_spread: standard deviation of the logarithm of events per user; the larger, the more
-            users have very few or very many.
+        length_spread: standard deviation of the logarithm of events per user.
         start_time: first second of the log, in Unix time.
         duration_s: seconds the log covers; by default a year.
-        chunk_events: rows in a Parquet row group; changes the layout of the file, never the events.
-        report_users: last events the report is made on, at most.
-        markov_events: events that the item-level Markov baseline counts, at most (8 bytes each).
+        chunk_events: rows in a Parquet row group; changes the layout of the file, not the events.
+        report_users: upper limit of the users in the report.
+        markov_events: upper limit of the events counted by the item-level Markov baseline (8 bytes
+            each).
     """
 
     users: int = 40_000
@@ -74,54 +84,40 @@ class SynthConfig:
     markov_events: int = 20_000_000
 
     def __post_init__(self) -> None:
-        """Refuse sizes and probabilities that no log can have."""
-        for name in (
-            "users",
-            "items",
-            "clusters",
-            "tastes",
-            "chunk_events",
-            "duration_s",
-            "report_users",
-        ):
+        """Check the ranges."""
+        for name in "users clusters tastes chunk_events duration_s report_users".split():
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(
-            self.items >= TOP, "items", f"at least {TOP} (ranking is judged at {TOP})", self.items
-        )
-        _require(
-            self.clusters <= self.items, "clusters", f"at most items = {self.items}", self.clusters
-        )
-        needed = 2 * self.users
-        _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
-        _require(self.markov_events >= 0, "markov_events", "0 or more", self.markov_events)
+        for name in ("seed", "markov_events"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("taste", "follow", "drift"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "within [0, 1]", getattr(self, name))
+        rule = f"at least {TOP} (ranking is judged at {TOP})"
+        _require(self.items >= TOP, "items", rule, self.items)
+        rule = f"at most items = {self.items}"
+        _require(self.clusters <= self.items, "clusters", rule, self.clusters)
+        needed = 2 * self.users
+        _require(self.events >= needed, "events", f"at least 2 per user = {needed}", self.events)
         total = self.taste + self.follow
         _require(total <= 1.0 + 1e-9, "taste + follow", "at most 1", total)
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Events of one run of users in user-major order, and each user's state before the last event.
+class GeneratedBlock:
+    """Events of consecutive users, user by user, and each user's state before the last event."""
 
-    ``user`` (E,), ``item`` (E,) internal index, ``time`` (E,), ``last`` (U,) position of the last
-    event, ``tastes`` (U, M) and ``previous`` (U,) the clusters that the last event was drawn from.
-    """
-
-    user: Ints
-    item: Ints
-    time: Ints
-    last: Ints
-    tastes: Ints
-    previous: Ints
+    user: Ints  # (E,)
+    item: Ints  # (E,) internal index
+    time: Ints  # (E,)
+    last: Ints  # (U,) position of the last event
+    tastes: Ints  # (U, M) clusters
+    previous: Ints  # (U,) cluster of the event before the last
 
 
 class World:
-    """The fixed part of the process. Item i is in cluster i % C and has rank i // C in it."""
+    """Clusters and items, shared by all users; item i has rank i // C in cluster i % C."""
 
     def __init__(self, config: SynthConfig) -> None:
-        """Draw what all users share."""
+        """Draw popularity, successors and item ids."""
         self.config = config
         generator = self.generator(0)
         clusters = config.clusters
@@ -139,13 +135,13 @@ class World:
         self.users_per_block = max(1, EVENTS_PER_BLOCK * config.users // config.events)
 
     def generator(self, *key: int) -> np.random.Generator:
-        """Random numbers that depend on the seed and ``key`` only."""
+        """A generator that depends only on the seed and ``key``."""
         return np.random.Generator(
             np.random.PCG64(np.random.SeedSequence([self.config.seed, *key]))
         )
 
     def draw_cluster(self, uniform: Floats) -> Ints:
-        """Clusters by their own popularity."""
+        """Clusters in proportion to their popularity."""
         found = np.searchsorted(
             self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right"
         )
@@ -170,7 +166,7 @@ class World:
         return probability
 
     def top_items(self, cluster_probability: Floats) -> Ints:
-        """(U, 10) int64: the items of highest P(cluster) * zipf, among the heads of clusters."""
+        """(U, 10) int64: the items of highest probability, found among the heads of clusters."""
         heads = np.arange(min(TOP, len(self.zipf)))[None, :, None]
         clusters = np.arange(self.config.clusters)[None, None, :]
         inside = self.zipf[heads] / self.zipf_cdf[self.sizes - 1]
@@ -180,8 +176,8 @@ class World:
         return items[top_columns(score)]
 
 
-def blocks(world: World) -> Iterator[Block]:
-    """The log, one run of users after the other; each block has its own random stream."""
+def blocks(world: World) -> Iterator[GeneratedBlock]:
+    """The log in blocks of users; each block has its own random stream."""
     config = world.config
     for index, first in enumerate(range(0, config.users, world.users_per_block)):
         last = min(first + world.users_per_block, config.users)
@@ -189,18 +185,20 @@ def blocks(world: World) -> Iterator[Block]:
         yield _block(world, world.generator(1, index), first, last - first, budget)
 
 
-def _block(world: World, random: np.random.Generator, first: int, users: int, budget: int) -> Block:
+def _block(
+    world: World, random: np.random.Generator, first: int, users: int, budget: int
+) -> GeneratedBlock:
     """Users ``first .. first + users``, ``budget`` events in all, at least two each."""
     lengths = _lengths(random, users, budget, world.config.length_spread)
-    # Longest first: the users who still act at step t are a prefix, so that a step is a slice.
+    # Longest first: the users with an event at step t are a prefix, so that a step is a slice.
     order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths)
     offset, counts = (ends - lengths)[order], lengths[order]
     active = np.searchsorted(-counts, -np.arange(1, counts[0] + 1), side="right")
-    cluster, tastes, previous = _walk(world, random, active, offset, budget)
+    cluster, tastes, previous = _clusters(world, random, active, offset, budget)
     item = world.draw_item(cluster, random.random(budget))
     back = np.argsort(order, kind="stable")
-    return Block(
+    return GeneratedBlock(
         user=np.repeat(np.arange(first, first + users), lengths),
         item=item,
         time=_times(world.config, random, lengths, ends),
@@ -210,14 +208,10 @@ def _block(world: World, random: np.random.Generator, first: int, users: int, bu
     )
 
 
-def _walk(
+def _clusters(
     world: World, random: np.random.Generator, active: Ints, offset: Ints, budget: int
 ) -> tuple[Ints, Ints, Ints]:
-    """Clusters of all events, step by step over the users who still act.
-
-    Returns:
-        (E,) clusters in user-major order; (U, M) tastes and (U,) previous cluster at the end.
-    """
+    """(E,) clusters of all events, and the (U, M) tastes and (U,) previous clusters at the end."""
     config = world.config
     users = len(offset)
     cluster = np.empty(budget, dtype=np.int64)
@@ -251,9 +245,9 @@ def _lengths(random: np.random.Generator, users: int, budget: int, spread: float
 
 
 def _times(config: SynthConfig, random: np.random.Generator, lengths: Ints, ends: Ints) -> Ints:
-    """(E,) int64 seconds, ascending per user: from a random first day to the end of the log."""
+    """(E,) int64 seconds, ascending per user from a random first day to the end of the log."""
     users = np.repeat(np.arange(len(lengths)), lengths)
-    # n gaps and a rest: exponential spacings are uniform times in order.
+    # n + 1 exponential gaps divided by their sum give n sorted uniform times.
     total = np.cumsum(random.standard_exponential(int(ends[-1])))
     before = np.where(ends > lengths, total[ends - lengths - 1], 0.0)
     inside = total - before[users]

@@ -1,10 +1,9 @@
-"""Keeping the items of an earlier prepared folder: which they are, and who gets which index.
+"""Assign a dense index to each item, and keep the indices of an earlier prepared folder.
 
-An index may be stored anywhere once a model was trained, so an item keeps its index for good: also
-an item that the new log lacks, which stays with count 0. New items get the indices that follow.
-Rows lie on the ranks in contiguous blocks, so new items fall on the last ranks; among themselves
-they are spread by popularity, as all items of a first folder are. ``rebalance`` gives every item a
-new index instead, and says in ``item_map.parquet`` where each went.
+Trained models and their users store indices, so an item keeps its index even if the new log does
+not have it; its count is then 0. New items get the next indices, spread by popularity as the items
+of a first folder are. Each rank holds a contiguous block of rows, so new items are on the last
+ranks; ``rebalance`` gives every item a new index instead and writes ``item_map.parquet``.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FormerItems:
-    """The ``items.parquet`` of an earlier folder, found whole as far as that can be told.
+    """The ``items.parquet`` of an earlier prepared folder.
 
     Attributes:
         path: of the file.
-        kind: "int64" or "string".
-        rows: how many items it has.
+        kind: of the ids, "int64" or "string".
+        rows: number of items.
         sha256: of the file.
-        fingerprint: of the prepared folder it lies in; None for a file that stands alone.
+        fingerprint: of its prepared folder; None for a file without a manifest next to it.
     """
 
     path: Path
@@ -46,19 +45,19 @@ class FormerItems:
 
     @classmethod
     def open(cls, path: str, item_type: str) -> "FormerItems":
-        """Check footer and type; the checksum too where a manifest lies beside the file.
+        """Check the footer, the type, and the checksum if a manifest is in the same folder.
 
         Args:
             path: of the file.
-            item_type: "int64" or "string", what the ids of the new log are.
+            item_type: kind of the ids in the new log, "int64" or "string".
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, no ``items.parquet``, or has ids of another type.
+            ValueError: it is damaged, not an ``items.parquet``, or has ids of another type.
         """
         file = Path(path)
         if not file.is_file():
-            hint = f"; say {str(file / ITEMS_NAME)!r}" if file.is_dir() else "; check the path"
+            hint = f"; choose {str(file / ITEMS_NAME)!r}" if file.is_dir() else "; check the path"
             raise FileNotFoundError(
                 f"items must be the {ITEMS_NAME} of a prepared folder, got {path!r}{hint}"
             )
@@ -67,7 +66,7 @@ class FormerItems:
         if kind != item_type:
             raise ValueError(
                 f"items must have ids of the log's type, {item_type}, got {kind} in {path!r}; "
-                "name a folder that was prepared from logs with such ids"
+                "choose a folder that was prepared from logs with such ids"
             )
         return cls(
             path=file,
@@ -81,7 +80,7 @@ class FormerItems:
         """Tables with ``item_id`` and ``item``, in the order of ``item``.
 
         Raises:
-            ValueError: the indices do not count from 0, or a row group cannot be read.
+            ValueError: the indices are not 0, 1, 2, ..., or a row group cannot be read.
         """
         groups, expected = RowGroups([self.path], _COLUMNS), 0
         for index in range(len(groups)):
@@ -90,13 +89,13 @@ class FormerItems:
             if not np.array_equal(items, np.arange(expected, expected + len(items))):
                 raise ValueError(
                     f"{groups.name(index)}, column item must count from {expected}, got other "
-                    f"numbers; give the {ITEMS_NAME} that prepare wrote"
+                    f"numbers; use the {ITEMS_NAME} that prepare wrote"
                 )
             expected += len(items)
             yield table
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The entry for the manifest."""
         return {
             "path": str(self.path),
             "rows": self.rows,
@@ -109,9 +108,9 @@ def index_order(counts: Array, catalog: Array, former: Array | None, rebalance: 
     """The items in the order of their dense index.
 
     Args:
-        counts: (items,) int64, training events of each item.
-        catalog: (V,) int64, the items of the catalog.
-        former: (items,) int64, the index an item has had, -1 for a new one; None: all are new.
+        counts: (items,) int64 training events of each item.
+        catalog: (V,) int64 items of the catalog.
+        former: (items,) int64 earlier index of each item, -1 for a new one; None: all are new.
         rebalance: whether former items may get another index.
 
     Returns:
@@ -123,19 +122,19 @@ def index_order(counts: Array, catalog: Array, former: Array | None, rebalance: 
         [1, 0, 3, 2]
     """
     if former is None or rebalance:
-        return _spread(counts, catalog)
+        return _by_popularity(counts, catalog)
     is_former = former[catalog] >= 0
     kept, new = catalog[is_former], catalog[~is_former]
-    return np.concatenate([kept[np.argsort(former[kept])], _spread(counts, new)])
+    return np.concatenate([kept[np.argsort(former[kept])], _by_popularity(counts, new)])
 
 
-def _spread(counts: Array, items: Array) -> Array:
+def _by_popularity(counts: Array, items: Array) -> Array:
     order: Array = items[spread_by_popularity(counts[items])]
     return order
 
 
 def _fingerprint(path: Path) -> str | None:
-    """The fingerprint of the folder that the file belongs to, after comparing its checksum."""
+    """The fingerprint of the file's prepared folder, after a check of the file's checksum."""
     if path.name != ITEMS_NAME or not (path.parent / MANIFEST_NAME).is_file():
         return None
     # The large files of an old folder may be gone; only this one is needed.

@@ -1,9 +1,8 @@
-"""Reading an event log: find its Parquet files, check every value, hand out tables of one form.
+"""Read an event log: find its Parquet files, check every value, return tables of one schema.
 
-The log stays as its owner wrote it. What comes out has the columns ``user_id`` and ``item_id``
-(int64 or string), ``time`` (int64), ``row`` (int64, position in the log: files in path order, rows
-in file order), ``event`` (int32, index into the kept event types; 0 without a filter) and, when
-asked for, ``weight`` (float32).
+The tables have the columns ``user_id`` and ``item_id`` (int64 or string), ``time`` (int64), ``row``
+(int64, position in the log: files in path order, rows in file order), ``event`` (int32, index into
+the kept event types; 0 without a filter) and ``weight`` (float32, only with a weight column).
 """
 
 import dataclasses
@@ -20,17 +19,16 @@ import pyarrow.parquet as pq
 from shardrec.pipeline.log.columns import (
     EventColumns,
     check_columns,
-    first_line,
-    id_kind,
     read_ids,
     read_text,
     read_times,
     read_weights,
     same_kind,
+    short_message,
     time_kind,
     weight_kind,
 )
-from shardrec.pipeline.prepared.parquet_files import find_files
+from shardrec.pipeline.prepared.parquet_files import find_files, require_ids
 
 __all__ = ["EventLog", "SourceFile"]
 
@@ -52,11 +50,14 @@ class SourceFile:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EventLog:
-    """A log whose files are known and whose columns are checked; iterate ``tables()`` to read it.
+    """An event log with checked column types; ``tables()`` reads it.
 
     Attributes:
+        filesystem: holds the files.
         files: the Parquet files, in path order.
-        user_type, item_type: "int64" or "string".
+        columns: the columns to read.
+        user_type: kind of the user ids, "int64" or "string".
+        item_type: kind of the item ids, "int64" or "string".
         time_type: "int64", or "timestamp[us]" when the log holds timestamps, dates or ISO text.
         events_read: rows read so far, before the event-type filter.
         event_types_seen: some of the event types read so far, for messages.
@@ -79,7 +80,7 @@ class EventLog:
 
         Raises:
             FileNotFoundError: there is no Parquet file.
-            ValueError: a footer cannot be read, a column is missing, or its type is not ours.
+            ValueError: a footer cannot be read, or a column is missing or of an unsuitable type.
         """
         filesystem, paths = find_files(source)
         described = [_describe(filesystem, path) for path in paths]
@@ -92,8 +93,8 @@ class EventLog:
             filesystem=filesystem,
             files=tuple(file for file, _ in described),
             columns=columns,
-            user_type=same_kind(schemas, columns.user, id_kind),
-            item_type=same_kind(schemas, columns.item, id_kind),
+            user_type=same_kind(schemas, columns.user, require_ids),
+            item_type=same_kind(schemas, columns.item, require_ids),
             time_type=same_kind(schemas, columns.time, time_kind),
         )
 
@@ -101,8 +102,8 @@ class EventLog:
         """Tables of about half a million events in the order of the log.
 
         Raises:
-            ValueError: a value breaks the contract, or a file cannot be decoded; the message names
-                file, row group and column.
+            ValueError: a value is invalid, or a file cannot be decoded; the message names file, row
+                group and column.
         """
         pending: list[pa.Table] = []
         for file in self.files:
@@ -130,7 +131,7 @@ class EventLog:
                     self.events_read += batch.num_rows
 
     def _select(self, batch: pa.RecordBatch, place: str) -> pa.Table:
-        """The columns under the names of their roles, of the events of the wanted types."""
+        """The columns, named by role, for events of the wanted types."""
         last = self.events_read + batch.num_rows
         columns = {role: batch.column(name) for role, name in self._roles().items()}
         columns["row"] = pa.array(np.arange(self.events_read, last))
@@ -188,8 +189,8 @@ def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Sche
             rows, schema = file.metadata.num_rows, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{path!r} must be a complete Parquet file, got one whose footer cannot be read "
-                f"({first_line(error)}); it may be truncated: copy it again"
+                f"{path!r} must be a complete Parquet file, got an unreadable footer "
+                f"({short_message(error)}); it may be truncated: copy it again"
             ) from error
     digest = hashlib.sha256(tail).hexdigest()
     return SourceFile(path=path, bytes=size, rows=rows, footer_sha256=digest), schema
@@ -203,7 +204,7 @@ def _batches(
     except (pa.ArrowException, OSError) as error:
         column = next((name for name in names if not _decodes(file, group, name)), names[0])
         raise ValueError(
-            f"{place}, column {column!r} must be valid Parquet data, got {first_line(error)}; "
+            f"{place}, column {column!r} must be valid Parquet data, got {short_message(error)}; "
             "the file is corrupt or truncated: copy it again"
         ) from error
 

@@ -1,7 +1,12 @@
-"""The whole log sorted by (user, time, file, row), as plain columns on disk, in little memory.
+"""Sort the whole log by (user, time, file, row) into plain columns on disk, in bounded memory.
 
-DuckDB numbers the ids, joins and sorts, and spills where its memory limit says so. Users are
-numbered in a seeded hash order, so whatever walks the sorted columns meets them in that order.
+The phases; DuckDB does 1 to 3 and spills to disk at its memory limit:
+1. `_ingest` copies the checked events into a table.
+2. `_number` numbers the users in a seeded hash order, which becomes the order of the sequences, and
+   the items by id.
+3. `_write_columns` joins the numbers to the events and streams them in sorted order.
+4. The stream is cut where user or time changes (`_tie_aligned`), exact duplicates are dropped in
+   each tie (`_drop_duplicates`), and each column is appended to a file of its own.
 Events of one user at one time keep the order of the log: files by path, then rows.
 """
 
@@ -18,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shardrec.pipeline.log.columns import short_message
 from shardrec.pipeline.log.item_indices import FormerItems
 from shardrec.pipeline.log.reader import EventLog
 
@@ -31,7 +37,7 @@ _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SortOptions:
-    """How to sort: ``memory_limit`` as DuckDB spells it, ``seed`` of the users' order."""
+    """How to sort: ``memory_limit`` such as "512MB", and the ``seed`` of the users' order."""
 
     memory_limit: str
     threads: int
@@ -40,36 +46,31 @@ class SortOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """The events of whole users ``first_user .. stop_user - 1``.
-
-    Attributes:
-        user: (E,) int64, ascending.
-        item: (E,) int64, number of the item in ``SortedLog.item_ids``.
-        time: (E,) int64, ascending inside a user.
-        weight: (E,) float32, or None.
-    """
+class UserBlock:
+    """All events of users ``first_user .. stop_user - 1``."""
 
     first_user: int
     stop_user: int
-    user: Array
-    item: Array
-    time: Array
-    weight: Array | None
+    user: Array  # (E,) int64, ascending
+    item: Array  # (E,) int64, index into SortedLog.item_ids
+    time: Array  # (E,) int64, ascending inside a user
+    weight: Array | None  # (E,) float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SortedLog:
-    """The sorted columns in ``folder`` and what their numbers stand for.
+    """The sorted columns in ``folder``, and the ids of the users and items in them.
 
     Attributes:
-        user_ids: ids in the seeded hash order; position = number.
-        item_ids: ids of the log and of the former items in ascending order; position = number.
-        former: (items,) int64, the index an item has had, -1 for a new one; None where no former
-            items were given.
-        user_events: (users,) int64, events of each user.
+        folder: one file a column.
+        user_ids: (users,) ids in the seeded hash order; columns hold indices into it.
+        item_ids: (items,) ids of the log and of the former items, ascending.
+        former: (items,) int64 earlier index of each item, -1 for a new one; None without former
+            items.
+        user_events: (users,) int64 events of each user.
         duplicates: exact duplicates that were dropped.
         has_weight: whether there is a weight column.
+        time_range: the first and the last time.
     """
 
     folder: Path
@@ -79,14 +80,15 @@ class SortedLog:
     user_events: Array
     duplicates: int
     has_weight: bool
+    time_range: tuple[int, int]
 
     @property
     def num_events(self) -> int:
-        """Events without the dropped duplicates."""
+        """Number of events without the dropped duplicates."""
         return int(self.user_events.sum())
 
-    def blocks(self) -> Iterator[Block]:
-        """Runs of whole users, about a million events each (more where one user has more)."""
+    def blocks(self) -> Iterator[UserBlock]:
+        """Blocks of whole users in order, about a million events each (more if one user has)."""
         ends = np.cumsum(self.user_events)
         starts = ends - self.user_events
         cuts = np.flatnonzero(np.diff(starts // _BLOCK_EVENTS)) + 1
@@ -95,8 +97,8 @@ class SortedLog:
             count = int(ends[stop - 1] - starts[first])
             yield self._block(first, stop, int(starts[first]), count)
 
-    def _block(self, first: int, stop: int, start: int, count: int) -> Block:
-        return Block(
+    def _block(self, first: int, stop: int, start: int, count: int) -> UserBlock:
+        return UserBlock(
             first_user=first,
             stop_user=stop,
             user=np.repeat(np.arange(first, stop), self.user_events[first:stop]),
@@ -110,17 +112,18 @@ class SortedLog:
         return np.fromfile(self.folder / name, dtype=dtype, count=count, offset=offset)
 
     def time_at(self, share: float) -> int:
-        """The time of event floor(share * events) in global time order, without sorting.
+        """The time of event floor(share * events) in global time order.
 
-        Narrows the range of times to one value by counting, so it needs no memory to speak of.
+        Counts times in 65,536 cells and repeats inside the cell of the wanted event until one time
+        is left: a few passes over the column of times, and no sort.
         """
         rank = min(int(share * self.num_events), self.num_events - 1)
-        low, high = self.time_range()
+        low, high = self.time_range
         while low < high:
             width = -(-(high - low + 1) // 65_536)
             counts = np.zeros(65_536, np.int64)
             below = 0
-            for times in self._times():
+            for times in self._time_parts():
                 inside = times[(times >= low) & (times <= high)]
                 below += int((times < low).sum())
                 # Two times may lie 2**64 apart, so their distance is unsigned and wraps.
@@ -131,13 +134,7 @@ class SortedLog:
             low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
         return low
 
-    def time_range(self) -> tuple[int, int]:
-        """The first and the last time of the log."""
-        ranges = [(int(times.min()), int(times.max())) for times in self._times()]
-        return min(low for low, _ in ranges), max(high for _, high in ranges)
-
-    def _times(self) -> Iterator[Array]:
-        """The column of times alone, in pieces."""
+    def _time_parts(self) -> Iterator[Array]:
         for start in range(0, self.num_events, _BLOCK_EVENTS):
             yield self._read("time", np.int64, start, _BLOCK_EVENTS)
 
@@ -145,17 +142,16 @@ class SortedLog:
 def sort_log(
     log: EventLog, folder: Path, options: SortOptions, former: FormerItems | None = None
 ) -> SortedLog:
-    """Read ``log`` once and leave its sorted columns in ``folder``.
+    """Read ``log`` once and write its sorted columns to ``folder``.
 
     Args:
         log: the events.
-        folder: an empty folder on a local disk, for the columns and for what DuckDB spills.
+        folder: an empty folder on a local disk, for the columns and DuckDB's temporary files.
         options: limits and seed.
-        former: items that are numbered too, whether the log has them or not.
+        former: items that are in ``item_ids`` even if the log does not have them.
 
     Raises:
-        ValueError: a value of the log breaks the contract, no event is left, or an id of ``former``
-            comes twice.
+        ValueError: a value of the log is invalid, no event is left, or ``former`` repeats an id.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
     """
@@ -166,9 +162,10 @@ def sort_log(
 def _until_interrupted(
     database: duckdb.DuckDBPyConnection, work: Callable[[], SortedLog]
 ) -> SortedLog:
-    """What ``work`` returns; a signal that raises in this thread ends its queries at once.
+    """The result of ``work``; an exception from a signal in this thread stops its queries at once.
 
-    A query hears no signal in its own thread, or swallows what the handler raised.
+    DuckDB does not notice a signal during a query, or swallows the exception of its handler, so
+    the queries run in another thread.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         done = pool.submit(work)
@@ -178,8 +175,8 @@ def _until_interrupted(
             while not done.done():
                 database.interrupt()
                 wait([done], timeout=_INTERRUPT_EVERY_S)
-            # Its exception would hold this frame and so itself, and with it the open database, for
-            # which the next connection to that file waits.
+            # The future's exception refers to this frame and so to the future: a cycle that would
+            # keep the database open, and the next connection to that file waiting.
             del done
 
 
@@ -195,17 +192,16 @@ def _sort(
     seeded = f"md5_number(concat('{options.seed}:', id)), id"
     user_ids = _number(database, "user", seeded)
     item_ids, former_index = _number_items(database, former)
-    user_events, duplicates = _write_columns(
-        database, folder, len(user_ids), options.keep_duplicates, log
-    )
+    columns = _write_columns(database, folder, len(user_ids), options.keep_duplicates, log)
     return SortedLog(
         folder=folder,
         user_ids=user_ids,
         item_ids=item_ids,
         former=former_index,
-        user_events=user_events,
-        duplicates=duplicates,
+        user_events=columns.user_events,
+        duplicates=columns.num_read - int(columns.user_events.sum()),
         has_weight=log.columns.weight is not None,
+        time_range=columns.time_range,
     )
 
 
@@ -233,19 +229,19 @@ def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyCon
 
 
 def _explained(error: duckdb.Error, options: SortOptions) -> Exception | None:
-    """What to raise instead; a full disk comes in many kinds of error, at a commit as well."""
+    """The exception to raise instead; DuckDB reports a full disk by several kinds of error."""
     text = str(error)
     if any(sign in text for sign in _DISK_IS_FULL):
-        return OSError(errno.ENOSPC, _first_line(error))
+        return OSError(errno.ENOSPC, short_message(error))
     if isinstance(error, duckdb.IOException):
         return OSError(
-            f"the folder of the output must be on a disk that works, got {_first_line(error)}; "
+            f"the folder of the output must be on a disk that works, got {short_message(error)}; "
             "choose another folder"
         )
     if isinstance(error, duckdb.OutOfMemoryException):
         return MemoryError(
             f"memory_limit must be large enough to sort the log, got {options.memory_limit!r} "
-            f"({_first_line(error)}); raise it, or lower threads"
+            f"({short_message(error)}); raise it, or lower threads"
         )
     return None
 
@@ -257,7 +253,7 @@ def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
         f"CREATE TABLE events (user_id {user}, item_id {item}, time BIGINT, row BIGINT, "
         f"event INTEGER{weight})"
     )
-    # One commit a part: a single transaction held 2.1 GiB for 20 million events, this 0.7 GiB.
+    # One commit a part: a single transaction used 2.1 GiB for 20 million events, this 0.7 GiB.
     for table in log.tables():
         database.register("part", table.combine_chunks())
         database.execute("INSERT INTO events SELECT * FROM part")
@@ -271,7 +267,7 @@ def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None
     if log.events_read:
         raise ValueError(
             f"event_types must select at least one event, got {list(log.columns.event_types)} "
-            f"where the log has {log.describe_event_types()}; correct the spelling"
+            f"where the log has {log.describe_event_types()}; fix the names"
         )
     raise ValueError("the event log must hold at least one event, got none; check the path")
 
@@ -279,7 +275,7 @@ def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None
 def _number_items(
     database: duckdb.DuckDBPyConnection, former: FormerItems | None
 ) -> tuple[pa.Array, Array | None]:
-    """Number the items of the log and the former ones; their ids, and their former indices."""
+    """Number the items of the log and the former ones; their ids and earlier indices."""
     if former is None:
         return _number(database, "item", "id"), None
     _ingest_former(database, former)
@@ -303,12 +299,12 @@ def _ingest_former(database: duckdb.DuckDBPyConnection, former: FormerItems) -> 
     if twice is not None:
         raise ValueError(
             f"items must name each id once, got {twice[0]!r} more than once in "
-            f"{str(former.path)!r}; give the items.parquet that prepare wrote"
+            f"{str(former.path)!r}; use the items.parquet that prepare wrote"
         )
 
 
 def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str, more: str = "") -> pa.Array:
-    """Number the ids of ``kind`` by ``order`` in a table ``<kind>_numbers``; returns the ids."""
+    """Number the ids of ``kind`` by ``order`` in a table ``<kind>_numbers``; return the ids."""
     database.execute(
         f"CREATE TABLE {kind}_numbers AS "
         f"SELECT id, (row_number() OVER (ORDER BY {order}) - 1)::BIGINT AS number "
@@ -318,39 +314,50 @@ def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str, more: st
     return ids.column(0).combine_chunks()
 
 
+@dataclasses.dataclass(slots=True)
+class _Columns:
+    """Totals over the columns written so far."""
+
+    user_events: Array
+    num_read: int = 0
+    time_range: tuple[int, int] = (2**63 - 1, -(2**63))
+
+    def add(self, user: Array, time: Array) -> None:
+        first, last = int(user[0]), int(user[-1])
+        self.user_events[first : last + 1] += np.bincount(user - first)
+        low, high = self.time_range
+        self.time_range = min(low, int(time.min())), max(high, int(time.max()))
+
+
 def _write_columns(
     database: duckdb.DuckDBPyConnection,
     folder: Path,
     num_users: int,
     keep_duplicates: bool,
     log: EventLog,
-) -> tuple[Array, int]:
-    """Write the sorted columns; returns events per user and the number of dropped duplicates."""
+) -> _Columns:
     weight = ", e.weight" if log.columns.weight is not None else ""
     events = database.sql(
         f"SELECT u.number, i.number, e.time, e.event{weight} FROM events e "
         "JOIN user_numbers u ON e.user_id = u.id JOIN item_numbers i ON e.item_id = i.id "
         "ORDER BY u.number, e.time, e.row"
     ).to_arrow_reader(_ARROW_ROWS)
-    user_events = np.zeros(num_users, np.int64)
-    total = 0
+    written = _Columns(np.zeros(num_users, np.int64))
     names = ["item", "time"] + (["weight"] if weight else [])
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
         for columns in _tie_aligned(events):
-            total += len(columns[0])
+            written.num_read += len(columns[0])
             kept = columns if keep_duplicates else _drop_duplicates(columns)
-            if len(kept[0]):
-                first, last = int(kept[0][0]), int(kept[0][-1])
-                user_events[first : last + 1] += np.bincount(kept[0] - first)
+            written.add(kept[0], kept[2])
             parts = dict(zip(["user", "item", "time", "event", "weight"], kept, strict=False))
             for name, file in files.items():
-                file.write(parts[name].data)  # unlike tofile, says what the system says
-    return user_events, total - int(user_events.sum())
+                file.write(parts[name].data)  # unlike tofile, keeps the error of the system
+    return written
 
 
 def _tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
-    """Columns (user, item, time, event[, weight]) cut where user or time changes."""
+    """The columns (user, item, time, event[, weight]) in parts cut where user or time changes."""
     rest: list[Array] = []
     for batch in reader:
         columns = [column.to_numpy() for column in batch.columns]
@@ -372,7 +379,7 @@ def _ties(user: Array, time: Array) -> Array:
 
 
 def _drop_duplicates(columns: list[Array]) -> list[Array]:
-    """The columns without events that repeat an earlier one in every column."""
+    """The columns without the events that equal an earlier one in every column."""
     tie = _ties(columns[0], columns[2])
     in_tie = np.flatnonzero(np.append(tie, False) | np.append(False, tie))
     if not len(in_tie):
@@ -386,7 +393,3 @@ def _drop_duplicates(columns: list[Array]) -> list[Array]:
     keep = np.ones(len(columns[0]), bool)
     keep[in_tie[order[1:][repeats]]] = False
     return [column[keep] for column in columns]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]

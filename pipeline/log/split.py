@@ -1,30 +1,34 @@
-"""Which events train, validate and test: two cut positions in each user's sorted sequence.
+"""Split the log into training, validation and test: two cut positions in each user's sequence.
 
-A user's events 0 .. train_end - 1 train, train_end .. test_start - 1 are held out for validation,
-test_start .. are for testing. Every split of ``prepare`` is a way to choose these two numbers.
+Events 0 .. train_end - 1 of a user train, train_end .. test_start - 1 are held out for validation,
+and the rest for the test. Each split of ``prepare`` is a way to choose these two numbers.
 """
 
 import dataclasses
+import datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shardrec.pipeline.log.sort import Block, SortedLog
+from shardrec.pipeline.log.config import PrepareConfig
+from shardrec.pipeline.log.sort import SortedLog, UserBlock
 
 Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cuts:
-    """Cut positions of every user, in events that the item filter left.
+    """The cut positions of each user, counted in events of catalog items.
 
     Attributes:
         item_kept: (items,) bool, whether the item is in the catalog.
-        kept: (users,) bool, whether the user trains and is evaluated.
-        total: (users,) int64, the user's events.
+        kept: (users,) bool, whether the user is in the prepared data.
+        total: (users,) int64 events of the user.
         train_end: (users,) int64; events before it train.
-        test_start: (users,) int64; events from it on are for testing.
+        test_start: (users,) int64; events from it on are for the test.
+        test_time: first time of the test part; None with leave_one_out.
+        validation_time: first time of the validation part; None unless validation is by time.
     """
 
     item_kept: Array
@@ -32,92 +36,30 @@ class Cuts:
     total: Array
     train_end: Array
     test_start: Array
+    test_time: int | None = None
+    validation_time: int | None = None
 
 
-def count_items(log: SortedLog, before: int | None) -> Array:
-    """(items,) int64 events of each item, those before time ``before`` only when it is given."""
-    counts = np.zeros(len(log.item_ids), np.int64)
-    for block in log.blocks():
-        items = block.item if before is None else block.item[block.time < before]
-        counts += np.bincount(items, minlength=len(counts))
-    return counts
-
-
-def count_users(log: SortedLog, item_kept: Array, before: list[int | None]) -> list[Array]:
-    """For each time in ``before``, (users,) int64 events of kept items earlier than it (or all)."""
-    results = [np.zeros(len(log.user_ids), np.int64) for _ in before]
-    for block in log.blocks():
-        kept = item_kept[block.item]
-        size = block.stop_user - block.first_user
-        for result, time in zip(results, before, strict=True):
-            mask = kept if time is None else kept & (block.time < time)
-            users = block.user[mask] - block.first_user
-            result[block.first_user : block.stop_user] = np.bincount(users, minlength=size)
-    return results
-
-
-def temporal_cuts(
-    log: SortedLog,
-    item_kept: Array,
-    *,
-    test_time: int,
-    validation_time: int | None,
-    min_user_events: int,
-    validation_users: int | None,
-) -> Cuts:
-    """Cuts by time; validation by time, or by the last training event of some users.
+def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
+    """The catalog and the cuts of every user.
 
     Args:
         log: the sorted log.
-        item_kept: (items,) bool, the catalog.
-        test_time: first time of the test part.
-        validation_time: first time of the validation part, or None to validate by users.
-        min_user_events: events before ``test_time`` that a user needs.
-        validation_users: how many users give up their last event before ``test_time``, evenly
-            spread over those with three or more; None means one in ten and at most 10,000.
+        config: split, validation and filters.
+        time_type: "int64" or "timestamp[us]", the type of the log's times.
+
+    Raises:
+        ValueError: a cut is not inside the log, or the catalog has fewer than two items.
     """
-    total, test_start = count_users(log, item_kept, [None, test_time])
-    kept = test_start >= max(min_user_events, 1)
-    if validation_time is not None:
-        train_end = count_users(log, item_kept, [validation_time])[0]
-    else:
-        eligible = np.flatnonzero(kept & (test_start >= 3))
-        tenth = -(-len(eligible) // 10)
-        wanted = min(tenth, 10_000) if validation_users is None else validation_users
-        train_end = test_start.copy()
-        train_end[_spread(eligible, wanted)] -= 1
-    return Cuts(
-        item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
-    )
+    if config.split == "leave_one_out":
+        return _leave_one_out_cuts(log, _kept_items(log, config, None), config)
+    test_time, validation_time = _cut_times(log, config, time_type)
+    item_kept = _kept_items(log, config, test_time)
+    return _temporal_cuts(log, item_kept, config, test_time, validation_time)
 
 
-def leave_one_out_cuts(
-    log: SortedLog, item_kept: Array, *, min_user_events: int, validation_users: int | None
-) -> Cuts:
-    """The last event tests and the one before it validates; under three events, all train.
-
-    Args:
-        log: the sorted log.
-        item_kept: (items,) bool, the catalog.
-        min_user_events: events that a user needs.
-        validation_users: how many users validate (evenly spread); None means all.
-    """
-    total = count_users(log, item_kept, [None])[0]
-    kept = total >= max(min_user_events, 1)
-    long = total >= 3
-    test_start = total - long
-    train_end = test_start.copy()
-    eligible = np.flatnonzero(kept & long)
-    train_end[
-        _spread(eligible, len(eligible) if validation_users is None else validation_users)
-    ] -= 1
-    return Cuts(
-        item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
-    )
-
-
-def positions(block: Block, cuts: Cuts) -> tuple[Array, Array]:
-    """Where the block's events of kept items and kept users stand in their sequences.
+def positions(block: UserBlock, cuts: Cuts) -> tuple[Array, Array]:
+    """Positions of a block's events in their sequences, for kept items and kept users.
 
     Returns:
         (E,) bool mask over the block, and (M,) int64 positions of the masked events.
@@ -133,7 +75,7 @@ def positions(block: Block, cuts: Cuts) -> tuple[Array, Array]:
 
 
 def training_counts(log: SortedLog, cuts: Cuts) -> Array:
-    """(items,) int64 training events of each item: the only popularity anything may use."""
+    """(items,) int64 training events of each item; popularity always means these counts."""
     counts = np.zeros(len(log.item_ids), np.int64)
     for block in log.blocks():
         mask, place = positions(block, cuts)
@@ -142,11 +84,131 @@ def training_counts(log: SortedLog, cuts: Cuts) -> Array:
     return counts
 
 
-def _spread(chosen_from: Array, count: int) -> Array:
-    """``count`` of the values, evenly spread over their order; all where there are fewer.
+def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[int, int | None]:
+    """First time of the test part, and of the validation part if validation is by time."""
+    first, last = log.time_range
+    test = _parse_time("test_time", config.test_time, time_type)
+    test = log.time_at(config.test_quantile or 0.9) if test is None else test
+    if not first < test <= last:
+        raise ValueError(
+            f"the test part must start after the first and not after the last time of the log "
+            f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
+            "split=leave_one_out where the times are an order only"
+        )
+    if config.validation != "time":
+        return test, None
+    validation = _parse_time("validation_time", config.validation_time, time_type)
+    if validation is None:
+        validation = log.time_at(config.validation_quantile or 0.8)
+    if not first < validation < test:
+        raise ValueError(
+            f"the validation part must start after {first} and before the test part at {test}, "
+            f"got {validation}; set validation_time or validation_quantile"
+        )
+    return test, validation
+
+
+def _parse_time(name: str, time: int | str | None, time_type: str) -> int | None:
+    if time is None or isinstance(time, int):
+        return time
+    if time_type != "timestamp[us]":
+        raise ValueError(
+            f"{name} must be a number because the log's times are, got {time!r}; "
+            "give it in the log's unit"
+        )
+    try:
+        moment = datetime.datetime.fromisoformat(time)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be ISO text or a number, got {time!r}; write 2024-01-31"
+        ) from error
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return (moment - epoch) // datetime.timedelta(microseconds=1)
+
+
+def _kept_items(log: SortedLog, config: PrepareConfig, test_time: int | None) -> Array:
+    """(items,) bool, the catalog; filters count events before ``test_time`` or in all."""
+    counts = np.zeros(len(log.item_ids), np.int64)
+    for block in log.blocks() if config.min_item_events else ():
+        items = block.item if test_time is None else block.item[block.time < test_time]
+        counts += np.bincount(items, minlength=len(counts))
+    kept: Array = counts >= config.min_item_events
+    if log.former is not None:
+        kept |= log.former >= 0
+    if kept.sum() < 2:
+        raise ValueError(
+            f"the catalog must have at least 2 items, got {int(kept.sum())}; "
+            "check item_column and lower min_item_events"
+        )
+    return kept
+
+
+def _temporal_cuts(
+    log: SortedLog,
+    item_kept: Array,
+    config: PrepareConfig,
+    test_time: int,
+    validation_time: int | None,
+) -> Cuts:
+    times = [None, test_time] + ([] if validation_time is None else [validation_time])
+    total, test_start, *train_ends = _user_events(log, item_kept, times)
+    kept = test_start >= max(config.min_user_events, 1)
+    if train_ends:
+        train_end = train_ends[0]
+    else:
+        eligible = np.flatnonzero(kept & (test_start >= 3))
+        tenth = min(-(-len(eligible) // 10), 10_000)
+        train_end = test_start.copy()
+        train_end[_validation_users(config, eligible, tenth)] -= 1
+    return Cuts(
+        item_kept=item_kept,
+        kept=kept,
+        total=total,
+        train_end=train_end,
+        test_start=test_start,
+        test_time=test_time,
+        validation_time=validation_time,
+    )
+
+
+def _leave_one_out_cuts(log: SortedLog, item_kept: Array, config: PrepareConfig) -> Cuts:
+    """The last event tests and the one before it validates; all train below three events."""
+    total = _user_events(log, item_kept, [None])[0]
+    kept = total >= max(config.min_user_events, 1)
+    test_start = total - (total >= 3)
+    train_end = test_start.copy()
+    eligible = np.flatnonzero(kept & (total >= 3))
+    train_end[_validation_users(config, eligible, len(eligible))] -= 1
+    return Cuts(
+        item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
+    )
+
+
+def _user_events(log: SortedLog, item_kept: Array, before: list[int | None]) -> list[Array]:
+    """For each time, (users,) int64 events of kept items before it; None counts all."""
+    results = [np.zeros(len(log.user_ids), np.int64) for _ in before]
+    for block in log.blocks():
+        kept = item_kept[block.item]
+        size = block.stop_user - block.first_user
+        for result, time in zip(results, before, strict=True):
+            mask = kept if time is None else kept & (block.time < time)
+            users = block.user[mask] - block.first_user
+            result[block.first_user : block.stop_user] = np.bincount(users, minlength=size)
+    return results
+
+
+def _validation_users(config: PrepareConfig, eligible: Array, default: int) -> Array:
+    if config.validation == "none":
+        return eligible[:0]
+    return _evenly(eligible, config.validation_users or default)
+
+
+def _evenly(chosen_from: Array, count: int) -> Array:
+    """``count`` of the values at even distances; all if there are fewer.
 
     Example:
-        >>> _spread(np.arange(10), 3).tolist()
+        >>> _evenly(np.arange(10), 3).tolist()
         [0, 3, 6]
     """
     count = min(count, len(chosen_from))

@@ -1,4 +1,4 @@
-"""Writing the prepared Parquet files from the sorted log, one block of users at a time."""
+"""Write the prepared Parquet files from the sorted log, one block of users at a time."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.log.sort import Block, SortedLog
+from shardrec.pipeline.log.config import PrepareConfig
+from shardrec.pipeline.log.sort import SortedLog, UserBlock
 from shardrec.pipeline.log.split import Cuts, positions
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
 
@@ -19,17 +20,17 @@ _ITEM_GROUP_ROWS = 262_144
 
 
 class RowGroupWriter:
-    """Parquet files of row groups with exactly ``group_rows`` rows (the last may have fewer).
+    """Writes Parquet files with exactly ``group_rows`` rows a row group (fewer in the last).
 
     Args:
-        folder: where ``pattern`` is relative to.
-        pattern: file name; "{part:05d}" in it starts a new file every 256 row groups.
+        folder: of the prepared data.
+        pattern: file name in ``folder``; with "{part:05d}" a new file starts every 256 row groups.
         schema: of the tables.
         group_rows: rows of a row group.
     """
 
     def __init__(self, folder: Path, pattern: str, schema: pa.Schema, group_rows: int) -> None:
-        """Store the arguments; files are opened as rows come."""
+        """Store the arguments; files are opened with the first rows."""
         self.folder, self.pattern, self.schema = folder, pattern, schema
         self.group_rows = group_rows
         self.pending = schema.empty_table()
@@ -38,7 +39,7 @@ class RowGroupWriter:
         self.entries: list[FileEntry] = []
 
     def write(self, table: pa.Table) -> None:
-        """Add rows; whole row groups go to the disk."""
+        """Add rows; full row groups are written."""
         self.pending = pa.concat_tables([self.pending, table])
         whole = self.pending.num_rows // self.group_rows * self.group_rows
         for start in range(0, whole, self.group_rows):
@@ -46,7 +47,7 @@ class RowGroupWriter:
         self.pending = self.pending.slice(whole).combine_chunks()
 
     def close(self) -> list[FileEntry]:
-        """Write what is pending (an empty file when there was nothing) and describe the files."""
+        """Write the last row group (an empty file if there were no rows); the files' entries."""
         if self.pending.num_rows or not (self.entries or self.file):
             self._write_group(self.pending)
         self._finish_file()
@@ -83,12 +84,12 @@ class RowGroupWriter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What ``write_sequences`` wrote.
+    """The files of ``write_sequences``.
 
     Attributes:
-        files: the entries for the manifest.
-        counts: numbers of sequences, users and targets, by the manifest's names.
-        lengths: (sequences,) int64, events of each training sequence.
+        files: entries for the manifest.
+        counts: numbers of sequences, users and targets, by their names in the manifest.
+        lengths: (sequences,) int64 events of each training sequence.
     """
 
     files: list[FileEntry]
@@ -97,7 +98,7 @@ class Written:
 
 
 def write_items(folder: Path, item_ids: pa.Array, order: Array, counts: Array) -> FileEntry:
-    """Write ``items.parquet``: item_id, item and count, in the order of ``item``."""
+    """Write ``items.parquet`` with item_id, item and count, in the order of ``item``."""
     table = pa.table(
         {
             "item_id": item_ids.take(pa.array(order)),
@@ -111,12 +112,12 @@ def write_items(folder: Path, item_ids: pa.Array, order: Array, counts: Array) -
 
 
 def write_item_map(folder: Path, former: Array, item_index: Array) -> FileEntry:
-    """Write ``item_map.parquet``: former_item and item, in the order of ``former_item``.
+    """Write ``item_map.parquet`` with former_item and item, in the order of ``former_item``.
 
     Args:
-        folder: where it goes.
-        former: (items,) int64, the index an item has had, -1 for a new one.
-        item_index: (items,) int64, the index it has now.
+        folder: of the prepared data.
+        former: (items,) int64 earlier index of each item, -1 for a new one.
+        item_index: (items,) int64 index of each item.
     """
     known = np.flatnonzero(former >= 0)
     known = known[np.argsort(former[known])]
@@ -132,44 +133,42 @@ def write_sequences(
     cuts: Cuts,
     item_index: Array,
     counts: Array,
-    *,
-    last_target_only: bool,
-    group_rows: int,
+    config: PrepareConfig,
 ) -> Written:
     """Write training sequences, validation and test in the order of the sorted log.
 
     Args:
-        folder: where the files go.
+        folder: of the prepared data.
         log: the sorted log.
-        cuts: who trains on what.
-        item_index: (items,) int64, the dense index of each item (any value outside the catalog).
-        counts: (items,) int64, training events, to tell new items among the targets.
-        last_target_only: keep one target a user, with all before it as history.
-        group_rows: sequences in a row group.
+        cuts: cut positions of each user.
+        item_index: (items,) int64 dense index of each item (any value outside the catalog).
+        counts: (items,) int64 training events of each item, to count new items among the targets.
+        config: kind of targets and size of a row group.
     """
-    schemas = _schemas(log)
+    schemas, group_rows = _schemas(log), config.sequences_per_row_group
     train = RowGroupWriter(folder, "train/part-{part:05d}.parquet", schemas[0], group_rows)
-    validation = RowGroupWriter(folder, "validation.parquet", schemas[1], group_rows)
-    test = RowGroupWriter(folder, "test.parquet", schemas[1], group_rows)
+    held_out = {
+        split: RowGroupWriter(folder, f"{split}.parquet", schemas[1], group_rows)
+        for split in ("validation", "test")
+    }
+    tallies = {split: np.zeros(3, np.int64) for split in held_out}
     is_new = np.zeros(len(item_index), bool)
     is_new[item_index[cuts.item_kept]] = counts[cuts.item_kept] == 0
-    lengths, tallies = [], {"validation": np.zeros(3, np.int64), "test": np.zeros(3, np.int64)}
+    lengths = []
     for block in log.blocks():
         sequences = _Sequences.of(block, cuts, item_index)
         train.write(_train_table(log, sequences))
         lengths.append(sequences.train_end[sequences.train_end >= 2])
-        for name, writer, start, stop in (
-            ("validation", validation, sequences.train_end, sequences.test_start),
-            ("test", test, sequences.test_start, sequences.total),
-        ):
-            table = _evaluation_table(log, sequences, start, stop, last_target_only)
-            tallies[name] += _tally(table, is_new)
+        bounds = [sequences.train_end, sequences.test_start, sequences.total]
+        for (split, writer), start, stop in zip(held_out.items(), bounds, bounds[1:], strict=False):
+            table = _evaluation_table(log, sequences, start, stop, config.targets == "last")
+            tallies[split] += _tally(table, is_new)
             writer.write(table)
-    files = [*train.close(), *validation.close(), *test.close()]
+    files = [entry for writer in (train, *held_out.values()) for entry in writer.close()]
     numbers = {
-        f"{name}_{what}": int(value)
-        for name, tally in tallies.items()
-        for what, value in zip(["users", "targets", "targets_new_items"], tally, strict=True)
+        f"{split}_{counted}": int(value)
+        for split, tally in tallies.items()
+        for counted, value in zip(["users", "targets", "targets_new_items"], tally, strict=True)
     }
     all_lengths = np.concatenate(lengths)
     numbers |= {
@@ -181,22 +180,18 @@ def write_sequences(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Sequences:
-    """The sequences of one block: U users, M events.
+    """The sequences of one block: U users, M events."""
 
-    ``user`` (U,) numbers; ``starts`` (U,) first event of each in ``items``; ``total``,
-    ``train_end``, ``test_start`` (U,); ``items`` (M,) dense indices; ``weights`` (M,) or None.
-    """
-
-    user: Array
-    starts: Array
-    total: Array
-    train_end: Array
-    test_start: Array
-    items: Array
-    weights: Array | None
+    user: Array  # (U,) index into SortedLog.user_ids
+    starts: Array  # (U,) first event of each user in items
+    total: Array  # (U,) as in Cuts
+    train_end: Array  # (U,)
+    test_start: Array  # (U,)
+    items: Array  # (M,) dense indices
+    weights: Array | None  # (M,)
 
     @classmethod
-    def of(cls, block: Block, cuts: Cuts, item_index: Array) -> "_Sequences":
+    def of(cls, block: UserBlock, cuts: Cuts, item_index: Array) -> "_Sequences":
         users = np.arange(block.first_user, block.stop_user)
         users = users[cuts.kept[users]]
         mask, _ = positions(block, cuts)
@@ -254,7 +249,7 @@ def _evaluation_table(
 
 
 def _lists(values: Array, starts: Array, lengths: Array, dtype: pa.DataType) -> pa.Array:
-    """A list array whose element k is values[starts[k] : starts[k] + lengths[k]]."""
+    """A list array with element k = values[starts[k] : starts[k] + lengths[k]]."""
     offsets = np.append(0, np.cumsum(lengths))
     index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return pa.ListArray.from_arrays(
@@ -263,6 +258,6 @@ def _lists(values: Array, starts: Array, lengths: Array, dtype: pa.DataType) -> 
 
 
 def _tally(table: pa.Table, is_new: Array) -> Array:
-    """(3,) users, targets, and targets whose item has no training event."""
+    """(3,) numbers of users, targets, and targets without training events."""
     targets = table["targets"].combine_chunks().flatten().to_numpy()
     return np.array([table.num_rows, len(targets), int(is_new[targets].sum())])

@@ -1,4 +1,4 @@
-"""Dense item indices that give every rank its share of the popular items, whatever W is."""
+"""Assign item indices so that every rank has an equal load of popular items, at any W."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ TOO_UNEVEN = 1.5
 def spread_by_popularity(counts: Array) -> Array:
     """The items in the order of their dense index: a permutation of the popularity ranking.
 
-    Popularity rank r (0 the most popular, ties by position) goes where the reversed bits of r's
-    Gray code stand among all of them. Every run of ranks is thus dealt evenly over every contiguous
-    block of indices, to and fro, so that one block does not always get the more popular item.
+    Popularity ranks (0 the most popular, ties by position) are sorted by the reversed bits of their
+    Gray code. Any range of ranks is thereby distributed evenly over the contiguous blocks of
+    indices, in alternating direction, so that no block always gets the more popular item.
 
     Args:
-        counts: (V,) int64, training events of each item.
+        counts: (V,) int64 training events of each item.
 
     Returns:
         (V,) int64: element k is the item that gets index k.
@@ -35,7 +35,7 @@ def spread_by_popularity(counts: Array) -> Array:
 
 
 def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
-    """Each rank's share of ``counts`` when rows lie in contiguous blocks of ceil(V / W).
+    """Each rank's share of ``counts`` for contiguous blocks of ceil(V / W) rows.
 
     Example:
         >>> load_per_rank(np.array([3, 1, 2, 2]), 2)
@@ -48,15 +48,15 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
 
 
 def loads(counts: Array) -> dict[str, list[float]]:
-    """``load_per_rank`` for 2, 3, 4 and 8 ranks, by their number."""
+    """``load_per_rank`` for 2, 3, 4 and 8 ranks, by the number of ranks."""
     return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 3, 4, 8)}
 
 
 def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float, int]:
-    """The largest load of any rank as a multiple of the mean, and among how many ranks.
+    """The largest load of a rank as a multiple of the mean, and its number of ranks.
 
     Args:
-        shares_by_ranks: for numbers of ranks, each rank's share; those of one number sum to 1.
+        shares_by_ranks: the shares of all ranks, which sum to 1, by the number of ranks.
 
     Example:
         >>> largest_load({"2": [0.5, 0.5], "4": [0.5, 0.25, 0.125, 0.125]})
@@ -69,7 +69,7 @@ def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
     """One line for each number of ranks: each rank's load as a multiple of the mean.
 
     Args:
-        shares_by_ranks: for numbers of ranks, each rank's share; those of one number sum to 1.
+        shares_by_ranks: the shares of all ranks, which sum to 1, by the number of ranks.
 
     Example:
         >>> describe_loads({"2": [0.55, 0.45]})
@@ -83,10 +83,10 @@ def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def describe_uneven_load(counts: Array) -> str | None:
-    """What to say where a rank has more than 1.5 times the mean load; None where none has.
+    """A warning if some rank has more than 1.5 times the mean load; None otherwise.
 
     Args:
-        counts: (V,) int64, training events of each item, in the order of the dense index.
+        counts: (V,) int64 training events of each item, by dense index.
     """
     load, ranks = largest_load(loads(counts))
     if load <= TOO_UNEVEN:

@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shardrec.modules.ranking import Ragged
+
 __all__ = [
     "Batch",
     "EvaluationBatch",
@@ -19,7 +21,6 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int64]
-Ragged = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Batch:
         items: (B, L) int64, oldest first, padded with 0 on the right.
         lengths: (B,) int64 real positions.
         targets: (B, L) int64 next items, padded with 0.
-        weights: (B, L) float32 of the targets, padded with 0; None where the data has none.
+        weights: (B, L) float32 weights of the targets, padded with 0; None if the data has none.
     """
 
     items: Tensor
@@ -40,11 +41,11 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
-        """N, real positions."""
+        """N, the number of real positions."""
         return int(self.lengths.sum())
 
     def real_positions(self) -> Tensor:
-        """(N,) int64 indices of the real positions in the flattened (B * L)."""
+        """(N,) int64 indices of the real positions in the flattened (B * L,) batch."""
         length = self.items.shape[1]
         real = torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
         return real.flatten().nonzero().flatten()
@@ -64,7 +65,7 @@ class EvaluationBatch:
     Attributes:
         items: (B, L) int64, the last L items of each history, padded with 0 on the right.
         lengths: (B,) int64.
-        targets: values (T,) and lengths (B,): the items each user took next, oldest first.
+        targets: values (T,) and lengths (B,): the next items of each user, oldest first.
         seen: values (S,) and lengths (B,): the whole history of each user.
     """
 
@@ -85,7 +86,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Samples over one flat tensor: sample s has ``length[s]`` positions from ``start[s]``."""
+    """Samples in one flat tensor: sample s has ``length[s]`` positions from ``start[s]`` on."""
 
     items: Tensor
     weights: Tensor | None
@@ -103,9 +104,9 @@ class Samples:
 
 
 def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Ints]:
-    """Start and number of positions of each sample of (rows + 1,) list offsets.
+    """Start and number of positions of each sample, from (rows + 1,) list offsets.
 
-    A sequence of n items has n - 1 positions. Windows are cut from its end; the first is short.
+    A sequence of n items has n - 1 positions. Windows are cut from its end, so the first is short.
 
     >>> start, length = cut_windows(np.array([0, 6]), 2, "all")
     >>> start.tolist(), length.tolist()
@@ -123,16 +124,16 @@ def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Int
 
 
 def num_windows(lengths: Ints, max_length: int) -> Ints:
-    """Windows of sequences of so many items; one at least, so that every row is a sample."""
+    """Number of windows of sequences with these lengths; at least one, even for no position."""
     return np.maximum(-(-(lengths - 1) // max_length), 1)
 
 
 def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of ``values`` as rows of one length.
+    """Ranges of ``values`` as rows of equal length.
 
     Returns:
-        (B, L) values padded with 0; (B, L) bool, where they are real; (B, L) their indices in
-        ``values``, 0 where they are not.
+        (B, L) values padded with 0; (B, L) bool, True at real values; (B, L) indices in ``values``,
+        0 at padding.
     """
     longest = max(int(length.max()), 1) if len(length) else 1
     offset = torch.arange(longest)
@@ -142,7 +143,7 @@ def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tenso
 
 
 def gathered(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
-    """The lists of ``rows`` end to end, and their lengths."""
+    """The concatenated lists of ``rows``, and their lengths."""
     lengths = offsets[rows + 1] - offsets[rows]
     before = lengths.cumsum(0) - lengths
     shift = torch.repeat_interleave(offsets[rows] - before, lengths)

@@ -1,11 +1,17 @@
-"""The order of training data: which sample is in which global batch, at any number of ranks.
+"""The order of the training samples in an epoch: which is in which batch, at any number of ranks.
 
-An epoch permutes the row groups and cuts the list of their samples into shuffle windows of whole
-batches. A window is a matrix of batches x places, filled place by place: place p of all batches of
-the window comes from one run of the list, so from one or two row groups. A rank takes a contiguous
-range of places of every batch, hence a contiguous run of the list: all ranks together open at most
-W - 1 row groups twice inside a window, and one more where two windows meet. With G row groups and
-w in a window they open at most G * (1 + W / w). Nothing depends on the rank but its range.
+The phases:
+1. Permute the row groups; the samples of all row groups in this order are the list.
+2. Cut the list into shuffle windows of whole batches (`EpochOrder.window`).
+3. A window is a matrix of batches x places, filled place by place: place p of all its batches is a
+   contiguous range of the list, in one or two row groups. A rank takes a contiguous range of places
+   of every batch, so a contiguous range of the list (`Window.places`, `EpochOrder.pieces`).
+4. Inside a row group, assign places so that each place gets short and long samples evenly, and
+   batches so that the samples of one batch have similar lengths (`EpochOrder.assign`).
+
+All ranks together open at most W - 1 row groups twice inside a window, and one more at the border
+of two windows: with G row groups and w in a window, at most G * (1 + W / w). Only the range of
+places depends on the rank.
 """
 
 from dataclasses import dataclass
@@ -18,7 +24,7 @@ __all__ = ["EpochOrder", "Piece", "Window"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Lengths within this share of each other trade places, so that batches differ from epoch to epoch.
+# Lengths within this ratio are ordered at random, so that batches differ from epoch to epoch.
 LENGTH_JITTER = 0.1
 
 
@@ -33,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Batches ``first_step .. first_step + num_steps`` and the run of samples they are made of."""
+    """Batches ``first_step .. first_step + num_steps`` and the range of samples in them."""
 
     first_step: int
     num_steps: int
@@ -43,7 +49,7 @@ class Window:
 
     @property
     def full_places(self) -> int:
-        """Places that every batch has; the epoch's last batch has only these.
+        """Number of places in every batch; the last batch of an epoch has only these.
 
         >>> Window(0, num_steps=3, first_sample=0, num_samples=8, batch_size=3).full_places
         2
@@ -51,12 +57,12 @@ class Window:
         return self.num_samples - (self.num_steps - 1) * self.batch_size
 
     def place_start(self, place: Ints | int) -> Ints:
-        """Where the run of a place starts, counted from the window's first sample."""
+        """Start of the range of a place, counted from the window's first sample."""
         place = np.asarray(place, dtype=np.int64)
         return place * self.num_steps - np.maximum(place - self.full_places, 0)
 
     def places(self, rank: int, world_size: int) -> tuple[int, int]:
-        """The range of places that a rank takes of each batch."""
+        """The range of places of each batch that belongs to a rank."""
         return (
             self.batch_size * rank // world_size,
             self.batch_size * (rank + 1) // world_size,
@@ -64,7 +70,7 @@ class Window:
 
 
 class EpochOrder:
-    """The order of one epoch."""
+    """The order of one epoch; equal seeds and epochs give equal orders on every rank."""
 
     def __init__(
         self, samples: Ints, batch_size: int, shuffle_row_groups: int, *, seed: int, epoch: int
@@ -74,7 +80,7 @@ class EpochOrder:
         Args:
             samples: (G,) number of samples in each row group.
             batch_size: samples in a global batch.
-            shuffle_row_groups: row groups in a window, at least (where there are as many).
+            shuffle_row_groups: least number of row groups in a window (or all, if there are fewer).
             seed: of the run.
             epoch: counted from 0.
         """
@@ -88,78 +94,67 @@ class EpochOrder:
         self.cuts: Ints = np.arange(num_windows + 1) * self.num_steps // num_windows
 
     def window(self, step: int) -> Window:
-        """The window that ``step`` lies in."""
+        """The window that contains ``step``."""
         index = int(np.searchsorted(self.cuts, step, side="right")) - 1
         first, last = int(self.cuts[index]), int(self.cuts[index + 1])
         start = first * self.batch_size
         stop = min(last * self.batch_size, self.num_samples)
         return Window(first, last - first, start, stop - start, self.batch_size)
 
-    def pieces(self, window: Window, start: int, stop: int) -> list[Piece]:
-        """The parts of row groups that hold samples ``start .. stop`` of the window, whole.
+    def pieces(self, window: Window, start: int, stop: int) -> tuple[list[Piece], int]:
+        """The parts of row groups that hold samples ``start .. stop`` of the window.
 
-        A part is all that the window holds of a row group, also where the range needs less of it.
+        Each part is everything the window has of a row group, even if the range needs less. Also
+        returns the position in the window of the first sample of the first part.
         """
         if start >= stop:
-            return []
+            return [], 0
         opening = window.first_sample
         closing = opening + window.num_samples
         first = int(np.searchsorted(self.ends, opening + start, side="right"))
         last = int(np.searchsorted(self.ends, opening + stop, side="left"))
-        pieces = []
-        for index in range(first, last + 1):
-            begin = int(self.ends[index - 1]) if index else 0
-            pieces.append(
-                Piece(
-                    int(self.row_groups[index]),
-                    max(opening, begin) - begin,
-                    min(closing, int(self.ends[index])) - begin,
-                )
-            )
-        return pieces
-
-    def offset(self, window: Window, pieces: list[Piece]) -> int:
-        """List position of the first sample of the first piece, counted from the window's first."""
-        if not pieces:
-            return 0
-        index = int(np.flatnonzero(self.row_groups == pieces[0].row_group)[0])
-        begin = int(self.ends[index - 1]) if index else 0
-        return begin + pieces[0].first - window.first_sample
+        begins = np.append(0, self.ends)[first : last + 1]
+        firsts = np.maximum(opening, begins) - begins
+        lasts = np.minimum(closing, self.ends[first : last + 1]) - begins
+        parts = zip(self.row_groups[first : last + 1], firsts, lasts, strict=True)
+        pieces = [Piece(*map(int, part)) for part in parts]
+        return pieces, int(begins[0]) + pieces[0].first - opening
 
     def shuffled(self, row_group: int, num_samples: int) -> tuple[Ints, Floats]:
-        """The epoch's order inside a row group, and a random number in [0, 1) for each sample."""
+        """The epoch's order inside a row group, and a random key in [0, 1) for each sample."""
         generator = self._generator(1, row_group)
         return generator.permutation(num_samples), generator.random(num_samples)
 
-    def deal(
+    def assign(
         self,
         window: Window,
         start: int,
         sizes: Ints,
         lengths: Ints,
-        luck: Floats,
+        random_keys: Floats,
         places: tuple[int, int],
     ) -> tuple[Ints, Ints]:
-        """Which samples are where in the batches of a window, for a range of places.
+        """Assign the samples of a range of places to the batches of a window.
 
         Args:
             window: the window.
-            start: list position of the first sample, counted from the window's first.
-            sizes: (P,) samples of each piece, in the order of the list.
+            start: position in the window of the first sample.
+            sizes: (P,) number of samples in each piece, in the order of the list.
             lengths: (S,) positions in each sample, piece after piece.
-            luck: (S,) random numbers of the samples.
-            places: the range; its runs lie inside the pieces.
+            random_keys: (S,) random keys of the samples.
+            places: the range; its samples are all in the pieces.
 
         Returns:
-            (T,) indices of the samples of the range, batch by batch and by place inside a batch,
-            and (num_steps,) how many of them each batch takes.
+            (T,) indices of the range's samples, batch by batch and by place inside a batch, and
+            (num_steps,) how many of them are in each batch.
         """
-        key = lengths * (1.0 + LENGTH_JITTER * (luck - 0.5))
+        key = lengths * (1.0 + LENGTH_JITTER * (random_keys - 0.5))
         place = self._place(window, start, sizes, key)
         taken = np.flatnonzero((place >= places[0]) & (place < places[1]))
-        taken = taken[np.lexsort((luck[taken], key[taken], place[taken]))]
+        taken = taken[np.lexsort((random_keys[taken], key[taken], place[taken]))]
         place = place[taken]
-        # Shortest first down the batches; the last batch of an epoch lacks some places.
+        # Inside a place the shortest sample goes to the first batch of the permutation, and so on;
+        # the last batch of an epoch has fewer places.
         offset = np.arange(len(taken)) + window.place_start(places[0]) - window.place_start(place)
         step_of = self._generator(2, window.first_step).permutation(window.num_steps)
         short = int(np.argmax(step_of))
@@ -169,9 +164,9 @@ class EpochOrder:
         return taken[by_batch], np.bincount(step, minlength=window.num_steps)
 
     def _place(self, window: Window, start: int, sizes: Ints, key: Floats) -> Ints:
-        """(S,) the place of each sample; each gets short and long samples of a piece evenly."""
+        """(S,) the place of each sample: every place gets short and long ones of a piece evenly."""
         piece = np.repeat(np.arange(len(sizes)), sizes)
-        # Every list position's place, and how far down its place's share of the piece it is.
+        # The place of each position, and its relative depth in the place's part of the piece.
         position = np.arange(start, start + len(key))
         starts = window.place_start(np.arange(window.batch_size + 1))
         place = np.searchsorted(starts, position, side="right") - 1

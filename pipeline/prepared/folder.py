@@ -17,7 +17,7 @@ __all__ = ["Prepared"]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prepared folder whose manifest was read and found complete."""
+    """A complete prepared folder and its manifest."""
 
     path: Path
     manifest: Manifest
@@ -33,13 +33,8 @@ class Prepared:
 
     @property
     def num_items(self) -> int:
-        """V."""
+        """V, the number of items."""
         return self.manifest.counts["items"]
-
-    @property
-    def num_train_sequences(self) -> int:
-        """Rows of the training files."""
-        return self.manifest.counts["train_sequences"]
 
     @property
     def has_weights(self) -> bool:
@@ -54,7 +49,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of the files' checksums: equal for equal data."""
+        """Short hash of the files' checksums; equal for equal data."""
         return self.manifest.fingerprint
 
     def item_counts(self) -> Tensor:
@@ -62,7 +57,7 @@ class Prepared:
         return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
 
     def item_ids(self) -> pa.Array:
-        """(V,) the log's own ids (int64 or string) by item."""
+        """(V,) the log's item ids (int64 or string) by item."""
         return self._items("item_id")
 
     def _items(self, name: str) -> pa.Array:

@@ -1,4 +1,4 @@
-"""Histories of users, streamed from Parquet a few thousand at a time."""
+"""User histories, streamed from Parquet files in chunks of users."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.prepared.item_ids import ItemIds, id_kind
-from shardrec.pipeline.prepared.parquet_files import find_files
+from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.parquet_files import find_files, id_kind, require_ids
 
 __all__ = ["Histories", "HistoryChunk"]
 
@@ -26,10 +26,10 @@ class HistoryChunk:
     """Some users in the order of the file.
 
     Attributes:
-        user_ids: (n,) as given.
-        items: (T,) int64 known items of all users, oldest first, one user after another.
-        offsets: (n + 1,) int64, where each user's items begin in ``items``.
-        num_unknown: items that the catalog does not have; they are not in ``items``.
+        user_ids: (n,) ids.
+        items: (T,) int64 known items of all users, oldest first, concatenated.
+        offsets: (n + 1,) int64 start of each user's items in ``items``.
+        num_unknown: number of items left out because the catalog does not have them.
     """
 
     user_ids: pa.Array
@@ -39,11 +39,11 @@ class HistoryChunk:
 
 
 class Histories:
-    """Parquet files with a column of users and a list column of items, most recent item last.
+    """Parquet files with a user column and a list column of items, most recent item last.
 
     Attributes:
         num_users: rows of all files.
-        user_type: of the user column.
+        user_type: Arrow type of the user column.
         files: path, rows and size of each file, in order.
     """
 
@@ -54,14 +54,14 @@ class Histories:
 
         Args:
             source: a file, a folder, a glob or a URI that pyarrow opens.
-            catalog: what the item ids mean.
+            catalog: the known item ids.
             users: name of the user column.
             items: name of the list column.
-            dense: whether the lists hold dense indices (as a prepared folder's do), not ids.
+            dense: whether the lists hold dense indices, as in a prepared folder, instead of ids.
 
         Raises:
             FileNotFoundError: there is no Parquet file.
-            ValueError: a footer cannot be read, a column is missing or of a type that does not fit.
+            ValueError: a footer cannot be read, or a column is missing or of an unsuitable type.
         """
         self.catalog, self.columns, self.dense = catalog, (users, items), dense
         self._filesystem, self._paths = find_files(source, "histories")
@@ -146,19 +146,14 @@ class Histories:
         return items.where((items >= 0) & (items < len(self.catalog)), -1)
 
     def _user_type(self, path: str, footer: pq.FileMetaData) -> pa.DataType:
-        """Check the columns of a file; how its user ids are to be written."""
+        """Check the columns of a file; the type of its user ids in the output."""
         schema = footer.schema.to_arrow_schema()
         for name in self.columns:
             if name not in schema.names:
                 raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
         self._check_lists(path, schema.field(self.columns[1]).type)
         dtype = schema.field(self.columns[0]).type
-        if id_kind(dtype) not in ("int64", "string"):
-            raise ValueError(
-                f"column {self.columns[0]!r} of {path!r} must be integer or string, got {dtype}; "
-                "convert the ids"
-            )
-        return pa.string() if id_kind(dtype) == "string" else dtype
+        return pa.string() if require_ids(dtype, self.columns[0], path) == "string" else dtype
 
     def _check_lists(self, path: str, dtype: pa.DataType) -> None:
         wanted = self.catalog.kind

@@ -1,4 +1,4 @@
-"""Between the log's own item ids and dense item indices."""
+"""Conversion between the log's item ids and dense item indices."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-__all__ = ["ItemIds", "id_kind"]
+from shardrec.pipeline.prepared.parquet_files import id_kind
+
+__all__ = ["ItemIds"]
 
 _CHUNK_IDS = 1 << 20
 
@@ -31,27 +33,23 @@ class ItemIds:
 
     @property
     def kind(self) -> str:
-        """What the ids are: "int64" or "string"."""
+        """The kind of the ids: "int64" or "string"."""
         return id_kind(self.ids.type)
 
     def items(self, ids: pa.Array) -> Tensor:
-        """(n,) int64 dense indices of ``ids``, -1 for those that the catalog does not have.
+        """(n,) int64 dense indices of ``ids``; -1 for nulls and for ids not in the catalog.
 
-        One pass over the catalog's ids whatever n is, and no memory but that of the answer: ask
-        for many at once.
-
-        Args:
-            ids: (n,) of the catalog's kind; nulls are unknown.
+        Each call reads the catalog's ids once, whatever n is: pass many ids at a time.
 
         Raises:
-            ValueError: the ids are of another kind.
+            ValueError: the ids are not of the catalog's kind.
         """
         if id_kind(ids.type) != self.kind:
             raise ValueError(
                 f"item ids must be {self.kind} as in the catalog, got {ids.type}; convert them"
             )
         asked = ids.cast(self.ids.type).dictionary_encode()
-        found = np.full(len(asked.dictionary) + 1, -1, dtype=np.int64)  # the last is for nulls
+        found = np.full(len(asked.dictionary) + 1, -1, dtype=np.int64)  # the last one is for nulls
         for start in range(0, len(self), _CHUNK_IDS):
             part = self.ids.slice(start, _CHUNK_IDS)
             places = pc.index_in(part, value_set=asked.dictionary)
@@ -65,7 +63,7 @@ class ItemIds:
 
     @property
     def version(self) -> str:
-        """Short hash of ids and order: equal where every index means the same item."""
+        """Short hash of the ids and their order; equal if every index means the same item."""
         digest = hashlib.sha256(self.kind.encode())
         for start in range(0, len(self), _CHUNK_IDS):
             part = self.ids.slice(start, _CHUNK_IDS)
@@ -77,12 +75,3 @@ class ItemIds:
             else:
                 digest.update(part.to_numpy().astype("<i8").tobytes())
         return digest.hexdigest()[:16]
-
-
-def id_kind(dtype: pa.DataType) -> str:
-    """What kind of id a type is: "int64", "string", or its own name for anything else."""
-    value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
-    if pa.types.is_integer(value):
-        return "int64"
-    text = pa.types.is_string(value) or pa.types.is_large_string(value)
-    return "string" if text or value == pa.string_view() else str(dtype)

@@ -1,8 +1,8 @@
-"""Prepared data as batches of tensors, deterministic by (seed, epoch) and the same for any W.
+"""Load prepared data in batches of tensors, deterministic by (seed, epoch) and equal for every W.
 
-``epoch_order`` decides the order of an epoch, ``row_groups`` reads, ``batches`` cuts tensors. There
-is no Python loop over sequences: list columns become one flat tensor and offsets, and a batch is
-index arithmetic on them.
+``epoch_order`` decides the order of an epoch, ``row_groups`` reads, ``batches`` cuts tensors.
+Without a Python loop over sequences: list columns become one flat tensor and offsets, and a batch
+is index arithmetic on them.
 """
 
 from collections.abc import Iterator
@@ -42,13 +42,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """How sequences become batches.
+    """Batch size, windows and shuffling.
 
     Attributes:
         batch_size: sequences in a global batch, over all ranks.
         windows: of a sequence longer than the encoder takes, its "last" window or "all" of them.
-        shuffle_row_groups: row groups in a shuffle window, at least (where there are as many). More
-            mix better, take more memory, and make fewer row groups be read by two ranks.
+        shuffle_row_groups: least number of row groups in a shuffle window (or all, if there are
+            fewer). More shuffle better and take more memory; fewer row groups are then read by two
+            ranks.
     """
 
     batch_size: int = 128
@@ -56,7 +57,7 @@ class BatchConfig:
     shuffle_row_groups: int = 32
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one and unknown names."""
+        """Check the ranges and names."""
         for name in ("batch_size", "shuffle_row_groups"):
             require_at_least(f"batches.{name}", getattr(self, name), 1)
         require_choice("batches.windows", self.windows, ("last", "all"))
@@ -65,17 +66,14 @@ class BatchConfig:
 class TrainingBatches:
     """This rank's parts of the global batches, epoch after epoch.
 
-    ``for batch in batches`` runs from where the loader stands to the end of the epoch, and the next
-    loop is the next epoch. Over all ranks every real position comes exactly once in an epoch. All
-    ranks take the same number of steps; in the last, short batch of an epoch some may have no
-    sequences.
+    ``for batch in batches`` runs from the current step to the end of the epoch, and the next loop
+    is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
+    take the same number of steps; in the last, short batch of an epoch some may have no sequences.
     Collectives: none.
 
     Attributes:
         epoch: the epoch of the next batch, from 0.
         step: the next batch's index in its epoch.
-        bytes_read: stored bytes read by this rank so far (property).
-        padding_share: padding among the positions given out by this rank so far (property).
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class TrainingBatches:
         Args:
             prepared: an open prepared folder.
             config: batch size and windows; the same on every rank.
-            max_length: positions in a window, at most.
+            max_length: largest number of positions in a window.
             rank: this process.
             world_size: W.
             seed: of the order; the same on every rank.
@@ -120,15 +118,15 @@ class TrainingBatches:
 
     @property
     def padding_share(self) -> float:
-        """Padding among all positions this rank gave out, 0 before the first."""
+        """Share of padding among all positions of this rank so far; 0 before the first batch."""
         return 1.0 - self._positions / self._slots if self._slots else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, and what the order depends on; not the number of ranks."""
+        """Epoch, step, and everything the order depends on; the number of ranks is not part."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place, at any number of ranks.
+        """Continue from a saved state, at any number of ranks.
 
         Raises:
             ValueError: the state belongs to another order (data, seed, batch size, ...).
@@ -164,14 +162,15 @@ class TrainingBatches:
             self.epoch, self.step = epoch + 1, 0
 
     def _window_batches(self, order: EpochOrder, window: Window) -> Iterator[Batch]:
-        """The batches of a window from ``step`` on; ``step`` moves before a batch is given out."""
+        """The batches of a window from ``step`` on; ``step`` is advanced before each yield."""
         places = window.places(self.rank, self.world_size)
         run = window.place_start(np.array(places))
-        pieces = order.pieces(window, int(run[0]), int(run[1]))
-        samples, luck = self._read(order, pieces)
-        start = order.offset(window, pieces)
+        pieces, start = order.pieces(window, int(run[0]), int(run[1]))
+        samples, random_keys = self._read(order, pieces)
         sizes = np.array([piece.last - piece.first for piece in pieces], dtype=np.int64)
-        chosen, counts = order.deal(window, start, sizes, samples.length.numpy(), luck, places)
+        chosen, counts = order.assign(
+            window, start, sizes, samples.length.numpy(), random_keys, places
+        )
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
             batch = samples.batch(parts[index])
@@ -183,34 +182,30 @@ class TrainingBatches:
     def _read(
         self, order: EpochOrder, pieces: list[Piece]
     ) -> tuple[Samples, npt.NDArray[np.float64]]:
-        """The samples of the pieces in the epoch's order, and their random numbers."""
-        items, weights, starts, lengths, luck, base = [], [], [], [], [], 0
+        """The samples of the pieces in the epoch's order, and their random keys."""
+        dtypes = (np.int64, np.float32, np.int64, np.int64, np.float64)
+        parts: list[tuple[npt.NDArray[Any], ...]] = [tuple(np.zeros(0, kind) for kind in dtypes)]
+        base, weight = 0, parts[0][1]
         for piece in pieces:
             table = self._groups.read(piece.row_group, self._columns)
             values, offsets = self._items(piece.row_group, table)
+            if self.prepared.has_weights:
+                weight = self._weights(piece.row_group, table, offsets)
             begin, size = cut_windows(offsets, self.max_length, self.config.windows)
             shuffled, random = order.shuffled(piece.row_group, len(begin))
             kept = shuffled[piece.first : piece.last]
-            items.append(values)
-            if self.prepared.has_weights:
-                weights.append(self._weights(piece.row_group, table, offsets))
-            starts.append(begin[kept] + base)
-            lengths.append(size[kept])
-            luck.append(random[piece.first : piece.last])
+            keys = random[piece.first : piece.last]
+            parts.append((values, weight, begin[kept] + base, size[kept], keys))
             base += len(values)
-        flat = torch.from_numpy(_joined(items, np.int64))
-        weight = (
-            torch.from_numpy(_joined(weights, np.float32)) if self.prepared.has_weights else None
-        )
-        start = torch.from_numpy(_joined(starts, np.int64))
-        length = torch.from_numpy(_joined(lengths, np.int64))
-        return Samples(flat, weight, start, length), _joined(luck, np.float64)
+        items, weights, starts, lengths, keys = map(np.concatenate, zip(*parts, strict=True))
+        flat, start, length = map(torch.from_numpy, (items, starts, lengths))
+        flat_weights = torch.from_numpy(weights) if self.prepared.has_weights else None
+        return Samples(flat, flat_weights, start, length), keys
 
     def _items(self, row_group: int, table: pa.Table) -> tuple[Ints, Ints]:
         values, offsets = flat_list(table, "items")
-        _check_items(
-            values, self.prepared.num_items, f"{self._groups.name(row_group)}, column items"
-        )
+        place = f"{self._groups.name(row_group)}, column items"
+        _check_items(values, self.prepared.num_items, place)
         return values.astype(np.int64, copy=False), offsets
 
     def _weights(self, row_group: int, table: pa.Table, offsets: Ints) -> npt.NDArray[Any]:
@@ -244,10 +239,10 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """This rank's contiguous share of the users of a split, a row group at a time.
+    """Batches of this rank's contiguous share of the users of a split.
 
-    Every rank gives out the same number of batches; where its users are used up they are empty.
-    Inside a row group users come by length of history, so that little is computed on padding.
+    Every rank has the same number of batches, the last ones empty where it has fewer users. Inside
+    a row group users are sorted by the length of their history, which reduces padding.
     """
 
     def __init__(
@@ -266,7 +261,7 @@ class EvaluationBatches:
             prepared: an open prepared folder.
             split: which users.
             batch_size: users of one rank in a batch.
-            max_length: items of a history that the encoder reads.
+            max_length: largest number of items of a history that the encoder reads.
             rank: this process.
             world_size: W.
         """
@@ -274,7 +269,7 @@ class EvaluationBatches:
         require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
         if split not in ("validation", "test"):
-            raise ValueError(f"split must be validation or test, got {split!r}; pick one")
+            raise ValueError(f"split must be validation or test, got {split!r}; choose one")
         self.prepared, self.batch_size, self.max_length = prepared, batch_size, max_length
         self._groups = RowGroups([prepared.path / f"{split}.parquet"], ["items", "targets"])
         self.num_users = int(self._groups.rows.sum())
@@ -282,7 +277,7 @@ class EvaluationBatches:
         self.rank = rank
 
     def __len__(self) -> int:
-        """Batches that each rank gives out."""
+        """Number of batches on each rank."""
         return max(
             sum(-(-(piece.last - piece.first) // self.batch_size) for piece in share)
             for share in self._shares
@@ -300,7 +295,7 @@ class EvaluationBatches:
             yield EvaluationBatch(none.new_zeros(0, 1), none, (none, none), (none, none))
 
     def _share(self, rank: int, world_size: int) -> list[Piece]:
-        """The parts of row groups that are in the share of a rank."""
+        """The parts of row groups that belong to a rank."""
         start = self.num_users * rank // world_size
         stop = self.num_users * (rank + 1) // world_size
         ends = np.cumsum(self._groups.rows)
@@ -329,10 +324,6 @@ class EvaluationBatches:
             length = seen[1].clamp(max=self.max_length)
             last, _, _ = padded(items, item_offsets[chosen + 1] - length, length)
             yield EvaluationBatch(last, length, gathered(targets, target_offsets, chosen), seen)
-
-
-def _joined(parts: list[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
 
 
 def _check_items(values: npt.NDArray[Any], num_items: int, name: str) -> None:

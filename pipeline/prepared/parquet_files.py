@@ -1,4 +1,4 @@
-"""The Parquet files that a path, a folder, a glob or a URI means."""
+"""Input files: the Parquet files that a path, a glob or a URI means, and the kind of their ids."""
 
 import fnmatch
 import os
@@ -7,22 +7,14 @@ import re
 import pyarrow as pa
 import pyarrow.fs as fs
 
-__all__ = ["check_path", "find_files"]
+__all__ = ["check_path", "find_files", "id_kind", "is_text", "require_ids", "value_type"]
 
 _GLOB_CHARACTERS = "*?["
 _SETTINGS = re.compile(r"\?\w+=[^/?&]*(&\w+=[^/?&]*)*$")
 
 
 def check_path(name: str, path: str) -> None:
-    """Refuse what is no path to the libraries that open it.
-
-    Args:
-        name: what the path is, for the message.
-        path: path or URI.
-
-    Raises:
-        ValueError: it is empty, holds NUL, or is not UTF-8.
-    """
+    """Raise ValueError, naming the option ``name``, for an empty path, a NUL, or no UTF-8."""
     if not path:
         raise ValueError(f"{name} must be a path, got ''; the current folder is '.'")
     if "\0" in path:
@@ -39,14 +31,13 @@ def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[s
     """The file system and the sorted Parquet files that ``source`` means.
 
     Args:
-        source: a file, a folder (searched below, names that start with "_" or "." skipped), a glob,
-            or a URI that pyarrow opens. What is there under its very name is taken for no glob.
+        source: a file, a folder (searched recursively, without names that start with "_" or "."),
+            a glob, or a URI that pyarrow opens. An existing path is never treated as a glob.
         name: what the files are, for messages.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the path is no path, pyarrow does not know the URI's scheme, or the name of a
-            file is not UTF-8.
+        FileNotFoundError: there is no such path, or no Parquet file.
+        ValueError: the path is invalid, the URI has an unknown scheme, or a file name is not UTF-8.
     """
     check_path(name, source)
     folder, pattern = _split_glob(source)
@@ -66,10 +57,44 @@ def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[s
     return filesystem, paths
 
 
-def _split_glob(source: str) -> tuple[str, str]:
-    """The folder above the first part that is a pattern, and the pattern from there on.
+def id_kind(dtype: pa.DataType) -> str:
+    """The kind of an id column: "int64", "string", or the name of any other type."""
+    value = value_type(dtype)
+    if pa.types.is_integer(value):
+        return "int64"
+    return "string" if is_text(value) else str(dtype)
 
-    The settings behind a URI stay with the folder.
+
+def require_ids(dtype: pa.DataType, name: str, path: str) -> str:
+    """The kind of an id column, "int64" or "string".
+
+    Raises:
+        ValueError: the type is another one.
+    """
+    kind = id_kind(dtype)
+    if kind not in ("int64", "string"):
+        raise ValueError(
+            f"column {name!r} of {path!r} must be integer or string, got {dtype}; convert the ids"
+        )
+    return kind
+
+
+def value_type(dtype: pa.DataType) -> pa.DataType:
+    """The type of the values, which a dictionary stores once each."""
+    return dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether the type is one of Arrow's three string types."""
+    return bool(
+        pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or dtype == pa.string_view()
+    )
+
+
+def _split_glob(source: str) -> tuple[str, str]:
+    """The folder above the first part with a wildcard, and the pattern from there on.
+
+    The query of a URI stays with the folder.
 
     Example:
         >>> _split_glob("s3://logs/day=*/part-?.parquet")
@@ -118,7 +143,7 @@ def _path_of(info: fs.FileInfo) -> str:
 
 
 def _is_wanted(path: str, pattern: str) -> bool:
-    """Whether a path below the folder is a visible Parquet file that the pattern means."""
+    """Whether a path below the folder is a visible Parquet file that matches the pattern."""
     if any(part[0] in "._" for part in path.split("/") if part):
         return False
     return path.endswith((".parquet", ".pq")) and (not pattern or _matches(path, pattern))

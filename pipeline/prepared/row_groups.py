@@ -1,4 +1,4 @@
-"""Row groups of Parquet files, read one at a time, with errors that name the place."""
+"""Read Parquet files one row group at a time; errors name file, row group and column."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class RowGroups:
-    """The row groups of some files under one running index; counts the bytes it reads.
+    """The row groups of some files under one running index.
 
     Attributes:
         rows: (G,) rows in each row group.
-        bytes_read: footers and column chunks read so far, as stored.
+        bytes_read: compressed bytes of footers and column chunks read so far.
     """
 
     def __init__(self, paths: Sequence[Path], columns: Sequence[str]) -> None:
@@ -26,10 +26,10 @@ class RowGroups:
 
         Args:
             paths: files in order.
-            columns: names that every file must have.
+            columns: required columns.
 
         Raises:
-            FileNotFoundError: a file is gone.
+            FileNotFoundError: a file is missing.
             ValueError: a footer cannot be read, or a column is missing.
         """
         self._footers = [_footer(path, columns) for path in paths]
@@ -44,7 +44,7 @@ class RowGroups:
         self.bytes_read = sum(footer.serialized_size for footer in self._footers)
 
     def __len__(self) -> int:
-        """How many row groups there are."""
+        """G, the number of row groups."""
         return len(self.rows)
 
     def name(self, index: int) -> str:
@@ -56,8 +56,8 @@ class RowGroups:
         """The columns of one row group.
 
         Raises:
-            FileNotFoundError: the file is gone.
-            ValueError: a column chunk is damaged; file, row group and column are named.
+            FileNotFoundError: the file is missing.
+            ValueError: a column chunk is damaged, or has nulls.
         """
         try:
             table = self._read(index, columns)
@@ -96,7 +96,7 @@ class RowGroups:
 
 
 def flat_list(table: pa.Table, name: str) -> tuple[npt.NDArray[np.generic], Ints]:
-    """A list column as its values end to end and (rows + 1,) offsets into them, from 0."""
+    """A list column as concatenated values and (rows + 1,) offsets into them, from 0."""
     column = table.column(name).combine_chunks()
     offsets = column.offsets.to_numpy().astype(np.int64)
     values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -126,7 +126,7 @@ def _footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
 def _gone(path: Path) -> FileNotFoundError:
     return FileNotFoundError(
         f"{path} must be there, as the manifest lists it, got no such file;"
-        " bring it back or prepare the data again"
+        " restore it or prepare the data again"
     )
 
 

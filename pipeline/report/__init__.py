@@ -1,12 +1,11 @@
 """The report stage: run folders in, one self-contained HTML page out.
 
-The page needs nothing from outside and runs no script; its drawings take their colours from the
-page, light or dark. Equal runs give an equal page.
+The page loads nothing and runs no script; its drawings use the colours of the page, light or dark.
+Equal runs give an equal page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -16,10 +15,10 @@ from shardrec.pipeline.report.tables import (
     all_metrics,
     compare_runs,
     differences,
+    format_metric,
+    format_option,
     popularity,
     remarks,
-    spell_metric,
-    spell_option,
     split_of,
     state_of,
 )
@@ -30,7 +29,7 @@ _MARK = "<!doctype html>\n<!-- shardrec report -->\n"
 
 
 def report(runs: Sequence[str | Path], output: str | Path) -> Path:
-    """Write the page about ``runs`` to ``output``, in place of a former report.
+    """Write the page about ``runs`` to ``output``, which may be an earlier report.
 
     Args:
         runs: run folders, finished or in progress, evaluated or not.
@@ -41,7 +40,7 @@ def report(runs: Sequence[str | Path], output: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: a folder is no run.
-        FileExistsError: the output is there and no report.
+        FileExistsError: the output exists and is not a report.
         ValueError: no run, too many, or a file of a run is damaged.
     """
     output = Path(output)
@@ -84,7 +83,7 @@ def render(records: Sequence[RunRecord]) -> str:
         remarks=remarks(records),
         num_hues=NUM_HUES,
         state_of=state_of,
-        spell_option=spell_option,
+        format_option=format_option,
     )
     return _MARK + page + "\n"
 
@@ -98,20 +97,16 @@ def _is_report(path: Path) -> bool:
 
 def _panel(curve: Curve, records: Sequence[RunRecord]) -> tuple[Curve, str] | None:
     """A curve and its drawing; None where no run has a number for it."""
-    lines = [
-        Line.of(record.name, place, _events(curve, record), curve)
-        for place, record in enumerate(records)
-    ]
-    drawn = [line for line in lines if len(line.steps)]
-    return (curve, draw(curve, drawn)) if drawn else None
-
-
-def _events(curve: Curve, record: RunRecord) -> Sequence[Mapping[str, Any]]:
-    return record.validations if curve.key == "validation" else record.steps
+    lines = []
+    for index, record in enumerate(records):
+        events = record.validations if curve.is_validation else record.steps
+        line = Line.of(record.name, index, events, curve)
+        lines += [line] if len(line.steps) else []
+    return (curve, draw(curve, lines)) if lines else None
 
 
 def _deciding_metric(records: Sequence[RunRecord]) -> str:
-    """NDCG@10 where a run measured it, else what decided in the first run that validated."""
+    """NDCG@10 where a run measured it, else the validation metric of the first run that has one."""
     validations = [event for record in records for event in record.validations]
     if not validations or any("NDCG@10" in event["metrics"] for event in validations):
         return "NDCG@10"
@@ -128,51 +123,45 @@ def _list_length(records: Sequence[RunRecord]) -> int:
 def _curves(metric: str) -> list[Curve]:
     return [
         Curve(
-            key="loss",
             title="Loss",
             explanation="mean over the positions of a batch",
             value=lambda event: event["loss"],
-            spell=lambda value: f"{value:.3f}",
+            to_text="{:.3f}".format,
         ),
         Curve(
-            key="validation",
             title=f"Validation {metric}",
             explanation="over the whole catalog",
             value=lambda event: event["metrics"].get(metric),
-            spell=spell_metric,
+            to_text=format_metric,
             from_zero=True,
-            dots=True,
+            is_validation=True,
         ),
         Curve(
-            key="throughput",
             title="Throughput",
             explanation="real positions per second, all ranks together",
             value=lambda event: event["positions"] / max(1e-9, event["seconds"]),
-            spell=_thousands,
+            to_text=_thousands,
             from_zero=True,
         ),
         Curve(
-            key="memory",
             title="Memory",
             explanation="peak so far, GiB, of the process or GPU that uses most",
             value=lambda event: event["memory_bytes"] / 2**30,
-            spell=lambda value: f"{value:.2f}",
+            to_text="{:.2f}".format,
             from_zero=True,
         ),
         Curve(
-            key="padding",
             title="Padding",
             explanation="% of the encoder's positions",
             value=lambda event: 100 * event["padding_share"],
-            spell=lambda value: f"{value:.0f} %",
+            to_text="{:.0f} %".format,
             from_zero=True,
         ),
         Curve(
-            key="gradient",
             title="Gradient norm",
             explanation="over encoder and table, before clipping",
             value=lambda event: event["gradient_norm"],
-            spell=lambda value: f"{value:.3g}",
+            to_text="{:.3g}".format,
             may_be_log=True,
         ),
     ]

@@ -1,20 +1,15 @@
-"""Curves of several runs over their steps, as SVG that takes its colours from the page."""
+"""Curves of several runs over their steps, as SVG in the page's own colours."""
 
 import dataclasses
-import io
 import math
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 __all__ = ["NUM_HUES", "Curve", "Line", "draw", "place_labels", "thin"]
 
@@ -24,25 +19,9 @@ NUM_HUES = 6
 _WIDTH, _HEIGHT = 520, 250  # px
 _LEFT, _TOP, _BOTTOM = 46, 12, 26
 _FONT, _LETTER, _LINE_GAP = 11, 5.9, 13.5  # px: size, mean width of a letter, between two labels
-_MOST_POINTS, _LEAST_POINTS = 160, 40  # of one line alone, of one among many
+_MOST_POINTS, _LEAST_POINTS = 160, 40  # of a single line, of one line among many
 _LOG_FROM = 12  # an axis is logarithmic where its largest number is so many times the smallest
-_TICKS = [1, 2, 2.5, 5, 10]
-_NAME = 18  # letters of a run's name beside a line
-
-# Stand-ins that become the page's own colours, so that one drawing serves light and dark.
-_INK, _GRID, _PAPER = "#00000a", "#00000b", "#00000c"
-_HUES = tuple(f"#0000d{index}" for index in range(NUM_HUES))
-_STYLES = {_INK: "var(--muted)", _GRID: "var(--grid)", _PAPER: "var(--paper)"} | {
-    hue: f"var(--hue-{index})" for index, hue in enumerate(_HUES)
-}
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "shardrec",
-    "font.size": _FONT,
-    "text.parse_math": False,  # a run may be called "$"
-    "path.simplify": True,
-}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_NAME = 18  # letters of a run's name at the end of a line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,77 +29,67 @@ class Curve:
     """What one panel shows.
 
     Attributes:
-        key: names the panel in the page.
-        title, explanation: what it is, in words.
-        value: from a logged event to the number; None where it has none.
-        spell: the number beside the end of a line.
+        title: of the panel.
+        explanation: the quantity and its unit.
+        value: the number in a logged event; None where it has none.
+        to_text: formats the number at the end of a line.
         from_zero: whether the axis begins at 0.
         may_be_log: whether the axis may be logarithmic.
-        dots: whether every point is marked, because there are few.
+        is_validation: whether its events are validations; they are few, so each point is marked.
     """
 
-    key: str
     title: str
     explanation: str
     value: Callable[[Mapping[str, Any]], float | None]
-    spell: Callable[[float], str]
+    to_text: Callable[[float], str]
     from_zero: bool = False
     may_be_log: bool = False
-    dots: bool = False
+    is_validation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One run in a panel: (n,) rising steps and their values, and which of the runs it is."""
+    """One run in a panel: (n,) rising steps and their values, and the index of the run."""
 
     name: str
-    place: int
+    index: int
     steps: Array
     values: Array
 
     @classmethod
-    def of(cls, name: str, place: int, events: Sequence[Mapping[str, Any]], curve: Curve) -> "Line":
-        """The numbers of a run's events; those that are missing or not finite are left out."""
+    def of(cls, name: str, index: int, events: Sequence[Mapping[str, Any]], curve: Curve) -> "Line":
+        """The finite numbers of a run's events."""
         pairs = [(event["step"], curve.value(event)) for event in events]
         kept = [(s, float(v)) for s, v in pairs if v is not None and math.isfinite(v)]
         numbers = np.array(kept, dtype=np.float64).reshape(-1, 2)
-        return cls(name, place, numbers[:, 0], numbers[:, 1])
+        return cls(name, index, numbers[:, 0], numbers[:, 1])
+
+    @property
+    def colour(self) -> str:
+        """A colour of the page."""
+        return f"var(--hue-{self.index % NUM_HUES})"
 
 
 def draw(curve: Curve, lines: Sequence[Line]) -> str:
-    """An ``<svg>`` with every line labelled where it ends.
-
-    Equal lines give equal text, on every machine with the same matplotlib.
-
-    Args:
-        curve: what the numbers are.
-        lines: of the runs that have any; each at least one point.
-    """
+    """An ``<svg>`` with a label at the end of every line; each line has at least one point."""
     is_log = _spans_decades(lines)
     most = max(_LEAST_POINTS, _MOST_POINTS // len(lines))
     lines = [thin(line, most, is_log=is_log) for line in lines]
-    with matplotlib.rc_context(_SETTINGS):
-        labels = [_label(curve, line, alone=len(lines) == 1) for line in lines]
-        right = 16 + _LETTER * max(map(len, labels))
-        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="none")
-        axes = figure.add_axes(
-            (
-                _LEFT / _WIDTH,
-                _BOTTOM / _HEIGHT,
-                (_WIDTH - _LEFT - right) / _WIDTH,
-                (_HEIGHT - _TOP - _BOTTOM) / _HEIGHT,
-            ),
-            facecolor="none",
-        )
-        _set_scales(axes, curve, lines, is_log=is_log)
-        for line in lines:
-            _draw_line(axes, curve, line)
-        _set_limits(axes, curve)
-        _dress(axes)
-        _write_labels(axes, lines, labels)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    return _inline(buffer.getvalue(), curve, lines)
+    labels = [_label(curve, line, alone=len(lines) == 1) for line in lines]
+    right = 16 + _LETTER * max(map(len, labels))
+    x = _Axis.of([line.steps for line in lines], (_LEFT, _WIDTH - right), is_log=is_log)
+    values = np.concatenate([line.values for line in lines])
+    y_is_log = curve.may_be_log and values.min() > 0 and values.max() >= _LOG_FROM * values.min()
+    y = _Axis.of([values], (_HEIGHT - _BOTTOM, _TOP), is_log=y_is_log).widened(curve.from_zero)
+    parts = [
+        *_grid(x, y),
+        *(part for line in lines for part in _line(curve, line, x, y)),
+        *_labels(lines, labels, x, y),
+    ]
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="{_FONT}" '
+        f'aria-label="{escape(_in_words(curve, lines))}">{"".join(parts)}</svg>'
+    )
 
 
 def thin(line: Line, most: int, *, is_log: bool) -> Line:
@@ -145,13 +114,9 @@ def thin(line: Line, most: int, *, is_log: bool) -> Line:
 
 
 def place_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights as near to the wanted ones as leaves ``gap`` between any two, inside [low, high].
+    """Heights in [low, high], ``gap`` apart and as near to the (rising) wanted ones as possible.
 
-    Args:
-        wanted: rising.
-        gap: smallest distance; less where there is no room for it.
-        low: the lowest height.
-        high: the highest height.
+    They are closer where there is no room for ``gap``.
 
     Example:
         >>> place_labels([10, 11, 50], gap=5, low=0, high=100)
@@ -162,17 +127,106 @@ def place_labels(wanted: Sequence[float], gap: float, low: float, high: float) -
     gap = min(gap, (high - low) / max(1, len(wanted) - 1))
     placed: list[float] = []
     for height in wanted:
-        least = placed[-1] + gap if placed else low
-        placed.append(max(height, least))
+        placed.append(max(height, placed[-1] + gap if placed else low))
     above = high + gap
     for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], above - gap)
-        above = placed[index]
+        placed[index] = above = min(placed[index], above - gap)
     return placed
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axis:
+    """A range of numbers and the pixels at its two ends."""
+
+    low: float
+    high: float
+    ends: tuple[float, float]
+    is_log: bool
+
+    @classmethod
+    def of(cls, numbers: Sequence[Array], ends: tuple[float, float], *, is_log: bool) -> "_Axis":
+        low, high = min(part.min() for part in numbers), max(part.max() for part in numbers)
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        return cls(low=float(low), high=float(high), ends=ends, is_log=is_log)
+
+    def widened(self, from_zero: bool) -> "_Axis":
+        """With some air at the ends, or from 0."""
+        if from_zero:
+            return dataclasses.replace(self, low=0.0, high=max(1.1 * self.high, 1e-9))
+        if self.is_log:
+            return dataclasses.replace(self, low=self.low / 1.2, high=self.high * 1.2)
+        air = 0.05 * (self.high - self.low)
+        return dataclasses.replace(self, low=self.low - air, high=self.high + air)
+
+    def pixels(self, numbers: Array) -> Array:
+        bounds = np.array([self.low, self.high])
+        if self.is_log:
+            numbers, bounds = np.log(numbers), np.log(bounds)
+        result: Array = np.interp(numbers, bounds, self.ends)
+        return result
+
+    def ticks(self, *, whole: bool = False) -> Iterator[tuple[float, str]]:
+        """The pixel and the text of each tick."""
+        if self.is_log:
+            decades = range(math.ceil(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            numbers = np.array([10.0**decade for decade in decades])
+        else:
+            locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
+            numbers = np.asarray(locator.tick_values(self.low, self.high))
+        numbers = numbers[(numbers >= self.low) & (numbers <= self.high)]
+        short = self.is_log or max(abs(self.low), abs(self.high)) >= 10_000
+        to_text = EngFormatter(sep="") if short else "{:g}".format
+        return zip(self.pixels(numbers).tolist(), map(to_text, numbers.tolist()), strict=True)
+
+
+def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
+    left, right = x.ends
+    for place, text in y.ticks():
+        yield f'<path d="M{left:.1f} {place:.1f}H{right:.1f}" stroke="var(--grid)"/>'
+        yield _text(left - 5, place, text, 'text-anchor="end" fill="var(--muted)"')
+    yield f'<path d="M{left:.1f} {y.ends[0]:.1f}H{right:.1f}" stroke="var(--grid)"/>'
+    for place, text in x.ticks(whole=True):
+        yield _text(place, _HEIGHT - 10, text, 'text-anchor="middle" fill="var(--muted)"')
+
+
+def _line(curve: Curve, line: Line, x: _Axis, y: _Axis) -> Iterator[str]:
+    points = list(zip(x.pixels(line.steps), y.pixels(line.values), strict=True))
+    dashes = ' stroke-dasharray="6 2.5"' if line.index >= NUM_HUES else ""
+    path = " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
+    stroke = f'stroke="{line.colour}" stroke-width="1.6"{dashes}'
+    yield f'<polyline points="{path}" fill="none" {stroke}/>'
+    for left, top in points if curve.is_validation else points[-1:]:
+        yield (
+            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="2.5" fill="{line.colour}" '
+            'stroke="var(--paper)"/>'
+        )
+
+
+def _labels(lines: Sequence[Line], labels: Sequence[str], x: _Axis, y: _Axis) -> Iterator[str]:
+    """One label a line, right of the axes, and a dotted line from the end of the curve to it."""
+    ends = sorted(
+        (y.pixels(line.values[-1:])[0], x.pixels(line.steps[-1:])[0], line.colour, label)
+        for line, label in zip(lines, labels, strict=True)
+    )
+    heights = place_labels([end[0] for end in ends], _LINE_GAP, _TOP + 2, _HEIGHT - _BOTTOM - 4)
+    left = x.ends[1] + 10
+    for (top, start, colour, label), height in zip(ends, heights, strict=True):
+        yield (
+            f'<path d="M{start + 4:.1f} {top:.1f}L{left - 1:.1f} {height:.1f}" '
+            f'stroke="{colour}" stroke-width=".7" stroke-dasharray="1 2"/>'
+        )
+        yield _text(left, height, label, f'fill="{colour}" style="white-space: pre"')
+
+
+def _text(left: float, middle: float, text: str, attributes: str) -> str:
+    return (
+        f'<text x="{left:.1f}" y="{middle + 0.35 * _FONT:.1f}" {attributes}>{escape(text)}</text>'
+    )
+
+
 def _label(curve: Curve, line: Line, *, alone: bool) -> str:
-    value = curve.spell(float(line.values[-1]))
+    value = curve.to_text(float(line.values[-1]))
     return value if alone else f"{value}  {_shortened(line.name)}"
 
 
@@ -184,7 +238,7 @@ def _shortened(name: str) -> str:
         'beauty-cce…-seed-3'
     """
     half = (_NAME - 1) // 2
-    return name if len(name) <= _NAME else f"{name[: _NAME - 1 - half + 1]}…{name[-half + 1 :]}"
+    return name if len(name) <= _NAME else f"{name[: _NAME - half]}…{name[-half + 1 :]}"
 
 
 def _spans_decades(lines: Sequence[Line]) -> bool:
@@ -193,126 +247,9 @@ def _spans_decades(lines: Sequence[Line]) -> bool:
     return max(longest) >= _LOG_FROM * min(longest) and min(line.steps[0] for line in lines) > 0
 
 
-def _set_scales(axes: Axes, curve: Curve, lines: Sequence[Line], *, is_log: bool) -> None:
-    axes.set_xscale("log" if is_log else "linear")
-    values = np.concatenate([line.values for line in lines])
-    if curve.may_be_log and values.min() > 0 and values.max() >= _LOG_FROM * values.min():
-        axes.set_yscale("log")
-
-
-def _draw_line(axes: Axes, curve: Curve, line: Line) -> None:
-    colour = _HUES[line.place % NUM_HUES]
-    dashes = (0, (4, 1.5)) if line.place >= NUM_HUES else "solid"
-    axes.plot(line.steps, line.values, color=colour, linewidth=1.6, linestyle=dashes)
-    marked = slice(None) if curve.dots else slice(-1, None)
-    axes.plot(
-        line.steps[marked],
-        line.values[marked],
-        linestyle="none",
-        marker="o",
-        markersize=5,
-        color=colour,
-        markeredgecolor=_PAPER,
-        markeredgewidth=1,
-        clip_on=False,
-    )
-
-
-def _set_limits(axes: Axes, curve: Curve) -> None:
-    if curve.from_zero:
-        axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 1e-9))
-    for axis, is_log in (
-        (axes.xaxis, axes.get_xscale() == "log"),
-        (axes.yaxis, axes.get_yscale() == "log"),
-    ):
-        axis.set_minor_formatter(NullFormatter())
-        if is_log:
-            axis.set_major_formatter(EngFormatter(sep=""))
-        else:
-            axis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS))
-    if axes.get_xscale() != "log":
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if axes.get_yscale() != "log" and max(map(abs, axes.get_ylim())) >= 10_000:
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _dress(axes: Axes) -> None:
-    """Hairlines behind the lines, and no frame."""
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, colors=_INK, labelcolor=_INK, pad=5)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color(_GRID)
-
-
-def _write_labels(axes: Axes, lines: Sequence[Line], labels: Sequence[str]) -> None:
-    """One label a line, right of the axes; a thin line leads to it where the end is elsewhere."""
-    ends = [axes.transData.transform((line.steps[-1], line.values[-1])) for line in lines]
-    order = sorted(range(len(lines)), key=lambda index: float(ends[index][1]))
-    heights = place_labels(
-        [float(ends[index][1]) for index in order], _LINE_GAP, axes.bbox.y0 + 4, axes.bbox.y1 - 2
-    )
-    left = axes.bbox.x1 + 10
-    for index, height in zip(order, heights, strict=True):
-        colour = _HUES[lines[index].place % NUM_HUES]
-        axes.annotate(
-            labels[index],
-            xy=(float(ends[index][0]), float(ends[index][1])),
-            xycoords="figure pixels",
-            xytext=(left, height),
-            textcoords="figure pixels",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "relpos": (0, 0.5),  # begins left of the label and never runs through it
-                "color": colour,
-                "linewidth": 0.7,
-                "linestyle": (0, (1, 2)),
-                "shrinkA": 1,
-                "shrinkB": 4,
-            },
-        )
-
-
-def _inline(svg: bytes, curve: Curve, lines: Sequence[Line]) -> str:
-    """The drawing for the middle of a page: own names, the page's font and colours."""
-    root = ET.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {
-            name.rpartition("}")[2]: _restyled(name, value, curve.key)
-            for name, value in element.attrib.items()
-        }
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-label": _in_words(curve, lines)}
-    return ET.tostring(root, encoding="unicode")
-
-
-def _restyled(name: str, value: str, key: str) -> str:
-    if name.rpartition("}")[2] == "id":
-        return f"{key}-{value}"
-    if name.rpartition("}")[2] == "href":
-        return f"#{key}-{value.removeprefix('#')}"
-    value = re.sub(r"url\(#([^)]*)\)", rf"url(#{key}-\1)", value)
-    if name == "style":
-        value = re.sub(r"font: ?([\d.]+px)[^;]*", r"font-size: \1", value)
-        value = re.sub(r"font-family:[^;]*;?", "", value)
-        value = re.sub(r"#0000[0d][0-9abc]", lambda found: _STYLES[found[0]], value)
-    return value
-
-
 def _in_words(curve: Curve, lines: Sequence[Line]) -> str:
     ends = [
-        f"{line.name} {curve.spell(float(line.values[-1]))} at step {int(line.steps[-1]):,}"
+        f"{line.name} {curve.to_text(float(line.values[-1]))} at step {int(line.steps[-1]):,}"
         for line in lines
     ]
     return f"{curve.title} by step. Last values: {'; '.join(ends)}."

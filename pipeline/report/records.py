@@ -1,4 +1,4 @@
-"""What run folders say about their runs, read as text: no model is loaded, nothing is changed."""
+"""The files of run folders as records: no model is loaded, nothing is changed."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.json_files import require_shape
 
-__all__ = ["RunRecord", "read_run", "read_runs"]
+__all__ = ["RunRecord", "read_record", "read_runs"]
 
 MOST_RUNS = 12
 
@@ -20,16 +20,16 @@ class RunRecord:
     """One run folder.
 
     Attributes:
-        name: what the report calls it; printable, and no other run's.
-        config: dotted name to value, every leaf.
-        details: of run.json: data, encoder, versions.
-        steps: logged steps, one for each step number, rising.
-        validations: likewise.
-        end: how the run ended; None while it has not.
+        name: printable and unique in the report.
+        config: every option, by dotted name.
+        details: run.json: data, encoder, versions.
+        steps: logged steps with rising step numbers.
+        validations: the same for validations.
+        end: the end event; None while the run has not ended.
         last_time: seconds since 1970 of the last event; None before the first.
         evaluation: metrics.json; None before ``evaluate``.
-        num_resumes: how often it was interrupted and went on.
-        num_unreadable: lines of metrics.jsonl that a crash cut off.
+        num_resumes: how often the run was resumed.
+        num_unreadable: lines of metrics.jsonl cut off by a crash.
     """
 
     name: str
@@ -49,7 +49,7 @@ class RunRecord:
         return {} if self.evaluation is None else self.evaluation["metrics"]
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take in one event; a resumed run says some steps again, and the later word counts."""
+        """Add one event; a resumed run logs some steps again, and the later event counts."""
         kind, step = event.get("event"), event.get("step")
         self.last_time = event.get("time", self.last_time)
         if kind == "step" and isinstance(step, int):
@@ -71,36 +71,27 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """The runs in the order given, under names that tell them apart.
+    """The runs in the order given, under unique names.
 
     Raises:
-        FileNotFoundError: a folder is no run.
-        ValueError: no folder, too many, one twice, or a file of a run is damaged.
+        FileNotFoundError: a folder is not a run.
+        ValueError: no folder, too many, one twice, or a damaged file.
     """
     paths = [Path(folder) for folder in folders]
     if not 1 <= len(paths) <= MOST_RUNS:
         raise ValueError(
-            f"a report must be of 1 to {MOST_RUNS} runs, got {len(paths)}; name those to compare"
+            f"a report must be of 1 to {MOST_RUNS} runs, got {len(paths)}; choose those to compare"
         )
     whole = [path.resolve() for path in paths]
     for index, path in enumerate(whole):
         if path in whole[:index]:
-            raise ValueError(f"runs must be different folders, got {path} twice; name it once")
+            raise ValueError(f"runs must be different folders, got {path} twice; remove one")
     names = _distinct(whole)
-    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+    return [read_record(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def read_run(folder: Path, name: str) -> RunRecord:
-    """The record of one run folder; it may be in progress.
-
-    Args:
-        folder: what ``train`` writes.
-        name: what to call it.
-
-    Raises:
-        FileNotFoundError: the folder is no run.
-        ValueError: a file of it is damaged.
-    """
+def read_record(folder: Path, name: str) -> RunRecord:
+    """The record of one run folder, finished or in progress; raises as `read_runs` does."""
     config, details = (_required(folder, file) for file in ("config.json", "run.json"))
     if not {"data", "encoder", "versions"} <= details.keys():
         raise ValueError(
@@ -124,7 +115,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 
 def _event(line: str) -> Mapping[str, Any] | None:
-    """The event of a line; None where the process was stopped while it wrote."""
+    """The event in a line; None if the process died while writing it."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -148,7 +139,7 @@ def _required(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that are all different.
+    """The shortest suffixes of the paths that are all different.
 
     Example:
         >>> _distinct([Path("/a/x/run"), Path("/a/y/run")])
@@ -163,7 +154,7 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def _printable(name: str) -> str:
-    """The name with a replacement character for what cannot be shown or encoded."""
+    """The name with replacement characters for unprintable ones."""
     return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name
     )

@@ -19,7 +19,7 @@ from shardrec.kernels import (
     select,
 )
 from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
-from shardrec.kernels.block_logsumexp.gpu import dispatch as gpu
+from shardrec.kernels.block_logsumexp import dispatch as gpu
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend, gpu_refusal
 

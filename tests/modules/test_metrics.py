@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 from torch import Tensor
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.metrics import (
     MRR,
     NDCG,
@@ -22,8 +23,7 @@ from shardrec.modules.metrics import (
     popularity_buckets,
     ranking_metrics,
 )
-from shardrec.modules.ranking import Ragged, target_ranks, top_items
-from shardrec.modules.shard import RowShard
+from shardrec.modules.ranking import Ragged, ranks_in_lists, top_items
 
 KS = (1, 3, 10)
 NUM_TRAIN_USERS = 12
@@ -113,7 +113,7 @@ def measure(world: World, row_edges: list[int], user_edges: list[int]) -> dict[s
         lengths = world.targets[1][start:stop]
         targets = world.targets[0][offsets[start] : offsets[stop]]
         _, items = top_items(world.states[start:stop], shard, max(KS))
-        ranks = target_ranks(world.states[start:stop], shard, (targets, lengths))
+        ranks = ranks_in_lists(items, (targets, lengths), missing=len(world.table))
         metrics.update(ranks=ranks, lengths=lengths, targets=targets, items=items)
     return {name: value.item() for name, value in metrics.compute().items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.ranks import Ranks
 from torch import Tensor
 
-from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, target_ranks, top_items
-from shardrec.modules.shard import RowShard
+from shardrec.kernels.shard import RowShard
+from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,16 @@ def expected_top(
 
 
 def expected_ranks(problem: Problem, *, hide: bool) -> list[int]:
+    """Places in the sorted catalog; its size for a target that is not allowed."""
     ranks = []
     blocked = set((~problem.allowed).nonzero()[:, 0].tolist()) if hide else set()
     for user, (seen, targets) in enumerate(
         zip(rows_of(problem.seen), rows_of(problem.targets), strict=True)
     ):
         for target in targets:
-            hidden = ((set(seen) - set(targets)) | blocked) - {target} if hide else set()
+            hidden = (set(seen) - set(targets)) | blocked if hide else set()
             order = [item for _, item in sorted_catalog(problem, user, hidden)]
-            ranks.append(order.index(target))
+            ranks.append(order.index(target) if target in order else len(problem.table))
     return ranks
 
 
@@ -108,8 +109,11 @@ def rank_a_share(
     scores, items = top_items(
         states, shard, k, seen=seen_or_none, keep=targets, allowed=allowed, blocks=blocks
     )
-    ranks = target_ranks(states, shard, targets, seen=seen_or_none, allowed=allowed, blocks=blocks)
-    return scores, items, ranks
+    num_items = len(problem.table)
+    _, everything = top_items(
+        states, shard, num_items, seen=seen_or_none, keep=targets, allowed=allowed, blocks=blocks
+    )
+    return scores, items, ranks_in_lists(everything, targets, missing=num_items)
 
 
 @pytest.mark.parametrize("hide", [False, True], ids=["all", "hidden"])
@@ -155,15 +159,9 @@ def test_block_sizes_change_nothing(num_users: int, num_items: int, blocks: Bloc
     expected_scores, expected_items = expected_top(problem, k, hide=True)
     assert (scores.dtype, items.dtype) == (torch.float32, torch.int64)
     assert (scores.tolist(), items.tolist()) == (expected_scores, expected_items)
-    places = target_ranks(
-        problem.states,
-        whole(problem),
-        problem.targets,
-        seen=problem.seen,
-        allowed=problem.allowed,
-        blocks=blocks,
-    )
-    assert places.tolist() == expected_ranks(problem, hide=True)
+    places = ranks_in_lists(items, problem.targets, missing=num_items)
+    expected = expected_ranks(problem, hide=True)
+    assert places.tolist() == [rank if rank < k else num_items for rank in expected]
 
 
 def test_many_tiles_and_groups_equal_a_full_sort() -> None:
@@ -189,7 +187,8 @@ def test_random_floats_rank_as_a_float64_sort_where_margins_exceed_rounding() ->
     targets = torch.randint(0, 3000, (40,), generator=generator)
     own = exact.gather(1, targets[:, None])
     at_most = (exact > own + 1e-5).sum(1), (exact > own - 1e-5).sum(1) - 1
-    places = target_ranks(states, shard, targets)
+    _, everything = top_items(states, shard, 3000)
+    places = ranks_in_lists(everything, (targets, torch.ones_like(targets)), missing=3000)
     assert ((at_most[0] <= places) & (places <= at_most[1])).all()
 
 
@@ -204,7 +203,8 @@ def test_indices_above_two_to_the_24_stay_exact() -> None:
     _, items = top_items(problem.states, shard, 5, seen=seen, keep=targets, allowed=allowed)
     expected = torch.tensor(expected_top(problem, 5, hide=True)[1])
     assert torch.equal(items, torch.where(expected < 0, -1, expected + first_row))
-    places = target_ranks(problem.states, shard, targets, seen=seen, allowed=allowed)
+    _, everything = top_items(problem.states, shard, 37, seen=seen, keep=targets, allowed=allowed)
+    places = ranks_in_lists(everything, targets, missing=37)
     assert places.tolist() == expected_ranks(problem, hide=True)
 
 
@@ -213,11 +213,7 @@ def test_padding_rows_are_never_returned_or_counted() -> None:
     rows = torch.cat((problem.table, 100 * torch.ones(3, 6)))
     padded = RowShard(rows, 0, 10, None)
     states = problem.states.abs() + 1
-    targets = torch.arange(5)
     assert torch.equal(top_items(states, padded, 12)[1], top_items(states, whole(problem), 12)[1])
-    assert torch.equal(
-        target_ranks(states, padded, targets), target_ranks(states, whole(problem), targets)
-    )
 
 
 def test_repeated_and_shared_pairs_of_seen_items_are_handled() -> None:
@@ -227,7 +223,8 @@ def test_repeated_and_shared_pairs_of_seen_items_are_handled() -> None:
     assert top_items(states, shard, 2, seen=seen)[1].tolist() == [[2, 3], [0, 2]]
     keep = torch.tensor([1, 1]), torch.tensor([1, 1])
     assert top_items(states, shard, 2, seen=seen, keep=keep)[1].tolist() == [[1, 2], [0, 1]]
-    assert target_ranks(states, shard, torch.tensor([1, 1]), seen=seen).tolist() == [0, 1]
+    kept = top_items(states, shard, 4, seen=seen, keep=keep)[1]
+    assert ranks_in_lists(kept, keep, missing=4).tolist() == [0, 1]
 
 
 def test_half_precision_tables_are_scored_in_float32() -> None:
@@ -250,7 +247,8 @@ def test_ranks_in_lists_equal_exact_ranks_within_the_list() -> None:
     problem = problem_of(30, 60)
     shard = whole(problem)
     _, items = top_items(problem.states, shard, 20, seen=problem.seen, keep=problem.targets)
-    exact = target_ranks(problem.states, shard, problem.targets, seen=problem.seen)
+    everything = replace(problem, allowed=torch.ones(60, dtype=torch.bool))
+    exact = torch.tensor(expected_ranks(everything, hide=True))
     found = ranks_in_lists(items, problem.targets, missing=60)
     assert torch.equal(found, exact.where(exact < 20, 60))
 
@@ -261,27 +259,25 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
     shard = RowShard(table, 0, 4, None)
     with pytest.raises(ValueError, match="scores must be numbers, got 3 NaN"):
         top_items(torch.ones(3, 2), shard, 2)
-    with pytest.raises(ValueError, match="scores must be numbers, got 1 NaN"):
-        target_ranks(torch.ones(3, 2), shard, torch.tensor([0, 2, 1]))
 
 
-def ranks_under_autocast(problem: Problem) -> torch.Tensor:
+def lists_under_autocast(problem: Problem) -> Tensor:
     rank = dist.get_rank()
     half = len(problem.table) // 2
     rows = problem.table[:half] if rank == 0 else problem.table[half:]
     shard = RowShard(rows, rank * half, len(problem.table), dist.group.WORLD)
-    # All targets are of the first shard: the second has no score to set.
-    targets = torch.arange(len(problem.states)) % half
     with torch.autocast("cpu", torch.bfloat16):
-        return target_ranks(problem.states, shard, targets)
+        return top_items(problem.states, shard, len(problem.table))[1]
 
 
 def test_autocast_changes_no_rank(ranks: Ranks) -> None:
-    problem = problem_of(11, 40)
-    half = len(problem.table) // 2
-    targets = torch.arange(len(problem.states)) % half
-    expected = target_ranks(problem.states, whole(problem), targets)
-    for found in ranks(2).run(ranks_under_autocast, problem):
+    generator = torch.Generator().manual_seed(2)
+    whole_problem = problem_of(11, 40)
+    # Random floats, which bfloat16 would round and so put into another order.
+    table = torch.randn(whole_problem.table.shape, generator=generator)
+    problem = replace(whole_problem, table=table)
+    expected = top_items(problem.states, whole(problem), 40)[1]
+    for found in ranks(2).run(lists_under_autocast, problem):
         assert torch.equal(found, expected)
 
 
@@ -292,23 +288,23 @@ def not_numbers(rank_of_nan: int) -> str:
         rows[0] = float("nan")
     shard = RowShard(rows, 2 * rank, 4, dist.group.WORLD)
     try:
-        target_ranks(torch.ones(3, 2), shard, torch.tensor([0, 2, 1]))
+        top_items(torch.ones(3, 2), shard, 2)
     except ValueError as error:
         return str(error)
     return "no error"
 
 
-def test_a_score_that_is_not_a_number_counts_once_for_each_target(ranks: Ranks) -> None:
+def test_a_score_that_is_not_a_number_counts_once_for_each_state(ranks: Ranks) -> None:
     for message in ranks(2).run(not_numbers, 1):
-        assert message.startswith("scores must be numbers, got 2 NaN"), message
+        assert message.startswith("scores must be numbers, got 6 NaN"), message
 
 
 def refuse_on_one_rank(bad_rank: int) -> str:
     rank = dist.get_rank()
     shard = RowShard(torch.ones(3, 2), 3 * rank, 6, dist.group.WORLD)
-    targets = torch.tensor([99 if rank == bad_rank else 1])
+    seen = torch.tensor([99 if rank == bad_rank else 1]), torch.tensor([1])
     try:
-        target_ranks(torch.ones(1, 2), shard, targets)
+        top_items(torch.ones(1, 2), shard, 1, seen=seen)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -317,7 +313,7 @@ def refuse_on_one_rank(bad_rank: int) -> str:
 def test_a_wrong_argument_on_one_rank_stops_all_of_them(ranks: Ranks) -> None:
     first, second = ranks(2).run(refuse_on_one_rank, 1)
     assert first.startswith("arguments must fit on every rank, got a refusal on ranks [1]")
-    assert second.startswith("targets must be items in [0, 6), got 99 to 99")
+    assert second.startswith("seen must be items in [0, 6), got 99 to 99")
 
 
 def rank_with_other_forms(case: str) -> str:
@@ -382,5 +378,6 @@ def test_a_gpu_ranks_as_the_cpu_does() -> None:
     allowed = problem.allowed.cuda()
     scores, items = top_items(states, shard, 20, seen=seen, keep=targets, allowed=allowed)
     assert (scores.tolist(), items.tolist()) == expected_top(problem, 20, hide=True)
-    places = target_ranks(states, shard, targets, seen=seen, allowed=allowed)
+    _, everything = top_items(states, shard, 3000, seen=seen, keep=targets, allowed=allowed)
+    places = ranks_in_lists(everything, targets, missing=3000)
     assert places.tolist() == expected_ranks(problem, hide=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardrec.kernels.select import top_lowest
-from shardrec.modules.ranking import Blocks, target_ranks, top_items
-from shardrec.modules.shard import RowShard
+from shardrec.kernels.shard import RowShard
+from shardrec.modules.ranking import Blocks, ranks_in_lists, top_items
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
@@ -26,7 +26,9 @@ def test_orders_that_defeat_pruning_change_nothing(order: str) -> None:
     assert torch.equal(items, expected.indices[:, :7])
     assert torch.equal(scores, expected.values[:, :7])
     targets = expected.indices[:, [0, 6, 2_500, 4_999]]
-    places = target_ranks(states, shard, (targets.flatten(), torch.tensor([4, 4, 4])))
+    _, everything = top_items(states, shard, 5_000, blocks=blocks)
+    wanted = targets.flatten(), torch.tensor([4, 4, 4])
+    places = ranks_in_lists(everything, wanted, missing=5_000)
     assert places.tolist() == [0, 6, 2_500, 4_999] * 3
 
 
@@ -50,10 +52,8 @@ def test_memory_is_bounded_by_a_block_and_not_by_the_catalog() -> None:
     states = torch.randn(300, 4, generator=generator)
     table = torch.randn(40_000, 4, generator=generator)
     shard, blocks = RowShard(table, 0, 40_000, None), Blocks(states=32, rows=5_000)
-    targets = torch.randint(0, 40_000, (300,), generator=generator)
     with LargestResult() as largest:
         top_items(states, shard, 10, blocks=blocks)
-        target_ranks(states, shard, targets, blocks=blocks)
     assert largest.numel <= max(32 * 5_000, table.numel())
     assert largest.numel < 300 * 40_000 / 50
 
@@ -69,7 +69,8 @@ def test_equal_rows_rank_by_index_whatever_tile_they_fall_in() -> None:
     copies = best[:, None] + 40 * torch.arange(25)
     assert torch.equal(items[:, :25], copies)
     for copy in (0, 7, 24):
-        assert (target_ranks(states, shard, copies[:, copy], blocks=blocks) == copy).all()
+        wanted = copies[:, copy], torch.ones(50, dtype=torch.int64)
+        assert (ranks_in_lists(items, wanted, missing=1000) == copy).all()
 
 
 @pytest.mark.parametrize("num_columns", [3, 8, 50])

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from tests.ranks import RankError, Ranks
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.losses import LOSSES, Step
-from shardrec.modules.shard import RowShard
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.

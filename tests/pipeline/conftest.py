@@ -5,8 +5,8 @@ from tests.pipeline.small_data import prepare_small
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+def plain_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_small(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Folders in prepare's format whose events count up, and a loader over them."""
+"""Prepared folders with events that count up, and a loader over them."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def write_prepared(
     weights: bool = False,
     test_users: int = 23,
 ) -> Path:
-    """A folder in prepare's format whose events count up: event e of the whole log is item e."""
+    """A prepared folder with events that count up: event e of the whole log is item e."""
     (folder / "train").mkdir(parents=True)
     rows = np.array_split(np.arange(len(lengths)), files)
     first = np.cumsum(lengths) - lengths

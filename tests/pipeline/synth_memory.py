@@ -6,7 +6,7 @@ Run with a file to write and the number of events. Blocks are small, so that few
 import sys
 from pathlib import Path
 
-from shardrec.pipeline.log import generator as synth_world
+from shardrec.pipeline.log import generator
 from shardrec.pipeline.synth import SynthConfig, generate
 
 BLOCK_EVENTS = 1 << 16
@@ -31,7 +31,7 @@ def write(path: str, events: int) -> None:
 
 
 if __name__ == "__main__":
-    synth_world.EVENTS_PER_BLOCK = BLOCK_EVENTS
+    generator.EVENTS_PER_BLOCK = BLOCK_EVENTS
     write(sys.argv[1], 20_000)  # loads the libraries
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")

@@ -30,6 +30,11 @@ from shardrec.pipeline.run.config import (
 from shardrec.pipeline.train import train
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 class Slow(Checkpoints):
     """Writes when it is allowed to."""
 

@@ -255,7 +255,7 @@ def test_a_split_without_users_gives_no_batches(tmp_path: Path) -> None:
 
 def test_items_are_read_with_their_ids(tmp_path: Path) -> None:
     prepared = Prepared.open(write_prepared(tmp_path / "p", np.array([3])))
-    assert prepared.num_items == NUM_ITEMS and prepared.num_train_sequences == 1
+    assert prepared.num_items == NUM_ITEMS and prepared.manifest.counts["train_sequences"] == 1
     assert torch.equal(prepared.item_counts(), torch.arange(NUM_ITEMS) % 5)
     assert prepared.item_ids()[7].as_py() == 70
 

@@ -16,9 +16,9 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCE
-from shardrec.modules.shard import RowShard
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.measure import measure

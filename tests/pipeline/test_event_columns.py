@@ -8,12 +8,12 @@ import pytest
 from shardrec.pipeline.log.columns import (
     EventColumns,
     check_columns,
-    id_kind,
     read_ids,
     read_text,
     read_times,
     same_kind,
 )
+from shardrec.pipeline.prepared.parquet_files import require_ids
 
 DAY_US = 86_400 * 10**6
 COLUMNS = EventColumns(user="u", item="i", time="t", event="kind", event_types=("buy",))
@@ -133,4 +133,4 @@ def test_a_column_that_is_missing_or_there_twice_is_named_with_its_option() -> N
         check_columns("log", SCHEMA.append(pa.field("u", pa.string())), COLUMNS)
     twice_unread = SCHEMA.append(pa.field("x", pa.int8())).append(pa.field("x", pa.int8()))
     check_columns("log", twice_unread, COLUMNS)
-    assert same_kind({"log": twice_unread}, "u", id_kind) == "int64"
+    assert same_kind({"log": twice_unread}, "u", require_ids) == "int64"

@@ -30,6 +30,11 @@ from shardrec.pipeline.train import train
 STEPS, CUT = 4, 2
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 class CutError(Exception):
     """Ends a run from outside."""
 

@@ -19,6 +19,11 @@ from shardrec.pipeline.train import build, train
 OFF = ValidationConfig(every_epochs=None)
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 class Breaks(nn.Module):
     """Turns into NaN after some calls in training, for a while."""
 

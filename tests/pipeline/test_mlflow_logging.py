@@ -17,6 +17,11 @@ from shardrec.pipeline.run.mlflow_logging import open_mlflow
 from shardrec.pipeline.train import train
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow counts its users unless it is told not to."""

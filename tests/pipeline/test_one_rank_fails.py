@@ -24,6 +24,11 @@ MESSAGE = "the disk of this node is gone"
 
 
 @pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
+@pytest.fixture(scope="module")
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(short(data, folder))

@@ -1,4 +1,4 @@
-"""prepare on small logs: what it writes equals what a few lines of plain Python say."""
+"""prepare on small logs gives the same data as a few lines of plain Python."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from tests.pipeline.event_logs import (
 
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.prepared.balance import load_per_rank, spread_by_popularity
-from shardrec.pipeline.prepared.manifest import read_manifest
+from shardrec.pipeline.prepared.manifest import Manifest, read_manifest
 
 
 def sequences_of(events: list[Event]) -> dict[int, list[tuple[int, int]]]:
@@ -29,6 +29,19 @@ def sequences_of(events: list[Event]) -> dict[int, list[tuple[int, int]]]:
     for user, item, time in dict.fromkeys(events):
         users[user].append((item, time))
     return {user: sorted(pairs, key=lambda pair: pair[1]) for user, pairs in users.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Path]:
+    """The events of ``make_events``, prepared with default options."""
+    return prepare_events(tmp_path_factory.mktemp("plain"), make_events())
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+    """Training sequences of 600 events in one file."""
+    output = prepare_events(tmp_path_factory.mktemp("single"), make_events(600))[1]
+    return read_rows(output, "train/*.parquet")
 
 
 def items_before(pairs: list[tuple[int, int]], time: int) -> list[int]:
@@ -76,7 +89,7 @@ def test_temporal_split_equals_plain_python(tmp_path: Path, targets: str) -> Non
     assert manifest.counts["test_targets"] == sum(map(len, wanted.values()))
 
 
-def test_validation_users_give_up_their_last_event_before_the_cut(tmp_path: Path) -> None:
+def test_validation_takes_the_last_event_before_the_cut_of_some_users(tmp_path: Path) -> None:
     events = make_events()
     manifest, output = prepare_events(tmp_path, events, validation_users=7)
     train = read_rows(output, "train/*.parquet")
@@ -90,7 +103,7 @@ def test_validation_users_give_up_their_last_event_before_the_cut(tmp_path: Path
             assert train[user] + held_out == before
 
 
-def test_nothing_after_the_cut_changes_what_training_sees(tmp_path: Path) -> None:
+def test_events_after_the_cut_do_not_change_the_training_data(tmp_path: Path) -> None:
     events = make_events()
     cut = cut_time(events, 0.8)
     changed = [(user, item, t) if t < cut else (user + 3, 49 - item, t) for user, item, t in events]
@@ -182,9 +195,10 @@ def test_duplicates_stay_when_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "glob", "deep glob", "uri"])
-def test_a_log_may_be_a_folder_a_glob_or_a_uri(tmp_path: Path, form: str) -> None:
+def test_a_log_may_be_a_folder_a_glob_or_a_uri(
+    tmp_path: Path, single_file: dict[Any, list[Any]], form: str
+) -> None:
     events = make_events(600)
-    single = prepare_events(tmp_path / "single", events)[1]
     logs = tmp_path / "logs" / "day=1"
     logs.mkdir(parents=True)
     write_log(logs / "a.parquet", events[:300])
@@ -197,7 +211,7 @@ def test_a_log_may_be_a_folder_a_glob_or_a_uri(tmp_path: Path, form: str) -> Non
         "uri": (tmp_path / "logs").as_uri(),
     }[form]
     prepare(PrepareConfig(events=source, output=str(tmp_path / "out")))
-    assert read_rows(tmp_path / "out", "train/*.parquet") == read_rows(single, "train/*.parquet")
+    assert read_rows(tmp_path / "out", "train/*.parquet") == single_file
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_order(tmp_path: Path) -> None:
@@ -222,8 +236,8 @@ def test_row_groups_have_the_size_asked_for(tmp_path: Path) -> None:
     assert manifest.file("train/part-00000.parquet").row_groups == len(sizes)
 
 
-def test_the_manifest_fits_the_files(tmp_path: Path) -> None:
-    manifest, output = prepare_events(tmp_path, make_events())
+def test_the_manifest_fits_the_files(plain: tuple[Manifest, Path]) -> None:
+    manifest, output = plain
     assert read_manifest(output, verify_checksums=True) == manifest
     on_disk = {str(p.relative_to(output)) for p in output.rglob("*.parquet")}
     assert on_disk == {entry.path for entry in manifest.files}
@@ -235,9 +249,9 @@ def test_the_manifest_fits_the_files(tmp_path: Path) -> None:
 
 
 def test_the_manifest_has_a_schema_version_and_each_rank_s_share_of_the_events(
-    tmp_path: Path,
+    plain: tuple[Manifest, Path],
 ) -> None:
-    manifest, output = prepare_events(tmp_path, make_events())
+    manifest, output = plain
     written = json.loads((output / "manifest.json").read_text())
     assert (written["format"], written["schema_version"]) == ("shardrec.prepared", 1)
     assert written["load_per_rank"] == manifest.load_per_rank
@@ -263,11 +277,11 @@ def test_every_rank_gets_its_share_of_popular_items(num_ranks: int, num_items: i
     assert min(loads) * num_ranks > 0.88
 
 
-def test_a_second_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
-    first, output = prepare_events(tmp_path, make_events())
+def test_a_second_run_says_so_and_changes_nothing(plain: tuple[Manifest, Path]) -> None:
+    first, output = plain
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     config = PrepareConfig(
-        events=str(tmp_path / "log.parquet"), output=str(output), threads=1, memory_limit="1GB"
+        events=str(output.parent / "log.parquet"), output=str(output), threads=1, memory_limit="1GB"
     )
     again = prepare_once(config)
     assert (again.manifest, again.is_new) == (first, False)

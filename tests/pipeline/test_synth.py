@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shardrec.pipeline.log import generator as synth_world
+from shardrec.pipeline.log import generator
 from shardrec.pipeline.log.generator import World, blocks
 from shardrec.pipeline.synth import SynthConfig, generate
 
@@ -39,7 +39,7 @@ def test_the_log_has_the_asked_size_and_columns(tmp_path: Path) -> None:
 def test_a_seed_repeats_the_log_in_chunks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synth_world, "EVENTS_PER_BLOCK", 2_000)
+    monkeypatch.setattr(generator, "EVENTS_PER_BLOCK", 2_000)
     reports, tables = [], []
     for chunk in (7_000, 512, 100):
         config = replace(SMALL, chunk_events=chunk)
@@ -178,6 +178,7 @@ def test_a_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_four_times_the_events_need_no_more_memory(tmp_path: Path) -> None:
     script = str(Path(__file__).with_name("synth_memory.py"))
     # Freed blocks of more than this size go back to the system, whatever the process did before.

@@ -30,6 +30,11 @@ OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
+@pytest.fixture(scope="module")
 def weighted_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare_small(tmp_path_factory.mktemp("weighted"), weight_column="weight")
 

@@ -60,6 +60,11 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[words.split()[-1] for words, _ in BAD])
 def test_plan_and_train_refuse_an_option_by_name_and_leave_no_folder(
     tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]

@@ -14,8 +14,8 @@ from shardrec.kernels import (
     scalable_cross_entropy,
 )
 from shardrec.kernels.block_logsumexp import cpu as block_cpu
+from shardrec.kernels.block_logsumexp import dispatch as block_gpu
 from shardrec.kernels.block_logsumexp import nearby
-from shardrec.kernels.block_logsumexp.gpu import dispatch as block_gpu
 from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend

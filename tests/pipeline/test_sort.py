@@ -1,4 +1,4 @@
-"""Sorting in little memory: what does not fit goes to the disk, and the result is the same."""
+"""Sorting in bounded memory: a log that does not fit spills to disk, and the result is the same."""
 
 import contextlib
 import os
@@ -49,6 +49,7 @@ def largest_size(folder: Path) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_log_beyond_the_memory_limit_spills_and_gives_the_same_files(
     log: str, tmp_path: Path
 ) -> None:

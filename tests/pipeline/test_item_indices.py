@@ -1,4 +1,4 @@
-"""The day after: old items keep their indices, new ones follow, and nothing is matched by luck."""
+"""Preparing a newer log: old items keep their indices, and new ones get the next."""
 
 import random
 import shutil
@@ -53,6 +53,14 @@ def prepared(folder: Path, events: list[Event], kind: str = "int64", **options: 
     return folder
 
 
+@pytest.fixture(scope="module")
+def first_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The first day, prepared with ids of each kind."""
+    return {
+        kind: prepared(tmp_path_factory.mktemp(kind) / "first", first_day(), kind) for kind in KINDS
+    }
+
+
 def catalog(folder: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = pq.read_table(folder / "items.parquet").to_pydict()
     return columns
@@ -71,9 +79,9 @@ def sequences(folder: Path) -> dict[Any, list[Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("min_item_events", [0, 30])
 def test_old_items_keep_their_index_and_new_ones_follow(
-    tmp_path: Path, kind: str, min_item_events: int
+    tmp_path: Path, first_folders: dict[str, Path], kind: str, min_item_events: int
 ) -> None:
-    first = prepared(tmp_path / "first", first_day(), kind)
+    first = first_folders[kind]
     second = prepared(
         tmp_path / "second",
         second_day(),
@@ -104,7 +112,7 @@ def test_old_items_keep_their_index_and_new_ones_follow(
     assert sequences(second) == sequences(alone)
 
 
-def test_three_days_in_a_row_keep_what_the_first_gave(tmp_path: Path) -> None:
+def test_items_keep_their_index_over_three_folders(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "day-0", first_day())
     old = catalog(folder)["item_id"]
     for day, events in enumerate([second_day(), first_day(900)], 1):
@@ -124,10 +132,10 @@ def test_new_items_are_spread_among_themselves() -> None:
         assert 0.88 < min(new) * num_ranks <= max(new) * num_ranks < 1.12
 
 
-def test_too_uneven_a_load_is_said_and_rebalance_mends_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_an_uneven_load_is_reported_and_rebalance_fixes_it(
+    tmp_path: Path, first_folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = prepared(tmp_path / "first", first_day())
+    first = first_folders["int64"]
     events = [(user, 100 + item % 40, time) for user, item, time in second_day()]
     items = str(first / "items.parquet")
     second = prepared(tmp_path / "second", events, items=items)
@@ -149,7 +157,7 @@ def test_too_uneven_a_load_is_said_and_rebalance_mends_it(
     assert sequences(third) == sequences(second)
 
 
-def test_a_load_that_no_order_mends_gets_no_advice() -> None:
+def test_an_uneven_load_that_no_order_can_fix_gets_no_advice() -> None:
     counts = np.array([1000, *[1] * 99])
     said = describe_uneven_load(counts)
     assert said is not None and "a few items have very many" in said
@@ -171,7 +179,7 @@ def test_the_same_again_does_nothing_and_other_items_are_refused(tmp_path: Path)
         prepare(config)
 
 
-def test_a_folder_can_be_replaced_by_its_successor(tmp_path: Path) -> None:
+def test_a_folder_can_be_replaced_by_one_that_keeps_its_items(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "data", first_day())
     old = catalog(folder)["item_id"]
     prepared(folder, second_day(), items=str(folder / "items.parquet"), force=True)
@@ -180,7 +188,7 @@ def test_a_folder_can_be_replaced_by_its_successor(tmp_path: Path) -> None:
 
 
 def refused(tmp_path: Path, items: Path, error: type[Exception] = ValueError) -> str:
-    """What prepare says to a file of items that it cannot use; nothing is left behind."""
+    """The message for an unusable file of items, which leaves no other file."""
     log = write_log(tmp_path / "log.parquet", second_day())
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(error) as caught:
@@ -189,9 +197,8 @@ def refused(tmp_path: Path, items: Path, error: type[Exception] = ValueError) ->
     return str(caught.value)
 
 
-def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
-    first = prepared(tmp_path / "first", first_day(), "string")
-    said = refused(tmp_path, first / "items.parquet")
+def test_ids_of_another_type_are_refused(tmp_path: Path, first_folders: dict[str, Path]) -> None:
+    said = refused(tmp_path, first_folders["string"] / "items.parquet")
     assert "items must have ids of the log's type, int64, got string" in said
 
 
@@ -228,7 +235,7 @@ def test_a_file_that_prepare_did_not_write_is_refused(
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert "check the path" in refused(tmp_path, tmp_path / "no.parquet", FileNotFoundError)
-    assert "say " in refused(tmp_path, tmp_path, FileNotFoundError)
+    assert "; choose " in refused(tmp_path, tmp_path, FileNotFoundError)
 
 
 def test_rebalance_needs_items() -> None:
