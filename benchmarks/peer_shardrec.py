@@ -14,13 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from record import peak_rss_bytes, rss_bytes
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.callbacks import StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 

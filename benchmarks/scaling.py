@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, median, run_logged
 
 from shardrec.launch.workers import process_group
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared

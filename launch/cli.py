@@ -130,7 +130,7 @@ def one_line(error: Exception) -> str:
 
 def exit_code(error: Exception) -> int:
     """2 when the input is at fault, 75 after SIGTERM, 1 when something failed on the way."""
-    from shardrec.pipeline.interruption import Preempted
+    from shardrec.pipeline.run.interruption import Preempted
 
     if isinstance(error, Preempted):
         return PREEMPTED

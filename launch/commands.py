@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.gate import GateConfig
     from shardrec.pipeline.log.config import PrepareConfig
     from shardrec.pipeline.log.generator import SynthConfig
-    from shardrec.pipeline.model.measure import MeasureConfig
+    from shardrec.pipeline.model.config import MeasureConfig
     from shardrec.pipeline.publish import PublishConfig, RollbackConfig
     from shardrec.pipeline.recipes import Recipe
     from shardrec.pipeline.recommend import RecommendConfig

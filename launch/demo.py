@@ -26,7 +26,7 @@ from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 

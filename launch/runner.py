@@ -22,7 +22,7 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 from shardrec.launch import components
 from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
 from shardrec.launch.stages import STAGES
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.run.interruption import Preempted
 
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
 COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(STAGES)}): (?P<what>.*)")

@@ -97,7 +97,7 @@ COMMANDS = {
             "number trained. Asked again for the same, it does nothing."
         ),
         epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
-        config="pipeline.model.measure.MeasureConfig",
+        config="pipeline.model.config.MeasureConfig",
     ),
     "recommend": Command(
         kind="distributed",

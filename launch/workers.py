@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from shardrec.launch.heartbeat import LostRankError, Peers
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.run.interruption import Preempted
 
 __all__ = [
     "TIMEOUT_S",

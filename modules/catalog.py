@@ -6,58 +6,21 @@ The gradient of a row comes from two places, the encoder's input and the loss. B
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
-from shardrec.modules.option_checks import require_above_zero, require_at_least, require_betas
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
-__all__ = ["OPTIMIZERS", "Catalog", "CatalogConfig"]
+__all__ = ["Catalog"]
 
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "sparse_adam")
 INITIAL_BLOCK = 8_192  # rows made from one seed; part of what a seed means, so never changed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CatalogConfig:
-    """How the table starts and how it learns.
-
-    Attributes:
-        optimizer: "rowwise_adagrad" (one number a row; above a million items), "adagrad", "sgd",
-            "adam" (exact, every row every step) or "sparse_adam" (moments move where touched).
-        learning_rate: of the table, unless ``step`` is told another.
-        eps: added to the root in the update.
-        betas: decay of the two moments of adam and sparse_adam.
-        init_std: standard deviation of the normal that initial rows are drawn from.
-    """
-
-    optimizer: str = "rowwise_adagrad"
-    learning_rate: float = 0.01
-    eps: float = 1e-8
-    betas: tuple[float, float] = (0.9, 0.999)
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        """Refuses what would fail later or silently do nothing."""
-        if self.optimizer not in OPTIMIZERS:
-            near = difflib.get_close_matches(self.optimizer, OPTIMIZERS) or OPTIMIZERS
-            raise ValueError(
-                f"catalog.optimizer must be one of {', '.join(OPTIMIZERS)}, got "
-                f"{self.optimizer!r}; did you mean {' or '.join(near)}?"
-            )
-        for name in ("learning_rate", "init_std"):
-            require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
-        # With 0 a row whose gradient is 0 would become 0 / 0.
-        require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
-        require_betas("catalog.betas", self.betas)
 
 
 class Catalog:
@@ -78,7 +41,7 @@ class Catalog:
         device: torch.device,
         seed: int,
     ) -> None:
-        """Makes this rank's rows; they depend on (seed, item) and not on the number of ranks.
+        """Make this rank's rows; they depend on (seed, item) and not on the number of ranks.
 
         Args:
             num_items: V, at least 1. Ranks beyond the rows hold none.
@@ -107,7 +70,7 @@ class Catalog:
 
     @property
     def shard(self) -> RowShard:
-        """This rank's rows, a leaf whose ``.grad`` the losses add to; aliases the table."""
+        """This rank's rows, a leaf that collects the losses' gradients; aliases the table."""
         alone = dist.get_world_size(self._group) == 1
         return RowShard(
             rows=self._rows,
@@ -115,6 +78,11 @@ class Catalog:
             num_rows=self.num_items,
             group=None if alone else self._group,
         )
+
+    @property
+    def row_range(self) -> range:
+        """Global indices of this rank's rows."""
+        return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
 
     def lookup(self, items: Tensor) -> Tensor:
         """The vectors of ``items``, differentiable.
@@ -135,20 +103,15 @@ class Catalog:
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """A look-up in two halves: the ids leave now, the function that comes back does the rest.
+        """A look-up in two halves: this call sends the ids, the returned function does the rest.
 
-        What is computed between the two hides the way of the ids. Updates between them are seen.
-
-        Args:
-            items: as for ``lookup``.
-
-        Returns:
-            A function for one call, which returns and raises what ``lookup`` does.
+        Work between the two overlaps with the all-to-all of ids; the vectors are those at the time
+        of the second call, which may be made once and raises what ``lookup`` does.
 
         Raises:
             TypeError: ``items`` is not one-dimensional int64.
 
-        Collectives: those of ``lookup``; the all-reduce and the all-to-all of ids begin here.
+        Collectives: as ``lookup``; this call starts the all-reduce and the all-to-all of ids.
         """
         if items.dtype != torch.int64 or items.ndim != 1:
             raise TypeError(
@@ -228,7 +191,7 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Forgets all gradients since the last step."""
+        """Drop all gradients since the last step."""
         self._table.pairs.clear()
         self._rows.grad = None
 
@@ -237,7 +200,7 @@ class Catalog:
 
         Keys: ``rows`` (R, D), ``optimizer.<name>`` (R,) or (R, D), and () int64 or float64 numbers
         ``first_row``, ``num_rows``, ``num_steps``, ``learning_rate``. Row-aligned tensors of
-        several ranks, put one after another, are the state of a table on fewer ranks.
+        several ranks, concatenated, are the state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -286,8 +249,8 @@ class Catalog:
             start += part.numel()
         return _sparse_gradient(rows, values, self._rows.shape[0])
 
-    def _describe_outside(self, here: Tensor) -> str:
-        found = f"{here[0].item()} on this rank" if here.numel() else "an item on another rank"
+    def _describe_outside(self, local: Tensor) -> str:
+        found = f"{local[0].item()} on this rank" if local.numel() else "an item on another rank"
         return (
             f"items must be in [0, {self.num_items}), got {found}; "
             "prepare the data and build the catalog from the same item list"
@@ -349,14 +312,10 @@ def _fill_initial_rows(rows: Tensor, first_row: int, seed: int, std: float) -> N
     for block in range(first_row // INITIAL_BLOCK, -(-last_row // INITIAL_BLOCK)):
         generator.manual_seed((base + block) % 2**32)  # torch's CPU generator reads 32 bits
         values = torch.empty(INITIAL_BLOCK, rows.shape[1]).normal_(0, std, generator=generator)
-        start, stop = (
-            max(first_row, block * INITIAL_BLOCK),
-            min(last_row, (block + 1) * INITIAL_BLOCK),
-        )
+        base_row = block * INITIAL_BLOCK
+        start, stop = max(first_row, base_row), min(last_row, base_row + INITIAL_BLOCK)
         if start < stop:
-            rows[start - first_row : stop - first_row] = values[
-                start - block * INITIAL_BLOCK : stop - block * INITIAL_BLOCK
-            ]
+            rows[start - first_row : stop - first_row] = values[start - base_row : stop - base_row]
 
 
 def _build_update(config: CatalogConfig, table: ShardedTable) -> RowUpdate:

@@ -2,7 +2,7 @@
 
 All work through the shard in ranges of rows, so that a step's extra memory is one range and not
 copies of the shard. A gradient is either dense (R, D) or coalesced sparse COO over rows; a sparse
-one stays sparse except for ``adam``, whose momentum moves every row.
+one stays sparse except for ``adam``, which moves every row.
 """
 
 from __future__ import annotations
@@ -15,14 +15,7 @@ from torch import Tensor
 
 from shardrec.modules.torchrec_adapter import ShardedTable
 
-__all__ = [
-    "AdamUpdate",
-    "FusedUpdate",
-    "RowUpdate",
-    "SparseAdamUpdate",
-    "range_size",
-    "state_floats",
-]
+__all__ = ["AdamUpdate", "FusedUpdate", "RowUpdate", "SparseAdamUpdate", "range_size"]
 
 # Larger ranges leave the cache: 65,536 rows of 64 floats took twice as long per row as 2,048.
 MAX_RANGE = {"cpu": 4_096, "cuda": 65_536}
@@ -65,7 +58,7 @@ class AdamUpdate:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.rows = rows.detach().requires_grad_()
         self.optimizer = torch.optim.Adam([self.rows], betas=betas, eps=eps, fused=True)
-        # Made here and not in the first step, whose peak memory is promised.
+        # Allocated now: ``plan`` promises the peak memory of a step.
         self.state = {
             "step": torch.zeros((), device=rows.device),
             "exp_avg": torch.zeros_like(rows, requires_grad=False),
@@ -124,16 +117,6 @@ class SparseAdamUpdate:
     def states(self) -> dict[str, Tensor]:
         """The two moments, (R, D) each."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-
-
-def state_floats(optimizer: str, width: int) -> int:
-    """Numbers of optimizer memory that a row has.
-
-    >>> [state_floats(name, 64) for name in ("sgd", "rowwise_adagrad", "adagrad", "adam")]
-    [0, 1, 64, 128]
-    """
-    known = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width}
-    return known.get(optimizer, 2 * width)  # adam and sparse_adam have two moments
 
 
 def range_size(rows: Tensor) -> int:

@@ -1,9 +1,9 @@
-"""One row-wise sharded TorchRec table whose updates wait until they are asked for.
+"""One row-wise sharded TorchRec table with deferred updates.
 
 The only file that touches private names of TorchRec and fbgemm.
 
-TorchRec's fused optimizers update a row inside ``backward``. Here the look-up runs fbgemm's table
-(a "TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
+TorchRec's fused optimizers update a row inside ``backward``. This look-up runs fbgemm's table (a
+"TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
 then runs the TBE forward and backward once more on a range of rows, which is fbgemm's fused update.
 """
 
@@ -71,39 +71,22 @@ class ShardedTable:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        """Plans and allocates; ``rows`` are random until somebody fills them.
+        """Plan and allocate V = ``num_rows`` rows of D = ``width``; random until they are filled.
 
-        Args:
-            num_rows: V.
-            width: D, a multiple of 4.
-            optimizer: a key of ``FUSED_OPTIMIZERS``; what ``update_rows`` applies.
-            eps: added to the root by the two Adagrads.
-            group: the ranks that share the table.
-            device: where the rows live.
+        ``optimizer`` is a key of ``FUSED_OPTIMIZERS``, which ``update_rows`` applies; ``eps`` is
+        added to the root by the two Adagrads.
         """
         self.device = device
         self.num_rows = num_rows
         self.width = width
         self.num_ranks = dist.get_world_size(group)
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        collection = EmbeddingCollection(
-            tables=[
-                EmbeddingConfig(
-                    name=TABLE,
-                    num_embeddings=num_rows,
-                    embedding_dim=width,
-                    feature_names=[FEATURE],
-                )
-            ],
-            device=torch.device("meta"),
+        table = EmbeddingConfig(
+            name=TABLE, num_embeddings=num_rows, embedding_dim=width, feature_names=[FEATURE]
         )
-        sharder = EmbeddingCollectionSharder(
-            fused_params={
-                "optimizer": FUSED_OPTIMIZERS[optimizer],
-                "learning_rate": 0.0,
-                "eps": eps,
-            }
-        )
+        collection = EmbeddingCollection(tables=[table], device=torch.device("meta"))
+        fused = {"optimizer": FUSED_OPTIMIZERS[optimizer], "learning_rate": 0.0, "eps": eps}
+        sharder = EmbeddingCollectionSharder(fused_params=fused)
         self.plan = _plan(collection, sharder, self.num_ranks, device)
         _place(self.plan, group, device)
         _forget_former_groups()
@@ -124,13 +107,13 @@ class ShardedTable:
         self.rows: Tensor = self._tbe.split_embedding_weights()[0]
         block = -(-num_rows // self.num_ranks)
         self.first_row = min(block * dist.get_rank(group), num_rows)
-        # TorchRec builds the rest of itself in the first look-up; better here than in a timed step.
+        # TorchRec builds the rest of itself in the first look-up; do that before the first step.
         with torch.no_grad(), _quiet("torch.fx._symbolic_trace"):
             self.begin_lookup(torch.empty(0, dtype=torch.int64, device=device))()
         assert self.rows.shape == (min(block, num_rows - self.first_row), width)
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """A function that gives the vectors of ``items``, whose ids are on their way meanwhile.
+        """Send the ids of ``items``; a function that returns their vectors.
 
         Backward through the vectors appends to ``pairs`` on the ranks that own the rows.
 
@@ -157,7 +140,7 @@ class ShardedTable:
         return vectors
 
     def update_rows(self, rows: Tensor, gradients: Tensor) -> None:
-        """Applies fbgemm's fused optimizer to some rows, once each.
+        """Apply fbgemm's fused optimizer to some rows, once each.
 
         Args:
             rows: (M,) int64 local row indices without duplicates.
@@ -180,12 +163,7 @@ class ShardedTable:
         return {"sum": states[0]}
 
     def describe(self, optimizer: str, states: Mapping[str, Tensor]) -> str:
-        """The plan as text: what is sharded how, and rows and bytes of each rank.
-
-        Args:
-            optimizer: the name to print.
-            states: this rank's row-aligned tensors, for the bytes that a row costs.
-        """
+        """The plan as text: kernel, and rows and bytes of each rank; ``states`` give the bytes."""
         planned = self.plan.plan[""][TABLE]
         shards = [
             (*shard.shard_offsets, *shard.shard_sizes) for shard in planned.sharding_spec.shards
@@ -297,7 +275,7 @@ def _place(plan: ShardingPlan, group: dist.ProcessGroup, device: torch.device) -
 def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
     """What ``ShardingEnv.from_process_group`` gives, for a group of any of the ranks.
 
-    That one makes its device mesh of the first ranks of the world, whoever is in the group.
+    That one makes its device mesh of the first ranks of the world, not of the group's.
     """
     env = ShardingEnv(dist.get_world_size(group), dist.get_rank(group))
     env.process_group = group

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
-from shardrec.pipeline.model.measure import MeasureConfig, Split, measure, open_users
+from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.measure import Split, measure, open_users
 from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.ranks import (
     default_group,

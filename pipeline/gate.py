@@ -13,7 +13,7 @@ from typing import Any
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import FORMAT as METRICS_FORMAT
 from shardrec.pipeline.measure_export import measure_export
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.served.pointer import Publication, read_published, require_unchanged

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
-from shardrec.pipeline.model.measure import MeasureConfig, Split, measure
+from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.measure import Split, measure
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import EvaluationBatches
 from shardrec.pipeline.serve import Recommender

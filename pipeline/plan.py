@@ -1,10 +1,10 @@
-"""What a run will cost each rank, said before it starts: memory, traffic, arithmetic.
+"""What a run will cost each rank, before it starts: memory, traffic, arithmetic.
 
-The formulas stand beside the code they describe: ``*_cost`` in ``shardrec.kernels``,
-``saved_floats`` and ``encoder_flops`` beside the encoder, ``state_floats`` beside the optimizers.
-Here they are put together. On a CPU they are held to measured peaks by a test. For a GPU they are
-the same sums, not measured: activations are counted in float32, though products in bfloat16 keep
-less. What an allocator holds back comes on top, and a plan says so.
+The formulas are next to the code they describe (``*_cost`` of the losses, ``saved_floats`` and
+``encoder_flops`` of the encoder, ``state_floats`` of the optimizers); this file adds them up. On a
+CPU a test compares the sums with measured peaks. For a GPU they are the same sums, not measured:
+activations are counted in float32, though products in bfloat16 keep less. Memory that an allocator
+does not give back comes on top, and a plan says so.
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
+from shardrec.modules.catalog_config import state_floats
 from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
-from shardrec.modules.row_updates import state_floats
 from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = ["Machine", "Plan", "plan"]
 
-# (N, D) tensors that exist beside what backward keeps: states, gradients of two layers, masks.
+# (N, D) tensors in addition to those saved for backward: states, gradients of two layers, masks.
 PASSING_TENSORS = 8
 # Of libraries that a first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
-# What is said beside a peak: it counts tensors, and an allocator keeps some of what was freed.
+# Printed with a peak: it counts tensors, and an allocator keeps some of what was freed.
 CONDITION = {
     "cpu": "The peak holds where freed blocks go back to the system, as with\n"
     "MALLOC_MMAP_THRESHOLD_=1000000. By default glibc keeps blocks of up to 32 MB:\n"
@@ -76,7 +76,7 @@ class Plan:
             cache is not moved so often.
         flops: of products, by part.
         host_bytes: of a GPU's machine, for the copy that a checkpoint is written from.
-        largest_num_items: the largest catalog whose peak fits; none where no memory was given.
+        largest_num_items: the largest catalog that fits; None where no memory was given.
     """
 
     num_items: int
@@ -195,7 +195,7 @@ class _Planner:
         return copy * self.config.checkpoints.background
 
     def largest(self, memory_bytes: int) -> int:
-        """The largest catalog whose peak is within ``memory_bytes``, by bisection; 0 for none."""
+        """The largest catalog with a peak within ``memory_bytes``, by bisection; 0 for none."""
         low, high = 0, 1
         while self.memory(high)[1] <= memory_bytes:
             low, high = high, 2 * high
@@ -228,7 +228,7 @@ class _Planner:
         return round(4 * self.slots * (kept + PASSING_TENSORS * self.width))
 
     def _update(self, cost: LossCost, work: Workload) -> tuple[int, int]:
-        """The table's gradient, and what its merging and its optimizer need beside it."""
+        """Bytes of the table's gradient, and of merging and applying it."""
         row = 4 * self.width
         if cost.is_dense:
             return work.num_rows * row, 0

@@ -1,8 +1,7 @@
-"""Small questions to a process group, where None stands for a single process."""
+"""Helpers for an optional process group (None = single process)."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,35 +17,26 @@ __all__ = [
     "rank_of",
     "size_of",
     "sum_over_ranks",
-    "timeout_of",
 ]
 
 Result = TypeVar("Result")
 
 
 def default_group() -> dist.ProcessGroup | None:
-    """The default process group, where somebody (a launcher) made one of several ranks."""
+    """The default process group; None where there is none or it has one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
 
 
 def rank_of(group: dist.ProcessGroup | None) -> int:
-    """This process's rank."""
+    """This process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
-    """W."""
+    """W, the number of ranks."""
     return 1 if group is None else dist.get_world_size(group)
-
-
-def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """How long a collective on the CPU may take; None in a single process."""
-    if group is None:
-        return None
-    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
-    return timeout
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -59,9 +49,9 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:
 
 
 def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
-    """What ``work`` returned on each rank; if it raised on one, all raise what it raised.
+    """What ``work`` returned on each rank; an error on one rank is raised on all, with its rank.
 
-    Collectives: one gather of small objects.
+    Collectives: one all-gather of small objects.
     """
     if group is None:
         return [work()]
@@ -72,7 +62,7 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
         answer = None, error
     answers = [answer] * size_of(group)
     dist.all_gather_object(answers, answer, group=group)
-    answers[rank_of(group)] = answer  # what was raised here keeps its traceback
+    answers[rank_of(group)] = answer  # an error of this rank keeps its traceback
     for rank, (_, raised) in enumerate(answers):
         if raised is not None:
             raised.add_note(f"raised on rank {rank} of {len(answers)}")
@@ -81,11 +71,11 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """What ``work`` returned here; if it raised on one rank, all raise what it raised.
+    """What ``work`` returned on this rank; an error on one rank is raised on all.
 
-    Unlike ``on_all_ranks`` nothing but errors travels, so results may be large.
+    Unlike ``on_all_ranks``, only errors are sent, so results may be large.
 
-    Collectives: one gather of small objects.
+    Collectives: one all-gather of small objects.
     """
     results: list[Result] = []
     on_all_ranks(lambda: results.append(work()), group)
@@ -93,9 +83,9 @@ def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """What ``work`` returned on rank 0, on every rank; if it raised there, all raise that.
+    """What ``work`` returned on rank 0, sent to every rank; an error on rank 0 is raised on all.
 
-    Collectives: one gather of small objects.
+    Collectives: one all-gather of small objects.
     """
     first = rank_of(group) == 0
     return on_all_ranks(lambda: work() if first else None, group)[0]  # type: ignore[return-value]
@@ -104,21 +94,21 @@ def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -
 def in_step(
     items: Iterable[Result], group: dist.ProcessGroup | None, device: torch.device
 ) -> Iterator[Result]:
-    """The same items; when making the next one fails on a rank, all ranks raise.
+    """The same items; where producing the next one fails on a rank, all ranks raise.
 
     Without this the other ranks would wait for the failed one in their next collective. Every rank
     must have the same number of items.
 
     Args:
-        items: what this rank works on.
+        items: of this rank.
         group: the ranks.
-        device: where the group's collectives find their tensors.
+        device: of the group's collectives.
 
     Raises:
         Exception: what a rank raised, on all of them; a note names the rank.
 
     Collectives: one all-reduce of a number for each item, and one at the end; where a rank failed,
-    one gather of small objects.
+    one all-gather of small objects.
     """
     iterator = iter(items)
     if group is None:

@@ -7,13 +7,12 @@ row. Dropout, batch and length follow the published SASRec settings unless a rec
 
 from typing import Protocol
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 
 __all__ = ["RECIPES", "Recipe", "beauty", "demo", "epinions", "large_catalog", "tiny_cpu"]
 

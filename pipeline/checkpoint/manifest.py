@@ -56,17 +56,16 @@ class Manifest:
         """The manifest; None where there is none.
 
         Raises:
-            DamagedCheckpointError: it was not written to its end, or is none of ours.
+            DamagedCheckpointError: it is cut off or malformed.
             ValueError: it is of another format.
         """
         if folder.size(MANIFEST) is None:
             return None
+        where = f"{folder}/{MANIFEST}"
         try:
             stored = json.loads(folder.read(MANIFEST))
         except ValueError as error:
-            raise DamagedCheckpointError(
-                f"{folder}/{MANIFEST} must be JSON, got {error}; {ANOTHER}"
-            ) from error
+            raise DamagedCheckpointError(f"{where} must be JSON, got {error}; {ANOTHER}") from error
         found = stored.get("format") if isinstance(stored, dict) else None
         if isinstance(found, int) and found != FORMAT:
             raise ValueError(
@@ -74,30 +73,19 @@ class Manifest:
                 "it with the version of shardrec that wrote it, or train again"
             )
         try:
-            return cls._of(folder, stored)
+            shape = {"format": int, "best": bool, "files": dict}
+            known = require_shape(stored, shape, where, ANOTHER)
+            files = {name: _entry(name, one, where) for name, one in known["files"].items()}
         except ValueError as error:
             raise DamagedCheckpointError(str(error)) from None
-
-    @classmethod
-    def _of(cls, folder: Folder, stored: object) -> "Manifest":
-        """The manifest that JSON spells, after a look at its shape."""
-        where = f"{folder}/{MANIFEST}"
-        told = require_shape(stored, {"format": int, "best": bool, "files": dict}, where, ANOTHER)
-        files = {}
-        for name, entry in told["files"].items():
-            place = f"{name!r} in {where}"
-            known = require_shape(entry, {"size": int, "sha256": str}, place, ANOTHER)
-            files[name] = FileEntry(known["size"], known["sha256"])
-        return cls(folder, told["best"], files)
+        return cls(folder, known["best"], files)
 
     @classmethod
     def read(cls, folder: Folder) -> "Manifest":
-        """The manifest of a folder that must have one.
+        """The manifest of a folder that must have one; raises as ``find`` does.
 
         Raises:
             FileNotFoundError: it has none: the checkpoint is not complete.
-            DamagedCheckpointError: it has one that was not written to its end, or is none of ours.
-            ValueError: it is of another format.
         """
         found = cls.find(folder)
         if found is None:
@@ -114,20 +102,12 @@ class Manifest:
         self.folder.write(MANIFEST, json.dumps(stored, indent=1).encode())
 
     def check_sizes(self) -> None:
-        """Refuse a checkpoint whose files are missing, or shorter or longer than they were.
-
-        Raises:
-            DamagedCheckpointError: with the name of the file.
-        """
+        """Raise DamagedCheckpointError where a file is missing or has another size."""
         for name in self.files:
             self._check_size(name)
 
     def check(self, name: str) -> None:
-        """Refuse a file whose size or checksum is another, or that does not belong here.
-
-        Raises:
-            DamagedCheckpointError: with its name.
-        """
+        """Raise DamagedCheckpointError where a file differs in size or checksum, or is unknown."""
         if name not in self.files or "/" in name:
             raise DamagedCheckpointError(
                 f"{self.folder} must have a manifest that names {name}, got one that does not; "
@@ -146,11 +126,15 @@ class Manifest:
         if found != self.files[name].size:
             raise self._damaged(name, "bytes", self.files[name].size, found)
 
-    def _damaged(
-        self, name: str, what: str, expected: object, found: object
-    ) -> DamagedCheckpointError:
+    def _damaged(self, name: str, what: str, expected: object, found: object) -> Exception:
         shown = "no file" if found is None else found
         return DamagedCheckpointError(
             f"{self.folder}/{name} must have {what} {expected}, got {shown}; "
             "the file is damaged, use another checkpoint"
         )
+
+
+def _entry(name: str, stored: object, where: str) -> FileEntry:
+    shape = {"size": int, "sha256": str}
+    known = require_shape(stored, shape, f"{name!r} in {where}", ANOTHER)
+    return FileEntry(known["size"], known["sha256"])

@@ -1,6 +1,5 @@
-"""What a checkpoint holds, taken apart into tensors and JSON and put together again."""
+"""What a checkpoint holds, split into tensors and JSON and joined again."""
 
-import dataclasses
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ __all__ = ["CheckpointState", "is_row_name", "join_state", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on."""
+    """Versions of what the rounding of a run depends on, by name."""
     return {
         "shardrec": __version__,
         "torch": torch.__version__,
@@ -25,7 +24,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointState:
-    """What a checkpoint holds, seen from one rank.
+    """What a checkpoint holds, as one rank sees it.
 
     Attributes:
         encoder: ``state_dict()`` of the encoder, equal on all ranks.
@@ -53,14 +52,14 @@ class CheckpointState:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors, the rows of other ranks included."""
+        """Bytes of all tensors, the rows of other ranks included."""
         whole, rows = self.tensors()
         of_row = sum(one.element_size() * one.shape[1:].numel() for one in rows.values())
         of_whole = sum(one.element_size() * one.numel() for one in whole.values())
         return of_whole + of_row * int(self.table["num_rows"])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tensors that all ranks have alike, and row-aligned ones, by the names in the files.
+        """Replicated tensors, and row-aligned ones, by the names in the files.
 
         Raises:
             TypeError: the encoder's or the optimizer's state holds something else than tensors.
@@ -78,16 +77,9 @@ class CheckpointState:
 
     def copied(self, copy: Callable[[str, Tensor], Tensor]) -> "CheckpointState":
         """The same with each tensor replaced by ``copy(name, tensor)``."""
-        memory = {
-            index: {name: copy(f"optimizer.{index}.{name}", one) for name, one in parts.items()}
-            for index, parts in self.optimizer["state"].items()
-        }
-        return dataclasses.replace(
-            self,
-            encoder={name: copy(f"encoder.{name}", one) for name, one in self.encoder.items()},
-            optimizer={"state": memory, "param_groups": self.optimizer["param_groups"]},
-            table={name: copy(f"table.{name}", one) for name, one in self.table.items()},
-        )
+        whole, rows = self.tensors()
+        tensors = {name: copy(name, one) for name, one in (whole | rows).items()}
+        return join_state(tensors, self.numbers(), self.rows.start)
 
     def numbers(self) -> dict[str, Any]:
         """All that is not in the tensors, as JSON."""
@@ -104,7 +96,7 @@ class CheckpointState:
 def join_state(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
 ) -> CheckpointState:
-    """Put together what ``CheckpointState.tensors`` and ``numbers`` took apart."""
+    """The state that ``CheckpointState.tensors`` and ``numbers`` split."""
     encoder, memory, table = dict[str, Tensor](), dict[int, dict[str, Tensor]](), {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
@@ -129,5 +121,5 @@ def join_state(
 
 
 def is_row_name(name: str) -> bool:
-    """Whether a tensor is cut by rows over the ranks."""
+    """Whether a tensor is sharded by rows over the ranks."""
     return name.startswith("table.")

@@ -7,8 +7,7 @@ A run keeps the last few and the best::
                               state.json      progress, config, versions, numbers
                               manifest.json   sizes and checksums, written last
 
-``torch.distributed.checkpoint`` plans, writes and reads; ``checkpoint_format`` says how a file
-looks. Nothing in a checkpoint is unpickled or executed.
+``format`` says how a file looks. Nothing in a checkpoint is unpickled or executed.
 """
 
 import contextlib
@@ -16,28 +15,21 @@ import functools
 import json
 import logging
 import os
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from shardrec.modules.option_checks import require_above_zero, require_at_least
 from shardrec.pipeline.checkpoint.format import (
-    RowLoadPlanner,
-    RowReader,
-    RowSavePlanner,
-    RowWriter,
+    Piece,
+    StoredTensor,
+    TensorReader,
+    joined,
     metadata_from_json,
     metadata_to_json,
+    write_pieces,
 )
 from shardrec.pipeline.checkpoint.manifest import (
     MANIFEST,
@@ -48,10 +40,9 @@ from shardrec.pipeline.checkpoint.manifest import (
 from shardrec.pipeline.checkpoint.state import CheckpointState, is_row_name, join_state
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.outputs.storage import Folder, open_folder
-from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, size_of
+from shardrec.pipeline.ranks import on_all_ranks, on_first_rank, on_this_rank, rank_of
 
 __all__ = [
-    "CheckpointConfig",
     "CheckpointState",
     "Checkpoints",
     "DamagedCheckpointError",
@@ -62,35 +53,7 @@ __all__ = [
 ]
 
 METADATA, STATE = "metadata.json", "state.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    """When checkpoints are written, where to, and how many are kept.
-
-    One is written after each validation and at the end of the run in any case.
-
-    Attributes:
-        folder: a folder, or an address that pyarrow opens (s3://bucket/prefix), for this run alone;
-            None: "checkpoints" in the run folder.
-        every_steps: after this many steps; None: not by steps.
-        every_minutes: after this long on rank 0's clock; None: not by time.
-        keep: the last so many are kept, and the best.
-        background: train on while a copy of table and optimizer is written; needs their memory
-            once more. Otherwise training waits.
-    """
-
-    folder: str | None = None
-    every_steps: int | None = None
-    every_minutes: float | None = 15.0
-    keep: int = 2
-    background: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that would keep nothing or never end."""
-        require_at_least("checkpoints.keep", self.keep, 1)
-        for name in ("every_steps", "every_minutes"):
-            require_above_zero(f"checkpoints.{name}", getattr(self, name), "none turns it off")
+_Part = tuple[str, dict[str, StoredTensor], FileEntry]  # a rank's file: name, content, checksum
 
 
 class Checkpoints:
@@ -107,7 +70,7 @@ class Checkpoints:
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
         """Write one more, make it the last (and the best), then delete what is neither.
 
-        Collectives: as ``save_checkpoint``, and a gather of a small object.
+        Collectives: as ``save_checkpoint``, and an all-gather of a small object.
         """
         folder = self.folder / f"step-{step:08d}"
         try:
@@ -156,7 +119,7 @@ class Checkpoints:
         Args:
             rows: of the table, wanted on this rank.
 
-        Collectives: gathers of small objects: one, and one for each checkpoint tried.
+        Collectives: all-gathers of small objects: one, and one for each checkpoint tried.
         """
         for name in on_first_rank(self._whole_names, self.group):
             read = functools.partial(load_checkpoint, self.folder / name, rows)
@@ -172,7 +135,7 @@ class Checkpoints:
         return not self._names()
 
     def _manifests(self) -> Iterator[Manifest]:
-        """Those of checkpoints that were completed, the last first."""
+        """Manifests of completed checkpoints, the last first."""
         for name in reversed(self._names()):
             try:
                 manifest = Manifest.find(self.folder / name)
@@ -183,7 +146,7 @@ class Checkpoints:
                 yield manifest
 
     def _whole(self) -> Iterator[Manifest]:
-        """Those whose files are all there, the last first."""
+        """Manifests of checkpoints with all their files, the last first."""
         for manifest in self._manifests():
             try:
                 manifest.check_sizes()
@@ -218,7 +181,7 @@ def save_checkpoint(
 
     Args:
         folder: where all ranks can write.
-        state: ``table`` is this rank's; the rest is written by rank 0.
+        state: ``table`` holds this rank's rows; rank 0 writes all the rest.
         group: the ranks that write together; None for one process.
         best: whether it is the best of its run so far.
 
@@ -226,40 +189,20 @@ def save_checkpoint(
         OSError: a rank could not write; raised on all ranks, and ``folder`` has no manifest.
         TypeError: the state holds something else than tensors.
 
-    Collectives: of small objects on ``group``: a gather, and those of DCP's planning and writing.
+    Collectives: three all-gathers of small objects on ``group``.
     """
-    at = open_folder(folder)
-    on_first_rank(lambda: at.remove(MANIFEST), group)
-    whole, rows = on_this_rank(state.tensors, group)
-    num_rows = int(state.table["num_rows"])
-
-    def complete(metadata: Metadata, files: dict[str, FileEntry]) -> None:
-        numbers = json.dumps(state.numbers(), indent=1).encode()
-        for name, content in ((METADATA, metadata_to_json(metadata)), (STATE, numbers)):
-            at.write(name, content)
-            files[name] = FileEntry.of(content)
-        Manifest(at, best, files).write()
-
-    with _plain_errors(size_of(group)), _without_advice(alone=group is None):
-        save_tensors(
-            whole | rows,
-            storage_writer=RowWriter(at, f"rank-{rank_of(group):05d}.bin", complete),
-            planner=RowSavePlanner(rows, state.rows.start, num_rows),
-            process_group=group,
-            no_dist=group is None,
-        )
+    opened = open_folder(folder)
+    on_first_rank(lambda: opened.remove(MANIFEST), group)
+    written = on_all_ranks(lambda: _write_part(opened, state, rank_of(group)), group)
+    parts = [part for part in written if part is not None]
+    on_first_rank(lambda: _complete(opened, state, best, parts), group)
 
 
 def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
-    """Read a checkpoint, whatever number of ranks wrote it.
+    """Read these rows of a complete checkpoint and all that is replicated, at any number of ranks.
 
-    Args:
-        folder: a complete checkpoint.
-        rows: the rows of the table wanted on this rank; None for all. Rows beyond the saved
-            table are left out.
-
-    Returns:
-        The state; ``table["first_row"]`` is the first row read.
+    ``rows`` None means all; rows beyond the saved table are left out. ``table["first_row"]`` of the
+    result is the first row read.
 
     Raises:
         FileNotFoundError: the manifest is missing: the checkpoint is not complete.
@@ -274,15 +217,15 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
 class StoredCheckpoint:
     """A complete checkpoint that is read in parts; each file is compared with its checksum once.
 
-    Raises as ``load_checkpoint`` does, when it is opened or when a part is read.
+    Opening it and reading a part raise as ``load_checkpoint`` does.
     """
 
     def __init__(self, folder: Path | str | Folder) -> None:
-        """Read what it says of itself, and no tensor yet."""
+        """Read its metadata, and no tensor yet."""
         manifest = Manifest.read(open_folder(folder))
         self.numbers = _parsed(manifest, STATE, _numbers)
-        self._metadata = _parsed(manifest, METADATA, metadata_from_json)
-        self._reader = RowReader(manifest, self._metadata)
+        self._tensors = _parsed(manifest, METADATA, metadata_from_json)
+        self._reader = TensorReader(manifest, self._tensors)
 
     @property
     def num_rows(self) -> int:
@@ -292,29 +235,41 @@ class StoredCheckpoint:
     def load(self, rows: range | None = None) -> CheckpointState:
         """All of it, with these rows of the table; None for all rows."""
         wanted = range(self.num_rows) if rows is None else rows
-        tensors = self._read(self._metadata.state_dict_metadata, wanted)
-        return join_state(tensors, self.numbers, wanted.start)
+        return join_state(self._read(self._tensors, wanted), self.numbers, wanted.start)
 
     def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:
         """These rows of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
         tensors = self._read([f"table.{name}" for name in names], rows)
         return {name.removeprefix("table."): value for name, value in tensors.items()}
 
-    def _read(self, names: Iterable[str], rows: range) -> dict[str, Tensor]:
-        count = max(0, min(rows.stop, self.num_rows) - rows.start)
-        tensors = {}
-        for name in names:
-            stored = self._metadata.state_dict_metadata[name]
-            shape = (count, *stored.size[1:]) if is_row_name(name) else stored.size
-            tensors[name] = torch.empty(shape, dtype=stored.properties.dtype)
-        with _plain_errors(1), _without_advice(alone=True):
-            load_tensors(
-                tensors,
-                storage_reader=self._reader,
-                planner=RowLoadPlanner(rows.start, frozenset(filter(is_row_name, tensors))),
-                no_dist=True,
-            )
-        return tensors
+    def _read(self, names: Collection[str], rows: range) -> dict[str, Tensor]:
+        """These tensors; of the table's, these rows only."""
+        known = range(rows.start, max(rows.start, min(rows.stop, self.num_rows)))
+        whole = {name: range((*self._tensors[name].shape, 1)[0]) for name in names}
+        return self._reader.read(
+            {name: known if is_row_name(name) else whole[name] for name in names}
+        )
+
+
+def _write_part(folder: Folder, state: CheckpointState, rank: int) -> _Part | None:
+    """Write this rank's rows, and on rank 0 the replicated tensors; None where that is nothing."""
+    whole, rows = state.tensors()
+    num_rows, name = int(state.table["num_rows"]), f"rank-{rank:05d}.bin"
+    pieces = {k: Piece(v, state.rows.start, num_rows) for k, v in rows.items() if v.shape[0]}
+    if rank == 0:
+        pieces |= {k: Piece(v, 0, (*v.shape, 1)[0]) for k, v in whole.items()}
+    return (name, *write_pieces(folder, name, pieces)) if pieces else None
+
+
+def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_Part]) -> None:
+    """Write the files that describe the ranks' files, the manifest last."""
+    files = {name: entry for name, _, entry in parts}
+    numbers = json.dumps(state.numbers(), indent=1).encode()
+    tensors = metadata_to_json(joined(stored for _, stored, _ in parts))
+    for name, content in ((METADATA, tensors), (STATE, numbers)):
+        folder.write(name, content)
+        files[name] = FileEntry.of(content)
+    Manifest(folder, best, files).write()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -345,31 +300,6 @@ def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any
             f"{manifest.folder}/{name} must be JSON as a checkpoint has it, got {error!r}; "
             "use another checkpoint"
         ) from error
-
-
-@contextlib.contextmanager
-def _plain_errors(num_ranks: int) -> Iterator[None]:
-    """Raise what went wrong, and not DCP's list of it; a note names the rank."""
-    try:
-        yield
-    except CheckpointException as failed:
-        rank, (error, _) = min(failed.failures.items(), key=lambda item: item[0])
-        if num_ranks > 1:
-            error.add_note(f"raised on rank {rank} of {num_ranks}")
-        raise error from None
-
-
-@contextlib.contextmanager
-def _without_advice(*, alone: bool) -> Iterator[None]:
-    """Hide DCP's warning that one process saves or loads alone.
-
-    Only then: filters belong to all threads, and a background write shares its ranks' group.
-    """
-    with contextlib.ExitStack() as stack:
-        if alone:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _warn(error: Exception) -> None:

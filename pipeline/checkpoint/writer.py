@@ -1,27 +1,28 @@
 """Writes checkpoints while training goes on.
 
-What is saved is copied into host memory first, which is all that training waits for; the copy is
-written by a thread, over a process group of its own, so that its collectives never meet those of a
-step. The buffers of the copy are used again by the next one: one write is under way at a time.
+What is saved is first copied into host memory, which is all that training waits for. A thread
+writes the copy, over a process group of its own so that its collectives cannot interleave with
+a step's. The next copy reuses the buffers, so one write is in flight at a time.
 """
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
-from shardrec.pipeline.ranks import rank_of, timeout_of
-from shardrec.pipeline.run.callbacks import CheckpointReport
+from shardrec.pipeline.ranks import rank_of
 
-__all__ = ["CheckpointWriter", "writing_group"]
+__all__ = ["CheckpointReport", "CheckpointWriter", "writing_group"]
 
-# After an error, how long a write that is under way may take to end.
+# After an error, how long a write in flight may take to end.
 LAST_SECONDS = 60.0
 
 
@@ -30,14 +31,18 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
     """A gloo group of the same ranks for a background write, for the length of a ``with``.
 
     Args:
-        group: the ranks; None for the one process of the default group.
+        group: the ranks; None for one process, which needs no group.
 
-    Collectives: those of ``new_group``, on the default group, and a barrier.
+    Collectives: ``new_group`` on the default group, and a barrier.
     """
-    ranks = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-    made = dist.new_group(ranks, backend="gloo", timeout=timeout_of(group))
+    if group is None:
+        yield None
+        return
+    ranks = dist.get_process_group_ranks(group)
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    made = dist.new_group(ranks, backend="gloo", timeout=timeout)
     assert isinstance(made, dist.ProcessGroup)
-    # A rank that is done before the others have met it would close their connections.
+    # A rank that is done before the others have connected would close their connections.
     dist.barrier(group=made)
     try:
         yield made
@@ -46,8 +51,33 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
             dist.destroy_process_group(made)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointReport:
+    """A checkpoint was written to ``folder``, or could not be.
+
+    Reported after the first step by the end of which every rank has finished writing.
+
+    Attributes:
+        step: the step after which it was taken; later steps may have been taken meanwhile.
+        folder: where it is.
+        best: whether the validation of that step was the best so far.
+        seconds: from the step until it was complete.
+        stall_seconds: of these, how long training waited.
+        num_bytes: of its tensors, over all ranks.
+        error: why there is none, in words; None where it is complete.
+    """
+
+    step: int
+    folder: str
+    best: bool
+    seconds: float
+    stall_seconds: float = 0.0
+    num_bytes: int = 0
+    error: str | None = None
+
+
 class CheckpointWriter:
-    """Saves one checkpoint after another, each rank in step with the others.
+    """Saves one checkpoint after another.
 
     Every rank must call ``save`` and ``collect`` at the same steps.
     """
@@ -72,7 +102,7 @@ class CheckpointWriter:
         return self._thread is not None and not self._thread.is_alive()
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> list[CheckpointReport]:
-        """Wait for the write under way, copy the state, and start to write it.
+        """Wait for the write in flight, copy the state, and start to write it.
 
         Args:
             step: names the checkpoint.
@@ -102,10 +132,10 @@ class CheckpointWriter:
         return ended if self.background else [*ended, *self.collect()]
 
     def collect(self) -> list[CheckpointReport]:
-        """Wait for the write under way, if there is one; its report, the same on every rank.
+        """Wait for the write in flight, if there is one; its report, the same on every rank.
 
-        A write that failed is told by the report's ``error``, and ``failure`` holds what was
-        raised until another write ends well.
+        Where the write failed, the report has an ``error``, and ``failure`` holds the exception
+        until another write succeeds.
         """
         if self._thread is None:
             return []
@@ -118,20 +148,21 @@ class CheckpointWriter:
         return [self._report]
 
     def abandon(self) -> None:
-        """Give a write under way some time to end, after an error elsewhere."""
+        """Give a write in flight some time to end, after an error elsewhere."""
         if self._thread is not None:
             self._thread.join(LAST_SECONDS)
 
     def _write(self, report: CheckpointReport, state: CheckpointState, started: float) -> None:
-        error: Exception | None = None
+        self.failure, words = None, None
         try:
             self.checkpoints.save(report.step, state, best=report.best)
-        except Exception as raised:
-            error = raised
+        except Exception as error:
+            self.failure, words = error, str(error) or type(error).__name__
         seconds = time.monotonic() - started
         stall = report.stall_seconds if self.background else seconds
-        self._report = report.ended(seconds, stall, error)
-        self.failure = error
+        self._report = dataclasses.replace(
+            report, seconds=seconds, stall_seconds=stall, error=words
+        )
 
     def _copied(self, state: CheckpointState) -> CheckpointState:
         copy = state.copied(self._copy)
@@ -140,7 +171,7 @@ class CheckpointWriter:
         return copy
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
-        """The value in host memory that the next copy of the same name uses again."""
+        """A copy in host memory, in the buffer of the last copy of the same name if that fits."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)

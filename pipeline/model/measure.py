@@ -1,7 +1,6 @@
 """Metrics of a model, or of popularity, over evaluation users and the whole catalog, at any W."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,49 +10,16 @@ from torchmetrics import MetricCollection
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.metrics import ranking_metrics
-from shardrec.modules.option_checks import require_at_least
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import EvaluationBatch, EvaluationBatches, Prepared
 from shardrec.pipeline.ranks import in_step, on_this_rank, rank_of, size_of, sum_over_ranks
 
-__all__ = ["MeasureConfig", "Scorer", "Split", "measure", "open_users"]
+__all__ = ["Scorer", "Split", "measure", "open_users"]
 
 Split = Literal["validation", "test"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """From items (B, L) int64 and lengths (B,) int64 to states (B, D); collectives allowed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeasureConfig:
-    """How evaluation users are ranked.
-
-    Attributes:
-        ks: list lengths of the metrics.
-        filter_seen: leave out items of the history; never the targets themselves.
-        batch_size: users at a time on each rank.
-        block_states: states of all ranks that are scored at a time.
-        block_rows: rows of a shard that are scored at a time.
-    """
-
-    ks: tuple[int, ...] = (5, 10, 20)
-    filter_seen: bool = False
-    batch_size: int = 256
-    block_states: int = 256
-    block_rows: int = 65_536
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
-        if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
-        for name in ("batch_size", "block_states", "block_rows"):
-            require_at_least(name, getattr(self, name), 1)
-
-    def metric_names(self) -> list[str]:
-        """The metrics a best checkpoint can be chosen by."""
-        kinds = ("NDCG", "Recall", "HitRate", "MRR")
-        names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
-        coverage = [f"Coverage@{k}" for k in self.ks]
-        return names + coverage + [f"{name}/known" for name in names]
 
 
 def measure(
@@ -77,8 +43,8 @@ def measure(
         saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
         was measured.
 
-    Collectives: a gather of small objects, those of the scorer and of the ranking for each batch,
-    then one gather.
+    Collectives: an all-gather of small objects, for each batch the collectives of the scorer and
+    of the ranking, then an all-reduce and those of the metrics.
     """
     meter = _Meter(shard, config, prepared)
     with torch.no_grad():
@@ -95,16 +61,9 @@ def open_users(
     max_length: int,
     group: dist.ProcessGroup | None,
 ) -> EvaluationBatches:
-    """This rank's users of a split.
+    """This rank's users of a split; ``max_length`` items of a history are read.
 
-    Args:
-        prepared: the data.
-        split: which users.
-        config: how many at a time.
-        max_length: items of a history that the scorer reads.
-        group: the ranks that share the users.
-
-    Collectives: one gather of small objects.
+    Collectives: one all-gather of small objects.
     """
     return on_this_rank(
         lambda: EvaluationBatches(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog import Catalog
+from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
 __all__ = ["Model", "real_positions"]
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +45,9 @@ class Model:
         return self.catalog.shard.group
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
-        """Sends the ids of sequences whose ``states`` are wanted later, and returns what it takes.
+        """Send the ids of sequences; the function that ``states`` takes to finish the look-up.
 
-        Args:
-            items: as for ``states``.
-            lengths: the same.
-
-        Collectives: those of ``Catalog.begin_lookup``.
+        Collectives: as ``Catalog.begin_lookup``.
         """
         return self.catalog.begin_lookup(items.reshape(-1)[real_positions(lengths, items.shape[1])])
 
@@ -65,12 +59,12 @@ class Model:
         Args:
             items: (B, L) int64, right padded; B may be 0 and differ by rank.
             lengths: (B,) int64 in [1, L].
-            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it here.
+            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it now.
 
         Returns:
             (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
 
-        Collectives: those of ``Catalog.lookup``, forward and backward.
+        Collectives: as ``Catalog.lookup``, forward and backward.
         """
         positions = real_positions(lengths, items.shape[1])
         with part("look-up"):
@@ -87,16 +81,9 @@ class Model:
         return dataclasses.replace(shard, rows=F.normalize(rows) if self.normalize else rows)
 
     def last_states(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """The state after the last item of each sequence.
+        """(B, D) float32, the state after the last item of each sequence; arguments as ``states``.
 
-        Args:
-            items: (B, L) int64, right padded; B may be 0 and differ by rank.
-            lengths: (B,) int64 in [1, L].
-
-        Returns:
-            (B, D) float32.
-
-        Collectives: those of ``Catalog.lookup``.
+        Collectives: as ``Catalog.lookup``.
         """
         return self.states(items, lengths)[lengths.cumsum(0) - 1]
 

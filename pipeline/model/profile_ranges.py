@@ -21,5 +21,5 @@ Part = Literal[
 
 
 def part(name: Part) -> record_function:
-    """A context whose time a profiler that is running counts under this name."""
+    """A context that a running profiler records under this name."""
     return record_function(PART + name)

@@ -1,4 +1,4 @@
-"""What a training run tells the outside: four hooks, and the callbacks that come with the trainer.
+"""Callbacks of a training run: four hooks, and those that come with the trainer.
 
 Every rank calls its hooks at the same steps with the same numbers. The callbacks below are attached
 to rank 0 only; a callback of yours runs on every rank and may use collectives.
@@ -13,15 +13,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from typing_extensions import override
 
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 __all__ = [
     "Callback",
-    "CheckpointReport",
     "EndReport",
     "JsonLines",
     "MinuteLines",
@@ -80,36 +83,6 @@ class ValidationReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointReport:
-    """A checkpoint was written to ``folder``, or could not be.
-
-    It is told at the first step border at which the write is over on every rank.
-
-    Attributes:
-        step: whose weights it holds; steps after it may have been taken meanwhile.
-        folder: where it is.
-        best: whether the validation of that step was the best so far.
-        seconds: from the step until it was complete.
-        stall_seconds: of these, how long training stood still.
-        num_bytes: of its tensors, over all ranks.
-        error: why there is none, in words; None where it is complete.
-    """
-
-    step: int
-    folder: str
-    best: bool
-    seconds: float
-    stall_seconds: float = 0.0
-    num_bytes: int = 0
-    error: str | None = None
-
-    def ended(self, seconds: float, stall: float, error: Exception | None) -> "CheckpointReport":
-        """The same when its write is over."""
-        words = None if error is None else str(error) or type(error).__name__
-        return dataclasses.replace(self, seconds=seconds, stall_seconds=stall, error=words)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EndReport:
     """How a run ended.
 
@@ -143,7 +116,7 @@ class EndReport:
 
 
 class Callback(Protocol):
-    """Four hooks; inherit from this class to have the ones you leave out do nothing."""
+    """Four hooks; those that a subclass leaves out do nothing."""
 
     def on_step(self, report: StepReport) -> None:
         """After every optimizer step, skipped ones included."""
@@ -167,9 +140,7 @@ class JsonLines(Callback):
 
     def __init__(self, path: Path, every: int = 1) -> None:
         """Store the path; the file is opened for each line, so nothing is lost in a crash."""
-        self.path = path
-        self.every = every
-        self._unwritten = ""
+        self.path, self.every, self._unwritten = path, every, ""
 
     @override
     def on_step(self, report: StepReport) -> None:
@@ -224,9 +195,8 @@ class TensorBoard(Callback):
 
     @override
     def on_step(self, report: StepReport) -> None:
-        if report.skipped or report.step % self.every:
-            return
-        self._write("train", step_scalars(report), report.step)
+        if not report.skipped and report.step % self.every == 0:
+            self._write("train", step_scalars(report), report.step)
 
     @override
     def on_validation(self, report: ValidationReport) -> None:
@@ -234,7 +204,7 @@ class TensorBoard(Callback):
 
     @override
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        # A run that goes on from here writes no earlier point again.
+        # A run resumed from this checkpoint does not write earlier points again.
         if self.writer is not None:
             self._try(self.writer.flush)
 
@@ -245,6 +215,8 @@ class TensorBoard(Callback):
 
     def _write(self, group: str, values: Mapping[str, float], step: int) -> None:
         def write() -> None:
+            from torch.utils.tensorboard import SummaryWriter
+
             if self.writer is None:
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
             for name, value in values.items():
@@ -253,7 +225,7 @@ class TensorBoard(Callback):
         self._try(write)
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Leave a gap in the curves where the disk is full, and begin another file after it."""
+        """Do ``work``; where the disk is full, leave a gap and begin another file after it."""
         try:
             work()
         except OSError as error:
@@ -267,12 +239,7 @@ class ProgressBar(Callback):
     """A bar on a terminal, with the loss, the last validation and positions per second."""
 
     def __init__(self, total: int | None, stream: TextIO) -> None:
-        """Start the bar.
-
-        Args:
-            total: steps of the whole run where known.
-            stream: the terminal.
-        """
+        """Start the bar; ``total`` is the number of steps where known."""
         self.bar = tqdm(total=total, file=stream, unit="step", dynamic_ncols=True)
 
     @override
@@ -295,9 +262,7 @@ class MinuteLines(Callback):
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
-        self.total = total
-        self.stream = stream
-        self.interval_seconds = interval_seconds
+        self.total, self.stream, self.interval_seconds = total, stream, interval_seconds
         self.last = float("-inf")
 
     @override
@@ -321,17 +286,12 @@ class MinuteLines(Callback):
 
 
 def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
-    """A bar where ``stream`` is a terminal, one line a minute elsewhere.
-
-    Args:
-        total: steps of the whole run where known.
-        stream: where to write.
-    """
+    """A bar where ``stream`` is a terminal, one line a minute elsewhere."""
     return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
 
 
 def step_scalars(report: StepReport) -> dict[str, float]:
-    """What a step says in numbers, for the stores of curves."""
+    """The numbers of a step that TensorBoard and MLflow draw curves of."""
     values = {
         "loss": report.loss,
         "learning_rate": report.learning_rate,

@@ -1,64 +1,35 @@
-"""A run: its complete config, and its folder.
+"""The complete config of a run; loads no TorchRec, so that ``plan`` and ``--help`` are quick."""
 
-::
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+from urllib.parse import urlsplit
 
-    config.json       the complete config
-    run.json          which data it belongs to, whose encoder it is, versions
-    metrics.jsonl     steps, validations, checkpoints, end
-    tensorboard/      the same as scalars
-    checkpoints/      the last few and the best, unless they are elsewhere
-    end.json          how the run ended; until it is there the run is interrupted
-"""
-
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args
-
-import torch
-import torch.distributed as dist
-from torch import nn
-
-from shardrec.modules.catalog import Catalog, CatalogConfig
-from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
+from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, AnyLoss
 from shardrec.modules.option_checks import (
     require_above_zero,
     require_at_least,
+    require_betas,
     require_choice,
     require_within,
 )
-from shardrec.pipeline.checkpoint.state import versions
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, write_atomically
-from shardrec.pipeline.config import from_json, to_json, unknown_name
-from shardrec.pipeline.init_config import InitConfig
-from shardrec.pipeline.model.measure import MeasureConfig
-from shardrec.pipeline.model.model import Model, Precision
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
-from shardrec.pipeline.ranks import on_this_rank
-from shardrec.pipeline.run.mlflow_logging import MLflowConfig
-from shardrec.pipeline.run.profiler import ProfileConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.model.config import MeasureConfig, Precision
+from shardrec.pipeline.prepared.loader import BatchConfig
 
 __all__ = [
+    "CheckpointConfig",
+    "InitConfig",
     "LimitConfig",
+    "MLflowConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
     "TrainConfig",
     "ValidationConfig",
-    "build_model",
-    "open_checkpoints",
-    "open_run",
-    "read_run",
-    "require_new",
-    "start_run",
-    "write_config",
 ]
 
-OURS = "shardrec"
 LARGEST_SEED = 2**63 - 1  # what the operators of torch take
-_REMEDY = "use the version of shardrec that wrote it, or train again in another folder"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +48,7 @@ class LimitConfig:
 
     def __post_init__(self) -> None:
         """Refuse a run without end and limits that allow no step."""
-        values = {name: getattr(self, name) for name in ("max_epochs", "max_steps", "max_minutes")}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         if all(value is None for value in values.values()):
             raise ValueError("limits must name at least one limit, got none; set max_epochs")
         for name, value in values.items():
@@ -117,6 +88,151 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """How encoder and table are updated; the table's own options are in ``CatalogConfig``.
+
+    Attributes:
+        learning_rate: of the encoder; the table's is ``catalog.learning_rate``.
+        betas: decay of Adam's two moments.
+        eps: added to the root in Adam's update.
+        weight_decay: of the encoder, decoupled (AdamW).
+        warmup_steps: steps over which both learning rates rise from 0.
+        decay: after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
+        clip_norm: largest norm of the gradient over encoder and table together; None: no limit.
+        accumulate: batches whose gradients make one step, as if they were one batch.
+        max_skipped: consecutive steps with a loss or gradient that is not finite before giving up.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    clip_norm: float | None = None
+    accumulate: int = 1
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can use."""
+        for name, least in (("accumulate", 1), ("max_skipped", 1), ("warmup_steps", 0)):
+            require_at_least(f"optimizer.{name}", getattr(self, name), least)
+        require_at_least("optimizer.learning_rate", self.learning_rate, 0, "give e.g. 1e-3")
+        require_at_least("optimizer.weight_decay", self.weight_decay, 0, "0 turns it off")
+        # With 0 a weight whose gradient is 0 would become 0 / 0.
+        require_above_zero("optimizer.eps", self.eps, "give e.g. 1e-8")
+        require_above_zero("optimizer.clip_norm", self.clip_norm, "none turns it off")
+        require_betas("optimizer.betas", self.betas)
+        require_choice("optimizer.decay", self.decay, ("constant", "cosine"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, where to, and how many are kept.
+
+    One is written after each validation and at the end of the run in any case.
+
+    Attributes:
+        folder: a folder, or an address that pyarrow opens (s3://bucket/prefix), for this run alone;
+            None: "checkpoints" in the run folder.
+        every_steps: after this many steps; None: not by steps.
+        every_minutes: after this long on rank 0's clock; None: not by time.
+        keep: the last so many are kept, and the best.
+        background: train on while a copy of table and optimizer is written; needs their memory
+            once more. Otherwise training waits.
+    """
+
+    folder: str | None = None
+    every_steps: int | None = None
+    every_minutes: float | None = 15.0
+    keep: int = 2
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that would keep nothing or never end."""
+        require_at_least("checkpoints.keep", self.keep, 1)
+        for name in ("every_steps", "every_minutes"):
+            require_above_zero(f"checkpoints.{name}", getattr(self, name), "none turns it off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """What a run starts from (a warm start), and what it takes over from there.
+
+    Attributes:
+        run: folder of an earlier run; None: random weights.
+        checkpoint: which of its weights.
+        prepared: the folder that run was trained on, to match items by their ids; None: as the
+            prepared folder of this run says, and by ids from the folder the run names otherwise.
+        optimizer: "keep" the memory and the step counters of both optimizers, or "reset" them.
+        new_rows: vectors of items that the earlier run did not know: "random" as in a new table, or
+            the "mean" of those it did know. Their optimizer memory is that of a new table.
+    """
+
+    run: str | None = None
+    checkpoint: Literal["best", "last"] = "best"
+    prepared: str | None = None
+    optimizer: Literal["keep", "reset"] = "keep"
+    new_rows: Literal["random", "mean"] = "random"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names, and options that do nothing without a run."""
+        require_choice("init_from.checkpoint", self.checkpoint, ("best", "last"))
+        require_choice("init_from.optimizer", self.optimizer, ("keep", "reset"))
+        require_choice("init_from.new_rows", self.new_rows, ("random", "mean"))
+        changed = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+        if changed and self.run is None:
+            raise ValueError(
+                f"init_from.{changed[0]} must come with init_from.run, got none; "
+                "name the run to start from"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLflowConfig:
+    """Where a run is logged in addition to its own folder.
+
+    Attributes:
+        uri: of the tracking store, such as sqlite:///runs.db or a server's address; None: nowhere.
+        experiment: made where it is not there.
+        run_name: None takes the name of the run folder.
+    """
+
+    uri: str | None = None
+    experiment: str = "shardrec"
+    run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a password: the config is stored with the run and shown in reports."""
+        if self.uri is not None and urlsplit(self.uri).password is not None:
+            raise ValueError(
+                "mlflow.uri must be without a password, because the config is stored with the run, "
+                "got one; give it in MLFLOW_TRACKING_PASSWORD, or in the database's password file"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps of a run are profiled.
+
+    Attributes:
+        steps: how many; 0: none.
+        warmup: steps before them; the first ones load libraries and grow memory.
+    """
+
+    steps: int = 0
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no run can use."""
+        if self.steps < 0 or self.warmup < 1:
+            raise ValueError(
+                "profile.steps must be at least 0 and profile.warmup at least 1, got "
+                f"{self.steps} and {self.warmup}; steps=0 turns it off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything a run depends on.
 
@@ -131,14 +247,14 @@ class TrainConfig:
         limits: when to stop.
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
-        init_from: the earlier run whose weights this one starts from.
+        init_from: the earlier run to take weights from (a warm start).
         seed: of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
+        mlflow: where the run is logged in addition to its folder.
         profile: the steps that are profiled; `profile/` in the run folder then holds the result.
-        mlflow: where the run is logged besides its folder.
     """
 
     data: str
@@ -161,7 +277,7 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        """Refuse names that mean nothing, and numbers that no run can use."""
+        """Refuse unknown names, and numbers that no run can use."""
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, get_args(Precision))
         require_at_least("log_every", self.log_every, 1)
@@ -171,205 +287,3 @@ class TrainConfig:
                 f"encoder.width must be a multiple of 4, got {self.encoder.width}, because item "
                 f"vectors are that wide; use {-(-self.encoder.width // 4) * 4}"
             )
-
-
-def start_run(
-    config: TrainConfig,
-    prepared: Prepared,
-    encoder: str = OURS,
-    origin: Mapping[str, Any] | None = None,
-) -> Path:
-    """Make the run folder and say in it what the run is.
-
-    Args:
-        config: of the run; ``config.output`` is the folder.
-        prepared: the data.
-        encoder: whose encoder it is, in words, where it is not ours.
-        origin: JSON; what ``start_from`` took over from an earlier run.
-
-    Returns:
-        The folder.
-    """
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    details = {
-        "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
-        "encoder": encoder,
-        "init_from": origin,
-        "versions": versions(),
-    }
-    write_config(config, folder)
-    # A folder is a run once it has this file, so it comes last.
-    write_atomically(folder / "run.json", json.dumps(details, indent=1))
-    return folder
-
-
-def write_config(config: TrainConfig, folder: Path) -> None:
-    """Write the complete config into a run folder."""
-    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
-
-
-def open_checkpoints(
-    folder: Path, config: TrainConfig, group: dist.ProcessGroup | None = None
-) -> Checkpoints:
-    """The checkpoints of a run.
-
-    Args:
-        folder: the run folder, which may have been moved since.
-        config: of the run.
-        group: the ranks that write or resume together; None for one process.
-    """
-    where = config.checkpoints.folder or folder / "checkpoints"
-    return Checkpoints(where, group, config.checkpoints.keep)
-
-
-def require_new(folder: Path) -> Path:
-    """The folder, if it does not exist or is empty.
-
-    Raises:
-        FileExistsError: it holds something.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"output must be a new or empty folder, got {folder}, which holds another run or other "
-            "files; choose another name, remove it, or resume the run"
-        )
-    return folder
-
-
-def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
-    """The config of a run that belongs to ``prepared``.
-
-    Args:
-        folder: a run folder.
-        prepared: the data it is to be used with.
-        own_encoder: whether the encoder will be built from the config.
-
-    Raises:
-        FileNotFoundError: it is not a run folder.
-        ValueError: the run was trained on other data, or with an encoder that was handed in, or a
-            file of it is damaged.
-    """
-    details, config = read_run(folder)
-    theirs = details["data"]
-    if theirs["fingerprint"] != prepared.fingerprint:
-        raise ValueError(
-            f"the run must belong to the prepared data, got {folder} of {config.data} with "
-            f"{theirs['num_items']} items, and data with {prepared.num_items} items and another "
-            "fingerprint; give the folder the run was trained on, or train again"
-        )
-    if own_encoder and details["encoder"] != OURS:
-        raise ValueError(
-            f"encoder must be given for a run that trained {details['encoder']}, got none; "
-            "pass a module of the same shapes"
-        )
-    return config
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """What run.json of a run folder says, and its config.
-
-    Raises:
-        FileNotFoundError: it is not a run folder.
-        ValueError: a file is damaged or of another version; the message names it.
-    """
-    details = _read_file(folder, "run.json", {"data": dict, "encoder": str})
-    where = f"'data' in {folder / 'run.json'}"
-    require_shape(details["data"], {"fingerprint": str, "num_items": int}, where, _REMEDY)
-    stored = _read_file(folder, "config.json", {})
-    try:
-        return details, from_json(TrainConfig, stored)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} must be the config of a run: {error}; {_REMEDY}"
-        ) from error
-
-
-def _read_file(folder: Path, name: str, shape: Shape) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        settle(folder)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"run must be a folder that train wrote, got {folder} without {name}; check the path"
-        )
-    return read_object(path, shape, _REMEDY)
-
-
-def build_model(
-    config: TrainConfig,
-    num_items: int,
-    encoder: nn.Module | None,
-    group: dist.ProcessGroup | None,
-) -> Model:
-    """An untrained model: the same encoder on every rank, and this rank's rows.
-
-    Args:
-        config: of the run.
-        num_items: V.
-        encoder: used instead of the one the config describes; rank 0's weights count.
-        group: the ranks that share the catalog; None for one process.
-
-    Raises:
-        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
-            not there, on this rank or another.
-
-    Collectives: a gather of small objects, a broadcast of the encoder's weights, those of the
-    catalog's start.
-    """
-    device = on_this_rank(lambda: pick_device(config.device), group)
-    own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
-    own = own.to(device)
-    if encoder is not None:
-        on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
-    if group is not None:
-        for tensor in own.state_dict().values():
-            dist.broadcast(tensor, 0, group=group)
-    catalog = Catalog(
-        num_items,
-        config.encoder.width,
-        config.catalog,
-        group=group,
-        device=device,
-        seed=config.seed,
-    )
-    return Model(own, catalog, config.precision, normalize=config.loss.normalize)
-
-
-@torch.no_grad()
-def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
-    """Refuse an encoder of the wrong shape, or one that looks ahead.
-
-    Raises:
-        ValueError: it returns another shape, or its first state changes with the last vector.
-    """
-    was_training = encoder.training
-    vectors = torch.ones(2, 2, width, device=device)
-    vectors[1, 1] = torch.linspace(-2, 2, width, device=device)
-    states = encoder.eval()(vectors)
-    encoder.train(was_training)
-    if states.shape != vectors.shape:
-        raise ValueError(
-            f"encoder must return shape {tuple(vectors.shape)} for that input, got "
-            f"{tuple(states.shape)}; give a module from (B, L, D) to (B, L, D)"
-        )
-    if not torch.allclose(states[0, 0], states[1, 0], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            "encoder must be causal, got one whose first state changes with the second item; "
-            "mask the future, or it will be trained on its own targets"
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
-
-    Raises:
-        ValueError: CUDA is asked for and does not answer.
-    """
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ValueError(
-            "device must be one that is there, got cuda without a GPU; use auto or cpu"
-        )
-    use_cuda = found and name != "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

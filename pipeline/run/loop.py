@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardrec.pipeline.checkpoint.store import CheckpointState
-from shardrec.pipeline.checkpoint.writer import CheckpointWriter
+from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.interruption import Preempted
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.ranks import in_step, on_first_rank, rank_of
-from shardrec.pipeline.run.callbacks import (
-    Callback,
-    CheckpointReport,
-    EndReport,
-    StepReport,
-    ValidationReport,
-)
+from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
 from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.interruption import Preempted
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.resume import write_end
-from shardrec.pipeline.run.step import StepOutcome, Stepper, Votes
+from shardrec.pipeline.run.step import StepFlags, StepOutcome, Stepper
 
 __all__ = ["Loop", "Run"]
 
@@ -39,14 +33,12 @@ class Run:
     Attributes:
         config: of the run.
         prepared: the data.
-        batches: stand where the run begins or goes on.
+        batches: at the position where the run begins or goes on.
         stepper: model and optimizers, likewise.
         writer: of its checkpoints.
-        steps_per_epoch: optimizer steps.
-        total_steps: of the whole run; None where only time or patience end it.
-        progress: where the run stands.
+        progress: the counters, likewise.
         is_new: whether it did not go on with a run folder.
-        held: gives the run folder and the group of the writer back when it is closed.
+        held: releases the run folder and the writer's group when it is closed.
     """
 
     config: TrainConfig
@@ -54,8 +46,6 @@ class Run:
     batches: TrainingBatches
     stepper: Stepper
     writer: CheckpointWriter
-    steps_per_epoch: int
-    total_steps: int | None
     progress: Progress
     is_new: bool
     held: contextlib.ExitStack
@@ -65,6 +55,16 @@ class Run:
         """Whether this is rank 0."""
         return rank_of(self.stepper.model.group) == 0
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return -(-len(self.batches) // self.config.optimizer.accumulate)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Of the whole run; None where only time or patience end it."""
+        return self.stepper.total_steps
+
 
 class Loop:
     """Takes a run from where it stands to its end."""
@@ -72,7 +72,7 @@ class Loop:
     def __init__(
         self, run: Run, callbacks: Sequence[Callback], interrupted: Callable[[], bool]
     ) -> None:
-        """Store what to work on, whom to tell, and whom to ask whether to stop early."""
+        """Store the run, what to call at its events, and what says to stop early."""
         self.run = run
         self.callbacks = callbacks
         self.interrupted = interrupted
@@ -87,28 +87,29 @@ class Loop:
     def run_to_end(self) -> EndReport:
         """Train, validate and save until the run ends; how it ended."""
         try:
-            reason = self._reason_to_stop()
+            # A run that was interrupted just before its end takes no more steps.
+            reason = self._limit_reached() or self._patience_is_over()
             for batches, following in self._steps() if reason is None else ():
                 outcome = self._take(batches, following)
-                if outcome.votes.written:
-                    self._tell(self.run.writer.collect())
+                if outcome.flags.written:
+                    self._report_checkpoints(self.run.writer.collect())
                 reason = self._end_step(outcome)
                 if reason is not None:
                     break
-                if outcome.votes.interrupt:
-                    self._stop_here()
+                if outcome.flags.interrupt:
+                    self._stop_early()
             return self._finish(reason or "the data has no training sequences")
         except BaseException:
             self.run.writer.abandon()
             raise
 
     def _steps(self) -> Iterator[tuple[list[Batch], Batch | None]]:
-        """The micro-batches of one step after another, with the one that follows on them."""
+        """The micro-batches of each step, and the first one of the step after it."""
         self.fetch_started = time.monotonic()
         coming = self._batches()
         batches = next(coming, None)
         while batches is not None:
-            # A run that goes on from after this step has not seen what follows on it.
+            # The state after this step must not count the batches that are fetched ahead.
             self.at_data = self.run.batches.state_dict()
             is_last = self.at.step + 1 == self.run.total_steps
             following = None if is_last else next(coming, None)
@@ -117,7 +118,7 @@ class Loop:
             batches = following
 
     def _batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of one step after another, epoch after epoch."""
+        """The micro-batches of each step, epoch after epoch."""
         model = self.run.stepper.model
         while self.run.steps_per_epoch:
             epoch = in_step(self.run.batches, model.group, model.device)
@@ -126,7 +127,7 @@ class Loop:
 
     def _take(self, batches: list[Batch], following: Batch | None) -> StepOutcome:
         at = self.at
-        outcome = self.run.stepper.take(batches, at.step + 1, self._votes(), following)
+        outcome = self.run.stepper.take(batches, at.step + 1, self._flags(), following)
         at.step += 1
         self.seconds.append(time.monotonic() - self.fetch_started)
         at.positions += outcome.positions
@@ -153,12 +154,12 @@ class Loop:
         self._require_progress()
         return outcome
 
-    def _votes(self) -> Votes:
-        """Of clocks only rank 0's counts; the step tells the others."""
+    def _flags(self) -> StepFlags:
+        """Only rank 0's clock counts; the step shares its flags with the others."""
         limit = self.run.config.limits.max_minutes
         every = self.run.config.checkpoints.every_minutes
         now, is_first = time.monotonic(), self.run.is_first
-        return Votes(
+        return StepFlags(
             stop=is_first and limit is not None and now - self.started >= 60 * limit,
             save=is_first and every is not None and now - self.saved_at >= 60 * every,
             interrupt=self.interrupted(),
@@ -176,15 +177,15 @@ class Loop:
             )
 
     def _end_step(self, outcome: StepOutcome) -> str | None:
-        """Validate and save where it is time to; why the run ends here, None where it goes on."""
-        reason = "max_minutes reached" if outcome.votes.stop else None
+        """Validate and save where it is time to; why the run ends, or None."""
+        reason = "max_minutes reached" if outcome.flags.stop else None
         reason = self._limit_reached() or reason
         validation, improved = self.run.config.validation, False
         is_validated = self._validation_is_due() or (reason is not None and validation.is_on)
         if is_validated:
             improved = self._validate()
         reason = reason or self._patience_is_over()
-        asked = outcome.votes.save or outcome.votes.interrupt
+        asked = outcome.flags.save or outcome.flags.interrupt
         if reason is not None or is_validated or asked or self._checkpoint_is_due():
             self._save(best=improved)
         return reason
@@ -240,17 +241,13 @@ class Loop:
             progress=self.at.to_json() | {"data": self.at_data},
             config=to_json(self.run.config),
         )
-        self._tell(self.run.writer.save(self.at.step, state, best=best))
+        self._report_checkpoints(self.run.writer.save(self.at.step, state, best=best))
         self.saved_at = time.monotonic()
 
-    def _tell(self, reports: Sequence[CheckpointReport]) -> None:
+    def _report_checkpoints(self, reports: Sequence[CheckpointReport]) -> None:
         for report in reports:
             for callback in self.callbacks:
                 callback.on_checkpoint(report)
-
-    def _reason_to_stop(self) -> str | None:
-        """Why a run that was interrupted just before its end takes no more steps."""
-        return self._limit_reached() or self._patience_is_over()
 
     def _limit_reached(self) -> str | None:
         total, max_steps = self.run.total_steps, self.run.config.limits.max_steps
@@ -264,25 +261,27 @@ class Loop:
             return None
         return f"no better {config.metric} in {config.patience} validations"
 
-    def _stop_here(self) -> NoReturn:
-        """Wait for the checkpoint of this step, then end without having finished."""
-        self._tell(self.run.writer.collect())
-        if self.run.writer.failure is not None:
-            raise self.run.writer.failure
+    def _stop_early(self) -> NoReturn:
+        """Wait for the checkpoint of this step, then raise Preempted."""
+        self._finish_checkpoint()
         raise Preempted(
             f"the run stopped after step {self.at.step} as it was asked to, and its checkpoint is "
             "whole; start it again with --resume=auto and it goes on from there"
         )
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for the checkpoint in flight; raise what went wrong with it."""
+        self._report_checkpoints(self.run.writer.collect())
+        if self.run.writer.failure is not None:
+            raise self.run.writer.failure
 
     def _epoch(self) -> float:
         return self.at.step / max(1, self.run.steps_per_epoch)
 
     def _finish(self, reason: str) -> EndReport:
         """Wait for the last checkpoint, then say and write that the run has ended."""
-        at, writer = self.at, self.run.writer
-        self._tell(writer.collect())
-        if writer.failure is not None:
-            raise writer.failure
+        at = self.at
+        self._finish_checkpoint()
         report = EndReport(
             output=self.run.config.output,
             reason=reason,

@@ -5,54 +5,30 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from typing_extensions import override
 
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
 from shardrec.pipeline.outputs.json_files import read_object
 from shardrec.pipeline.run.callbacks import (
     Callback,
-    CheckpointReport,
     EndReport,
     StepReport,
     ValidationReport,
     step_scalars,
 )
+from shardrec.pipeline.run.config import MLflowConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["MLflow", "MLflowConfig", "open_mlflow"]
+__all__ = ["MLflow", "open_mlflow"]
 
 _RUN_FILE = "mlflow.json"
 _MOST_PARAMETERS = 100  # in one request, by MLflow's rules
 _LONGEST_VALUE = 500
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MLflowConfig:
-    """Where a run is logged besides its own folder.
-
-    Attributes:
-        uri: of the tracking store, such as sqlite:///runs.db or a server's address; None: nowhere.
-        experiment: made where it is not there.
-        run_name: None takes the name of the run folder.
-    """
-
-    uri: str | None = None
-    experiment: str = "shardrec"
-    run_name: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a password: the config is stored with the run and shown in reports."""
-        if self.uri is not None and urlsplit(self.uri).password is not None:
-            raise ValueError(
-                "mlflow.uri must be without a password, because the config is stored with the run, "
-                "got one; give it in MLFLOW_TRACKING_PASSWORD, or in the database's password file"
-            )
 
 
 class MLflow(Callback):
@@ -77,9 +53,7 @@ class MLflow(Callback):
             every: steps between two that are logged.
         """
         self.client: MlflowClient | None = client
-        self.start = start
-        self.parameters = parameters
-        self.every = every
+        self.start, self.parameters, self.every = start, parameters, every
         self.run_id: str | None = None
 
     @override
@@ -93,12 +67,9 @@ class MLflow(Callback):
 
     @override
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        if report.error is not None:
-            return
-        if report.error is not None:
-            return
-        names = ("checkpoint.last", "checkpoint.best") if report.best else ("checkpoint.last",)
-        self._send({}, report.step, dict.fromkeys(names, report.folder))
+        names = ["checkpoint.last", *(["checkpoint.best"] if report.best else [])]
+        if report.error is None:
+            self._send({}, report.step, dict.fromkeys(names, report.folder))
 
     @override
     def on_end(self, report: EndReport) -> None:
@@ -129,7 +100,7 @@ class MLflow(Callback):
         self._guarded(lambda client, run_id: client.log_batch(run_id, metrics=metrics, tags=shown))
 
     def _guarded(self, work: Callable[["MlflowClient", str], object]) -> None:
-        """Do ``work``; a store that fails is given up, training is not."""
+        """Do ``work``; where the store fails, log nothing more and train on."""
         from mlflow.exceptions import MlflowException
 
         if self.client is None:

@@ -1,13 +1,12 @@
-"""A profile of a few steps: a Chrome trace of every rank, and the parts of a step in words.
+"""A profile of a few steps: a Chrome trace of every rank, and a table of the parts of a step.
 
 A part is a range that the step names ``step/...``. Collectives are what gloo or NCCL report. On a
-GPU both are taken where the kernels ran, elsewhere where they were called.
+GPU the times are those of the kernels, elsewhere those of the calls.
 """
 
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,34 +16,14 @@ from typing_extensions import override
 
 from shardrec.pipeline.model.profile_ranges import PART
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport
+from shardrec.pipeline.run.config import ProfileConfig
 
-__all__ = ["OPERATORS", "ProfileConfig", "Profiler", "Span", "common", "length", "summary", "union"]
+__all__ = ["OPERATORS", "Profiler", "Span", "common", "length", "summary", "union"]
 
 COLLECTIVES = ("gloo:", "nccl")
 OPERATORS = ("aten::", "mkldnn::")  # the CPU's
 # Start and end, in microseconds.
 Span = tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProfileConfig:
-    """Which steps of a run are profiled.
-
-    Attributes:
-        steps: how many; 0: none.
-        warmup: steps before them; the first ones load libraries and grow memory.
-    """
-
-    steps: int = 0
-    warmup: int = 5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no run can use."""
-        if self.steps < 0 or self.warmup < 1:
-            raise ValueError(
-                "profile.steps must be at least 0 and profile.warmup at least 1, got "
-                f"{self.steps} and {self.warmup}; steps=0 turns it off"
-            )
 
 
 class Profiler(Callback):
@@ -99,21 +78,20 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     """
     events = list(events)
     on_gpu = any(event.device_type.name == "CUDA" for event in events)
-    here = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
+    chosen = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
     parts: dict[str, list[Span]] = {}
-    for event in here:
+    for event in chosen:
         if event.name.startswith(PART):
             parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
-    travel = union(_span(event) for event in here if event.name.startswith(COLLECTIVES))
-    work = union(_span(event) for event in here if _is_work(event, on_gpu))
+    travel = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
+    work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
-    rows = [(name, micros, seconds * 1e6) for name, micros in taken.items()]
-    rows.append(("collectives under way", length(travel), seconds * 1e6))
-    rows.append(("  beside other work", length(common(travel, work)), seconds * 1e6))
+    taken["collectives in flight"] = length(travel)
+    taken["  during other work"] = length(common(travel, work))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
-    for name, micros, whole in rows:
-        lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / whole:>7.1%}")
+    for name, micros in taken.items():
+        lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / seconds / 1e6:>7.1%}")
     return "\n".join(lines)
 
 

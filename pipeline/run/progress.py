@@ -1,4 +1,4 @@
-"""Where a run stands: what must survive an interruption besides weights and the data's position."""
+"""Training state saved in addition to weights and the position in the data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Progress:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as ``from_json`` reads it back."""
+        """JSON that ``from_json`` reads back."""
         return dataclasses.asdict(self)
 
     @classmethod

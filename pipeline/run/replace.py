@@ -1,11 +1,12 @@
-"""Training anew where a run is already: that run stays until the new one is complete.
+"""``train --force``: train in a staging folder; replace the old run only on success.
 
-The new run is trained beside it, in ``.run.partial/result``, and takes its place at the end.
+The new run is trained in ``.run.partial/result``, next to the old one.
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,89 +15,107 @@ from shardrec.pipeline.checkpoint.store import write_atomically
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
 from shardrec.pipeline.run.callbacks import EndReport
-from shardrec.pipeline.run.config import TrainConfig, write_config
-from shardrec.pipeline.run.resume import END, METRICS, Resume, write_end
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import END, METRICS, write_config
+from shardrec.pipeline.run.resume import Resume, write_end
 
-__all__ = ["check_force", "folder_for", "moved_to", "take_place"]
+__all__ = ["check_force", "moved_to", "replace_run", "training_folder"]
 
 # What train, evaluate and gate write into a run folder.
-OURS = {
+RUN_FILES = {
     *("config.json", "run.json", "mlflow.json", "checkpoints", "tensorboard", "profile"),
     *(METRICS, END, "metrics.json", "gate.json"),
 }
 
 
 def check_force(force: bool, resume: Resume) -> None:
-    """Refuse to start anew and to insist on going on at once.
+    """Refuse ``force`` together with ``resume="yes"``.
 
     Raises:
         ValueError: both were asked for.
     """
     if force and resume == "yes":
         raise ValueError(
-            "--force must come alone or with --resume=auto, got --resume, which starts nothing "
-            "anew; with --resume=auto a forced run that was interrupted goes on"
+            "--force must come alone or with --resume=auto, got --resume, which starts no new "
+            "run; with --resume=auto a forced run that was interrupted goes on"
         )
 
 
 @contextlib.contextmanager
-def folder_for(output: Path, resume: Resume) -> Iterator[Path]:
-    """Where to train so that a run in ``output`` stays as it is; ``output`` where there is none.
+def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Path]:
+    """Where to train: ``output``, or a staging folder where ``force`` is to replace a run.
 
-    Both folders are locked for the length of the ``with``. With "auto" a run that was interrupted
-    goes on where it is: the one that was begun beside ``output``, or else the one in it.
+    Both folders are locked for the length of the ``with``. With "auto" an interrupted run goes on
+    where it is: the one in the staging folder first, then the one in ``output``.
 
     Raises:
         FileExistsError: ``output`` holds more than a run, or another process writes there.
-        PermissionError: nothing can be written beside ``output``.
+        PermissionError: the staging folder cannot be written.
     """
-    is_settled = settle(output)
-    begun, partial = partial_of(output) / RESULT, partial_of(output)
-    is_begun = resume == "auto" and (begun / "run.json").is_file()
-    goes_on = resume == "auto" and (is_settled or not (output / END).is_file())
-    if not (output / "run.json").is_file() or (goes_on and not is_begun):
+    if not force or _goes_on_in_place(output, resume):
         yield output
         return
-    _require_run_alone(output)
-    lock = RunLock(output)
-    with contextlib.ExitStack() as stack:
+    _require_only_a_run(output)
+    partial, lock = partial_of(output), RunLock(output)
+    staged = partial / RESULT
+    with contextlib.ExitStack() as held:
         lock.acquire()
-        stack.callback(lock.release)
-        stack.enter_context(locked(partial))
-        if begun.exists() and not is_begun:
-            shutil.rmtree(begun)
+        held.callback(lock.release)
+        held.enter_context(locked(partial))
+        if staged.exists() and not _is_to_go_on(staged, resume):
+            shutil.rmtree(staged)
+        message = "%s stays until the new run, in %s, is complete"
+        logging.getLogger(__name__).warning(message, output, staged)
         try:
-            yield begun
+            yield staged
         finally:
-            if not begun.exists():
+            if not staged.exists():
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def moved_to(folder: Path, config: TrainConfig) -> TrainConfig:
-    """The same run in another folder, known to MLflow by the name it would have had."""
+    """The config with another output folder; MLflow's name for the run stays what it was."""
+    if folder == Path(config.output):
+        return config
     name = config.mlflow.run_name or Path(config.output).name
     mlflow = dataclasses.replace(config.mlflow, run_name=name)
     return dataclasses.replace(config, output=str(folder), mlflow=mlflow)
 
 
-def take_place(config: TrainConfig, folder: Path, report: EndReport) -> None:
-    """Let the complete run in ``folder`` take the place of the one in ``config.output``."""
-    output = Path(config.output)
+def replace_run(config: TrainConfig, folder: Path, report: EndReport) -> EndReport:
+    """Put the complete run in ``folder`` in place of the one in ``config.output``; its report."""
+    output, report = Path(config.output), dataclasses.replace(report, output=config.output)
     write_config(config, folder)
     write_end(folder, report)
     metrics = folder / METRICS
     if metrics.is_file():
-        there, here = (json.dumps(str(path.absolute()))[1:-1] for path in (folder, output))
-        write_atomically(metrics, metrics.read_text(encoding="utf-8").replace(there, here))
+        old, new = (json.dumps(str(path.absolute()))[1:-1] for path in (folder, output))
+        write_atomically(metrics, metrics.read_text(encoding="utf-8").replace(old, new))
     put_in_place(folder, output)
     shutil.rmtree(folder.parent, ignore_errors=True)
+    return report
 
 
-def _require_run_alone(output: Path) -> None:
-    """Refuse a folder in which somebody keeps other things, which would go with the run."""
+def _goes_on_in_place(output: Path, resume: Resume) -> bool:
+    """Whether there is no run to replace, or "auto" goes on with the one in ``output``."""
+    is_settled = settle(output)
+    if not (output / "run.json").is_file():
+        return True
+    if _is_to_go_on(partial_of(output) / RESULT, resume):
+        return False
+    return resume == "auto" and (is_settled or not (output / END).is_file())
+
+
+def _is_to_go_on(staged: Path, resume: Resume) -> bool:
+    return resume == "auto" and (staged / "run.json").is_file()
+
+
+def _require_only_a_run(output: Path) -> None:
+    """Refuse a folder that holds other things, which would be deleted with the run."""
     names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-    if names - OURS:
+    if names - RUN_FILES:
         raise FileExistsError(
             f"output must hold nothing but a run to be replaced, got {output} with "
-            f"{', '.join(sorted(names - OURS)[:3])}; move that elsewhere, or choose another name"
+            f"{', '.join(sorted(names - RUN_FILES)[:3])}; move that elsewhere, or choose another "
+            "name"
         )

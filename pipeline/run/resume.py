@@ -2,7 +2,7 @@
 
 A run folder is interrupted until ``end.json`` is there. An interrupted run goes on from its last
 whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again. A
-new run that fails before its first step leaves nothing: whoever corrects it has the folder again.
+new run that fails before its first step removes what it wrote, so the folder can be used again.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run.callbacks import EndReport
-from shardrec.pipeline.run.config import (
-    TrainConfig,
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import (
+    END,
+    METRICS,
     open_checkpoints,
     read_run,
     require_new,
@@ -34,21 +36,11 @@ from shardrec.pipeline.run.config import (
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.step import Stepper
 
-__all__ = [
-    "Resume",
-    "begin_again",
-    "check_folder",
-    "find_end",
-    "restore",
-    "started",
-    "write_end",
-]
+__all__ = ["Resume", "check_folder", "find_end", "restore", "rewind", "started", "write_end"]
 
 Resume = Literal["no", "yes", "auto"]
 """What a run folder may hold: nothing; an interrupted run; either, or a finished one."""
 
-END = "end.json"
-METRICS = "metrics.jsonl"
 # Options that change neither the weights nor which of them are the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
 FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
@@ -59,11 +51,6 @@ BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
     """How the run in the folder of ``config`` ended, if it is this run and nothing is left to do.
 
-    Args:
-        config: of the run asked for.
-        resume: with "no" a folder that holds a run is never looked into.
-        encoder: whose encoder it is, as ``start_run`` stores it.
-
     Raises:
         ValueError: the folder holds a run of another config, data or encoder.
     """
@@ -73,20 +60,16 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
     stored = _check_same(config, Prepared.open(config.data), encoder)
     if stored.limits != config.limits:
         return None
-    return _read_end(folder / END)
+    end = _read_end(folder / END)
+    message = "%s is finished already (%s): nothing to do"
+    logging.getLogger(__name__).warning(message, folder, end.reason)
+    return end
 
 
 def check_folder(
     config: TrainConfig, prepared: Prepared, encoder: str, resume: Resume, lock: RunLock
 ) -> bool:
     """Whether the run is new; where it goes on, the folder is locked.
-
-    Args:
-        config: of the run asked for.
-        prepared: the data.
-        encoder: whose encoder it is, as ``start_run`` stores it.
-        resume: what the folder may hold.
-        lock: of the run folder.
 
     Raises:
         FileExistsError: the folder holds something that is not to be continued, or is in use.
@@ -118,20 +101,13 @@ def check_folder(
 def started(
     config: TrainConfig, start: Callable[[], Path], lock: RunLock, at: Progress, *, is_new: bool
 ) -> Iterator[None]:
-    """Lock the run folder and start the run in it; a new one that takes no step is undone.
+    """Lock the run folder and start the run in it; a new run that takes no step is removed.
 
-    Leaving the ``with`` by an exception removes what a new run wrote if ``at`` still stands at
-    step 0, so that a command with corrected options finds the folder as this one did.
-
-    Args:
-        config: of the run.
-        start: writes what the run is into its folder.
-        lock: of the run folder; stays locked.
-        at: where the run stands.
-        is_new: whether nobody else may have started a run there since it was looked at.
+    An exception inside the ``with`` removes what a new run wrote if ``at`` is still at step 0, so
+    that a command with corrected options finds the folder as this one did.
 
     Raises:
-        FileExistsError: somebody has.
+        FileExistsError: another process has started a run there since ``check_folder``.
     """
     folder = Path(config.output)
     was_there = folder.exists()
@@ -153,26 +129,19 @@ def started(
 def restore(
     checkpoints: Checkpoints, stepper: Stepper, batches: TrainingBatches
 ) -> Progress | None:
-    """Bring model, optimizers and data to where the last whole checkpoint stands.
+    """Load the last whole checkpoint into model, optimizers and data.
 
-    One that another torch or shardrec wrote is taken, and a warning names both.
-
-    Args:
-        checkpoints: of the run.
-        stepper: gets weights and optimizer memory.
-        batches: get their position.
+    One that another torch or shardrec wrote is taken, and a warning names both versions.
 
     Returns:
-        The progress stored with them; None where there is no checkpoint yet.
+        The progress stored with it; None where there is no checkpoint yet.
 
     Raises:
         ValueError: the checkpoint does not fit the model or the data.
 
     Collectives: as ``Checkpoints.load_last``.
     """
-    shard = stepper.model.catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    found = checkpoints.load_last(rows)
+    found = checkpoints.load_last(stepper.model.catalog.row_range)
     if found is None:
         return None
     folder, state = found
@@ -185,16 +154,16 @@ def restore(
     return Progress.from_json(state.progress)
 
 
-def begin_again(config: TrainConfig, step: int, num_ranks: int) -> None:
-    """Make the run folder say what it said after ``step``, and that the run goes on from there."""
+def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:
+    """Cut the records in the run folder back to ``step``, and record that the run goes on."""
     folder = Path(config.output)
     write_config(config, folder)
     (folder / END).unlink(missing_ok=True)
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _is_before(line, step)]
-    told = {"event": "resume", "time": round(time.time(), 3), "step": step, "ranks": num_ranks}
-    write_atomically(path, "".join(f"{line}\n" for line in [*kept, json.dumps(told)]))
+    event = {"event": "resume", "time": round(time.time(), 3), "step": step, "ranks": num_ranks}
+    write_atomically(path, "".join(f"{line}\n" for line in [*kept, json.dumps(event)]))
 
 
 def write_end(folder: Path, report: EndReport) -> None:
@@ -202,12 +171,12 @@ def write_end(folder: Path, report: EndReport) -> None:
     write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
 
 
-def _warn_of_other_versions(folder: Folder, theirs: Mapping[str, str]) -> None:
+def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> None:
     ours = versions()
-    pairs = {name: (str(theirs.get(name)), ours[name]) for name in ("shardrec", "torch")}
+    pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
-        message = "%s was written by %s: the run goes on, but may round otherwise from here"
+        message = "%s was written by %s: the run goes on, but its rounding may differ from now on"
         logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 
@@ -234,7 +203,7 @@ def _is_before(line: str, step: int) -> bool:
 def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainConfig:
     """The stored config of the run in the folder, which must be this run."""
     folder = Path(config.output)
-    details, theirs = read_run(folder)
+    details, stored = read_run(folder)
     if details["data"]["fingerprint"] != prepared.fingerprint:
         raise ValueError(
             f"the run must belong to the prepared data, got {folder} of other data than "
@@ -245,7 +214,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
             f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; hand in the "
             "same module, or start a new run"
         )
-    ours, before = dict(flatten(config)), dict(flatten(theirs))
+    ours, before = dict(flatten(config)), dict(flatten(stored))
     differing = [
         name
         for name in sorted(ours.keys() | before.keys())
@@ -257,7 +226,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
             f"config must be that of the run in {folder} to go on with it, got {shown}; restore "
             "the options, or start a new run in another folder"
         )
-    return theirs
+    return stored
 
 
 def _is_free(name: str, config: TrainConfig) -> bool:
@@ -276,7 +245,7 @@ def _undo(folder: Path, was_there: bool) -> None:
 
 
 def _is_a_beginning(folder: Path) -> bool:
-    """Whether a run was killed here before it could say what it is."""
+    """Whether a run was killed in this folder before it wrote run.json."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}

@@ -6,76 +6,30 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.losses import Loss, Step
-from shardrec.modules.option_checks import (
-    require_above_zero,
-    require_at_least,
-    require_betas,
-    require_choice,
-)
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import rank_of, size_of, sum_over_ranks
+from shardrec.pipeline.run.config import OptimizerConfig
 
-__all__ = ["OptimizerConfig", "StepOutcome", "Stepper", "Votes", "learning_rate_factor"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """How encoder and table are updated; the table's own options are those of the catalog.
-
-    Attributes:
-        learning_rate: of the encoder; the table's is ``catalog.learning_rate``.
-        betas: decay of Adam's two moments.
-        eps: added to the root in Adam's update.
-        weight_decay: of the encoder, decoupled (AdamW).
-        warmup_steps: steps over which both learning rates rise from 0.
-        decay: after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
-        clip_norm: largest norm of the gradient over encoder and table together; None: no limit.
-        accumulate: batches whose gradients make one step, as if they were one batch.
-        max_skipped: consecutive steps with a loss or gradient that is not finite before giving up.
-    """
-
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    clip_norm: float | None = None
-    accumulate: int = 1
-    max_skipped: int = 10
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no run can use."""
-        for name, least in (("accumulate", 1), ("max_skipped", 1), ("warmup_steps", 0)):
-            require_at_least(f"optimizer.{name}", getattr(self, name), least)
-        require_at_least("optimizer.learning_rate", self.learning_rate, 0, "give e.g. 1e-3")
-        require_at_least("optimizer.weight_decay", self.weight_decay, 0, "0 turns it off")
-        # With 0 a weight whose gradient is 0 would become 0 / 0.
-        require_above_zero("optimizer.eps", self.eps, "give e.g. 1e-8")
-        require_above_zero("optimizer.clip_norm", self.clip_norm, "none turns it off")
-        require_betas("optimizer.betas", self.betas)
-        require_choice("optimizer.decay", self.decay, ("constant", "cosine"))
+__all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Votes:
-    """What a rank says before a step, and what all ranks know after it.
+class StepFlags:
+    """Per-rank control flags, all-reduced before each step.
 
     Attributes:
-        stop: the run is to end after this step; one rank is enough.
-        save: a checkpoint is to follow this step; one rank is enough.
-        interrupt: after this step and a checkpoint the run is to stop where it is; one rank is
-            enough.
-        written: the checkpoint under way is written; it takes all ranks.
+        stop: end the run after this step; one rank is enough.
+        save: write a checkpoint after this step; one rank is enough.
+        interrupt: write a checkpoint after this step and stop; one rank is enough.
+        written: the checkpoint in flight is written; it takes all ranks.
     """
 
     stop: bool = False
@@ -84,13 +38,13 @@ class Votes:
     written: bool = False
 
 
-NO_VOTES = Votes()
-_Begun = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
+NO_FLAGS = StepFlags()
+_InFlight = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
-    """What one step came to, the same on every rank (see ``StepReport``)."""
+    """Loss, norm and counts of one step, the same on every rank (see ``StepReport``)."""
 
     loss: float
     gradient_norm: float
@@ -98,7 +52,7 @@ class StepOutcome:
     positions: int
     slots: int
     skipped: bool
-    votes: Votes
+    flags: StepFlags
     memory_bytes: int
     statistics: Mapping[str, float]
 
@@ -122,7 +76,7 @@ class Stepper:
             model: encoder and catalog.
             loss: called with the states and the table shard.
             config: learning rates, clipping, accumulation.
-            seed: of dropout and of what the loss draws.
+            seed: of dropout and of the random draws of the loss.
             total_steps: of the whole run; cosine decay ends there.
             item_counts: (V,) int64 training events of each item, for the loss.
         """
@@ -137,7 +91,7 @@ class Stepper:
         self.seed = seed
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
-        self._ahead: tuple[Batch, _Begun] | None = None
+        self._ahead: tuple[Batch, _InFlight] | None = None
         self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
@@ -151,7 +105,7 @@ class Stepper:
         self,
         batches: Sequence[Batch],
         step: int,
-        votes: Votes = NO_VOTES,
+        flags: StepFlags = NO_FLAGS,
         following: Batch | None = None,
     ) -> StepOutcome:
         """Take step number ``step``, counted from 1.
@@ -159,19 +113,19 @@ class Stepper:
         Args:
             batches: this rank's parts of as many global batches on every rank.
             step: names the random draws; every step takes another number.
-            votes: of this rank.
+            flags: of this rank.
             following: the first batch of the next call, on every rank or on none: its ids travel
                 during the backward of this step.
 
         Returns:
             The same outcome on every rank.
 
-        Collectives: one reduction of a few numbers, those of look-up and loss, one reduction of the
-        encoder's gradients.
+        Collectives: an all-reduce of a few numbers, the collectives of look-up and loss, an
+        all-reduce of the encoder's gradients.
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
-        totals = self._agree(batches, votes)
+        totals = self._reduce_totals(batches, flags)
         losses, statistics = self._backward(batches, step, totals, following)
         with part("gradients over ranks"):
             norm = self._reduce_gradients()
@@ -186,22 +140,22 @@ class Stepper:
             positions=sum(totals.positions),
             slots=totals.slots,
             skipped=not finite,
-            votes=totals.votes,
+            flags=totals.flags,
             memory_bytes=totals.memory_bytes,
             statistics=statistics,
         )
 
-    def _agree(self, batches: Sequence[Batch], votes: Votes) -> "_Totals":
-        """What must be known of all ranks before the step."""
+    def _reduce_totals(self, batches: Sequence[Batch], flags: StepFlags) -> "_Totals":
+        """All-reduce what every rank must know before the step."""
         rank, world_size = rank_of(self.model.group), size_of(self.model.group)
         memory = [0.0] * world_size
         memory[rank] = float(_memory_bytes(self.model.device))
         weights = [_weight(batch) for batch in batches]
         positions = [float(batch.lengths.sum()) for batch in batches]
         slots = float(sum(batch.items.numel() for batch in batches))
-        said = [float(one) for one in (votes.stop, votes.save, votes.interrupt, votes.written)]
-        mine = [*weights, *positions, slots, *said, *memory]
-        values = torch.tensor(mine, dtype=torch.float64, device=self.model.device)
+        raised = [float(one) for one in (flags.stop, flags.save, flags.interrupt, flags.written)]
+        local = [*weights, *positions, slots, *raised, *memory]
+        values = torch.tensor(local, dtype=torch.float64, device=self.model.device)
         sum_over_ranks(values, self.model.group)
         count, total = len(batches), values.tolist()
         stop, save, interrupt, written = total[2 * count + 1 : 2 * count + 5]
@@ -209,7 +163,7 @@ class Stepper:
             weights=total[:count],
             positions=[int(value) for value in total[count : 2 * count]],
             slots=int(total[2 * count]),
-            votes=Votes(
+            flags=StepFlags(
                 stop=stop > 0,
                 save=save > 0,
                 interrupt=interrupt > 0,
@@ -223,7 +177,7 @@ class Stepper:
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over all micro-batches; the mean, and its statistics.
 
-        Data whose weights are not finite have no mean: NaN, and no gradients.
+        Where the data's weights are not finite there is no mean: NaN, and no gradients.
         """
         if not math.isfinite(sum(totals.weights)):
             return math.nan, {}
@@ -238,7 +192,7 @@ class Stepper:
                 step=(step - 1) * self.config.accumulate + index,
                 item_counts=self.item_counts,
             )
-            batch, vectors = self._begun(batch)
+            batch, vectors = self._in_flight(batch)
             real = batch.real_positions()
             states = self.model.states(batch.items, batch.lengths, vectors)
             # Backward in two calls, so that a profile tells the loss from the encoder.
@@ -253,7 +207,7 @@ class Stepper:
                 )
             if after is not None:
                 with part("next ids"):
-                    self._ahead = after, self._begin(after)
+                    self._ahead = after, self._start_lookup(after)
             with part("loss backward"):
                 (output.loss * share).backward()
             with part("encoder backward"):
@@ -263,19 +217,19 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
-    def _begin(self, batch: Batch) -> "_Begun":
+    def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
         return there, self.model.begin_lookup(there.items, there.lengths)
 
-    def _begun(self, batch: Batch) -> "_Begun":
+    def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, its ids sent during the backward before or now."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] is batch else self._begin(batch)
+        return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
     def _reduce_gradients(self) -> float:
-        """Sum the encoder's gradients over ranks; the norm over encoder and table.
+        """All-reduce the encoder's gradients; the norm over encoder and table.
 
-        A gradient of one rank is that of the global mean loss already: nothing is averaged.
+        Each rank's gradient belongs to the global mean loss already, so they are summed.
         """
         table = self.model.catalog.squared_gradient_norm().reshape(1)
         parts = [_gradient(one).reshape(-1) for one in self.parameters]
@@ -315,7 +269,7 @@ class _Totals:
     weights: list[float]
     positions: list[int]
     slots: int
-    votes: Votes
+    flags: StepFlags
     memory_bytes: int
 
 

@@ -14,7 +14,9 @@ from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.config import TrainConfig, build_model, open_checkpoints, open_run
+from shardrec.pipeline.run.build import build_model
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import open_checkpoints, open_run
 
 __all__ = ["Source", "load_model"]
 
@@ -23,10 +25,7 @@ __all__ = ["Source", "load_model"]
 class Source:
     """A checkpoint of a run, found but not loaded.
 
-    Attributes:
-        config: of the run.
-        checkpoint: its folder.
-        identity: JSON; run id, checkpoint, its weights' hash, and the data's fingerprint.
+    ``identity`` is JSON: run id, checkpoint, its weights' hash, and the data's fingerprint.
     """
 
     config: TrainConfig
@@ -43,11 +42,7 @@ class Source:
     ) -> "Source":
         """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
 
-        Args:
-            run: the run folder.
-            prepared: the data the run was trained on.
-            which: which weights.
-            encoder: the module handed to ``train``, where one was.
+        ``encoder`` is the module handed to ``train``, where one was.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
@@ -69,24 +64,13 @@ class Source:
 def load_model(
     config: TrainConfig, checkpoint: Folder, prepared: Prepared, encoder: nn.Module | None = None
 ) -> tuple[Model, Mapping[str, Any]]:
-    """The model of a checkpoint, on the ranks of the default group.
-
-    Args:
-        config: of the run.
-        checkpoint: a complete checkpoint folder.
-        prepared: the data of the run.
-        encoder: the module handed to ``train``, where one was.
-
-    Returns:
-        The model, and the progress stored with it.
+    """The model of a complete checkpoint, and the progress stored with it.
 
     Collectives: on the default group.
     """
     group = default_group()
     model = build_model(config, prepared.num_items, encoder, group)
-    shard = model.catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    state = on_this_rank(lambda: load_checkpoint(checkpoint, rows), group)
+    state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
     model.encoder.load_state_dict(state.encoder)
     model.catalog.load_state_dict(state.table)
     model.encoder.eval()

@@ -1,4 +1,4 @@
-"""Starting a run from the weights of an earlier one, whose catalog was smaller or another.
+"""Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
 
 Which row of the old table belongs to an item is never guessed. In this order:
 
@@ -31,30 +31,25 @@ from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, sum_over_ranks
-from shardrec.pipeline.run.config import OURS, TrainConfig, open_checkpoints, read_run
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.folder import OWN_ENCODER, open_checkpoints, read_run
 from shardrec.pipeline.run.step import Stepper
 
 __all__ = ["start_from"]
 
-# Rows that are in memory beside the shard at a time.
+# Rows in memory at a time, in addition to the shard.
 BLOCK_ROWS = 65_536
 
 Match = Literal["same data", "former items", "item map", "item ids"]
 
 
 def start_from(
-    config: TrainConfig, prepared: Prepared, stepper: Stepper, encoder: str = OURS
+    config: TrainConfig, prepared: Prepared, stepper: Stepper, encoder: str = OWN_ENCODER
 ) -> dict[str, Any] | None:
     """Load the weights that ``config.init_from`` names into a model that is new.
 
     Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
     it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
-
-    Args:
-        config: of the new run.
-        prepared: its data.
-        stepper: its model and optimizers, changed in place.
-        encoder: whose encoder it is, as the run folder stores it.
 
     Returns:
         JSON for the run folder: from which run and step, how items were matched, and how many were
@@ -65,15 +60,13 @@ def start_from(
         ValueError: encoder, table optimizer or items do not fit; raised on all ranks before any
             weight changes.
 
-    Collectives: a few gathers of small objects and reductions of a few numbers.
+    Collectives: a few all-gathers of small objects and all-reduces of a few numbers.
     """
     if config.init_from.run is None:
         return None
     catalog, group = stepper.model.catalog, stepper.model.group
     origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
-    shard = catalog.shard
-    rows = range(shard.first_row, shard.first_row + shard.rows.shape[0])
-    former = on_this_rank(lambda: _former_rows(origin, prepared, rows), group)
+    former = on_this_rank(lambda: _former_rows(origin, prepared, catalog.row_range), group)
     carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
     sum_over_ranks(carried, group)
     if not carried:
@@ -108,24 +101,24 @@ class _Origin:
 
 def _find(config: TrainConfig, prepared: Prepared, encoder: str) -> _Origin:
     run = Path(config.init_from.run or "")
-    details, theirs = read_run(run)
-    _check_encoder(config, theirs, encoder, details["encoder"])
-    _check_optimizer(config, theirs)
-    match, folder = _match(config, prepared, details["data"], theirs.data)
-    checkpoint = open_checkpoints(run, theirs).find(config.init_from.checkpoint)
+    details, former = read_run(run)
+    _check_encoder(config, former, encoder, details["encoder"])
+    _check_optimizer(config, former)
+    match, folder = _match(config, prepared, details["data"], former.data)
+    checkpoint = open_checkpoints(run, former).find(config.init_from.checkpoint)
     return _Origin(checkpoint, details["data"]["num_items"], match, folder)
 
 
-def _check_encoder(config: TrainConfig, theirs: TrainConfig, encoder: str, their: str) -> None:
-    if encoder != their:
+def _check_encoder(config: TrainConfig, former: TrainConfig, encoder: str, trained: str) -> None:
+    if encoder != trained:
         raise ValueError(
-            f"the encoder must be of the kind that {config.init_from.run} trained, {their}, got "
+            f"the encoder must be of the kind that {config.init_from.run} trained, {trained}, got "
             f"{encoder}; hand in the same module, or none"
         )
     names = [field.name for field in dataclasses.fields(EncoderConfig) if field.name != "dropout"]
-    names = names if encoder == OURS else ["width"]
+    names = names if encoder == OWN_ENCODER else ["width"]
     for name in names:
-        ours, wanted = getattr(config.encoder, name), getattr(theirs.encoder, name)
+        ours, wanted = getattr(config.encoder, name), getattr(former.encoder, name)
         if ours != wanted:
             raise ValueError(
                 f"encoder.{name} must be {wanted} as in {config.init_from.run}, got {ours}; "
@@ -133,8 +126,8 @@ def _check_encoder(config: TrainConfig, theirs: TrainConfig, encoder: str, their
             )
 
 
-def _check_optimizer(config: TrainConfig, theirs: TrainConfig) -> None:
-    ours, wanted = config.catalog.optimizer, theirs.catalog.optimizer
+def _check_optimizer(config: TrainConfig, former: TrainConfig) -> None:
+    ours, wanted = config.catalog.optimizer, former.catalog.optimizer
     if config.init_from.optimizer == "keep" and ours != wanted:
         raise ValueError(
             f"catalog.optimizer must be {wanted} as in {config.init_from.run}, got {ours}, which "
@@ -179,8 +172,8 @@ def _former_rows(origin: _Origin, prepared: Prepared, rows: range) -> Tensor:
     if origin.match == "item ids":
         assert origin.prepared is not None
         wanted = prepared.item_ids().slice(rows.start, len(rows))
-        theirs = Prepared(origin.prepared, read_manifest(origin.prepared, only=(ITEMS_NAME,)))
-        return ItemIds(theirs.item_ids()).items(wanted)
+        source = Prepared(origin.prepared, read_manifest(origin.prepared, only=(ITEMS_NAME,)))
+        return ItemIds(source.item_ids()).items(wanted)
     former = torch.arange(rows.start, rows.stop)
     return torch.where(former < origin.num_items, former, -1)
 
@@ -192,8 +185,8 @@ def _mapped_rows(path: Path, rows: range) -> Tensor:
     for index in range(len(groups)):
         table = groups.read(index, names)
         old, new = (torch.tensor(table.column(name).to_numpy()) for name in names)
-        here = (new >= rows.start) & (new < rows.stop)
-        former[new[here] - rows.start] = old[here]
+        is_local = (new >= rows.start) & (new < rows.stop)
+        former[new[is_local] - rows.start] = old[is_local]
     return former
 
 
@@ -226,10 +219,10 @@ def _checked_state(
             f"{_shapes(found)}; use the table optimizer and the width of that run"
         )
     ours = {name: value.shape for name, value in stepper.model.encoder.state_dict().items()}
-    theirs = {name: value.shape for name, value in state.encoder.items()}
-    if ours != theirs:
-        names = sorted(ours.keys() | theirs.keys())
-        differing = [name for name in names if ours.get(name) != theirs.get(name)]
+    saved = {name: value.shape for name, value in state.encoder.items()}
+    if ours != saved:
+        names = sorted(ours.keys() | saved.keys())
+        differing = [name for name in names if ours.get(name) != saved.get(name)]
         raise ValueError(
             f"the encoder must have the weights of {origin.checkpoint}, got others for "
             f"{', '.join(differing[:3])}; hand in the same module"
@@ -256,11 +249,11 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep: bool) -> None:
     """Copy what this rank's items had in the old table, wherever its rows were."""
     targets = _copied(catalog, keep)
-    for piece, here in _pieces(former, BLOCK_ROWS):
+    for piece, local in _pieces(former, BLOCK_ROWS):
         table = stored.load_rows(piece, targets)
-        there = former[here] - piece.start
+        wanted = former[local] - piece.start
         for name, target in targets.items():
-            target[here.to(target.device)] = table[name][there].to(target)
+            target[local.to(target.device)] = table[name][wanted].to(target)
 
 
 @torch.no_grad()
@@ -281,7 +274,7 @@ def _fill_new_rows(
 def _load_encoder(state: CheckpointState, stepper: Stepper, keep: bool) -> None:
     stepper.model.encoder.load_state_dict(dict(state.encoder))
     if keep:
-        # The learning rate, betas and decay are those of the new run.
+        # Learning rate, betas and decay come from the new run.
         groups = stepper.optimizer.state_dict()["param_groups"]
         stepper.optimizer.load_state_dict(
             {"state": state.optimizer["state"], "param_groups": groups}

@@ -39,12 +39,7 @@ NAMES_LOADED = (
     [
         pytest.param(["--help"], (*HEAVY, "docstring_parser", "rich"), id="shardrec"),
         pytest.param(["prepare", "--help"], ("torch", "torchrec", "torchx", "rich"), id="prepare"),
-        pytest.param(
-            ["train", "--help"],
-            OF_TRAINING,
-            id="train",
-            marks=pytest.mark.xfail(reason="configs are in heavy modules", strict=True),
-        ),
+        pytest.param(["train", "--help"], OF_TRAINING, id="train"),
     ],
 )
 def test_help_loads_no_heavy_package(words: list[str], heavy: tuple[str, ...]) -> None:

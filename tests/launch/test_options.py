@@ -6,7 +6,7 @@ import pytest
 
 from shardrec.launch.options import Parser, add_options, read_options
 from shardrec.pipeline.export import ExportConfig
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig
 from shardrec.pipeline.recommend import RecommendConfig
 from shardrec.pipeline.synth import SynthConfig

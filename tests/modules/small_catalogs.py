@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardrec.modules.catalog import Catalog, CatalogConfig
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.catalog_config import CatalogConfig
 
 CPU = torch.device("cpu")
 WIDTH = 8

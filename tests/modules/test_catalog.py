@@ -23,7 +23,8 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.catalog_config import OPTIMIZERS, CatalogConfig
 
 STEPS = 3
 MAX_NORM = 1.5

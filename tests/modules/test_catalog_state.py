@@ -14,7 +14,7 @@ from tests.modules.small_catalogs import (
 from tests.ranks import Ranks
 from torch import Tensor
 
-from shardrec.modules.catalog import OPTIMIZERS
+from shardrec.modules.catalog_config import OPTIMIZERS
 
 
 def train_and_keep(case: Case, states: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from tests.modules.small_catalogs import CPU, alone
 from tests.ranks import Ranks
 
-from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.catalog_config import OPTIMIZERS, CatalogConfig
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "sparse_adam"])
@@ -52,7 +53,7 @@ def memory(field: str) -> int:
 
 @pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_step_needs_a_tenth_of_the_shard_beside_one_dense_gradient(
+def test_a_step_needs_one_dense_gradient_and_a_tenth_of_the_shard(
     ranks: Ranks, optimizer: str, gradient: str
 ) -> None:
     ((extra, shard),) = ranks(1).run(step_memory, optimizer, gradient == "dense")

@@ -6,14 +6,19 @@ from typing import Any
 
 from tests.pipeline.small_data import small_config
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.callbacks import Callback, StepReport, ValidationReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.run.resume import Resume
-from shardrec.pipeline.run.step import OptimizerConfig
 from shardrec.pipeline.train import train
 
 STEPS = 6
@@ -27,7 +32,7 @@ class InterruptionError(Exception):
 
 
 class Recorder(Callback):
-    """Keeps what was said, and interrupts the run after a step."""
+    """Keeps what was reported, and interrupts the run after a step."""
 
     def __init__(self, last_step: int | None = None) -> None:
         self.last_step = last_step
@@ -83,14 +88,14 @@ def train_and_read(config: TrainConfig, resume: Resume, stop: int | None = None)
     }
 
 
-def assert_told_once(output: Path, step: int) -> None:
+def assert_recorded_once(output: Path, step: int) -> None:
     """Each step and each validation is in the metrics once, and in order."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    told = {
+    recorded = {
         kind: [line["step"] for line in lines if line["event"] == kind]
         for kind in ("step", "validation", "resume", "end")
     }
-    assert told == {
+    assert recorded == {
         "step": list(range(1, STEPS + 1)),
         "validation": [4, 6],
         "resume": [step],

@@ -23,7 +23,8 @@ from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import default_group, rank_of, size_of
 from shardrec.pipeline.recipes import tiny_cpu
-from shardrec.pipeline.run.config import TrainConfig, build_model
+from shardrec.pipeline.run.build import build_model
+from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.step import Stepper
 
 

@@ -1,8 +1,8 @@
 """A callback that keeps what it is told."""
 
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
 from shardrec.pipeline.run.callbacks import (
     Callback,
-    CheckpointReport,
     EndReport,
     StepReport,
     ValidationReport,

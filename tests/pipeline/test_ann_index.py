@@ -14,7 +14,7 @@ from tests.ranks import Ranks
 
 from shardrec.kernels.shard import RowShard
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCE
 from shardrec.modules.ranking import top_items
 from shardrec.pipeline.export import ExportConfig, export

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
 from shardrec.pipeline.run.callbacks import (
     Callback,
-    CheckpointReport,
     EndReport,
     JsonLines,
     MinuteLines,

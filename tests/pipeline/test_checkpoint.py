@@ -17,13 +17,13 @@ from tests.ranks import Ranks
 
 import shardrec
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     CheckpointState,
     DamagedCheckpointError,
     load_checkpoint,
     save_checkpoint,
 )
+from shardrec.pipeline.run.config import CheckpointConfig
 
 NUM_ROWS, WIDTH = 10, 4
 ROWS = torch.arange(NUM_ROWS * WIDTH, dtype=torch.float32).reshape(NUM_ROWS, WIDTH)

@@ -9,25 +9,34 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.pipeline.test_checkpoint import NUM_ROWS, bounds, make_state
 from tests.ranks import Ranks
 
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     CheckpointState,
     load_checkpoint,
 )
-from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
+from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter, writing_group
 from shardrec.pipeline.outputs.storage import Folder
-from shardrec.pipeline.run.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.train import train
 
 
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
+
+
 class Slow(Checkpoints):
-    """Writes when it is told to."""
+    """Writes when it is allowed to."""
 
     def __init__(self, folder: Path, group: dist.ProcessGroup | None) -> None:
         super().__init__(folder, group)
@@ -86,21 +95,16 @@ class Recorder(Callback):
     """Keeps what was said, in order."""
 
     def __init__(self) -> None:
-        self.told: list[StepReport | CheckpointReport] = []
+        self.reported: list[StepReport | CheckpointReport] = []
 
     def on_step(self, report: StepReport) -> None:
-        self.told.append(report)
+        self.reported.append(report)
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        self.told.append(report)
+        self.reported.append(report)
 
     def checkpoints(self) -> list[CheckpointReport]:
-        return [one for one in self.told if isinstance(one, CheckpointReport)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+        return [one for one in self.reported if isinstance(one, CheckpointReport)]
 
 
 def config_of(data: str, output: Path, **options: Any) -> TrainConfig:
@@ -119,32 +123,32 @@ def train_and_record(config: TrainConfig) -> list[CheckpointReport]:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_each_checkpoint_is_told_once_with_its_stall(
+def test_each_checkpoint_is_reported_once_with_its_stall(
     data: str, tmp_path: Path, background: bool
 ) -> None:
     settings = CheckpointConfig(every_steps=2, background=background)
-    told = train_and_record(config_of(data, tmp_path / "run", checkpoints=settings))
-    assert [report.step for report in told] == [2, 4, 6, 8]
-    assert all(report.error is None and report.num_bytes > 0 for report in told)
-    for report in told:
+    reported = train_and_record(config_of(data, tmp_path / "run", checkpoints=settings))
+    assert [report.step for report in reported] == [2, 4, 6, 8]
+    assert all(report.error is None and report.num_bytes > 0 for report in reported)
+    for report in reported:
         stalled = report.stall_seconds / report.seconds
         assert stalled == 1.0 if not background else 0 < stalled < 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    told_there = [line for line in lines if line["event"] == "checkpoint"]
-    assert [line["stall_seconds"] for line in told_there] == [one.stall_seconds for one in told]
+    written = [line for line in lines if line["event"] == "checkpoint"]
+    assert [line["stall_seconds"] for line in written] == [one.stall_seconds for one in reported]
 
 
 def test_a_clock_asks_for_checkpoints_too(data: str, tmp_path: Path) -> None:
     settings = CheckpointConfig(every_minutes=1e-9)
-    told = train_and_record(config_of(data, tmp_path / "run", checkpoints=settings))
-    assert [report.step for report in told] == list(range(1, 9))
+    reported = train_and_record(config_of(data, tmp_path / "run", checkpoints=settings))
+    assert [report.step for report in reported] == list(range(1, 9))
 
 
 def train_over_an_obstacle(config: TrainConfig) -> list[tuple[int, bool]]:
     return [(report.step, report.error is None) for report in train_and_record(config)]
 
 
-def test_a_checkpoint_that_fails_is_told_on_all_ranks_and_training_goes_on(
+def test_a_checkpoint_that_fails_is_reported_on_all_ranks_and_training_goes_on(
     ranks: Ranks, data: str, tmp_path: Path
 ) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from shardrec.kernels.shard import RowShard
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
-from shardrec.pipeline.model.measure import MeasureConfig, measure
+from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.measure import measure
 from shardrec.pipeline.prepared.loader import EvaluationBatches, Prepared
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train

@@ -16,7 +16,7 @@ from tests.pipeline.small_data import Running, prepare_small, small_config
 from tests.ranks import Ranks
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.export import (

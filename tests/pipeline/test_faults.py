@@ -15,18 +15,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.pipeline.disks import fill, mount, small_disk
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
 from shardrec.modules.encoder import EncoderConfig
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
-from shardrec.pipeline.interruption import Preempted
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.writer import CheckpointReport
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run.callbacks import Callback, CheckpointReport, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from shardrec.pipeline.run.interruption import Preempted
 from shardrec.pipeline.train import train
 
 STEPS, CUT = 12, 7
@@ -35,8 +41,8 @@ OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def assert_same(found: TrainConfig, expected: TrainConfig) -> None:
 
 
 class Steps(Callback):
-    """Does something when a step or a checkpoint is told, and keeps what was told."""
+    """Does something when a step or a checkpoint is reported, and keeps what was reported."""
 
     def __init__(self, then: Callable[[int], None] | None = None) -> None:
         self.then = then
@@ -203,31 +209,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 def train_on_a_disk_that_fills(config: TrainConfig, disk: str) -> list[tuple[int, bool, str]]:
     """Each checkpoint: its step, whether it was written, and which was then the last."""
-    told: list[tuple[int, bool, str]] = []
+    reported: list[tuple[int, bool, str]] = []
     is_first = dist.get_rank() == 0
 
     class Fills(Callback):
         def on_checkpoint(self, report: CheckpointReport) -> None:
             last = Checkpoints(Path(config.output) / "checkpoints", None).find("last").name
-            told.append((report.step, report.error is None, last))
-            if is_first and len(told) == 1:
+            reported.append((report.step, report.error is None, last))
+            if is_first and len(reported) == 1:
                 fill(Path(disk))
-            elif is_first and len(told) == 3:
+            elif is_first and len(reported) == 3:
                 (Path(disk) / "filler").unlink()
 
     train(config, callbacks=[Fills()])
-    return told
+    return reported
 
 
 def test_a_full_disk_costs_checkpoints_and_nothing_else(
     ranks: Ranks, data: str, disk: Path, undisturbed: TrainConfig
 ) -> None:
     config = config_of(data, disk / "run")
-    told, theirs = ranks(2).run(train_on_a_disk_that_fills, config, str(disk))
-    assert told == theirs
-    written = [is_written for _, is_written, _ in told]
-    assert written[:3] == [True, False, False] and written[-1], told
-    assert told[2][2] == told[0][2], "the one before the disk was full is still the last"
+    reported, theirs = ranks(2).run(train_on_a_disk_that_fills, config, str(disk))
+    assert reported == theirs
+    written = [is_written for _, is_written, _ in reported]
+    assert written[:3] == [True, False, False] and written[-1], reported
+    assert reported[2][2] == reported[0][2], "the one before the disk was full is still the last"
     assert_same(config, undisturbed)
     events = [json.loads(line) for line in (disk / "run" / "metrics.jsonl").open()]
     assert [one["step"] for one in events if one["event"] == "step"] == [*range(1, STEPS + 1)]
@@ -370,7 +376,7 @@ def train_and_catch(config: TrainConfig, resume: Any) -> str:
     return "finished"
 
 
-def test_a_second_run_on_the_same_folder_is_told_who_has_it(
+def test_a_second_run_on_the_same_folder_learns_who_has_it(
     ranks: Ranks, interrupted: TrainConfig, undisturbed: TrainConfig, tmp_path: Path
 ) -> None:
     config = copy_of(interrupted, tmp_path / "run")

@@ -8,20 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.launch import cli
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, load_checkpoint
+from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import partial_of
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.run.callbacks import Callback, StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig, open_run
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from shardrec.pipeline.run.folder import open_run
 from shardrec.pipeline.train import train
 
 STEPS, CUT = 4, 2
+
+
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 class CutError(Exception):
@@ -56,11 +67,6 @@ def config_of(data: str, output: Path, **options: Any) -> TrainConfig:
         "checkpoints": CheckpointConfig(every_steps=1, keep=STEPS, background=False),
     }
     return small_config(data, output, **(settings | options))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 from tests.pipeline.small_data import prepare_small, small_config, write_log
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.gate import GateConfig, Verdict, gate
 from shardrec.pipeline.measure_export import measure_export
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.publish import PublishConfig, publish

@@ -16,15 +16,14 @@ from tests.pipeline.small_data import Running, small_config, write_log
 from tests.ranks import Ranks
 from torch import Tensor
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.checkpoint.manifest import Manifest
 from shardrec.pipeline.checkpoint.store import Checkpoints, StoredCheckpoint, load_checkpoint
-from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.run import warm_start as init_from
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import InitConfig, LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)
@@ -382,7 +381,7 @@ def test_a_run_of_another_log_is_refused(days: Path, run: Path, tmp_path: Path) 
     ("options", "message"),
     [
         ({"optimizer": "reset"}, "init_from.optimizer must come with init_from.run"),
-        ({"run": "r", "new_rows": "zero"}, "init_from.new_rows must be random or mean"),
+        ({"run": "r", "new_rows": "zero"}, "init_from.new_rows must be one of random, mean"),
     ],
 )
 def test_options_that_cannot_hold_are_refused(options: dict[str, Any], message: str) -> None:

@@ -25,12 +25,14 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardrec.modules.catalog import OPTIMIZERS, Catalog, CatalogConfig
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.catalog_config import OPTIMIZERS, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import CCE, Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.prepared.loader import Batch
-from shardrec.pipeline.run.step import OptimizerConfig, Stepper
+from shardrec.pipeline.run.config import OptimizerConfig
+from shardrec.pipeline.run.step import Stepper
 
 CPU = torch.device("cpu")
 NUM_ITEMS, WIDTH, LENGTH = 307, 8, 6

@@ -7,22 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.pipeline.recorder import Recorder
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 from torch import Tensor, nn
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
 OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 class Breaks(nn.Module):

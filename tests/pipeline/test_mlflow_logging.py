@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.pipeline.test_callbacks import CHECKPOINT, END, STEP, VALIDATION, play
 from tests.ranks import Ranks
 
 from shardrec.launch.cli import main
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig
-from shardrec.pipeline.run.mlflow_logging import MLflowConfig, open_mlflow
+from shardrec.pipeline.run.config import LimitConfig, MLflowConfig, TrainConfig
+from shardrec.pipeline.run.mlflow_logging import open_mlflow
 from shardrec.pipeline.train import train
+
+
+@pytest.fixture(scope="module")
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow counts its users unless it is told not to."""
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
-from shardrec.pipeline.run import config as run_module
+from shardrec.pipeline.run import build as run_module
 from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
@@ -24,8 +24,8 @@ MESSAGE = "the disk of this node is gone"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,13 @@ def fail_on_the_second_rank(stage: str, broken: str, data: str, run: str, output
         ("export", "item_counts"),
     ],
 )
-def test_all_ranks_raise_what_one_of_them_met(
+def test_an_error_on_one_rank_is_raised_on_all(
     ranks: Ranks, data: str, run: str, tmp_path: Path, stage: str, broken: str
 ) -> None:
     users = pa.table({"user_id": [1, 2], "items": [[1, 2], [3]]})
     pq.write_table(users, tmp_path / "histories.parquet")
     output = str(tmp_path / "output")
     asked = (stage, broken, data, run, output)
-    told = ranks(2).run(fail_on_the_second_rank, *asked, timeout=20)
-    assert told == [f"{MESSAGE} ['raised on rank 1 of 2']"] * 2
+    outcomes = ranks(2).run(fail_on_the_second_rank, *asked, timeout=20)
+    assert outcomes == [f"{MESSAGE} ['raised on rank 1 of 2']"] * 2
     assert not Path(output).exists()

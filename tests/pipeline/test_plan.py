@@ -75,7 +75,7 @@ CASES = {
     "two-ranks-hashes": Case(400_000, (64, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
-QUICK = ("fused-softmax", "sampled-adam", "sasrec", "two-ranks-checkpoint")
+QUICK = ("fused-softmax", "sasrec")
 
 
 def measured_bytes(name: str) -> int:
@@ -215,7 +215,7 @@ def test_the_copy_of_a_checkpoint_counts_where_it_lies(device: str) -> None:
     assert ("host memory for a checkpoint" in with_copy.describe()) is not on_cpu
 
 
-def test_what_the_loss_reads_and_writes_is_said_beside_its_products() -> None:
+def test_what_the_loss_reads_and_writes_is_shown_with_its_products() -> None:
     config = override(tiny_cpu("none", "none"), ["encoder.width=64", "loss=cce"])
     for ranks in (1, 4):
         planned = plan(config, 1_000_000, Machine(ranks=ranks))

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity
 from shardrec.kernels.device.matmul import times_transposed
 from shardrec.launch.commands import read_train
 from shardrec.pipeline.model.profile_ranges import PART, Part
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.profiler import OPERATORS, ProfileConfig
+from shardrec.pipeline.run.config import LimitConfig, ProfileConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.profiler import OPERATORS
 from shardrec.pipeline.train import train
 
 
@@ -63,8 +63,8 @@ def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConf
         parts = {name: percent[name] for name in (*get_args(Part), "between steps")}
         assert sum(parts.values()) == pytest.approx(100, abs=1)
         assert all(value > 0 for value in parts.values())
-        assert 0 < percent["collectives under way"] <= 100
-        assert 0 <= percent["beside other work"] <= percent["collectives under way"]
+        assert 0 < percent["collectives in flight"] <= 100
+        assert 0 <= percent["during other work"] <= percent["collectives in flight"]
 
 
 def test_the_ids_of_the_next_batch_travel_before_backward(

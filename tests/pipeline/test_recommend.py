@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.evaluate import evaluate
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.loader import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend

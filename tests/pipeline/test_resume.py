@@ -13,7 +13,7 @@ from tests.pipeline.interrupted import (
     STEPS,
     InterruptionError,
     Recorder,
-    assert_told_once,
+    assert_recorded_once,
     config_of,
     train_and_read,
 )
@@ -24,19 +24,17 @@ import shardrec
 from shardrec.launch.cli import main
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import CheckpointConfig, LimitConfig, OptimizerConfig, TrainConfig
 from shardrec.pipeline.train import build, train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 def interrupted_after(config: TrainConfig, step: int, output: Path) -> TrainConfig:
@@ -64,9 +62,9 @@ def assert_goes_on(found: dict[str, Any], whole: dict[str, Any], step: int) -> N
     ("loss", "optimizer", "accumulate"),
     [
         (CCE(), "rowwise_adagrad", 2),
-        (CCEMinus(num_negatives=16, share=8), "adam", 2),
-        (SCE(items_per_bucket=16), "sparse_adam", 1),
-        (RECE(), "adam", 2),
+        pytest.param(CCEMinus(num_negatives=16, share=8), "adam", 2, marks=pytest.mark.slow),
+        pytest.param(SCE(items_per_bucket=16), "sparse_adam", 1, marks=pytest.mark.slow),
+        pytest.param(RECE(), "adam", 2, marks=pytest.mark.slow),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str | int) else str(value),
 )
@@ -84,7 +82,7 @@ def test_a_run_interrupted_at_any_step_goes_on_bit_by_bit(
     for step in range(1, STEPS):
         again = interrupted_after(config, step, tmp_path / f"after-{step}")
         assert_goes_on(train_and_read(again, "yes"), whole, step)
-        assert_told_once(tmp_path / f"after-{step}", step)
+        assert_recorded_once(tmp_path / f"after-{step}", step)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ def test_two_ranks_go_on_bit_by_bit(
         again = interrupted_after(config, step, tmp_path / f"after-{step}")
         for found, expected in zip(ranks(2).run(train_and_read, again, "auto"), whole, strict=True):
             assert_goes_on(found, expected, step)
-        assert_told_once(tmp_path / f"after-{step}", step)
+        assert_recorded_once(tmp_path / f"after-{step}", step)
 
 
 def test_auto_starts_goes_on_and_then_does_nothing(
@@ -153,7 +151,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_only_ends(
     (tmp_path / "run" / "end.json").unlink()
     found = train_and_read(config, "yes")
     assert found["losses"] == {} and found["progress"] == whole["progress"]
-    assert_told_once(tmp_path / "run", STEPS)
+    assert_recorded_once(tmp_path / "run", STEPS)
 
 
 def test_a_finished_run_can_be_made_longer_unless_its_rate_decays(
@@ -201,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert_goes_on(train_and_read(again, "yes"), whole, 4)
     assert "step-00000005/rank-00000.bin must have sha256" in caplog.text
-    assert_told_once(tmp_path / "run", 4)
+    assert_recorded_once(tmp_path / "run", 4)
 
 
 def test_a_checkpoint_of_other_versions_is_taken_and_both_are_named(

@@ -16,11 +16,10 @@ import torch
 from tests.pipeline.interrupted import (
     InterruptionError,
     Recorder,
-    assert_told_once,
+    assert_recorded_once,
     config_of,
     train_and_read,
 )
-from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
 from torch import Tensor
 
@@ -37,12 +36,14 @@ NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 @pytest.mark.parametrize(
-    "loss", [CCE(), CCEMinus(num_negatives=16, share=8)], ids=["cce", "cce_minus"]
+    "loss",
+    [CCE(), pytest.param(CCEMinus(num_negatives=16, share=8), marks=pytest.mark.slow)],
+    ids=["cce", "cce_minus"],
 )
 def test_another_number_of_ranks_goes_on_within_tolerance(
     ranks: Ranks, data: str, tmp_path: Path, loss: Any
@@ -56,7 +57,7 @@ def test_another_number_of_ranks_goes_on_within_tolerance(
             moved = copied(begun, tmp_path / f"{before}-to-{after}")
             for found in ranks(after).run(train_and_read, moved, "yes"):
                 assert_close(found, whole, 2)
-            assert_told_once(Path(moved.output), 2)
+            assert_recorded_once(Path(moved.output), 2)
 
 
 def assert_close(found: dict[str, Any], whole: dict[str, Any], step: int) -> None:
@@ -138,7 +139,11 @@ def choices_and_metrics(config: TrainConfig) -> tuple[Choices, dict[str, float]]
     return choices, metrics
 
 
-@pytest.mark.parametrize("loss", [SCE(items_per_bucket=16), RECE()], ids=["sce", "rece"])
+@pytest.mark.parametrize(
+    "loss",
+    [SCE(items_per_bucket=16), pytest.param(RECE(), marks=pytest.mark.slow)],
+    ids=["sce", "rece"],
+)
 def test_another_number_of_ranks_selects_and_measures_the_same(
     ranks: Ranks, data: str, tmp_path: Path, loss: Any
 ) -> None:

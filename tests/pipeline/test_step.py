@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from torch import Tensor, nn
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.prepared.loader import Batch, BatchConfig
-from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig, learning_rate_factor
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, ValidationConfig
+from shardrec.pipeline.run.step import learning_rate_factor
 from shardrec.pipeline.train import Run, build
 
 OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"), weight_column="weight")
+def data(weighted_data: str) -> str:
+    return weighted_data
 
 
 def build_run(data: str, folder: Path, **options: Any) -> Run:

@@ -16,7 +16,6 @@ from tests.pipeline.test_checkpoint import NUM_ROWS, ROWS, bounds, make_state
 from tests.ranks import Ranks
 
 from shardrec.pipeline.checkpoint.store import (
-    CheckpointConfig,
     Checkpoints,
     DamagedCheckpointError,
     load_checkpoint,
@@ -24,7 +23,12 @@ from shardrec.pipeline.checkpoint.store import (
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.outputs.storage import Folder, open_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import (
+    CheckpointConfig,
+    LimitConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.train import train
 
 

@@ -15,14 +15,13 @@ from tests.pipeline.small_data import Running, prepare_small, small_config
 from tests.ranks import RankError, Ranks
 from torch import Tensor, nn
 
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
-from shardrec.pipeline.model.measure import MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import BatchConfig
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.step import OptimizerConfig
+from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
 # The gradient of a key's bias is rounding and nothing else: without this Adam would blow it up.
@@ -31,8 +30,8 @@ OFF = ValidationConfig(every_epochs=None)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.pipeline.recorder import Recorder
-from tests.pipeline.small_data import Running, prepare_small, small_config
+from tests.pipeline.small_data import Running, small_config
 from tests.ranks import Ranks
 from torch import Tensor, nn
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.run.callbacks import Callback, StepReport
@@ -61,8 +61,8 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare_small(tmp_path_factory.mktemp("data"))
+def data(plain_data: str) -> str:
+    return plain_data
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[words.split()[-1] for words, _ in BAD])
@@ -93,7 +93,7 @@ class Fails(Running):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_run_that_fails_at_its_first_step_gives_its_folder_back(
+def test_a_run_that_fails_at_its_first_step_removes_its_folder(
     data: str, tmp_path: Path, error: type[BaseException]
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -108,21 +108,21 @@ def test_a_run_that_fails_at_its_first_step_gives_its_folder_back(
 
 
 def fail_then_train(config: TrainConfig) -> list[str]:
-    told = []
+    outcomes = []
     for encoder in (Fails(1), Running()):
         try:
-            told.append(train(config, encoder=encoder).reason)
+            outcomes.append(train(config, encoder=encoder).reason)
         except ValueError as error:
-            told.append(str(error))
-    return told
+            outcomes.append(str(error))
+    return outcomes
 
 
-def test_workers_that_fail_at_the_first_step_give_the_folder_back(
+def test_workers_that_fail_at_the_first_step_remove_the_folder(
     ranks: Ranks, data: str, tmp_path: Path
 ) -> None:
     config = small_config(data, tmp_path / "run", limits=ONE_STEP, validation=OFF)
-    told = ["vectors must be of another kind", "max_steps reached"]
-    assert ranks(2).run(fail_then_train, config) == [told, told]
+    outcomes = ["vectors must be of another kind", "max_steps reached"]
+    assert ranks(2).run(fail_then_train, config) == [outcomes, outcomes]
 
 
 def test_a_run_that_has_taken_a_step_stays(data: str, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Options of the item table, and what each optimizer remembers of a row; loads no TorchRec."""
+
+import difflib
+from dataclasses import dataclass
+
+from shardrec.modules.option_checks import require_above_zero, require_at_least, require_betas
+
+__all__ = ["OPTIMIZERS", "CatalogConfig", "state_floats"]
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "sparse_adam")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CatalogConfig:
+    """How the table starts and how it learns.
+
+    Attributes:
+        optimizer: "rowwise_adagrad" (one number a row; above a million items), "adagrad", "sgd",
+            "adam" (exact, every row every step) or "sparse_adam" (moments move where touched).
+        learning_rate: of the table, unless ``Catalog.step`` is given another.
+        eps: added to the root in the update.
+        betas: decay of the two moments of adam and sparse_adam.
+        init_std: standard deviation of the normal that initial rows are drawn from.
+    """
+
+    optimizer: str = "rowwise_adagrad"
+    learning_rate: float = 0.01
+    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail later or silently do nothing."""
+        if self.optimizer not in OPTIMIZERS:
+            near = difflib.get_close_matches(self.optimizer, OPTIMIZERS) or OPTIMIZERS
+            raise ValueError(
+                f"catalog.optimizer must be one of {', '.join(OPTIMIZERS)}, got "
+                f"{self.optimizer!r}; did you mean {' or '.join(near)}?"
+            )
+        for name in ("learning_rate", "init_std"):
+            require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
+        # With 0 a row whose gradient is 0 would become 0 / 0.
+        require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
+        require_betas("catalog.betas", self.betas)
+
+
+def state_floats(optimizer: str, width: int) -> int:
+    """Numbers of optimizer memory that a row has.
+
+    >>> [state_floats(name, 64) for name in ("sgd", "rowwise_adagrad", "adagrad", "adam")]
+    [0, 1, 64, 128]
+    """
+    known = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width}
+    return known.get(optimizer, 2 * width)  # adam and sparse_adam have two moments

@@ -1,0 +1,43 @@
+"""How a model computes and how it is measured; loads neither TorchRec nor torchmetrics."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardrec.modules.option_checks import require_at_least
+
+__all__ = ["MeasureConfig", "Precision"]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureConfig:
+    """How evaluation users are ranked.
+
+    Attributes:
+        ks: list lengths of the metrics.
+        filter_seen: leave out items of the history; never the targets themselves.
+        batch_size: users at a time on each rank.
+        block_states: states of all ranks that are scored at a time.
+        block_rows: rows of a shard that are scored at a time.
+    """
+
+    ks: tuple[int, ...] = (5, 10, 20)
+    filter_seen: bool = False
+    batch_size: int = 256
+    block_states: int = 256
+    block_rows: int = 65_536
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if not self.ks or min(self.ks) < 1:
+            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
+        for name in ("batch_size", "block_states", "block_rows"):
+            require_at_least(name, getattr(self, name), 1)
+
+    def metric_names(self) -> list[str]:
+        """The metrics a best checkpoint can be chosen by."""
+        kinds = ("NDCG", "Recall", "HitRate", "MRR")
+        names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
+        coverage = [f"Coverage@{k}" for k in self.ks]
+        return names + coverage + [f"{name}/known" for name in names]

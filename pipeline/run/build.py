@@ -1,0 +1,191 @@
+"""Builds a run from its config: data, model, optimizers, and the run folder, new or resumed."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardrec.modules.catalog import Catalog
+from shardrec.modules.encoder import TransformerEncoder
+from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
+from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.lock import RunLock
+from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.loader import TrainingBatches
+from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank, rank_of, size_of
+from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, start_run
+from shardrec.pipeline.run.loop import Run
+from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started
+from shardrec.pipeline.run.step import Stepper
+from shardrec.pipeline.run.warm_start import start_from
+
+__all__ = ["build", "build_model", "check_encoder", "pick_device"]
+
+
+def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
+    """A run that is ready for its next step.
+
+    Opens the data, looks at the run folder, makes the model and its optimizers, and then either
+    loads the last checkpoint or starts the run folder. Arguments and errors are those of ``train``.
+
+    Collectives: on the default group.
+    """
+    group, folder, name = default_group(), Path(config.output), encoder_name(encoder)
+    with contextlib.ExitStack() as held:
+        lock = RunLock(folder)
+        held.callback(lock.release)
+        prepared = on_this_rank(lambda: Prepared.open(config.data), group)
+        is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
+        batches = on_this_rank(lambda: _open_batches(config, prepared, group), group)
+        _check_validation(config.validation, prepared)
+        stepper = _build_stepper(config, prepared, encoder, len(batches))
+        checkpoints = open_checkpoints(folder, config, group)
+        found = None if is_new else restore(checkpoints, stepper, batches)
+        progress = found or Progress()
+        if found is None:
+            origin = start_from(config, prepared, stepper, name)
+            start = functools.partial(start_run, config, prepared, name, origin)
+            begun = started(config, start, lock, progress, is_new=is_new)
+            on_first_rank(lambda: held.enter_context(begun), group)
+        if not is_new:
+            on_first_rank(lambda: rewind(config, progress.step, size_of(group)), group)
+        checkpoints.group = held.enter_context(writing_group(group))
+        return Run(
+            config=config,
+            prepared=prepared,
+            batches=batches,
+            stepper=stepper,
+            writer=CheckpointWriter(checkpoints, background=config.checkpoints.background),
+            progress=progress,
+            is_new=is_new,
+            held=held.pop_all(),
+        )
+
+
+def build_model(
+    config: TrainConfig,
+    num_items: int,
+    encoder: nn.Module | None,
+    group: dist.ProcessGroup | None,
+) -> Model:
+    """An untrained model: the same encoder on every rank, and this rank's rows.
+
+    Args:
+        config: of the run.
+        num_items: V.
+        encoder: used instead of the one the config describes; rank 0's weights count.
+        group: the ranks that share the catalog; None for one process.
+
+    Raises:
+        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
+            not there, on this rank or another.
+
+    Collectives: an all-gather of small objects, a broadcast of the encoder's weights, and the
+    collectives of ``Catalog``.
+    """
+    device = on_this_rank(lambda: pick_device(config.device), group)
+    own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
+    own = own.to(device)
+    if encoder is not None:
+        on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
+    if group is not None:
+        for tensor in own.state_dict().values():
+            dist.broadcast(tensor, 0, group=group)
+    catalog = Catalog(
+        num_items,
+        config.encoder.width,
+        config.catalog,
+        group=group,
+        device=device,
+        seed=config.seed,
+    )
+    return Model(own, catalog, config.precision, normalize=config.loss.normalize)
+
+
+@torch.no_grad()
+def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
+    """Refuse an encoder of the wrong shape, or one that looks ahead.
+
+    Raises:
+        ValueError: it returns another shape, or its first state changes with the last vector.
+    """
+    was_training = encoder.training
+    vectors = torch.ones(2, 2, width, device=device)
+    vectors[1, 1] = torch.linspace(-2, 2, width, device=device)
+    states = encoder.eval()(vectors)
+    encoder.train(was_training)
+    if states.shape != vectors.shape:
+        raise ValueError(
+            f"encoder must return shape {tuple(vectors.shape)} for that input, got "
+            f"{tuple(states.shape)}; give a module from (B, L, D) to (B, L, D)"
+        )
+    if not torch.allclose(states[0, 0], states[1, 0], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            "encoder must be causal, got one whose first state changes with the second item; "
+            "mask the future, or it will be trained on its own targets"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means on this rank.
+
+    Raises:
+        ValueError: CUDA is asked for and does not answer.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError(
+            "device must be one that is there, got cuda without a GPU; use auto or cpu"
+        )
+    use_cuda = found and name != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def _open_batches(
+    config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
+) -> TrainingBatches:
+    return TrainingBatches(
+        prepared,
+        config.batches,
+        max_length=config.encoder.max_length,
+        rank=rank_of(group),
+        world_size=size_of(group),
+        seed=config.seed,
+    )
+
+
+def _build_stepper(
+    config: TrainConfig, prepared: Prepared, encoder: nn.Module | None, num_batches: int
+) -> Stepper:
+    group = default_group()
+    counts = on_this_rank(prepared.item_counts, group)
+    model = build_model(config, prepared.num_items, encoder, group)
+    return Stepper(
+        model,
+        config.loss,
+        config.optimizer,
+        seed=config.seed,
+        total_steps=_total_steps(config.limits, -(-num_batches // config.optimizer.accumulate)),
+        item_counts=counts.to(model.device),
+    )
+
+
+def _total_steps(limits: LimitConfig, steps_per_epoch: int) -> int | None:
+    """The step at which the run ends, where steps or epochs are limited."""
+    by_epochs = None if limits.max_epochs is None else limits.max_epochs * steps_per_epoch
+    known = [steps for steps in (limits.max_steps, by_epochs) if steps is not None]
+    return min(known, default=None)
+
+
+def _check_validation(config: ValidationConfig, prepared: Prepared) -> None:
+    if config.is_on and not prepared.manifest.counts["validation_users"]:
+        raise ValueError(
+            "validation must be off where the data has no validation users, got "
+            f"every_epochs={config.every_epochs} and every_steps={config.every_steps}; set "
+            "validation.every_epochs=none, or prepare with validation users"
+        )

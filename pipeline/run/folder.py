@@ -1,0 +1,161 @@
+"""The folder of a run.
+
+::
+
+    config.json       the complete config
+    run.json          which data it belongs to, which encoder it trains, versions
+    metrics.jsonl     steps, validations, checkpoints, end
+    tensorboard/      the same as scalars
+    checkpoints/      the last few and the best, unless they are elsewhere
+    end.json          how the run ended; until it is there the run is interrupted
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from shardrec.pipeline.checkpoint.state import versions
+from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
+from shardrec.pipeline.config import from_json, to_json
+from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
+from shardrec.pipeline.outputs.staging import settle
+from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.run.config import TrainConfig
+
+__all__ = [
+    "END",
+    "METRICS",
+    "OWN_ENCODER",
+    "encoder_name",
+    "open_checkpoints",
+    "open_run",
+    "read_run",
+    "require_new",
+    "start_run",
+    "write_config",
+]
+
+END = "end.json"
+METRICS = "metrics.jsonl"
+OWN_ENCODER = "shardrec"
+_REMEDY = "use the version of shardrec that wrote it, or train again in another folder"
+
+
+def encoder_name(encoder: nn.Module | None) -> str:
+    """How run.json names the encoder: "shardrec", or the class of a module handed in."""
+    return OWN_ENCODER if encoder is None else type(encoder).__qualname__
+
+
+def start_run(
+    config: TrainConfig,
+    prepared: Prepared,
+    encoder: str = OWN_ENCODER,
+    origin: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make the run folder and write into it what the run is; the folder.
+
+    Args:
+        config: of the run; ``config.output`` is the folder.
+        prepared: the data.
+        encoder: its name, as ``encoder_name`` gives it.
+        origin: JSON; what ``start_from`` took over from an earlier run.
+    """
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    details = {
+        "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
+        "encoder": encoder,
+        "init_from": origin,
+        "versions": versions(),
+    }
+    write_config(config, folder)
+    # A folder is a run once it has this file, so it comes last.
+    write_atomically(folder / "run.json", json.dumps(details, indent=1))
+    return folder
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write the complete config into a run folder."""
+    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
+
+
+def open_checkpoints(
+    folder: Path, config: TrainConfig, group: dist.ProcessGroup | None = None
+) -> Checkpoints:
+    """The checkpoints of the run in ``folder``, which may have been moved since it started."""
+    where = config.checkpoints.folder or folder / "checkpoints"
+    return Checkpoints(where, group, config.checkpoints.keep)
+
+
+def require_new(folder: Path) -> Path:
+    """The folder, if it does not exist or is empty.
+
+    Raises:
+        FileExistsError: it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"output must be a new or empty folder, got {folder}, which holds another run or other "
+            "files; choose another name, remove it, or resume the run"
+        )
+    return folder
+
+
+def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
+    """The config of a run that belongs to ``prepared``.
+
+    ``own_encoder`` says whether the encoder will be built from the config.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: the run was trained on other data, or with an encoder that was handed in, or a
+            file of it is damaged.
+    """
+    details, config = read_run(folder)
+    data = details["data"]
+    if data["fingerprint"] != prepared.fingerprint:
+        raise ValueError(
+            f"the run must belong to the prepared data, got {folder} of {config.data} with "
+            f"{data['num_items']} items, and data with {prepared.num_items} items and another "
+            "fingerprint; give the folder the run was trained on, or train again"
+        )
+    if own_encoder and details["encoder"] != OWN_ENCODER:
+        raise ValueError(
+            f"encoder must be given for a run that trained {details['encoder']}, got none; "
+            "pass a module of the same shapes"
+        )
+    return config
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """What run.json of a run folder says, and its config.
+
+    Raises:
+        FileNotFoundError: it is not a run folder.
+        ValueError: a file is damaged or of another version; the message names it.
+    """
+    details = _read_file(folder, "run.json", {"data": dict, "encoder": str})
+    where = f"'data' in {folder / 'run.json'}"
+    require_shape(details["data"], {"fingerprint": str, "num_items": int}, where, _REMEDY)
+    stored = _read_file(folder, "config.json", {})
+    try:
+        return details, from_json(TrainConfig, stored)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} must be the config of a run: {error}; {_REMEDY}"
+        ) from error
+
+
+def _read_file(folder: Path, name: str, shape: Shape) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        settle(folder)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run must be a folder that train wrote, got {folder} without {name}; check the path"
+        )
+    return read_object(path, shape, _REMEDY)
