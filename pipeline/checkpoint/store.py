@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -58,7 +57,6 @@ __all__ = [
     "StoredCheckpoint",
     "load_checkpoint",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 METADATA, STATE = "metadata.json", "state.json"
@@ -315,16 +313,6 @@ class StoredCheckpoint:
                 no_dist=True,
             )
         return tensors
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing: under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _numbers(content: bytes) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from shardrec.pipeline.log.sort import Block, SortedLog
 from shardrec.pipeline.log.split import Cuts, positions
-from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
+from shardrec.pipeline.outputs.files import FileEntry, describe_file
+from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME
 
 Array = npt.NDArray[Any]
 _GROUPS_PER_PART = 256

@@ -30,12 +30,17 @@ from shardrec.modules.option_checks import (
     require_within,
 )
 from shardrec.pipeline.checkpoint.state import versions
-from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints, write_atomically
+from shardrec.pipeline.checkpoint.store import CheckpointConfig, Checkpoints
 from shardrec.pipeline.config import from_json, to_json, unknown_name
 from shardrec.pipeline.init_config import InitConfig
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.model.model import Model, Precision
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
+from shardrec.pipeline.outputs.json_files import (
+    Shape,
+    read_object,
+    require_shape,
+    write_atomically,
+)
 from shardrec.pipeline.outputs.staging import settle
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
 from shardrec.pipeline.ranks import on_this_rank
