@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def evaluate(
     length = source.config.encoder.max_length
     metrics = users.measure(model.last_states, model.scored_shard(), length)
     which = {"which": checkpoint, "folder": source.checkpoint.name, "step": progress["step"]}
-    return _with_numbers(report.finish(users.details(metrics) | {"checkpoint": which}))
+    return _with_numbers(report.finish(lambda: users.details(metrics) | {"checkpoint": which}))
 
 
 def evaluate_popularity(
@@ -107,25 +107,25 @@ def evaluate_popularity(
             return dict(found["metrics"])
     metrics = users.measure(_same_state, _popularity_shard(users.prepared, users.group), 1)
     if report is not None:
-        report.finish(users.details(metrics))
+        report.finish(lambda: users.details(metrics))
     return metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Users:
-    """Whose items are ranked, and how."""
+    """Evaluation users and how they are ranked."""
 
     prepared: Prepared
     split: Split
     config: MeasureConfig
     group: dist.ProcessGroup | None
-    started: float = field(default_factory=time.monotonic)
+    started: float
 
     @classmethod
     def open(cls, data: str, split: Split, config: MeasureConfig | None) -> "_Users":
-        group = default_group()
+        started, group, config = time.monotonic(), default_group(), config or MeasureConfig()
         prepared = on_this_rank(lambda: Prepared.open(data), group)
-        return cls(prepared=prepared, split=split, config=config or MeasureConfig(), group=group)
+        return cls(prepared=prepared, split=split, config=config, group=group, started=started)
 
     @property
     def request(self) -> dict[str, Any]:

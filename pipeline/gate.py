@@ -117,7 +117,7 @@ def gate(config: GateConfig) -> Verdict:
     passed, reason = judge(config, evaluation["metrics"][config.metric], value)
     published = {"number": current and current.number, "value": value, "measured": how}
     verdict = {"passed": passed, "reason": reason, "evaluation": evaluation, "published": published}
-    return Verdict(passed, reason, True, output.finish(verdict))
+    return Verdict(passed, reason, True, output.finish(lambda: verdict))
 
 
 def judge(config: GateConfig, value: float | None, published: float | None) -> tuple[bool, str]:

@@ -8,7 +8,15 @@ from typing import Any, BinaryIO
 
 from shardrec.pipeline.outputs.json_files import Shape, require_shape
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "check_files", "describe_file", "digest", "sha256"]
+__all__ = [
+    "MANIFEST_NAME",
+    "FileEntry",
+    "check_files",
+    "describe_file",
+    "describe_parquet",
+    "digest",
+    "sha256",
+]
 
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK_BYTES = 1 << 20
@@ -45,6 +53,14 @@ def describe_file(folder: Path, path: str, rows: int = 0, row_groups: int = 0) -
     )
 
 
+def describe_parquet(folder: Path, path: str) -> FileEntry:
+    """The entry of a Parquet file that has just been written below ``folder``."""
+    from pyarrow.parquet import read_metadata  # readers of manifests do without
+
+    footer = read_metadata(folder / path)
+    return describe_file(folder, path, footer.num_rows, footer.num_row_groups)
+
+
 def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bool) -> None:
     """Refuse an output whose files are not the ones that its manifest lists.
 
@@ -72,7 +88,9 @@ def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bo
                 f"the SHA-256 of {str(path)!r} must be {entry['sha256']}, got another; {remedy}"
             )
         if size != entry["bytes"]:
-            raise ValueError(f"{str(path)!r} must have {entry['bytes']} bytes, got {size}; {remedy}")
+            raise ValueError(
+                f"{str(path)!r} must have {entry['bytes']} bytes, got {size}; {remedy}"
+            )
 
 
 def sha256(path: Path) -> str:

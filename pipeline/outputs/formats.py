@@ -1,4 +1,4 @@
-"""The formats of what stages write: their names, who writes them, what their manifests must hold."""
+"""The formats of what stages write: name, version, command, and what a manifest must hold."""
 
 from dataclasses import dataclass
 

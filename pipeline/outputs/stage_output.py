@@ -81,14 +81,14 @@ class StageOutput:
 
     def finish(
         self,
-        details: Mapping[str, Any],
+        details: Callable[[], Mapping[str, Any]],
         folder: Path | None = None,
         files: Sequence[FileEntry] = (),
     ) -> dict[str, Any]:
         """Write the manifest, or the file that is the output, and return it on every rank.
 
         Args:
-            details: what it says in addition to the request, on rank 0.
+            details: more for the manifest; called on rank 0 when all files are written.
             folder: the result of ``write``; None if the output is one file.
             files: what this rank has written in the folder.
 
@@ -100,7 +100,7 @@ class StageOutput:
         entries = [entry for part in self._on_all_ranks(lambda: files) for entry in part]
 
         def finish() -> dict[str, Any]:
-            manifest = self._head() | dict(details)
+            manifest = self._head() | dict(details())
             if folder is not None:
                 manifest["files"] = [dataclasses.asdict(entry) for entry in entries]
             path = self.path if folder is None else folder / MANIFEST_NAME

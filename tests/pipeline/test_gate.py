@@ -13,8 +13,7 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog import CatalogConfig
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.export import ExportConfig, export
-from shardrec.pipeline.gate import GateConfig, Verdict, gate
-from shardrec.pipeline.measure_export import measure_export
+from shardrec.pipeline.gate import GateConfig, Verdict, gate, measure_export
 from shardrec.pipeline.model.measure import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.prepared.folder import Prepared
