@@ -8,15 +8,7 @@ from typing import Any, BinaryIO
 
 from shardrec.pipeline.outputs.json_files import Shape, require_shape
 
-__all__ = [
-    "MANIFEST_NAME",
-    "FileEntry",
-    "check_files",
-    "describe_file",
-    "describe_parquet",
-    "digest",
-    "sha256",
-]
+__all__ = ["MANIFEST_NAME", "FileEntry", "check_files", "describe_file", "digest", "sha256"]
 
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK_BYTES = 1 << 20

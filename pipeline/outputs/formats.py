@@ -4,19 +4,10 @@ from dataclasses import dataclass
 
 from shardrec.pipeline.outputs.json_files import Shape
 
-__all__ = [
-    "EXPORT",
-    "GATE",
-    "METRICS",
-    "POINTER",
-    "PREPARED",
-    "RECOMMENDATIONS",
-    "SYNTH",
-    "Format",
-]
+__all__ = ["EXPORT", "GATE", "METRICS", "POINTER", "PREPARED", "RECOMMENDATIONS", "SYNTH", "Format"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Format:
     """A kind of output: a folder with ``manifest.json`` in it, or one file.
 
@@ -24,19 +15,24 @@ class Format:
         name: value of the manifest's key "format".
         what: what to call such an output.
         maker: command that writes it.
-        remedy: what to do about a damaged one.
         shape: keys that its manifest (a file: itself) must have in addition to format and version.
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
+        hint: what to do about a damaged one, if the command cannot make another.
     """
 
     name: str
     what: str
     maker: str
-    remedy: str
     shape: Shape
     is_folder: bool = True
     version: int = 1
+    hint: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged one, for messages."""
+        return self.hint or f"make another with `{self.maker} --force`"
 
     @property
     def noun(self) -> str:
@@ -44,65 +40,33 @@ class Format:
         return "folder" if self.is_folder else "file"
 
 
-_NONE = type(None)
-SYNTH = Format(
-    name="shardrec.synth",  # also the key of the note in the Parquet file's footer
-    what="a log",
-    maker="shardrec synth",
-    remedy="generate it again",
-    shape={"request": dict, "report": dict},
-    is_folder=False,
-)
-PREPARED = Format(
-    name="shardrec.prepared",
-    what="a prepared folder",
-    maker="shardrec prepare",
-    remedy="delete the folder and prepare again",
-    shape={
-        **{"shardrec_version": str, "config": dict, "source": dict, "columns": dict},
-        **{"split": dict, "counts": dict, "quantiles": dict, "load_per_rank": dict, "files": list},
-    },
-)
+_NUMBER = (int, type(None))
+_REQUEST: Shape = {"request": dict}
+_FILES: Shape = {"request": dict, "files": list}
+_PREPARED: Shape = {
+    **{"shardrec_version": str, "config": dict, "source": dict, "columns": dict, "split": dict},
+    **{"counts": dict, "quantiles": dict, "load_per_rank": dict, "files": list},
+}
+_EXPORT: Shape = {
+    **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
+}
+_GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
+_POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
+
+# The name is also the key of a note in the footer of the Parquet file.
+SYNTH = Format("shardrec.synth", "a log", "shardrec synth", _REQUEST, is_folder=False)
+PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", _PREPARED)
 METRICS = Format(
-    name="shardrec.metrics",
-    what="a report",
-    maker="shardrec evaluate",
-    remedy="make it with `shardrec evaluate --force`",
-    shape={"request": dict, "metrics": dict},
-    is_folder=False,
+    "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
-RECOMMENDATIONS = Format(
-    name="shardrec.recommendations",
-    what="a folder of lists",
-    maker="shardrec recommend",
-    remedy="recommend again",
-    shape={"request": dict, "files": list},
-)
-EXPORT = Format(
-    name="shardrec.export",
-    what="an export",
-    maker="shardrec export",
-    remedy="export again",
-    shape={
-        **{"request": dict, "files": list, "catalog_version": str, "scores": str},
-        **{"num_items": int, "width": int, "max_length": int},
-    },
-)
-GATE = Format(
-    name="shardrec.gate",
-    what="a report",
-    maker="shardrec gate",
-    remedy="make it with `shardrec gate --force`",
-    shape={
-        **{"request": dict, "passed": bool, "reason": str, "evaluation": dict, "published": dict},
-    },
-    is_folder=False,
-)
+RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
+GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(
-    name="shardrec.published",
-    what="a pointer",
-    maker="shardrec publish",
-    remedy="restore it from a copy, or remove it and publish an export again",
-    shape={"current": (int, _NONE), "publications": list, "swaps": list},
+    "shardrec.published",
+    "a pointer",
+    "shardrec publish",
+    _POINTER,
     is_folder=False,
+    hint="restore it from a copy, or remove it and publish an export again",
 )

@@ -18,15 +18,7 @@ from pathlib import Path
 
 from shardrec.pipeline.outputs.lock import lock_file
 
-__all__ = [
-    "find_file",
-    "locked",
-    "partial_of",
-    "put_in_place",
-    "settle",
-    "staged_file",
-    "staged_folder",
-]
+__all__ = ["find_file", "locked", "partial_of", "put_in_place", "settle", "staged_folder"]
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>

@@ -25,16 +25,7 @@ from shardrec.pipeline.outputs.lock import lock_file
 from shardrec.pipeline.outputs.stage_output import read_output
 from shardrec.pipeline.outputs.staging import find_file
 
-__all__ = [
-    "Publication",
-    "Published",
-    "Served",
-    "export_folder",
-    "read_export",
-    "read_published",
-    "require_unchanged",
-    "update",
-]
+__all__ = ["Publication", "Published", "Served", "export_folder", "read_export", "read_published"]
 
 _ENTRY: Shape = {
     **{"number": int, "export": str, "manifest": str, "lists": (str, type(None)), "source": dict},
@@ -71,8 +62,8 @@ class Publication:
 
     def is_same_as(self, other: "Publication") -> bool:
         """Whether both publish the same export and lists."""
-        names = ("export", "manifest", "lists")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        ours, theirs = ((p.export, p.manifest, p.lists) for p in (self, other))
+        return ours == theirs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
