@@ -14,8 +14,8 @@ them, with what precedes the split as history. Items first seen after the split 
 with count 0 (unless ``min_item_events`` asks for training events), and users without history before
 it are counted and left out. Events of one user at one time keep the order of the log.
 
-The day after, ``items`` names the ``items.parquet`` of an earlier folder, whose items keep their
-indices: see ``former_items.py``.
+The day after, ``items`` names the ``items.parquet`` of an earlier folder; its items keep their
+indices: see ``log/item_indices.py``.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def prepare_once(config: PrepareConfig) -> Preparation:
             group and column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
-        PermissionError: nothing can be written beside the output folder.
+        PermissionError: nothing can be written next to the output folder.
     """
     started = time.monotonic()
     log = EventLog.open(config.events, config.columns())

@@ -1,4 +1,4 @@
-"""Generated event logs whose best possible metrics are known.
+"""The synth stage: generated event logs with known best possible metrics.
 
 ``shardrec.pipeline.log.generator`` draws the events. This stage writes them to Parquet and judges a
 few simple rankings on them.
@@ -193,7 +193,7 @@ class _Judge:
         )
 
     def _sampled(self, users: Ints) -> Ints:
-        """Positions of the users whose running share of the sample steps over an integer."""
+        """Positions of the users at which the running share of the sample passes an integer."""
         config = self.world.config
         wanted = min(config.report_users, config.users)
         return np.flatnonzero((users + 1) * wanted // config.users > users * wanted // config.users)

@@ -154,7 +154,7 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
 
     Args:
         path: the pointer; made if there is none.
-        change: from what the pointer holds to what it shall hold. If it raises, the pointer stays.
+        change: from the present content to the new one; if it raises, the pointer stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:

@@ -186,7 +186,7 @@ def test_four_times_the_events_need_no_more_memory(tmp_path: Path) -> None:
         "ARROW_DEFAULT_MEMORY_POOL": "system",
     }
     peaks = []
-    for events in (500_000, 2_000_000):
+    for events in (250_000, 1_000_000):
         command = [sys.executable, "-P", script, str(tmp_path / "log.parquet"), str(events)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
