@@ -8,8 +8,6 @@ from typing import Any, BinaryIO
 
 from shardrec.pipeline.outputs.json_files import Shape, require_shape
 
-__all__ = ["MANIFEST_NAME", "FileEntry", "check_files", "describe_file", "digest", "sha256"]
-
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK_BYTES = 1 << 20
 _ENTRY: Shape = {"path": str, "bytes": int, "sha256": str}

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from shardrec.pipeline.outputs.lock import lock_file
 
-__all__ = ["find_file", "locked", "partial_of", "put_in_place", "settle", "staged_folder"]
-
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)

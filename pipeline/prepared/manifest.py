@@ -16,8 +16,6 @@ from shardrec.pipeline.outputs.formats import PREPARED
 from shardrec.pipeline.outputs.json_files import Shape, require_shape, write_atomically
 from shardrec.pipeline.outputs.stage_output import read_output
 
-__all__ = ["ITEMS_NAME", "ITEM_MAP_NAME", "Manifest", "read_manifest", "write_manifest"]
-
 ITEMS_NAME = "items.parquet"
 ITEM_MAP_NAME = "item_map.parquet"
 _PARTS: dict[str, Shape] = {

@@ -25,8 +25,6 @@ from shardrec.pipeline.outputs.lock import lock_file
 from shardrec.pipeline.outputs.stage_output import read_output
 from shardrec.pipeline.outputs.staging import find_file
 
-__all__ = ["Publication", "Published", "Served", "export_folder", "read_export", "read_published"]
-
 _ENTRY: Shape = {
     **{"number": int, "export": str, "manifest": str, "lists": (str, type(None)), "source": dict},
     **{"catalog_version": str, "evaluation": (dict, type(None)), "previous": (int, type(None))},

@@ -140,9 +140,7 @@ def test_first_model_passes_unless_below_the_minimum(good: Day, tmp_path: Path) 
     assert not refused.passed and "is below the minimum 0.9900" in refused.reason
 
 
-def test_gate_rejects_regression_beyond_tolerance(
-    poor: Day, pointer: Path, good: Day
-) -> None:
+def test_gate_rejects_regression_beyond_tolerance(poor: Day, pointer: Path, good: Day) -> None:
     verdict = asked(poor, pointer)
     assert not verdict.passed and verdict.is_new
     stored = json.loads(Path(f"{pointer}.poor").read_text())
@@ -198,9 +196,7 @@ def test_rollback_serves_the_good_model_after_a_poor_one(
     assert all(ours != theirs for ours, theirs in zip(good_lists, poor_lists, strict=True))
 
 
-def test_gate_and_publish_of_a_published_run_are_idempotent(
-    good: Day, pointer: Path
-) -> None:
+def test_gate_and_publish_of_a_published_run_are_idempotent(good: Day, pointer: Path) -> None:
     assert not asked(good, pointer).is_new
     again = PublishConfig(export=good.export, published=str(pointer), gate=f"{pointer}.good")
     assert not publish(again).is_new

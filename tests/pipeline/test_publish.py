@@ -185,9 +185,7 @@ def test_the_gate_must_be_passed_by_these_weights_against_the_current_publicatio
     assert not published_with(str(tmp_path / "g")).is_new
 
 
-def test_publish_refuses_lists_of_other_weights(
-    pointer: Path, tmp_path: Path
-) -> None:
+def test_publish_refuses_lists_of_other_weights(pointer: Path, tmp_path: Path) -> None:
     export = write_export(tmp_path / "new", "wednesday")
     lists = tmp_path / "lists"
     lists.mkdir()
