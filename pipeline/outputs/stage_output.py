@@ -74,6 +74,7 @@ class StageOutput:
 
         Collectives: two gathers of small objects.
         """
+        # Rank 0 locks, makes and renames the folders; the others go on when the output is in place.
         with contextlib.ExitStack() as stack:
             folders = staged_folder(self.path, replace=self.force)
             yield self._on_first_rank(lambda: stack.enter_context(folders))
