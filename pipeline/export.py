@@ -4,7 +4,7 @@
 
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
     encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L
-    items.faiss                         where an index is asked for
+    items.faiss                         if an index is asked for
     manifest.json                       run, data, catalog version, files; written last
 
 ``shardrec.pipeline.serve`` reads it without the training stack.
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.pipeline.model.model import Model
-from shardrec.pipeline.outputs.stage_output import SharedOutput
+from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_parquet
+from shardrec.pipeline.outputs.formats import EXPORT
+from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.manifest import FileEntry, describe_file
 from shardrec.pipeline.ranks import (
     default_group,
     on_all_ranks,
@@ -39,7 +40,7 @@ from shardrec.pipeline.ranks import (
     size_of,
 )
 from shardrec.pipeline.run.trained import Source
-from shardrec.pipeline.serve import ENCODER, FORMAT, Recommender, read_recommender
+from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
@@ -73,7 +74,7 @@ class ExportConfig:
     block_rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Refuse blocks of no rows, and the search of no index."""
+        """Refuse empty blocks, and options of an index that is not built."""
         if self.block_rows < 1:
             raise ValueError(f"block_rows must be at least 1, got {self.block_rows}; raise it")
         if self.faiss is None and self.faiss_search is not None:
@@ -90,11 +91,11 @@ class ExportConfig:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What ``export`` wrote, or found already written.
+    """The output of ``export``.
 
     Attributes:
         manifest: of the output folder.
-        is_new: False where the output was there and nothing had to be done.
+        is_new: False if the output was there and nothing had to be done.
         seconds: wall time.
     """
 
@@ -108,7 +109,7 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
 
     Args:
         config: the same on every rank.
-        encoder: the module handed to ``train``, where one was.
+        encoder: the module given to ``train``, if any.
 
     Returns:
         The manifest, the same on every rank.
@@ -118,7 +119,7 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
         FileExistsError: the output folder holds something else.
         ValueError: the run does not fit the data, ``torch.export`` cannot trace the encoder, or
             FAISS cannot make the index.
-        RuntimeError: the encoder that was written does not answer as the live one.
+        RuntimeError: the encoder that was written gives other states than the live one.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -126,18 +127,19 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     source = Source.find(config.run, prepared, config.checkpoint, encoder)
     index = config.index
-    request = {
-        "source": source.identity,
-        "faiss": None if index is None else dataclasses.asdict(index),
-    }
-    output = SharedOutput(Path(config.output), FORMAT, request, group, config.force)
-    found = output.finished()
+    request = {"source": source.identity, "faiss": index and dataclasses.asdict(index)}
+    output = StageOutput(
+        path=Path(config.output), format=EXPORT, request=request, force=config.force, group=group
+    )
+    found = output.find()
     if found is not None:
         return Exported(found, False, time.monotonic() - started)
     on_first_rank(lambda: _check_index(index, source), group)
     model = source.load(prepared, encoder)
     work = on_this_rank(lambda: _Work(config, model, source, prepared), group)
-    manifest = output.write(work.write, work.details)
+    with output.write() as (folder, _):
+        files = work.write(folder)
+        manifest = output.finish(work.details, folder, files)
     return Exported(manifest, True, time.monotonic() - started)
 
 
@@ -168,7 +170,7 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
 
 
 class _Work:
-    """This rank's rows; encoder and index too on rank 0."""
+    """Writes this rank's rows, and on rank 0 the encoder and the index."""
 
     def __init__(
         self, config: ExportConfig, model: Model, source: Source, prepared: Prepared
@@ -178,10 +180,6 @@ class _Work:
         self.measured: dict[str, Any] = {}
 
     def write(self, folder: Path) -> list[FileEntry]:
-        """Write this rank's files.
-
-        Collectives: two gathers of small objects.
-        """
         group = self.model.group
         written = on_all_ranks(lambda: self._write_rows(folder), group)
         rows = [entry for entries in written for entry in entries]
@@ -190,7 +188,7 @@ class _Work:
         return written[rank] + (more if rank == 0 else [])
 
     def details(self) -> dict[str, Any]:
-        """What the manifest says besides the request; complete on rank 0."""
+        """The manifest without its request; complete on rank 0."""
         config = self.source.config.encoder
         return {
             "catalog_version": self.ids.version,
@@ -219,11 +217,9 @@ class _Work:
             for start in range(0, shard.rows.shape[0], block_rows):
                 rows = shard.rows.detach()[start : start + block_rows].cpu()
                 writer.write_table(self._table(rows, shard.first_row + start, schema))
-        footer = pq.read_metadata(folder / name)
-        return [describe_file(folder, name, footer.num_rows, footer.num_row_groups)]
+        return [describe_parquet(folder, name)]
 
     def _table(self, rows: Tensor, first: int, schema: pa.Schema) -> pa.Table:
-        """One block of rows with their ids."""
         items = np.arange(first, first + len(rows))
         values = pa.array(rows.contiguous().view(-1).numpy())
         vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
@@ -238,7 +234,7 @@ class _Work:
         self.measured["encoder_difference"] = encoder_difference(
             folder / ENCODER, encoder, config.width, config.max_length
         )
-        return [describe_file(folder, ENCODER, 0, 0)]
+        return [describe_file(folder, ENCODER)]
 
     def _index(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
         """Build the index from the Parquet that all ranks have written."""
@@ -250,7 +246,7 @@ class _Work:
         states = _example_states(served, self.prepared)
         path = folder / INDEX
         self.measured["faiss"] = build_index(path, index, served.scored, served.allowed, states)
-        return [describe_file(folder, INDEX, 0, 0)]
+        return [describe_file(folder, INDEX)]
 
 
 @torch.no_grad()
@@ -258,7 +254,7 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
     """The largest difference between a written program and the live encoder, over some shapes.
 
     Raises:
-        RuntimeError: it is more than rounding explains.
+        RuntimeError: it is larger than rounding explains.
     """
     program, alone = torch.export.load(path).module(), copy.deepcopy(encoder).cpu().eval()
     generator, worst = torch.Generator().manual_seed(1), 0.0
@@ -278,7 +274,7 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
 
 @torch.no_grad()
 def _example_states(served: Recommender, prepared: Prepared) -> Tensor:
-    """(Q, D) states after training sequences: what users will ask the index for."""
+    """(Q, D) states after training sequences, as queries for the index."""
     file = pq.ParquetFile(prepared.train_files[0])
     batch = next(file.iter_batches(_QUERIES, columns=["items"]))
     histories = [torch.tensor(items) for items in batch.column("items").to_pylist()]

@@ -1,27 +1,36 @@
-"""The gate: may an evaluated run take the place of the published model?
+"""The gate stage: may an evaluated run replace the published model?
 
-Both are compared on the same users. Where the published model was measured on them already, by the
-same options, that figure counts. Otherwise, as after every retraining on newer data, it is measured
-again: its export ranks the users of the new run, with the items it knows.
+Both are compared on the same users. If the published model was measured on them when it was
+published, by the same options, that value counts. Otherwise, as after every retraining on newer
+data, its export is measured now, on the users of the new run and with the items it knows.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.evaluate import FORMAT as METRICS_FORMAT
-from shardrec.pipeline.measure_export import measure_export
 from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.outputs.formats import GATE, METRICS
 from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.stage_output import StageOutput, read_output
 from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.loader import EvaluationBatches
+from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.served.pointer import Publication, read_published, require_unchanged
-from shardrec.pipeline.stored_report import StoredReport, read_report
 
-__all__ = ["FORMAT", "GateConfig", "Verdict", "gate"]
+if TYPE_CHECKING:
+    from shardrec.pipeline.model.measure import Split
 
-FORMAT = "shardrec.gate"
+__all__ = ["GateConfig", "Verdict", "gate", "judge", "measure_export"]
+
+_NEVER = -1e30  # score of an item that the export does not know
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +60,7 @@ class GateConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Refuse a tolerance that is not a share."""
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}; 0.02 is 2 %")
 
@@ -63,13 +72,13 @@ class GateConfig:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What ``gate`` decided, or found already decided.
+    """The answer of ``gate``.
 
     Attributes:
         passed: whether the run may be published.
         reason: the comparison in one line.
-        is_new: False where the report was there and nothing had to be done.
-        report: what was written.
+        is_new: False if the report was there and nothing had to be done.
+        report: content of the report.
     """
 
     passed: bool
@@ -79,16 +88,10 @@ class Verdict:
 
 
 def gate(config: GateConfig) -> Verdict:
-    """Compare a run with what is published and write the verdict, whatever it is.
+    """Compare a run with the published model and write the verdict, whatever it is.
 
-    The same question asked again is not worked on again; where another model was published since,
-    it is another question, and the report is replaced.
-
-    Args:
-        config: run, pointer and rule.
-
-    Returns:
-        The verdict.
+    A question that was answered is not worked on again. If another model was published since, it
+    is another question, and the report is replaced.
 
     Raises:
         FileNotFoundError: the run was not evaluated, or the published export is gone.
@@ -97,9 +100,9 @@ def gate(config: GateConfig) -> Verdict:
 
     Collectives: none; one process holds the published vectors, as one that serves them does.
     """
-    evaluation = _evaluation(config)
+    evaluation = _read_evaluation(config)
     prepared = Prepared.open(config.prepared)
-    _require_data(config, prepared, evaluation)
+    _check_data(config, prepared, evaluation)
     current = read_published(Path(config.published)).current
     request = {
         "evaluation": evaluation["source"] | evaluation["protocol"],
@@ -107,31 +110,24 @@ def gate(config: GateConfig) -> Verdict:
         "tolerance": config.tolerance,
         "minimum": config.minimum,
     }
-    shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
-    stored = StoredReport(config.report, FORMAT, request, config.force, shape)
-    found = stored.finished()
+    output = StageOutput(path=config.report, format=GATE, request=request, force=config.force)
+    found = output.find()
     if found is not None and _still_holds(found, current):
         return Verdict(found["passed"], found["reason"], False, found)
-    theirs, how = _published_value(config, prepared, evaluation, current)
-    passed, reason = judge(config, evaluation["metrics"][config.metric], theirs)
-    report = stored.write(
-        {
-            "passed": passed,
-            "reason": reason,
-            "evaluation": evaluation,
-            "published": {"number": current and current.number, "value": theirs, "measured": how},
-        }
-    )
-    return Verdict(passed, reason, True, report)
+    value, how = _published_value(config, prepared, evaluation, current)
+    passed, reason = judge(config, evaluation["metrics"][config.metric], value)
+    published = {"number": current and current.number, "value": value, "measured": how}
+    verdict = {"passed": passed, "reason": reason, "evaluation": evaluation, "published": published}
+    return Verdict(passed, reason, True, output.finish(lambda: verdict))
 
 
-def judge(config: GateConfig, ours: float | None, theirs: float | None) -> tuple[bool, str]:
-    """Whether a value passes, and why.
+def judge(config: GateConfig, value: float | None, published: float | None) -> tuple[bool, str]:
+    """Whether a run's value passes, and why.
 
     Args:
         config: metric, tolerance and minimum.
-        ours: of the run; None where it is not a number.
-        theirs: of the published model; None where there is none.
+        value: of the run; None if it is not a number.
+        published: of the published model; None if there is none.
 
     Example:
         >>> rule = GateConfig(run="run", prepared="data", published="p.json", tolerance=0.1)
@@ -141,27 +137,72 @@ def judge(config: GateConfig, ours: float | None, theirs: float | None) -> tuple
         (False, 'NDCG@10 0.4400 is below 0.4500, 90 % of the published 0.5000')
     """
     name = config.metric
-    if ours is None or not math.isfinite(ours):
+    if value is None or not math.isfinite(value):
         return False, f"{name} is not a number"
-    if config.minimum is not None and ours < config.minimum:
-        return False, f"{name} {ours:.4f} is below the minimum {config.minimum:.4f}"
-    if theirs is None:
-        return True, f"{name} {ours:.4f}, and no published value to compare with"
-    needed = (1 - config.tolerance) * theirs
-    passed = ours >= needed
-    told = "is at least" if passed else "is below"
-    share = f"{100 * (1 - config.tolerance):g} % of the published {theirs:.4f}"
-    return passed, f"{name} {ours:.4f} {told} {needed:.4f}, {share}"
+    if config.minimum is not None and value < config.minimum:
+        return False, f"{name} {value:.4f} is below the minimum {config.minimum:.4f}"
+    if published is None:
+        return True, f"{name} {value:.4f}, and no published value to compare with"
+    needed = (1 - config.tolerance) * published
+    compared = "is at least" if value >= needed else "is below"
+    share = f"{100 * (1 - config.tolerance):g} % of the published {published:.4f}"
+    return value >= needed, f"{name} {value:.4f} {compared} {needed:.4f}, {share}"
 
 
-def _evaluation(config: GateConfig) -> dict[str, Any]:
-    """What was measured of the run: its source, on which users, by which options, and metrics."""
+def measure_export(
+    folder: Path, prepared: Prepared, config: "MeasureConfig", split: "Split"
+) -> dict[str, float]:
+    """Metrics of an export on the users of any prepared folder, also of a newer one.
+
+    Items are matched by the log's own ids. Items that the export does not know are skipped in
+    histories and rank behind all others, so that targets among them are missed, as they are when
+    the export serves these users. Items that only the export knows are no candidates.
+
+    Args:
+        folder: an export.
+        prepared: data of the users that are ranked.
+        config: list lengths and the seen filter.
+        split: which users.
+
+    Raises:
+        FileNotFoundError, ValueError: the export is not whole, or its ids are of another kind.
+
+    Collectives: none; the vectors must fit into this process.
+    """
+    from shardrec.pipeline.model.measure import measure  # torchmetrics loads matplotlib
+
+    model = Recommender.open(folder, min_count=0)
+    places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
+    is_known = places >= 0
+    # One more column, 1 in every state: there the rows are 0 or, for an unknown item, _NEVER.
+    rows = torch.zeros(len(places), model.scored.shape[1] + 1)
+    rows[is_known, :-1] = model.scored[places[is_known]]
+    rows[~is_known, -1] = _NEVER
+    length = model.manifest["max_length"]
+    batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
+    scorer = functools.partial(_states, model, places)
+    return measure(scorer, RowShard(rows, 0, len(rows), None), batches, config, prepared)
+
+
+def _states(model: Recommender, places: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
+    """(B, D + 1) states after the last known item; zeros and a 1 if none is known."""
+    rows = places[items]  # (B, L)
+    is_real = torch.arange(items.shape[1]) < lengths[:, None]
+    histories = [row[kept] for row, kept in zip(rows, is_real & (rows >= 0), strict=True)]
+    known = [index for index, history in enumerate(histories) if len(history)]
+    states = torch.zeros(len(items), model.scored.shape[1] + 1)
+    states[:, -1] = 1
+    if known:
+        states[known, :-1] = model.states([histories[index] for index in known])
+    return states
+
+
+def _read_evaluation(config: GateConfig) -> dict[str, Any]:
+    """The run's measurement: its source, the protocol (users and options), and the metrics."""
     path = Path(config.metrics or Path(config.run) / "metrics.json")
-    maker = "shardrec evaluate"
-    report = read_report(path, METRICS_FORMAT, maker, {"request": dict, "metrics": dict})
+    report = read_output(path, METRICS)
     asked = {"source": dict, "split": str, "ks": list, "filter_seen": bool}
-    again = f"make it with `{maker} --force`"
-    request = require_shape(report["request"], asked, f"'request' in {path}", again)
+    request = require_shape(report["request"], asked, f"'request' in {path}", METRICS.remedy)
     names = [name for name in report["metrics"] if "@" in name]
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
@@ -170,7 +211,7 @@ def _evaluation(config: GateConfig) -> dict[str, Any]:
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
 
-def _require_data(config: GateConfig, prepared: Prepared, evaluation: dict[str, Any]) -> None:
+def _check_data(config: GateConfig, prepared: Prepared, evaluation: dict[str, Any]) -> None:
     measured_on = evaluation["protocol"]["data"]
     if prepared.fingerprint != measured_on:
         raise ValueError(
@@ -196,12 +237,12 @@ def _published_value(
     """The published model's value on the users of the run, and how it is known."""
     if current is None:
         return None, "nothing is published"
-    known = current.evaluation
-    if known is not None and known["protocol"] == evaluation["protocol"]:
+    known, protocol = current.evaluation, evaluation["protocol"]
+    if known is not None and known["protocol"] == protocol:
         return known["metrics"][config.metric], "when it was published, on the same users"
-    folder = Path(config.published).parent / current.export
-    require_unchanged(folder, current)
-    protocol = evaluation["protocol"]
+    from shardrec.pipeline.model.measure import MeasureConfig  # torchmetrics loads matplotlib
+
+    folder = require_unchanged(Path(config.published), current)
     measure = MeasureConfig(ks=tuple(protocol["ks"]), filter_seen=protocol["filter_seen"])
     value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

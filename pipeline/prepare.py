@@ -43,14 +43,12 @@ from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
 from shardrec.pipeline.log.split import Cuts, split_log, training_counts
 from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
-from shardrec.pipeline.outputs.staging import settle, staged_folder
+from shardrec.pipeline.outputs.files import MANIFEST_NAME
+from shardrec.pipeline.outputs.formats import PREPARED
+from shardrec.pipeline.outputs.json_files import read_json
+from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.balance import describe_uneven_load, loads
-from shardrec.pipeline.prepared.manifest import (
-    Manifest,
-    holds_prepared,
-    read_manifest,
-    write_manifest,
-)
+from shardrec.pipeline.prepared.manifest import Manifest, parse_manifest, write_manifest
 
 __all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 
@@ -103,40 +101,41 @@ def prepare_once(config: PrepareConfig) -> Preparation:
     started = time.monotonic()
     log = EventLog.open(config.events, config.columns())
     former = None if config.items is None else FormerItems.open(config.items, log.item_type)
-    found = _find_result(config, _source(log, former))
+    source = _source(log, former)
+    output = _stage_output(config, source)
+    found = output.find()
     if found is not None:
         logging.getLogger(__name__).info("%s is complete already: nothing to do", config.output)
-        return Preparation(found, False, time.monotonic() - started)
-    with _explain_full_disk(config.output):
-        manifest = _prepare(config, log, former)
+        manifest = parse_manifest(found, output.path)
+        return Preparation(manifest, False, time.monotonic() - started)
+    with _explain_full_disk(config.output), output.write() as (folder, work):
+        events = sort_log(log, work, _sort_options(config), former)
+        manifest = _write(config, source, log, events, folder)
+        write_manifest(folder, manifest)
     return Preparation(manifest, True, time.monotonic() - started)
 
 
-def _find_result(config: PrepareConfig, source: dict[str, Any]) -> Manifest | None:
-    folder = Path(config.output)
-    settle(folder)
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if config.force and holds_prepared(folder):
-        return None
-    try:
-        manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        raise FileExistsError(
-            f"output must be a new folder or a complete result, got {str(folder)!r} ({error}); "
-            "choose another folder or delete it"
-        ) from error
-    ours = _stored_config(config)
-    theirs = _stored_config(PrepareConfig(events=".", output=".")) | manifest.config
-    changed = [name for name in ours if ours[name] != theirs[name]]
-    changed += ["the log's files"] if source["files"] != manifest.source["files"] else []
-    changed += ["items"] if source.get("items") != manifest.source.get("items") else []
-    if changed:
-        raise FileExistsError(
-            f"output must be a new folder or hold this very result, got {str(folder)!r}, which "
-            f"differs in {', '.join(changed)}; choose another folder, or replace it with force"
-        )
-    return manifest
+def _stage_output(config: PrepareConfig, source: dict[str, Any]) -> StageOutput:
+    return StageOutput(
+        path=Path(config.output),
+        format=PREPARED,
+        request=_request(_stored_config(config), source),
+        force=config.force,
+        stored=_stored,
+    )
+
+
+def _request(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    return config | {"the log's files": source.get("files"), "items": source.get("items")}
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder, and in it the request that it answers."""
+    stored = read_json(folder / MANIFEST_NAME)
+    parts = [stored.get(name) for name in ("config", "source")]
+    config, source = (part if isinstance(part, dict) else {} for part in parts)
+    defaults = _stored_config(PrepareConfig(events=".", output="."))
+    return stored | {"request": _request(defaults | config, source)}
 
 
 @contextlib.contextmanager
@@ -154,18 +153,13 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         ) from error
 
 
-def _prepare(config: PrepareConfig, log: EventLog, former: FormerItems | None) -> Manifest:
-    with staged_folder(Path(config.output), replace=config.force) as (folder, work):
-        options = SortOptions(
-            memory_limit=config.memory_limit,
-            threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
-            seed=config.seed,
-            keep_duplicates=config.keep_duplicates,
-        )
-        events = sort_log(log, work, options, former)
-        manifest = _write(config, _source(log, former), log, events, folder)
-        write_manifest(folder, manifest)
-    return manifest
+def _sort_options(config: PrepareConfig) -> SortOptions:
+    return SortOptions(
+        memory_limit=config.memory_limit,
+        threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
+        seed=config.seed,
+        keep_duplicates=config.keep_duplicates,
+    )
 
 
 def _write(

@@ -1,7 +1,7 @@
-"""Publishing: a pointer is made to name an export, or what it named before.
+"""The publish stage: makes a pointer name an export, or with ``rollback`` the one before.
 
-What ``gate`` wrote comes along: it must have let this very export pass, against the publication
-that is still served. Only ``force`` publishes without it.
+The report of ``gate`` is required: it must have passed this very export, in a comparison with the
+publication that is still served. Only ``force`` publishes without it.
 """
 
 import dataclasses
@@ -9,19 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.gate import FORMAT as GATE_FORMAT
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
-from shardrec.pipeline.serve import read_manifest
-from shardrec.pipeline.served.pointer import Publication, Published, require_unchanged, swap
-from shardrec.pipeline.stored_report import read_report
+from shardrec.pipeline.outputs.files import MANIFEST_NAME, sha256
+from shardrec.pipeline.outputs.formats import GATE, RECOMMENDATIONS
+from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.stage_output import read_output
+from shardrec.pipeline.outputs.staging import find_file
+from shardrec.pipeline.served.pointer import (
+    Publication,
+    Published,
+    Served,
+    read_export,
+    require_unchanged,
+    update,
+)
 
-__all__ = ["PublishConfig", "Refused", "RollbackConfig", "Swapped", "publish", "rollback"]
+__all__ = ["PublishConfig", "Refused", "RollbackConfig", "Served", "publish", "rollback"]
 
 
 class Refused(RuntimeError):
-    """A gate or a rollback stands against the publication."""
+    """Publishing is blocked by a failed gate or an earlier rollback."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +36,7 @@ class PublishConfig:
 
     Attributes:
         export: folder of export.
-        published: pointer to swap, a JSON file; made where there is none.
+        published: pointer to change, a JSON file; made where there is none.
         gate: report of gate that lets this export pass; required but for force.
         lists: folder of recommend, of the same weights as the export.
         force: publish without a gate's report, or again what a rollback moved away from.
@@ -43,7 +49,7 @@ class PublishConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a publication that nobody has compared with the one before."""
+        """Refuse a publication that was not compared with the one before."""
         if self.gate is None and not self.force:
             raise ValueError(
                 "gate must be the report of a gate that let the export pass, got none; run "
@@ -56,7 +62,7 @@ class RollbackConfig:
     """Where to go back to.
 
     Attributes:
-        published: pointer to swap, a JSON file.
+        published: pointer to change, a JSON file.
         to: number of the publication; none takes the one before the present one.
     """
 
@@ -64,21 +70,8 @@ class RollbackConfig:
     to: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Swapped:
-    """What a pointer names now.
-
-    Attributes:
-        publication: the one that is served.
-        is_new: False where it was so already and nothing was done.
-    """
-
-    publication: Publication
-    is_new: bool
-
-
-def publish(config: PublishConfig) -> Swapped:
-    """Let the pointer name the export, after checking every file of it.
+def publish(config: PublishConfig) -> Served:
+    """Make the pointer name the export, after checking every file of it.
 
     Raises:
         FileNotFoundError: an input is missing.
@@ -91,26 +84,23 @@ def publish(config: PublishConfig) -> Swapped:
 
     def change(published: Published) -> Published:
         current = published.current
-        if current is not None and _is_same(current, wanted):
+        if current is not None and current.is_same_as(wanted):
             return published
-        _require_leave(config, published, wanted, report)
+        _check_allowed(config, published, wanted, report)
         numbers = [publication.number for publication in published.publications]
-        return published.moved(
-            "publish",
-            dataclasses.replace(
-                wanted,
-                number=max(numbers, default=0) + 1,
-                previous=published.number,
-                evaluation=report and report["evaluation"],
-            ),
+        publication = dataclasses.replace(
+            wanted,
+            number=max(numbers, default=0) + 1,
+            previous=published.number,
+            evaluation=report and report["evaluation"],
         )
+        return published.moved("publish", publication)
 
-    published, is_new = swap(Path(config.published), change)
-    return Swapped(_served(published), is_new)
+    return update(Path(config.published), change)
 
 
-def rollback(config: RollbackConfig) -> Swapped:
-    """Let the pointer name an earlier publication, after checking that its export is whole.
+def rollback(config: RollbackConfig) -> Served:
+    """Make the pointer name an earlier publication, after checking that its export is whole.
 
     Without a number every call goes one further back; with one, calling again does nothing.
 
@@ -129,30 +119,29 @@ def rollback(config: RollbackConfig) -> Swapped:
         target = _target(published, config.to)
         if target.number == published.number:
             return published
-        folder = pointer.parent / target.export
-        require_unchanged(folder, target)
-        read_manifest(folder)
-        left = dataclasses.replace(_served(published), left_by_rollback=True)
-        others = tuple(left if p.number == left.number else p for p in published.publications)
-        marked = dataclasses.replace(published, publications=others)
-        return marked.moved("rollback", dataclasses.replace(target, left_by_rollback=False))
+        read_export(require_unchanged(pointer, target))
+        marked = tuple(
+            dataclasses.replace(p, left_by_rollback=True) if p.number == published.number else p
+            for p in published.publications
+        )
+        left = dataclasses.replace(published, publications=marked)
+        return left.moved("rollback", dataclasses.replace(target, left_by_rollback=False))
 
-    published, is_new = swap(pointer, change)
-    return Swapped(_served(published), is_new)
+    return update(pointer, change)
 
 
 def _publication(config: PublishConfig) -> Publication:
-    """What would be published, before it has a number."""
+    """The publication that is asked for, before it has a number."""
     folder, base = Path(config.export), Path(config.published).parent
-    manifest = read_manifest(folder)
+    manifest = read_export(folder)
     source = manifest["request"]["source"]
     if config.lists is not None:
-        _require_lists(Path(config.lists), source)
+        _check_lists(Path(config.lists), source)
     return Publication(
         number=0,
-        export=_spell(folder, base),
+        export=_relative_path(folder, base),
         manifest=sha256(folder / MANIFEST_NAME),
-        lists=None if config.lists is None else _spell(Path(config.lists), base),
+        lists=None if config.lists is None else _relative_path(Path(config.lists), base),
         source=source,
         catalog_version=manifest["catalog_version"],
         evaluation=None,
@@ -160,55 +149,50 @@ def _publication(config: PublishConfig) -> Publication:
     )
 
 
-def _require_lists(folder: Path, source: dict[str, Any]) -> None:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        settle(folder)
-    if not path.is_file():
+def _check_lists(folder: Path, source: dict[str, Any]) -> None:
+    if find_file(folder, MANIFEST_NAME) is None:
         raise FileNotFoundError(
             f"lists must be a folder of `shardrec recommend`, got {folder} without {MANIFEST_NAME}"
         )
-    theirs = read_object(path, {"request": dict}, "recommend again")["request"].get("source")
-    if theirs != source:
+    found = read_output(folder, RECOMMENDATIONS)["request"].get("source")
+    if found != source:
         raise ValueError(
-            f"lists must come from the weights of the export, got {folder} of {theirs} and an "
+            f"lists must come from the weights of the export, got {folder} of {found} and an "
             f"export of {source}; recommend again from the same run and checkpoint"
         )
 
 
 def _read_gate(path: Path, wanted: Publication) -> dict[str, Any]:
     """The report of a gate that let this export pass."""
-    maker = "shardrec gate"
-    shape: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
-    report = read_report(path, GATE_FORMAT, maker, shape)
-    again = f"make it with `{maker} --force`"
-    require_shape(report["evaluation"], {"source": dict}, f"'evaluation' in {path}", again)
+    report = read_output(path, GATE)
+    evaluation, published = report["evaluation"], report["published"]
+    require_shape(evaluation, {"source": dict}, f"'evaluation' in {path}", GATE.remedy)
     number = {"number": (int, type(None))}
-    require_shape(report["published"], number, f"'published' in {path}", again)
-    if report["evaluation"]["source"] != wanted.source:
+    require_shape(published, number, f"'published' in {path}", GATE.remedy)
+    if evaluation["source"] != wanted.source:
         raise ValueError(
             f"gate must be about the weights of the export, got {path} about "
-            f"{report['evaluation']['source']} and an export of {wanted.source}; evaluate, gate "
-            "and export the same checkpoint"
+            f"{evaluation['source']} and an export of {wanted.source}; evaluate, gate and export "
+            "the same checkpoint"
         )
     if not report["passed"]:
         raise Refused(f"the export must have passed its gate, got: {report['reason']}")
     return report
 
 
-def _require_leave(
+def _check_allowed(
     config: PublishConfig,
     published: Published,
     wanted: Publication,
     report: dict[str, Any] | None,
 ) -> None:
-    """Refuse what a gate of before, or a rollback, stands against."""
+    """Refuse an outdated gate, and an export that a rollback moved away from."""
     if report is not None and report["published"]["number"] != published.number:
         raise Refused(
             f"the gate must have compared with what is published, number {published.number}, got a "
             f"comparison with number {report['published']['number']}; run the gate again"
         )
-    left = [p for p in published.publications if p.left_by_rollback and _is_same(p, wanted)]
+    left = [p for p in published.publications if p.left_by_rollback and p.is_same_as(wanted)]
     if left and not config.force:
         raise Refused(
             f"the export must not be one that a rollback moved away from, got number "
@@ -216,30 +200,19 @@ def _require_leave(
         )
 
 
-def _is_same(one: Publication, other: Publication) -> bool:
-    names = ("export", "manifest", "lists")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
-
-
 def _target(published: Published, number: int | None) -> Publication:
     if number is not None:
         return published.find(number)
-    previous = _served(published).previous
-    if previous is None:
+    current = published.current
+    if current is None or current.previous is None:
         raise ValueError(
             f"there must be a publication before number {published.number}, got none; publish "
             "another export, or say which with --to"
         )
-    return published.find(previous)
+    return published.find(current.previous)
 
 
-def _served(published: Published) -> Publication:
-    current = published.current
-    assert current is not None, "a pointer that exists names something"
-    return current
-
-
-def _spell(folder: Path, base: Path) -> str:
-    """The folder as the pointer names it: relative where both move together."""
+def _relative_path(folder: Path, base: Path) -> str:
+    """The path stored in the pointer: relative if inside ``base``, since both move together."""
     folder, base = folder.resolve(), base.resolve()
     return str(folder.relative_to(base)) if folder.is_relative_to(base) else str(folder)

@@ -1,7 +1,7 @@
 """The recommend stage: a run and histories in, Parquet of (user_id, item_ids, scores) out.
 
-Users are streamed and spread over the ranks in contiguous shares; the table stays where it is. Each
-rank writes the rows of its users, in the order of the histories.
+Each rank streams a contiguous share of the users and writes their rows, in the order of the
+histories; the table stays sharded.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from shardrec.modules.ranking import Blocks, top_items
 from shardrec.pipeline.model.model import Model
-from shardrec.pipeline.outputs.stage_output import SharedOutput
+from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
+from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
+from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.batches import gathered, padded
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.manifest import FileEntry, describe_file
 from shardrec.pipeline.prepared.parquet_files import find_files
 from shardrec.pipeline.ranks import (
     default_group,
@@ -96,13 +97,13 @@ class RecommendConfig:
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """What ``recommend`` wrote, or found already written.
+    """The output of ``recommend``.
 
     Attributes:
         manifest: of the output folder; ``counts`` says what was skipped.
-        is_new: False where the output was there and nothing had to be done.
-        seconds: wall time, with the loading of the model.
-        users_per_second: users over the time after loading; 0 where nothing was done.
+        is_new: False if the output was there and nothing had to be done.
+        seconds: wall time, including loading the model.
+        users_per_second: users over the time after loading; 0 if nothing was done.
     """
 
     manifest: dict[str, Any]
@@ -115,13 +116,13 @@ class Recommendations:
 def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> Recommendations:
     """Write the ``k`` best items of every user; the same on any number of ranks.
 
-    Every history has its row, in the same order when the parts are read by name. Items that the
+    Every history has its row, in the same order if the parts are read by name. Items that the
     catalog does not have are counted and skipped; a user without a known item gets empty lists. A
-    list is shorter than ``k`` where fewer items are left.
+    list is shorter than ``k`` if fewer items are left.
 
     Args:
-        config: whom and what; the same on every rank.
-        encoder: the module handed to ``train``, where one was.
+        config: users and options; the same on every rank.
+        encoder: the module given to ``train``, if any.
 
     Returns:
         The manifest, the same on every rank, and the rate.
@@ -144,24 +145,26 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
         "histories": histories.files,
         "candidates": candidates.digest,
     }
-    output = SharedOutput(
-        Path(config.output), "shardrec.recommendations", request, group, config.force
+    path = Path(config.output)
+    output = StageOutput(
+        path=path, format=RECOMMENDATIONS, request=request, force=config.force, group=group
     )
-    found = output.finished()
+    found = output.find()
     if found is not None:
         return Recommendations(found, False, time.monotonic() - started, 0.0)
     model = source.load(prepared, encoder)
     work = _Work(config, model, histories, candidates, source.config.encoder.max_length)
     loaded = time.monotonic()
-    manifest = output.write(work.write, lambda: work.details(source))
+    with output.write() as (folder, _):
+        files = work.write(folder)
+        manifest = output.finish(lambda: work.details(source), folder, files)
     done = time.monotonic()
-    return Recommendations(
-        manifest, True, done - started, histories.num_users / max(1e-9, done - loaded)
-    )
+    rate = histories.num_users / max(1e-9, done - loaded)
+    return Recommendations(manifest, True, done - started, rate)
 
 
 class _Work:
-    """This rank's share of the users."""
+    """Writes the lists of this rank's share of the users."""
 
     def __init__(
         self,
@@ -181,10 +184,6 @@ class _Work:
         self.sums = torch.zeros(4, dtype=torch.int64, device=model.device)
 
     def write(self, folder: Path) -> list[FileEntry]:
-        """Write this rank's part.
-
-        Collectives: those of the ranking for each batch, and one sum.
-        """
         name = f"part-{self.rank:05d}-of-{self.size:05d}.parquet"
         ids = self.histories.catalog.ids.type
         schema = pa.schema(
@@ -200,10 +199,10 @@ class _Work:
                 batch.lists.put(batch.rows, *self._rank(batch))
             on_this_rank(writer.close, group)  # writes the footer
         sum_over_ranks(self.sums, group)
-        return on_this_rank(lambda: [_describe(folder, name)], group)
+        return on_this_rank(lambda: [describe_parquet(folder, name)], group)
 
     def details(self, source: Source) -> dict[str, Any]:
-        """What the manifest says besides the request."""
+        """The manifest without its request."""
         without, items, unknown, short = self.sums.tolist()
         return {
             "catalog_version": self.histories.catalog.version,
@@ -263,7 +262,7 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Lists:
-    """Recommended lists of a chunk: scores and items (n, k); item -1 where a list has ended."""
+    """Recommended lists of a chunk: scores and items (n, k); item -1 after the end of a list."""
 
     scores: Tensor
     items: Tensor
@@ -287,20 +286,13 @@ class _Lists:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Users of a chunk that have a history; B may be 0.
+    """Users of a chunk that have a history; B may be 0."""
 
-    Attributes:
-        items, lengths: (B, L) and (B,): the last items of each history, right padded.
-        seen: whole histories, values and lengths.
-        rows: (B,) where the users stand in the chunk.
-        lists: where the chunk's lists go.
-    """
-
-    items: Tensor
-    lengths: Tensor
-    seen: tuple[Tensor, Tensor]
-    rows: Tensor
-    lists: _Lists
+    items: Tensor  # (B, L) last items of each history, right padded
+    lengths: Tensor  # (B,)
+    seen: tuple[Tensor, Tensor]  # whole histories, values and lengths
+    rows: Tensor  # (B,) places of the users in the chunk
+    lists: _Lists  # of the chunk
 
     @classmethod
     def of(cls, chunk: HistoryChunk, rows: Tensor, lists: _Lists, max_length: int) -> "_Batch":
@@ -318,14 +310,14 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """(V,) bool: what may be recommended at all; and how that came about."""
+    """Which items may be recommended at all."""
 
-    allowed: Tensor
-    counts: dict[str, int]
+    allowed: Tensor  # (V,) bool
+    counts: dict[str, int]  # how many were left out, and why
 
     @property
     def digest(self) -> str:
-        """Short hash of the answer."""
+        """Short hash of ``allowed``."""
         return hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest()[:16]
 
     @classmethod
@@ -373,12 +365,7 @@ def _read_list(name: str, source: str) -> pa.Array:
     return pa.concat_tables(tables).column("item_id").combine_chunks()
 
 
-def _describe(folder: Path, name: str) -> FileEntry:
-    footer = pq.read_metadata(folder / name)
-    return describe_file(folder, name, footer.num_rows, footer.num_row_groups)
-
-
 def _request(config: RecommendConfig) -> dict[str, Any]:
-    """The options that change the content, and nothing about how it is computed."""
+    """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in how}

@@ -19,22 +19,13 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.ranking import top_items
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
 from shardrec.pipeline.served.ann_index import INDEX, index_top_items, open_index
-from shardrec.pipeline.served.pointer import export_folder
+from shardrec.pipeline.served.pointer import export_folder, read_export
 
-__all__ = ["ENCODER", "FORMAT", "Recommender", "read_items", "read_manifest", "read_recommender"]
+__all__ = ["ENCODER", "Recommender", "read_recommender"]
 
-FORMAT = "shardrec.export"
 ENCODER = "encoder.pt2"
-_SHAPE: Shape = {
-    **{"request": dict, "files": list, "catalog_version": str, "scores": str},
-    **{"num_items": int, "width": int, "max_length": int},
-}
-_AGAIN = "export again"
 
 ItemId = int | str
 
@@ -45,12 +36,12 @@ class Recommender:
 
     Attributes:
         manifest: of the export: run, data, catalog version.
-        ids: what each row of ``vectors`` is.
-        vectors: (V, D) float32, what histories are looked up in.
-        scored: (V, D) float32, what states are compared with; ``vectors`` or their unit vectors.
+        ids: the item id of each row of ``vectors``.
+        vectors: (V, D) float32, the encoder's input.
+        scored: (V, D) float32, compared with states; ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
         encoder: (B, L, D) to (B, L, D).
-        index: of FAISS, searched instead of all vectors; None searches exactly.
+        index: FAISS index, searched instead of all vectors; None searches exactly.
     """
 
     manifest: dict[str, Any]
@@ -75,19 +66,19 @@ class Recommender:
         The encoder's file is a program of ``torch.export``: open only exports that you trust.
 
         Args:
-            folder: what ``shardrec export`` wrote, or the pointer of ``shardrec publish``.
-            catalog_version: of the catalog to be served, where it is known; another is refused.
+            folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
+            catalog_version: of the catalog to be served, if known; another is refused.
             min_count: training events an item must have to be recommended; 0 takes all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.
 
         Raises:
             FileNotFoundError: the export is not complete.
-            ValueError: a file is not the manifest's, the catalog is another one, or there is no
-                index to search.
+            ValueError: a file has changed since the export, the catalog is another one, or there
+                is no index to search.
         """
         folder = export_folder(Path(folder))
-        manifest = read_manifest(folder)
+        manifest = read_export(folder)
         if approximate:
             _require_index(folder, manifest, min_count)
         served = read_recommender(folder, manifest, min_count)
@@ -146,58 +137,20 @@ class Recommender:
         return items[items >= 0]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete export whose files are the ones it lists.
-
-    Raises:
-        FileNotFoundError: there is no manifest, or a file is gone.
-        ValueError: it is no export, or a file has changed.
-    """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        settle(folder)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"an export must hold {MANIFEST_NAME}, got {folder}; run `shardrec export` to make one"
-        )
-    manifest = read_object(path, {}, _AGAIN)
-    if (manifest.get("format"), manifest.get("schema_version")) != (FORMAT, 1):
-        raise ValueError(
-            f"{path} must be a manifest of {FORMAT!r}, version 1, got {manifest.get('format')!r}, "
-            f"{manifest.get('schema_version')!r}; name a folder that `shardrec export` wrote"
-        )
-    require_shape(manifest, _SHAPE, str(path), _AGAIN)
-    require_shape(manifest["request"], {"source": dict}, f"'request' in {path}", _AGAIN)
-    for entry in manifest["files"]:
-        where = f"an entry of 'files' in {path}"
-        require_shape(entry, {"path": str, "sha256": str}, where, _AGAIN)
-        if sha256(folder / entry["path"]) != entry["sha256"]:
-            raise ValueError(
-                f"the SHA-256 of {folder / entry['path']} must be {entry['sha256']}, got another; "
-                "export again: files of two exports do not fit together"
-            )
-    return manifest
-
-
 def read_recommender(folder: Path, manifest: dict[str, Any], min_count: int) -> Recommender:
-    """What the files of an export hold, for exact search.
-
-    Args:
-        folder: of the export.
-        manifest: of the export.
-        min_count: training events an item must have to be recommended.
+    """A recommender with exact search from the files of an export; arguments as in ``open``.
 
     Raises:
-        ValueError: the items are not those of the manifest.
+        ValueError: the items are not the ones of the manifest.
     """
-    ids, counts, vectors = read_items(folder, manifest)
+    ids, counts, vectors = _read_items(folder, manifest)
     _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
     scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
     encoder = torch.export.load(folder / ENCODER).module()
     return Recommender(manifest, ids, vectors, scored, counts >= min_count, encoder)
 
 
-def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
+def _read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
     """Ids, training counts (V,) int64 and vectors (V, D) float32 of an export, by item."""
     vectors = torch.empty(manifest["num_items"], manifest["width"])
     ids, counts, first = [], [], 0

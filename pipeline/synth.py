@@ -1,7 +1,7 @@
-"""Generated event logs whose best possible metrics are known.
+"""The synth stage: generated event logs with known best possible metrics.
 
-`shardrec.pipeline.log.generator` says how events come about. Here they are written to Parquet, and
-a few simple rankings are judged on them.
+``shardrec.pipeline.log.generator`` draws the events. This stage writes them to Parquet and judges a
+few simple rankings on them.
 """
 
 import json
@@ -26,13 +26,15 @@ from shardrec.pipeline.log.generator import (
     blocks,
     top_columns,
 )
+from shardrec.pipeline.outputs.formats import SYNTH
+from shardrec.pipeline.outputs.stage_output import StageOutput
+from shardrec.pipeline.outputs.staging import staged_file
 from shardrec.pipeline.prepared.parquet_files import check_path
 
 __all__ = ["SynthConfig", "SynthReport", "generate"]
 
 DISCOUNTS: Floats = 1.0 / np.log2(np.arange(TOP) + 2.0)
 SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())])
-METADATA = "shardrec.synth"  # key of the note in the file's footer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +75,7 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
     """Write the log to one Parquet file at ``path`` and judge four rankings on it.
 
     Memory is one block of about a million events, plus 8 bytes for each event that the Markov
-    baseline counts.
-    The file appears under its name only when it is complete. Where it holds the log of this config
+    baseline counts. The file gets its name when it is complete. If it holds the log of this config
     already, says so and does nothing.
 
     Args:
@@ -91,50 +92,41 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
     """
     check_path("output", str(path))
     target = Path(path)
-    found = None if force else _finished(config, target)
+    found = None if force else _output(config, target).find()
     if found is not None:
         message = "%s already holds the log of these options: nothing to do"
         logging.getLogger(__name__).warning(message, target)
-        return found
+        return from_json(SynthReport, found["report"])
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
     world = World(config)
     judge = _Judge(world)
-    try:
-        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-            for table in _rechunk(_tables(world, judge), config.chunk_events):
-                writer.write_table(table, row_group_size=config.chunk_events)
-            report = judge.report()
-            stored = {"config": to_json(config), "report": to_json(report)}
-            writer.add_key_value_metadata({METADATA: json.dumps(stored)})
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        staged_file(target) as partial,
+        pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
+    ):
+        for table in _rechunk(_tables(world, judge), config.chunk_events):
+            writer.write_table(table, row_group_size=config.chunk_events)
+        report = judge.report()
+        stored = {"config": to_json(config), "report": to_json(report)}
+        writer.add_key_value_metadata({SYNTH.name: json.dumps(stored)})
     return report
 
 
-def _finished(config: SynthConfig, target: Path) -> SynthReport | None:
-    """The report of a log that is there already."""
-    if not target.exists():
-        return None
-    stored = _stored(target)
-    if stored is None or stored["config"] != to_json(config):
-        what = "is another file" if stored is None else "holds a log of other options"
-        raise FileExistsError(
-            f"output must be a new file or hold the log of these options, got {target}, which "
-            f"{what}; choose another name, or replace it with --force"
-        )
-    return from_json(SynthReport, stored["report"])
+def _output(config: SynthConfig, target: Path) -> StageOutput:
+    return StageOutput(path=target, format=SYNTH, request=to_json(config), stored=_stored)
 
 
-def _stored(target: Path) -> dict[str, Any] | None:
-    """What ``generate`` noted in a file; None where it is not one of its own."""
+def _stored(target: Path) -> dict[str, Any]:
+    """The config and the report in a log's footer; empty if the file is another one."""
     try:
-        noted = pq.read_metadata(target).metadata or {}
+        note = (pq.read_metadata(target).metadata or {}).get(SYNTH.name.encode())
     except (pa.ArrowInvalid, OSError):
-        return None
-    text = noted.get(METADATA.encode())
-    return None if text is None else dict(json.loads(text))
+        return {}
+    if note is None:
+        return {}
+    stored = json.loads(note)
+    head = {"format": SYNTH.name, "schema_version": SYNTH.version}
+    return head | {"request": stored["config"], "report": stored["report"]}
 
 
 def _tables(world: World, judge: "_Judge") -> Iterator[pa.Table]:
@@ -163,7 +155,7 @@ def _rechunk(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 class _Judge:
-    """Collects what the baselines count, and a sample of last events, and ranks them."""
+    """Counts for the baselines, and a sample of last events on which they are ranked."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -201,7 +193,7 @@ class _Judge:
         )
 
     def _sampled(self, users: Ints) -> Ints:
-        """Positions of the users whose running share of the sample steps over an integer."""
+        """Positions of the users at which the running share of the sample passes an integer."""
         config = self.world.config
         wanted = min(config.report_users, config.users)
         return np.flatnonzero((users + 1) * wanted // config.users > users * wanted // config.users)

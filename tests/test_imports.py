@@ -1,4 +1,4 @@
-"""Imports go one way: launch → pipeline → modules → kernels. Read from the syntax trees."""
+"""Imports go one way: launch → pipeline → modules → kernels. Stages load no more than they need."""
 
 import ast
 import subprocess
@@ -20,6 +20,28 @@ FORBIDDEN_PACKAGES = {"modules": {"pyarrow", "duckdb", "torchx"}, "pipeline": {"
 # Packages whose names change with each version, so that one file alone may use them.
 ADAPTED_PACKAGES = {"torchrec", "fbgemm", "fbgemm_gpu"}
 ADAPTER = "modules/torchrec_adapter.py"
+
+# What a module may load in a fresh process. "only": these packages, and what they load by
+# themselves; "without": any but these packages and modules.
+TRAINING = {
+    "torchrec",
+    "fbgemm_gpu",
+    "torchmetrics",
+    "matplotlib",
+    "tensorboard",
+    "mlflow",
+    "triton",
+}
+LOADS: dict[str, dict[str, set[str]]] = {
+    "shardrec.pipeline.prepare": {"only": {"numpy", "pyarrow.parquet", "duckdb"}},
+    "shardrec.pipeline.publish": {"only": set()},
+    "shardrec.pipeline.served.pointer": {"only": set()},
+    "shardrec.pipeline.serve": {
+        "only": {"torch", "numpy", "pyarrow.parquet"},
+        "without": TRAINING | {"torch.distributed.checkpoint"},
+    },
+    "shardrec.pipeline.gate": {"without": TRAINING | {"torch.distributed.checkpoint"}},
+}
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
@@ -162,3 +184,27 @@ assert "triton" not in sys.modules, "triton was imported and no kernel launched"
 def test_the_losses_run_where_nothing_but_torch_is_installed() -> None:
     run = subprocess.run([sys.executable, "-P", "-c", ONLY_TORCH], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+LOADED = """
+import importlib, sys
+module, *only = sys.argv[1:]
+for name in only:
+    importlib.import_module(name)
+before = {name.partition(".")[0] for name in sys.modules}
+importlib.import_module(module)
+new = {name.partition(".")[0] for name in sys.modules} - before - sys.stdlib_module_names
+print(*(name for name in new if name != "shardrec" and not name.startswith("_")))
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize("module", LOADS)
+def test_a_stage_loads_only_what_it_needs(module: str) -> None:
+    only, without = LOADS[module].get("only"), LOADS[module].get("without", set())
+    command = [sys.executable, "-P", "-c", LOADED, module, *sorted(only or ())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    new, loaded = (set(line.split()) for line in done.stdout.split("\n")[:2])
+    assert only is None or not new, f"{module} loads {sorted(new)}"
+    assert not loaded & without, f"{module} loads {sorted(loaded & without)}"

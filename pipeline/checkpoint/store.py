@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +48,6 @@ __all__ = [
     "StoredCheckpoint",
     "load_checkpoint",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 METADATA, STATE = "metadata.json", "state.json"
@@ -270,16 +268,6 @@ def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_P
         folder.write(name, content)
         files[name] = FileEntry.of(content)
     Manifest(folder, best, files).write()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing: under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _numbers(content: bytes) -> dict[str, Any]:

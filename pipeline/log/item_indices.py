@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shardrec.pipeline.outputs.files import MANIFEST_NAME, sha256
 from shardrec.pipeline.prepared.balance import spread_by_popularity
-from shardrec.pipeline.prepared.manifest import ITEMS_NAME, MANIFEST_NAME, read_manifest, sha256
+from shardrec.pipeline.prepared.manifest import ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 
 _COLUMNS = ["item_id", "item"]

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from shardrec.pipeline.log.config import PrepareConfig
 from shardrec.pipeline.log.sort import SortedLog, UserBlock
 from shardrec.pipeline.log.split import Cuts, positions
-from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, FileEntry, describe_file
+from shardrec.pipeline.outputs.files import FileEntry, describe_file
+from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME
 
 Array = npt.NDArray[Any]
 _GROUPS_PER_PART = 256

@@ -1,22 +1,26 @@
-"""JSON files that stages leave for one another, read only after a look at their shape."""
+"""JSON files that stages write for one another; their shape is checked before they are used."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Shape", "read_object", "require_shape"]
+from shardrec.pipeline.outputs.staging import staged_file
+
+__all__ = ["Shape", "read_json", "read_object", "require_shape", "write_atomically"]
 
 Shape = Mapping[str, type | tuple[type, ...]]
+"""Keys that an object must have, and the types that their values may have."""
 
 
 def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object in a JSON file, with its keys checked.
 
     Args:
         path: the file.
-        shape: keys that must be there, and of which types their values must be.
-        remedy: what to do about another one, for the message.
+        shape: the keys it must have.
+        remedy: what to do about a file without them, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,17 +33,34 @@ def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
     return require_shape(stored, shape, str(path), remedy)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file or it holds something else."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole text file, durably, or leave what is there."""
+    with staged_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def require_shape(stored: Any, shape: Shape, where: str, remedy: str) -> dict[str, Any]:
-    """``stored``, which must be an object with these keys.
+    """``stored``, if it is an object with these keys.
 
     Args:
-        stored: what JSON said.
+        stored: a value from a JSON file.
         shape: as in ``read_object``.
         where: the file, or the part of one, for the message.
         remedy: as in ``read_object``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is something else.
 
     Example:
         >>> require_shape({"path": "a", "bytes": 3}, {"bytes": int}, "files[0]", "write it again")
@@ -54,8 +75,8 @@ def require_shape(stored: Any, shape: Shape, where: str, remedy: str) -> dict[st
         allowed = kinds if isinstance(kinds, tuple) else (kinds,)
         if type(stored[key]) not in allowed:
             names = " or ".join(_NAMES[kind] for kind in allowed)
-            told = f"{key!r} of {where} must be {names}, got {_kind(stored[key])}"
-            raise ValueError(f"{told}; {remedy}")
+            found = _kind(stored[key])
+            raise ValueError(f"{key!r} of {where} must be {names}, got {found}; {remedy}")
     return stored
 
 

@@ -1,4 +1,8 @@
-"""The lock of a run folder: one run writes it at a time, on whatever machine."""
+"""Locks on files: one process writes a folder at a time, on whatever machine.
+
+The kernel keeps a lock, so a killed process leaves none behind. On a network file system its server
+keeps it for all machines (NFS 4, and Lustre with ``flock``).
+"""
 
 import contextlib
 import errno
@@ -10,19 +14,17 @@ import socket
 import time
 from pathlib import Path
 
-__all__ = ["LOCK", "RunLock"]
+__all__ = ["LOCK", "RunLock", "lock_file"]
 
 LOCK = ".lock"
-# What a file system answers that knows no locks; one that is read-only has others.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# What a file system answers that has no locks; one that is read-only answers otherwise.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """Keeps a second run out of a run folder; gone with the process that holds it.
+    """Keeps a second run out of a run folder.
 
-    The kernel keeps the lock, so nothing is left behind by a process that was killed. On a network
-    file system its server keeps it for all machines (NFS 4, and Lustre with ``flock``). The file
-    says who holds it, for people and for the message.
+    The file says which process holds the lock, for people and for the error message.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +33,7 @@ class RunLock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless it is held already.
+        """Take the lock, unless this object holds it already.
 
         Raises:
             FileExistsError: another process holds it; the message says which.
@@ -40,28 +42,59 @@ class RunLock:
         while self._file is None:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                _lock(file, self.path)
+                if not lock_file(file, self.path):
+                    raise FileExistsError(
+                        f"output must be trained by one run at a time, got {self.path.parent}, "
+                        f"which is held by {self.holder()}; wait for its end, stop it, or choose "
+                        "another name"
+                    )
                 if _is_at(file, self.path):  # its last holder may have removed it since
                     os.ftruncate(file, 0)
-                    os.pwrite(file, json.dumps(_ourselves()).encode(), 0)
+                    os.pwrite(file, json.dumps(_this_process()).encode(), 0)
                     self._file = file
             finally:
                 if self._file is None:
                     os.close(file)
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Let other processes have the folder."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def holder(self) -> str:
-        """In words, who wrote last that it holds the lock."""
+        """The process that took the lock last, in words."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(self.path.read_text(encoding="utf-8"))
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(said["since"]))
-            return f"process {said['process']} on {said['host']} since {since}"
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stored["since"]))
+            return f"process {stored['process']} on {stored['host']} since {since}"
         return "a process that has not said which"
+
+
+def lock_file(file: int, path: Path, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another process holds the lock.
+
+    Where the file system has no locks, this is a warning and True.
+
+    Args:
+        file: descriptor, open for writing.
+        path: of the file, for the warning.
+        wait: wait for the other process instead of returning False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked on this file system (%s): make sure that no second process "
+            "writes there",
+            path.parent,
+            error,
+        )
+    return True
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -69,24 +102,5 @@ def _is_at(file: int, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file), path.stat())
 
 
-def _lock(file: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FileExistsError(
-            f"output must be trained by one run at a time, got {path.parent}, which is held by "
-            f"{RunLock(path.parent).holder()}; wait for its end, stop it, or choose another name"
-        ) from error
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-        logging.getLogger(__name__).warning(
-            "%s cannot be locked on this file system (%s): see to it that no second run is given "
-            "the same folder",
-            path.parent,
-            error,
-        )
-
-
-def _ourselves() -> dict[str, object]:
+def _this_process() -> dict[str, object]:
     return {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 1)}

@@ -1,135 +1,204 @@
-"""Output folders that all ranks fill together: whole with a manifest, or not there.
+"""How a stage writes: its output is complete, with the request it answers in it, or absent.
 
-``manifest.json`` is written last and names what was asked for, so that a stage which is asked for
-the same again can tell that there is nothing to do.
+An output is a folder with a manifest, which is written last, or one file. A stage that is asked
+again for what is already there finds it and has nothing to do.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
+from shardrec.pipeline.outputs.files import MANIFEST_NAME, FileEntry, check_files
+from shardrec.pipeline.outputs.formats import Format
+from shardrec.pipeline.outputs.json_files import (
+    read_json,
+    read_object,
+    require_shape,
+    write_atomically,
+)
+from shardrec.pipeline.outputs.staging import find_file, settle, staged_folder
 
-from shardrec.pipeline.checkpoint.store import write_atomically
-from shardrec.pipeline.outputs.json_files import read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle, staged_folder
-from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, FileEntry
-from shardrec.pipeline.ranks import on_all_ranks, on_first_rank
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
-__all__ = ["SharedOutput"]
+__all__ = ["StageOutput", "read_output"]
+
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class SharedOutput:
-    """An output folder, on a file system that all ranks see.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageOutput:
+    """An output of one request, on a file system that all ranks see.
 
     Attributes:
-        path: the folder.
-        format: what it holds, such as "shardrec.recommendations".
+        path: the folder or file.
+        format: what it holds.
         request: JSON; everything the content depends on.
-        group: the ranks that write; None for one process.
         force: whether an output of another request is replaced.
+        group: the ranks that write it together; None for one process, which needs no torch.
+        stored: reads the manifest, its request under "request", from a path that exists; empty if
+            there is none. Needed where the request is stored in another way.
     """
 
     path: Path
-    format: str
+    format: Format
     request: Mapping[str, Any]
-    group: dist.ProcessGroup | None
     force: bool = False
+    group: "dist.ProcessGroup | None" = None
+    stored: Callable[[Path], dict[str, Any]] | None = None
 
-    def finished(self) -> dict[str, Any] | None:
-        """The manifest where the folder holds what this request asks for.
+    def find(self) -> dict[str, Any] | None:
+        """The manifest if the output is already complete; None if it has to be written.
 
         Raises:
-            FileExistsError: the folder holds something else, and must not be replaced.
-            ValueError: its manifest is damaged.
+            FileExistsError: something else is there that must not be replaced.
 
         Collectives: one gather of small objects.
         """
-        return on_first_rank(self._finished, self.group)
+        return self._on_first_rank(self._find)
 
-    def write(
-        self, part: Callable[[Path], list[FileEntry]], details: Callable[[], Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        """Let every rank write its part, then finish the folder.
+    @contextlib.contextmanager
+    def write(self) -> Iterator[tuple[Path, Path]]:
+        """A folder for the result, which becomes the output at the end, and one for other files.
 
-        Args:
-            part: writes this rank's files below a folder and says which; where it fails on one
-                rank it must raise on all of them.
-            details: more for the manifest, asked for on rank 0 when all parts are written.
-
-        Returns:
-            The manifest, on every rank.
+        A block that fails on one rank must fail on all; then ``path`` is as it was.
 
         Raises:
-            OSError: a rank could not write; raised on all ranks, and ``path`` is as it was.
+            FileExistsError: another process is writing the same output.
+            OSError: nothing can be written next to ``path``.
 
-        Collectives: a few gathers of small objects, and those of ``part``.
+        Collectives: two gathers of small objects.
         """
+        # Rank 0 locks, makes and renames the folders; the others go on when the output is in place.
         with contextlib.ExitStack() as stack:
+            folders = staged_folder(self.path, replace=self.force)
+            yield self._on_first_rank(lambda: stack.enter_context(folders))
+            self._on_first_rank(stack.close)
 
-            def start() -> tuple[Path, Path]:
-                return stack.enter_context(staged_folder(self.path, replace=self.force))
+    def finish(
+        self,
+        details: Callable[[], Mapping[str, Any]],
+        folder: Path | None = None,
+        files: Sequence[FileEntry] = (),
+    ) -> dict[str, Any]:
+        """Write the manifest, or the file that is the output, and return it on every rank.
 
-            result, _ = on_first_rank(start, self.group)
-            written = part(result)
-            gathered = on_all_ranks(lambda: written, self.group)
-            files = [entry for entries in gathered for entry in entries]
+        Args:
+            details: more for the manifest; called on rank 0 when all files are written.
+            folder: the result of ``write``; None if the output is one file.
+            files: what this rank has written in the folder.
 
-            def finish() -> dict[str, Any]:
-                manifest = self._manifest(files, details())
-                write_atomically(result / MANIFEST_NAME, json.dumps(manifest, indent=1))
-                stack.close()
-                return manifest
+        Raises:
+            OSError: it cannot be written.
 
-            return on_first_rank(finish, self.group)
+        Collectives: two gathers of small objects.
+        """
+        entries = [entry for part in self._on_all_ranks(lambda: files) for entry in part]
 
-    def _manifest(self, files: list[FileEntry], details: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "format": self.format,
-            "schema_version": 1,
-            "request": dict(self.request),
-            **details,
-            "files": [dataclasses.asdict(entry) for entry in files],
-        }
+        def finish() -> dict[str, Any]:
+            manifest = self._head() | dict(details())
+            if folder is not None:
+                manifest["files"] = [dataclasses.asdict(entry) for entry in entries]
+            path = self.path if folder is None else folder / MANIFEST_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(manifest, indent=1, allow_nan=folder is not None)
+            write_atomically(path, text)
+            return manifest
 
-    def _finished(self) -> dict[str, Any] | None:
+        return self._on_first_rank(finish)
+
+    def _head(self) -> dict[str, Any]:
+        version = {"format": self.format.name, "schema_version": self.format.version}
+        return version | {"request": dict(self.request)}
+
+    def _find(self) -> dict[str, Any] | None:
         settle(self.path)
-        manifest = self._stored()
-        if manifest is not None and manifest.get("format") == self.format:
-            if not self.force and self._is_this(manifest):
-                return manifest
-            if self.force:
-                return None
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "an output of other input or options" if manifest else "other files"
-            raise FileExistsError(
-                f"output must be a new or empty folder, got {self.path}, which holds {what}; "
-                "choose another name, or replace a former output with --force"
-            )
-        return None
+        if self._is_free():
+            return None
+        stored = self._read()
+        if stored.get("format") != self.format.name:
+            what = "holds other files" if self.path.is_dir() else "is another file"
+            made = f"a complete result of `{self.format.maker}`, got {self.path}, which {what}"
+            raise self._refusal(made, "delete it")
+        if self.force:
+            return None
+        self._require_whole(stored)
+        names = [n for n, value in self.request.items() if value != stored["request"].get(n)]
+        if names:
+            found = f"{self.path} of other input or options, which differs in {', '.join(names)}"
+            raise self._refusal(f"hold this very result, got {found}", "replace it with --force")
+        return stored
 
-    def _stored(self) -> dict[str, Any] | None:
-        path = self.path / MANIFEST_NAME
-        return (
-            read_object(path, {}, "remove the folder, or choose another")
-            if path.is_file()
-            else None
+    def _is_free(self) -> bool:
+        """Whether nothing is there, or an empty folder where a folder is wanted."""
+        if not os.path.lexists(self.path):
+            return True
+        return self.format.is_folder and self.path.is_dir() and not any(self.path.iterdir())
+
+    def _read(self) -> dict[str, Any]:
+        if self.stored is not None:
+            return self.stored(self.path)
+        return read_json(self.path / MANIFEST_NAME if self.format.is_folder else self.path)
+
+    def _require_whole(self, stored: dict[str, Any]) -> None:
+        try:
+            if stored.get("schema_version") != self.format.version:
+                raise ValueError(f"it is of schema version {stored.get('schema_version')!r}")
+            require_shape(stored, self.format.shape, str(self.path), "it is damaged")
+            if self.format.is_folder:
+                check_files(self.path, stored["files"], "it is damaged", verify=False)
+        except (OSError, ValueError) as error:
+            whole = f"a complete result, got {self.path} ({error})"
+            raise self._refusal(whole, "replace it with --force") from error
+
+    def _refusal(self, expected: str, choice: str) -> FileExistsError:
+        noun = self.format.noun
+        return FileExistsError(
+            f"output must be a new {noun} or {expected}; choose another {noun} or {choice}"
         )
 
-    def _is_this(self, manifest: dict[str, Any]) -> bool:
-        """Whether it is of this request and its files are all there."""
-        path, remedy = self.path / MANIFEST_NAME, "replace the output with --force"
-        require_shape(manifest, {"request": dict, "files": list}, str(path), remedy)
-        for entry in manifest["files"]:
-            where = f"an entry of 'files' in {path}"
-            require_shape(entry, {"path": str, "bytes": int}, where, remedy)
-        return bool(manifest["request"] == self.request) and self._has_files(manifest)
+    def _on_first_rank(self, work: Callable[[], Result]) -> Result:
+        if self.group is None:
+            return work()
+        from shardrec.pipeline.ranks import on_first_rank  # needs torch
 
-    def _has_files(self, manifest: Mapping[str, Any]) -> bool:
-        found = ((self.path / entry["path"], entry["bytes"]) for entry in manifest["files"])
-        return all(path.is_file() and path.stat().st_size == size for path, size in found)
+        return on_first_rank(work, self.group)
+
+    def _on_all_ranks(self, work: Callable[[], Result]) -> list[Result]:
+        if self.group is None:
+            return [work()]
+        from shardrec.pipeline.ranks import on_all_ranks  # needs torch
+
+        return on_all_ranks(work, self.group)
+
+
+def read_output(path: Path, format: Format) -> dict[str, Any]:
+    """The manifest of a complete output, or the content of one that is a file.
+
+    Raises:
+        FileNotFoundError: there is no such output.
+        ValueError: it is another output, of another version, or damaged; the message says which
+            file and key.
+    """
+    maker = f"`{format.maker}`"
+    file = find_file(path, MANIFEST_NAME) if format.is_folder else path
+    if file is None or not file.is_file():
+        raise FileNotFoundError(
+            f"{format.what} must hold {MANIFEST_NAME}, got {path}; run {maker} to make one"
+            if format.is_folder
+            else f"there must be {format.what} {path}, got none; run {maker} first"
+        )
+    stored = read_object(file, {}, format.remedy)
+    found = stored.get("format"), stored.get("schema_version")
+    if found != (format.name, format.version):
+        what = "a manifest" if format.is_folder else format.what
+        raise ValueError(
+            f"{file} must be {what} of format {format.name!r}, version {format.version}, got "
+            f"{found[0]!r}, {found[1]!r}; name one that {maker} of this version wrote"
+        )
+    return require_shape(stored, format.shape, str(file), format.remedy)

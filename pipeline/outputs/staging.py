@@ -1,23 +1,22 @@
-"""Output folders that appear whole or not at all.
+"""Outputs that appear complete or not at all: written under another name, then renamed.
 
-Beside ``output``, and gone when all is done::
+A folder is written next to ``output``; what is left of it is removed at the end::
 
     .output.partial/lock      held by the process that writes
                     result    becomes ``output`` when it is complete
                     work      temporary files
-                    former    what ``result`` takes the place of, where that takes two renames
+                    former    the folder that ``result`` replaces, where that takes two renames
 """
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["locked", "partial_of", "put_in_place", "settle", "staged_folder"]
+from shardrec.pipeline.outputs.lock import lock_file
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
@@ -26,23 +25,37 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Two temporary folders beside ``output``: the result, renamed at the end, and a work folder.
+def staged_file(output: Path) -> Iterator[Path]:
+    """A name to write a file under, which is renamed to ``output`` at the end.
 
-    Both are removed when the block raises. What a killed process left behind is removed by the next
-    one; a process that still runs keeps its folder, because it holds a lock in it.
+    The file is removed if the block raises.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        yield partial
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path, Path]]:
+    """A folder that is renamed to ``output`` at the end, and one for temporary files.
+
+    Both are removed if the block raises. What a killed process left behind is removed by the next
+    one; a running process holds a lock and so keeps its folder.
 
     Args:
-        output: where the result shall be; must not exist, or be an empty folder.
-        replace: whether a folder that is there may be replaced. It stays until the new one is
+        output: where the result will be; must not exist, or be an empty folder.
+        replace: whether ``output`` may be an existing folder. It stays until the new one is
             complete; the two change places in one step where the file system can do that.
 
     Yields:
-        The folder that becomes ``output``, and a folder for temporary files.
+        The folder that becomes ``output``, and the folder for temporary files.
 
     Raises:
-        FileExistsError: another process is preparing the same output.
-        PermissionError: nothing can be written beside ``output``.
+        FileExistsError: another process is writing the same output.
+        PermissionError: nothing can be written next to ``output``.
         ValueError: ``output`` is a mount point, which cannot be renamed.
     """
     output = output.absolute()
@@ -53,10 +66,9 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
         )
     settle(output)
     partial = partial_of(output)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(partial))
+    with locked(partial):
         try:
-            result, work = _fresh(partial / RESULT), _fresh(partial / "work")
+            result, work = _empty(partial / RESULT), _empty(partial / "work")
             yield result, work
             if replace and output.exists():
                 put_in_place(result, output)
@@ -68,31 +80,38 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
 
 
 def partial_of(output: Path) -> Path:
-    """The folder beside ``output`` for what is not complete."""
+    """The folder next to ``output`` in which it is written."""
     output = output.absolute()
     return output.parent / f".{output.name}.partial"
 
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Make the folder and keep it for this process, for the length of a ``with``.
+    """Make the folder and keep other processes out of it during the block.
 
     Raises:
-        FileExistsError: another process has it.
+        FileExistsError: another process holds its lock.
         PermissionError: nothing can be written there.
     """
     with contextlib.ExitStack() as stack:
-        with _explain_permission(partial.parent):
+        try:
             partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(partial))
+        except OSError as error:
+            if error.errno not in _NOT_ALLOWED:
+                raise
+            raise PermissionError(
+                f"output must be in a folder that can be written, got {str(partial.parent)!r} "
+                f"({error.strerror}); choose another folder or fix its permissions"
+            ) from error
         yield
 
 
 def put_in_place(result: Path, output: Path) -> None:
-    """Let a complete result take the place of ``output``, and keep that in the result's folder.
+    """Replace ``output`` by a complete result, and keep what was there in the result's folder.
 
-    In one step where the file system can; else in two renames, of which ``settle`` makes up for the
-    second where the process was killed between them.
+    In one step where the file system can; else in two renames, and ``settle`` does the second one
+    if the process is killed between them.
     """
     if _exchange(result, output):
         return
@@ -108,11 +127,11 @@ def put_in_place(result: Path, output: Path) -> None:
 
 
 def settle(output: Path) -> bool:
-    """Whether an output was brought to its place that a killed process had left aside.
+    """Finish a replacement of ``output`` that was killed between two renames; whether it did.
 
-    Where it was killed between two renames, ``output`` is missing, and what was there and the new
-    one, which is complete, lie beside it: the new one gets the place. Does nothing where there is
-    an output or nothing was left, nor while another process is between its two renames.
+    Then ``output`` is missing, and the former folder and the new one, which is complete, lie next
+    to it: the new one gets the name. Does nothing if there is an output or nothing was left, or
+    while another process is between its two renames.
 
     Raises:
         OSError: it cannot be renamed; the message says what to do.
@@ -124,12 +143,12 @@ def settle(output: Path) -> bool:
     found = found if found.is_dir() else partial / FORMER
     try:
         with _locked(partial):
-            if os.path.lexists(output):  # since it was looked for
+            if os.path.lexists(output):  # it may have appeared since
                 return False
             found.rename(output)
             shutil.rmtree(partial, ignore_errors=True)
             return True
-    except FileExistsError:  # another process has the lock
+    except FileExistsError:  # another process holds the lock
         return False
     except OSError as error:
         raise OSError(
@@ -139,34 +158,27 @@ def settle(output: Path) -> bool:
         ) from error
 
 
-@contextlib.contextmanager
-def _explain_permission(parent: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NOT_ALLOWED:
-            raise
-        raise PermissionError(
-            f"output must be in a folder that can be written, got {str(parent)!r} "
-            f"({error.strerror}); choose another folder or fix its permissions"
-        ) from error
+def find_file(folder: Path, name: str) -> Path | None:
+    """A file of an output folder; None if there is none, also after ``settle``."""
+    path = folder / name
+    if not path.is_file():
+        settle(folder)
+    return path if path.is_file() else None
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_file(lock.fileno(), folder / "lock"):
             raise FileExistsError(
                 f"output must be written by one process at a time, got {str(folder)!r} in use; "
                 "wait for the other one"
-            ) from error
+            )
         yield
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step; whether the file system can."""
+    """Let two folders change places in one step; False if the file system cannot."""
     code = _rename_exchange(first, second)
     if code and code not in _NO_EXCHANGE:
         raise OSError(code, os.strerror(code), str(second))
@@ -174,14 +186,14 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _rename_exchange(first: Path, second: Path) -> int:
-    """The error number that the system answers, 0 where the folders have changed places."""
+    """The system's error number, 0 if the folders have changed places."""
     libc = ctypes.CDLL(None, use_errno=True)
     names = [os.fsencode(path) for path in (first, second)]
     failed = libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE)
     return ctypes.get_errno() if failed else 0
 
 
-def _fresh(folder: Path) -> Path:
+def _empty(folder: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()

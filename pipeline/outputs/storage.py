@@ -1,7 +1,7 @@
 """Folders of files on a local disk or in an object store, through ``pyarrow.fs``.
 
-A file is durable when it is closed. Nothing here renames: object stores cannot, so readers look for
-a file that is written last.
+A file is durable when it is closed. Nothing is renamed, because object stores cannot: a folder is
+complete when the file is there that is written last.
 """
 
 import contextlib
@@ -83,8 +83,8 @@ class Folder:
         with self.system.open_output_stream(f"{self.path}/{name}") as file:
             yield file
         if self.is_local:
-            _settle(f"{self.path}/{name}")
-            _settle(self.path)
+            _sync(f"{self.path}/{name}")
+            _sync(self.path)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
@@ -103,11 +103,11 @@ class Folder:
 def open_folder(location: str | Path | Folder) -> Folder:
     """The folder at a path, or at an address such as ``s3://bucket/prefix``.
 
-    Keys and regions of object stores come from where their own tools look for them; settings may
-    follow the address, as in ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http``.
+    Keys and regions of object stores are found as their own tools find them; settings may follow
+    the address, as in ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http``.
 
     Raises:
-        ValueError: no file system answers to the address.
+        ValueError: pyarrow has no file system for the address.
     """
     if isinstance(location, Folder):
         return location
@@ -126,7 +126,7 @@ def open_folder(location: str | Path | Folder) -> Folder:
     return Folder(system, path.rstrip("/"), scheme)
 
 
-def _settle(path: str) -> None:
+def _sync(path: str) -> None:
     """Wait until a local file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

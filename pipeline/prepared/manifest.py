@@ -7,40 +7,23 @@ whether it still is.
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.outputs.json_files import read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle
+from shardrec.pipeline.outputs.files import MANIFEST_NAME, FileEntry, check_files
+from shardrec.pipeline.outputs.formats import PREPARED
+from shardrec.pipeline.outputs.json_files import Shape, require_shape, write_atomically
+from shardrec.pipeline.outputs.stage_output import read_output
 
-FORMAT = "shardrec.prepared"
-SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 ITEMS_NAME = "items.parquet"
 ITEM_MAP_NAME = "item_map.parquet"
-_HASH_BLOCK_BYTES = 1 << 20
-_AGAIN = "delete the folder and prepare again"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
-    """One Parquet file of a prepared folder.
-
-    Attributes:
-        path: relative to the folder, with "/" between its parts.
-        bytes: size of the file.
-        sha256: hexadecimal digest of the whole file.
-        rows: rows in the file.
-        row_groups: row groups in the file.
-    """
-
-    path: str
-    bytes: int
-    sha256: str
-    rows: int
-    row_groups: int
+_PARTS: dict[str, Shape] = {
+    "counts": dict.fromkeys(("items", "train_sequences", "train_users", "validation_users"), int),
+    "columns": {"user": dict, "item": dict, "time": dict, "weight": (dict, type(None))},
+    "source": {"files": list},
+}
+_ENTRY: Shape = {"path": str, "bytes": int, "sha256": str, "rows": int, "row_groups": int}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,23 +71,11 @@ class Manifest:
         raise KeyError(path)
 
 
-def holds_prepared(folder: Path) -> bool:
-    """Whether ``prepare`` wrote what is in ``folder``, complete or not, in any version."""
-    try:
-        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, Mapping) and data.get("format") == FORMAT
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` into ``folder`` and wait until it is on the disk."""
-    data = {"format": FORMAT, "schema_version": SCHEMA_VERSION} | dataclasses.asdict(manifest)
-    with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as stream:
-        json.dump(data, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Write ``manifest.json`` into ``folder``, durably."""
+    head = {"format": PREPARED.name, "schema_version": PREPARED.version}
+    text = json.dumps(head | dataclasses.asdict(manifest), indent=2)
+    write_atomically(folder / MANIFEST_NAME, f"{text}\n")
 
 
 def read_manifest(
@@ -113,7 +84,7 @@ def read_manifest(
     """The manifest of ``folder``, after checking that the files it lists are there.
 
     Args:
-        folder: what ``prepare`` wrote.
+        folder: output of ``prepare``.
         verify_checksums: also read every file and compare its digest.
         only: paths of the files to check; None checks all.
 
@@ -121,88 +92,24 @@ def read_manifest(
         FileNotFoundError: the folder has no manifest, or a listed file is gone.
         ValueError: the manifest is not ours, of another schema version, or a file has changed.
     """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        settle(folder)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"a prepared folder must hold {MANIFEST_NAME}, got {str(folder)!r}; "
-            "run `shardrec prepare` to make one"
-        )
-    manifest = _parse(path)
-    for entry in manifest.files:
-        if only is None or entry.path in only:
-            _check_file(folder, entry, verify_checksums)
+    stored = read_output(folder, PREPARED)
+    manifest = parse_manifest(stored, folder)
+    entries = [entry for entry in stored["files"] if only is None or entry["path"] in only]
+    check_files(folder, entries, PREPARED.remedy, verify=verify_checksums)
     return manifest
 
 
-def describe_file(folder: Path, path: str, rows: int, row_groups: int) -> FileEntry:
-    """The entry of a file that has just been written below ``folder``."""
-    size = (folder / path).stat().st_size
-    digest = sha256(folder / path)
-    return FileEntry(path=path, bytes=size, sha256=digest, rows=rows, row_groups=row_groups)
+def parse_manifest(stored: dict[str, Any], folder: Path) -> Manifest:
+    """The manifest in the JSON of a prepared folder.
 
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-_SHAPES: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "counts": dict.fromkeys(("items", "train_sequences", "train_users", "validation_users"), int),
-    "columns": {"user": dict, "item": dict, "time": dict, "weight": (dict, type(None))},
-    "source": {"files": list},
-}
-
-
-def _parse(path: Path) -> Manifest:
-    data = read_object(path, {}, _AGAIN)
-    if data.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} must be a manifest of format {FORMAT!r}, got another file; "
-            "name a folder that `shardrec prepare` wrote"
-        )
-    if data.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"the schema version of {str(path)!r} must be {SCHEMA_VERSION}, got "
-            f"{data.get('schema_version')!r}; prepare the log again with this version of shardrec"
-        )
+    Raises:
+        ValueError: a part of it is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    for part, shape in _PARTS.items():
+        require_shape(stored[part], shape, f"{part!r} in {path}", PREPARED.remedy)
+    where = f"an entry of 'files' in {path}"
+    entries = [require_shape(one, _ENTRY, where, PREPARED.remedy) for one in stored["files"]]
+    files = tuple(FileEntry(**{name: entry[name] for name in _ENTRY}) for entry in entries)
     names = [field.name for field in dataclasses.fields(Manifest) if field.name != "files"]
-    shape: dict[str, type] = dict.fromkeys(names, dict)
-    require_shape(data, shape | {"shardrec_version": str, "files": list}, str(path), _AGAIN)
-    for part, known in _SHAPES.items():
-        require_shape(data[part], known, f"{part!r} in {path}", _AGAIN)
-    return Manifest(**{name: data[name] for name in names}, files=_files(data["files"], path))
-
-
-def _files(entries: list[Any], path: Path) -> tuple[FileEntry, ...]:
-    shape = {"path": str, "bytes": int, "sha256": str, "rows": int, "row_groups": int}
-    files = []
-    for entry in entries:
-        require_shape(entry, shape, f"an entry of 'files' in {path}", _AGAIN)
-        files.append(FileEntry(**{name: entry[name] for name in shape}))
-    return tuple(files)
-
-
-def _check_file(folder: Path, entry: FileEntry, verify_checksum: bool) -> None:
-    path = folder / entry.path
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(path)!r} must exist because the manifest lists it, got no such file; "
-            "delete the folder and prepare again"
-        )
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ValueError(
-            f"{str(path)!r} must have {entry.bytes} bytes, got {size}; "
-            "delete the folder and prepare again"
-        )
-    if verify_checksum and sha256(path) != entry.sha256:
-        raise ValueError(
-            f"the SHA-256 of {str(path)!r} must be {entry.sha256}, got another; "
-            "delete the folder and prepare again"
-        )
+    return Manifest(**{name: stored[name] for name in names}, files=files)

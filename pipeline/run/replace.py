@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.checkpoint.store import write_atomically
+from shardrec.pipeline.outputs.json_files import write_atomically
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
 from shardrec.pipeline.run.callbacks import EndReport

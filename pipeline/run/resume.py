@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from shardrec.pipeline.checkpoint.state import versions
-from shardrec.pipeline.checkpoint.store import Checkpoints, write_atomically
+from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.json_files import read_object
+from shardrec.pipeline.outputs.json_files import read_object, write_atomically
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared

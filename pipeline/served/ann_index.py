@@ -34,10 +34,7 @@ class IndexConfig:
     search: str | None = None
 
     def empty(self, width: int) -> Any:
-        """An index of inner products without items.
-
-        Args:
-            width: D.
+        """An empty index of inner products for rows of width D.
 
         Raises:
             ValueError: FAISS does not know the factory string or a parameter.
@@ -61,14 +58,14 @@ class IndexConfig:
 def build_index(
     path: Path, config: IndexConfig, scored: Tensor, allowed: Tensor, states: Tensor
 ) -> dict[str, Any]:
-    """Write an index of the allowed rows, and say how well it finds them.
+    """Write an index of the allowed rows, and measure its recall.
 
     Args:
         path: the file to write.
         config: what index.
-        scored: (V, D) float32, what states are compared with.
+        scored: (V, D) float32, compared with states.
         allowed: (V,) bool, items that belong in the index.
-        states: (Q, D) float32, what users ask for.
+        states: (Q, D) float32, queries that the recall is measured on.
 
     Returns:
         JSON: the options, the number of items, and the recall@10 of ``states`` against exact
@@ -136,7 +133,7 @@ def index_top_items(
 
 
 def _recall(index: Any, scored: Tensor, allowed: Tensor, states: Tensor) -> float:
-    """Share of the exact best items that the index finds too."""
+    """Share of the exact best items that the index finds."""
     shard = RowShard(scored, 0, len(scored), None)
     _, exact = top_items(states, shard, RECALL_K, allowed=allowed)
     _, found = index_top_items(index, states, RECALL_K)

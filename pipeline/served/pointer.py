@@ -1,33 +1,30 @@
-"""Which export is served: a pointer that is swapped in one step, with its history.
+"""The pointer: a small JSON file that names the export to serve, with its history.
 
-A pointer is one small JSON file::
+::
 
     current         number of the publication that is served
     publications    one entry each: the export, what it was trained on, how it was measured
     swaps           when the pointer moved, from which number to which
 
-Readers see the file before a swap or after it, never between; this holds on shared file systems,
-where renaming a file within a folder is one step as well.
+The file is replaced by a rename, so that readers see it before a change or after it, also on a
+shared file system.
 """
 
 import dataclasses
 import datetime
-import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardrec.pipeline.checkpoint.store import write_atomically
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape
-from shardrec.pipeline.outputs.staging import settle
-from shardrec.pipeline.prepared.manifest import MANIFEST_NAME, sha256
+from shardrec.pipeline.outputs.files import MANIFEST_NAME, check_files, sha256
+from shardrec.pipeline.outputs.formats import EXPORT, POINTER
+from shardrec.pipeline.outputs.json_files import Shape, require_shape, write_atomically
+from shardrec.pipeline.outputs.lock import lock_file
+from shardrec.pipeline.outputs.stage_output import read_output
+from shardrec.pipeline.outputs.staging import find_file
 
-__all__ = ["FORMAT", "Publication", "Published", "export_folder", "read_published", "swap"]
-
-FORMAT = "shardrec.published"
-_REMEDY = "restore it from a copy, or remove it and publish an export anew"
 _ENTRY: Shape = {
     **{"number": int, "export": str, "manifest": str, "lists": (str, type(None)), "source": dict},
     **{"catalog_version": str, "evaluation": (dict, type(None)), "previous": (int, type(None))},
@@ -42,12 +39,12 @@ class Publication:
     Attributes:
         number: 1 for the first of a pointer.
         export: its folder; relative to the pointer's folder where it is below that.
-        manifest: SHA-256 of the export's manifest, which holds those of its files.
+        manifest: SHA-256 of the export's manifest, which holds the checksums of its files.
         lists: folder of recommendations of the same weights, or None.
         source: JSON; run id, checkpoint, its weights' hash, and the data's fingerprint.
         catalog_version: of the export's items.
-        evaluation: JSON; what a gate knew of its metrics, or None.
-        previous: number of the publication it took the place of.
+        evaluation: JSON; its metrics according to the gate, or None.
+        previous: number of the publication that it replaced.
         left_by_rollback: whether a rollback moved away from it.
     """
 
@@ -60,6 +57,11 @@ class Publication:
     evaluation: dict[str, Any] | None
     previous: int | None
     left_by_rollback: bool = False
+
+    def is_same_as(self, other: "Publication") -> bool:
+        """Whether both publish the same export and lists."""
+        ours, theirs = ((p.export, p.manifest, p.lists) for p in (self, other))
+        return ours == theirs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +84,7 @@ class Published:
         return None if self.number is None else self.find(self.number)
 
     def find(self, number: int) -> Publication:
-        """The publication of a number.
+        """The publication with a number.
 
         Raises:
             ValueError: there is none.
@@ -94,10 +96,9 @@ class Published:
         raise ValueError(f"number must be that of a publication ({known}), got {number}; pick one")
 
     def moved(self, action: str, publication: Publication) -> "Published":
-        """This pointer when it names ``publication``, which is put among the others."""
+        """This pointer after an action that makes it name ``publication``."""
         others = [p for p in self.publications if p.number != publication.number]
-        publications = sorted([*others, publication], key=lambda p: p.number)
-        swap = {
+        step = {
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "action": action,
             "from": self.number,
@@ -105,62 +106,67 @@ class Published:
         }
         return Published(
             number=publication.number,
-            publications=tuple(publications),
-            swaps=(*self.swaps, swap),
+            publications=tuple(sorted([*others, publication], key=lambda p: p.number)),
+            swaps=(*self.swaps, step),
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a pointer names now.
+
+    Attributes:
+        publication: the one that is served.
+        is_new: False if it was served already and nothing was done.
+    """
+
+    publication: Publication
+    is_new: bool
+
+
 def read_published(path: Path) -> Published:
-    """What a pointer holds; nothing where there is no such file yet.
+    """What a pointer holds; nothing if there is no such file yet.
 
     Raises:
         ValueError: the file is no pointer of this version, or it is damaged.
     """
     if not path.exists():
         return Published()
-    data = read_object(path, {}, _REMEDY)
-    if (data.get("format"), data.get("schema_version")) != (FORMAT, 1):
-        raise ValueError(
-            f"{path} must be a pointer of format {FORMAT!r}, version 1, got another file; name one "
-            "that `shardrec publish` wrote, or a new one"
-        )
-    shape: Shape = {"current": (int, type(None)), "publications": list, "swaps": list}
-    require_shape(data, shape, str(path), _REMEDY)
+    stored = read_output(path, POINTER)
     where = f"an entry of 'publications' in {path}"
-    entries = [require_shape(one, _ENTRY, where, _REMEDY) for one in data["publications"]]
+    entries = [require_shape(one, _ENTRY, where, POINTER.remedy) for one in stored["publications"]]
     numbers = [entry["number"] for entry in entries]
-    if data["current"] not in (None, *numbers):
+    if stored["current"] not in (None, *numbers):
         raise ValueError(
-            f"'current' of {path} must be the number of a publication, got {data['current']} and "
-            f"{numbers}; {_REMEDY}"
+            f"'current' of {path} must be the number of a publication, got {stored['current']} and "
+            f"{numbers}; {POINTER.remedy}"
         )
     publications = [Publication(**{name: entry[name] for name in _ENTRY}) for entry in entries]
     return Published(
-        number=data["current"], publications=tuple(publications), swaps=tuple(data["swaps"])
+        number=stored["current"], publications=tuple(publications), swaps=tuple(stored["swaps"])
     )
 
 
-def swap(path: Path, change: Callable[[Published], Published]) -> tuple[Published, bool]:
-    """What a pointer holds after a change, and whether that is anything new.
-
-    Writers wait for one another; a change that raises leaves the pointer as it is.
+def update(path: Path, change: Callable[[Published], Published]) -> Served:
+    """Make a pointer name another publication; writers wait for one another.
 
     Args:
-        path: the pointer; made where there is none.
-        change: from what the pointer holds to what it shall hold.
+        path: the pointer; made if there is none.
+        change: from the present content to the new one; if it raises, the pointer stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock.fileno(), path, wait=True)
         before = read_published(path)
         after = change(before)
         if after != before:
             write_atomically(path, json.dumps(_to_json(after), indent=1))
-    return after, after != before
+    assert after.current is not None, "a change makes the pointer name something"
+    return Served(after.current, after != before)
 
 
 def export_folder(path: Path) -> Path:
-    """The folder of the export that a pointer names; a path that is no file is its own answer.
+    """The export that a pointer names; a path that is not a file is returned as it is.
 
     Raises:
         FileNotFoundError: the pointer names nothing yet, or the export is gone.
@@ -171,36 +177,50 @@ def export_folder(path: Path) -> Path:
     current = read_published(path).current
     if current is None:
         raise FileNotFoundError(f"{path} must name an export, got none; run `shardrec publish`")
-    folder = path.parent / current.export
-    require_unchanged(folder, current)
-    return folder
+    return require_unchanged(path, current)
 
 
-def require_unchanged(folder: Path, publication: Publication) -> None:
-    """Refuse an export that is gone or another than the one that was published.
+def require_unchanged(pointer: Path, publication: Publication) -> Path:
+    """The folder of a published export, which must be as it was published.
 
     Raises:
-        FileNotFoundError, ValueError: with what to do.
+        FileNotFoundError: it is gone.
+        ValueError: another export is there.
     """
-    manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
-        settle(folder)
-    if not manifest.is_file():
+    folder = pointer.parent / publication.export
+    manifest = find_file(folder, MANIFEST_NAME)
+    if manifest is None:
         raise FileNotFoundError(
-            f"publication {publication.number} must still have its export, got no {manifest}; "
-            "roll back to another number, or publish a new export"
+            f"publication {publication.number} must still have its export, got no "
+            f"{folder / MANIFEST_NAME}; roll back to another number, or publish a new export"
         )
     if sha256(manifest) != publication.manifest:
         raise ValueError(
             f"{folder} must be as it was published, got another export in its place; publish it "
             "under a new number, or roll back to another one"
         )
+    return folder
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete export, after comparing the checksums of its files.
+
+    Raises:
+        FileNotFoundError: there is no manifest, or a file is gone.
+        ValueError: it is no export, or a file has changed.
+    """
+    manifest = read_output(folder, EXPORT)
+    where = f"'request' in {folder / MANIFEST_NAME}"
+    require_shape(manifest["request"], {"source": dict}, where, EXPORT.remedy)
+    mixed = "export again: files of two exports do not fit together"
+    check_files(folder, manifest["files"], mixed, verify=True)
+    return manifest
 
 
 def _to_json(published: Published) -> dict[str, Any]:
     return {
-        "format": FORMAT,
-        "schema_version": 1,
+        "format": POINTER.name,
+        "schema_version": POINTER.version,
         "current": published.number,
         "publications": [dataclasses.asdict(entry) for entry in published.publications],
         "swaps": list(published.swaps),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pipeline.small_data import prepare_small, small_config
+from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
 from shardrec.kernels.shard import RowShard
@@ -36,12 +36,6 @@ except ModuleNotFoundError as error:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
-
-
-@pytest.fixture(scope="module")
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return trained(data, tmp_path_factory.mktemp("run") / "run", CCE())
 
@@ -63,7 +57,7 @@ def indexed(run: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["inner-product", "cosine"])
-def test_an_index_that_is_exact_serves_the_lists_of_exact_search(
+def test_exact_index_serves_the_lists_of_exact_search(
     data: str, indexed: Path, tmp_path: Path, normalize: bool
 ) -> None:
     folder = indexed
@@ -108,7 +102,7 @@ def test_recall_is_measured_against_exact_search(tmp_path: Path) -> None:
     assert good["num_items"] == 2000 and good["queries"] == 200
 
 
-def test_lists_are_filled_although_the_history_is_long(tmp_path: Path) -> None:
+def test_lists_are_full_after_long_histories(tmp_path: Path) -> None:
     vectors = torch.eye(8) * torch.arange(8, 0, -1)[:, None]
     path = tmp_path / "index"
     build_index(path, IndexConfig("Flat"), vectors, torch.ones(8, dtype=torch.bool), torch.eye(8))
@@ -139,7 +133,7 @@ def test_serving_needs_faiss_only_for_its_index(indexed: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "faiss\n"), done.stderr
 
 
-def test_the_command_makes_an_index_and_refuses_what_cannot_be(
+def test_command_builds_an_index_and_refuses_bad_options(
     run: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["export", "--run", run, "--prepared", data, "--output", str(tmp_path / "out")]
@@ -158,7 +152,7 @@ def test_the_command_makes_an_index_and_refuses_what_cannot_be(
     assert "other input or options" in capsys.readouterr().err
 
 
-def test_an_index_that_is_not_there_is_not_searched(
+def test_search_without_an_index_is_refused(
     run: str, data: str, indexed: Path, tmp_path: Path
 ) -> None:
     export(configured(run, data, tmp_path / "out"))

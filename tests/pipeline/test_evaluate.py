@@ -27,21 +27,6 @@ from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Split by time, all later events as targets: new items, repeated targets, several of each."""
-    folder = tmp_path_factory.mktemp("data")
-    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
-
-
-@pytest.fixture(scope="module")
-def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2)
-    train(small_config(data, folder, catalog=catalog))
-    return str(folder)
-
-
 def rank_by_brute_force(scores: Tensor, hidden: set[int], target: int) -> int:
     """Items that stand before the target: a higher score, or an equal one and a lower index."""
     ours = float(scores[target])
@@ -191,7 +176,7 @@ def test_a_run_without_checkpoint_is_refused(run: str, data: str, tmp_path: Path
         evaluate(str(tmp_path), data)
 
 
-def test_a_run_of_a_foreign_encoder_wants_that_encoder(data: str, tmp_path: Path) -> None:
+def test_run_of_a_user_supplied_encoder_needs_that_encoder(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path / "run")
     train(config, encoder=Running())
     with pytest.raises(ValueError, match="encoder must be given for a run that trained Running"):
@@ -217,7 +202,7 @@ def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
     assert found["Recall@100"] == 1.0
 
 
-def test_a_report_is_written_once_and_another_is_refused(
+def test_evaluate_is_idempotent_and_refuses_another_report(
     run: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, output = MeasureConfig(ks=(5,)), tmp_path / "deep" / "metrics.json"

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.pipeline.small_data import Running, prepare_small, small_config
+from tests.pipeline.small_data import Running, small_config
 from tests.ranks import Ranks
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.export import (
@@ -50,20 +49,6 @@ from shardrec.pipeline.serve import Recommender
 served = Recommender.open(sys.argv[1])
 print(json.dumps(served.recommend(json.loads(sys.argv[2]), k=4)))
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
-
-
-@pytest.fixture(scope="module")
-def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2)
-    train(small_config(data, folder, catalog=catalog))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +96,7 @@ def test_vectors_and_ids_are_those_of_the_model(run: str, data: str, exported: P
     assert torch.equal(vectors, model.catalog.shard.rows.detach())
 
 
-def test_the_manifest_ties_run_data_and_catalog_together(
-    run: str, data: str, exported: Path
-) -> None:
+def test_manifest_names_run_data_and_catalog(run: str, data: str, exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     prepared = Prepared.open(data)
     source = Source.find(run, prepared, "best")
@@ -195,7 +178,7 @@ def test_another_catalog_is_refused(exported: Path, tmp_path: Path) -> None:
         Recommender.open(exported, catalog_version="0123456789abcdef")
 
 
-def test_files_of_two_exports_are_not_mixed(exported: Path, tmp_path: Path) -> None:
+def test_files_of_two_exports_are_refused(exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "mixed")
     part = next((tmp_path / "mixed" / "items").iterdir())
     table = pq.read_table(part)
@@ -208,7 +191,7 @@ def test_files_of_two_exports_are_not_mixed(exported: Path, tmp_path: Path) -> N
         Recommender.open(tmp_path / "mixed")
 
 
-def test_a_foreign_encoder_is_exported_too(data: str, tmp_path: Path) -> None:
+def test_user_supplied_encoder_is_exported(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path / "run")
     train(config, encoder=Running())
     export(configured(config.output, data, tmp_path / "out"), encoder=Running())
@@ -236,7 +219,7 @@ class Noisy(torch.nn.Module):
         return vectors + torch.randn_like(vectors)
 
 
-def test_an_export_is_compared_with_the_live_encoder(exported: Path, tmp_path: Path) -> None:
+def test_export_is_compared_with_the_live_encoder(exported: Path, tmp_path: Path) -> None:
     told = json.loads((exported / "manifest.json").read_text())
     assert 0 <= told["encoder_difference"] < 1e-5
     torch.export.save(export_encoder(Noisy(), 4, 6), tmp_path / "noisy.pt2")

@@ -1,4 +1,4 @@
-"""The gate: a run against the published model on the same users, also when the data are newer."""
+"""The gate: a run against the published model on the same users, also if the data are newer."""
 
 import dataclasses
 import json
@@ -13,8 +13,7 @@ from shardrec.launch.cli import main
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.export import ExportConfig, export
-from shardrec.pipeline.gate import GateConfig, Verdict, gate
-from shardrec.pipeline.measure_export import measure_export
+from shardrec.pipeline.gate import GateConfig, Verdict, gate, measure_export
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.prepared.folder import Prepared
@@ -98,7 +97,7 @@ def asked(day: Day, pointer: Path, **options: Any) -> Verdict:
     return gate(GateConfig(run=day.run, prepared=day.prepared, published=str(pointer), **settings))
 
 
-def test_an_export_measured_on_its_own_users_has_the_metrics_of_its_run(good: Day) -> None:
+def test_measured_export_has_the_metrics_of_its_run(good: Day) -> None:
     found = measure_export(Path(good.export), Prepared.open(good.prepared), MEASURE, "test")
     stored = json.loads((good.folder / "run/metrics.json").read_text())["metrics"]
     names = [name for name, value in stored.items() if value is not None]
@@ -118,7 +117,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
-def test_on_newer_data_an_export_is_measured_as_it_serves(good: Day, newer: str) -> None:
+def test_measured_export_on_newer_data_has_the_hits_of_serving(good: Day, newer: str) -> None:
     prepared = Prepared.open(newer)
     found = measure_export(Path(good.export), prepared, MeasureConfig(ks=(5,)), "test")
     served = Recommender.open(good.export, min_count=0)
@@ -134,16 +133,14 @@ def test_on_newer_data_an_export_is_measured_as_it_serves(good: Day, newer: str)
     assert found["HitRate@5"] == pytest.approx(hits / len(users)) and hits
 
 
-def test_the_first_model_passes_and_a_minimum_may_stop_it(good: Day, tmp_path: Path) -> None:
+def test_first_model_passes_unless_below_the_minimum(good: Day, tmp_path: Path) -> None:
     pointer = tmp_path / "none.json"
     assert asked(good, pointer).passed
     refused = asked(good, pointer, minimum=0.99, force=True)
     assert not refused.passed and "is below the minimum 0.9900" in refused.reason
 
 
-def test_a_worse_run_on_newer_data_is_refused_within_no_tolerance_but_a_large_one(
-    poor: Day, pointer: Path, good: Day
-) -> None:
+def test_gate_rejects_regression_beyond_tolerance(poor: Day, pointer: Path, good: Day) -> None:
     verdict = asked(poor, pointer)
     assert not verdict.passed and verdict.is_new
     stored = json.loads(Path(f"{pointer}.poor").read_text())
@@ -154,7 +151,7 @@ def test_a_worse_run_on_newer_data_is_refused_within_no_tolerance_but_a_large_on
     assert asked(poor, pointer, tolerance=0.999, force=True).passed
 
 
-def test_on_the_same_users_the_figure_of_the_publication_counts(
+def test_gate_reuses_the_published_value_on_the_same_users(
     good: Day, pointer: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "run"
@@ -166,7 +163,7 @@ def test_on_the_same_users_the_figure_of_the_publication_counts(
     assert not verdict.passed
 
 
-def test_the_same_question_is_answered_once_and_another_refused(poor: Day, pointer: Path) -> None:
+def test_gate_answers_a_question_once_and_refuses_another(poor: Day, pointer: Path) -> None:
     assert asked(poor, pointer).is_new
     assert not asked(poor, pointer).is_new
     with pytest.raises(FileExistsError, match="which differs in tolerance"):
@@ -182,7 +179,7 @@ def lists_of(served: str | Path) -> tuple[str, list[list[tuple[Any, float]]]]:
     return model.manifest["request"]["source"]["run"], model.recommend(HISTORIES, k=5)
 
 
-def test_after_a_poor_model_a_rollback_serves_the_good_one_again(
+def test_rollback_serves_the_good_model_after_a_poor_one(
     good: Day, poor: Day, pointer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not asked(poor, pointer).passed
@@ -199,9 +196,7 @@ def test_after_a_poor_model_a_rollback_serves_the_good_one_again(
     assert all(ours != theirs for ours, theirs in zip(good_lists, poor_lists, strict=True))
 
 
-def test_a_published_run_asks_for_nothing_when_its_day_is_repeated(
-    good: Day, pointer: Path
-) -> None:
+def test_gate_and_publish_of_a_published_run_are_idempotent(good: Day, pointer: Path) -> None:
     assert not asked(good, pointer).is_new
     again = PublishConfig(export=good.export, published=str(pointer), gate=f"{pointer}.good")
     assert not publish(again).is_new
@@ -215,20 +210,20 @@ def test_a_published_run_asks_for_nothing_when_its_day_is_repeated(
         ({"tolerance": 1.5}, ValueError, r"tolerance must be in \[0, 1\), got 1.5"),
     ],
 )
-def test_a_wrong_question_is_refused(
+def test_gate_refuses_bad_options(
     good: Day, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         asked(good, tmp_path / "none.json", **options)
 
 
-def test_the_data_must_be_those_of_the_run(good: Day, poor: Day, tmp_path: Path) -> None:
+def test_gate_refuses_data_of_another_run(good: Day, poor: Day, tmp_path: Path) -> None:
     config = GateConfig(run=good.run, prepared=poor.prepared, published=str(tmp_path / "p.json"))
     with pytest.raises(ValueError, match="prepared must be the data that the run was evaluated on"):
         gate(config)
 
 
-def test_the_command_exits_with_3_and_the_published_model_stays(
+def test_rejected_run_exits_with_3_and_is_not_published(
     good: Day, poor: Day, pointer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = f"{pointer}.command"

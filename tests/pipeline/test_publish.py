@@ -1,4 +1,4 @@
-"""The pointer: swapped in one step and back, nothing lost between writers, no broken export."""
+"""Publish and rollback: the pointer moves in one step, writers lose nothing, exports are whole."""
 
 import json
 import multiprocessing
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from shardrec.launch.cli import main
+from shardrec.pipeline.outputs.files import sha256
 from shardrec.pipeline.publish import (
     PublishConfig,
     Refused,
     RollbackConfig,
-    Swapped,
+    Served,
     publish,
     rollback,
 )
@@ -22,11 +23,10 @@ from shardrec.pipeline.served.pointer import export_folder, read_published
 
 
 def write_export(folder: Path, weights: str) -> str:
-    """What publish looks at of an export: its manifest, and one file that it lists."""
-    from shardrec.pipeline.prepared.manifest import sha256
-
+    """The parts of an export that publish reads: its manifest, and one file that it lists."""
     folder.mkdir(parents=True)
     (folder / "encoder.pt2").write_text(weights)
+    encoder = {"path": "encoder.pt2", "sha256": sha256(folder / "encoder.pt2")}
     manifest = {
         "format": "shardrec.export",
         "schema_version": 1,
@@ -34,7 +34,7 @@ def write_export(folder: Path, weights: str) -> str:
         "catalog_version": "c" * 16,
         "scores": "inner product",
         **{"num_items": 3, "width": 4, "max_length": 5},
-        "files": [{"path": "encoder.pt2", "sha256": sha256(folder / "encoder.pt2")}],
+        "files": [encoder | {"bytes": len(weights)}],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return str(folder)
@@ -48,6 +48,7 @@ def write_gate(path: Path, weights: str, *, passed: bool = True, number: int | N
     report = {
         "format": "shardrec.gate",
         "schema_version": 1,
+        "request": {},
         "passed": passed,
         "reason": "NDCG@10 0.1000 is below 0.2000",
         "evaluation": {"source": source_of(weights), "protocol": {}, "metrics": {"NDCG@10": 0.1}},
@@ -59,7 +60,7 @@ def write_gate(path: Path, weights: str, *, passed: bool = True, number: int | N
 
 @pytest.fixture
 def pointer(tmp_path: Path) -> Path:
-    """A pointer at the second of two exports, each with the report of its gate beside it."""
+    """A pointer at the second of two exports, each next to the report of its gate."""
     path = tmp_path / "live" / "published.json"
     for name, before in (("monday", None), ("tuesday", 1)):
         export = write_export(tmp_path / "live" / name, name)
@@ -78,11 +79,11 @@ def tuesday_again(pointer: Path, *, force: bool = False) -> PublishConfig:
     return PublishConfig(export=str(export), published=str(pointer), gate=str(gate), force=force)
 
 
-def back(pointer: Path, to: int | None = None) -> Swapped:
+def back(pointer: Path, to: int | None = None) -> Served:
     return rollback(RollbackConfig(published=str(pointer), to=to))
 
 
-def test_the_pointer_names_the_last_export_and_rollback_the_one_before(pointer: Path) -> None:
+def test_rollback_restores_the_export_before(pointer: Path) -> None:
     assert export_folder(pointer) == pointer.parent / "tuesday"
     assert back(pointer).publication.number == 1
     assert export_folder(pointer) == pointer.parent / "monday"
@@ -95,7 +96,7 @@ def test_the_pointer_names_the_last_export_and_rollback_the_one_before(pointer: 
         back(pointer)
 
 
-def test_publishing_and_going_to_a_number_again_do_nothing(pointer: Path) -> None:
+def test_publish_and_rollback_are_idempotent(pointer: Path) -> None:
     before = pointer.read_bytes()
     again = publish(tuesday_again(pointer))
     assert not again.is_new and again.publication.number == 2
@@ -103,7 +104,7 @@ def test_publishing_and_going_to_a_number_again_do_nothing(pointer: Path) -> Non
     assert pointer.read_bytes() == before
 
 
-def test_what_was_rolled_back_is_published_again_only_by_force(pointer: Path) -> None:
+def test_publish_refuses_a_rolled_back_export_unless_forced(pointer: Path) -> None:
     back(pointer)
     with pytest.raises(Refused, match="a rollback moved away from, got number 2"):
         publish(tuesday_again(pointer))
@@ -111,7 +112,7 @@ def test_what_was_rolled_back_is_published_again_only_by_force(pointer: Path) ->
     assert back(pointer).publication.number == 1
 
 
-def test_folders_below_the_pointer_move_with_it(pointer: Path, tmp_path: Path) -> None:
+def test_folders_below_the_pointer_may_move_with_it(pointer: Path, tmp_path: Path) -> None:
     pointer.parent.rename(tmp_path / "moved")
     assert export_folder(tmp_path / "moved" / "published.json") == tmp_path / "moved" / "tuesday"
     elsewhere = write_export(tmp_path / "elsewhere", "wednesday")
@@ -119,7 +120,7 @@ def test_folders_below_the_pointer_move_with_it(pointer: Path, tmp_path: Path) -
     assert publish(config).publication.export == elsewhere
 
 
-def test_an_export_that_changed_or_went_is_neither_opened_nor_gone_back_to(pointer: Path) -> None:
+def test_a_changed_or_missing_export_is_not_served(pointer: Path) -> None:
     manifest = pointer.parent / "monday" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(ValueError, match="must be as it was published"):
@@ -133,7 +134,7 @@ def test_an_export_that_changed_or_went_is_neither_opened_nor_gone_back_to(point
     assert read_published(pointer).number == 2
 
 
-def test_an_export_with_an_altered_file_is_not_published(pointer: Path, tmp_path: Path) -> None:
+def test_publish_refuses_an_altered_file(pointer: Path, tmp_path: Path) -> None:
     export = write_export(tmp_path / "broken", "wednesday")
     (tmp_path / "broken" / "encoder.pt2").write_text("altered")
     with pytest.raises(ValueError, match="the SHA-256 of"):
@@ -141,7 +142,7 @@ def test_an_export_with_an_altered_file_is_not_published(pointer: Path, tmp_path
     assert read_published(pointer).number == 2
 
 
-def test_without_a_gate_only_force_publishes_and_never_against_one_that_refused(
+def test_publish_needs_a_gate_unless_forced(
     pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = write_export(tmp_path / "new", "wednesday")
@@ -162,12 +163,12 @@ def test_without_a_gate_only_force_publishes_and_never_against_one_that_refused(
     assert served is not None and (served.number, served.evaluation) == (3, None)
 
 
-def test_the_gate_must_be_passed_for_these_weights_and_against_what_is_served(
+def test_the_gate_must_be_passed_by_these_weights_against_the_current_publication(
     pointer: Path, tmp_path: Path
 ) -> None:
     export = write_export(tmp_path / "new", "wednesday")
 
-    def published_with(gate: str) -> Swapped:
+    def published_with(gate: str) -> Served:
         return publish(PublishConfig(export=export, published=str(pointer), gate=gate))
 
     with pytest.raises(Refused, match=r"passed its gate, got: NDCG@10 0.1000 is below"):
@@ -184,9 +185,7 @@ def test_the_gate_must_be_passed_for_these_weights_and_against_what_is_served(
     assert not published_with(str(tmp_path / "g")).is_new
 
 
-def test_lists_of_other_weights_are_not_published_with_an_export(
-    pointer: Path, tmp_path: Path
-) -> None:
+def test_publish_refuses_lists_of_other_weights(pointer: Path, tmp_path: Path) -> None:
     export = write_export(tmp_path / "new", "wednesday")
     lists = tmp_path / "lists"
     lists.mkdir()
@@ -194,15 +193,16 @@ def test_lists_of_other_weights_are_not_published_with_an_export(
     with pytest.raises(FileNotFoundError, match="lists must be a folder of `shardrec recommend`"):
         publish(config)
     for weights, message in [("other", "lists must come from the weights"), ("wednesday", "")]:
-        request = {"request": {"source": source_of(weights)}}
-        (lists / "manifest.json").write_text(json.dumps(request))
+        written = {"request": {"source": source_of(weights)}, "files": []}
+        head = {"format": "shardrec.recommendations", "schema_version": 1}
+        (lists / "manifest.json").write_text(json.dumps(head | written))
         if message:
             with pytest.raises(ValueError, match=message):
                 publish(config)
     assert publish(config).publication.lists == str(lists)
 
 
-def test_another_file_is_no_pointer(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_pointer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"format": "another"}')
     with pytest.raises(ValueError, match="must be a pointer of format 'shardrec.published'"):
         export_folder(tmp_path / "p.json")
@@ -216,7 +216,7 @@ def publish_some(pointer: str, folder: str, process: int) -> None:
         publish(unasked(export, pointer))
 
 
-def test_writers_lose_nothing_and_readers_never_see_half_a_file(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_nothing_and_readers_see_whole_files(tmp_path: Path) -> None:
     pointer, done = tmp_path / "published.json", threading.Event()
     export = write_export(tmp_path / "first", "first")
     publish(unasked(export, pointer))
@@ -247,7 +247,7 @@ def test_writers_lose_nothing_and_readers_never_see_half_a_file(tmp_path: Path) 
     assert published.number == 17 and seen == sorted(seen) and seen[0] > 0
 
 
-def test_the_commands_say_what_is_served_and_exit_with_3_when_refused(
+def test_commands_report_the_publication_and_exit_with_3_when_refused(
     pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     live: dict[str, Any] = {"published": str(pointer), "export": str(pointer.parent / "tuesday")}

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardrec.launch.cli import main
-from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
 from shardrec.pipeline.evaluate import evaluate
@@ -28,20 +27,6 @@ from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
 
 UNKNOWN = 10_000
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    return prepare_small(folder, split="temporal", test_quantile=0.6, targets="all")
-
-
-@pytest.fixture(scope="module")
-def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2)
-    train(small_config(data, folder, catalog=catalog))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +108,20 @@ def recommend_on_ranks(config: RecommendConfig) -> dict[str, Any]:
     return recommend(config).manifest
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_number_of_ranks_changes_no_list(
-    ranks: Ranks, run: str, data: str, histories: str, tmp_path: Path, num_ranks: int
+    ranks: Ranks, run: str, data: str, histories: str, tmp_path: Path
 ) -> None:
-    alone = recommend(configured(run, data, tmp_path / "alone", **of_file(histories)))
-    config = configured(run, data, tmp_path / "out", **of_file(histories))
-    for manifest in ranks(num_ranks).run(recommend_on_ranks, config):
-        assert manifest["counts"] == alone.manifest["counts"]
-        assert len(manifest["files"]) == num_ranks
-    ours, theirs = rows_of(tmp_path / "out"), rows_of(tmp_path / "alone")
-    for row, other in zip(ours, theirs, strict=True):
-        assert (row["user_id"], row["item_ids"]) == (other["user_id"], other["item_ids"])
-        assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
-    assert sorted(path.name for path in (tmp_path).iterdir()) == ["alone", "out"]
+    alone = recommend(configured(run, data, tmp_path / "1", **of_file(histories)))
+    for num_ranks in (2, 3):
+        output = tmp_path / str(num_ranks)
+        config = configured(run, data, output, **of_file(histories))
+        for manifest in ranks(num_ranks).run(recommend_on_ranks, config):
+            assert manifest["counts"] == alone.manifest["counts"]
+            assert len(manifest["files"]) == num_ranks
+        for row, other in zip(rows_of(output), rows_of(tmp_path / "1"), strict=True):
+            assert (row["user_id"], row["item_ids"]) == (other["user_id"], other["item_ids"])
+            assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -154,7 +139,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_the_largest_tensor_has_the_scores_of_a_batch_for_a_block_of_rows(tmp_path: Path) -> None:
+def test_memory_is_bounded_by_a_batch_times_a_block_of_rows(tmp_path: Path) -> None:
     """Neither users x items nor a batch x items exists, and all else is smaller than a block."""
     num_users, num_items, batch_size, block_rows = 8000, 4096, 128, 1024
     events = np.arange(2 * num_items)
@@ -188,11 +173,12 @@ def test_prepared_users_get_the_lists_that_evaluation_judges(
         bool(targets[row["user_id"]] & set(catalog.items(pa.array(row["item_ids"])).tolist()))
         for row in rows_of(tmp_path / "out")
     ]
-    judged = evaluate(run, data, MeasureConfig(ks=(5,)))["metrics"]
+    report = str(tmp_path / "metrics.json")
+    judged = evaluate(run, data, MeasureConfig(ks=(5,)), output=report)["metrics"]
     assert sum(hits) / len(hits) == pytest.approx(judged["HitRate@5"])
 
 
-def test_allow_and_deny_lists_decide_what_may_come(
+def test_allow_and_deny_lists_restrict_the_candidates(
     run: str, data: str, histories: str, tmp_path: Path
 ) -> None:
     pq.write_table(pa.table({"item_id": [1, 2, 3, 4, 5, UNKNOWN]}), tmp_path / "allow.parquet")
@@ -220,9 +206,7 @@ def test_a_unit_length_loss_is_ranked_by_angle(data: str, histories: str, tmp_pa
     assert done.manifest["scores"] == "cosine"
 
 
-def test_asked_again_for_the_same_it_does_nothing(
-    run: str, data: str, histories: str, tmp_path: Path
-) -> None:
+def test_recommend_is_idempotent(run: str, data: str, histories: str, tmp_path: Path) -> None:
     config = configured(run, data, tmp_path / "out", **of_file(histories))
     first = recommend(config)
     written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
@@ -237,7 +221,7 @@ def test_asked_again_for_the_same_it_does_nothing(
     assert len(rows_of(tmp_path / "out")[4]["item_ids"]) == 6
 
 
-def test_a_folder_with_other_files_is_left_alone(run: str, data: str, tmp_path: Path) -> None:
+def test_recommend_refuses_a_folder_with_other_files(run: str, data: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     for force in (False, True):
@@ -311,7 +295,7 @@ def test_string_ids_are_found_and_versioned() -> None:
         catalog.items(pa.array([1]))
 
 
-def test_the_command_says_what_was_skipped(
+def test_command_reports_skipped_items(
     run: str, data: str, histories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["recommend", "--run", run, "--prepared", data, "--output", str(tmp_path / "out")]

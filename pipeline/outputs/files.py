@@ -1,0 +1,97 @@
+"""The files of an output as its manifest lists them: sizes and checksums."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shardrec.pipeline.outputs.json_files import Shape, require_shape
+
+MANIFEST_NAME = "manifest.json"
+_HASH_BLOCK_BYTES = 1 << 20
+_ENTRY: Shape = {"path": str, "bytes": int, "sha256": str}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of an output.
+
+    Attributes:
+        path: relative to the folder, with "/" between its parts.
+        bytes: size of the file.
+        sha256: hexadecimal digest of the whole file.
+        rows: rows in the file; 0 if it is not Parquet.
+        row_groups: row groups in the file; 0 if it is not Parquet.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+    row_groups: int
+
+
+def describe_file(folder: Path, path: str, rows: int = 0, row_groups: int = 0) -> FileEntry:
+    """The entry of a file that has just been written below ``folder``."""
+    return FileEntry(
+        path=path,
+        bytes=(folder / path).stat().st_size,
+        sha256=sha256(folder / path),
+        rows=rows,
+        row_groups=row_groups,
+    )
+
+
+def describe_parquet(folder: Path, path: str) -> FileEntry:
+    """The entry of a Parquet file that has just been written below ``folder``."""
+    from pyarrow.parquet import read_metadata  # readers of manifests do without
+
+    footer = read_metadata(folder / path)
+    return describe_file(folder, path, footer.num_rows, footer.num_row_groups)
+
+
+def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bool) -> None:
+    """Refuse an output whose files are not the ones that its manifest lists.
+
+    Args:
+        folder: the output.
+        entries: of its manifest.
+        remedy: what to do about another file, for the message.
+        verify: compare checksums, for which every file is read, and not only sizes.
+
+    Raises:
+        FileNotFoundError: a file is gone.
+        ValueError: a file has changed, or an entry is damaged.
+    """
+    for entry in entries:
+        require_shape(entry, _ENTRY, f"an entry of 'files' in {folder / MANIFEST_NAME}", remedy)
+        path = folder / entry["path"]
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{str(path)!r} must exist because the manifest lists it, got no such file; "
+                f"{remedy}"
+            )
+        size = path.stat().st_size
+        if verify and sha256(path) != entry["sha256"]:
+            raise ValueError(
+                f"the SHA-256 of {str(path)!r} must be {entry['sha256']}, got another; {remedy}"
+            )
+        if size != entry["bytes"]:
+            raise ValueError(
+                f"{str(path)!r} must have {entry['bytes']} bytes, got {size}; {remedy}"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as stream:
+        return digest(stream)
+
+
+def digest(stream: BinaryIO) -> str:
+    """Hexadecimal SHA-256 of what is left of a stream, read in blocks."""
+    found = hashlib.sha256()
+    while block := stream.read(_HASH_BLOCK_BYTES):
+        found.update(block)
+    return found.hexdigest()

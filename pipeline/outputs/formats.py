@@ -1,0 +1,72 @@
+"""The formats of what stages write: name, version, command, and what a manifest must hold."""
+
+from dataclasses import dataclass
+
+from shardrec.pipeline.outputs.json_files import Shape
+
+__all__ = ["EXPORT", "GATE", "METRICS", "POINTER", "PREPARED", "RECOMMENDATIONS", "SYNTH", "Format"]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of output: a folder with ``manifest.json`` in it, or one file.
+
+    Attributes:
+        name: value of the manifest's key "format".
+        what: what to call such an output.
+        maker: command that writes it.
+        shape: keys that its manifest (a file: itself) must have in addition to format and version.
+        is_folder: False for one file.
+        version: value of the manifest's key "schema_version".
+        hint: what to do about a damaged one, if the command cannot make another.
+    """
+
+    name: str
+    what: str
+    maker: str
+    shape: Shape
+    is_folder: bool = True
+    version: int = 1
+    hint: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged one, for messages."""
+        return self.hint or f"make another with `{self.maker} --force`"
+
+    @property
+    def noun(self) -> str:
+        """What its path must be, for messages."""
+        return "folder" if self.is_folder else "file"
+
+
+_NUMBER = (int, type(None))
+_REQUEST: Shape = {"request": dict}
+_FILES: Shape = {"request": dict, "files": list}
+_PREPARED: Shape = {
+    **{"shardrec_version": str, "config": dict, "source": dict, "columns": dict, "split": dict},
+    **{"counts": dict, "quantiles": dict, "load_per_rank": dict, "files": list},
+}
+_EXPORT: Shape = {
+    **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
+}
+_GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
+_POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
+
+# The name is also the key of a note in the footer of the Parquet file.
+SYNTH = Format("shardrec.synth", "a log", "shardrec synth", _REQUEST, is_folder=False)
+PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", _PREPARED)
+METRICS = Format(
+    "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
+)
+RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
+GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
+POINTER = Format(
+    "shardrec.published",
+    "a pointer",
+    "shardrec publish",
+    _POINTER,
+    is_folder=False,
+    hint="restore it from a copy, or remove it and publish an export again",
+)
