@@ -19,6 +19,11 @@ def few_values(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.randint(-2, 3, (rows, width), generator=generator).float()
 
 
+def one_coarse_step_apart(count: int) -> torch.Tensor:
+    """Rising from 1, each with the ten bits after those of the one before."""
+    return ((127 << 10) + torch.arange(count, dtype=torch.int32) << 13).view(torch.float32)
+
+
 @pytest.mark.parametrize("tile", [16, 1 << 22])
 @pytest.mark.parametrize("k", [1, 7, 64, 200])
 @pytest.mark.parametrize("num_rows", [1, 63, 199])
@@ -58,7 +63,7 @@ def test_scores_that_rise_for_one_query_do_not_widen_the_lists_of_all(
     num_rows, k = 20_000, 10
     queries, rows = torch.zeros(64, 2), torch.ones(num_rows, 2)
     queries[3, 0] = 1.0
-    rows[:, 0] = torch.arange(num_rows)
+    rows[:, 0] = one_coarse_step_apart(num_rows)
     scores, chosen = topk_rows(queries, rows, k)
     assert chosen[3].tolist() == list(range(num_rows - 1, num_rows - 1 - k, -1))
     assert chosen[0].tolist() == list(range(k)) and not scores[0].any()
