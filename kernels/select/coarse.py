@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DROPPED", "Pairs", "above", "bounded_lengths", "coarse", "rounding"]
+__all__ = ["DROPPED", "Pairs", "above", "coarse", "lengths", "rounding"]
 
 # Bits of the 23 of a float32 that are dropped; ten are left, a relative step of 2**-10. That is far
 # above the rounding of a product, and no coarser than the inputs of one in bfloat16.
 DROPPED = 13
 _STEP = 1 << DROPPED
+# What products of up to 2**12 tiny numbers lose; less than a coarse zero is wide.
+_UNDERFLOW = 2.0**-137
 # Numbers of a float64 product of pairs in memory at a time; 2**17 are 1 MiB.
 _NUMBERS_AT_ONCE = 1 << 17
 
@@ -51,10 +53,11 @@ def rounding(width: int) -> float:
     return (min(width, 8 * math.sqrt(width)) + 4) * 2.0**-24
 
 
-def bounded_lengths(vectors: Tensor) -> Tensor:
-    """(n,) float32 upper bounds of the lengths of (n, D) float32 vectors."""
-    # Squares below 2**-126 are lost.
-    return torch.linalg.vector_norm(vectors, dim=1) + math.sqrt(vectors.shape[1]) * 2.0**-63
+def lengths(vectors: Tensor) -> Tensor:
+    """(n,) float32 lengths of (n, D) float32 vectors."""
+    # Without a copy in float64, so vectors shorter than 2**-63 count as zero: their scores are
+    # taken as they are.
+    return torch.linalg.vector_norm(vectors, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,9 @@ class Pairs:
 
     Attributes:
         queries: (M, D) float32.
-        query_slack: (M,) their bounded lengths times ``rounding(D)``.
+        query_slack: (M,) their lengths times ``rounding(D)``.
         rows: (n, D) float32.
-        row_lengths: (n,) their bounded lengths.
+        row_lengths: (n,) their lengths.
     """
 
     queries: Tensor
@@ -76,7 +79,7 @@ class Pairs:
     @property
     def slack(self) -> Tensor:
         """(M, 1) how far a score of each query can be from the exact one."""
-        return (self.query_slack * self.row_lengths.amax())[:, None]
+        return (self.query_slack * self.row_lengths.amax() + _UNDERFLOW)[:, None]
 
     def decide(self, scores: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
         """(P,) coarse scores, a function of the two vectors of each pair alone.
@@ -86,7 +89,7 @@ class Pairs:
             queries: (P,) int64.
             rows: (P,) int64 in this tile.
         """
-        slack = self.query_slack[queries] * self.row_lengths[rows]
+        slack = self.query_slack[queries] * self.row_lengths[rows] + _UNDERFLOW
         least, most = coarse(scores - slack), coarse(scores + slack)
         undecided = (least != most).nonzero()[:, 0]
         exact = self._products(queries[undecided], rows[undecided])

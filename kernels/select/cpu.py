@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.device.matmul import times_transposed
-from shardrec.kernels.select.coarse import Pairs, bounded_lengths, rounding
+from shardrec.kernels.select.coarse import Pairs, lengths, rounding
 from shardrec.kernels.select.search import TopSearch
 
 __all__ = ["best_direction", "topk_rows"]
@@ -37,10 +37,10 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return scores, scores.long()
     tile = max(1, min(num_rows, TILE_SCORES // max(num_queries, 1)))
     search = TopSearch(num_queries, k, tile, like=queries)
-    slack = bounded_lengths(queries) * rounding(queries.shape[1])
+    slack = lengths(queries) * rounding(queries.shape[1])
     for start in range(0, num_rows, tile):
         part = rows[start : start + tile].float()
-        pairs = Pairs(queries, slack, part, bounded_lengths(part))
+        pairs = Pairs(queries, slack, part, lengths(part))
         search.add(times_transposed(part, queries), start, pairs)
     best, best_rows, not_numbers = search.result()
     best[not_numbers] = math.nan
@@ -61,13 +61,13 @@ def best_direction(directions: Tensor, rows: Tensor) -> Tensor:
     result = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     tile = max(1, TILE_SCORES // max(directions.shape[0], 1))
     directions = directions.float()
-    slack = 2 * rounding(rows.shape[1]) * bounded_lengths(directions).amax()
+    slack = 2 * rounding(rows.shape[1]) * lengths(directions).amax()
     for start in range(0, rows.shape[0], tile):
         part = rows[start : start + tile].float()
         scores = times_transposed(part, directions)
         best = scores.argmax(1, keepdim=True)
         ahead = scores.gather(1, best) - scores.scatter_(1, best, -math.inf).amax(1, keepdim=True)
-        close = (ahead[:, 0] <= slack * bounded_lengths(part)).nonzero()[:, 0]
+        close = (ahead[:, 0] < slack * lengths(part)).nonzero()[:, 0]
         best[close] = _best_in_float64(directions, part[close])
         result[start : start + tile] = best[:, 0]
     return result

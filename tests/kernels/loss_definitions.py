@@ -28,6 +28,7 @@ from shardrec.kernels.reference import (
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,
 )
+from shardrec.kernels.select.reference import topk_rows_reference
 
 Definition = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -94,8 +95,8 @@ def sce(states: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     num_buckets, positions_per_bucket, items_per_bucket = OPTIONS["sce"].values()
     signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **DRAWN)
     centres = signs.double().T @ states.detach().double()
-    positions = (centres @ states.detach().double().T).topk(positions_per_bucket).indices
-    items = (centres @ table.detach().double().T).topk(items_per_bucket).indices
+    positions = topk_rows_reference(centres, states.detach(), positions_per_bucket)[1]
+    items = topk_rows_reference(centres, table.detach(), items_per_bucket)[1]
     covered = torch.zeros(len(states), dtype=torch.bool)
     covered[positions.flatten()] = True
     assert 0 < int(covered.sum()) < covered.numel(), "all positions or none are covered"
