@@ -152,9 +152,11 @@ def main() -> None:
         shares = [
             range(first, options.batches, options.processes) for first in range(options.processes)
         ]
+        differ = Counter[str]()
         with ProcessPoolExecutor(options.processes) as pool:
-            counted = pool.map(partial(count_flips, kind), shares)
-            results.append(key, differ=dict(sum(counted, Counter())))
+            for counts in pool.map(partial(count_flips, kind), shares):
+                differ.update(counts)
+        results.append(key, differ=dict(differ))
 
 
 if __name__ == "__main__":
