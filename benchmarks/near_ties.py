@@ -37,8 +37,13 @@ from shardrec.kernels.select import best_direction, cpu, merge_topk, topk_rows
 KINDS = ("exact", "near")
 NUM_BUCKETS, POSITIONS_PER_BUCKET, ITEMS_PER_BUCKET, NUM_DIRECTIONS = 16, 20, 30, 64
 COPIES, NOISE = 6, 1e-7
-# How 2, 3 and 4 ranks share eight equal parts: unevenly, and some have none.
-SPLITS = [[(5, 3), (1, 7), (8, 0)], [(3, 1, 4), (4, 0, 4), (1, 1, 6)], [(2, 3, 1, 2), (1, 0, 5, 2)]]
+# How 1, 2, 3 and 4 ranks share eight equal parts: unevenly, and some have none.
+SPLITS: list[list[tuple[int, ...]]] = [
+    [(8,)],
+    [(5, 3), (1, 7), (8, 0)],
+    [(3, 1, 4), (4, 0, 4), (1, 1, 6)],
+    [(2, 3, 1, 2), (1, 0, 5, 2)],
+]
 
 
 def count_flips(kind: str, steps: Iterable[int]) -> Counter[str]:
@@ -67,11 +72,11 @@ def choices(kind: str, step: int) -> list[dict[str, Tensor]]:
     width = (8, 16, 48, 64, 100)[step % 5]
     states, rows = (copied(size + step % 17, width, generator) for size in (120, 250))
     mix, directions = (
-        torch.randint(0, 2, (count, width_), generator=generator) * 2.0 - 1
-        for count, width_ in ((len(states), NUM_BUCKETS), (NUM_DIRECTIONS, width))
+        torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
+        for shape in ((len(states), NUM_BUCKETS), (NUM_DIRECTIONS, width))
     )
     centres, found = mix.T @ states, []
-    for split in ((8,), *(splits[step % len(splits)] for splits in SPLITS)):
+    for split in (splits[step % len(splits)] for splits in SPLITS):
         hashed = of_two_sizes(states)
         if kind == "near":
             states, rows = (moved(vectors, generator) for vectors in (states, rows))
