@@ -98,7 +98,8 @@ def test_the_number_of_ranks_is_not_a_hyperparameter(
         config = dataclasses.replace(config, output=str(tmp_path / f"ranks-{num_ranks}"))
         together = ranks(num_ranks).run(run_and_summarise, config)
         of_ranks = [found["choices"] for found in together]
-        assert_same_choices(of_ranks, alone["choices"], times=10, least=0.0)
+        # Two scores move apart by at most twice what one moves; rounding grows over the steps.
+        assert_same_choices(of_ranks, alone["choices"], times=4, least=0.0)
         for found in together:
             assert_same_run(found, alone)
             for theirs, ours in zip(found["metrics"], alone["metrics"], strict=True):
