@@ -37,6 +37,7 @@ from shardrec.kernels.reference import (
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,
 )
+from shardrec.kernels.select.reference import topk_rows_reference
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,
@@ -80,7 +81,7 @@ def sce(
     signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **DRAWN)
     centres = signs.double().T @ states.detach().double()
     positions, items = (
-        (centres @ vectors.detach().double().T).topk(min(size, len(vectors))).indices
+        topk_rows_reference(centres, vectors.detach(), min(size, len(vectors)))[1]
         for vectors, size in ((states, positions_per_bucket), (table, items_per_bucket))
     )
     covered = torch.zeros(len(states), dtype=torch.bool)

@@ -25,7 +25,10 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor]:
     """(Q, k) scores and (Q, k) rows with the largest inner product, sorted, ties by lower row.
 
-    The workspace is a tile of scores and the lists themselves, independent of R.
+    Scores are compared and returned at coarse precision (ten bits behind the leading one, a
+    relative step of 2**-10), which makes them a function of the two vectors alone: equal rows are
+    chosen alike however the rows are cut into shards. The workspace is a tile of scores and the
+    lists themselves, independent of R.
 
     Args:
         queries: (Q, D) float; rounded to the dtype of the rows.
@@ -34,7 +37,7 @@ def topk_rows(
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Returns:
-        float32 scores and int64 rows. No gradient.
+        float32 coarse scores and int64 rows. No gradient.
     """
     queries = queries.to(rows.dtype)
     if choose_backend(rows, backend) == "triton":
@@ -55,6 +58,7 @@ def best_sign_direction(
 ) -> Tensor:
     """(n,) int64 index of the random sign vector of largest inner product, the lower of equals.
 
+    It depends on the vector alone, not on how many are given with it.
     Direction i is line i of ``random_signs`` with the same seed, step and stream.
 
     Args:
@@ -80,7 +84,7 @@ def merge_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]
     """(Q, k) scores and indices of the best of several lists, ties by lower index.
 
     Args:
-        scores: (Q, M) float32, the lists of all shards side by side.
+        scores: (Q, M) float32 coarse scores, the lists of all shards side by side.
         indices: (Q, M) int64, distinct within a line where the score is above -inf.
         k: Number kept, at most M.
     """

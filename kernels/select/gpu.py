@@ -4,6 +4,9 @@ Top-k takes one product over all rows that keeps only the largest score of each 
 chooses the k best groups, and scores their rows again: the k best rows stand in the k best groups,
 also where scores are equal, since a group left out has k groups before it that are as good.
 Products: 2 Q R D + 32 Q k D FLOP; the workspace does not depend on R.
+
+A tile has one shape whatever the number of rows, so a score depends on its two vectors alone, and
+equal vectors have equal scores. Compared are coarse scores, as on a CPU.
 """
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from shardrec.kernels.device.backend import alignment, architecture_of, operand, precision_of
 from shardrec.kernels.device.tiles import tile_for
 from shardrec.kernels.negatives.gpu import counters, sign_tile
+from shardrec.kernels.select.coarse import DROPPED
 from shardrec.kernels.select.search import top_lowest
 
 # mypy: disable-error-code="no-untyped-def"
@@ -27,10 +31,17 @@ __all__ = [
 ]
 
 GROUP = tl.constexpr(16)
+COARSE = tl.constexpr(-(1 << DROPPED))  # the bits of a score that are compared
 # Group maxima or scores of candidates in memory at a time.
 TILE_SCORES = 1 << 21
 # Candidates that a program scores again.
 CANDIDATES = 128
+
+
+@triton.jit
+def coarse_tile(b_scores):
+    """float32 scores cut towards zero to the bits that are compared."""
+    return (b_scores.to(tl.int32, bitcast=True) & COARSE).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -39,7 +50,7 @@ def group_maxima_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(num_queries, num_groups) float32 largest score of each group of rows from ``first_row`` on.
+    """(num_queries, num_groups) largest coarse score of each group of rows from ``first_row`` on.
 
     Grid: (tiles of rows, tiles of queries); one writer per maximum.
     """
@@ -65,6 +76,7 @@ def group_maxima_kernel(
         b_scores = tl.dot(b_queries, tl.trans(b_rows), b_scores, input_precision=PRECISION)
     b_scores = tl.where(m_rows[None, :], b_scores, -float("inf"))
     b_maxima = tl.max(tl.reshape(b_scores, (POSITIONS, ITEMS // GROUP, GROUP)), 2)
+    b_maxima = coarse_tile(b_maxima)
     o_groups = first // GROUP + tl.arange(0, ITEMS // GROUP)
     mask = m_queries[:, None] & (o_groups < num_groups)[None, :]
     tl.store(maxima + o_queries[:, None] * num_groups + o_groups[None, :], b_maxima, mask=mask)
@@ -75,7 +87,7 @@ def score_groups_kernel(
     queries, rows, groups, scores, num_rows, num_groups, width,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """(Q, num_groups * 16) float32 scores of the rows of (Q, num_groups) groups.
+    """(Q, num_groups * 16) coarse scores of the rows of (Q, num_groups) groups.
 
     Grid: tiles of candidates of every query; one writer per score. No matrix product: each query
     has rows of its own.
@@ -100,7 +112,7 @@ def score_groups_kernel(
             other=0.0,
         )
         b_scores += tl.sum(b_rows.to(tl.float32) * b_query.to(tl.float32)[None, :], 1)
-    b_scores = tl.where(m_rows, b_scores, -float("inf"))
+    b_scores = coarse_tile(tl.where(m_rows, b_scores, -float("inf")))
     o_scores = i_query * num_groups * GROUP + o_candidates
     tl.store(scores + o_scores, b_scores, mask=m_candidates)
 
@@ -142,10 +154,10 @@ def best_sign_direction_kernel(
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) scores and (Q, k) rows, sorted, ties by lower row; see ``cpu.topk_rows``.
+    """(Q, k) coarse scores and (Q, k) rows, sorted, ties by lower row; see ``cpu.topk_rows``.
 
-    Choices are exact but for rows whose scores differ by less than the rounding of a product, and
-    scores must be finite: one that is not a number is passed over.
+    A score within the rounding of a product of the border of two coarse ones may be taken for
+    either, and scores must be finite: one that is not a number is passed over.
     """
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     k = min(k, num_rows)
@@ -209,7 +221,7 @@ def _best_groups(queries: Tensor, rows: Tensor, k: int) -> Tensor:
 
 
 def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: int) -> Tensor:
-    """(Q, num_groups) float32 largest score of each group from ``first_group`` on."""
+    """(Q, num_groups) float32 largest coarse score of each group from ``first_group`` on."""
     width = rows.shape[1]
     tile = tile_for("group_maxima", width, rows.dtype, architecture_of(rows.device))
     maxima = torch.empty((queries.shape[0], num_groups), dtype=torch.float32, device=rows.device)
@@ -238,7 +250,7 @@ def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: i
 
 
 def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) scores and rows of the best rows of each query's groups."""
+    """(Q, k) coarse scores and rows of the best rows of each query's groups."""
     num_candidates = groups.shape[1] * GROUP.value
     scores = torch.empty(
         (queries.shape[0], num_candidates), dtype=torch.float32, device=rows.device

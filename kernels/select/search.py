@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from shardrec.kernels.select.coarse import Pairs, above, coarse
 
 __all__ = ["GROUP", "TopSearch", "top_lowest"]
 
@@ -43,14 +46,20 @@ class TopSearch:
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_pending = torch.zeros(num_states, dtype=torch.int64, device=like.device)
 
-    def add(self, scores: Tensor, first_row: int) -> None:
-        """Take in a (n, M) tile; tiles must come in row order."""
-        groups = scores[: len(scores) - len(scores) % self._group].unflatten(0, (-1, self._group))
-        if len(groups):
-            self._add_groups(groups, first_row)
-        rest = scores[len(groups) * self._group :]
-        if len(rest):
-            self._add_groups(rest[None], first_row + len(groups) * self._group)
+    def add(self, scores: Tensor, first_row: int, pairs: Pairs | None = None) -> None:
+        """Take in a (n, M) tile; tiles must come in row order.
+
+        Args:
+            scores: float32.
+            first_row: of the tile.
+            pairs: the vectors behind the scores, where the lists are to hold coarse scores.
+        """
+        tile = _Tile(first_row, pairs)
+        end = len(scores) - len(scores) % self._group
+        if end:
+            self._add_groups(scores[:end].unflatten(0, (-1, self._group)), 0, tile)
+        if end < len(scores):
+            self._add_groups(scores[None, end:], end, tile)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(M, k) scores and rows, the best first, and (M,) whether a score was not a number.
@@ -61,30 +70,32 @@ class TopSearch:
         scores, order = self._best.sort(dim=1, descending=True, stable=True)
         return scores, self._best_rows.gather(1, order), self._not_numbers
 
-    def _add_groups(self, groups: Tensor, first_row: int) -> None:
+    def _add_groups(self, groups: Tensor, first: int, tile: _Tile) -> None:
+        """Let in what is above the floor of (groups, group, M) rows from ``first`` of the tile."""
         maxima = groups.amax(1).T.contiguous()  # (M, groups)
         self._not_numbers |= maxima.isnan().any(1)
-        states, hot = (maxima > self._floor).nonzero(as_tuple=True)
+        bar = tile.bar(self._floor)
+        states, hot = (maxima > bar).nonzero(as_tuple=True)
         if len(hot) > self._best.numel():
-            self._raise_floor(maxima)
-            states, hot = (maxima > self._floor).nonzero(as_tuple=True)
+            # The k-th best group holds a row that good, so nothing worse can enter.
+            kth = tile.least(_kth_largest(maxima, self._k))
+            below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
+            self._floor = torch.fmax(self._floor, below)
+            bar = tile.bar(self._floor)
+            states, hot = (maxima > bar).nonzero(as_tuple=True)
         values = groups[hot, :, states]  # (hot, group)
-        enters = values > self._floor[states]
+        enters = values > bar[states]
         inner, place = enters.nonzero(as_tuple=True)
-        if not len(inner):
-            return
-        rows = first_row + hot[inner] * groups.shape[1] + place
-        counts = torch.bincount(states[inner], minlength=len(self._best))
-        self._pending.append((counts, rows, values[enters]))
+        if len(inner):
+            rows = first + hot[inner] * groups.shape[1] + place
+            self._add_rows(*tile.decide(values[enters], states[inner], rows, self._floor))
+
+    def _add_rows(self, values: Tensor, states: Tensor, rows: Tensor) -> None:
+        counts = torch.bincount(states, minlength=len(self._best))
+        self._pending.append((counts, rows, values))
         self._num_pending += counts
         if len(self._pending) == MOST_PENDING or int(self._num_pending.max()) > self._k:
             self._merge()
-
-    def _raise_floor(self, maxima: Tensor) -> None:
-        """The k-th best group holds a row that good, so nothing worse can enter."""
-        kth = _kth_largest(maxima, self._k)
-        below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
-        self._floor = torch.maximum(self._floor, below)
 
     def _merge(self) -> None:
         """Bring the pending rows into the lists."""
@@ -106,6 +117,32 @@ class TopSearch:
         self._best = merged.view(-1)[kept].view(self._best.shape)
         self._best_rows = merged_rows.view(-1)[kept].view(self._best.shape)
         self._floor = self._best.amin(1, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Which scores of a tile may enter a list, and as what."""
+
+    first_row: int
+    pairs: Pairs | None
+
+    def bar(self, floor: Tensor) -> Tensor:
+        """(M, 1) which only scores above it can beat the floor."""
+        return floor if self.pairs is None else above(floor) - self.pairs.slack
+
+    def least(self, scores: Tensor) -> Tensor:
+        """(M, n) what rows of such scores have at least."""
+        return scores if self.pairs is None else coarse(scores - self.pairs.slack)
+
+    def decide(
+        self, values: Tensor, states: Tensor, rows: Tensor, floor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, states and rows of what is above the floor once it is decided."""
+        if self.pairs is None:
+            return values, states, self.first_row + rows
+        values = self.pairs.decide(values, states, rows)
+        kept = values > floor[states, 0]
+        return values[kept], states[kept], self.first_row + rows[kept]
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:

@@ -102,9 +102,9 @@ def test_topk_equals_the_definition(r: int, k: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(select_gpu, "TILE_SCORES", 256)
     queries, rows = normal(9, 20), normal(r, 20, seed=1)
     scores, found = select.topk_rows(queries, rows, k, backend="triton")
-    true_scores, true_rows = topk_rows_reference(queries.double(), rows.double(), k)
+    true_scores, true_rows = topk_rows_reference(queries, rows, k)
     assert torch.equal(found, true_rows)
-    torch.testing.assert_close(scores.double(), true_scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, true_scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,9 +116,9 @@ def test_topk_of_any_width_and_dtype(
     monkeypatch.setattr(select_gpu, "TILE_SCORES", 256)
     queries, rows = exact(5, width, dtype), exact(400, width, dtype, seed=1)
     scores, found = select.topk_rows(queries, rows, 7, backend="triton")
-    true_scores, true_rows = topk_rows_reference(queries.double(), rows.double(), 7)
+    true_scores, true_rows = topk_rows_reference(queries, rows, 7)
     assert scores.dtype is torch.float32 and torch.equal(found, true_rows)
-    assert torch.equal(scores.double(), true_scores)
+    assert torch.equal(scores, true_scores)
 
 
 def test_topk_of_equal_rows_takes_the_lower_ones() -> None:
