@@ -322,7 +322,11 @@ class EagerCE(Loss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BCE(Loss):
-    """Options of binary cross-entropy against uniform negatives of each position: a baseline."""
+    """Options of binary cross-entropy against uniform negatives of each position: a baseline.
+
+    Attributes:
+        num_negatives: K uniform negatives per position.
+    """
 
     num_negatives: int = 1
 
