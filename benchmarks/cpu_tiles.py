@@ -30,8 +30,8 @@ from shardrec.kernels.block_logsumexp.cpu_tiles import (
     cpu_tiles,
     fused_positions,
 )
-from shardrec.kernels.fused_cce import fused_cross_entropy
-from shardrec.kernels.loss.inputs import Scaling, pose
+from shardrec.kernels.loss.fused import fused_cross_entropy
+from shardrec.kernels.loss.inputs import Scaling, prepare_inputs
 
 # N, V, D: of each path a middle one, and others that differ from it in one of the three.
 SHAPES = {
@@ -91,7 +91,7 @@ def two_pass(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
 def fused(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
     """The full softmax with its gradient in forward, by the positions whose logits are held."""
     states, table, targets = (part.detach() for part in batch)
-    problem = pose(
+    problem = prepare_inputs(
         states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0)
     )
     coefficients = problem.coefficients("mean")

@@ -7,9 +7,9 @@ FLOP in forward; each of the two gradients as many, and as many again where no l
 
 from dataclasses import dataclass
 
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.buckets import default_num_buckets as num_sce_buckets
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import default_num_buckets
-from shardrec.kernels.sce import default_num_buckets as num_sce_buckets
 
 __all__ = ["H200", "Options", "Rates", "limit_ms"]
 

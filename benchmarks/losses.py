@@ -38,11 +38,12 @@ from record import (
 )
 
 from shardrec import kernels
+from shardrec.kernels.buckets import default_num_buckets as num_sce_buckets
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import LossCost, Workload
+from shardrec.kernels.cost.terms import LossCost
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import default_num_buckets, reduced_cross_entropy_cost
-from shardrec.kernels.sce import default_num_buckets as num_sce_buckets
 from shardrec.kernels.sce import scalable_cross_entropy_cost
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor | None]

@@ -48,7 +48,7 @@ from losses import (
 from record import RESULTS, Results
 
 from shardrec import kernels
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.ranks.traffic import Workload
 
 ROUNDS = 8
 # Positions, buckets or chunks at a time where the search for the best begins.

@@ -11,24 +11,22 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
-from shardrec.kernels.call import Call, autocast_dtype
-from shardrec.kernels.cost.triton import full_bytes, full_kernels
-from shardrec.kernels.cost.workload import (
+from shardrec.kernels.cost.terms import (
     KernelCost,
     LossCost,
-    Workload,
     accumulator_bytes,
     full_cost,
-    state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.fused_cce import fits_cache, fused_cross_entropy
-from shardrec.kernels.loss.candidates import Candidates
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.cost.triton import full_bytes, full_kernels
+from shardrec.kernels.loss.candidates import Candidates, Plan
+from shardrec.kernels.loss.fused import fits_cache, fused_cross_entropy
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.operator import Operator
+from shardrec.kernels.loss.options import Common, autocast_dtype
 from shardrec.kernels.ranks.chunks import Chunk
+from shardrec.kernels.ranks.traffic import Workload, state_traffic
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import Plan
 
 __all__ = ["cut_cross_entropy", "cut_cross_entropy_cost"]
 
@@ -73,7 +71,7 @@ def cut_cross_entropy(
     Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
     ``streamed_logsumexp`` and ``streamed_gradients``.
     """
-    call = Call(
+    common = Common(
         weights=weights,
         reduction=reduction,
         normalize=normalize,
@@ -81,7 +79,7 @@ def cut_cross_entropy(
         backend=backend,
     )
     fuse = backend != "triton" and _fits_cache(states, table)
-    return _cut_cross_entropy(states, table, targets, call, EveryItem(), fuse=fuse)[0]
+    return _cut_cross_entropy(states, table, targets, common, EveryItem(), fuse=fuse)[0]
 
 
 def _fits_cache(states: Tensor, table: Tensor | RowShard) -> bool:
@@ -97,14 +95,14 @@ def _fits_cache(states: Tensor, table: Tensor | RowShard) -> bool:
 class EveryItem(Candidates):
     """The full softmax."""
 
-    def plan(self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]) -> "_EveryPair":
+    def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_EveryPair":
         """One block of all positions and rows."""
-        return _EveryPair(meeting)
+        return _EveryPair(local)
 
 
 class _EveryPair(Plan):
     def chunk_of(self) -> Tensor:
-        return self.exchange.even_chunks(self.exchange.full_chunks)
+        return self.layout.even_chunks(self.layout.num_chunks(listed=False))
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
@@ -124,9 +122,9 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
     """
     if work.on_cpu and fused_positions(work.num_rows) >= LEAST_FUSED:
         group = min(fused_positions(work.num_rows), work.num_positions)
-        # One process has one chunk, whose gradient is made beside the one that is returned.
+        # One process has one chunk, and makes its gradient in addition to the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        # A product copies logits; as measured, half of them beside everything else.
+        # A product copies logits; as measured, half of them in addition to everything else.
         logits = group * work.num_rows * 3 // 2
         held = 4 * (logits + (3 * group + chunk) * work.width)
         return _full_cost(work, held, full_cost(3, group, work), gathers=1)

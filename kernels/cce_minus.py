@@ -6,7 +6,6 @@ Source: arXiv 2509.09682; the correction with K and Q as drawn follows from unbi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,114 +13,31 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
-from shardrec.kernels.call import Call, autocast_dtype
-from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels
-from shardrec.kernels.cost.workload import (
+from shardrec.kernels.cost.terms import (
     LossCost,
-    Workload,
     accumulator_bytes,
-    cheaper,
     expected_distinct,
     listed_cost,
-    row_traffic,
-    state_traffic,
     streaming_bytes,
 )
-from shardrec.kernels.loss.candidates import Candidates
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels
+from shardrec.kernels.loss.candidates import Candidates, Plan
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.operator import Operator
-from shardrec.kernels.loss.row_fetch import RowTrip
-from shardrec.kernels.negatives import (
-    STREAM_NEGATIVES,
-    Proposal,
-    Uniform,
-    pack,
-    require_catalog,
-    unpack,
-)
+from shardrec.kernels.loss.options import Common, autocast_dtype
+from shardrec.kernels.loss.row_fetch import RowFetch
+from shardrec.kernels.negatives import Proposal, Uniform, pack, require_catalog, unpack
+from shardrec.kernels.negatives.sampler import DRAWS_AT_ONCE, Sampler
 from shardrec.kernels.ranks.chunks import Chunk
+from shardrec.kernels.ranks.traffic import (
+    Workload,
+    row_traffic,
+    sends_fewer_bytes,
+    state_traffic,
+)
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import Plan
 
-__all__ = ["Sampler", "sampled_cross_entropy", "sampled_cross_entropy_cost"]
-
-# Draws in memory at a time: 2**20 int64 are 8 MiB.
-_DRAWS_AT_ONCE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
-    """Which negatives a position meets: a function of (seed, step, global position), of no rank.
-
-    Attributes:
-        proposal: Distribution of the draws.
-        num_negatives: K, draws per block.
-        num_positions: N over all ranks.
-        share: Positions that share one set of draws, None for all; global position i is in block
-            ``i mod ceil(num_positions / share)``.
-        seed: Key of the generator.
-        step: Training step.
-        parity: Correct with the number of kept draws and ``Q(j) / (1 - Q(y))`` as in the paper,
-            instead of K and Q as drawn.
-    """
-
-    proposal: Proposal
-    num_negatives: int
-    num_positions: int
-    share: int | None
-    seed: int
-    step: int
-    parity: bool = False
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of sets of draws."""
-        return _num_blocks(self.num_positions, self.share)
-
-    @property
-    def blocks_at_once(self) -> int:
-        """Number of sets of draws that are in memory together."""
-        return max(1, _DRAWS_AT_ONCE // self.num_negatives)
-
-    def draw(self, blocks: Tensor) -> Tensor:
-        """(len(blocks), K) int64 items."""
-        return self.proposal.draw(
-            blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
-        )
-
-    def distinct_items(self, device: torch.device) -> Tensor:
-        """Ascending items that any block draws; all draws are in memory for it."""
-        return torch.unique(self.draw(torch.arange(self.num_blocks, device=device)))
-
-    def log_probability(self, items: Tensor) -> Tensor:
-        """Float32 ``log Q`` of each item."""
-        return self.proposal.probability(items).log().float()
-
-    def drawn_rows(self, row_ids: RowIds, targets: Tensor) -> Tensor:
-        """Ascending items of the shard that are drawn by any block or stand among ``targets``."""
-        drawn = torch.zeros(row_ids.count + 1, dtype=torch.bool, device=targets.device)
-        drawn[row_ids.find(targets)] = True  # -1, another shard's item, marks the extra entry
-        all_blocks = torch.arange(self.num_blocks, device=targets.device)
-        for blocks in all_blocks.split(self.blocks_at_once):
-            drawn[row_ids.find(self.draw(blocks).flatten())] = True
-        return drawn[:-1].nonzero()[:, 0] + row_ids.first
-
-    def correction(self, positions: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float32 to subtract from the log-sum-exp of logits lowered by ``log Q``.
-
-        Args:
-            positions: (n,) int64 global positions.
-            targets: (n,) int64 their targets.
-        """
-        if not self.parity:
-            constant = torch.tensor(float(self.num_negatives), device=targets.device)
-            return constant.log().expand(targets.shape)
-        kept = torch.empty_like(targets)
-        for part in torch.arange(targets.numel(), device=targets.device).split(self.blocks_at_once):
-            items = self.draw(positions[part] % self.num_blocks)
-            kept[part] = (items != targets[part, None]).sum(1)
-        rest = 1 - self.proposal.probability(targets)
-        return (kept.clamp(min=1) / rest).log().float()
+__all__ = ["sampled_cross_entropy", "sampled_cross_entropy_cost"]
 
 
 def sampled_cross_entropy(
@@ -177,20 +93,20 @@ def sampled_cross_entropy(
     On a CPU, for float32 rows of one process as they are, mean and sum take their gradient in the
     forward pass; in a compiled graph backward makes a copy of it.
 
-    Over several ranks either the states travel to all shards, or the rows that are drawn and those
-    of the targets travel to the states: whichever is fewer bytes (see ``SampledItems.touched``).
+    Over several ranks either the states are sent to all shards, or the rows that are drawn and
+    those of the targets are fetched: whichever is fewer bytes (see ``SampledItems.used_items``).
     The result is the same.
 
     Collectives: none for a tensor; for a shard one gather of the targets, and those of
     ``streamed_logsumexp`` and ``streamed_gradients``, and of ``fetch_rows`` and
-    ``return_gradients`` where rows travel.
+    ``return_gradients`` where rows are fetched.
     """
     if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
             f"num_negatives and share must be positive, got {num_negatives} and {share}; "
             "share=1 draws for each position, None once for the batch"
         )
-    call = Call(
+    common = Common(
         weights=weights,
         reduction=reduction,
         normalize=normalize,
@@ -210,14 +126,14 @@ def sampled_cross_entropy(
         proposal_kinds=kinds,
         proposal_numbers=numbers,
     )
-    fuse = _is_final_in_a_block(states, table, num_negatives, call)
+    fuse = _is_final_in_a_block(states, table, num_negatives, common)
     if fuse and isinstance(table, RowShard):
         table = replace(table, group=None)
-    return _sampled_cross_entropy(states, table, targets, call, candidates, tables, fuse=fuse)[0]
+    return _sampled_cross_entropy(states, table, targets, common, candidates, tables, fuse=fuse)[0]
 
 
 def _is_final_in_a_block(
-    states: Tensor, table: Tensor | RowShard, num_negatives: int, call: Call
+    states: Tensor, table: Tensor | RowShard, num_negatives: int, common: Common
 ) -> bool:
     """Whether the gradient can be taken in forward: float32 on a CPU, all rows here, as they are.
 
@@ -228,9 +144,9 @@ def _is_final_in_a_block(
         return False
     is_float = states.dtype == rows.dtype == torch.float32
     is_float = is_float and autocast_dtype(states) in (None, torch.float32)
-    in_torch = states.device.type == "cpu" and call.backend != "triton"
+    in_torch = states.device.type == "cpu" and common.backend != "triton"
     is_whole = num_negatives <= CpuTiles().items
-    return is_float and in_torch and is_whole and not call.normalize
+    return is_float and in_torch and is_whole and not common.normalize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,9 +156,6 @@ class SampledItems(Candidates):
     Attributes are those of ``sampled_cross_entropy``; the proposal is packed.
     """
 
-    rows: ClassVar[str] = "M"
-    travels: ClassVar[bool] = True
-
     num_negatives: int
     share: int | None
     seed: int
@@ -251,40 +164,37 @@ class SampledItems(Candidates):
     proposal_kinds: str
     proposal_numbers: list[int]
 
-    def touched(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Tensor | RowTrip:
-        """The items drawn, and targets, or their trip to the states.
+    def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor | RowFetch:
+        """The items drawn and the targets, or the plan to fetch their rows.
 
-        States travel to the shards, twice, and their gradients back: ``(2 e + 4) N D`` bytes of e
-        bytes a number, of which a rank has its share already. Or the M distinct rows drawn travel
-        to every rank, and the T rows of its other targets to each, with their gradients back:
-        ``(e + 4)(M + T) D``. Rows are not considered where there are more than two draws for each
-        position.
+        Sending the states to all shards and their gradients back takes ``(2 e + 4) N D`` bytes of e
+        bytes a number, less what a rank has already. Fetching the M distinct rows drawn on every
+        rank, and the T rows of its other targets on each, takes ``(e + 4)(M + T) D`` with their
+        gradients. Fetching is not considered for more than two draws a position.
 
-        Collectives: a gather of the targets.
+        Collectives: an all-gather of the targets.
         """
-        exchange, sampler = problem.exchange, self._sampler(problem, tensors)
-        all_targets = exchange.gather_all(problem.targets)
+        layout, sampler = inputs.layout, self._sampler(inputs, tensors)
+        all_targets = layout.gather_all(inputs.targets)
         num_draws = sampler.num_blocks * sampler.num_negatives
-        if exchange.layout is not None and num_draws <= 2 * exchange.num_positions:
-            trip = RowTrip.of(sampler.distinct_items(all_targets.device), all_targets, exchange)
-            if trip.is_cheaper(problem):
-                return trip
-        return sampler.drawn_rows(problem.row_ids, all_targets)
+        if inputs.ranks.group is not None and num_draws <= 2 * layout.num_positions:
+            fetch = RowFetch.of(sampler.distinct_items(all_targets.device), all_targets, layout)
+            if fetch.sends_fewer_bytes(inputs):
+                return fetch
+        return sampler.drawn_rows(inputs.row_ids, all_targets)
 
-    def plan(
-        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
-    ) -> "_SampledItems":
+    def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_SampledItems":
         """A block for each set of draws."""
-        shift = problem.exchange.first_position - meeting.exchange.first_position
-        return _SampledItems(meeting, self._sampler(problem, tensors), shift)
+        shift = inputs.layout.first_position - local.layout.first_position
+        return _SampledItems(local, self._sampler(inputs, tensors), shift)
 
-    def _sampler(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Sampler:
+    def _sampler(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Sampler:
         proposal = unpack(self.proposal_kinds, self.proposal_numbers, tensors)
-        require_catalog(proposal, problem.num_items)
+        require_catalog(proposal, inputs.num_items)
         return Sampler(
             proposal=proposal,
             num_negatives=self.num_negatives,
-            num_positions=problem.exchange.num_positions,
+            num_positions=inputs.layout.num_positions,
             share=self.share,
             seed=self.seed,
             step=self.step,
@@ -292,35 +202,26 @@ class SampledItems(Candidates):
         )
 
 
-def _num_blocks(num_positions: int, share: int | None) -> int:
-    return 1 if share is None else torch.sym_max(1, -(-num_positions // share))
-
-
 class _SampledItems(Plan):
-    """The plan in which the candidates of a position are the draws of its block.
+    """The candidates of a position are the draws of its block."""
 
-    Args:
-        problem: Where the items meet the states.
-        sampler: Which items a block draws.
-        shift: What a position of the problem lacks to its place in the global batch.
-    """
-
-    def __init__(self, problem: Problem, sampler: Sampler, shift: int) -> None:
-        super().__init__(problem)
+    def __init__(self, inputs: Inputs, sampler: Sampler, shift: int) -> None:
+        super().__init__(inputs)
         self._sampler = sampler
+        # Where rows are fetched, positions are counted from the first one of this rank.
         self._shift = shift
-        self._targets = problem.targets
+        self._targets = inputs.targets
 
     def correction(self) -> Tensor:
         positions = torch.arange(self.num_slots, device=self._targets.device) + self._shift
-        positions += self.exchange.first_position
+        positions += self.layout.first_position
         return self._sampler.correction(positions, self._targets)
 
     def chunk_of(self) -> Tensor:
-        sampler, exchange = self._sampler, self.exchange
+        sampler, layout = self._sampler, self.layout
         num_blocks = sampler.num_blocks
-        num_chunks = max(exchange.min_chunks, -(-num_blocks // sampler.blocks_at_once))
-        positions = torch.arange(exchange.num_positions, device=self._targets.device)
+        num_chunks = max(layout.num_chunks(listed=True), -(-num_blocks // sampler.blocks_at_once))
+        positions = torch.arange(layout.num_positions, device=self._targets.device)
         positions += self._shift
         return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
 
@@ -356,8 +257,8 @@ def sampled_cross_entropy_cost(
 ) -> LossCost:
     """What sampled negatives cost a rank, where the draws are uniform.
 
-    A draw from popularity, or from the batch, meets fewer rows. One process on a CPU takes the
-    gradient in forward, with three products. Else the rows drawn are copied once; beside the copy
+    Draws from popularity, or from the batch, have fewer distinct rows. One process on a CPU takes
+    the gradient in forward, with three products. Else the rows drawn are copied once; in addition
     there are the draws of a chunk, in about ten forms, and the batches of a CPU. A table of
     popularity has an int64 for every item of the catalog, on every rank.
     """
@@ -368,15 +269,15 @@ def sampled_cross_entropy_cost(
     rows = min(work.num_rows, round(touched))
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
     copy = 0 if is_fused else rows * work.width * work.element_bytes
-    draws = 8 * min(max(num_draws, num_negatives), _DRAWS_AT_ONCE)
-    received, travelling = state_traffic(work), streaming_bytes(work)
+    draws = 8 * min(max(num_draws, num_negatives), DRAWS_AT_ONCE)
+    received, in_flight = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)
-    if num_draws <= 2 * work.num_positions and cheaper(by_rows, received):
+    if num_draws <= 2 * work.num_positions and sends_fewer_bytes(by_rows, received):
         received = by_rows
         # The rows as they arrive and in order, with both gradients.
         vectors = 2 * (shared + work.own_positions) * work.width
-        travelling = vectors * (work.element_bytes + 4)
+        in_flight = vectors * (work.element_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks
     if work.on_cpu:
         kernels = listed_cost(pairs, share, work, products=3 if is_fused else 4)
@@ -390,7 +291,7 @@ def sampled_cross_entropy_cost(
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=copy + 10 * draws + tiles + travelling + accumulator_bytes(rows, work),
+        workspace_bytes=copy + 10 * draws + tiles + in_flight + accumulator_bytes(rows, work),
         work=kernels,
         received=received,
         table_bytes=8 * work.num_items * (proposal == "popularity"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.negatives import STREAM_HASH
-from shardrec.kernels.ranks.chunks import Exchange
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.select import best_sign_direction
 
 __all__ = [
@@ -79,19 +79,19 @@ def hash_buckets(
     return buckets
 
 
-def gather_histogram(buckets: Tensor, num_buckets: int, exchange: Exchange) -> Histogram:
+def gather_histogram(buckets: Tensor, num_buckets: int, ranks: Communicator) -> Histogram:
     """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
 
     Args:
         buckets: (n, r) integer buckets of this rank's vectors.
         num_buckets: n_b.
-        exchange: The way to the other ranks.
+        ranks: The communicator.
 
-    Collectives: one gather of (r, n_b) counts.
+    Collectives: one all-gather of (r, n_b) counts.
     """
     counts = [torch.bincount(column, minlength=num_buckets) for column in buckets.T]
-    by_rank = exchange.stack(torch.stack(counts))
-    return Histogram(by_rank.sum(0), by_rank[: exchange.rank].sum(0))
+    by_rank = ranks.all_gather(torch.stack(counts))
+    return Histogram(by_rank.sum(0), by_rank[: ranks.rank].sum(0))
 
 
 def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Source: Gusak et al., "RECE: Reduced Cross-Entropy Loss for Large-Catalogue Sequential
 Recommenders", arXiv 2408.02354. Positions are placed by bucket, not by rank, so that a position
-meets the items of its own bucket although the histograms of positions and items differ.
+is compared with the items of its own bucket although the histograms of both differ.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,14 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import NearbyChunks, RowIds, nearby
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
-from shardrec.kernels.call import Call
-from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels, sign_kernels
-from shardrec.kernels.cost.workload import (
+from shardrec.kernels.cost.terms import (
     LossCost,
-    Workload,
     accumulator_bytes,
     listed_cost,
     select_cost,
-    state_traffic,
     streaming_bytes,
 )
+from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels, sign_kernels
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
@@ -31,12 +28,13 @@ from shardrec.kernels.hash_chunks import (
     item_chunks,
     position_chunks,
 )
-from shardrec.kernels.loss.candidates import Candidates, Shape
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.operator import Operator
+from shardrec.kernels.loss.options import Common
 from shardrec.kernels.ranks.chunks import Chunk
+from shardrec.kernels.ranks.traffic import Workload, state_traffic
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import Plan
 
 __all__ = [
     "default_num_buckets",
@@ -78,8 +76,8 @@ def reduced_cross_entropy(
     """Cross-entropy of every target among the rows that a random hash puts near its position.
 
     In each round positions and rows are ordered by the nearest of n_b random sign vectors and cut
-    into n_c chunks; a position meets the rows of its chunk and of e chunks on either side. A row
-    met in several rounds counts once.
+    into n_c chunks; the candidates of a position are the rows of its chunk and of e chunks
+    on either side. A candidate of several rounds counts once.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
@@ -89,7 +87,7 @@ def reduced_cross_entropy(
         num_chunks: n_c; as many as buckets when None.
         num_rounds: r.
         num_neighbor_chunks: e.
-        align: "bucket" places positions beside the items of their bucket, "rank" by order alone.
+        align: "bucket" aligns positions with the items of their bucket, "rank" by order alone.
         seed: Key of the generator.
         step: Training step; another step draws other vectors.
         weights: (N,) float factors of the positions' losses; the mean divides by their sum.
@@ -112,7 +110,7 @@ def reduced_cross_entropy(
     ``streamed_logsumexp``.
     """
     _check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
-    call = Call(
+    common = Common(
         weights=weights,
         reduction=reduction,
         normalize=normalize,
@@ -128,7 +126,7 @@ def reduced_cross_entropy(
         seed=seed,
         step=step,
     )
-    return _reduced_cross_entropy(states, table, targets, call, candidates)[0]
+    return _reduced_cross_entropy(states, table, targets, common, candidates)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,15 +144,43 @@ class HashedChunks(Candidates):
     seed: int
     step: int
 
-    @property
-    def choice(self) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """Chunks of positions and, as bytes, of rows in each round."""
-        return (("N", self.num_rounds), torch.int32), (("R", "bytes"), torch.uint8)
+    def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """(N, r) int32 chunks of the positions and, as bytes, the chunks of the rows.
 
-    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
-        """Bytes that the chunks of a row take."""
+        Collectives: two all-gathers of histograms.
+        """
+        num_buckets, num_chunks = self._numbers(inputs.layout.num_positions, inputs.num_items)
+        row_buckets, own_buckets = (
+            hash_buckets(
+                vectors,
+                num_buckets,
+                self.num_rounds,
+                seed=self.seed,
+                step=self.step,
+                backend=inputs.backend,
+            )
+            for vectors in (inputs.scaled_rows(), inputs.states)
+        )
+        rows = gather_histogram(row_buckets, num_buckets, inputs.ranks)
+        own = gather_histogram(own_buckets, num_buckets, inputs.ranks)
+        own_chunks = position_chunks(own_buckets, own, rows, num_chunks, self.align)
+        return own_chunks, item_chunks(row_buckets, rows, num_chunks).view(torch.uint8)
+
+    def choice_shapes(
+        self, num_positions: int, num_rows: int
+    ) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """A chunk of every position and row in each round; of a row in the fewest bytes."""
         _, num_chunks = self._numbers(num_positions, num_rows)
-        return {"bytes": self.num_rounds * index_dtype(num_chunks).itemsize}
+        num_bytes = self.num_rounds * index_dtype(num_chunks).itemsize
+        positions, rows = (num_positions, self.num_rounds), (num_rows, num_bytes)
+        return (positions, torch.int32), (rows, torch.uint8)
+
+    def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_HashedPlan":
+        """Blocks of a chunk of positions and the chunks of rows near it."""
+        own_chunks, row_bytes = tensors
+        bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
+        row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
+        return _HashedPlan(local, self.num_neighbor_chunks, own_chunks, row_chunks)
 
     def _numbers(self, num_positions: int, num_items: int) -> tuple[int, int]:
         """n_b and n_c."""
@@ -163,50 +189,14 @@ class HashedChunks(Candidates):
             num_buckets = default_num_buckets(num_positions, num_items, self.num_neighbor_chunks)
         return num_buckets, num_buckets if self.num_chunks is None else self.num_chunks
 
-    def choose(self, problem: Problem) -> tuple[Tensor, ...]:
-        """Hashes states and rows; two gathers of histograms."""
-        exchange = problem.exchange
-        num_buckets, num_chunks = self._numbers(exchange.num_positions, problem.num_items)
-        row_buckets, own_buckets = (
-            hash_buckets(
-                vectors,
-                num_buckets,
-                self.num_rounds,
-                seed=self.seed,
-                step=self.step,
-                backend=problem.backend,
-            )
-            for vectors in (problem.scaled_rows(), problem.states)
-        )
-        rows = gather_histogram(row_buckets, num_buckets, exchange)
-        own = gather_histogram(own_buckets, num_buckets, exchange)
-        own_chunks = position_chunks(own_buckets, own, rows, num_chunks, self.align)
-        return own_chunks, item_chunks(row_buckets, rows, num_chunks).view(torch.uint8)
-
-    def plan(
-        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
-    ) -> "_HashedPlan":
-        """Blocks of a chunk of positions and the chunks of rows near it."""
-        own_chunks, row_bytes = tensors
-        bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
-        row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
-        return _HashedPlan(meeting, self.num_neighbor_chunks, own_chunks, row_chunks)
-
 
 class _HashedPlan(Plan):
-    """The plan in which a position meets the items of its chunk and of ``reach`` on either side.
-
-    Args:
-        problem: The batch and the table.
-        reach: e.
-        position_chunks: (N, r) int32 chunk of each position of this rank.
-        row_chunks: (R, r) integer chunk of each row of this shard.
-    """
+    """The candidates of a position are the items of its chunk and of ``reach`` on either side."""
 
     def __init__(
-        self, problem: Problem, reach: int, position_chunks: Tensor, row_chunks: Tensor
+        self, inputs: Inputs, reach: int, position_chunks: Tensor, row_chunks: Tensor
     ) -> None:
-        super().__init__(problem)
+        super().__init__(inputs)
         self.per_position = (position_chunks,)
         self._row_chunks = row_chunks
         self._reach = reach
@@ -242,7 +232,7 @@ def _check_options(
 
 
 def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
-    """Rows that a position meets in a round, on average over the chunks.
+    """Number of candidates of a position in a round, on average over the chunks.
 
     Chunks at either end have fewer neighbours.
 

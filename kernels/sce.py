@@ -6,133 +6,39 @@ Item Catalogs", arXiv 2409.18721.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds
-from shardrec.kernels.call import Call
-from shardrec.kernels.loss.candidates import Candidates, Shape
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
+from shardrec.kernels.buckets import bucket_centres, default_num_buckets, fill_buckets
+from shardrec.kernels.cost.terms import (
+    KernelCost,
+    LossCost,
+    accumulator_bytes,
+    expected_distinct,
+    listed_cost,
+    select_cost,
+    streaming_bytes,
+)
+from shardrec.kernels.cost.triton import (
+    Listed,
+    listed_bytes,
+    listed_kernels,
+    sign_kernels,
+    topk_kernels,
+)
+from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.operator import Operator
-from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
-from shardrec.kernels.ranks.chunks import Chunk, Exchange
-from shardrec.kernels.sce_cost import default_num_buckets, scalable_cross_entropy_cost
-from shardrec.kernels.select import merge_topk, topk_rows
+from shardrec.kernels.loss.options import Common
+from shardrec.kernels.ranks.chunks import Chunk
+from shardrec.kernels.ranks.traffic import Workload, state_traffic
 from shardrec.kernels.shard import RowShard
-from shardrec.kernels.streaming import Plan
 
-__all__ = [
-    "Buckets",
-    "default_num_buckets",
-    "fill_buckets",
-    "mixed_centres",
-    "scalable_cross_entropy",
-    "scalable_cross_entropy_cost",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Buckets:
-    """The positions and items of every bucket, the same on every rank.
-
-    A pair is a (position, bucket); pairs are in the order of positions, then buckets.
-
-    Attributes:
-        positions: (n_b, b_x) int64 global positions.
-        items: (n_b, b_y) int64 global items.
-    """
-
-    positions: Tensor
-    items: Tensor
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Global position and bucket of every pair, both (n_b * b_x,) int64, in pair order."""
-        buckets = torch.arange(self.positions.shape[0], device=self.positions.device)
-        buckets = buckets[:, None].expand_as(self.positions).flatten()
-        positions, order = self.positions.flatten().sort(stable=True)
-        return positions, buckets[order]
-
-
-def mixed_centres(
-    states: Tensor,
-    first_position: int,
-    num_buckets: int,
-    *,
-    seed: int,
-    step: int,
-    backend: str = "auto",
-) -> Tensor:
-    """(n_b, D) float32 random combinations of the states, the share of these positions.
-
-    Line b is ``sum_i omega_ib x_i`` with omega random signs of (global position i, b); the shares
-    of several ranks add up. The signs are never stored beyond a tile of positions.
-
-    Args:
-        states: (N, D); no gradient is taken.
-        first_position: Global index of ``states[0]``.
-        num_buckets: n_b.
-        seed: Key of the generator.
-        step: Training step.
-        backend: "auto", "torch" or "triton".
-    """
-    return mixed_signs(
-        states,
-        first_position,
-        num_buckets,
-        seed=seed,
-        step=step,
-        stream=STREAM_MIX,
-        backend=backend,
-    )
-
-
-def fill_buckets(
-    problem: Problem, centres: Tensor, positions_per_bucket: int, items_per_bucket: int
-) -> Buckets:
-    """The positions and items with the largest inner product with each centre, over all ranks.
-
-    Chosen in float32, ties by lower index.
-
-    Args:
-        problem: The batch and the table.
-        centres: (n_b, D) float32, the same on every rank.
-        positions_per_bucket: b_x.
-        items_per_bucket: b_y.
-
-    Collectives: two gathers of (n_b, b_x) and two of (n_b, b_y) scores and indices.
-    """
-    exchange = problem.exchange
-    positions = _best_of_all_ranks(
-        topk_rows(centres, problem.states, positions_per_bucket, problem.backend),
-        exchange.first_position,
-        min(positions_per_bucket, exchange.num_positions),
-        exchange,
-    )
-    items = _best_of_all_ranks(
-        topk_rows(centres, problem.scaled_rows(), items_per_bucket, problem.backend),
-        problem.row_ids.first,
-        min(items_per_bucket, problem.num_items),
-        exchange,
-    )
-    return Buckets(positions, items)
-
-
-def _best_of_all_ranks(
-    found: tuple[Tensor, Tensor], first: int, k: int, exchange: Exchange
-) -> Tensor:
-    """(n_b, k) int64 global indices of the best of all ranks' lists."""
-    scores, indices = found
-    missing = k - scores.shape[1]
-    scores = F.pad(scores, (0, missing), value=-torch.inf)
-    indices = F.pad(indices + first, (0, missing), value=torch.iinfo(torch.int64).max)
-    of_ranks = exchange.stack(scores)
-    if len(of_ranks) == 1:
-        return indices
-    stacked_indices = exchange.stack(indices).transpose(0, 1).flatten(1)
-    return merge_topk(of_ranks.transpose(0, 1).flatten(1), stacked_indices, k)[1]
+__all__ = ["scalable_cross_entropy", "scalable_cross_entropy_cost"]
 
 
 def scalable_cross_entropy(
@@ -196,7 +102,7 @@ def scalable_cross_entropy(
             "num_buckets, positions_per_bucket and items_per_bucket must be positive, got "
             f"{num_buckets}, {positions_per_bucket} and {items_per_bucket}; None takes the default"
         )
-    call = Call(
+    common = Common(
         weights=weights,
         reduction=reduction,
         normalize=normalize,
@@ -212,7 +118,7 @@ def scalable_cross_entropy(
         seed=seed,
         step=step,
     )
-    loss, covered = _scalable_cross_entropy(states, table, targets, call, candidates)
+    loss, covered = _scalable_cross_entropy(states, table, targets, common, candidates)
     return (loss, covered) if reduction == "none" else loss
 
 
@@ -223,9 +129,6 @@ class HardBuckets(Candidates):
     Attributes are those of ``scalable_cross_entropy``.
     """
 
-    slots: ClassVar[str] = "S"
-    rows: ClassVar[str] = "M"
-
     num_buckets: int | None
     positions_per_bucket: int | None
     items_per_bucket: int
@@ -233,94 +136,69 @@ class HardBuckets(Candidates):
     seed: int
     step: int
 
-    @property
-    def choice(self) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """Position and bucket of every pair, and the items of every bucket."""
-        return (("P",), torch.int64), (("P",), torch.int64), (("B", "Y"), torch.int64)
+    def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Position and bucket of every pair and the items of every bucket.
 
-    def sizes(self, num_positions: int, num_rows: int) -> dict[str, int]:
-        """P pairs, as many slots, B buckets of Y items."""
+        Collectives: those of ``bucket_centres`` and ``fill_buckets``.
+        """
+        num_buckets, per_bucket = self._numbers(inputs.layout.num_positions)
+        centres = bucket_centres(inputs, num_buckets, self.mix, self.seed, self.step)
+        buckets = fill_buckets(inputs, centres, per_bucket, self.items_per_bucket)
+        return *buckets.pairs(), buckets.items
+
+    def choice_shapes(
+        self, num_positions: int, num_rows: int
+    ) -> tuple[tuple[Shape, torch.dtype], ...]:
+        """P pairs twice, and n_b buckets of b_y items."""
+        num_buckets, _ = self._numbers(num_positions)
+        pairs = (self.num_slots(num_positions, num_rows),)
+        items = num_buckets, torch.sym_min(self.items_per_bucket, num_rows)
+        return (pairs, torch.int64), (pairs, torch.int64), (items, torch.int64)
+
+    def num_slots(self, num_positions: int, num_rows: int) -> int:
+        """P: a slot is a (position, bucket) pair."""
         num_buckets, per_bucket = self._numbers(num_positions)
-        num_pairs = num_buckets * torch.sym_min(per_bucket, num_positions)
-        per_bucket = torch.sym_min(self.items_per_bucket, num_rows)
-        return {"P": num_pairs, "S": num_pairs, "B": num_buckets, "Y": per_bucket}
+        return num_buckets * torch.sym_min(per_bucket, num_positions)
+
+    def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Items of the buckets and targets; one all-gather of the targets."""
+        return torch.cat([tensors[2].flatten(), inputs.layout.gather_all(inputs.targets)])
+
+    def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_BucketItems":
+        """A block for each bucket."""
+        return _BucketItems(local, *tensors)
 
     def _numbers(self, num_positions: int) -> tuple[int, int]:
+        """n_b and b_x."""
         default = default_num_buckets(num_positions)
         numbers = (self.num_buckets, self.positions_per_bucket)
         first, second = (default if number is None else number for number in numbers)
         return first, second
 
-    def choose(self, problem: Problem) -> tuple[Tensor, ...]:
-        """Fills the buckets; a sum of the centres and the gathers of ``fill_buckets``."""
-        num_buckets, per_bucket = self._numbers(problem.exchange.num_positions)
-        centres = _centres(problem, num_buckets, self.mix, self.seed, self.step)
-        buckets = fill_buckets(problem, centres, per_bucket, self.items_per_bucket)
-        return *buckets.pairs(), buckets.items
-
-    def touched(self, problem: Problem, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Items of the buckets and targets; one gather of the targets."""
-        return torch.cat([tensors[2].flatten(), problem.exchange.gather_all(problem.targets)])
-
-    def plan(
-        self, problem: Problem, meeting: Problem, tensors: tuple[Tensor, ...]
-    ) -> "_BucketItems":
-        """A block for each bucket."""
-        return _BucketItems(meeting, *tensors)
-
-
-def _centres(problem: Problem, num_buckets: int, mix: bool, seed: int, step: int) -> Tensor:
-    """(n_b, D) float32 centres, the same on every rank; plain ones do not look at the states."""
-    if not mix:
-        return random_signs(
-            0,
-            num_buckets,
-            problem.states.shape[1],
-            seed=seed,
-            step=step,
-            stream=STREAM_MIX,
-            device=problem.states.device,
-            backend=problem.backend,
-        )
-    exchange = problem.exchange
-    own = mixed_centres(
-        problem.states,
-        exchange.first_position,
-        num_buckets,
-        seed=seed,
-        step=step,
-        backend=problem.backend,
-    )
-    return exchange.sum(own)
-
 
 class _BucketItems(Plan):
-    """The plan in which a pair's candidates are the items of its bucket; a slot is a pair.
+    """The candidates of a pair are the items of its bucket; a slot is a pair.
 
-    Args:
-        problem: The batch and the touched rows.
-        positions: (P,) int64 global position of each pair of all ranks, ascending.
-        buckets: (P,) int64 its bucket.
-        items: (n_b, b_y) int64 global items.
+    Pairs are (P,) int64 global positions of all ranks, ascending, and (P,) int64 buckets.
     """
 
-    def __init__(self, problem: Problem, positions: Tensor, buckets: Tensor, items: Tensor) -> None:
-        super().__init__(problem)
+    def __init__(self, inputs: Inputs, positions: Tensor, buckets: Tensor, items: Tensor) -> None:
+        super().__init__(inputs)
         # Ascending items let a CPU find targets among them by bisection.
         self._positions, self._buckets, self._items = positions, buckets, items.sort(1).values
-        exchange = problem.exchange
-        borders = torch.tensor(exchange.borders, device=positions.device)
+        layout = inputs.layout
+        borders = torch.tensor(layout.borders, device=positions.device)
         self._slot_borders = torch.searchsorted(positions, borders).tolist()
-        start, end = self._slot_borders[exchange.rank : exchange.rank + 2]
+        start, end = self._slot_borders[layout.ranks.rank : layout.ranks.rank + 2]
         self.num_slots = end - start
-        self.slot_positions = positions[start:end] - exchange.first_position
+        self.slot_positions = positions[start:end] - layout.first_position
 
     def slots(self, chunk: Chunk) -> Chunk:
         slots = (self._places(chunk) >= 0).nonzero()[:, 0]
-        return Chunk.of(slots, self._slot_borders, self.exchange.rank)
+        return Chunk.of(slots, self._slot_borders, self.layout.ranks.rank)
 
     def _places(self, chunk: Chunk) -> Tensor:
-        """(P,) int64 where the position of each pair stands in the chunk, -1 for nowhere."""
+        """(P,) int64 index in the chunk of the position of each pair, -1 for none."""
         return RowIds(0, chunk.positions.numel(), chunk.positions).find(self._positions)
 
     def blocks(
@@ -346,3 +224,61 @@ class _BucketItems(Plan):
 
 
 _scalable_cross_entropy = Operator("scalable_cross_entropy", HardBuckets)
+
+
+def scalable_cross_entropy_cost(
+    work: Workload, num_buckets: int | None, positions_per_bucket: int | None, items_per_bucket: int
+) -> LossCost:
+    """What hard buckets cost a rank, where every bucket chooses other items.
+
+    Three projections are chosen from (states to centres, centres to states and to rows) and the
+    buckets' blocks are computed in forward and again in backward.
+    """
+    default = default_num_buckets(work.num_positions)
+    num_buckets, per_bucket = num_buckets or default, positions_per_bucket or default
+    listed = num_buckets * min(items_per_bucket, work.num_items)
+    touched = expected_distinct(listed + work.num_positions, work.num_items) / work.num_ranks
+    rows = min(work.num_rows, round(touched))
+    # In backward a position has one bucket left of those it is in.
+    per_bucket = min(per_bucket, work.num_positions)
+    pairs = listed * per_bucket / work.num_ranks
+    kept = min(1.0, work.num_positions / (num_buckets * per_bucket))
+    lists = 24 * num_buckets * (per_bucket + items_per_bucket)
+    if work.on_cpu:
+        choices = select_cost(num_buckets, 2 * work.own_positions + work.num_rows, work)
+        kernels = choices + listed_cost(pairs, per_bucket, work, kept=kept)
+        tiles = cpu_tiles().listed_bytes(work.width, per_bucket)
+    else:
+        shape = Listed(
+            pairs=pairs,
+            positions=per_bucket,
+            rows=listed / num_buckets / work.num_ranks,
+            entries=listed / work.num_ranks,
+            touched=rows,
+            kept=kept,
+        )
+        kernels = _choice_kernels(work, num_buckets, per_bucket, items_per_bucket)
+        kernels += listed_kernels(shape, work)
+        tiles = listed_bytes(shape.entries, work)
+    return LossCost(
+        touched_rows=rows,
+        is_dense=False,
+        workspace_bytes=rows * work.width * work.element_bytes
+        + accumulator_bytes(rows, work)
+        + lists
+        + tiles
+        + streaming_bytes(work),
+        work=kernels,
+        received=state_traffic(work),
+    )
+
+
+def _choice_kernels(
+    work: Workload, num_buckets: int, per_bucket: int, items_per_bucket: int
+) -> KernelCost:
+    """Of the centres and of the positions and rows near them."""
+    return (
+        sign_kernels("mixed_signs", num_buckets, work.own_positions, work)
+        + topk_kernels(num_buckets, work.own_positions, per_bucket, work)
+        + topk_kernels(num_buckets, work.num_rows, items_per_bucket, work)
+    )

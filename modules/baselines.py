@@ -6,16 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.cost.workload import (
-    KernelCost,
-    LossCost,
-    Workload,
-    state_traffic,
-    streaming_bytes,
-)
-from shardrec.kernels.loss.inputs import Problem, Scaling, pose
+from shardrec.kernels.cost.terms import KernelCost, LossCost, streaming_bytes
+from shardrec.kernels.loss.inputs import Inputs, Scaling, prepare_inputs
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
-from shardrec.kernels.ranks.chunks import Chunk, Exchange
+from shardrec.kernels.ranks.chunks import Chunk, Layout
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.ranks.traffic import Workload, state_traffic
 from shardrec.kernels.shard import RowShard
 
 __all__ = [
@@ -45,19 +41,21 @@ def eager_cross_entropy(
     Collectives: a gather of states and targets, two reductions; backward the transposes.
     """
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
-    exchange = problem.exchange
-    chunk = _whole_batch(exchange)
-    all_states = _Gather.apply(problem.states, exchange, chunk)
-    rows = problem.row_ids.find(exchange.gather_all(problem.targets))
+    inputs = prepare_inputs(
+        states, table, targets, weights=weights, reduction=reduction, scaling=scaling
+    )
+    layout = inputs.layout
+    chunk = _whole_batch(layout)
+    all_states = _Gather.apply(inputs.states, layout, chunk)
+    rows = inputs.row_ids.find(layout.gather_all(inputs.targets))
     with torch.autocast(all_states.device.type, enabled=False):
-        logits = all_states.float() @ problem.scaled_rows().float().T
+        logits = all_states.float() @ inputs.scaled_rows().float().T
     shard_logsumexp = (
         torch.logsumexp(logits, 1) if logits.shape[1] else logits.new_full(rows.shape, -torch.inf)
     )
     shares = torch.stack([shard_logsumexp, _pick(logits, rows[:, None])[:, 0]])
-    loss = _CrossEntropyOverRanks.apply(shares, exchange)[chunk.own_slice]
-    return problem.reduce(loss, reduction)
+    loss = _CrossEntropyOverRanks.apply(shares, inputs.ranks)[chunk.own_slice]
+    return inputs.reduce(loss, reduction)
 
 
 def binary_cross_entropy(
@@ -81,10 +79,12 @@ def binary_cross_entropy(
     """
     _require_negatives(num_negatives)
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
-    positive, negative = _sampled_logits(problem, num_negatives, seed, step)
+    inputs = prepare_inputs(
+        states, table, targets, weights=weights, reduction=reduction, scaling=scaling
+    )
+    positive, negative = _sampled_logits(inputs, num_negatives, seed, step)
     loss = F.softplus(-positive) + F.softplus(negative).mean(1)
-    return problem.reduce(loss, reduction)
+    return inputs.reduce(loss, reduction)
 
 
 def generalized_binary_cross_entropy(
@@ -110,12 +110,14 @@ def generalized_binary_cross_entropy(
     """
     _require_negatives(num_negatives)
     scaling = Scaling(normalize, temperature)
-    problem = pose(states, table, targets, weights=weights, reduction=reduction, scaling=scaling)
-    positive, negative = _sampled_logits(problem, num_negatives, seed, step)
-    alpha = num_negatives / max(problem.num_items - 1, 1)
+    inputs = prepare_inputs(
+        states, table, targets, weights=weights, reduction=reduction, scaling=scaling
+    )
+    positive, negative = _sampled_logits(inputs, num_negatives, seed, step)
+    alpha = num_negatives / max(inputs.num_items - 1, 1)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     loss = beta * F.softplus(-positive) + F.softplus(negative).sum(1)
-    return problem.reduce(loss, reduction)
+    return inputs.reduce(loss, reduction)
 
 
 def _require_negatives(num_negatives: int) -> None:
@@ -124,17 +126,17 @@ def _require_negatives(num_negatives: int) -> None:
 
 
 def _sampled_logits(
-    problem: Problem, num_negatives: int, seed: int, step: int
+    inputs: Inputs, num_negatives: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """(N,) target logits and (N, K) logits of negatives of this rank's positions.
 
     A negative equal to the target is replaced by the next item.
     """
-    exchange = problem.exchange
-    chunk = _whole_batch(exchange)
-    targets = exchange.gather_all(problem.targets)
+    layout = inputs.layout
+    chunk = _whole_batch(layout)
+    targets = layout.gather_all(inputs.targets)
     negatives = draw_below(
-        problem.num_items,
+        inputs.num_items,
         chunk.positions,
         num_negatives,
         seed=seed,
@@ -142,18 +144,18 @@ def _sampled_logits(
         stream=STREAM_NEGATIVES,
     )
     negatives = torch.where(
-        negatives == targets[:, None], (negatives + 1) % problem.num_items, negatives
+        negatives == targets[:, None], (negatives + 1) % inputs.num_items, negatives
     )
-    rows = problem.row_ids.find(torch.cat([targets[:, None], negatives], dim=1))
-    all_states = _Gather.apply(problem.states, exchange, chunk)
-    if problem.rows.shape[0]:
-        candidates = F.embedding(rows.clamp(min=0), problem.scaled_rows())
+    rows = inputs.row_ids.find(torch.cat([targets[:, None], negatives], dim=1))
+    all_states = _Gather.apply(inputs.states, layout, chunk)
+    if inputs.rows.shape[0]:
+        candidates = F.embedding(rows.clamp(min=0), inputs.scaled_rows())
         shard_logits = torch.einsum("nd,nkd->nk", all_states, candidates) * (rows >= 0)
     else:
         # An empty shard still takes part in backward, through both of its inputs.
-        nothing = 0 * (all_states.sum() + problem.rows.sum())
+        nothing = 0 * (all_states.sum() + inputs.rows.sum())
         shard_logits = all_states.new_zeros(rows.shape) + nothing
-    logits = _SumOverRanks.apply(shard_logits.float(), exchange)[chunk.own_slice]
+    logits = _SumOverRanks.apply(shard_logits.float(), inputs.ranks)[chunk.own_slice]
     return logits[:, 0], logits[:, 1:]
 
 
@@ -164,8 +166,8 @@ def _pick(logits: Tensor, rows: Tensor) -> Tensor:
     return logits.gather(1, rows.clamp(min=0)) * (rows >= 0)
 
 
-def _whole_batch(exchange: Exchange) -> Chunk:
-    chunk = next(iter(exchange.chunks(exchange.even_chunks(1))), None)
+def _whole_batch(layout: Layout) -> Chunk:
+    chunk = next(iter(layout.chunks(layout.even_chunks(1))), None)
     if chunk is None:
         raise ValueError("states must hold a position on some rank, got none; skip the batch")
     return chunk
@@ -175,26 +177,26 @@ class _Gather(torch.autograd.Function):
     """States of all ranks; gradients go back to their owners, summed."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, exchange: Exchange, chunk: Chunk) -> Tensor:
-        ctx.exchange, ctx.chunk = exchange, chunk
-        return exchange.gather(states, chunk).clone()
+    def forward(ctx: Any, states: Tensor, layout: Layout, chunk: Chunk) -> Tensor:
+        ctx.layout, ctx.chunk = layout, chunk
+        return layout.start_gather(states, chunk)().clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.reduce_scatter(grad, ctx.chunk), None, None
+        return ctx.layout.ranks.start_reduce_scatter(grad, ctx.chunk.counts)(), None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
     """Sum of the ranks' shares; each rank uses its own positions, so gradients are summed too."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.sum(share).clone()
+    def forward(ctx: Any, share: Tensor, ranks: Communicator) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(share).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.sum(grad), None
+        return ctx.ranks.sum(grad), None
 
 
 class _CrossEntropyOverRanks(torch.autograd.Function):
@@ -204,10 +206,10 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, shares: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        largest = exchange.max(shares[0])
-        sums = exchange.sum(torch.stack([(shares[0] - largest).exp(), shares[1]]))
+    def forward(ctx: Any, shares: Tensor, ranks: Communicator) -> Tensor:
+        ctx.ranks = ranks
+        largest = ranks.max(shares[0])
+        sums = ranks.sum(torch.stack([(shares[0] - largest).exp(), shares[1]]))
         logsumexp = sums[0].log() + largest
         ctx.save_for_backward((shares[0] - logsumexp).exp())
         return logsumexp - sums[1]
@@ -215,7 +217,7 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        total = ctx.exchange.sum(grad)
+        total = ctx.ranks.sum(grad)
         return torch.stack([total * weight, -total]), None
 
 

@@ -1,11 +1,13 @@
 """The losses as a training step calls them: options in a dataclass, one signature for all.
 
-The functions behind them take a plain table or a ``RowShard`` of any row-sharded table; they stand
-in ``shardrec.kernels`` and are named here again for users of the sharded face.
+Each class names its options, the public function behind it and what a step costs. ``AnyLoss`` is
+the registry: a loss that is named there can be trained, planned, swept and shown in the demo.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,15 +20,24 @@ from shardrec.kernels import (
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
+from shardrec.kernels.cce import cut_cross_entropy_cost
+from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
+from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.negatives import Mixture, Proposal, Uniform
-from shardrec.kernels.ranks.communicator import Collective, total_over_ranks
+from shardrec.kernels.ranks.chunks import Layout
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.ranks.traffic import Workload
+from shardrec.kernels.rece import reduced_cross_entropy_cost
+from shardrec.kernels.sce import scalable_cross_entropy_cost
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,
+    eager_cross_entropy_cost,
     generalized_binary_cross_entropy,
+    paired_cross_entropy_cost,
 )
 from shardrec.modules.item_counts import ItemCounts
-from shardrec.modules.loss_options import check_options
+from shardrec.modules.loss_options import check_options, option
 
 __all__ = [
     "BCE",
@@ -35,6 +46,7 @@ __all__ = [
     "LOSSES",
     "RECE",
     "SCE",
+    "AnyLoss",
     "Batch",
     "CCEMinus",
     "EagerCE",
@@ -42,10 +54,6 @@ __all__ = [
     "Loss",
     "LossOutput",
     "Step",
-    "cut_cross_entropy",
-    "reduced_cross_entropy",
-    "sampled_cross_entropy",
-    "scalable_cross_entropy",
 ]
 
 
@@ -67,7 +75,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A loss and what it says about itself.
+    """A loss and its statistics.
 
     Attributes:
         loss: () float32 mean over the positions of all ranks, the same on every rank.
@@ -80,7 +88,7 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a loss is called with.
+    """The inputs of a loss.
 
     Attributes:
         states: (N, D) states at the real positions of this rank.
@@ -97,14 +105,19 @@ class Batch:
     step: Step
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor | RowShard, Tensor]:
-        """States, table and targets."""
-        return self.states, self.table, self.targets
+    def num_items(self) -> int:
+        """V."""
+        return self.table.num_rows if isinstance(self.table, RowShard) else self.table.shape[0]
 
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the table."""
         return self.table.group if isinstance(self.table, RowShard) else None
+
+    @property
+    def draws(self) -> dict[str, int]:
+        """Seed and step, as the functions of losses that draw take them."""
+        return {"seed": self.step.seed, "step": self.step.step}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +125,9 @@ class Loss(ABC):
     """A loss with its options; these two are common to all.
 
     Attributes:
+        name: Of the loss on the command line.
+        function: The public function behind it.
+        is_baseline: Whether it is there to be compared with.
         normalize: Take states and rows at unit length.
         temperature: Divides the logits.
 
@@ -119,8 +135,12 @@ class Loss(ABC):
         ValueError: An option is out of range.
     """
 
+    name: ClassVar[str]
+    function: ClassVar[Callable[..., Any]]
+    is_baseline: ClassVar[bool] = False
+
     normalize: bool = False
-    temperature: float = 1.0
+    temperature: float = option(1.0, above_zero="1.0 leaves the logits alone")
 
     def __post_init__(self) -> None:
         """Checks the options of this loss."""
@@ -146,29 +166,51 @@ class Loss(ABC):
         """
         return self.output(Batch(states, table, targets, weights, step))
 
-    @abstractmethod
     def output(self, batch: Batch) -> LossOutput:
         """The mean loss and its statistics."""
+        return LossOutput(self.evaluate(batch))
+
+    def evaluate(self, batch: Batch, **more: Any) -> Any:
+        """What ``function`` returns for these options; ``more`` are further arguments of it."""
+        return type(self).function(
+            batch.states,
+            batch.table,
+            batch.targets,
+            weights=batch.weights,
+            normalize=self.normalize,
+            temperature=self.temperature,
+            **self.arguments(batch),
+            **more,
+        )
+
+    @abstractmethod
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of ``function`` that this loss alone has."""
+
+    @abstractmethod
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CCE(Loss):
     """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss; nothing is drawn, so the step does not matter."""
-        loss = cut_cross_entropy(
-            *batch.inputs,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
-        return LossOutput(loss)
+    name = "cce"
+    function = staticmethod(cut_cross_entropy)
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """None: nothing is drawn."""
+        return {}
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return cut_cross_entropy_cost(work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CCEMinus(Loss):
-    """Options of ``sampled_cross_entropy``.
+    """Options of ``sampled_cross_entropy``; the table's gradient is sparse.
 
     Attributes:
         num_negatives: K, draws per block of positions.
@@ -179,32 +221,35 @@ class CCEMinus(Loss):
         parity: The paper's form of the correction.
     """
 
-    num_negatives: int = 1024
-    share: int = 128
-    proposal: str = "uniform"
-    popularity_exponent: float = 1.0
+    name = "cce_minus"
+    function = staticmethod(sampled_cross_entropy)
+
+    num_negatives: int = option(1024, at_least=1)
+    share: int = option(128, at_least=0)
+    proposal: str = option("uniform", one_of=("uniform", "popularity", "in_batch", "mixed"))
+    # Counts of a large log to a higher power overflow, and leave one item to be drawn anyway.
+    popularity_exponent: float = option(1.0, within=(0, 10, "0 is uniform, 1 follows the counts"))
     parity: bool = False
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss; the table's gradient is sparse."""
-        loss = sampled_cross_entropy(
-            *batch.inputs,
-            num_negatives=self.num_negatives,
-            share=self.share or None,
-            seed=batch.step.seed,
-            step=batch.step.step,
-            proposal=self._proposal(batch),
-            parity=self.parity,
-            sparse_grad=True,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Number, sharing and distribution of the draws."""
+        return {
+            "num_negatives": self.num_negatives,
+            "share": self.share or None,
+            "proposal": self._proposal(batch),
+            "parity": self.parity,
+            "sparse_grad": True,
+            **batch.draws,
+        }
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return sampled_cross_entropy_cost(
+            work, self.num_negatives, self.share or None, self.proposal
         )
-        return LossOutput(loss)
 
     def _proposal(self, batch: Batch) -> Proposal:
-        table, counts = batch.table, batch.step.item_counts
-        num_items = table.num_rows if isinstance(table, RowShard) else table.shape[0]
+        num_items, counts = batch.num_items, batch.step.item_counts
         if self.proposal == "uniform":
             return Uniform(num_items)
         if counts is None:
@@ -220,8 +265,7 @@ class CCEMinus(Loss):
             )
         if self.proposal == "popularity":
             return counts.popularity(self.popularity_exponent)
-        targets = _targets_of_all_ranks(batch.targets, batch.group)
-        in_batch = counts.in_batch(targets)
+        in_batch = counts.in_batch(_targets_of_all_ranks(batch.targets, batch.group))
         if self.proposal == "in_batch":
             return in_batch
         half = self.num_negatives // 2
@@ -232,6 +276,8 @@ class CCEMinus(Loss):
 class SCE(Loss):
     """Options of ``scalable_cross_entropy``; 0 takes the default that follows from the batch.
 
+    The table's gradient is sparse, and the share of covered positions is logged.
+
     Attributes:
         num_buckets: n_b, or 0 for ``2 sqrt(N)``.
         positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``; where there are fewer, all of them.
@@ -239,39 +285,48 @@ class SCE(Loss):
         mix: Centres are random combinations of the states.
     """
 
-    num_buckets: int = 0
-    positions_per_bucket: int = 0
-    items_per_bucket: int = 256
+    name = "sce"
+    function = staticmethod(scalable_cross_entropy)
+
+    num_buckets: int = option(0, at_least=0)
+    positions_per_bucket: int = option(0, at_least=0)
+    items_per_bucket: int = option(256, at_least=1)
     mix: bool = True
 
     def output(self, batch: Batch) -> LossOutput:
-        """Mean loss over covered positions and their share; the table's gradient is sparse."""
-        weighted, covered = scalable_cross_entropy(
-            *batch.inputs,
-            num_buckets=self.num_buckets or None,
-            positions_per_bucket=self.positions_per_bucket or None,
-            items_per_bucket=self.items_per_bucket,
-            mix=self.mix,
-            seed=batch.step.seed,
-            step=batch.step.step,
-            sparse_grad=True,
-            weights=batch.weights,
-            reduction="none",
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
+        """Mean loss over covered positions, and their share."""
+        weighted, covered = self.evaluate(batch, reduction="none")
         factors = torch.ones_like(weighted) if batch.weights is None else batch.weights
         sums = torch.stack([weighted.sum(), (factors * covered).sum()])
         counts = torch.tensor([float(covered.sum()), covered.numel()], device=sums.device)
-        sums = total_over_ranks(torch.cat([sums, counts]), batch.group)
+        sums = Communicator(batch.group).total(torch.cat([sums, counts]))
         norm, num_covered, num_positions = sums[1:].tolist()
         statistics = {"covered_share": num_covered / max(num_positions, 1)}
         return LossOutput(sums[0] / (norm or 1.0), statistics)
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Number and sizes of the buckets."""
+        return {
+            "num_buckets": self.num_buckets or None,
+            "positions_per_bucket": self.positions_per_bucket or None,
+            "items_per_bucket": self.items_per_bucket,
+            "mix": self.mix,
+            "sparse_grad": True,
+            **batch.draws,
+        }
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return scalable_cross_entropy_cost(
+            work, self.num_buckets or None, self.positions_per_bucket or None, self.items_per_bucket
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RECE(Loss):
     """Options of ``reduced_cross_entropy``; 0 takes the default that follows from the batch.
+
+    The table's gradient is dense.
 
     Attributes:
         num_buckets: n_b, or 0 for ``sqrt(4 min(N, V) (1 + 2 e))``.
@@ -281,43 +336,52 @@ class RECE(Loss):
         align: "bucket", or "rank" as published.
     """
 
-    num_buckets: int = 0
-    num_chunks: int = 0
-    num_rounds: int = 4
-    num_neighbor_chunks: int = 1
-    align: str = "bucket"
+    name = "rece"
+    function = staticmethod(reduced_cross_entropy)
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss; the table's gradient is dense."""
-        loss = reduced_cross_entropy(
-            *batch.inputs,
-            num_buckets=self.num_buckets or None,
-            num_chunks=self.num_chunks or None,
-            num_rounds=self.num_rounds,
-            num_neighbor_chunks=self.num_neighbor_chunks,
-            align=self.align,
-            seed=batch.step.seed,
-            step=batch.step.step,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
+    num_buckets: int = option(0, at_least=0)
+    num_chunks: int = option(0, at_least=0)
+    num_rounds: int = option(4, at_least=1)
+    num_neighbor_chunks: int = option(1, at_least=0)
+    align: str = option("bucket", one_of=("bucket", "rank"))
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Sizes and number of rounds of the hash."""
+        return {
+            "num_buckets": self.num_buckets or None,
+            "num_chunks": self.num_chunks or None,
+            "num_rounds": self.num_rounds,
+            "num_neighbor_chunks": self.num_neighbor_chunks,
+            "align": self.align,
+            **batch.draws,
+        }
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return reduced_cross_entropy_cost(
+            work,
+            self.num_buckets or None,
+            self.num_chunks or None,
+            self.num_rounds,
+            self.num_neighbor_chunks,
         )
-        return LossOutput(loss)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerCE(Loss):
     """Options of the full softmax with all logits in memory: a baseline."""
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss; nothing is drawn, so the step does not matter."""
-        loss = eager_cross_entropy(
-            *batch.inputs,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
-        return LossOutput(loss)
+    name = "eager_ce"
+    function = staticmethod(eager_cross_entropy)
+    is_baseline = True
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """None: nothing is drawn."""
+        return {}
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return eager_cross_entropy_cost(work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,20 +392,19 @@ class BCE(Loss):
         num_negatives: K uniform negatives per position.
     """
 
-    num_negatives: int = 1
+    name = "bce"
+    function = staticmethod(binary_cross_entropy)
+    is_baseline = True
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss."""
-        loss = binary_cross_entropy(
-            *batch.inputs,
-            num_negatives=self.num_negatives,
-            seed=batch.step.seed,
-            step=batch.step.step,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
-        return LossOutput(loss)
+    num_negatives: int = option(1, at_least=1)
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Number of the draws."""
+        return {"num_negatives": self.num_negatives, **batch.draws}
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return paired_cross_entropy_cost(work, self.num_negatives)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,37 +416,35 @@ class GBCE(Loss):
         calibration: t in [0, 1]; 0 is BCE, 1 calibrates the scores fully.
     """
 
-    num_negatives: int = 256
-    calibration: float = 0.75
+    name = "gbce"
+    function = staticmethod(generalized_binary_cross_entropy)
+    is_baseline = True
 
-    def output(self, batch: Batch) -> LossOutput:
-        """Mean loss."""
-        loss = generalized_binary_cross_entropy(
-            *batch.inputs,
-            num_negatives=self.num_negatives,
-            calibration=self.calibration,
-            seed=batch.step.seed,
-            step=batch.step.step,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-        )
-        return LossOutput(loss)
+    num_negatives: int = option(256, at_least=1)
+    calibration: float = option(0.75, within=(0, 1, "0 is BCE, 1 calibrates the scores fully"))
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Number of the draws, and the calibration."""
+        return {
+            "num_negatives": self.num_negatives,
+            "calibration": self.calibration,
+            **batch.draws,
+        }
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return paired_cross_entropy_cost(work, self.num_negatives)
 
 
-LOSSES: dict[str, type[Loss]] = {
-    "cce": CCE,
-    "cce_minus": CCEMinus,
-    "sce": SCE,
-    "rece": RECE,
-    "eager_ce": EagerCE,
-    "bce": BCE,
-    "gbce": GBCE,
-}
+AnyLoss = CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE
+"""Every loss that can be trained."""
+
+LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in get_args(AnyLoss)}
+"""Every loss by its name."""
 
 
 def _targets_of_all_ranks(targets: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return targets.long()
-    exchange = Collective.meet(group, targets.numel(), range(0), 0, targets.device)
-    return exchange.gather_all(targets.long())
+    layout = Layout.gathered(group, targets.numel(), range(0), 0, targets.device)
+    return layout.gather_all(targets.long())

@@ -7,23 +7,16 @@ the same sums, not measured: activations are counted in float32, though products
 less. What an allocator holds back comes on top, and a plan says so.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from shardrec.kernels.cce import cut_cross_entropy_cost
-from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import LossCost, Workload
-from shardrec.kernels.rece import reduced_cross_entropy_cost
-from shardrec.kernels.sce import scalable_cross_entropy_cost
-from shardrec.modules.baselines import eager_cross_entropy_cost, paired_cross_entropy_cost
+from shardrec.kernels.cost.terms import LossCost
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
-from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
 from shardrec.modules.row_updates import state_floats
 from shardrec.pipeline.run.config import TrainConfig
 
-__all__ = ["Machine", "Plan", "loss_cost", "plan"]
+__all__ = ["Machine", "Plan", "plan"]
 
 # (N, D) tensors that exist beside what backward keeps: states, gradients of two layers, masks.
 PASSING_TENSORS = 8
@@ -141,7 +134,7 @@ def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
         memory=memory,
         peak_bytes=peak,
         moved=made.moved(num_items),
-        traffic={"loss": loss_cost(config.loss, made.work(num_items)).work.bytes},
+        traffic={"loss": config.loss.cost(made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
         host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
         largest_num_items=largest,
@@ -173,7 +166,7 @@ class _Planner:
     def memory(self, num_items: int) -> tuple[dict[str, int], int]:
         """Bytes by term, and the most at once: in the loss, or in the update."""
         work = self.work(num_items)
-        cost = loss_cost(self.config.loss, work)
+        cost = self.config.loss.cost(work)
         floats = state_floats(self.config.catalog.optimizer, self.width)
         table, state = 4 * work.num_rows * self.width, 4 * work.num_rows * floats
         gradient, update = self._update(cost, work)
@@ -219,7 +212,7 @@ class _Planner:
         return {
             "ids and vectors looked up": 8.0 * own * others + vectors,
             "gradients of vectors": vectors,
-            **loss_cost(self.config.loss, self.work(num_items)).received,
+            **self.config.loss.cost(self.work(num_items)).received,
             "encoder gradients": 2 * 4.0 * self.parameters * others,
         }
 
@@ -227,7 +220,7 @@ class _Planner:
         """Of products, forward and backward."""
         return {
             "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
-            "loss": loss_cost(self.config.loss, self.work(num_items)).flops,
+            "loss": self.config.loss.cost(self.work(num_items)).flops,
         }
 
     def _activations(self) -> int:
@@ -247,58 +240,9 @@ class _Planner:
 
     def _unit_rows(self, work: Workload) -> int:
         """The rows at unit length, and their gradient on its way to the table's."""
-        cost = loss_cost(self.config.loss, work)
+        cost = self.config.loss.cost(work)
         rows = work.num_rows if cost.is_dense else cost.touched_rows
         return 2 * 4 * rows * self.width * self.config.loss.normalize
-
-
-@functools.singledispatch
-def loss_cost(loss: Any, work: Workload) -> LossCost:
-    """What a step of ``loss`` with its options costs a rank."""
-    raise TypeError(f"loss must be one of this package, got {type(loss).__name__}; plan another")
-
-
-@loss_cost.register
-def _(loss: CCE, work: Workload) -> LossCost:
-    return cut_cross_entropy_cost(work)
-
-
-@loss_cost.register
-def _(loss: CCEMinus, work: Workload) -> LossCost:
-    return sampled_cross_entropy_cost(work, loss.num_negatives, loss.share or None, loss.proposal)
-
-
-@loss_cost.register
-def _(loss: SCE, work: Workload) -> LossCost:
-    return scalable_cross_entropy_cost(
-        work, loss.num_buckets or None, loss.positions_per_bucket or None, loss.items_per_bucket
-    )
-
-
-@loss_cost.register
-def _(loss: RECE, work: Workload) -> LossCost:
-    return reduced_cross_entropy_cost(
-        work,
-        loss.num_buckets or None,
-        loss.num_chunks or None,
-        loss.num_rounds,
-        loss.num_neighbor_chunks,
-    )
-
-
-@loss_cost.register
-def _(loss: EagerCE, work: Workload) -> LossCost:
-    return eager_cross_entropy_cost(work)
-
-
-@loss_cost.register
-def _(loss: BCE, work: Workload) -> LossCost:
-    return paired_cross_entropy_cost(work, loss.num_negatives)
-
-
-@loss_cost.register
-def _(loss: GBCE, work: Workload) -> LossCost:
-    return paired_cross_entropy_cost(work, loss.num_negatives)
 
 
 def _bytes(value: float) -> str:

@@ -12,10 +12,10 @@ __all__ = ["Blocks", "RowIds", "Rounds", "every_pair"]
 class Rounds:
     """Rule that counts a candidate once although several rounds of blocks contain it.
 
-    Position i meets item j in round q when ``|position_chunks[i, q] - item_chunks[j, q]| <=
-    reach``. A block of round q keeps the pairs that no earlier round met, so a pair enters the sum
-    once. That is the union of the rounds, the same value as lowering a logit by the log of its
-    number of meetings.
+    Item j is a candidate of position i in round q when their chunks of that round are at most
+    ``reach`` apart. A block of round q keeps the pairs that no earlier round had, so a pair enters
+    the sum once. That is the union of the rounds, the same value as lowering a logit by the log of
+    the number of rounds in which it occurs.
 
     Attributes:
         position_chunks: (N, r) int32, chunk of each position in each round.

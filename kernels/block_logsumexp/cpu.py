@@ -1,6 +1,6 @@
 """Block log-sum-exp in plain PyTorch: one tile of logits at a time, reused for all of them.
 
-The full softmax walks over contiguous tiles, lists of blocks over batches. Factors of whole lines
+The full softmax goes over contiguous tiles, a list of blocks over batches. Factors of whole lines
 are applied to states and gradients, which are narrow, and not to logits. With N positions, R rows
 and width D a full forward takes 2 N R D FLOP and N R exponentials, a backward 6 N R D and as many;
 with tiles of P positions the rows are read ceil(N / P) times in each.

@@ -19,9 +19,9 @@ GPU_ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class NearbyChunks:
-    """Position i and row j meet when their chunks are at most ``reach`` apart in some round.
+    """Pairs of positions and rows whose chunks are at most ``reach`` apart in some round.
 
-    A pair that meets in several rounds counts once. What is kept of a row is its chunk in each
+    A pair that is near in several rounds counts once. What is kept of a row is its chunk in each
     round; the rows are put in the order of their chunks when a list is made.
 
     Attributes:

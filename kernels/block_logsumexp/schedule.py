@@ -10,6 +10,7 @@ from torch import Tensor
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 
 __all__ = [
+    "LEAST_ENTRIES",
     "RowTiles",
     "is_full",
     "is_gathered",
@@ -18,6 +19,9 @@ __all__ = [
     "row_tiles",
     "without_idle_pairs",
 ]
+
+# Entries of listed blocks whose gradients Triton holds together, where N is smaller.
+LEAST_ENTRIES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)

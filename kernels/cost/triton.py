@@ -1,15 +1,17 @@
 """What the Triton kernels of the block log-sum-exp multiply, read, write and hold, by their tiles.
 
-Tests hold the numbers to what interpreted kernels do. Ids, targets and chunks that kernels read
-beside vectors are left out: a few bytes for each vector.
+Tests hold the numbers to what interpreted kernels do. Left out are the ids, targets and chunks that
+kernels also read: a few bytes for each vector.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from shardrec.kernels.cost.workload import LEAST_ENTRIES, KernelCost, Workload
+from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES
+from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.device.tiles import Tile, tile_for
+from shardrec.kernels.ranks.traffic import Workload
 
 __all__ = [
     "Listed",
@@ -59,7 +61,7 @@ def full_kernels(work: Workload) -> KernelCost:
 
 
 def full_bytes(work: Workload) -> int:
-    """Most memory beside both gradients: parts of one of them, and their sum; or the targets'."""
+    """Most memory in addition to both gradients: parts of one, and their sum; or the targets'."""
     held = [one.parts + 1 for one in _full_passes(work)]
     lines = [one.owned for one in _full_passes(work)]
     parts = [n * line for n, line in zip(held[1:], lines[1:], strict=True) if n > 2]
@@ -68,15 +70,15 @@ def full_bytes(work: Workload) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """A kernel whose programs own a tile and walk over all others, cut into parts.
+    """A kernel whose programs own a tile and loop over all others, cut into parts.
 
     Attributes:
         owned: Lines that programs own, each a tile of them.
-        others: Lines that they walk over.
+        others: Lines that they loop over.
         tiles: Of what is owned.
         steps: Tiles of the others.
         columns: Parts of the width, each with programs of its own; 0 in forward.
-        parts: Of the walk.
+        parts: Of the loop.
         holds: Whether a program reads its own tile once.
     """
 
@@ -160,7 +162,7 @@ def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
 
 
 def listed_bytes(entries: float, work: Workload) -> int:
-    """Most memory of listed blocks beside states, rows, their gradients and the lists.
+    """Most memory of listed blocks in addition to states, rows, their gradients and the lists.
 
     Gradients of some entries, which are then sorted by row; or the rows of the targets.
     """
@@ -174,7 +176,7 @@ def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> Kerne
     Args:
         kernel: "best_sign_direction" or "mixed_signs".
         signs: Sign vectors.
-        vectors: What they meet.
+        vectors: Vectors that they are multiplied with.
         work: Sizes.
     """
     tile, work_bytes = _tile(work, kernel), work.element_bytes * work.width * vectors

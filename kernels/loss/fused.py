@@ -1,30 +1,169 @@
-"""Loss and gradients in one walk, where a position meets all its candidates in one block.
+"""Loss and gradients in one pass on a CPU, where the softmax is known as soon as its logits are.
 
-No other rank has candidates then, so a log-sum-exp is final as soon as its block's logits are
-there: they become a softmax where they lie, and both gradients follow at once. Three products do
-the work of four, and every block is drawn, copied and exponentiated once. Rows are copied from the
-table a block at a time. The gradient of the loss with respect to each position's loss must be known
-beforehand: it is, for a mean or a sum.
+Then three products do the work of four, and every logit is made and exponentiated once. The
+gradient of the loss with respect to each position's loss must be known beforehand, as it is for a
+mean or a sum. There are two such cases:
+
+- ``fused_cross_entropy``: the full softmax over a shard that fits in a cache. For each group of
+  positions: (1) logits and their local softmax, (2) the log-sum-exps of the other shards, gathered
+  while a product runs, (3) both gradients from the local softmax, scaled. 6 N R D FLOP.
+- ``fused_blocks``: listed blocks in one process, where a position has all its candidates in one
+  block. For each tile: (1) copy its rows, (2) logits and softmax, (3) both gradients.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
-from shardrec.kernels.block_logsumexp.cpu import add_tile_gradient, softmax_tiles
-from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
+from shardrec.kernels.block_logsumexp.cpu import add_tile_gradient, softmax_, softmax_tiles
+from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
+from shardrec.kernels.device.matmul import STEP, times_transposed
 from shardrec.kernels.loss.candidates import Candidates
-from shardrec.kernels.loss.inputs import Problem
-from shardrec.kernels.loss.passes import candidate_loss, touched_rows
+from shardrec.kernels.loss.inputs import Inputs
+from shardrec.kernels.loss.passes import loss_of_margin, used_rows
+from shardrec.kernels.ranks.chunks import Chunk, Gradients, prefetched
+from shardrec.kernels.ranks.communicator import Communicator, Pending
 
-__all__ = ["fake_gradients", "fused_comparison"]
+__all__ = ["fake_gradients", "fits_cache", "fused_blocks", "fused_cross_entropy"]
 
 
-def fused_comparison(
-    problem: Problem,
+def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> bool:
+    """Whether the fused pass serves: float32 on a CPU, 32,768 rows or fewer on a rank.
+
+    Every rank must come to the same answer, so it looks at the average shard.
+
+    Args:
+        states: (N, D).
+        rows: (R, D) of this rank.
+        num_rows: V.
+        num_ranks: W.
+    """
+    on_cpu = states.device.type == "cpu" and states.dtype == rows.dtype == torch.float32
+    return on_cpu and fused_positions(-(-num_rows // num_ranks)) >= LEAST_FUSED
+
+
+def fused_cross_entropy(
+    inputs: Inputs, coefficients: Tensor, positions_at_once: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over this rank's positions of coefficient times loss, and its gradients.
+
+    The workspace is one group of logits, at most 16 MiB twice, and two chunks of states: those of
+    a chunk are in flight while the groups of the one before are worked on.
+
+    Args:
+        inputs: The batch and the table.
+        coefficients: (N,) float32.
+        positions_at_once: Of a group; None goes by the rows.
+
+    Returns:
+        () float32, and (N, D) and (R, D) float32 gradients of ``inputs.states`` and
+        ``inputs.scaled_rows()``.
+
+    Collectives: per chunk of positions a gather of states, targets and coefficients and a
+    reduce-scatter of state gradients, per group of a chunk a gather of two numbers a
+    position, in flight during a product.
+    """
+    states, rows, layout = inputs.states, inputs.scaled_rows(), inputs.layout
+    grad_states = Gradients(inputs.ranks, states.new_empty(states.shape))
+    grad_rows = rows.new_zeros(rows.shape)
+    total = torch.zeros((), device=states.device)
+    group = positions_at_once or max(1, fused_positions(layout.largest_shard))
+
+    def start(chunk: Chunk) -> list[Pending]:
+        local = states, inputs.targets, coefficients
+        return [layout.start_gather(one, chunk) for one in local]
+
+    chunks = list(layout.chunks(layout.even_chunks(layout.num_chunks(listed=False))))
+    for chunk, (chunk_states, targets, weights) in prefetched(chunks, start):
+        targets = inputs.row_ids.find(targets)
+        losses, part = torch.empty_like(weights), chunk_states.new_empty(chunk_states.shape)
+        for first in range(0, targets.numel(), group):
+            lines = slice(first, first + group)
+            losses[lines] = _add_group(
+                _Group(chunk_states[lines], targets[lines], weights[lines]),
+                rows,
+                inputs.ranks,
+                part[lines],
+                grad_rows,
+            )
+        total += (losses * weights)[chunk.own_slice].sum()
+        grad_states.send(part, chunk)
+    return total, grad_states.finish(), grad_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Positions whose logits are in the cache together: (n, D) states, (n,) rows and weights."""
+
+    states: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def _add_group(
+    group: _Group,
+    rows: Tensor,
+    ranks: Communicator,
+    grad_states: Tensor,
+    grad_rows: Tensor,
+) -> Tensor:
+    """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
+    # The rows of the shard are the same in every step.
+    recurring = group.states.shape[0] % STEP == 0
+    logits = times_transposed(group.states, rows, recurring=recurring)
+    own = _softmax_(logits, group.targets)
+    of_ranks = ranks.start_all_gather(own)
+    # The other shards only scale each line of the local softmax, so that a product runs while their
+    # log-sum-exps are in flight. The factors go to the narrow operands, not to all logits.
+    part = times_transposed(logits, rows.T, recurring=recurring)
+    losses, factors, slopes = _losses(own[0], of_ranks(), group.weights)
+    torch.mul(part, factors[:, None], out=grad_states)
+    weighted = (group.states * factors[:, None]).T.contiguous()
+    grad_rows += times_transposed(weighted, logits.T, recurring=recurring).T
+    here = (group.targets >= 0).nonzero()[:, 0]
+    targets, slope = group.targets[here], slopes[here][:, None]
+    grad_states[here] -= slope * rows[targets]
+    grad_rows.index_add_(0, targets, slope * group.states[here], alpha=-1)
+    return losses
+
+
+def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
+    """(2, n) log-sum-exps of the shard's candidates, and the logits of the targets that it has.
+
+    The (n, R) logits become the softmax of the candidates.
+    """
+    here = (targets >= 0).nonzero()[:, 0]
+    target_logits = logits.new_zeros(logits.shape[0])
+    target_logits[here] = logits[here, targets[here]]
+    logits[here, targets[here]] = -torch.inf
+    return torch.stack([softmax_(logits), target_logits])
+
+
+def _losses(own: Tensor, of_ranks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) losses, factors and slopes.
+
+    ``factors[i]`` times line i of the local softmax is dL/dlogits; ``slopes[i]`` is -dL/dlogit of
+    the target.
+
+    Args:
+        own: (n,) log-sum-exps of this shard.
+        of_ranks: (W, 2, n) log-sum-exps and target logits of all shards.
+        weights: (n,) float32 coefficients of the losses.
+    """
+    logsumexp, target_logits = of_ranks[:, 0].logsumexp(0), of_ranks[:, 1].sum(0)
+    margin = logsumexp - target_logits
+    slopes = weights * margin.sigmoid()
+    # A line without candidates has logsumexp -inf, slope 0 and zeros for its softmax.
+    share = (own - logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)).exp_()
+    return loss_of_margin(margin), slopes * share, slopes
+
+
+def fused_blocks(
+    inputs: Inputs,
     candidates: Candidates,
     tables: Sequence[Tensor],
     coefficients: Tensor,
@@ -35,35 +174,35 @@ def fused_comparison(
     The workspace is one tile of logits with its rows and their gradient, and one chunk of states.
 
     Args:
-        problem: The batch and the table, of one process, whose rows no scaling changes.
+        inputs: The batch and the table, of one process, whose rows no scaling changes.
         candidates: Of which a position meets all in one block, of at most ``CpuTiles.items`` rows.
         tables: Tensors that they need.
         coefficients: (N,) float32.
         is_sparse: Give the gradient of the rows alone that are candidates or targets.
 
     Returns:
-        () float32, (N, D) float32 gradient of ``problem.states`` and (R, D) of the rows; or (M, D)
+        () float32, (N, D) float32 gradient of ``inputs.states`` and (R, D) of the rows; or (M, D)
         of M rows, and (M,) int64 which ones, ascending.
 
     Collectives: none.
     """
-    exchange, whole = problem.exchange, problem.row_ids
+    layout, whole = inputs.layout, inputs.row_ids
     every_row = RowIds(0, whole.count)
-    used = [touched_rows(problem, candidates, tables)] if is_sparse else []
-    walk = _Walk(problem.rows, RowIds.of(used[0], every_row) if used else every_row)
-    plan = candidates.plan(problem, problem, tuple(tables))
+    used = [used_rows(inputs, candidates, tables)] if is_sparse else []
+    fused = _RowGradient(inputs.rows, RowIds.of(used[0], every_row) if used else every_row)
+    plan = candidates.plan(inputs, inputs, tuple(tables))
     correction = plan.correction()
     if correction is None:
         correction = torch.zeros_like(coefficients)
-    grad_states = torch.empty_like(problem.states)
-    total = torch.zeros((), device=problem.states.device)
-    of_positions = problem.states, problem.targets, coefficients, correction
-    for chunk in exchange.chunks(plan.chunk_of()):
-        states, targets, *columns = (exchange.gather(one, chunk) for one in of_positions)
+    grad_states = torch.empty_like(inputs.states)
+    total = torch.zeros((), device=inputs.states.device)
+    of_positions = inputs.states, inputs.targets, coefficients, correction
+    for chunk in layout.chunks(plan.chunk_of()):
+        states, targets, *columns = (layout.start_gather(one, chunk)() for one in of_positions)
         blocks = plan.blocks(chunk, targets, whole, ())
-        losses, grad_states[chunk.own] = walk.take(states, blocks, *columns)
+        losses, grad_states[chunk.own] = fused.add(states, blocks, *columns)
         total += losses.sum()
-    return total, grad_states, walk.grad_rows, *used
+    return total, grad_states, fused.grad_rows, *used
 
 
 def fake_gradients(states: Tensor, rows: Tensor, is_sparse: bool) -> list[Tensor]:
@@ -75,7 +214,7 @@ def fake_gradients(states: Tensor, rows: Tensor, is_sparse: bool) -> list[Tensor
     return [states.new_empty(states.shape), rows.new_empty((num_used, rows.shape[1])), used]
 
 
-class _Walk:
+class _RowGradient:
     """The rows, and their gradient as it grows.
 
     Attributes:
@@ -83,11 +222,11 @@ class _Walk:
     """
 
     def __init__(self, rows: Tensor, lines: RowIds) -> None:
-        """Stores the (R, D) rows, and in which line of the gradient each has its own."""
+        """Stores the (R, D) rows, and the line of the gradient of each."""
         self.grad_rows = rows.new_zeros((lines.count, rows.shape[1]))
         self._rows, self._lines = rows, lines
 
-    def take(
+    def add(
         self,
         states: Tensor,
         blocks: Blocks | NearbyChunks,
@@ -113,4 +252,4 @@ class _Walk:
         grad_states.index_add_(0, here, self._rows[targets].mul_(slopes), alpha=-1)
         lines = self._lines.find(targets)
         self.grad_rows.index_add_(0, lines, states[here].mul_(slopes), alpha=-1)
-        return candidate_loss(margin[:-1]) * coefficients, grad_states
+        return loss_of_margin(margin[:-1]) * coefficients, grad_states

@@ -1,4 +1,4 @@
-"""One batch against one table: what every loss here starts from and ends with."""
+"""The inputs of a loss: checked on every rank, then one batch and one table in one object."""
 
 from dataclasses import dataclass, replace
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.device.backend import choose_backend
-from shardrec.kernels.ranks.chunks import Alone, Exchange
-from shardrec.kernels.ranks.communicator import Collective
+from shardrec.kernels.ranks.chunks import Layout
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["Problem", "Scaling", "pose", "pose_again", "shape_refusal"]
+__all__ = ["Inputs", "Scaling", "prepare_inputs", "restore_inputs", "shape_error"]
 
 _REDUCTIONS = ("none", "mean", "sum")
 _LEAST_NORM = 1e-12  # as in F.normalize
@@ -69,8 +69,8 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One batch against one table, as this rank sees them.
+class Inputs:
+    """One batch and one table, as this rank sees them.
 
     Attributes:
         states: (N, D) float, scaled by ``scaling``.
@@ -80,7 +80,7 @@ class Problem:
         row_ids: Which items the rows are.
         num_items: V.
         scaling: How logits follow from states and rows.
-        exchange: The way to the other ranks.
+        layout: Which positions and rows each rank holds.
         backend: What serves the operations on states and rows, "torch" or "triton".
     """
 
@@ -91,15 +91,20 @@ class Problem:
     row_ids: RowIds
     num_items: int
     scaling: Scaling
-    exchange: Exchange
+    layout: Layout
     backend: str
+
+    @property
+    def ranks(self) -> Communicator:
+        """The communicator of the ranks that hold the table."""
+        return self.layout.ranks
 
     def scaled_rows(self) -> Tensor:
         """(R, D) rows as products take them."""
         return self.scaling.rows(self.rows)
 
-    def restrict(self, used: Tensor, rows: Tensor) -> "Problem":
-        """The same problem over a part of the rows, so that nothing has the size of V.
+    def restrict(self, used: Tensor, rows: Tensor) -> "Inputs":
+        """The same inputs over a part of the rows, so that nothing has the size of V.
 
         Args:
             used: (M,) int64 rows of this shard, ascending.
@@ -115,12 +120,12 @@ class Problem:
             covered: (N,) bool; positions outside count neither in the sum nor in the mean, whose
                 factors are 0 where no position counts.
 
-        Collectives: one sum of a number for the mean.
+        Collectives: one all-reduce of a number for the mean.
         """
         weights = self.weights if covered is None else self.weights * covered
         if reduction != "mean":
             return weights
-        norm = self.exchange.sum(weights.sum())
+        norm = self.ranks.sum(weights.sum())
         return weights / torch.where(norm > 0, norm, torch.ones_like(norm))
 
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
@@ -133,13 +138,13 @@ class Problem:
         Returns:
             (N,) or () float32; a mean over no position is 0.
 
-        Collectives: one sum of a number, two for the mean.
+        Collectives: one all-reduce of a number, two for the mean.
         """
         weighted = loss * self.coefficients(reduction)
-        return weighted if reduction == "none" else self.exchange.total(weighted.sum())
+        return weighted if reduction == "none" else self.ranks.total(weighted.sum())
 
 
-def pose(
+def prepare_inputs(
     states: Tensor,
     table: Tensor | RowShard,
     targets: Tensor,
@@ -148,8 +153,8 @@ def pose(
     reduction: str,
     scaling: Scaling,
     backend: str = "auto",
-) -> Problem:
-    """The problem, checked on every rank before anything travels.
+) -> Inputs:
+    """The inputs, checked on every rank before anything is sent.
 
     Args:
         states: (N, D) float; N may differ by rank and be 0.
@@ -166,46 +171,43 @@ def pose(
         ValueError: a shape or a value is wrong, here or on another rank, or the backend does not
             serve this device.
 
-    Collectives: with a group, one gather of five numbers.
+    Collectives: with a group, one all-gather of five numbers.
     """
     chosen = choose_backend(states, backend)
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
-    refusal = shape_refusal(states, shard.rows, targets, weights, reduction, scaling)
-    refusal = refusal or _value_refusal(targets, weights, shard.num_rows)
-    exchange: Exchange
+    error = shape_error(states, shard.rows, targets, weights, reduction, scaling)
+    error = error or _value_error(targets, weights, shard.num_rows)
     if shard.group is None:
-        refusal = refusal or _part_refusal(shard)
-        if refusal:
-            raise refusal
-        exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
+        error = error or _lone_shard_error(shard)
+        if error:
+            raise error
+        layout = _single_layout(states, shard.rows)
     else:
-        num_positions, num_rows = (
-            part.shape[0] if part.dim() else 0 for part in (states, shard.rows)
-        )
+        held = shard.rows.shape[0] if shard.rows.dim() else 0
         try:
-            exchange = Collective.meet(
+            layout = Layout.gathered(
                 shard.group,
-                num_positions,
-                range(shard.first_row, shard.first_row + num_rows),
+                states.shape[0] if states.dim() else 0,
+                range(shard.first_row, shard.first_row + held),
                 shard.num_rows,
                 shard.rows.device,
                 state_bytes=_state_bytes(states),
-                failed=refusal is not None,
+                failed=error is not None,
             )
-        except ValueError as error:
-            raise refusal or error from None
-    return _problem(states, shard, targets, weights, scaling, exchange, chosen)
+        except ValueError as elsewhere:
+            raise error or elsewhere from None
+    return _inputs(states, shard, targets, weights, scaling, layout, chosen)
 
 
-def pose_again(
+def restore_inputs(
     states: Tensor,
     shard: RowShard,
     targets: Tensor,
     scaling: Scaling,
     backend: str,
-    layout: Tensor | None,
-) -> Problem:
-    """The problem in backward: nothing is checked and nothing travels.
+    sizes: Tensor | None,
+) -> Inputs:
+    """The inputs again in backward: nothing is checked and nothing is sent.
 
     Args:
         states: As in the forward pass, like ``shard``, ``targets``, ``scaling`` and ``backend``.
@@ -213,32 +215,37 @@ def pose_again(
         targets: (N,) integer global items.
         scaling: How logits follow from states and rows.
         backend: "auto", "torch" or "triton".
-        layout: ``Collective.layout`` of the forward pass; None without a group.
+        sizes: ``Layout.sizes()`` of the forward pass; None without a group.
     """
-    exchange: Exchange
-    if shard.group is None or layout is None:
-        exchange = Alone(states.shape[0], shard.rows.shape[0], states.device)
+    if shard.group is None or sizes is None:
+        layout = _single_layout(states, shard.rows)
     else:
-        exchange = Collective(shard.group, layout, states.device, _state_bytes(states))
+        ranks = Communicator(shard.group)
+        positions, rows = sizes.T.tolist()
+        layout = Layout(ranks, positions, rows, states.device, _state_bytes(states))
     chosen = choose_backend(states, backend)
-    return _problem(states, shard, targets, None, scaling, exchange, chosen)
+    return _inputs(states, shard, targets, None, scaling, layout, chosen)
+
+
+def _single_layout(states: Tensor, rows: Tensor) -> Layout:
+    return Layout(Communicator(None), [states.shape[0]], [rows.shape[0]], states.device)
 
 
 def _state_bytes(states: Tensor) -> int:
     return states.shape[-1] * states.element_size() if states.dim() else 0
 
 
-def _problem(
+def _inputs(
     states: Tensor,
     shard: RowShard,
     targets: Tensor,
     weights: Tensor | None,
     scaling: Scaling,
-    exchange: Exchange,
+    layout: Layout,
     backend: str,
-) -> Problem:
+) -> Inputs:
     ones = torch.ones(states.shape[0], device=states.device)
-    return Problem(
+    return Inputs(
         states=scaling.states(states),
         rows=shard.rows,
         targets=targets.long(),
@@ -246,12 +253,12 @@ def _problem(
         row_ids=RowIds(first=shard.first_row, count=shard.rows.shape[0]),
         num_items=shard.num_rows,
         scaling=scaling,
-        exchange=exchange,
+        layout=layout,
         backend=backend,
     )
 
 
-def shape_refusal(
+def shape_error(
     states: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -259,7 +266,7 @@ def shape_refusal(
     reduction: str,
     scaling: Scaling,
 ) -> TypeError | ValueError | None:
-    """What is wrong with shapes, dtypes and the reduction; no value is looked at."""
+    """What is wrong with shapes, dtypes and the reduction, without looking at any value."""
     if reduction not in _REDUCTIONS:
         return ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}; choose one")
     if states.dim() != 2 or rows.dim() != 2 or states.shape[1] != rows.shape[1]:
@@ -286,8 +293,8 @@ def shape_refusal(
     return None
 
 
-def _part_refusal(shard: RowShard) -> ValueError | None:
-    """What is wrong with the shard of one process."""
+def _lone_shard_error(shard: RowShard) -> ValueError | None:
+    """What is wrong with a shard that has no group."""
     if (shard.first_row, shard.num_rows) == (0, shard.rows.shape[0]):
         return None
     return ValueError(
@@ -296,16 +303,16 @@ def _part_refusal(shard: RowShard) -> ValueError | None:
     )
 
 
-def _value_refusal(targets: Tensor, weights: Tensor | None, num_items: int) -> ValueError | None:
+def _value_error(targets: Tensor, weights: Tensor | None, num_items: int) -> ValueError | None:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_items:
         return ValueError(
             f"targets must be in [0, {num_items}), got {int(targets.min())}..{int(targets.max())}; "
             "remove padding and use indices of this catalog"
         )
     if weights is not None:
-        refused = weights[~(weights.isfinite() & (weights >= 0))]
-        if refused.numel():
+        bad = weights[~(weights.isfinite() & (weights >= 0))]
+        if bad.numel():
             return ValueError(
-                f"weights must be finite and not negative, got {float(refused[0])}; replace them"
+                f"weights must be finite and not negative, got {float(bad[0])}; replace them"
             )
     return None

@@ -1,8 +1,8 @@
-"""The losses as operators of PyTorch: one mechanism, into which each loss puts its candidates.
+"""A loss as a pair of custom operators of PyTorch.
 
-A loss is two custom operators, ``shardrec::<loss>`` and ``shardrec::<loss>_backward``, opaque to
-torch.compile. What backward needs comes out of the first one as tensors, beside the loss, because
-a graph can keep nothing else.
+``shardrec::<loss>`` and ``shardrec::<loss>_backward`` are opaque to torch.compile. What backward
+needs is returned by the first one as tensors, next to the loss, because a graph can save nothing
+else.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,11 @@ from typing import Any, TypeVar, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from shardrec.kernels.call import SCHEMA_TYPES, Call, Options, autocast_dtype
 from shardrec.kernels.loss.candidates import Candidates
-from shardrec.kernels.loss.fused import fake_gradients, fused_comparison
-from shardrec.kernels.loss.inputs import Problem, pose, pose_again, shape_refusal
-from shardrec.kernels.loss.passes import compare, gradients
-from shardrec.kernels.ranks.communicator import find_group
+from shardrec.kernels.loss.fused import fake_gradients, fused_blocks
+from shardrec.kernels.loss.inputs import Inputs, prepare_inputs, restore_inputs, shape_error
+from shardrec.kernels.loss.options import SCHEMA_TYPES, Common, OperatorOptions, autocast_dtype
+from shardrec.kernels.loss.passes import backward, forward
 from shardrec.kernels.shard import RowShard
 
 __all__ = ["Operator"]
@@ -26,14 +25,14 @@ __all__ = ["Operator"]
 # When the gradient is taken.
 _NEVER, _IN_FORWARD, _IN_BACKWARD = "never", "in_forward", "in_backward"
 
-FusedLoss = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Of a problem and (N,) coefficients: the sum of losses, gradients of scaled states and rows."""
+FusedLoss = Callable[[Inputs, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Maps inputs and (N,) coefficients to the loss and the gradients of scaled states and rows."""
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def _without_autocast(kernel: Kernel) -> Kernel:
-    """Keeps autocast from the operations inside, which see to their dtypes themselves."""
+    """Turns autocast off inside: the operations there choose their dtypes themselves."""
 
     @wraps(kernel)
     def run(self: Any, first: Tensor, *args: Any) -> Any:
@@ -47,7 +46,7 @@ def _without_autocast(kernel: Kernel) -> Kernel:
 
 
 class Operator:
-    """A loss, given what its candidates are; the call and its arguments can be traced."""
+    """A loss that can be called, differentiated and traced, given its candidates."""
 
     def __init__(
         self, name: str, candidates: type[Candidates], fused: FusedLoss | None = None
@@ -57,13 +56,12 @@ class Operator:
         Args:
             name: Name of the public function.
             candidates: A dataclass; its fields are arguments of the operators.
-            fused: Takes the gradient in the forward pass, of every item as candidates; None is
-                ``fused_comparison``.
+            fused: Loss and gradients in one pass over all items; None: ``fused_blocks``.
         """
         self._name = name
         self._candidates = candidates
         self._fused = fused
-        types = get_type_hints(Options)
+        types = get_type_hints(OperatorOptions)
         hints = get_type_hints(candidates)
         self._fields = tuple(field.name for field in fields(candidates))  # type: ignore[arg-type]
         types |= {field: hints[field] for field in self._fields}
@@ -95,33 +93,33 @@ class Operator:
         states: Tensor,
         table: Tensor | RowShard,
         targets: Tensor,
-        call: Call,
+        common: Common,
         candidates: Candidates,
         tables: Sequence[Tensor] = (),
         *,
         fuse: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The loss as ``call.reduction`` says, and the (N,) bool mask of covered positions.
+        """The loss as ``common.reduction`` says, and the (N,) bool mask of covered positions.
 
         Args:
             states: (N, D).
             table: (V, D), or this rank's shard of it.
             targets: (N,).
-            call: The common arguments.
+            common: The arguments that all losses have.
             candidates: The candidates.
             tables: Tensors that they need.
             fuse: Take the gradient, where there will be one, in the forward pass.
         """
         shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
-        if call.weights is not None and call.weights.requires_grad:
+        if common.weights is not None and common.weights.requires_grad:
             raise ValueError(
                 "weights must not require a gradient, got some that do; detach them, or multiply "
                 "the losses of reduction='none'"
             )
         gradient = _NEVER
         if torch.is_grad_enabled() and (states.requires_grad or shard.rows.requires_grad):
-            gradient = _IN_FORWARD if fuse and call.reduction != "none" else _IN_BACKWARD
-        if call.sparse_grad and gradient != _NEVER and torch.compiler.is_compiling():
+            gradient = _IN_FORWARD if fuse and common.reduction != "none" else _IN_BACKWARD
+        if common.sparse_grad and gradient != _NEVER and torch.compiler.is_compiling():
             raise ValueError(
                 "sparse_grad must be False in a compiled graph, got True; a graph holds no sparse "
                 "gradient, so call the loss outside of it or take a dense one"
@@ -130,26 +128,26 @@ class Operator:
             states,
             shard.rows,
             targets,
-            call.weights,
+            common.weights,
             list(tables),
             shard.first_row,
             shard.num_rows,
             "" if shard.group is None else shard.group.group_name,
-            call.reduction,
-            call.normalize,
-            call.temperature,
-            call.backend,
-            call.sparse_grad,
+            common.reduction,
+            common.normalize,
+            common.temperature,
+            common.backend,
+            common.sparse_grad,
             autocast_dtype(states),
             gradient,
             *[getattr(candidates, field) for field in self._fields],
         )
         return loss, covered
 
-    def _unpack(self, values: Sequence[Any]) -> tuple[Options, Candidates]:
+    def _unpack(self, values: Sequence[Any]) -> tuple[OperatorOptions, Candidates]:
         num_options = len(values) - len(self._fields)
         named = dict(zip(self._fields, values[num_options:], strict=True))
-        return Options(*values[:num_options]), self._candidates(**named)
+        return OperatorOptions(*values[:num_options]), self._candidates(**named)
 
     @_without_autocast
     def _forward(
@@ -162,7 +160,7 @@ class Operator:
         *values: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         options, candidates = self._unpack(values)
-        problem = pose(
+        inputs = prepare_inputs(
             states,
             options.shard(rows),
             targets,
@@ -173,24 +171,23 @@ class Operator:
         )
         if options.gradient == _IN_FORWARD:
             covered = torch.ones_like(targets, dtype=torch.bool)
-            coefficients = problem.coefficients(options.reduction)
+            coefficients = inputs.coefficients(options.reduction)
             if self._fused is not None:
-                total, *saved = self._fused(problem, coefficients)
+                total, *saved = self._fused(inputs, coefficients)
             else:
-                total, *saved = fused_comparison(
-                    problem, candidates, tables, coefficients, options.sparse_grad
+                total, *saved = fused_blocks(
+                    inputs, candidates, tables, coefficients, options.sparse_grad
                 )
             saved[0] = options.scaling.states_gradient(states, saved[0])
             saved[1] = options.scaling.rows_gradient(rows, saved[1])
-            return problem.exchange.sum(total), covered, saved
+            return inputs.ranks.sum(total), covered, saved
         copies_rows = options.copies_rows(rows)
-        loss, covered, kept = compare(
-            problem, candidates, tables, options.reduction, copies_rows=copies_rows
+        loss, covered, by_name = forward(
+            inputs, candidates, tables, options.reduction, copies_rows=copies_rows
         )
         if options.gradient == _NEVER:
             return loss, covered, []
-        shapes = options.kept_shapes(candidates, rows)
-        return loss, covered, [kept[name] for name in shapes]
+        return loss, covered, [by_name[name] for name in options.saved_names(candidates, rows)]
 
     def _fake_forward(
         self,
@@ -202,9 +199,9 @@ class Operator:
         *values: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         options, candidates = self._unpack(values)
-        refusal = shape_refusal(states, rows, targets, weights, options.reduction, options.scaling)
-        if refusal:
-            raise refusal
+        error = shape_error(states, rows, targets, weights, options.reduction, options.scaling)
+        if error:
+            raise error
         num_losses = list(targets.shape) if options.reduction == "none" else []
         loss = states.new_empty(num_losses, dtype=torch.float32)
         covered = torch.empty_like(targets, dtype=torch.bool)
@@ -212,18 +209,7 @@ class Operator:
             return loss, covered, []
         if options.gradient == _IN_FORWARD:
             return loss, covered, fake_gradients(states, rows, options.sparse_grad)
-        sizes: dict[str, int | torch.SymInt] = {"N": states.shape[0], "D": states.shape[1]}
-        sizes["R"] = rows.shape[0]
-        if options.group:
-            sizes["W"] = find_group(options.group).size()
-        else:
-            sizes |= candidates.sizes(states.shape[0], rows.shape[0])
-        saved = []
-        for name, (letters, dtype) in options.kept_shapes(candidates, rows).items():
-            device = "cpu" if name in ("layout", "counts") else states.device
-            shape = [_size(letter, sizes) for letter in letters]
-            saved.append(torch.empty(shape, dtype=dtype, device=device))
-        return loss, covered, saved
+        return loss, covered, options.fake_saved(candidates, states, rows)
 
     @_without_autocast
     def _backward(
@@ -238,27 +224,21 @@ class Operator:
     ) -> tuple[Tensor, Tensor]:
         options, candidates = self._unpack(values)
         if options.gradient == _IN_FORWARD:
-            # An operator must not change its inputs: where a graph is traced, and only there, the
+            # An operator must not change its inputs: in a traced graph, and only there, the
             # gradient of the table is copied once.
             return saved[0] * grad, saved[1] * grad
-        kept = dict(zip(options.kept_shapes(candidates, rows), saved, strict=True))
-        problem = pose_again(
-            states,
-            options.shard(rows),
-            targets,
-            options.scaling,
-            options.backend,
-            kept.get("layout"),
-        )
-        grad_states, grad_rows = gradients(problem, candidates, tables, kept, grad)
+        by_name = dict(zip(options.saved_names(candidates, rows), saved, strict=True))
+        shard, sizes = options.shard(rows), by_name.get("sizes")
+        inputs = restore_inputs(states, shard, targets, options.scaling, options.backend, sizes)
+        grad_states, grad_rows = backward(inputs, candidates, tables, by_name, grad)
         grad_states = options.scaling.states_gradient(states, grad_states)
-        if "used" not in kept:
+        if "used" not in by_name:
             return grad_states, options.scaling.rows_gradient(rows, grad_rows)
-        grad_rows = options.scaling.rows_gradient(kept["used_rows"], grad_rows)
+        grad_rows = options.scaling.rows_gradient(by_name["used_rows"], grad_rows)
         if options.sparse_grad:
             return grad_states, grad_rows
         total = rows.new_zeros(rows.shape)
-        return grad_states, total.index_copy_(0, kept["used"], grad_rows)
+        return grad_states, total.index_copy_(0, by_name["used"], grad_rows)
 
     def _fake_backward(
         self,
@@ -283,7 +263,7 @@ class Operator:
         ctx.num_tables, ctx.values, ctx.is_spent = len(tables), values, False
 
     def _differentiate(self, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        """Gradients of states and rows; a taken gradient is scaled in place, without a copy."""
+        """Gradients of states and rows; those that forward took are scaled in place."""
         options, candidates = self._unpack(ctx.values)
         if ctx.is_spent:
             raise RuntimeError(
@@ -304,7 +284,7 @@ class Operator:
         if options.sparse_grad:
             place = 2  # behind both gradients
             if options.gradient == _IN_BACKWARD:
-                place = list(options.kept_shapes(candidates, rows)).index("used")
+                place = options.saved_names(candidates, rows).index("used")
             grad_rows = torch.sparse_coo_tensor(
                 saved[place][None], grad_rows, rows.shape, is_coalesced=True, check_invariants=False
             )
@@ -316,15 +296,6 @@ class Operator:
             f"{self._name} must be differentiated once, got a second derivative; take it of "
             "F.cross_entropy over a few positions"
         )
-
-
-def _size(letter: str | int, sizes: dict[str, int | torch.SymInt]) -> int | torch.SymInt:
-    """The size behind a letter; one that depends on data where nobody knows it."""
-    if isinstance(letter, int):
-        return letter
-    if letter not in sizes:
-        sizes[letter] = torch.library.get_ctx().new_dynamic_size()
-    return sizes[letter]
 
 
 def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:

@@ -1,59 +1,79 @@
-"""A loss and its gradients, given what its candidates are: what is the same for all four."""
+"""The forward and the backward pass that all losses share, one chunk of positions at a time.
 
-from collections.abc import Sequence
+A pass has these phases:
+
+1. choose the candidates (forward) or take them as saved (backward), and fetch the rows in use;
+2. for each chunk of positions of all ranks: all-gather its states while the chunk before is worked
+   on, and compute the blocks of logits of this shard;
+3. combine the shards: a maximum and a sum of log-sum-exps in forward, a reduce-scatter of state
+   gradients in backward;
+4. take the largest slot of each position as its loss.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.loss.candidates import Candidates, Shape
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels import block_logsumexp
+from shardrec.kernels.loss.candidates import Candidates, Plan
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.row_fetch import (
-    RowTrip,
+    RowFetch,
     fetch_rows,
     return_gradients,
     with_fetched_rows,
 )
-from shardrec.kernels.streaming import streamed_gradients, streamed_logsumexp
+from shardrec.kernels.ranks.chunks import Chunk, Gradients, prefetched
+from shardrec.kernels.ranks.communicator import Communicator, Pending
 
-__all__ = ["compare", "gradients", "kept_shapes", "largest_slots", "touched_rows"]
+__all__ = [
+    "backward",
+    "forward",
+    "largest_slots",
+    "loss_of_margin",
+    "streamed_gradients",
+    "streamed_logsumexp",
+    "used_rows",
+]
 
-_TRIP = ("shared", "fetched", "wanted", "counts")
+FETCH_NAMES = ("shared", "fetched", "wanted", "counts")
 
 
-def compare(
-    problem: Problem,
+def forward(
+    inputs: Inputs,
     candidates: Candidates,
     tables: Sequence[Tensor],
     reduction: str,
     *,
     copies_rows: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, which positions it covers, and what its gradients need.
+    """The loss, which positions it covers, and what backward needs.
 
     ``loss_i = softplus(logsumexp - correction - target logit)`` of the slot where it is largest.
 
     Args:
-        problem: The batch and the table.
+        inputs: The batch and the table.
         candidates: The candidates of every position.
         tables: Tensors that they need.
         reduction: none, mean or sum.
-        copies_rows: Work on a copy of the rows that are touched, where these are few.
+        copies_rows: Work on a copy of the rows that are used, where these are few.
 
     Returns:
-        (N,) or () float32; (N,) bool; and by the names of ``kept_shapes`` what ``gradients`` takes.
+        (N,) or () float32; (N,) bool; and the tensors saved for ``backward``, by name.
 
-    Collectives: those of the candidates, of ``streamed_logsumexp`` or ``fetch_rows``, and of
-    ``Problem.reduce``.
+    Collectives: those of the candidates, of ``streamed_logsumexp`` or ``fetch_rows``, and one
+    all-reduce each for a mean's weights and for the sum of losses.
     """
-    choice = candidates.choose(problem)
+    choice = candidates.choose(inputs)
     tensors = (*tables, *choice)
-    kept = {f"choice{index}": tensor for index, tensor in enumerate(choice)}
-    if problem.exchange.layout is not None:
-        kept["layout"] = problem.exchange.layout
-    meeting = _meeting(problem, candidates, tensors, kept) if copies_rows else problem
-    plan = candidates.plan(problem, meeting, tensors)
-    logsumexp, target_logits = streamed_logsumexp(meeting, plan)
+    saved = {f"choice{index}": tensor for index, tensor in enumerate(choice)}
+    if inputs.ranks.group is not None:
+        saved["sizes"] = inputs.layout.sizes()
+    local = _local_inputs(inputs, candidates, tensors, saved) if copies_rows else inputs
+    plan = candidates.plan(inputs, local, tensors)
+    logsumexp, target_logits = streamed_logsumexp(local, plan)
     correction = plan.correction()
     margin = logsumexp if correction is None else logsumexp - correction
     covered = torch.ones_like(target_logits, dtype=torch.bool)
@@ -61,134 +81,134 @@ def compare(
         margin = margin - target_logits
     else:
         margin = margin - target_logits[plan.slot_positions]
-        kept["winner"] = largest_slots(margin, plan.slot_positions, target_logits.numel())
-        covered = kept["winner"] < plan.num_slots
-        margin = F.pad(margin, (0, 1), value=-torch.inf)[kept["winner"]]
-    coefficients = problem.coefficients(reduction, covered)
-    kept |= {"logsumexp": logsumexp, "slope": margin.sigmoid() * coefficients}
-    loss = candidate_loss(margin) * coefficients
+        saved["winner"] = largest_slots(margin, plan.slot_positions, target_logits.numel())
+        covered = saved["winner"] < plan.num_slots
+        margin = F.pad(margin, (0, 1), value=-torch.inf)[saved["winner"]]
+    coefficients = inputs.coefficients(reduction, covered)
+    saved |= {"logsumexp": logsumexp, "slope": margin.sigmoid() * coefficients}
+    loss = loss_of_margin(margin) * coefficients
     if reduction != "none":
-        loss = problem.exchange.sum(loss.sum())
-    return loss, covered, kept
+        loss = inputs.ranks.sum(loss.sum())
+    return loss, covered, saved
 
 
-def kept_shapes(
-    candidates: Candidates, dtype: torch.dtype, *, has_group: bool, copies_rows: bool
-) -> dict[str, tuple[Shape, torch.dtype]]:
-    """Names, shapes and dtypes of what ``compare`` keeps for ``gradients``, in their order.
-
-    "slope" is the derivative of the loss with respect to each position's margin, "winner" the slot
-    of each position, "used" the rows that are touched, "used_rows" their copy.
-
-    Args:
-        candidates: The candidates.
-        dtype: Of the rows.
-        has_group: Whether other ranks hold a part.
-        copies_rows: As in ``compare``.
-    """
-    whole, single = torch.int64, torch.float32
-    kept: dict[str, tuple[Shape, torch.dtype]] = {
-        "slope": (("N",), single),
-        "logsumexp": ((candidates.slots,), single),
-    }
-    if candidates.slots != "N":
-        kept["winner"] = ("N",), whole
-    if has_group:
-        kept["layout"] = ("W", 2), whole
-    kept |= {f"choice{index}": spec for index, spec in enumerate(candidates.choice)}
-    if candidates.rows != "R" and copies_rows:
-        kept |= {"used": (("M",), whole), "used_rows": (("M", "D"), dtype)}
-    if candidates.travels and has_group:
-        # Empty, but for the counts, where the rows stay.
-        kept |= {"shared": (("A",), whole), "fetched": (("B",), whole), "wanted": (("C",), whole)}
-        kept |= {"counts": ((2, "W"), whole), "fetched_rows": (("E", "D"), dtype)}
-    return kept
-
-
-def gradients(
-    problem: Problem,
+def backward(
+    inputs: Inputs,
     candidates: Candidates,
     tables: Sequence[Tensor],
-    kept: dict[str, Tensor],
+    saved: dict[str, Tensor],
     grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(N, D) and (R, D) float32 gradients of the scaled states and rows.
 
-    Of the rows of ``kept["used"]`` alone, where these are all that is touched.
+    Of the rows ``saved["used"]`` alone, where these are all that is used.
 
     Args:
-        problem: As in ``compare``, like ``candidates`` and ``tables``.
+        inputs: As in ``forward``, like ``candidates`` and ``tables``.
         candidates: The candidates of every position.
         tables: Tensors that they need.
-        kept: What ``compare`` kept.
+        saved: What ``forward`` saved.
         grad: (N,) or () float32 gradient of the loss.
 
     Collectives: those of ``streamed_gradients`` or ``return_gradients``.
     """
-    choice = [tensor for name, tensor in kept.items() if name.startswith("choice")]
-    part, trip = problem, None
-    if "used" in kept:
-        part = problem.restrict(kept["used"], kept["used_rows"])
-    meeting = part
-    if "shared" in kept and kept["shared"].numel():
-        trip = RowTrip.unpack(*(kept[name] for name in _TRIP))
-        meeting = with_fetched_rows(part, trip, kept["fetched_rows"])
-    plan = candidates.plan(problem, meeting, (*tables, *choice))
-    grad_margin = grad * kept["slope"]
+    choice = [tensor for name, tensor in saved.items() if name.startswith("choice")]
+    held, fetch = inputs, None
+    if "used" in saved:
+        held = inputs.restrict(saved["used"], saved["used_rows"])
+    local = held
+    if "shared" in saved and saved["shared"].numel():
+        fetch = RowFetch.unpack(*(saved[name] for name in FETCH_NAMES))
+        local = with_fetched_rows(held, fetch, saved["fetched_rows"])
+    plan = candidates.plan(inputs, local, (*tables, *choice))
+    grad_margin = grad * saved["slope"]
     grad_slots = grad_margin
-    if "winner" in kept:
+    if "winner" in saved:
         # Positions without a slot write a zero behind the last one.
         padded = grad_margin.new_zeros(plan.num_slots + 1)
-        padded[kept["winner"]] = grad_margin
+        padded[saved["winner"]] = grad_margin
         grad_slots = padded[:-1]
     grad_states, grad_rows = streamed_gradients(
-        meeting, plan, kept["logsumexp"], grad_slots, -grad_margin
+        local, plan, saved["logsumexp"], grad_slots, -grad_margin
     )
-    if trip is not None:
-        grad_rows = return_gradients(part, trip, grad_rows)
+    if fetch is not None:
+        grad_rows = return_gradients(held, fetch, grad_rows)
     return grad_states, grad_rows
 
 
-def _meeting(
-    problem: Problem,
-    candidates: Candidates,
-    tensors: tuple[Tensor, ...],
-    kept: dict[str, Tensor],
-) -> Problem:
-    """Where states meet rows; keeps the rows that are touched, and their trip."""
-    touched = candidates.touched(problem, tensors)
-    trip = touched if isinstance(touched, RowTrip) else None
-    items = touched if isinstance(touched, Tensor) else None
-    items = items if trip is None else trip.leaving
-    meeting = problem if items is None else _touched_part(problem, items, kept)
-    if candidates.travels and problem.exchange.layout is not None:
-        counts = torch.zeros_like(problem.exchange.layout.T.contiguous())
-        packed = (*(problem.targets.new_empty(0) for _ in range(3)), counts)
-        fetched = problem.rows.new_empty((0, problem.rows.shape[1]))
-        if trip is not None:
-            packed, fetched = trip.pack(), fetch_rows(meeting, trip)
-            meeting = with_fetched_rows(meeting, trip, fetched)
-        kept |= {**dict(zip(_TRIP, packed, strict=True)), "fetched_rows": fetched}
-    return meeting
+def streamed_logsumexp(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over all shards of each slot of this rank, and the logit of each target.
+
+    The workspace is two chunks of states, independent of the number of ranks: the states of a chunk
+    are in flight while the one before is worked on.
+
+    Returns:
+        (num_slots,) float32, -inf for a slot without candidates, and (N,) float32. No gradient:
+        ``streamed_gradients`` takes it.
+
+    Collectives: per chunk an all-gather of states and targets, a maximum and a sum of slots.
+    """
+    states, rows = inputs.states, inputs.scaled_rows()
+    logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
+    target_logits = states.new_zeros(states.shape[0], dtype=torch.float32)
+    for chunk, (chunk_states, targets, *rest) in _chunks(inputs, plan):
+        blocks = plan.blocks(chunk, targets, inputs.row_ids, rest)
+        shard = block_logsumexp.forward(chunk_states, rows, blocks, inputs.backend)
+        chunk_logsumexp, chunk_target_logits = _combine_shards(*shard, inputs.ranks)
+        slots = plan.slots(chunk)
+        logsumexp[slots.own] = chunk_logsumexp[slots.own_slice]
+        target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
+    return logsumexp, target_logits
 
 
-def _touched_part(problem: Problem, items: Tensor, kept: dict[str, Tensor]) -> Problem:
-    """The problem over the rows of some items; keeps the rows."""
-    used = _rows_of(problem, items)
-    kept |= {"used": used, "used_rows": problem.rows.index_select(0, used)}
-    return problem.restrict(used, kept["used_rows"])
+def streamed_gradients(
+    inputs: Inputs,
+    plan: Plan,
+    logsumexp: Tensor,
+    grad_logsumexp: Tensor,
+    grad_target_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(N, D) and (R, D) float32 gradients of ``inputs.states`` and ``inputs.scaled_rows()``.
+
+    The gradients of a chunk are in flight while the next one is worked on.
+
+    Args:
+        inputs: The batch and the table of the forward pass.
+        plan: Its plan, or one that lists the same candidates.
+        logsumexp: (num_slots,) float32 of the forward pass.
+        grad_logsumexp: (num_slots,) float32.
+        grad_target_logits: (N,) float32.
+
+    Collectives: per chunk an all-gather of states, targets and the gradients of slots and targets,
+    and a reduce-scatter of state gradients.
+    """
+    states, rows = inputs.states, inputs.scaled_rows()
+    shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+    of_slots = torch.stack([shift, grad_logsumexp], dim=1)
+    total = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
+    grad_states = Gradients(inputs.ranks, total)
+    grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    chunks = _chunks(inputs, plan, (of_slots, grad_target_logits))
+    for chunk, (chunk_states, targets, columns, of_targets, *rest) in chunks:
+        part = block_logsumexp.backward(
+            chunk_states,
+            rows,
+            plan.blocks(chunk, targets, inputs.row_ids, rest),
+            columns[:, 0].contiguous(),
+            columns[:, 1].contiguous(),
+            of_targets,
+            grad_rows,
+            inputs.backend,
+        )
+        grad_states.send(part, chunk)
+    return grad_states.finish(), grad_rows
 
 
-def touched_rows(problem: Problem, candidates: Candidates, tables: Sequence[Tensor]) -> Tensor:
+def used_rows(inputs: Inputs, candidates: Candidates, tables: Sequence[Tensor]) -> Tensor:
     """(M,) int64 ascending rows of one process that are candidates or targets of any position."""
-    items = candidates.touched(problem, tuple(tables))
+    items = candidates.used_items(inputs, tuple(tables))
     assert isinstance(items, Tensor)
-    return _rows_of(problem, items)
-
-
-def _rows_of(problem: Problem, items: Tensor) -> Tensor:
-    found = problem.row_ids.find(items)
-    return torch.unique(found[found >= 0])
+    return _rows_of(inputs, items)
 
 
 def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) -> Tensor:
@@ -207,20 +227,88 @@ def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) ->
     """
     best = values.new_full((num_positions,), -torch.inf)
     best.scatter_reduce_(0, slot_positions, values, "amax")
-    # A value that is no number must show in the loss.
+    # A NaN must show in the loss.
     is_best = (values == best[slot_positions]) | values.isnan()
     slots = torch.arange(values.numel(), device=values.device)
     winner = torch.full((num_positions,), values.numel(), device=values.device)
     return winner.scatter_reduce_(0, slot_positions[is_best], slots[is_best], "amin")
 
 
-def candidate_loss(margin: Tensor) -> Tensor:
+def loss_of_margin(margin: Tensor) -> Tensor:
     """``log(1 + exp(margin))``, margin the log-sum-exp of the candidates less the target logit.
 
     The target is no candidate, so nothing is subtracted from 1: the gradient of a row that is
     nearly sure is as precise as any other.
 
-    >>> candidate_loss(torch.tensor([0.0, -torch.inf]))
+    >>> loss_of_margin(torch.tensor([0.0, -torch.inf]))
     tensor([0.6931, 0.0000])
     """
     return F.softplus(margin)
+
+
+def _local_inputs(
+    inputs: Inputs,
+    candidates: Candidates,
+    tensors: tuple[Tensor, ...],
+    saved: dict[str, Tensor],
+) -> Inputs:
+    """The inputs over the rows in use, after they were fetched; saves these rows and the plan."""
+    used = candidates.used_items(inputs, tensors)
+    if used is None:
+        return inputs
+    fetch = used if isinstance(used, RowFetch) else None
+    local = _over_items(inputs, used if isinstance(used, Tensor) else used.leaving, saved)
+    if inputs.ranks.group is None:
+        return local
+    counts = torch.zeros((2, inputs.ranks.size), dtype=torch.int64)
+    packed = (*(inputs.targets.new_empty(0) for _ in range(3)), counts)
+    fetched = inputs.rows.new_empty((0, inputs.rows.shape[1]))
+    if fetch is not None:
+        packed, fetched = fetch.pack(), fetch_rows(local, fetch)
+        local = with_fetched_rows(local, fetch, fetched)
+    saved |= {**dict(zip(FETCH_NAMES, packed, strict=True)), "fetched_rows": fetched}
+    return local
+
+
+def _over_items(inputs: Inputs, items: Tensor, saved: dict[str, Tensor]) -> Inputs:
+    """The inputs over a copy of the rows of some items; saves the copy."""
+    used = _rows_of(inputs, items)
+    saved |= {"used": used, "used_rows": inputs.rows.index_select(0, used)}
+    return inputs.restrict(used, saved["used_rows"])
+
+
+def _rows_of(inputs: Inputs, items: Tensor) -> Tensor:
+    found = inputs.row_ids.find(items)
+    return torch.unique(found[found >= 0])
+
+
+def _chunks(
+    inputs: Inputs, plan: Plan, grads: tuple[Tensor, Tensor] | None = None
+) -> Iterator[tuple[Chunk, list[Tensor]]]:
+    """Each chunk with its states, targets and, in backward, its columns of slots and of targets.
+
+    Behind those come the tensors of ``Plan.per_position``.
+    """
+    gather = inputs.layout.start_gather
+
+    def start(chunk: Chunk) -> list[Pending]:
+        pending = [gather(one, chunk) for one in (inputs.states, inputs.targets)]
+        if grads is not None:
+            of_slots, of_targets = grads
+            pending.append(gather(of_slots, plan.slots(chunk)))
+            pending.append(gather(of_targets, chunk))
+        return [*pending, *(gather(one, chunk) for one in plan.per_position)]
+
+    # All chunks are made first, so that no step of the loop waits for a device to count them.
+    return prefetched(list(inputs.layout.chunks(plan.chunk_of())), start)
+
+
+def _combine_shards(
+    logsumexp: Tensor, target_logits: Tensor, ranks: Communicator
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps and target logits over all shards: one maximum, and one sum over both."""
+    largest = ranks.max(logsumexp)
+    shift = largest.masked_fill(largest == -torch.inf, 0.0)
+    sums = ranks.sum(torch.cat([(logsumexp - shift).exp_(), target_logits]))
+    num_slots = logsumexp.numel()
+    return sums[:num_slots].log() + shift, sums[num_slots:]

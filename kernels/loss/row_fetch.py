@@ -1,4 +1,4 @@
-"""Rows that travel to the states, where these are more bytes than the rows that they need."""
+"""Fetch the needed rows instead of sending the states, where that is fewer bytes."""
 
 from dataclasses import dataclass, replace
 
@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import RowIds
-from shardrec.kernels.cost.workload import Workload, cheaper, row_traffic, state_traffic
-from shardrec.kernels.loss.inputs import Problem
-from shardrec.kernels.ranks.chunks import Alone, Chunk, Exchange
+from shardrec.kernels.loss.inputs import Inputs
+from shardrec.kernels.ranks.chunks import Chunk, Layout
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.ranks.traffic import Workload, row_traffic, sends_fewer_bytes, state_traffic
 
-__all__ = ["RowTrip", "fetch_rows", "return_gradients", "with_fetched_rows"]
+__all__ = ["RowFetch", "fetch_rows", "return_gradients", "with_fetched_rows"]
 
 
 @dataclass(frozen=True, slots=True)
-class RowTrip:
-    """Which rows go where, counted on every rank from what all ranks know.
+class RowFetch:
+    """Which rows each rank fetches; every rank derives the same plan from what all ranks know.
 
-    Every rank gets the M shared rows, and T more that its own targets need.
+    Every rank fetches the M shared rows, and T more that only its own targets need.
 
     Attributes:
         shared: (M,) int64 ascending items.
         fetched: (T,) int64 ascending items of this rank, none of them shared.
-        wanted: (S,) int64 items of this shard that leave it besides, by the rank that fetches them.
+        wanted: (S,) int64 items of this shard that other ranks fetch for their targets, by rank.
         sent_counts: Items of ``wanted`` for each rank.
         received_counts: Items of ``fetched`` from each rank.
         num_fetched: T of all ranks together.
@@ -36,124 +37,123 @@ class RowTrip:
     num_fetched: int
 
     @classmethod
-    def of(cls, shared: Tensor, all_targets: Tensor, exchange: Exchange) -> "RowTrip":
-        """The trip for given targets.
+    def of(cls, shared: Tensor, all_targets: Tensor, layout: Layout) -> "RowFetch":
+        """The plan for given targets.
 
         Args:
             shared: (M,) int64 ascending items that every rank needs.
             all_targets: (num_positions,) int64 targets of all ranks.
-            exchange: The ranges of positions and rows of the ranks.
+            layout: The ranges of positions and rows of the ranks.
         """
-        num_items, rank = exchange.row_borders[-1], exchange.rank
-        limits = torch.tensor(exchange.borders, device=shared.device)
+        num_items, rank = layout.row_borders[-1], layout.ranks.rank
+        limits = torch.tensor(layout.borders, device=shared.device)
         ranks = torch.arange(limits.numel() - 1, device=shared.device)
         owner = ranks.repeat_interleave(limits.diff())
         left = RowIds(0, shared.numel(), shared).find(all_targets) < 0
-        # A rank asks once for an item that several of its positions have as target.
+        # A rank fetches an item once, however many of its positions have it as target.
         keys = torch.unique(owner[left] * num_items + all_targets[left])
-        asking, items = keys // num_items, keys % num_items
-        fetched = items[asking == rank]
-        first, end = exchange.row_borders[rank : rank + 2]
-        here = (items >= first) & (items < end)
-        counts = torch.bincount(asking[here], minlength=ranks.numel())
+        fetching, items = keys // num_items, keys % num_items
+        fetched = items[fetching == rank]
+        first, end = layout.row_borders[rank : rank + 2]
+        held = (items >= first) & (items < end)
+        counts = torch.bincount(fetching[held], minlength=ranks.numel())
         return cls(
             shared=shared,
             fetched=fetched,
-            wanted=items[here],
+            wanted=items[held],
             sent_counts=counts.tolist(),
-            received_counts=list(Chunk.of(fetched, exchange.row_borders, rank).counts),
+            received_counts=list(Chunk.of(fetched, layout.row_borders, rank).counts),
             num_fetched=keys.numel(),
         )
 
-    def is_cheaper(self, problem: Problem) -> bool:
-        """Whether fewer bytes travel than if the states did; the same answer on every rank."""
-        exchange = problem.exchange
-        num_ranks = len(exchange.borders) - 1
+    def sends_fewer_bytes(self, inputs: Inputs) -> bool:
+        """Whether fetching rows sends fewer bytes than sending states; the same on every rank."""
         work = Workload(
-            num_positions=exchange.num_positions,
-            num_items=problem.num_items,
-            num_ranks=num_ranks,
-            width=problem.states.shape[1],
-            element_bytes=problem.states.element_size(),
+            num_positions=inputs.layout.num_positions,
+            num_items=inputs.num_items,
+            num_ranks=inputs.ranks.size,
+            width=inputs.states.shape[1],
+            element_bytes=inputs.states.element_size(),
         )
-        rows = row_traffic(work, self.shared.numel(), self.num_fetched / num_ranks)
-        return cheaper(rows, state_traffic(work))
+        rows = row_traffic(work, self.shared.numel(), self.num_fetched / inputs.ranks.size)
+        return sends_fewer_bytes(rows, state_traffic(work))
 
     @property
     def leaving(self) -> Tensor:
-        """Items that some rank fetches; those of other shards among them."""
+        """Items that some rank fetches, from this shard or another."""
         return torch.cat([self.shared, self.wanted])
 
     def pack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The trip as tensors: items, and (2, W) int64 counts on the CPU."""
+        """The plan as tensors: three lists of items, and (2, W) int64 counts on the CPU."""
         counts = torch.tensor([self.sent_counts, self.received_counts])
         return self.shared, self.fetched, self.wanted, counts
 
     @classmethod
-    def unpack(cls, shared: Tensor, fetched: Tensor, wanted: Tensor, counts: Tensor) -> "RowTrip":
-        """The trip that was packed; how much all ranks fetch is forgotten."""
+    def unpack(cls, shared: Tensor, fetched: Tensor, wanted: Tensor, counts: Tensor) -> "RowFetch":
+        """The plan that was packed, without ``num_fetched``."""
         sent_counts, received_counts = counts.tolist()
         return cls(shared, fetched, wanted, sent_counts, received_counts, num_fetched=0)
 
 
-def fetch_rows(problem: Problem, trip: RowTrip) -> Tensor:
+def fetch_rows(inputs: Inputs, plan: RowFetch) -> Tensor:
     """(M + T, D) rows that this rank's positions need, by ascending item.
 
     Args:
-        problem: The problem over the rows of this shard that leave it.
-        trip: Which rows travel.
+        inputs: The inputs over the rows of this shard that some rank fetches.
+        plan: Which rows are fetched.
 
-    Collectives: a gather of the shared rows and an all-to-all of the others.
+    Collectives: an all-gather of the shared rows and an all-to-all of the others.
     """
-    chunk = _shared_chunk(problem, trip)
-    sent = problem.rows[problem.row_ids.find(trip.wanted)]
-    shared = problem.exchange.start_gather(problem.rows, chunk)
-    fetched = problem.exchange.swap(sent, trip.sent_counts, trip.received_counts)
-    return torch.cat([shared(), fetched])[_order(trip)]
+    chunk = _shared_chunk(inputs, plan)
+    sent = inputs.rows[inputs.row_ids.find(plan.wanted)]
+    shared = inputs.ranks.start_all_gather_rows(inputs.rows[chunk.own], chunk.counts)
+    fetched = inputs.ranks.all_to_all(sent, plan.sent_counts, plan.received_counts)
+    return torch.cat([shared(), fetched])[_order(plan)]
 
 
-def with_fetched_rows(problem: Problem, trip: RowTrip, rows: Tensor) -> Problem:
-    """The problem of this rank's positions alone, over rows that were fetched."""
-    items = torch.cat([trip.shared, trip.fetched])[_order(trip)]
+def with_fetched_rows(inputs: Inputs, plan: RowFetch, rows: Tensor) -> Inputs:
+    """The inputs of this rank's positions alone, over rows that were fetched."""
+    items = torch.cat([plan.shared, plan.fetched])[_order(plan)]
+    counts = [inputs.states.shape[0]], [items.numel()]
     return replace(
-        problem,
+        inputs,
         rows=rows,
         row_ids=RowIds(first=0, count=items.numel(), sparse=items),
-        exchange=Alone(problem.states.shape[0], items.numel(), items.device),
+        layout=Layout(Communicator(None), *counts, items.device),
     )
 
 
-def return_gradients(problem: Problem, trip: RowTrip, grad: Tensor) -> Tensor:
-    """(U, D) float32 gradient of the rows that left this shard, summed over the ranks.
+def return_gradients(inputs: Inputs, plan: RowFetch, grad: Tensor) -> Tensor:
+    """(U, D) float32 gradient of the rows that other ranks fetched here, summed over the ranks.
 
     Args:
-        problem: The problem over those rows.
-        trip: Which rows travelled.
-        grad: (M + T, D) float32 gradient of the rows that were fetched.
+        inputs: The inputs over those rows.
+        plan: Which rows were fetched.
+        grad: (M + T, D) float32 gradient of the rows that this rank fetched.
 
     Collectives: a reduce-scatter of the shared rows and an all-to-all of the others.
     """
-    chunk, exchange = _shared_chunk(problem, trip), problem.exchange
+    chunk, ranks = _shared_chunk(inputs, plan), inputs.ranks
     unsorted = torch.empty_like(grad)
-    unsorted[_order(trip)] = grad
-    parts = unsorted.split([trip.shared.numel(), trip.fetched.numel()])
-    summed = exchange.start_reduce_scatter(parts[0], chunk)
-    back = exchange.swap(parts[1], trip.received_counts, trip.sent_counts)
-    total = torch.zeros(problem.rows.shape, dtype=torch.float32, device=grad.device)
+    unsorted[_order(plan)] = grad
+    parts = unsorted.split([plan.shared.numel(), plan.fetched.numel()])
+    summed = ranks.start_reduce_scatter(parts[0], chunk.counts)
+    returned = ranks.all_to_all(parts[1], plan.received_counts, plan.sent_counts)
+    total = torch.zeros(inputs.rows.shape, dtype=torch.float32, device=grad.device)
     total[chunk.own] = summed()
-    # Rank by rank, so that no two lines of an addition are the same row.
-    rows = problem.row_ids.find(trip.wanted).split(trip.sent_counts)
-    for lines, part in zip(rows, back.split(trip.sent_counts), strict=True):
+    # One addition for each rank, in which no row occurs twice: the order of sums is fixed.
+    rows = inputs.row_ids.find(plan.wanted).split(plan.sent_counts)
+    for lines, part in zip(rows, returned.split(plan.sent_counts), strict=True):
         total[lines] += part
     return total
 
 
-def _order(trip: RowTrip) -> Tensor:
-    return torch.cat([trip.shared, trip.fetched]).argsort()
+def _order(plan: RowFetch) -> Tensor:
+    return torch.cat([plan.shared, plan.fetched]).argsort()
 
 
-def _shared_chunk(problem: Problem, trip: RowTrip) -> Chunk:
-    """The shared rows as a chunk, of which this rank's own are told as rows of the problem."""
-    exchange = problem.exchange
-    chunk = Chunk.of(trip.shared, exchange.row_borders, exchange.rank)
-    return replace(chunk, own=problem.row_ids.find(trip.shared[chunk.own_slice]))
+def _shared_chunk(inputs: Inputs, plan: RowFetch) -> Chunk:
+    """The shared rows as a chunk; ``own`` are those of this rank as rows of the inputs."""
+    layout = inputs.layout
+    chunk = Chunk.of(plan.shared, layout.row_borders, layout.ranks.rank)
+    return replace(chunk, own=inputs.row_ids.find(plan.shared[chunk.own_slice]))

@@ -115,7 +115,7 @@ def mixed_signs(
 
     Args:
         states: (N, D) float; no gradient is taken.
-        first_line: Line of the signs that ``states[0]`` meets.
+        first_line: Line of the signs for ``states[0]``.
         num_columns: Number of combinations.
         seed: Key of the generator.
         step: Training step.

@@ -1,17 +1,17 @@
-"""Where the positions of a batch and the rows of a table are: one process here, ranks elsewhere."""
+"""Which positions and rows each rank holds, and the chunks in which positions are worked on."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Alone", "Chunk", "Exchange", "Gradients", "Wait", "chunk_members", "prefetched"]
+from shardrec.kernels.ranks.communicator import Communicator, Pending
+from shardrec.kernels.ranks.traffic import num_chunks
 
-# Waits for a tensor that is under way; called once, in the order in which the tensors were sent.
-Wait = Callable[[], Tensor]
+__all__ = ["Chunk", "Gradients", "Layout", "chunk_members", "prefetched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Chunk:
     Attributes:
         positions: (n,) int64 global positions, ascending.
         own: (n_own,) int64 local positions of this rank among them, ascending.
-        own_slice: Where this rank's positions stand in ``positions``.
+        own_slice: Where this rank's positions are in ``positions``.
         counts: Number of positions of each rank.
     """
 
@@ -51,155 +51,134 @@ class Chunk:
         return cls(positions, positions[own] - borders[rank], own, counts)
 
 
-class Exchange(Protocol):
-    """What a loss needs from the other ranks. A rank's positions are one range of the global batch.
+class Layout:
+    """The global numbering of positions and rows: rank after rank, each has one range of both.
 
     Attributes:
-        rank: Index of this rank.
-        first_position: Global index of this rank's first position.
-        num_positions: Positions of all ranks.
+        ranks: The communicator.
         borders: W + 1 global positions, where the range of each rank begins and the last ends.
         row_borders: W + 1 global items, where each shard begins and the last ends.
-        min_chunks: Number of chunks that bounds what is in memory of other ranks, with listed
-            blocks.
-        full_chunks: The same where every position meets all rows, and a chunk costs less.
-        largest_shard: Rows of the largest shard.
-        layout: (W, 2) int64 on the CPU, positions and rows of each rank; None without other ranks.
+        device: Of the tensors made here.
+        state_bytes: Bytes of one state; decides in how many chunks the states are sent.
     """
 
-    rank: int
-    first_position: int
-    num_positions: int
-    borders: Sequence[int]
-    row_borders: Sequence[int]
-    min_chunks: int
-    full_chunks: int
-    largest_shard: int
-    layout: Tensor | None
+    def __init__(
+        self,
+        ranks: Communicator,
+        positions: Sequence[int],
+        rows: Sequence[int],
+        device: torch.device,
+        state_bytes: int = 0,
+    ) -> None:
+        """Numbers ``positions[r]`` positions and ``rows[r]`` rows of each rank r."""
+        self.ranks = ranks
+        self.borders: Sequence[int] = (0, *accumulate(positions))
+        self.row_borders: Sequence[int] = (0, *accumulate(rows))
+        self.device = device
+        self.state_bytes = state_bytes
 
-    def even_chunks(self, num_chunks: int) -> Tensor:
+    @classmethod
+    def gathered(
+        cls,
+        group: dist.ProcessGroup,
+        num_positions: int,
+        held: range,
+        num_items: int,
+        device: torch.device,
+        *,
+        state_bytes: int = 0,
+        failed: bool = False,
+    ) -> "Layout":
+        """The layout of a group, after every rank has said what it holds.
+
+        Args:
+            group: Ranks that hold the shards.
+            num_positions: N of this rank.
+            held: Rows of the table on this rank.
+            num_items: V.
+            device: Where the tensors are.
+            state_bytes: Bytes of one state.
+            failed: Whether this rank refuses its inputs.
+
+        Raises:
+            ValueError: on every rank, where any rank refuses, or the shards are not the table.
+
+        Collectives: one all-gather of five numbers.
+        """
+        own = [num_positions, len(held), held.start, num_items, int(failed)]
+        ranks = Communicator(group)
+        sizes = ranks.all_gather(torch.tensor(own, device=device)).cpu()
+        refusing = sizes[:, 4].nonzero()[:, 0].tolist()
+        if refusing:
+            raise ValueError(
+                f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
+                f"{len(sizes)}; its own message says why"
+            )
+        _require_whole_table(*sizes[:, 1:4].T)
+        positions, rows = sizes[:, :2].T.tolist()
+        return cls(ranks, positions, rows, device, state_bytes)
+
+    @property
+    def first_position(self) -> int:
+        """Global index of this rank's first position."""
+        return self.borders[self.ranks.rank]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of all ranks."""
+        return self.borders[-1]
+
+    @property
+    def largest_shard(self) -> int:
+        """Rows of the largest shard."""
+        return max(end - start for start, end in pairwise(self.row_borders))
+
+    def sizes(self) -> Tensor:
+        """(W, 2) int64 on the CPU, positions and rows of each rank."""
+        return torch.tensor([self.borders, self.row_borders]).diff(dim=1).T.contiguous()
+
+    def num_chunks(self, *, listed: bool) -> int:
+        """In how many chunks the states are sent; ``listed`` as in ``traffic.num_chunks``."""
+        if self.ranks.group is None:
+            return 1
+        return num_chunks(self.num_positions, self.state_bytes, listed=listed)
+
+    def even_chunks(self, count: int) -> Tensor:
         """(num_positions,) int64 chunk of each global position, an even share of every rank."""
-        ...
+        parts = [
+            torch.arange(end - start, device=self.device) * count // max(end - start, 1)
+            for start, end in pairwise(self.borders)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
         """The chunks of an assignment, in the same order on every rank."""
-        ...
+        for positions in chunk_members(chunk_of):
+            if self.ranks.group is None:  # all is known without waiting for the device
+                count = positions.numel()
+                yield Chunk(positions, positions, slice(0, count), (count,))
+            else:
+                yield Chunk.of(positions, self.borders, self.ranks.rank)
 
-    def gather(self, local: Tensor, chunk: Chunk) -> Tensor:
-        """(n, ...) values at the chunk's positions; each rank gives (N, ...) of its own."""
-        ...
+    def start_gather(self, local: Tensor, chunk: Chunk) -> Pending:
+        """(n, ...) values at the chunk's positions, of (N, ...) on each rank; one all-gather.
 
-    def start_gather(self, local: Tensor, chunk: Chunk) -> Wait:
-        """Begins a ``gather`` and goes on; what it returns waits for the values."""
-        ...
+        A single process copies its values when they are asked for, and never where it needs all.
+        """
 
-    def reduce_scatter(self, full: Tensor, chunk: Chunk) -> Tensor:
-        """(n_own, D) sum over ranks of (n, D) values, at this rank's positions."""
-        ...
+        def own() -> Tensor:
+            return local if chunk.own.numel() == local.shape[0] else local[chunk.own]
 
-    def start_reduce_scatter(self, full: Tensor, chunk: Chunk) -> Wait:
-        """Begins a ``reduce_scatter`` and goes on; what it returns waits for the sums."""
-        ...
-
-    def swap(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
-        """(sum(received_counts), ...) lines for this rank; the others get ``sent``, by rank."""
-        ...
+        return (
+            own
+            if self.ranks.group is None
+            else self.ranks.start_all_gather_rows(own(), chunk.counts)
+        )
 
     def gather_all(self, local: Tensor) -> Tensor:
         """(num_positions, ...) values at all positions; for integers, not for states."""
-        ...
-
-    def stack(self, local: Tensor) -> Tensor:
-        """(W, ...) tensors of all ranks, all of one shape."""
-        ...
-
-    def start_stack(self, local: Tensor) -> Wait:
-        """Begins a ``stack`` and goes on; what it returns waits for the tensors."""
-        ...
-
-    def sum(self, local: Tensor) -> Tensor:
-        """Sum over ranks; no gradient."""
-        ...
-
-    def max(self, local: Tensor) -> Tensor:
-        """Maximum over ranks; no gradient."""
-        ...
-
-    def total(self, local: Tensor) -> Tensor:
-        """Sum over ranks, whose gradient for this rank's term is the gradient of the sum."""
-        ...
-
-
-class Alone:
-    """The exchange of a single process: nothing travels."""
-
-    rank = 0
-    first_position = 0
-    min_chunks = 1
-    full_chunks = 1
-    layout: Tensor | None = None
-
-    def __init__(self, num_positions: int, num_rows: int, device: torch.device) -> None:
-        """Stores the number of positions N and of rows V, and where they are."""
-        self.num_positions = num_positions
-        self.borders: Sequence[int] = (0, num_positions)
-        self.row_borders: Sequence[int] = (0, num_rows)
-        self.largest_shard = num_rows
-        self._device = device
-
-    def even_chunks(self, num_chunks: int) -> Tensor:
-        """(N,) int64 chunk of each position."""
-        positions = torch.arange(self.num_positions, device=self._device)
-        return positions * num_chunks // max(self.num_positions, 1)
-
-    def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
-        """The chunks of an assignment."""
-        for positions in chunk_members(chunk_of):
-            yield Chunk(positions, positions, slice(0, positions.numel()), (positions.numel(),))
-
-    def gather(self, local: Tensor, chunk: Chunk) -> Tensor:
-        """The values at the chunk's positions; no copy when these are all."""
-        return local if chunk.positions.numel() == self.num_positions else local[chunk.positions]
-
-    def start_gather(self, local: Tensor, chunk: Chunk) -> Wait:
-        """The values at the chunk's positions, taken when they are asked for."""
-        return lambda: self.gather(local, chunk)
-
-    def reduce_scatter(self, full: Tensor, chunk: Chunk) -> Tensor:
-        """The tensor itself."""
-        return full
-
-    def start_reduce_scatter(self, full: Tensor, chunk: Chunk) -> Wait:
-        """The tensor itself."""
-        return lambda: full
-
-    def swap(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
-        """The tensor itself."""
-        return sent
-
-    def gather_all(self, local: Tensor) -> Tensor:
-        """The tensor itself."""
-        return local
-
-    def stack(self, local: Tensor) -> Tensor:
-        """(1, ...) the tensor itself."""
-        return local[None]
-
-    def start_stack(self, local: Tensor) -> Wait:
-        """Nothing travels."""
-        return lambda: local[None]
-
-    def sum(self, local: Tensor) -> Tensor:
-        """The tensor itself."""
-        return local
-
-    def max(self, local: Tensor) -> Tensor:
-        """The tensor itself."""
-        return local
-
-    def total(self, local: Tensor) -> Tensor:
-        """The tensor itself."""
-        return local
+        counts = [end - start for start, end in pairwise(self.borders)]
+        return self.ranks.start_all_gather_rows(local, counts)()
 
 
 def chunk_members(chunk_of: Tensor) -> Iterator[Tensor]:
@@ -210,9 +189,9 @@ def chunk_members(chunk_of: Tensor) -> Iterator[Tensor]:
 
 
 def prefetched(
-    chunks: Iterable[Chunk], start: Callable[[Chunk], Sequence[Wait]]
+    chunks: Iterable[Chunk], start: Callable[[Chunk], Sequence[Pending]]
 ) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Each chunk with what was fetched for it, while that of the next chunk is under way.
+    """Each chunk with what was fetched for it, while that of the next chunk is in flight.
 
     At most two chunks are in memory, whatever the number of ranks.
 
@@ -223,51 +202,64 @@ def prefetched(
     >>> def start(chunk):
     ...     print("start", chunk.positions.tolist())
     ...     return [lambda: chunk.positions * 10]
-    >>> alone = Alone(2, 1, torch.device("cpu"))
-    >>> for _, (fetched,) in prefetched(alone.chunks(torch.arange(2)), start):
+    >>> layout = Layout(Communicator(None), [2], [1], torch.device("cpu"))
+    >>> for _, (fetched,) in prefetched(layout.chunks(torch.arange(2)), start):
     ...     print(fetched.tolist())
     start [0]
     start [1]
     [0]
     [10]
     """
-    under_way = ((chunk, start(chunk)) for chunk in chunks)
-    current = next(under_way, None)
+    in_flight = ((chunk, start(chunk)) for chunk in chunks)
+    current = next(in_flight, None)
     while current is not None:
-        following = next(under_way, None)
-        chunk, waits = current
-        yield chunk, [wait() for wait in waits]
+        following = next(in_flight, None)
+        chunk, pending = current
+        yield chunk, [wait() for wait in pending]
         current = following
 
 
 class Gradients:
-    """Gradients on their way back to the ranks whose positions they are, chunk by chunk.
+    """State gradients on their way to the ranks that own the positions, chunk by chunk.
 
-    Those of one chunk travel while the next one is worked on.
+    Those of one chunk are in flight while the next one is worked on.
 
     Attributes:
         total: (N, D) gradient of this rank's positions; complete after ``finish``.
     """
 
-    def __init__(self, exchange: Exchange, total: Tensor) -> None:
-        """Stores the way, and the tensor that takes what arrives."""
+    def __init__(self, ranks: Communicator, total: Tensor) -> None:
+        """Stores the communicator, and the tensor that takes what arrives."""
         self.total = total
-        self._exchange = exchange
-        self._under_way: tuple[Chunk, Wait] | None = None
+        self._ranks = ranks
+        self._in_flight: tuple[Chunk, Pending] | None = None
 
     def send(self, part: Tensor, chunk: Chunk) -> None:
-        """Sends this shard's share of the (n, D) gradient of a chunk, takes in the one before.
+        """Starts to send this shard's (n, D) share of a chunk, then waits for the one before.
 
-        Collectives: one reduce-scatter, of which only the start is awaited.
+        Collectives: one reduce-scatter.
         """
-        sent = chunk, self._exchange.start_reduce_scatter(part, chunk)
+        sent = chunk, self._ranks.start_reduce_scatter(part, chunk.counts)
         self.finish()
-        self._under_way = sent
+        self._in_flight = sent
 
     def finish(self) -> Tensor:
-        """Takes in what is under way; the (N, D) gradient."""
-        if self._under_way is not None:
-            chunk, wait = self._under_way
+        """Waits for the reduce-scatter in flight and returns the (N, D) gradient."""
+        if self._in_flight is not None:
+            chunk, wait = self._in_flight
             self.total[chunk.own] = wait().to(self.total.dtype)
-            self._under_way = None
+            self._in_flight = None
         return self.total
+
+
+def _require_whole_table(num_rows: Tensor, first_rows: Tensor, num_items: Tensor) -> None:
+    """Refuses shards that do not hold every row once, in the order of ranks; all (W,) int64."""
+    starts = num_rows.cumsum(0) - num_rows
+    misplaced = (first_rows != starts) & (num_rows > 0)
+    if bool(misplaced.any()) or bool((num_items != num_rows.sum()).any()):
+        held = zip(first_rows.tolist(), num_rows.tolist(), num_items.tolist(), strict=True)
+        said = ", ".join(f"{first}:{first + count} of {total}" for first, count, total in held)
+        raise ValueError(
+            "shards must hold every row of the table once, in the order of ranks, got rows "
+            f"{said}; check rows, first_row and num_rows of RowShard"
+        )

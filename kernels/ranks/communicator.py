@@ -1,7 +1,6 @@
-"""The exchange between the ranks of a process group."""
+"""Collectives over a process group, or over this process alone where there is no group."""
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,222 +8,133 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
-from shardrec.kernels.cost.workload import num_chunks
-from shardrec.kernels.ranks.chunks import Chunk, Wait, chunk_members
-
-__all__ = ["Collective", "find_group", "total_over_ranks"]
+__all__ = ["Communicator", "Pending", "find_group"]
 
 # Newer releases of torch call these by other names and warn about the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+Pending = Callable[[], Tensor]
+"""Waits for a collective in flight and returns its result; called once, in order of starting."""
 
-class Collective:
-    """Exchange over a process group; each rank's positions are one range of the global batch."""
 
-    def __init__(
-        self, group: dist.ProcessGroup, layout: Tensor, device: torch.device, state_bytes: int
-    ) -> None:
-        """Stores how positions and rows lie on the ranks.
+class Communicator:
+    """The collectives that the losses need; with ``group`` None each returns what it was given.
 
-        Args:
-            group: Ranks that hold the shards.
-            layout: (W, 2) int64 on the CPU, positions and rows of each rank.
-            device: Where the tensors are.
-            state_bytes: Bytes of one state; decides in how many chunks the states travel.
-        """
-        self._group = group
-        self._device = device
-        self.layout: Tensor | None = layout
-        self.rank = dist.get_rank(group)
-        self._counts, rows = layout.T.tolist()
-        self.borders: Sequence[int] = (0, *accumulate(self._counts))
-        self.row_borders: Sequence[int] = (0, *accumulate(rows))
-        self.first_position = self.borders[self.rank]
-        self.num_positions = self.borders[-1]
-        self.largest_shard = max(rows)
-        self.min_chunks = num_chunks(self.num_positions, state_bytes, listed=True)
-        self.full_chunks = num_chunks(self.num_positions, state_bytes, listed=False)
+    A collective whose name begins with ``start_`` runs on the group's own stream or thread while
+    the caller goes on. Nothing here has a gradient but ``total``.
 
-    @classmethod
-    def meet(
-        cls,
-        group: dist.ProcessGroup,
-        num_positions: int,
-        held: range,
-        num_items: int,
-        device: torch.device,
-        *,
-        state_bytes: int = 0,
-        failed: bool = False,
-    ) -> "Collective":
-        """The exchange, once every rank has said what it holds and that it accepts its inputs.
+    Attributes:
+        group: The process group, or None for a single process.
+        rank: Index of this rank.
+        size: W, the number of ranks.
+    """
 
-        Args:
-            group: Ranks that hold the shards.
-            num_positions: N of this rank.
-            held: Rows of the table on this rank.
-            num_items: V.
-            device: Where the tensors are.
-            state_bytes: Bytes of one state; decides in how many chunks the states travel.
-            failed: Whether this rank refuses its inputs.
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Looks up this rank's place in ``group``."""
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
 
-        Raises:
-            ValueError: on every rank, where any rank refuses, or the shards are not the table.
+    def start_all_gather(self, local: Tensor) -> Pending:
+        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
+        if self.group is None:
+            return lambda: local[None]
+        received = local.new_empty((self.size * local.numel(),))
+        sent = local.contiguous().flatten()
+        work = _all_gather(received, sent, group=self.group, async_op=True)
+        return _after(work, lambda: received.view(self.size, *local.shape))
 
-        Collectives: one gather of five numbers.
-        """
-        own = [num_positions, len(held), held.start, num_items, int(failed)]
-        facts = _start_stack(torch.tensor(own, device=device), group)().cpu()
-        refusing = facts[:, 4].nonzero()[:, 0].tolist()
-        if refusing:
-            raise ValueError(
-                f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
-                f"{len(facts)}; its own message says why"
-            )
-        _require_whole_table(*facts[:, 1:4].T)
-        return cls(group, facts[:, :2].clone(), device, state_bytes)
+    def all_gather(self, local: Tensor) -> Tensor:
+        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
+        return self.start_all_gather(local)()
 
-    def even_chunks(self, num_chunks: int) -> Tensor:
-        """(num_positions,) int64 chunk of each global position, an even share of every rank."""
-        parts = [
-            torch.arange(count, device=self._device) * num_chunks // max(count, 1)
-            for count in self._counts
-        ]
-        return torch.cat(parts)
-
-    def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
-        """The chunks of an assignment, in the same order on every rank."""
-        for positions in chunk_members(chunk_of):
-            yield Chunk.of(positions, self.borders, self.rank)
-
-    def gather(self, local: Tensor, chunk: Chunk) -> Tensor:
-        """(n, ...) values at the chunk's positions; one all-gather padded to the largest share."""
-        return self.start_gather(local, chunk)()
-
-    def start_gather(self, local: Tensor, chunk: Chunk) -> Wait:
-        """Begins a ``gather`` on the group's own stream or thread."""
-        width = max(chunk.counts)
-        if not width:
-            return lambda: local[:0]
-        sent = local.new_zeros((width, *local.shape[1:]))
-        sent[: chunk.own.numel()] = local[chunk.own]
-        received = local.new_empty((len(chunk.counts), *sent.shape))
-        work = _all_gather(received.flatten(), sent.flatten(), group=self._group, async_op=True)
+    def start_all_gather_rows(self, local: Tensor, counts: Sequence[int]) -> Pending:
+        """(sum(counts), ...) rows of all ranks, ``counts[r]`` of rank r; one padded all-gather."""
+        width = max(counts)
+        if self.group is None or not width:
+            return lambda: local
+        gathered = self.start_all_gather(_padded(local, width))
 
         def wait() -> Tensor:
-            work.wait()
-            if min(chunk.counts) == width:
+            received = gathered()
+            if min(counts) == width:
                 return received.flatten(0, 1)
-            return torch.cat([part[:n] for part, n in zip(received, chunk.counts, strict=True)])
+            return torch.cat([part[:n] for part, n in zip(received, counts, strict=True)])
 
         return wait
 
-    def reduce_scatter(self, full: Tensor, chunk: Chunk) -> Tensor:
-        """(n_own, D) sum over ranks at this rank's positions; one padded reduce-scatter."""
-        return self.start_reduce_scatter(full, chunk)()
-
-    def start_reduce_scatter(self, full: Tensor, chunk: Chunk) -> Wait:
-        """Begins a ``reduce_scatter`` on the group's own stream or thread."""
-        width = max(chunk.counts)
-        if not width:
+    def start_reduce_scatter(self, full: Tensor, counts: Sequence[int]) -> Pending:
+        """(counts[rank], ...) sum over ranks of this rank's part; one padded reduce-scatter."""
+        width = max(counts)
+        if self.group is None or not width:
             return lambda: full
-        padded = full.new_zeros((len(chunk.counts), width, *full.shape[1:]))
-        for line, part in zip(padded, full.split(chunk.counts), strict=True):
+        padded = full.new_zeros((self.size, width, *full.shape[1:]))
+        for line, part in zip(padded, full.split(list(counts)), strict=True):
             line[: part.shape[0]] = part
         received = torch.empty_like(padded[0])
-        work = _reduce_scatter(received, padded.flatten(0, 1), group=self._group, async_op=True)
+        work = _reduce_scatter(received, padded.flatten(0, 1), group=self.group, async_op=True)
+        return _after(work, lambda: received[: counts[self.rank]])
 
-        def wait() -> Tensor:
-            work.wait()
-            return received[: chunk.own.numel()]
-
-        return wait
-
-    def swap(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
-        """(sum(received_counts), ...) lines of all ranks for this one; one all-to-all."""
+    def all_to_all(
+        self, sent: Tensor, sent_counts: Sequence[int], received_counts: Sequence[int]
+    ) -> Tensor:
+        """(sum(received_counts), ...) rows for this rank, by sender; one all-to-all."""
+        if self.group is None:
+            return sent
         received = sent.new_empty((sum(received_counts), *sent.shape[1:]))
         dist.all_to_all_single(
-            received, sent.contiguous(), received_counts, sent_counts, group=self._group
+            received, sent.contiguous(), list(received_counts), list(sent_counts), group=self.group
         )
         return received
 
-    def gather_all(self, local: Tensor) -> Tensor:
-        """(num_positions, ...) values at all positions; one padded all-gather."""
-        chunk = next(self.chunks(self.even_chunks(1)), None)
-        return local if chunk is None else self.gather(local, chunk)
-
-    def stack(self, local: Tensor) -> Tensor:
-        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
-        return self.start_stack(local)()
-
-    def start_stack(self, local: Tensor) -> Wait:
-        """Begins a ``stack`` on the group's own stream or thread."""
-        return _start_stack(local, self._group)
-
     def sum(self, local: Tensor) -> Tensor:
-        """Sum over ranks; one all-reduce, no gradient."""
-        result = local.detach().clone()
-        dist.all_reduce(result, group=self._group)
-        return result
+        """Sum over ranks; one all-reduce."""
+        return self._all_reduce(local.detach(), dist.ReduceOp.SUM)
 
     def max(self, local: Tensor) -> Tensor:
-        """Maximum over ranks; one all-reduce, no gradient."""
-        result = local.detach().clone()
-        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self._group)
-        return result
+        """Maximum over ranks; one all-reduce."""
+        return self._all_reduce(local.detach(), dist.ReduceOp.MAX)
 
     def total(self, local: Tensor) -> Tensor:
-        """Sum over ranks; backward hands the gradient on to this rank's term."""
-        return total_over_ranks(local, self._group)
+        """Sum over ranks, whose gradient for this rank's term is the gradient of the sum."""
+        return local if self.group is None else _Total.apply(local, self)
 
-
-def find_group(name: str) -> dist.ProcessGroup:
-    """The process group of this name: a graph can hold a word and not the group itself."""
-    return _resolve_process_group(name)  # type: ignore[arg-type]
-
-
-def _start_stack(local: Tensor, group: dist.ProcessGroup) -> Wait:
-    world_size = dist.get_world_size(group)
-    sent = local.contiguous().flatten()
-    received = local.new_empty((world_size * local.numel(),))
-    work = _all_gather(received, sent, group=group, async_op=True)
-
-    def wait() -> Tensor:
-        work.wait()
-        return received.view(world_size, *local.shape)
-
-    return wait
-
-
-def total_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over ranks of a tensor, with the gradient of the sum for this rank's term.
-
-    Collectives: one all-reduce, none without a group.
-    """
-    return local if group is None else _TotalOverRanks.apply(local, group)
-
-
-class _TotalOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def _all_reduce(self, local: Tensor, operation: Any) -> Tensor:
+        if self.group is None:
+            return local
         result = local.clone()
-        dist.all_reduce(result, group=group)
+        dist.all_reduce(result, op=operation, group=self.group)
         return result
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, ranks: Communicator) -> Tensor:
+        return ranks.sum(local)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def _require_whole_table(num_rows: Tensor, first_rows: Tensor, num_items: Tensor) -> None:
-    """Refuses shards that do not hold every row once, in the order of ranks; all (W,) int64."""
-    starts = num_rows.cumsum(0) - num_rows
-    misplaced = (first_rows != starts) & (num_rows > 0)
-    if bool(misplaced.any()) or bool((num_items != num_rows.sum()).any()):
-        held = zip(first_rows.tolist(), num_rows.tolist(), num_items.tolist(), strict=True)
-        said = ", ".join(f"{first}:{first + count} of {total}" for first, count, total in held)
-        raise ValueError(
-            "shards must hold every row of the table once, in the order of ranks, got rows "
-            f"{said}; check rows, first_row and num_rows of RowShard"
-        )
+def find_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name: a traced graph can hold a string and no group."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _after(work: Any, result: Pending) -> Pending:
+    def wait() -> Tensor:
+        work.wait()
+        return result()
+
+    return wait
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """(length, ...) the rows, and zeros behind them."""
+    if rows.shape[0] == length:
+        return rows
+    padded = rows.new_zeros((length, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    return padded

@@ -22,7 +22,7 @@ from torch import nn
 
 from shardrec.modules.catalog import Catalog, CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
-from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
+from shardrec.modules.losses import CCE, AnyLoss
 from shardrec.modules.option_checks import (
     require_above_zero,
     require_at_least,
@@ -143,7 +143,7 @@ class TrainConfig:
 
     data: str
     output: str
-    loss: CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE = field(default_factory=CCE)
+    loss: AnyLoss = field(default_factory=CCE)
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     encoder: EncoderConfig
     batches: BatchConfig = field(default_factory=BatchConfig)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.ranks.traffic import Workload
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from tests.kernels.loss_cases import SIZES, batch, check, ids
 from torch import Tensor
 
 from shardrec.kernels import cce_minus, sampled_cross_entropy
-from shardrec.kernels.cce_minus import Sampler
 from shardrec.kernels.loss import operator as operation
-from shardrec.kernels.loss.fused import fused_comparison
+from shardrec.kernels.loss.fused import fused_blocks
 from shardrec.kernels.negatives import Popularity, Proposal, Uniform
+from shardrec.kernels.negatives.sampler import Sampler
 from shardrec.kernels.reference import sampled_cross_entropy_reference
 
 
@@ -99,9 +99,9 @@ def test_cce_minus_with_its_gradient_taken_in_forward_equals_its_definition(
 
     def spy(*args: Any) -> tuple[Tensor, ...]:
         fused.append(args[0].targets)
-        return fused_comparison(*args)
+        return fused_blocks(*args)
 
-    monkeypatch.setattr(operation, "fused_comparison", spy)
+    monkeypatch.setattr(operation, "fused_blocks", spy)
     once = run()
     assert fused
     assert all(torch.equal(*pair) for pair in zip(run(), once, strict=True))

@@ -14,20 +14,13 @@ from shardrec.kernels import cut_cross_entropy
 from shardrec.kernels.block_logsumexp import cpu, every_pair
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import SampledItems, sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import (
-    KernelCost,
-    LossCost,
-    Workload,
-    full_cost,
-    listed_cost,
-    select_cost,
-)
-from shardrec.kernels.fused_cce import fused_cross_entropy
+from shardrec.kernels.cost.terms import KernelCost, LossCost, full_cost, listed_cost, select_cost
+from shardrec.kernels.loss import passes
 from shardrec.kernels.loss.candidates import Candidates
-from shardrec.kernels.loss.fused import fused_comparison
-from shardrec.kernels.loss.inputs import Problem, Scaling, pose
-from shardrec.kernels.loss.passes import compare, gradients
+from shardrec.kernels.loss.fused import fused_blocks, fused_cross_entropy
+from shardrec.kernels.loss.inputs import Inputs, Scaling, prepare_inputs
 from shardrec.kernels.negatives import Uniform, pack
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import HashedChunks, reduced_cross_entropy_cost
 from shardrec.kernels.sce import HardBuckets, scalable_cross_entropy_cost
 
@@ -77,12 +70,14 @@ CASES: dict[str, tuple[Candidates, LossCost, float]] = {
 }
 
 
-def problem() -> Problem:
+def problem() -> Inputs:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(N, D, generator=generator)
     table = torch.randn(V, D, generator=generator)
     targets = torch.randint(0, V, (N,), generator=generator)
-    return pose(states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0))
+    return prepare_inputs(
+        states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0)
+    )
 
 
 def counter() -> FlopCounterMode:
@@ -98,25 +93,25 @@ def counter() -> FlopCounterMode:
 @pytest.mark.parametrize("name", CASES)
 def test_the_products_said_are_the_products_made(name: str) -> None:
     candidates, cost, slack = CASES[name]
-    posed = problem()
+    inputs = problem()
     with counter() as counted:
         if name == "cce_minus":
-            fused_comparison(posed, candidates, [], posed.coefficients("mean"))
+            fused_blocks(inputs, candidates, [], inputs.coefficients("mean"))
         else:
-            _, _, kept = compare(posed, candidates, [], "mean", copies_rows=True)
-            gradients(posed, candidates, [], kept, torch.ones(()))
+            _, _, saved = passes.forward(inputs, candidates, [], "mean", copies_rows=True)
+            passes.backward(inputs, candidates, [], saved, torch.ones(()))
     assert counted.get_total_flops() == pytest.approx(cost.flops, rel=slack)
 
 
 def test_the_products_of_the_softmax_are_three_or_four() -> None:
-    posed = problem()
+    inputs = problem()
     with counter() as counted:
-        fused_cross_entropy(posed, posed.coefficients("mean"))
+        fused_cross_entropy(inputs, inputs.coefficients("mean"))
     assert counted.get_total_flops() == cut_cross_entropy_cost(WORK).flops == 6 * N * V * D
-    blocks, grad = every_pair(V, posed.targets), torch.ones(N)
+    blocks, grad = every_pair(V, inputs.targets), torch.ones(N)
     with counter() as counted:
-        logsumexp, _ = cpu.forward(posed.states, posed.rows, blocks)
-        cpu.backward(posed.states, posed.rows, blocks, logsumexp, grad, grad, torch.zeros(V, D))
+        logsumexp, _ = cpu.forward(inputs.states, inputs.rows, blocks)
+        cpu.backward(inputs.states, inputs.rows, blocks, logsumexp, grad, grad, torch.zeros(V, D))
     assert counted.get_total_flops() == full_cost(4, 1024, WORK).flops == 8 * N * V * D
 
 

@@ -30,7 +30,7 @@ from shardrec.kernels.negatives import (
     Popularity,
     random_signs,
 )
-from shardrec.kernels.ranks.chunks import Alone
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.reference import (
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,
@@ -156,7 +156,7 @@ def test_sce_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
 
 def test_rece_tells_neighbours_above_2_to_24_apart(table: Tensor) -> None:
     states = last_rows()[0]
-    alone = Alone(NUM_POSITIONS, NUM_ITEMS, states.device)
+    alone = Communicator(None)
     own, rows = (hash_buckets(part, 6, 1, seed=0, step=0) for part in (states, table))
     of_own, of_rows = (gather_histogram(buckets, 6, alone) for buckets in (own, rows))
     chunks = position_chunks(own, of_own, of_rows, 3, "bucket")

@@ -10,17 +10,17 @@ from torch import Tensor
 from shardrec.kernels import (
     cce,
     cut_cross_entropy,
-    fused_cce,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.loss.inputs import Scaling, pose
+from shardrec.kernels.buckets import fill_buckets, mixed_centres
+from shardrec.kernels.loss import fused as fused_file
+from shardrec.kernels.loss.inputs import Scaling, prepare_inputs
 from shardrec.kernels.reference import (
     cross_entropy_reference,
     scalable_cross_entropy_reference,
 )
-from shardrec.kernels.sce import fill_buckets, mixed_centres
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -35,7 +35,7 @@ def test_cce_is_the_full_softmax(size: tuple[int, int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("size", SIZES[2:], ids=ids)
 def test_sce_equals_its_definition_with_the_same_buckets(size: tuple[int, int, int]) -> None:
     states, table, targets = batch(size)
-    problem = pose(
+    problem = prepare_inputs(
         states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0)
     )
     centres = mixed_centres(states, 0, 7, seed=3, step=2)
@@ -113,7 +113,7 @@ def test_the_gradient_taken_in_forward_equals_the_one_computed_again(
     weights = torch.rand(size[0], generator=torch.Generator().manual_seed(0))
     results, fused = [], ran(monkeypatch, cce._cut_cross_entropy, "_fused")
     for least_positions in (1, 1 << 30):
-        monkeypatch.setattr(fused_cce, "LEAST_FUSED", least_positions)
+        monkeypatch.setattr(fused_file, "LEAST_FUSED", least_positions)
         loss = cut_cross_entropy(states, table, targets, weights=weights)
         assert bool(fused) == (least_positions == 1)
         fused.clear()

@@ -17,7 +17,7 @@ from tests.side_by_side import asked_for, side_by_side
 
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import reduced_cross_entropy_cost
 from shardrec.kernels.sce import scalable_cross_entropy_cost
 

@@ -14,7 +14,7 @@ from shardrec.kernels.hash_chunks import (
     item_chunks,
     position_chunks,
 )
-from shardrec.kernels.ranks.chunks import Alone
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.reference import reduced_cross_entropy_reference
 
 
@@ -25,7 +25,7 @@ def test_rece_equals_its_definition_with_the_same_chunks(
     size: tuple[int, int, int], reach: int, align: str
 ) -> None:
     states, table, targets = batch(size)
-    alone = Alone(size[0], size[1], states.device)
+    alone = Communicator(None)
     rows = hash_buckets(table, 12, 4, seed=3, step=2)
     own = hash_buckets(states, 12, 4, seed=3, step=2)
     of_rows, of_own = (gather_histogram(buckets, 12, alone) for buckets in (rows, own))
@@ -61,7 +61,7 @@ def test_buckets_of_positions_meet_their_own_buckets_of_items() -> None:
     for align in ("bucket", "rank"):
         row_buckets = hash_buckets(rows, 20, 1, seed=0, step=0)
         buckets = hash_buckets(states, 20, 1, seed=0, step=0)
-        alone = Alone(500, 2000, rows.device)
+        alone = Communicator(None)
         of_rows, of_own = (gather_histogram(b, 20, alone) for b in (row_buckets, buckets))
         chunks = position_chunks(buckets, of_own, of_rows, 20, align)
         row_chunks = item_chunks(row_buckets, of_rows, 20)

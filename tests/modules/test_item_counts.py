@@ -5,11 +5,10 @@ import torch
 from tests.kernels.interpreted.counted import peak_bytes
 from torch import Tensor
 
-from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.negatives import Popularity
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.losses import CCEMinus, Loss, Step
-from shardrec.pipeline.plan import loss_cost
 
 NUM_ITEMS = 50_000
 
@@ -58,7 +57,7 @@ def test_a_plan_counts_the_table_and_it_is_built_in_twice_its_size() -> None:
     for ranks in (1, 4):
         work = Workload(num_positions=100, num_items=NUM_ITEMS, num_ranks=ranks, width=8)
         (table,) = counts.popularity(1.0).tables
-        assert loss_cost(CCEMinus(proposal="popularity"), work).table_bytes == table.nbytes
-        assert loss_cost(CCEMinus(proposal="mixed"), work).table_bytes == 0
+        assert CCEMinus(proposal="popularity").cost(work).table_bytes == table.nbytes
+        assert CCEMinus(proposal="mixed").cost(work).table_bytes == 0
     held = peak_bytes(lambda: Popularity(counts.counts))
     assert 2 * table.nbytes <= held <= 2.1 * table.nbytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardrec.kernels.loss.inputs import Problem
+from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.negatives import STREAM_HASH, STREAM_MIX, random_signs
 from shardrec.kernels.rece import HashedChunks
 from shardrec.kernels.sce import HardBuckets
@@ -45,7 +45,7 @@ def recorded_choices() -> Iterator[list[Choice]]:
 
 
 def _recording(choose: Any, choices: list[Choice]) -> Any:
-    def record(rule: Any, problem: Problem) -> tuple[Tensor, ...]:
+    def record(rule: Any, problem: Inputs) -> tuple[Tensor, ...]:
         chosen: tuple[Tensor, ...] = choose(rule, problem)
         states, rows = problem.states.detach().clone(), problem.scaled_rows().detach().clone()
         choices.append(Choice(rule, states, rows, tuple(part.clone() for part in chosen)))

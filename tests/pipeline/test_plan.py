@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from tests.side_by_side import asked_for, side_by_side
 
-from shardrec.kernels.cost.workload import Workload
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.config import override
-from shardrec.pipeline.plan import Machine, Plan, loss_cost, plan
+from shardrec.pipeline.plan import Machine, Plan, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
 from shardrec.pipeline.run.config import TrainConfig
 
@@ -192,7 +192,7 @@ def test_a_catalog_at_the_limit_fits_and_a_larger_one_does_not() -> None:
 def test_every_loss_has_a_cost_that_grows_with_its_batch(name: str) -> None:
     loss = LOSSES[name]()
     small, large = (
-        loss_cost(loss, Workload(num_positions=n, num_items=50_000, num_ranks=2, width=32))
+        loss.cost(Workload(num_positions=n, num_items=50_000, num_ranks=2, width=32))
         for n in (1_000, 9_000)
     )
     assert 0 < small.flops < large.flops
@@ -222,7 +222,7 @@ def test_what_the_loss_reads_and_writes_is_said_beside_its_products() -> None:
         work = Workload(
             num_positions=32 * 16, num_items=1_000_000, num_ranks=ranks, width=64, on_cpu=True
         )
-        cost = loss_cost(config.loss, work).work
+        cost = config.loss.cost(work).work
         assert planned.traffic == {"loss": cost.bytes} and planned.flops["loss"] == cost.flops
         # At least each row once forward and once backward, and its gradient.
         assert cost.bytes >= 3 * 4 * 1_000_000 / ranks * 64

@@ -24,6 +24,7 @@ from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
 from torch import Tensor
 
+from shardrec.kernels import buckets as buckets_file
 from shardrec.kernels import hash_chunks, rece, sce
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, RECE, SCE, CCEMinus
@@ -97,7 +98,10 @@ def noted_choices() -> Iterator[Choices]:
 
         return wrapped
 
-    buckets = note(sce.fill_buckets, lambda one: choices.alike.extend([one.positions, one.items]))
+    buckets = note(
+        buckets_file.fill_buckets,
+        lambda one: choices.alike.extend([one.positions, one.items]),
+    )
     chunks = note(hash_chunks.item_chunks, choices.own.append)
     places = note(hash_chunks.position_chunks, choices.own.append)
     with (

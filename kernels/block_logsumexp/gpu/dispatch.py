@@ -1,13 +1,13 @@
-"""Launches the Triton kernels of the block log-sum-exp. Importing this file imports triton."""
+"""Chooses the Triton kernels for a list of blocks: full, gathered (one pair a block) or listed."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import launch_full, launch_listed, nearby
+from shardrec.kernels.block_logsumexp import nearby
 from shardrec.kernels.block_logsumexp.blocks import Blocks
-from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
+from shardrec.kernels.block_logsumexp.gpu import full, gathered, listed
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 from shardrec.kernels.block_logsumexp.schedule import (
@@ -31,19 +31,19 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks) -> tupl
     if isinstance(blocks, NearbyChunks):
         if rows.numel() and states.numel():
             for part in blocks.parts(nearby.GPU_ROWS_AT_ONCE):
-                launch_listed.forward(LaunchProblem.of(states, rows, part), logsumexp)
+                listed.forward(LaunchProblem.of(states, rows, part), logsumexp)
         return logsumexp, target_logits
     problem = LaunchProblem.of(states, rows, blocks)
     if problem.is_empty:
         return logsumexp, target_logits
     if is_full(blocks):
-        return launch_full.forward(problem), target_logits
+        return full.forward(problem), target_logits
     if is_gathered(blocks):
-        gpu_gathered.forward(states, rows, blocks, logsumexp)
+        gathered.forward(states, rows, blocks, logsumexp)
         return logsumexp, target_logits
     slots = blocks.pair_positions if blocks.pair_slots is None else blocks.pair_slots
     for layer in layers(blocks, slots):
-        launch_listed.forward(replace(problem, blocks=layer), logsumexp)
+        listed.forward(replace(problem, blocks=layer), logsumexp)
     return logsumexp, target_logits
 
 
@@ -66,15 +66,15 @@ def backward(
         if isinstance(blocks, NearbyChunks):
             for part in blocks.parts(nearby.GPU_ROWS_AT_ONCE):
                 problem = LaunchProblem.of(states, rows, part)
-                launch_listed.states_backward(problem, upstream, grad_states)
-                launch_listed.rows_backward(problem, upstream, grad_rows)
+                listed.states_backward(problem, upstream, grad_states)
+                listed.rows_backward(problem, upstream, grad_rows)
         else:
             problem = LaunchProblem.of(states, rows, without_idle_pairs(blocks, grad_logsumexp))
             _blocks_backward(problem, upstream, grad_logsumexp, grad_states, grad_rows)
     if rows.shape[0]:
         found = rows[blocks.targets.clamp(min=0)].float().mul_(grad_target_logits[:, None])
         grad_states += found.masked_fill_((blocks.targets < 0)[:, None], 0.0)
-        launch_listed.add_rows(states.contiguous(), grad_target_logits, blocks.targets, grad_rows)
+        listed.add_rows(states.contiguous(), grad_target_logits, blocks.targets, grad_rows)
     return grad_states
 
 
@@ -89,10 +89,10 @@ def _blocks_backward(
     if problem.is_empty:
         return
     if is_full(blocks):
-        launch_full.states_backward(problem, upstream, grad_states)
-        launch_full.rows_backward(problem, upstream, grad_rows)
+        full.states_backward(problem, upstream, grad_states)
+        full.rows_backward(problem, upstream, grad_rows)
     elif is_gathered(blocks):
-        gpu_gathered.backward(
+        gathered.backward(
             problem.states,
             problem.rows,
             blocks,
@@ -103,8 +103,8 @@ def _blocks_backward(
         )
     else:
         for layer in layers(blocks, blocks.pair_positions):
-            launch_listed.states_backward(replace(problem, blocks=layer), upstream, grad_states)
-        launch_listed.rows_backward(problem, upstream, grad_rows)
+            listed.states_backward(replace(problem, blocks=layer), upstream, grad_states)
+        listed.rows_backward(problem, upstream, grad_rows)
 
 
 def _target_logits(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:

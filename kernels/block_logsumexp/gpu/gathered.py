@@ -57,7 +57,7 @@ def gathered_forward_kernel(
     o_columns = tl.arange(0, WIDTH)
     b_state = tl.load(states + position * width + o_columns, mask=o_columns < width, other=0.0)
     b_state = b_state.to(tl.float32)
-    # Each lane keeps the sum of its own entries; they meet once, at the end.
+    # Each lane keeps the sum of its own entries; they are combined once, at the end.
     b_max = tl.full((ITEMS,), -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros((ITEMS,), dtype=tl.float32)
     for entry in range(tl.load(item_starts + i_pair), end, ITEMS):

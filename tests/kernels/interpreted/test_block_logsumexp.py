@@ -10,8 +10,9 @@ from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair, launch_listed
+from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair
 from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
+from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 
@@ -265,7 +266,7 @@ def test_gradients_of_rows_add_to_what_is_there() -> None:
 
 
 def test_entries_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_listed, "LEAST_ENTRIES", 13)
+    monkeypatch.setattr(gpu_listed, "LEAST_ENTRIES", 13)
     check(*draw(11, 45, 8, torch.float32), listed(11, 45, offsets=True))
 
 

@@ -18,9 +18,10 @@ from shardrec.kernels import (
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, nearby
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
+from shardrec.kernels.cost.terms import KernelCost, LossCost
 from shardrec.kernels.cost.triton import Listed, listed_kernels, sign_kernels, topk_kernels
-from shardrec.kernels.cost.workload import KernelCost, LossCost, Workload
 from shardrec.kernels.negatives import mixed_signs
+from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import reduced_cross_entropy_cost
 
 D = 64

@@ -1,4 +1,4 @@
-"""CCE- over shards: states travel to the rows, or rows to the states, by counted bytes."""
+"""CCE- over shards: states are sent, or the rows in use are fetched, by counted bytes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from shardrec.kernels import RowShard, sampled_cross_entropy
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
-from shardrec.kernels.cost.workload import Workload
 from shardrec.kernels.negatives import Popularity
-from shardrec.kernels.ranks.communicator import Collective
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.ranks.traffic import Workload
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 311, 20_003, 12
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
 POSITION_ENDS = {1: (311,), 2: (154, 311), 3: (150, 150, 311)}
 ROW_ENDS = {1: (20_003,), 2: (10_002, 20_003), 3: (12_000, 20_003, 20_003)}
 
-# Options, and what travels where there are several ranks.
+# Options, and what is sent where there are several ranks.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "few-shared-by-all": ({"num_negatives": 40, "share": None}, "rows"),
     "two-blocks": ({"num_negatives": 40, "share": 156}, "rows"),
@@ -41,7 +41,7 @@ class Result:
     losses: Tensor
     grad_states: Tensor
     grad_rows: Tensor
-    swaps: int
+    all_to_alls: int
     received_bytes: float
 
 
@@ -61,31 +61,32 @@ def options_of(case: str) -> dict[str, Any]:
     return options
 
 
-class Travelled:
+class Received:
     """Counts what arrives from other ranks: vectors of the model's width."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.bytes, self.swaps = 0.0, 0
-        gather, scatter = Collective.start_gather, Collective.start_reduce_scatter
-        swap = Collective.swap
+        self.bytes, self.all_to_alls = 0.0, 0
+        gather, scatter = Communicator.start_all_gather_rows, Communicator.start_reduce_scatter
+        all_to_all = Communicator.all_to_all
 
-        def start_gather(exchange: Collective, local: Tensor, chunk: Any) -> Any:
-            self.note(local.new_empty(chunk.positions.numel(), *local.shape[1:]))
-            return gather(exchange, local, chunk)
+        def start_gather(ranks: Communicator, local: Tensor, counts: Any) -> Any:
+            self.note(local.new_empty(sum(counts), *local.shape[1:]))
+            return gather(ranks, local, counts)
 
-        def start_reduce_scatter(exchange: Collective, full: Tensor, chunk: Any) -> Any:
-            self.note(full)
-            return scatter(exchange, full, chunk)
+        def start_reduce_scatter(ranks: Communicator, full: Tensor, counts: Any) -> Any:
+            if ranks.group is not None:
+                self.note(full)
+            return scatter(ranks, full, counts)
 
-        def counted_swap(exchange: Collective, *args: Any) -> Tensor:
-            received = swap(exchange, *args)
-            self.swaps += 1
+        def counted_all_to_all(ranks: Communicator, *args: Any) -> Tensor:
+            received = all_to_all(ranks, *args)
+            self.all_to_alls += 1
             self.note(received)
             return received
 
-        patch.setattr(Collective, "start_gather", start_gather)
-        patch.setattr(Collective, "start_reduce_scatter", start_reduce_scatter)
-        patch.setattr(Collective, "swap", counted_swap)
+        patch.setattr(Communicator, "start_all_gather_rows", start_gather)
+        patch.setattr(Communicator, "start_reduce_scatter", start_reduce_scatter)
+        patch.setattr(Communicator, "all_to_all", counted_all_to_all)
 
     def note(self, tensor: Tensor) -> None:
         if tensor.dim() == 2 and tensor.shape[1] == WIDTH:
@@ -99,13 +100,13 @@ def on_ranks(case: str) -> Result:
     own, held = part(POSITION_ENDS[num_ranks], rank), part(ROW_ENDS[num_ranks], rank)
     shard = RowShard(table[held].requires_grad_(), held.start, NUM_ITEMS, dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
-        travelled = Travelled(patch)
+        received = Received(patch)
         mean = losses_of(case, states[own].requires_grad_(), shard, targets[own], weights[own])
     each = losses_of(
         case, states[own].requires_grad_(), shard, targets[own], weights[own], reduction="none"
     )
-    return Result(mean.loss, each.losses, mean.grad_states, mean.grad_rows, travelled.swaps,
-                  travelled.bytes)  # fmt: skip
+    return Result(mean.loss, each.losses, mean.grad_states, mean.grad_rows, received.all_to_alls,
+                  received.bytes)  # fmt: skip
 
 
 def losses_of(
@@ -139,9 +140,9 @@ def test_either_way_gives_the_loss_and_gradients_of_one_process(ranks: Ranks, ca
     each = losses_of(case, *inputs, reduction="none")
     for num_ranks in (1, 2, 3):
         results = ranks(num_ranks).run(on_ranks, case)
-        rows_travel = CASES[case][1] == "rows" and num_ranks > 1
+        fetches_rows = CASES[case][1] == "rows" and num_ranks > 1
         # One all-to-all in forward and one in backward, or none.
-        assert [result.swaps for result in results] == [2 * rows_travel] * num_ranks
+        assert [result.all_to_alls for result in results] == [2 * fetches_rows] * num_ranks
         for result in results:
             assert result.loss == pytest.approx(alone.loss, rel=2e-6)
         for name, expected in (
@@ -154,7 +155,7 @@ def test_either_way_gives_the_loss_and_gradients_of_one_process(ranks: Ranks, ca
 
 
 @pytest.mark.parametrize("case", ["few-shared-by-all", "many-shared-by-all", "many-blocks"])
-def test_the_model_of_bytes_says_what_travels_and_which_way_is_cheaper(
+def test_the_predicted_bytes_are_those_received_and_decide_which_way_is_taken(
     ranks: Ranks, case: str
 ) -> None:
     options, way = CASES[case]

@@ -15,14 +15,14 @@ from shardrec.kernels import (
     RowShard,
     block_logsumexp,
     cut_cross_entropy,
-    fused_cce,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
-from shardrec.kernels.cost import workload as cost
-from shardrec.kernels.cost.workload import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
-from shardrec.kernels.ranks.communicator import Collective
+from shardrec.kernels.loss import fused
+from shardrec.kernels.ranks import traffic as cost
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.ranks.traffic import LEAST_CHUNKS, MOST_CHUNK_BYTES, num_chunks
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 4200, 300, 256
 POSITION_ENDS = {2: (3000, 4200), 3: (1500, 1500, 4200)}
@@ -78,20 +78,23 @@ class Log:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.largest_bytes = 0
-        for name, label in (("start_gather", "states"), ("start_reduce_scatter", "gradients")):
+        for name, label in (
+            ("start_all_gather_rows", "states"),
+            ("start_reduce_scatter", "gradients"),
+        ):
             self.watch(patch, name, label)
         for function in ("forward", "backward"):
             self.note_calls(patch, block_logsumexp, function)
-        self.note_calls(patch, fused_cce, "_add_group")
+        self.note_calls(patch, fused, "_add_group")
 
     def watch(self, patch: pytest.MonkeyPatch, name: str, label: str) -> None:
-        original = getattr(Collective, name)
+        original = getattr(Communicator, name)
 
-        def start(exchange: Collective, tensor: Tensor, chunk: Any) -> Callable[[], Tensor]:
-            wait = original(exchange, tensor, chunk)
+        def start(ranks: Communicator, tensor: Tensor, counts: Any) -> Callable[[], Tensor]:
+            wait = original(ranks, tensor, counts)
             if tensor.dim() != 2 or tensor.shape[1] != WIDTH:
                 return wait
-            size = chunk.positions.numel() * WIDTH * tensor.element_size()
+            size = sum(counts) * WIDTH * tensor.element_size()
             self.largest_bytes = max(self.largest_bytes, size)
             self.events.append(f"send {label}")
 
@@ -101,7 +104,7 @@ class Log:
 
             return noted
 
-        patch.setattr(Collective, name, start)
+        patch.setattr(Communicator, name, start)
 
     def note_calls(self, patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         original = getattr(module, name)

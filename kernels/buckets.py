@@ -1,0 +1,174 @@
+"""Buckets of sce and hce: the positions and rows of largest inner product with random centres."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardrec.kernels.loss.inputs import Inputs
+from shardrec.kernels.negatives import STREAM_MIX, mixed_signs, random_signs
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.select import merge_topk, topk_rows
+
+__all__ = [
+    "Buckets",
+    "best_of_all_ranks",
+    "bucket_centres",
+    "default_num_buckets",
+    "fill_buckets",
+    "mixed_centres",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The positions and items of every bucket, the same on every rank.
+
+    A pair is a (position, bucket); pairs are in the order of positions, then buckets.
+
+    Attributes:
+        positions: (n_b, b_x) int64 global positions.
+        items: (n_b, b_y) int64 global items.
+    """
+
+    positions: Tensor
+    items: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Global position and bucket of every pair, both (n_b * b_x,) int64, in pair order."""
+        buckets = torch.arange(self.positions.shape[0], device=self.positions.device)
+        buckets = buckets[:, None].expand_as(self.positions).flatten()
+        positions, order = self.positions.flatten().sort(stable=True)
+        return positions, buckets[order]
+
+
+def mixed_centres(
+    states: Tensor,
+    first_position: int,
+    num_buckets: int,
+    *,
+    seed: int,
+    step: int,
+    backend: str = "auto",
+) -> Tensor:
+    """(n_b, D) float32 random combinations of these positions' states.
+
+    Line b is ``sum_i omega_ib x_i`` with omega random signs of (global position i, b); summed
+    over ranks, the combinations of all positions. No more signs are stored than a tile needs.
+
+    Args:
+        states: (N, D); no gradient is taken.
+        first_position: Global index of ``states[0]``.
+        num_buckets: n_b.
+        seed: Key of the generator.
+        step: Training step.
+        backend: "auto", "torch" or "triton".
+    """
+    return mixed_signs(
+        states,
+        first_position,
+        num_buckets,
+        seed=seed,
+        step=step,
+        stream=STREAM_MIX,
+        backend=backend,
+    )
+
+
+def fill_buckets(
+    inputs: Inputs, centres: Tensor, positions_per_bucket: int, items_per_bucket: int
+) -> Buckets:
+    """The positions and items with the largest inner product with each centre, over all ranks.
+
+    Chosen in float32, ties by lower index.
+
+    Args:
+        inputs: The batch and the table.
+        centres: (n_b, D) float32, the same on every rank.
+        positions_per_bucket: b_x.
+        items_per_bucket: b_y.
+
+    Collectives: two all-gathers of (n_b, b_x) and two of (n_b, b_y) scores and indices.
+    """
+    layout = inputs.layout
+    positions = best_of_all_ranks(
+        topk_rows(centres, inputs.states, positions_per_bucket, inputs.backend),
+        layout.first_position,
+        min(positions_per_bucket, layout.num_positions),
+        inputs.ranks,
+    )
+    items = best_of_all_ranks(
+        topk_rows(centres, inputs.scaled_rows(), items_per_bucket, inputs.backend),
+        inputs.row_ids.first,
+        min(items_per_bucket, inputs.num_items),
+        inputs.ranks,
+    )
+    return Buckets(positions, items)
+
+
+def best_of_all_ranks(
+    found: tuple[Tensor, Tensor], first: int, k: int, ranks: Communicator
+) -> Tensor:
+    """(n_b, k) int64 global indices of the best of all ranks' lists.
+
+    Args:
+        found: (n_b, m) float32 scores and int64 local indices of this rank, m at most k.
+        first: Global index of local index 0.
+        k: Number wanted.
+        ranks: The ranks that hold the rest.
+
+    Collectives: two all-gathers of (n_b, k).
+    """
+    scores, indices = found
+    missing = k - scores.shape[1]
+    scores = F.pad(scores, (0, missing), value=-torch.inf)
+    indices = F.pad(indices + first, (0, missing), value=torch.iinfo(torch.int64).max)
+    of_ranks = ranks.all_gather(scores)
+    if len(of_ranks) == 1:
+        return indices
+    stacked_indices = ranks.all_gather(indices).transpose(0, 1).flatten(1)
+    return merge_topk(of_ranks.transpose(0, 1).flatten(1), stacked_indices, k)[1]
+
+
+def bucket_centres(inputs: Inputs, num_buckets: int, mix: bool, seed: int, step: int) -> Tensor:
+    """(n_b, D) float32 centres of the buckets, the same on every rank.
+
+    Args:
+        inputs: The batch and the table.
+        num_buckets: n_b.
+        mix: Random combinations of the states of all ranks; else random signs.
+        seed: Key of the generator.
+        step: Training step.
+
+    Collectives: one all-reduce of (n_b, D) for mixed centres.
+    """
+    if not mix:
+        return random_signs(
+            0,
+            num_buckets,
+            inputs.states.shape[1],
+            seed=seed,
+            step=step,
+            stream=STREAM_MIX,
+            device=inputs.states.device,
+            backend=inputs.backend,
+        )
+    own = mixed_centres(
+        inputs.states,
+        inputs.layout.first_position,
+        num_buckets,
+        seed=seed,
+        step=step,
+        backend=inputs.backend,
+    )
+    return inputs.ranks.sum(own)
+
+
+def default_num_buckets(num_positions: int) -> int:
+    """``2 sqrt(N)``, the paper's recommendation for both n_b and b_x, at least 1.
+
+    >>> default_num_buckets(10000)
+    200
+    """
+    return torch.sym_max(1, round(2 * torch.sym_sqrt(num_positions)))
