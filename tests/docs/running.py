@@ -29,7 +29,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names: dict[str, Any] = {"__name__": "page"}
+        self.names: dict[str, Any] = {"__name__": "__main__"}
 
     def take(self, block: Block) -> None:
         """Run one block.
@@ -45,7 +45,8 @@ class Reader:
             return
         elif block.language == "python" and block.mark in ("run", "needs", "setup"):
             with inside(self.folder):
-                exec(compile(block.text, block.place, "exec"), self.names)
+                code = compile(block.text, block.place, "exec", dont_inherit=True)
+                exec(code, self.names)
         elif block.language == "bash" and block.mark in ("run", "needs"):
             for command in block.commands():
                 run(command, self.folder, block.place)
