@@ -1,44 +1,50 @@
-"""The ``shardrec`` command: one subcommand for each stage, and one rule for what goes wrong.
+"""The ``shardrec`` command: finds the subcommand, and decides how errors are shown.
 
 Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
-2 the input or an option is wrong, in one line; 3 a gate or a rollback stands against a publication;
-75 stopped by SIGTERM, to be started again; 130 interrupted; 143 ended by SIGTERM where there are no
-checkpoints. Nothing but 0 leaves a finished-looking output.
+2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
+earlier rollback; 75 stopped by SIGTERM, to be started again; 130 interrupted; 143 ended by SIGTERM
+where there are no checkpoints. Nothing but 0 leaves a finished-looking output.
+
+Errors for the user are those that a ``raise`` statement of this package makes, and what the
+operating system refuses: they become one line. Every other error is a bug and keeps its traceback.
+``SHARDREC_DEBUG=1`` shows all tracebacks.
 """
 
-import dis
+import errno
 import importlib
+import linecache
+import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 
 import shardrec
-from shardrec.launch.os_errors import WRONG_PATHS, explain
-from shardrec.pipeline.interruption import Preempted
+from shardrec.launch.stages import COMMANDS, STAGES
 
-COMMANDS = {
-    "synth": "generate an event log whose best possible metrics are known",
-    "prepare": "turn an event log into a prepared folder that training streams",
-    "train": "train on a prepared folder",
-    "evaluate": "rank the whole catalog for the test users and write the metrics",
-    "recommend": "write the best items of every user to Parquet",
-    "export": "write item vectors and the encoder for a service",
-    "gate": "compare an evaluated run with the published model on the same users",
-    "publish": "let a pointer name an export, in one step",
-    "rollback": "let a pointer name what it named before",
-    "report": "write one HTML page that shows and compares runs",
-    "plan": "say what a run will cost each rank, and how large a catalog fits",
-    "launch": "run a stage through TorchX, here or on a cluster",
-    "doctor": "say what is installed, whether it fits together, how to mend it",
-    "demo": "the whole job on generated data or on your own log, with a table",
-}
-# Where the functions of the commands are, but for those of shardrec.launch.commands.
-ELSEWHERE = {
-    **dict.fromkeys(("recommend", "export", "gate", "publish", "rollback"), "delivery"),
-    **dict.fromkeys(("launch", "report", "doctor", "demo"), "tools"),
-}
 BAD_INPUT, FAILED, REFUSED, INTERRUPTED = 2, 1, 3, 130
 PREEMPTED = 75  # "temporary failure, try again" among the codes of sysexits.h
+_WRONG_KINDS = (
+    *(ValueError, TypeError, PermissionError),
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
+)
+
+# Errors of the operating system that another path avoids, and one that more room on the disk does.
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_PATH_RULES = {
+    errno.ENOTDIR: "path must be in a folder, got {path}{which}; choose another",
+    errno.EEXIST: "path must be a new name or a folder, got {path}{which}; choose another",
+    errno.EISDIR: "path must name a file, got the folder {path}; name a file",
+    errno.ENOENT: "path must exist, got {path}; check it",
+    errno.ENAMETOOLONG: "names must be short enough for the file system, got {name} of {length} "
+    "bytes ({reason}); choose a shorter one",
+}
+_NO_ROOM = (
+    "the disk of the output must have room for it, got {reason} at {path}; free some space and "
+    "start again"
+)
+_RULES = _PATH_RULES | dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _NO_ROOM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,14 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What ``shardrec --help`` prints."""
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: shardrec COMMAND [options]; shardrec COMMAND --help says more",
             "",
             "Trains sequential recommenders over row-sharded catalogs of items.",
             "",
-            *lines,
+            *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
             "",
             "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
             "75 stopped by SIGTERM and to be started again, 130 interrupted, 143 ended by SIGTERM",
@@ -81,63 +86,110 @@ def usage() -> str:
 def run(name: str, arguments: list[str]) -> int:
     """Run a subcommand; errors that were raised for the user become one line on stderr."""
     try:
-        module = f"shardrec.launch.{ELSEWHERE.get(name, 'commands')}"
-        return int(getattr(importlib.import_module(module), name)(arguments))
+        module = "commands" if name in STAGES else "tools"
+        return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))
     except SystemExit as stopped:  # a parser has said what is wrong, or printed its help
         if not isinstance(stopped.code, int | None):
             raise
         return stopped.code or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except ModuleNotFoundError as error:
-        if (error.name or "shardrec").partition(".")[0] == "shardrec":
-            raise
-        message = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
-        print(f"shardrec {name}: {message}", file=sys.stderr)
-        return FAILED
     except Exception as error:
         if not is_for_the_user(error):
             raise
-        print(f"shardrec {name}: {spell(error)}", file=sys.stderr)
+        if os.environ.get("SHARDREC_DEBUG", "0") != "0":
+            traceback.print_exc()
+        print(f"shardrec {name}: {one_line(error)}", file=sys.stderr)
         return exit_code(error)
 
 
 def is_for_the_user(error: Exception) -> bool:
     """Whether ``error`` was raised on purpose to tell the user, and not by a bug.
 
-    So it is when a ``raise`` of this package made it (a failed assertion excepted), or when the
-    operating system refused something.
+    So it is when the last line of its traceback is a ``raise`` statement of this package, when the
+    operating system refused something, or when a package of somebody else is not installed.
     """
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "shardrec").partition(".")[0] != "shardrec"
     if isinstance(error, OSError):
         return True
-    last = _last_frame(error.__traceback__)
-    if isinstance(error, AssertionError) or last is None:
+    *_, (frame, line) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
+    if frame is None or not frame.f_globals.get("__name__", "").startswith("shardrec."):
         return False
-    ours = last.tb_frame.f_globals.get("__name__", "").startswith("shardrec.")
-    instruction = last.tb_frame.f_code.co_code[last.tb_lasti]
-    return ours and instruction == dis.opmap["RAISE_VARARGS"]
+    source = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
+    return source.lstrip().startswith("raise ")
 
 
-def _last_frame(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace
-
-
-def spell(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message in one line."""
     text = explain(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, ModuleNotFoundError):
+        text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
     return " ".join((text or type(error).__name__).split())
 
 
 def exit_code(error: Exception) -> int:
     """2 when the input is at fault, 75 after SIGTERM, 1 when something failed on the way."""
+    from shardrec.pipeline.interruption import Preempted
+
     if isinstance(error, Preempted):
         return PREEMPTED
-    missing = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-    wrong = (ValueError, TypeError, PermissionError, *missing)
-    is_path = isinstance(error, OSError) and error.errno in WRONG_PATHS
-    return BAD_INPUT if is_path or isinstance(error, wrong) else FAILED
+    is_path = isinstance(error, OSError) and error.errno in (*_PERMISSION, *_PATH_RULES)
+    return BAD_INPUT if is_path or isinstance(error, _WRONG_KINDS) else FAILED
+
+
+def explain(error: OSError) -> str:
+    """What the operating system refused: what must hold, what was found, what to do.
+
+    Args:
+        error: as raised by Python or pyarrow. Where it names a file, that file is looked at to tell
+            an input that cannot be read from an output that cannot be written. A message that is
+            in this form already is returned without its error number.
+    """
+    said, number, path = str(error.strerror or error), error.errno or 0, _path_of(error)
+    if " must " in said:
+        return said
+    if path is None or number not in (*_PERMISSION, *_RULES):
+        return str(error)
+    reason = os.strerror(number)
+    if number in _PERMISSION:
+        return _not_permitted(path, reason)
+    name = max(path.parts, key=lambda part: len(os.fsencode(part)))
+    file = next((str(one) for one in (path, *path.parents) if os.path.isfile(one)), None)
+    return _RULES[number].format(
+        path=repr(str(path)),
+        which=f", where {file!r} is a file" if file else f" ({reason})",
+        name=repr(name if len(name) <= 60 else f"{name[:60]}…"),
+        length=len(os.fsencode(name)),
+        reason=reason,
+    )
+
+
+def _path_of(error: OSError) -> Path | None:
+    if error.filename is not None and not isinstance(error.filename, int):
+        return Path(os.fsdecode(error.filename))
+    # How pyarrow and the standard library name the file inside a message.
+    named = re.search(r"(?:file|directory|path) '([^']+)'", str(error))
+    return Path(named[1]) if named else None
+
+
+def _not_permitted(path: Path, reason: str) -> str:
+    """Whether it is an input or an output that permissions refuse, and which file or folder."""
+    folder = next((one for one in path.absolute().parents if os.path.isdir(one)), Path("/"))
+    if os.path.exists(path) and not _allows(path, os.R_OK):
+        rule, got, kind = "input must be a file or folder that can be read", path, ""
+    elif not _allows(folder, os.X_OK):
+        rule, got, kind = "path must be in folders that can be entered", path, ""
+        reason = f"{reason} in {str(folder)!r}"
+    elif os.path.isfile(path) and _allows(folder, os.W_OK):
+        rule, got, kind = "output must be a file that can be written", path, " name"
+    else:
+        rule, got, kind = "output must be in a folder that can be written", folder, " folder"
+    return f"{rule}, got {str(got)!r} ({reason}); choose another{kind} or fix its permissions"
+
+
+def _allows(path: Path, how: int) -> bool:
+    return os.access(path, how, effective_ids=os.access in os.supports_effective_ids)
 
 
 if __name__ == "__main__":

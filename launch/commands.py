@@ -1,124 +1,287 @@
-"""The stages that make a model, one function each: reads arguments, runs, returns the exit code.
+"""The stages as commands: each reads its arguments, calls its function of the pipeline, and prints.
 
-A stage is imported by the command that needs it, so that ``prepare`` does not wait for torch. What
-follows training is in ``delivery.py``, what is no stage in ``tools.py``.
+What a stage needs is imported when it runs, so that ``prepare`` does not wait for torch, and help
+waits for nothing but the config. Commands that are no stage are in ``tools.py``.
 """
 
 import os
+import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shardrec.launch.options import Parser, add_options, add_timeout, read_options
-from shardrec.launch.unwinding import sigterm_unwinds
+from shardrec.launch.cli import REFUSED
+from shardrec.launch.options import (
+    Parser,
+    add_options,
+    add_timeout,
+    read_options,
+    require_set_once,
+)
+from shardrec.launch.signals import exit_on_sigterm
+from shardrec.launch.stages import COMMANDS, STAGES, imported
 
 if TYPE_CHECKING:
+    from shardrec.pipeline.export import ExportConfig
+    from shardrec.pipeline.gate import GateConfig
+    from shardrec.pipeline.log.config import PrepareConfig
+    from shardrec.pipeline.log.generator import SynthConfig
     from shardrec.pipeline.model.measure import MeasureConfig
-    from shardrec.pipeline.prepare import PrepareConfig
-    from shardrec.pipeline.synth import SynthConfig
-    from shardrec.pipeline.train import TrainConfig
+    from shardrec.pipeline.publish import PublishConfig, RollbackConfig
+    from shardrec.pipeline.recipes import Recipe
+    from shardrec.pipeline.recommend import RecommendConfig
+    from shardrec.pipeline.run.config import TrainConfig
+
+__all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
+
+# Options of the config that `train` has options of its own for.
+OWN_OPTIONS = {
+    "data": "prepared",
+    "output": "run",
+    "init_from.run": "init_from",
+    "profile.steps": "profile",
+}
 
 
-def synth(arguments: Sequence[str]) -> int:
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a stage and return its exit code."""
+    options, config = read(name, arguments)
+    with exit_on_sigterm() if STAGES[name].kind == "single" else nullcontext():
+        return FUNCTIONS[name](options, config)
+
+
+def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
+    """The options of a stage and the config made from them; exits or raises if one is wrong."""
+    special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
+    return (
+        special[name](arguments)
+        if name in special
+        else read_with(parser_for(name), name, arguments)
+    )
+
+
+def read_with(parser: Parser, name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
+    """What ``parser`` reads and the config of the stage, after adding the options of its config."""
+    config = imported(STAGES[name].config)
+    add_options(parser, config)
+    options = parser.parse(arguments)
+    return options, read_options(config, options)
+
+
+def parser_for(name: str) -> Parser:
+    """A parser for a command with its help; with ``--timeout`` if several workers may run it."""
+    command = COMMANDS[name]
+    parser = Parser(name, command.description, command.epilog)
+    if command.kind == "distributed":
+        add_timeout(parser)
+    return parser
+
+
+def synth(options: Namespace, config: "SynthConfig") -> int:
     """Generate a log and say how well the best possible model would do on it."""
     from shardrec.pipeline.synth import generate
 
-    options, config = read_synth(arguments)
-    with sigterm_unwinds():
-        report = generate(config, options.output, force=options.force)
-    print(report)
+    print(generate(config, options.output, force=options.force))
     print(f"events in {options.output}")
     return 0
 
 
-def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
-    """What the arguments of ``synth`` spell; exits when they are wrong."""
-    from shardrec.pipeline.synth import SynthConfig
-
-    parser = Parser(
-        "synth",
-        "Writes a generated event log to one Parquet file: popularity by Zipf's law, users with\n"
-        "drifting tastes, and order that matters. Equal options write equal events, at any size.\n"
-        "Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and of popularity.\n"
-        "Asked again for the same, it does nothing.",
-        "example: shardrec synth --output log.parquet --users 40000 --items 50000 --events 1000000",
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
-    parser.add_argument("--force", action="store_true", help="replace a log that is there")
-    add_options(parser, SynthConfig)
-    options = parser.parse(arguments)
-    return options, read_options(SynthConfig, options)
-
-
-def prepare(arguments: Sequence[str]) -> int:
+def prepare(_: Namespace, config: "PrepareConfig") -> int:
     """Turn an event log into a prepared folder."""
     from shardrec.pipeline.prepare import prepare_once
     from shardrec.pipeline.prepared.balance import describe_loads
 
-    config = read_prepare(arguments)
-    with sigterm_unwinds():
-        done = prepare_once(config)
-    for name, count in done.manifest.counts.items():
-        print(f"{name.replace('_', ' '):<40} {count:>14,}")
+    done = prepare_once(config)
+    print_counts(done.manifest.counts)
     print("\n".join(describe_loads(done.manifest.load_per_rank)))
-    told = f"wrote {config.output}"
-    print(told if done.is_new else f"{config.output} is complete already: nothing was done")
+    print_end(done.is_new, config.output, "is complete already: nothing was done")
     return 0
 
 
-def read_prepare(arguments: Sequence[str]) -> "PrepareConfig":
-    """The config that the arguments of ``prepare`` spell; exits when they are wrong."""
-    from shardrec.pipeline.prepare import PrepareConfig
-
-    parser = Parser(
-        "prepare",
-        "Reads an event log (Parquet: user, item, time) and writes what training and evaluation\n"
-        "stream: sequences, splits, item counts, and a manifest that is there only when all is.\n"
-        "Sorting spills to disk: the log may be larger than memory. Asked again for the same, it\n"
-        "does nothing and says so; --force does it again.\n"
-        "The day after, --items keeps the index of every item that the last folder had.",
-        "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output data",
-    )
-    add_options(parser, PrepareConfig)
-    return read_options(PrepareConfig, parser.parse(arguments))
-
-
-def train(arguments: Sequence[str]) -> int:
+def train(options: Namespace, config: "TrainConfig") -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
-    from shardrec.launch.signals import grace_seconds, sigterm_asks
+    from shardrec.launch.signals import grace_seconds, stop_on_sigterm
     from shardrec.launch.workers import check_restarts, workers
     from shardrec.pipeline.train import train as run_train
 
-    options, config = read_train(arguments)
     resume, force = options.resume, options.force
     check_restarts(resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
-    with workers(options.timeout) as found, sigterm_asks(grace_s, found.peers) as interrupted:
+    with workers(options.timeout) as found, stop_on_sigterm(grace_s, found.peers) as interrupted:
         run_train(config, resume=resume, force=force, interrupted=interrupted)
     return 0
 
 
-def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
-    """What the arguments of ``train`` spell; exits when they are wrong."""
-    from shardrec.pipeline.config import describe, override, unknown_name
-    from shardrec.pipeline.recipes import RECIPES
-    from shardrec.pipeline.run.replace import check_force
+def evaluate(options: Namespace, config: "MeasureConfig") -> int:
+    """Rank the whole catalog for the users of a split and write the metrics into the run."""
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.evaluate import evaluate as run_evaluate
+    from shardrec.pipeline.evaluate import evaluate_popularity
+    from shardrec.pipeline.ranks import rank_of
 
-    parser = Parser(
-        "train",
-        "Trains on a prepared folder and writes a run folder: the best and the last weights,\n"
-        "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one process;\n"
-        "`shardrec launch train` starts several. Options of the model are set by dotted names:\n"
-        "  shardrec train --prepared data --run run --recipe demo loss=cce_minus encoder.width=64\n"
-        "After SIGTERM it ends the step, writes a checkpoint and exits with 75: start it again.",
-    )
+    report: dict[str, Any] = {
+        "split": options.split,
+        "output": options.output,
+        "force": options.force,
+    }
+    with process_group(options.timeout) as (group, _):
+        if options.run is None:
+            metrics = evaluate_popularity(options.prepared, config, **report)
+        else:
+            report["checkpoint"] = options.checkpoint or "best"
+            metrics = run_evaluate(options.run, options.prepared, config, **report)["metrics"]
+        if rank_of(group) == 0:
+            print_metrics(metrics)
+            if options.output or options.run:
+                print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
+    return 0
+
+
+def recommend(options: Namespace, config: "RecommendConfig") -> int:
+    """Write the best items of every user of some histories."""
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.ranks import rank_of
+    from shardrec.pipeline.recommend import recommend as run_recommend
+
+    with process_group(options.timeout) as (group, _):
+        done = run_recommend(config)
+        if rank_of(group) == 0:
+            print_counts(done.manifest["counts"])
+            rate = f"{config.output}: {done.users_per_second:,.0f} users/s"
+            print_end(done.is_new, rate if done.is_new else config.output)
+    return 0
+
+
+def export(options: Namespace, config: "ExportConfig") -> int:
+    """Write item vectors and the encoder for a service."""
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.export import export as run_export
+    from shardrec.pipeline.ranks import rank_of
+
+    with process_group(options.timeout) as (group, _):
+        done = run_export(config)
+        if rank_of(group) == 0:
+            manifest = done.manifest
+            print(f"{manifest['num_items']:,} items, catalog version {manifest['catalog_version']}")
+            if index := manifest.get("faiss"):
+                print(f"index {index['factory']}: recall@10 {index['recall@10']:.4f}")
+            print_end(done.is_new, config.output)
+    return 0
+
+
+def gate(_: Namespace, config: "GateConfig") -> int:
+    """Say whether an evaluated run may take the place of the published model."""
+    from shardrec.pipeline.gate import gate as run_gate
+
+    verdict = run_gate(config)
+    print_end(verdict.is_new, config.report, "says so already: nothing to do")
+    if verdict.passed:
+        print(f"passed: {verdict.reason}")
+        return 0
+    print(f"shardrec gate: refused: {verdict.reason}", file=sys.stderr)
+    return REFUSED
+
+
+def publish(_: Namespace, config: "PublishConfig") -> int:
+    """Make a pointer name an export."""
+    from shardrec.pipeline.publish import Refused
+    from shardrec.pipeline.publish import publish as run_publish
+
+    try:
+        done = run_publish(config)
+    except Refused as refusal:
+        print(f"shardrec publish: {refusal}", file=sys.stderr)
+        return REFUSED
+    line = f"{config.published} names {config.export}, number {done.publication.number}"
+    print(line if done.is_new else f"{line} already: nothing to do")
+    return 0
+
+
+def rollback(_: Namespace, config: "RollbackConfig") -> int:
+    """Make a pointer name what it named before."""
+    from shardrec.pipeline.publish import rollback as run_rollback
+
+    done = run_rollback(config)
+    line = f"{config.published} names {done.publication.export}, number {done.publication.number}"
+    print(line if done.is_new else f"{line} already: nothing to do")
+    return 0
+
+
+FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
+    **{"synth": synth, "prepare": prepare, "train": train, "evaluate": evaluate},
+    **{"recommend": recommend, "export": export},
+    **{"gate": gate, "publish": publish, "rollback": rollback},
+}
+
+
+def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
+    """The options of ``synth`` and what to generate."""
+    parser = parser_for("synth")
+    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
+    parser.add_argument("--force", action="store_true", help="replace a log that is there")
+    return read_with(parser, "synth", arguments)
+
+
+def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
+    """The options of ``train`` and the config of its recipe with the overrides applied."""
+    from shardrec.pipeline.config import override
+
+    parser = parser_for("train")
+    add_train_options(parser)
+    parser.epilog = f"{parser.epilog}\n\n{describe_recipes()}"
+    options = parser.parse(arguments)
+    if options.force:
+        from shardrec.pipeline.run.replace import check_force
+
+        check_force(options.force, options.resume)
+    given = {
+        name: value
+        for name, option in OWN_OPTIONS.items()
+        if (value := getattr(options, option)) is not None
+    }
+    words = {name: f"--{OWN_OPTIONS[name].replace('_', '-')} {given[name]}" for name in given}
+    require_set_once(options.overrides, words)
+    recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
+    rest = [f"{name}={value}" for name, value in given.items()]
+    return options, override(recipe, [*rest, *options.overrides])
+
+
+def describe_recipes() -> str:
+    """The recipes by name, and all options as the recipe ``demo`` sets them."""
+    from shardrec.pipeline.config import describe
+    from shardrec.pipeline.recipes import RECIPES
+
+    lines = [
+        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    ]
+    heading = "options, as the recipe `demo` sets them:"
+    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])
+
+
+def recipe_named(name: str) -> "Recipe":
+    """The recipe that a user asked for.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    from shardrec.pipeline.config import unknown_name
+    from shardrec.pipeline.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise ValueError(unknown_name("recipe", name, list(RECIPES)))
+    return RECIPES[name]
+
+
+def add_train_options(parser: Parser) -> None:
+    """Add the options of ``train`` that are not in its config, and the overrides that are."""
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument(
         "--run",
         required=True,
         metavar="DIR",
-        help="folder to write: new or empty, but for --resume and --force",
+        help="folder to write: new or empty, except with --resume and --force",
     )
     parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
     parser.add_argument(
@@ -134,13 +297,11 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     parser.add_argument(
         "--force",
         action="store_true",
-        help="train anew where the folder holds a run: the new one is written beside it, in "
-        ".RUN.partial, and takes its place when it has finished; until then the former run is as "
-        "it was. Other files in the folder are refused, and checkpoints elsewhere need a new "
-        "folder. After an interruption, --force "
+        help="train again where the folder holds a run: the new run is written to .RUN.partial "
+        "next to it and replaces it only when it has finished. Other files in the folder are "
+        "refused, and checkpoints elsewhere need a new folder. After an interruption, --force "
         "--resume=auto goes on with the new run and --force alone begins it again",
     )
-    add_timeout(parser)
     parser.add_argument(
         "--grace",
         type=float,
@@ -152,8 +313,8 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     parser.add_argument(
         "--init-from",
         metavar="RUN",
-        help="start from the weights of this run, whose items may be fewer; what is kept, and "
-        "how new items start, say init_from.optimizer, init_from.new_rows, init_from.checkpoint",
+        help="start from the weights of this run, which may have fewer items; init_from.optimizer, "
+        "init_from.new_rows and init_from.checkpoint say what is kept and how new items start",
     )
     parser.add_argument(
         "--profile",
@@ -165,107 +326,11 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
         "and what share of the time each part of a step takes",
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
-    lines = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
-    example = describe(RECIPES["demo"]("DIR", "DIR"))
-    parser.epilog = "\n".join(
-        ["recipes:", *lines, "", "options, as the recipe `demo` sets them:", example]
-    )
-    options = parser.parse(arguments)
-    check_force(options.force, options.resume)
-    if options.recipe not in RECIPES:
-        raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
-    recipe = RECIPES[options.recipe](options.prepared, options.run)
-    words = {name: getattr(options, word) for name, word in OWN_WORDS.items()}
-    said = {
-        n: f"--{OWN_WORDS[n].replace('_', '-')} {value}"
-        for n, value in words.items()
-        if value is not None
-    }
-    check_said_once(options.overrides, said)
-    started = [] if options.init_from is None else [f"init_from.run={options.init_from}"]
-    profiled = [] if options.profile is None else [f"profile.steps={options.profile}"]
-    return options, override(recipe, [*started, *profiled, *options.overrides])
-
-
-# Options of the run that the command line has words of its own for.
-OWN_WORDS = {
-    **{"data": "prepared", "output": "run", "init_from.run": "init_from"},
-    "profile.steps": "profile",
-}
-
-
-def check_said_once(overrides: Sequence[str], said: Mapping[str, str]) -> None:
-    """Refuse options that are set twice, of which one would be ignored.
-
-    Args:
-        overrides: as typed, name=value.
-        said: dotted names that are set already, and by which words.
-
-    Raises:
-        ValueError: a name comes again.
-    """
-    said = dict(said)
-    for assignment in overrides:
-        name = assignment.partition("=")[0].strip()
-        if name in said:
-            raise ValueError(
-                f"{name} must be set once, got {said[name]} and {assignment}; drop one of them"
-            )
-        said[name] = assignment
-
-
-def first_line(documented: object) -> str:
-    """First line of a docstring."""
-    return (documented.__doc__ or "").strip().partition("\n")[0]
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Rank the whole catalog for the users of a split and write the metrics into the run."""
-    from shardrec.launch.workers import process_group
-    from shardrec.pipeline.evaluate import evaluate as run_evaluate
-    from shardrec.pipeline.evaluate import evaluate_popularity
-    from shardrec.pipeline.ranks import rank_of
-
-    options, config = read_evaluate(arguments)
-    with process_group(options.timeout) as (group, _):
-        if options.run is None:
-            metrics = evaluate_popularity(
-                options.prepared,
-                config,
-                split=options.split,
-                output=options.output,
-                force=options.force,
-            )
-        else:
-            metrics = run_evaluate(
-                options.run,
-                options.prepared,
-                config,
-                split=options.split,
-                checkpoint=options.checkpoint or "best",
-                output=options.output,
-                force=options.force,
-            )["metrics"]
-        if rank_of(group) == 0:
-            print_metrics(metrics)
-            if options.output or options.run:
-                print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
-    return 0
 
 
 def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":
-    """What the arguments of ``evaluate`` spell; exits when they are wrong."""
-    from shardrec.pipeline.model.measure import MeasureConfig
-
-    parser = Parser(
-        "evaluate",
-        "Ranks the whole catalog for the users of a split and writes metrics.json into the run:\n"
-        "NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, recall by\n"
-        "popularity, and the protocol they follow. Metrics that end in /known leave out targets\n"
-        "that training never saw. Any number of workers may evaluate what any number trained.\n"
-        "Asked again for the same, it does nothing.",
-        "example: shardrec evaluate --prepared data --run run --filter-seen",
-    )
+    """The options of ``evaluate`` and how the users are ranked."""
+    parser = parser_for("evaluate")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="folder of `train`")
@@ -284,45 +349,25 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     parser.add_argument(
         "--force", action="store_true", help="replace a report of other weights or options"
     )
-    add_timeout(parser)
-    add_options(parser, MeasureConfig)
-    options = parser.parse(arguments)
+    options, config = read_with(parser, "evaluate", arguments)
     if options.popularity and options.checkpoint:
-        parser.error(f"--checkpoint must come with --run, got {options.checkpoint}; drop it")
+        parser.error(f"--checkpoint must come with --run, got {options.checkpoint}; remove it")
     if options.popularity and options.force and not options.output:
-        parser.error("--force must come with --output or --run, got neither; drop it")
-    return options, read_options(MeasureConfig, options)
+        parser.error("--force must come with --output or --run, got neither; remove it")
+    return options, config
 
 
-def plan(arguments: Sequence[str]) -> int:
-    """Say what a run will cost each rank."""
-    from shardrec.pipeline.config import override, unknown_name
-    from shardrec.pipeline.plan import Machine
-    from shardrec.pipeline.plan import plan as run_plan
-    from shardrec.pipeline.recipes import RECIPES
+def print_counts(counts: Mapping[str, int]) -> None:
+    """One count a line."""
+    for name, count in counts.items():
+        print(f"{name.replace('_', ' '):<40} {count:>14,}")
 
-    parser = Parser(
-        "plan",
-        "Says before a machine is rented what a step costs each rank: bytes of memory by term,\n"
-        "bytes received from other ranks, bytes that the loss reads and writes, FLOP, and the\n"
-        "largest catalog that fits. Options of the model are set by dotted names, as in `shardrec\n"
-        "train`; with checkpoints.background=false no copy for a checkpoint is counted.",
-        "example: shardrec plan --num-items 10_000_000 --ranks 8 --memory-gb 80 --device cuda "
-        "--recipe large_catalog encoder.width=128",
-    )
-    parser.add_argument(
-        "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
-    )
-    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
-    add_options(parser, Machine)
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
-    options = parser.parse(arguments)
-    if options.recipe not in RECIPES:
-        raise ValueError(unknown_name("recipe", options.recipe, list(RECIPES)))
-    check_said_once(options.overrides, {})
-    config = override(RECIPES[options.recipe]("none", "none"), options.overrides)
-    print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
-    return 0
+
+def print_end(
+    is_new: bool, output: str, otherwise: str = "is there already: nothing to do"
+) -> None:
+    """Say that an output was written, or that it was complete before."""
+    print(f"wrote {output}" if is_new else f"{output} {otherwise}")
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:

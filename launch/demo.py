@@ -1,7 +1,7 @@
 """``shardrec demo``: the whole job, from an event log to a table that compares the losses.
 
 generate (or the user's own log) → prepare → popularity, then each loss for the same number of steps
-on TorchX workers → evaluate over the whole catalog → a table, and what to type next.
+on TorchX workers → evaluate over the whole catalog → a table, and the commands to go on with.
 """
 
 import json
@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shardrec.launch.commands import read_train
-from shardrec.launch.demo_config import COLUMNS, DemoConfig
 from shardrec.launch.runner import Job, run_here
+from shardrec.modules.losses import LOSSES
+from shardrec.modules.option_checks import require_at_least
+from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.model.measure import MeasureConfig
@@ -50,16 +52,78 @@ SETTINGS = (
     "validation.patience=none",
 )
 
-# What each loss sees of the catalog in a step: enough to learn, little enough to be quick.
+# What some losses see of the catalog in a step, instead of the default: enough to learn, little
+# enough to be quick.
 LOSS_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "cce": (),
     "cce_minus": ("loss.proposal=popularity", "loss.num_negatives=2048"),
     "sce": ("loss.items_per_bucket=512",),
     "rece": ("loss.num_rounds=1", "loss.num_neighbor_chunks=0"),
 }
 
-# What a worker of rank 0 says that is worth a line on the screen.
-NEWS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
+# Lines of rank 0 that are shown.
+PROGRESS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
+COLUMNS = ("user_column", "item_column", "time_column")  # options that need a log
+SIZES = ("users", "items", "size")  # options of a generated log
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Options of ``demo``.
+
+    Attributes:
+        events: your log: Parquet file, folder, glob, or URI that pyarrow opens; none generates one.
+        output: folder to write; an earlier demo in it is replaced, anything else is refused.
+        user_column, item_column, time_column: names in your log.
+        losses: which are trained, in this order.
+        steps: optimizer steps of each loss.
+        workers: processes that share the catalog.
+        recipe: what each run starts from.
+        users, items, size: of the generated log; size is its number of events. About a third
+            of the items occur in it.
+        seed: of the generated log and of the training.
+    """
+
+    events: str | None = None
+    output: str = "demo"
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    losses: tuple[str, ...] = tuple(name for name in LOSSES if not LOSSES[name].is_baseline)
+    steps: int = 400
+    workers: int = 2
+    recipe: str = "demo"
+    users: int = 30_000
+    items: int = 150_000
+    size: int = 600_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what trains nothing, and options that would be ignored."""
+        known = self.default("losses")
+        for loss in self.losses:
+            if loss not in known:
+                raise ValueError(unknown_name("losses", loss, known))
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            got = ",".join(self.losses) or "none"
+            raise ValueError(f"losses must be named once each, got {got}; say {','.join(known)}")
+        for name in ("steps", "workers"):
+            require_at_least(name, getattr(self, name), 1)
+        unused, why = (COLUMNS, "with") if self.events is None else (SIZES, "without")
+        for name in unused:
+            if getattr(self, name) != self.default(name):
+                raise ValueError(
+                    f"{name} must come {why} events, got {getattr(self, name)!r}; remove it"
+                )
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The value of a field that nobody has set."""
+        return next(field.default for field in fields(cls) if field.name == name)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all that the demo writes."""
+        return Path(self.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +143,10 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
         The rows of the table.
 
     Raises:
+        FileNotFoundError, ValueError: the log or an option is wrong; an earlier demo is unchanged.
         FileExistsError: the output folder holds something that is not an earlier demo.
         PermissionError: the earlier demo cannot be replaced.
         RuntimeError: a training run failed.
-        ValueError: an option means nothing; an earlier demo is as it was.
     """
     command = program()  # before the launcher adds to PATH
     check_log(config)
@@ -94,17 +158,13 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
     for loss in config.losses:
         rows.append(train_and_evaluate(config, prepared, loss, console))
     console.print(table(rows, config, ceiling))
-    told = next_steps(config, log, prepared, command)
-    console.print(told, soft_wrap=True, highlight=False, markup=False)
+    text = next_steps(config, log, prepared, command)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
 def check_log(config: DemoConfig) -> None:
-    """Refuse a log that cannot be read, or that replacing an earlier demo would delete.
-
-    Raises:
-        FileNotFoundError, ValueError: with the reason.
-    """
+    """Refuse a log that cannot be read, or that replacing an earlier demo would delete."""
     if config.events is None:
         return
     if config.folder.resolve() in Path(config.events).resolve().parents:
@@ -116,11 +176,7 @@ def check_log(config: DemoConfig) -> None:
 
 
 def check_stages(config: DemoConfig) -> None:
-    """Let every stage refuse the options that it will be given, before anything is replaced.
-
-    Raises:
-        ValueError: with the reason.
-    """
+    """Let every stage refuse the options that it will be given, before anything is replaced."""
     if config.events is None:
         log_options(config)
     prepare_options(config, config.events or str(config.folder / LOG))
@@ -129,12 +185,7 @@ def check_stages(config: DemoConfig) -> None:
 
 
 def start_folder(folder: Path) -> None:
-    """Make the output folder, in place of an earlier demo if there is one.
-
-    Raises:
-        FileExistsError: it holds something else.
-        PermissionError: the earlier demo cannot be replaced.
-    """
+    """Make the output folder, in place of an earlier demo if there is one."""
     found = [path for path in folder.iterdir() if path.name != MARK] if folder.exists() else []
     if found and not (folder / MARK).is_file():
         raise FileExistsError(
@@ -152,12 +203,12 @@ def start_folder(folder: Path) -> None:
     except OSError as error:
         raise PermissionError(
             f"output must be an earlier demo that can be replaced, got {folder} "
-            f"({error.strerror}); choose another with --output or mend its permissions"
+            f"({error.strerror}); choose another with --output or fix its permissions"
         ) from error
 
 
 def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
-    """Write a log whose best possible NDCG@10 is known; its path, and that NDCG@10."""
+    """Write a log with a known best possible NDCG@10; returns its path and that NDCG@10."""
     console.rule("generate")
     path = config.folder / LOG
     report = generate(log_options(config), path)
@@ -166,7 +217,7 @@ def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
 
 
 def log_options(config: DemoConfig) -> SynthConfig:
-    """How large the generated log is."""
+    """The config of the generated log."""
     return SynthConfig(
         users=config.users,
         items=config.items,
@@ -190,7 +241,7 @@ def prepare_log(config: DemoConfig, log: str, console: Console) -> Path:
 
 
 def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
-    """How the log is read and split."""
+    """The config of the prepared folder."""
     return PrepareConfig(
         events=log,
         output=str(config.folder / "prepared"),
@@ -201,7 +252,7 @@ def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
 
 
 def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
-    """Train with ``loss`` on the workers, then rank the catalog for the test users here."""
+    """Train with ``loss`` on the workers, then rank the catalog for the test users."""
     console.rule(f"train: {loss}")
     run = config.folder / "runs" / loss
     train(config, prepared, run, loss, console)
@@ -211,11 +262,7 @@ def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: C
 
 
 def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Console) -> None:
-    """Start the workers through TorchX; their output goes to a log, the news to the screen.
-
-    Raises:
-        RuntimeError: a worker failed.
-    """
+    """Train on TorchX workers; their output goes to a log, their progress to the screen."""
     words = train_words(config, prepared, run, loss)
     job = Job(component="train", arguments=("-j", f"1x{config.workers}", "--", *words))
     path = config.folder / "logs" / f"{loss}.log"
@@ -231,15 +278,14 @@ def train_words(config: DemoConfig, prepared: Path, run: Path, loss: str) -> lis
     """The arguments of ``shardrec train``."""
     stage = ["--prepared", str(prepared), "--run", str(run), "--recipe", config.recipe]
     options = [f"loss={loss}", f"limits.max_steps={config.steps}", f"seed={config.seed}"]
-    return [*stage, *options, *SETTINGS, *LOSS_SETTINGS[loss]]
+    return [*stage, *options, *SETTINGS, *LOSS_SETTINGS.get(loss, ())]
 
 
 def pass_on(line: str, log: TextIO, console: Console) -> None:
-    """Keep a worker's line, and show it where it is news."""
+    """Write a worker's line to the log, and show it if it is progress."""
     print(line, file=log)
-    news = NEWS.match(line)
-    if news:
-        console.print(news[1], highlight=False, markup=False)
+    if progress := PROGRESS.match(line):
+        console.print(progress[1], highlight=False, markup=False)
 
 
 def read_end(run: Path) -> dict[str, Any]:
@@ -249,12 +295,9 @@ def read_end(run: Path) -> dict[str, Any]:
 
 
 def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
-    """The comparison as rich shows it; the best of each metric is bold.
+    """The comparison, popularity first; the best of each metric is bold.
 
-    Args:
-        rows: popularity first.
-        config: of the demo.
-        ceiling: NDCG@10 of the true model on a sample of users, where it is known.
+    ``ceiling`` is the NDCG@10 of the true model on a sample of users, None where it is not known.
     """
     made = Table(
         title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked",
@@ -300,13 +343,9 @@ def mark(value: float, best: float) -> str:
 
 
 def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> str:
-    """What was written, and the commands that go on from here with the user's own log.
+    """The files that were written, and the commands that go on with the user's own log.
 
-    Args:
-        config: of the demo.
-        log: the events.
-        prepared: the prepared folder.
-        command: how ``shardrec`` is started from the present folder.
+    ``command`` starts ``shardrec`` from the present folder.
     """
     folder = config.folder
     lines = [
@@ -342,7 +381,7 @@ def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> st
 
 
 def program() -> str:
-    """What to type for the ``shardrec`` that runs: its name where PATH leads to it, else a path."""
+    """The running ``shardrec`` as a shell command: its name if PATH leads to it, else its path."""
     ours = Path(sys.executable).parent / "shardrec"
     found = shutil.which("shardrec")
     if not ours.is_file() or (found and Path(found).samefile(ours)):

@@ -1,8 +1,8 @@
-"""Signs of life: which rank the others are waiting for.
+"""Heartbeats: detect and name the rank that stopped responding.
 
-A collective that fails or times out says at best which connection broke. Here every rank tells a
-store once a second that it lives, where it is, and how many collectives it has begun, so that the
-others can say who is missing. None of this needs a collective.
+A collective that fails or times out says at best which connection broke. So every rank writes to a
+store once a second where it is and how many collectives it has begun, and the others can say which
+rank is missing. None of this needs a collective.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["Absence", "LostRankError", "Peers", "Sign", "Store"]
+__all__ = ["Absence", "LostRankError", "Peers", "Store"]
 
 Result = TypeVar("Result")
 
-# A rank counts as silent when it has missed so many signs in a row.
+# A rank counts as gone when it has missed so many heartbeats in a row.
 MISSED = 3
 
 
 class Store(Protocol):
-    """The part of ``torch.distributed``'s stores that is used here."""
+    """The methods of ``torch.distributed``'s stores that heartbeats use."""
 
     def set(self, key: str, value: str, /) -> None:
-        """Let ``key`` have a value."""
+        """Set the value of ``key``."""
 
     def get(self, key: str, /) -> bytes:
         """The value; waits until there is one."""
@@ -48,31 +48,22 @@ class LostRankError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sign:
-    """What a rank said last.
+class _Heartbeat:
+    """The last state that a rank wrote."""
 
-    Attributes:
-        number: counts its signs.
-        process: which process on which machine.
-        collectives: begun so far in the default group.
-        where: the line its main thread was at.
-        left: why it left, in words; "" where that is no fault of its own, None where it has not
-            left.
-    """
-
-    number: int
-    process: str
-    collectives: int
-    where: str
-    left: str | None
+    number: int  # counts the heartbeats of the rank
+    process: str  # and its machine
+    collectives: int  # begun so far in the default group
+    where: str  # the line its main thread was at
+    left: str | None  # why it left; "" through no fault of its own, None where it has not left
 
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """In words, one entry a rank, the ranks that do not take part.
+    """The ranks that do not take part, each described in words.
 
     Attributes:
-        gone: died, left, or gave no sign of life.
+        gone: died, left, or sent no heartbeat.
         behind: alive, but in fewer collectives than the rank that asks.
     """
 
@@ -85,7 +76,7 @@ class Absence:
 
 
 class Peers:
-    """Tells the other ranks that this one lives, and finds out which of them do not.
+    """The other ranks: sends them the heartbeats of this one, and reports which do not respond.
 
     Collectives: none.
     """
@@ -100,15 +91,15 @@ class Peers:
         timeout_s: float = 600.0,
         interval_s: float = 1.0,
     ) -> None:
-        """Store who this is; ``start`` gives the first sign.
+        """Connect to the store; ``start`` sends the first heartbeat.
 
         Args:
-            store: of all ranks. Connections of its own are made, for others may wait in this one.
+            store: shared by all ranks. It is cloned, because others may wait in this connection.
             rank: of this process.
             world_size: W.
-            keeper: rank that keeps the store, which is gone with it; None: the launcher does.
-            timeout_s: of a collective; after half of it a warning says who is waited for.
-            interval_s: seconds between two signs.
+            keeper: rank that hosts the store, which is lost with it; None: the launcher does.
+            timeout_s: of a collective; after half of it a warning names the missing ranks.
+            interval_s: seconds between two heartbeats.
         """
         self.rank, self.world_size, self.keeper = rank, world_size, keeper
         self.timeout_s, self.interval_s = timeout_s, interval_s
@@ -116,30 +107,30 @@ class Peers:
         self._to_write, self._to_read = store.clone(), store.clone()
         self._number = 0
         self._left: str | None = None
-        self._of_keeper: Sign | None = None
+        self._of_keeper: _Heartbeat | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
     def start(self) -> None:
-        """Give signs until ``leave``."""
+        """Send heartbeats until ``leave``."""
         self._thread.start()
 
     def leave(self, reason: str) -> None:
-        """Give the last sign.
+        """Send the last heartbeat.
 
         Args:
-            reason: what the others are told; "" where it is no fault of this rank.
+            reason: why this rank leaves; "" through no fault of its own.
         """
         self._over.set()
         self._thread.join(self.patience_s)
         self._left = reason
-        _in_time(self._say, self.patience_s)
+        _in_time(self._send, self.patience_s)
 
     def absent(self) -> Absence:
-        """Who does not take part; takes as long as it takes to miss a few signs."""
-        before = _in_time(self._signs, self.patience_s)
+        """The ranks that do not take part; takes the time of a few heartbeats."""
+        before = _in_time(self._read_all, self.patience_s)
         time.sleep(self.patience_s)
-        after = _in_time(self._signs, self.patience_s)
+        after = _in_time(self._read_all, self.patience_s)
         if before is None or after is None:
             return Absence([self._without_store()], [])
         others = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -152,7 +143,7 @@ class Peers:
         reached, since = -1, 0.0
         try:
             while not self._over.is_set():
-                self._say()
+                self._send()
                 if self.keeper is not None:
                     self._of_keeper = _read(self._to_write, self.keeper)
                 now, level = time.monotonic(), _collectives()
@@ -162,66 +153,65 @@ class Peers:
                     since = now + self.timeout_s  # once a wait
                     threading.Thread(target=self._warn, daemon=True).start()
                 self._over.wait(self.interval_s)
-        except RuntimeError:  # the store went away: nobody can be told any more
+        except RuntimeError:  # the store is lost, and nobody can be reached any more
             return
 
     def _warn(self) -> None:
-        """Say who is waited for: a collective on a GPU ends the process without a word of ours."""
-        if self.rank <= 1 and str(absent := self.absent()):  # two tell, one may be the absent
+        """Warn early: a collective that times out on a GPU ends the process without our message."""
+        if self.rank <= 1 and str(absent := self.absent()):  # two, as one may be the missing rank
             message = "no progress for %.0f s, of at most %.0f: %s"
             log = logging.getLogger(__name__)
             log.warning(message, self.timeout_s / 2, self.timeout_s, absent)
 
-    def _say(self) -> None:
+    def _send(self) -> None:
         self._number += 1
-        sign = Sign(
+        heartbeat = _Heartbeat(
             number=self._number,
             process=f"process {os.getpid()} on {socket.gethostname()}",
             collectives=_collectives(),
             where=_main_thread(),
             left=self._left,
         )
-        self._to_write.set(_key(self.rank), json.dumps(dataclasses.asdict(sign)))
+        self._to_write.set(_key(self.rank), json.dumps(dataclasses.asdict(heartbeat)))
 
-    def _signs(self) -> list[Sign | None]:
-        """The last sign of each rank."""
+    def _read_all(self) -> list[_Heartbeat | None]:
         return [_read(self._to_read, rank) for rank in range(self.world_size)]
 
     def _without_store(self) -> str:
-        """Who is gone where the store is, from what was known before."""
+        """The rank that the store is lost with, from what was known before."""
         if self.keeper is None:
             return "no answer from the store that the launcher of rank 0 keeps"
         last = self._of_keeper
         who = f"rank {self.keeper}" + (f" ({last.process})" if last else "")
-        return f"{who} gives no sign of life, nor does the store that it keeps" + (
+        return f"{who} sends no heartbeat, and the store that it keeps does not answer" + (
             f", it was last at {last.where}" if last else ""
         )
 
 
-def _read(store: Store, rank: int) -> Sign | None:
-    """The last sign of a rank; None where there was none yet."""
+def _read(store: Store, rank: int) -> _Heartbeat | None:
+    """The last heartbeat of a rank; None before its first."""
     there = store.check([_key(rank)])
-    return Sign(**json.loads(store.get(_key(rank)))) if there else None
+    return _Heartbeat(**json.loads(store.get(_key(rank)))) if there else None
 
 
 def _key(rank: int) -> str:
-    return f"signs-of-life/{rank}"
+    return f"heartbeat/{rank}"
 
 
-def _why_gone(rank: int, before: Sign | None, after: Sign | None) -> str | None:
+def _why_gone(rank: int, before: _Heartbeat | None, after: _Heartbeat | None) -> str | None:
     if after is None:
         return f"rank {rank} has not started"
     if after.left is not None:
         return f"rank {rank} has left: {after.left}" if after.left else None
     if before is not None and before.number == after.number:
-        return f"rank {rank} ({after.process}) gives no sign of life, it was last at {after.where}"
+        return f"rank {rank} ({after.process}) sends no heartbeat, it was last at {after.where}"
     return None
 
 
-def _why_behind(rank: int, sign: Sign | None, level: int) -> str | None:
-    if sign is None or sign.left is not None or sign.collectives >= level:
+def _why_behind(rank: int, last: _Heartbeat | None, level: int) -> str | None:
+    if last is None or last.left is not None or last.collectives >= level:
         return None
-    return f"rank {rank} ({sign.process}) lives but does not come, it is at {sign.where}"
+    return f"rank {rank} ({last.process}) is alive but has not joined, it is at {last.where}"
 
 
 def _collectives() -> int:
@@ -231,7 +221,7 @@ def _collectives() -> int:
 
 
 def _main_thread() -> str:
-    """File, line and function that the main thread is at."""
+    """File, line and function of the main thread."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"
@@ -240,7 +230,7 @@ def _main_thread() -> str:
 
 
 def _in_time(work: Callable[[], Result], seconds: float) -> Result | None:
-    """What ``work`` returned; None where it raised or took longer, as at a store that is gone."""
+    """What ``work`` returned; None if it raised or took longer, as it does when a store is lost."""
     results: list[Result] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Command-line options made from the stages' own config dataclasses: nothing is said twice."""
+"""Command-line options made from the config dataclasses of the stages."""
 
 import argparse
 import dataclasses
@@ -6,14 +6,16 @@ import itertools
 import math
 import re
 import sys
-import types
+import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
 
-from shardrec.pipeline.config import parse, unknown_name
+from shardrec.pipeline.config import parse, type_names, unknown_name
+
+__all__ = ["Parser", "add_options", "add_timeout", "read_options", "require_set_once"]
 
 Config = TypeVar("Config")
 
@@ -24,7 +26,7 @@ _OUR_WORDS = (
     (r"(?=\1 )", ""),
     (r"invalid choice: (.+) \(choose from (.*)\)", r"\1 must be one of \3, got \2; choose one"),
     (r"expected one argument", r"\1 must be followed by a value, got none; give one"),
-    (r"not allowed with argument (\S+)", r"\1 must come without \2, got both; drop one"),
+    (r"not allowed with argument (\S+)", r"\1 must come without \2, got both; remove one"),
     (r"invalid int value: (.+)", r"\1 must be a whole number, got \2; give one"),
     (r"invalid float value: (.+)", r"\1 must be a number, got \2; give one"),
 )
@@ -37,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         """Make a parser for ``shardrec <name>``."""
         super().__init__(
             prog=f"shardrec {name}".strip(),
-            description=description,
+            description=textwrap.fill(description, 100),
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -65,8 +67,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say ``message`` in one line and exit with 2."""
-        for theirs, ours in _OUR_WORDS:
-            message = re.sub(rf"^argument (\S+): {theirs}", ours, message)
+        for argparse_words, ours in _OUR_WORDS:
+            message = re.sub(rf"^argument (\S+): {argparse_words}", ours, message)
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -79,27 +81,84 @@ class Parser(argparse.ArgumentParser):
             self.refuse(unknown)
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
-    """One option for each leaf of ``cls``, with its documentation and its default.
+def add_options(parser: argparse.ArgumentParser, cls: type[Any], prefix: str = "") -> None:
+    """Add one option for each leaf of ``cls``, with its documentation and its default.
 
     Args:
         parser: gets an option ``--leaf-name``, or ``--part.leaf-name`` for a nested dataclass.
         cls: a dataclass; its docstring's ``Attributes`` (or ``Args``) give the help.
+        prefix: of the names, where ``cls`` is a part of another dataclass.
     """
-    for leaf in _leaves(cls):
-        parser.add_argument(leaf.option, **leaf.keywords())
+    annotations, descriptions = typing.get_type_hints(cls), _descriptions(cls)
+    for field in (field for field in dataclasses.fields(cls) if field.init):
+        name, annotation = prefix + field.name, annotations[field.name]
+        if dataclasses.is_dataclass(annotation):
+            add_options(parser, typing.cast(type[Any], annotation), f"{name}.")
+            continue
+        text = descriptions.get(field.name, "").replace("%", "%%")
+        described: dict[str, Any] = {"dest": name, "help": text, "required": True}
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if default is not dataclasses.MISSING:
+            text = f"{text} (default: {_shown(default)})".strip()
+            described |= {"help": text, "required": False, "default": default}
+        option = "--" + name.replace("_", "-")
+        if annotation is bool:
+            described["action"] = argparse.BooleanOptionalAction
+        else:
+            described |= {"type": _reader(annotation, option), "metavar": _metavar(annotation)}
+        parser.add_argument(option, **described)
+
+
+def read_options(cls: type[Config], namespace: argparse.Namespace, prefix: str = "") -> Config:
+    """Build ``cls`` from the values of the options that ``add_options`` made.
+
+    Raises:
+        ValueError: the config refuses its values.
+    """
+    annotations, values = typing.get_type_hints(cls), vars(namespace)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name, annotation = prefix + field.name, annotations[field.name]
+        if field.init and dataclasses.is_dataclass(annotation):
+            part = typing.cast(type[Any], annotation)
+            arguments[field.name] = read_options(part, namespace, f"{name}.")
+        elif field.init:
+            arguments[field.name] = values[name]
+    return cls(**arguments)
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
-    """``--timeout``, for stages that several workers run together."""
+    """Add ``--timeout``, for stages that several workers run together."""
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="how long workers wait for one that does not come, before they say which it is and "
+        help="how long workers wait for one that does not join, before they say which it is and "
         "end (default: 600)",
     )
+
+
+def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None:
+    """Refuse options that are set twice, of which one would be ignored.
+
+    Args:
+        overrides: as typed, name=value.
+        given: dotted names that other words of the command line set, and these words.
+
+    Raises:
+        ValueError: a name comes again.
+    """
+    words = dict(given)
+    for assignment in overrides:
+        name = assignment.partition("=")[0].strip()
+        if name in words:
+            raise ValueError(
+                f"{name} must be set once, got {words[name]} and {assignment}; remove one of them"
+            )
+        words[name] = assignment
 
 
 def _seconds(text: str) -> float:
@@ -114,74 +173,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def read_options(cls: type[Config], namespace: argparse.Namespace) -> Config:
-    """The ``cls`` that the options spell.
-
-    Raises:
-        ValueError: the config refuses its values.
-    """
-    return _build(cls, vars(namespace), "")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Leaf:
-    name: str
-    annotation: Any
-    default: Any
-    description: str
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    def keywords(self) -> dict[str, Any]:
-        """What ``add_argument`` wants to know."""
-        required = self.default is dataclasses.MISSING
-        text = self.description.replace("%", "%%")
-        if not required:
-            text = f"{text} (default: {_spell(self.default)})".strip()
-        common = {"dest": self.name, "help": text, "required": required}
-        if not required:
-            common["default"] = self.default
-        if self.annotation is bool:
-            return common | {"action": argparse.BooleanOptionalAction}
-        return common | {"type": self._read, "metavar": _metavar(self.annotation)}
-
-    def _read(self, text: str) -> Any:
+def _reader(annotation: Any, option: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
         try:
-            return parse(self.annotation, text, self.option)
+            return parse(annotation, text, option)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-
-def _leaves(cls: type[Any], prefix: str = "") -> Iterator[_Leaf]:
-    annotations = typing.get_type_hints(cls)
-    descriptions = _descriptions(cls)
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        annotation = annotations[field.name]
-        if dataclasses.is_dataclass(annotation):
-            yield from _leaves(typing.cast(type[Any], annotation), f"{prefix}{field.name}.")
-            continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        name, description = prefix + field.name, descriptions.get(field.name, "")
-        yield _Leaf(name, annotation, default, description)
-
-
-def _build(cls: type[Config], values: dict[str, Any], prefix: str) -> Config:
-    annotations = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        name, annotation = prefix + field.name, annotations[field.name]
-        if field.init and dataclasses.is_dataclass(annotation):
-            part = typing.cast(type[Any], annotation)
-            arguments[field.name] = _build(part, values, f"{name}.")
-        elif field.init:
-            arguments[field.name] = values[name]
-    return cls(**arguments)
+    return read
 
 
 def _descriptions(cls: type[Any]) -> dict[str, str]:
@@ -194,7 +193,7 @@ def _descriptions(cls: type[Any]) -> dict[str, str]:
     }
 
 
-def _spell(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "nothing"
     return "none" if value is None else str(value)
@@ -207,16 +206,7 @@ def _metavar(annotation: Any) -> str:
         >>> _metavar(int | None), _metavar(typing.Literal["a", "b"]), _metavar(tuple[str, ...])
         ('INT', '{a,b}', 'STR,STR,…')
     """
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        return "|".join(_metavar(kind) for kind in members)
-    if typing.get_origin(annotation) is typing.Literal:
-        return "{" + ",".join(map(str, typing.get_args(annotation))) + "}"
-    if typing.get_origin(annotation) is tuple:
-        items = [_metavar(kind) for kind in typing.get_args(annotation) if kind is not Ellipsis]
-        return (
-            ",".join(items * 2 + ["…"])
-            if Ellipsis in typing.get_args(annotation)
-            else ",".join(items)
-        )
-    return str(getattr(annotation, "__name__", annotation)).upper()
+    names = [name for name in type_names(annotation) if name != "none"]
+    if all(name.startswith("'") for name in names):
+        return "{" + ",".join(name.strip("'") for name in names) + "}"
+    return "|".join(names).upper()

@@ -1,4 +1,4 @@
-"""Starts a TorchX component from Python and shows what its workers say while it runs."""
+"""Start a TorchX component from Python and show the output of its workers while it runs."""
 
 import json
 import os
@@ -21,27 +21,15 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components
 from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
+from shardrec.launch.stages import STAGES
 from shardrec.pipeline.interruption import Preempted
 
-COMPONENTS = (
-    "synth",
-    "prepare",
-    "train",
-    "evaluate",
-    "recommend",
-    "export",
-    "gate",
-    "publish",
-    "rollback",
-)
-
 # How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
-COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(COMPONENTS)}): (?P<what>.*)")
+COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(STAGES)}): (?P<what>.*)")
 # How torchrun reports a worker that failed.
 EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
-
 
 TELLING = (BAD_INPUT, REFUSED)  # exit codes that say more than that something failed
 
@@ -51,7 +39,7 @@ class Job:
     """A component, its arguments, and where it should run.
 
     Attributes:
-        component: one of ``COMPONENTS``.
+        component: one of ``STAGES``.
         arguments: the component's options, then ``--``, then the stage's own.
         scheduler: local_cwd, slurm, kubernetes or another that TorchX knows.
         settings: the scheduler's own options, such as ``partition=gpu,time=60``.
@@ -75,8 +63,8 @@ class Failure:
     """How a job failed.
 
     Attributes:
-        complaint: what a worker said was wrong; "" where none said anything.
-        exit_code: 2 or 3 where a worker ended so, for a wrong input or a gate that refuses; else 1.
+        complaint: the error that a worker printed; "" where none did.
+        exit_code: 2 or 3 where a worker ended so, for a wrong input or a failed gate; else 1.
     """
 
     complaint: str
@@ -84,14 +72,14 @@ class Failure:
 
 
 def describe(job: Job) -> str:
-    """What the scheduler would be asked, without asking it."""
+    """The request to the scheduler, without sending it."""
     with get_runner() as runner:
         request = _request(runner, job)
         return f"{pformat(request._app)}\n\n{request}"
 
 
 def submit(job: Job) -> str:
-    """Hand ``job`` to its scheduler and return TorchX's handle of it; Slurm keeps our PATH."""
+    """Submit ``job`` and return TorchX's handle of it; Slurm keeps our PATH."""
     _find_our_programs()
     with get_runner() as runner:
         return str(runner.schedule(_request(runner, job)))
@@ -127,13 +115,13 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
     """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
 
     The workers end with this process: an interrupt reaches them too. SIGTERM is passed on, and
-    they are given the time that it leaves them.
+    the workers keep their time to write a checkpoint.
 
     Returns:
         None when every worker ended well.
 
     Raises:
-        Preempted: the job ended because of SIGTERM; the message is what a worker said.
+        Preempted: the job ended because of SIGTERM; the message is that of a worker.
     """
     _find_our_programs()
     with _interrupts_as_usual(), get_runner() as runner:
@@ -142,42 +130,42 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
         handle = runner.schedule(request)
         sigterm_came = _pass_on_sigterm()
         role = app.roles[0]
-        copies = [_Copy(runner, handle, role.name, node, show) for node in range(role.num_replicas)]
-        for copy in copies:
-            copy.start()
+        nodes = [_Node(runner, handle, role.name, node, show) for node in range(role.num_replicas)]
+        for one in nodes:
+            one.start()
         status = runner.wait(handle, wait_interval=0.2)
-        for copy in copies:
-            copy.join(timeout=10)
+        for one in nodes:
+            one.join(timeout=10)
         if status is not None and status.state == AppState.SUCCEEDED:
             return None
-        codes = [code for copy in copies for code in copy.exit_codes]
+        codes = [code for one in nodes for code in one.exit_codes]
         codes = codes or _exit_codes(Path(request.request.log_dir))
     was_restarted = role.env.get("PET_MAX_RESTARTS", "0") != "0"
-    complaint = _complaint(copies, was_restarted)
+    complaint = _complaint(nodes, was_restarted)
     if sigterm_came():
         raise Preempted(complaint or "the job ended after SIGTERM; start it again")
     return Failure(complaint, next((code for code in codes if code in TELLING), FAILED))
 
 
-def _complaint(copies: "Sequence[_Copy]", was_restarted: bool) -> str:
-    complaints = [one for copy in copies for one in copy.complaints]
-    crashes = [one for copy in copies for one in copy.crashes]
+def _complaint(nodes: "Sequence[_Node]", was_restarted: bool) -> str:
+    complaints = [line for node in nodes for line in node.complaints]
+    crashes = [line for node in nodes for line in node.crashes]
     # The first is nearest to the cause, but may be that of an earlier start of the workers.
     return (complaints or crashes or [""])[-1 if was_restarted else 0]
 
 
 def _exit_codes(log_dir: Path) -> list[int]:
-    """Of the processes that TorchX started, which it notes beside their logs at the end."""
+    """Exit codes of the processes that TorchX started, which it stores with their logs."""
     with suppress(OSError, ValueError, KeyError):
         roles = json.loads((log_dir / "SUCCESS").read_text())["roles"].values()
-        return [copy["exitcode"] for copies in roles for copy in copies]
+        return [process["exitcode"] for role in roles for process in role]
     return []
 
 
 def _pass_on_sigterm() -> Callable[[], bool]:
-    """Send SIGTERM on to the processes started from here; whether it has come, to ask later.
+    """Send SIGTERM on to the processes started from here; returns whether it has come.
 
-    TorchX would kill them ten seconds later, without waiting for a checkpoint.
+    TorchX would kill them after ten seconds, without waiting for a checkpoint.
     """
     came = threading.Event()
 
@@ -195,7 +183,7 @@ def _pass_on_sigterm() -> Callable[[], bool]:
 
 @contextmanager
 def _interrupts_as_usual() -> Iterator[None]:
-    """Undo what TorchX does to SIGINT and SIGTERM for good, and let it mean KeyboardInterrupt."""
+    """Restore the handlers that TorchX replaces for good; its exception is a KeyboardInterrupt."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -220,22 +208,16 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
         raise ValueError(str(refused)) from refused
 
 
-class _Copy(threading.Thread):
-    """Hands one node's output to ``show`` until the node ends.
-
-    Attributes:
-        complaints: what its workers said was wrong, in their words.
-        crashes: last lines of their tracebacks.
-        exit_codes: of the workers that failed, as torchrun says.
-    """
+class _Node(threading.Thread):
+    """Hands the output of one node to ``show`` until the node ends, and keeps its errors."""
 
     def __init__(
         self, runner: Runner, handle: str, role: str, node: int, show: Callable[[str], None]
     ) -> None:
         super().__init__(daemon=True)
-        self.complaints: list[str] = []
-        self.crashes: list[str] = []
-        self.exit_codes: list[int] = []
+        self.complaints: list[str] = []  # error lines of the workers
+        self.crashes: list[str] = []  # last lines of their tracebacks
+        self.exit_codes: list[int] = []  # of the workers that failed, by torchrun
         self._show = show
         self._open = partial(
             runner.log_lines, handle, role, node, should_tail=True, streams=Stream.COMBINED

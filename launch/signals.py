@@ -1,4 +1,4 @@
-"""What SIGTERM means: stop between two steps, write a checkpoint, end within a set time.
+"""What SIGTERM does: workers stop between two steps and write a checkpoint, other stages clean up.
 
 Schedulers send it before they take a machine away, and torchrun before it starts workers again.
 """
@@ -11,16 +11,43 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from shardrec.launch.cli import FAILED, PREEMPTED
-from shardrec.launch.heartbeat import Peers
 
-__all__ = ["GRACE_S", "grace_seconds", "sigterm_asks"]
+if TYPE_CHECKING:
+    from shardrec.launch.heartbeat import Peers
 
+__all__ = ["GRACE_S", "TERMINATED", "exit_on_sigterm", "grace_seconds", "stop_on_sigterm"]
+
+TERMINATED = 128 + signal.SIGTERM
 GRACE_S = 25.0
 # What torchrun's own limit must leave for the end of the process.
 MARGIN_S = 5.0
 LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """For the length of a ``with``, SIGTERM raises ``SystemExit(143)`` in the main thread.
+
+    For stages of one process: temporary files are removed as after any exception, and a second
+    SIGTERM does not disturb that. Outside the main thread, where Python takes no handlers, SIGTERM
+    is left alone.
+    """
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
@@ -51,26 +78,34 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
 
 
 @contextlib.contextmanager
-def sigterm_asks(grace_s: float, peers: Peers | None) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, as a function to ask, for the length of a ``with``.
+def stop_on_sigterm(grace_s: float, peers: "Peers | None") -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM has come, for the length of a ``with``.
 
     The process ends by itself, with a line that says why, when the ``with`` has not ended in time,
     or when another rank is gone and a checkpoint can no longer be written. The main thread may be
-    waiting in a collective, where Python runs no handler, so a thread looks after this.
+    waiting in a collective, where Python runs no handler, so a thread does this.
 
     Args:
         grace_s: seconds from SIGTERM to the end.
         peers: the other ranks; None in a single process.
     """
-    asked, over = threading.Event(), threading.Event()
+    came, over = threading.Event(), threading.Event()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    watch = (reader, asked, over, grace_s, peers)
-    threading.Thread(target=_look_after, args=watch, name="sigterm", daemon=True).start()
+
+    def watch() -> None:
+        if not _sigterm_comes(reader):
+            return
+        came.set()
+        threading.Thread(target=_end_late, args=(over, grace_s), daemon=True).start()
+        if peers is not None:
+            _end_without(peers, over)
+
+    threading.Thread(target=watch, name="sigterm", daemon=True).start()
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        yield asked.is_set
+        yield came.is_set
     finally:
         over.set()
         signal.set_wakeup_fd(wakeup)
@@ -78,20 +113,13 @@ def sigterm_asks(grace_s: float, peers: Peers | None) -> Iterator[Callable[[], b
         writer.close()
 
 
-def _look_after(
-    signals: socket.socket,
-    asked: threading.Event,
-    over: threading.Event,
-    grace_s: float,
-    peers: Peers | None,
-) -> None:
-    """Wait for SIGTERM, then for the end of the ``with``, but not for ever."""
-    if not _sigterm_comes(signals):
-        return
-    asked.set()
-    threading.Thread(target=_end_late, args=(over, grace_s), daemon=True).start()
-    if peers is not None:
-        _end_without(peers, over)
+def _sigterm_comes(signals: socket.socket) -> bool:
+    """Wait for the number of SIGTERM, or for the other end to be closed."""
+    with signals:
+        while received := signals.recv(1):
+            if received[0] == signal.SIGTERM:
+                return True
+    return False
 
 
 def _end_late(over: threading.Event, grace_s: float) -> None:
@@ -103,7 +131,7 @@ def _end_late(over: threading.Event, grace_s: float) -> None:
         )
 
 
-def _end_without(peers: Peers, over: threading.Event) -> None:
+def _end_without(peers: "Peers", over: threading.Event) -> None:
     """End when a rank is missing twice in a row: one that is only slow may yet come."""
     missing = 0
     while not over.wait(0.1):
@@ -111,15 +139,6 @@ def _end_without(peers: Peers, over: threading.Event) -> None:
         missing = missing + 1 if gone else 0
         if missing == 2 and not over.is_set():
             _end(FAILED, f"SIGTERM came, and no checkpoint can be written: {'; '.join(gone)}")
-
-
-def _sigterm_comes(signals: socket.socket) -> bool:
-    """Wait for the number of SIGTERM, or for the other end to be closed."""
-    with signals:
-        while received := signals.recv(1):
-            if received[0] == signal.SIGTERM:
-                return True
-    return False
 
 
 def _end(code: int, message: str) -> None:

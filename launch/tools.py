@@ -1,30 +1,62 @@
-"""Commands that are no stage: launch, report, doctor, demo."""
+"""Commands that are no stage: report, plan, launch, doctor, demo."""
 
+import inspect
+import re
 import sys
+import typing
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shardrec.launch import commands, delivery
-from shardrec.launch.options import Parser, add_options, read_options
+from shardrec.launch import commands
+from shardrec.launch.commands import parser_for
+from shardrec.launch.options import add_options, read_options, require_set_once
+from shardrec.launch.stages import STAGES
 from shardrec.pipeline.config import unknown_name
 
 if TYPE_CHECKING:
     from shardrec.launch.runner import Job
 
-# Each reads the arguments of a stage and exits or raises when they are wrong.
-READERS: Mapping[str, Callable[[Sequence[str]], object]] = {
-    "synth": commands.read_synth,
-    "prepare": commands.read_prepare,
-    "train": commands.read_train,
-    "evaluate": commands.read_evaluate,
-    "recommend": delivery.read_recommend,
-    "export": delivery.read_export,
-    "gate": delivery.read_gate,
-    "publish": delivery.read_publish,
-    "rollback": delivery.read_rollback,
-}
+__all__ = ["run"]
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command that is no stage and return its exit code."""
+    return FUNCTIONS[name](arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write one HTML page that shows and compares runs."""
+    parser = parser_for("report")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of `train`")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
+    options = parser.parse(arguments)
+    from shardrec.pipeline.report import report as run_report
+
+    print(f"wrote {run_report(options.runs, options.output)}")
+    return 0
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a run will cost each rank."""
+    from shardrec.pipeline.config import override
+    from shardrec.pipeline.plan import Machine
+    from shardrec.pipeline.plan import plan as run_plan
+
+    parser = parser_for("plan")
+    parser.add_argument(
+        "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
+    )
+    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    add_options(parser, Machine)
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    options = parser.parse(arguments)
+    recipe = commands.recipe_named(options.recipe)
+    require_set_once(options.overrides, {})
+    config = override(recipe("none", "none"), options.overrides)
+    print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
+    return 0
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -34,8 +66,8 @@ def launch(arguments: Sequence[str]) -> int:
     options, job = read_launch(arguments)
     component_options, stage_arguments = runner.split(job.arguments)
     is_question = "--help" in component_options  # TorchX answers it when it makes the request
-    if not is_question:
-        check_stage_arguments(job.component, stage_arguments)
+    if not is_question:  # wrong options are refused before a job waits in a queue
+        commands.read(job.component, stage_arguments)
     if options.dryrun or is_question:
         print(runner.describe(job))
         return 0
@@ -50,23 +82,10 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
-    """What the arguments of ``launch`` spell; exits or raises when they are wrong."""
+    """The options of ``launch`` and the job that they describe; exits or raises if one is wrong."""
     from shardrec.launch import components, runner
-    from shardrec.launch.component_options import check_component_options
 
-    parser = Parser(
-        "launch",
-        "Runs a stage through TorchX: several workers here, or a job for a cluster.\n"
-        "The stage's own arguments follow `--`; `shardrec launch train --help` lists the rest.",
-        "examples:\n"
-        "  shardrec launch train -j 1x2 -- --prepared data --run run --recipe demo\n"
-        "  shardrec launch -s slurm -cfg partition=gpu train -j 4x8 --gpu 8 -- "
-        "--prepared data --run run\n"
-        "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
-        "--image me/shardrec:1 -- --prepared /data --run /run\n"
-        "exit codes: 2, 3 and 75 as those of workers here, 1 where they or an awaited job failed\n"
-        "otherwise",
-    )
+    parser = parser_for("launch")
     parser.add_argument("-s", "--scheduler", default="local_cwd", help="default: local_cwd")
     parser.add_argument(
         "-cfg", "--scheduler-args", default="", metavar="K=V,…", help="the scheduler's own options"
@@ -80,7 +99,7 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
     parser.add_argument(
         "--log-dir", type=Path, default=None, help="keep the output of local workers here"
     )
-    parser.add_argument("component", help=", ".join(runner.COMPONENTS))
+    parser.add_argument("component", help=", ".join(STAGES))
     parser.add_argument(
         "arguments", nargs="...", help="component options, then `--`, then the stage's"
     )
@@ -89,8 +108,8 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
     options, unknown = parser.parse_known_args(words)
     if unknown:
         parser.refuse(unknown)
-    if options.component not in runner.COMPONENTS:
-        parser.error(unknown_name("component", options.component, list(runner.COMPONENTS)))
+    if options.component not in STAGES:
+        parser.error(unknown_name("component", options.component, list(STAGES)))
     if "--help" not in options.arguments:
         component = getattr(components, options.component)
         check_component_options(component, options.arguments, parser.names())
@@ -102,8 +121,67 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
         log_dir=options.log_dir,
     )
     if job.log_dir and not job.is_local:
-        parser.error(f"--log-dir must come with local workers, got -s {job.scheduler}; drop it")
+        parser.error(f"--log-dir must come with local workers, got -s {job.scheduler}; remove it")
     return options, job
+
+
+def check_component_options(
+    component: Callable[..., Any], words: Sequence[str], before: Collection[str]
+) -> None:
+    """Refuse options that a component does not have, before TorchX does with a page of usage.
+
+    Args:
+        component: a function of ``shardrec.launch.components``.
+        words: what stands between its name and ``--``.
+        before: options that stand before its name instead.
+
+    Raises:
+        ValueError: with near matches, or with what the value must be.
+    """
+    known, stage = _annotations(component), component.__name__
+    belongs = f"what `shardrec {stage}` itself takes follows `--`"
+    for name, value in _pairs(words, known):
+        if name in before and name not in known:
+            raise ValueError(f"{name} must stand before {stage}, got it behind; move it")
+        if not name.startswith("-"):
+            raise ValueError(f"arguments must follow an option, got {name!r}; {belongs}")
+        if name not in known:
+            message = unknown_name(f"option of {stage}", name, list(known))
+            raise ValueError(f"{message} ({belongs})")
+        _check_value(name, value, known[name])
+
+
+def _check_value(name: str, value: str | None, annotation: Any) -> None:
+    if value is None or value.startswith("--"):
+        raise ValueError(f"{name} must be followed by a value, got none; give one")
+    if annotation is int and not re.fullmatch(r"[+-]?\d+", value):
+        raise ValueError(f"{name} must be a whole number, got {value!r}; give one")
+    kinds = [typing.get_origin(kind) for kind in typing.get_args(annotation)]
+    if dict in kinds and "=" not in value:
+        raise ValueError(
+            f"{name} must be NAME=VALUE,NAME=VALUE…, got {value!r}; say OMP_NUM_THREADS=4"
+        )
+
+
+def _annotations(component: Callable[..., Any]) -> Mapping[str, Any]:
+    """The annotation behind each option, under the names that TorchX gives them."""
+    options: dict[str, Any] = {}
+    for name, parameter in inspect.signature(component).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            options[f"--{name}"] = parameter.annotation
+            if len(name) == 1:
+                options[f"-{name}"] = parameter.annotation
+    return options
+
+
+def _pairs(words: Sequence[str], known: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    """Each option with its value, None where nothing follows."""
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in known and word[:2] in known:  # -j1x2
+            name, equals, value = word[:2], "=", word[2:]
+        yield name, value if equals else next(rest, None)
 
 
 def submit(job: "Job", *, wait: bool) -> int:
@@ -121,57 +199,26 @@ def submit(job: "Job", *, wait: bool) -> int:
     return 1
 
 
-def check_stage_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Refuse wrong options here, before a job waits in a queue to be told."""
-    READERS[stage](arguments)
-
-
-def report(arguments: Sequence[str]) -> int:
-    """Write one HTML page that shows and compares runs."""
-    parser = Parser(
-        "report",
-        "Writes one self-contained HTML page about run folders: curves of loss, validation\n"
-        "metric, throughput, memory, padding and gradient norm, a table that compares the runs,\n"
-        "recall by popularity, and every option. Runs may be in progress and need not be\n"
-        "evaluated. A former report is replaced.",
-        "example: shardrec report runs/cce runs/sce --output report.html",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of `train`")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="page to write")
-    options = parser.parse(arguments)
-    from shardrec.pipeline.report import report as run_report
-
-    print(f"wrote {run_report(options.runs, options.output)}")
-    return 0
-
-
 def doctor(arguments: Sequence[str]) -> int:
     """Say what is installed and whether it fits together."""
-    from shardrec.launch.doctor import run
+    from shardrec.launch.doctor import run as run_doctor
 
-    Parser(
-        "doctor",
-        "Prints versions, the NVIDIA driver, the communication backends and whether the packages\n"
-        "form a matching set; every mismatch comes with its remedy.",
-        "exit codes: 0 training can start here, 1 something must be mended first",
-    ).parse(arguments)
-    return run()
+    parser_for("doctor").parse(arguments)
+    return run_doctor()
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """The whole job, on generated data or on the user's log."""
+    """Run the whole job, on generated data or on the user's log."""
     from rich.console import Console
 
-    from shardrec.launch.demo import run_demo
-    from shardrec.launch.demo_config import DemoConfig
+    from shardrec.launch.demo import DemoConfig, run_demo
 
-    parser = Parser(
-        "demo",
-        "Generates a log (or takes yours), prepares it, trains every loss for the same number of\n"
-        "steps on TorchX workers, ranks the whole catalog for the test users, and prints a table,\n"
-        "the paths of what was written, and the commands for your own data.",
-        "example: shardrec demo --events path/to/log.parquet --user-column customer",
-    )
+    parser = parser_for("demo")
     add_options(parser, DemoConfig)
     run_demo(read_options(DemoConfig, parser.parse(arguments)), Console())
     return 0
+
+
+FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    function.__name__: function for function in (report, plan, launch, doctor, demo)
+}

@@ -1,7 +1,8 @@
-"""Where this process stands among the workers; only this file reads the launcher's variables."""
+"""The workers of a job: rank, device and process group of this one, from torchrun's variables."""
 
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process among its fellows, as ``torchrun`` says.
+    """The position of this process among the workers, as ``torchrun`` gives it.
 
     Attributes:
         rank: in [0, world_size).
-        local_rank: its number on this node; chooses the GPU.
+        local_rank: its number on this node, which is that of its GPU.
         world_size: workers of all nodes.
     """
 
@@ -43,7 +44,7 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Place | None":
-        """The place that ``environment`` names; None without a launcher.
+        """The place that ``environment`` gives; None without a launcher.
 
         Raises:
             ValueError: some of the variables are there and others are not.
@@ -63,12 +64,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """What a worker knows of all of them.
+    """The process group of a job and this worker's part in it.
 
     Attributes:
         group: of all workers; None in a single process without a launcher.
         device: of this worker.
-        peers: says which of the others are gone; None where there are none.
+        peers: heartbeats of the other workers; None where there are none.
     """
 
     group: dist.ProcessGroup | None
@@ -96,7 +97,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
 
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
-            died, left or did not come.
+            died, left or did not join.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
@@ -109,11 +110,11 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
-    keeper = None if _launcher_keeps_the_store(os.environ) else 0
+    keeper = None if _launcher_keeps_store(os.environ) else 0
     peers = Peers(
         store, rank, world_size, keeper=keeper, timeout_s=timeout_s, interval_s=interval_s
     )
-    with _accounted_for(peers):
+    with _heartbeats(peers):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -121,17 +122,17 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
 
 
 @contextmanager
-def _accounted_for(peers: Peers) -> Iterator[None]:
-    """Let the ranks know of each other; what torch raises for want of one becomes its name.
+def _heartbeats(peers: Peers) -> Iterator[None]:
+    """Send heartbeats, and name the missing rank when torch reports a broken or slow collective.
 
-    The process group is taken down at the end, when it has told how far each rank came.
+    The process group is destroyed at the end, after its counts of collectives were read.
     """
     reason, absent = "it has finished", ""
     peers.start()
     try:
         yield
     except BaseException as error:
-        absent = str(peers.absent()) if _may_be_of_another(error) else ""
+        absent = str(peers.absent()) if _may_be_of_another_rank(error) else ""
         blameless = absent or isinstance(error, Preempted)
         reason = "" if blameless else f"{type(error).__name__}: {error}"
         if not absent:
@@ -142,24 +143,22 @@ def _accounted_for(peers: Peers) -> Iterator[None]:
         ) from error
     finally:
         peers.leave(reason)
-        if peers.rank == 0 and absent:  # it may keep the store in which others look, too
+        if peers.rank == 0 and absent:  # it may host the store that the others still read
             time.sleep(2 * peers.patience_s)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _may_be_of_another(error: BaseException) -> bool:
-    """Whether torch raised it, which knows connections and not ranks; ours say what they mean."""
+def _may_be_of_another_rank(error: BaseException) -> bool:
+    """Whether torch raised it, which knows connections but no ranks; our own messages are exact."""
     if not isinstance(error, RuntimeError):
         return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("shardrec.")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not frames or not frames[-1].f_globals.get("__name__", "").startswith("shardrec.")
 
 
 def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
-    """Refuse workers that torchrun may start again and that could not go on then.
+    """Refuse workers that torchrun may start again but that could not go on.
 
     Raises:
         ValueError: ``resume`` is "no", or torchrun keeps one store for all starts: workers would
@@ -173,7 +172,7 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
             f"--resume must be auto where workers are started again, got none with {restarts} "
             "restarts; without it they would refuse the folder that they began"
         )
-    if _launcher_keeps_the_store(environment):
+    if _launcher_keeps_store(environment):
         raise ValueError(
             f"torchrun must make a new store for each start of the workers, got {restarts} "
             "restarts with one store; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as "
@@ -181,8 +180,8 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
         )
 
 
-def _launcher_keeps_the_store(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun does, and not the worker of rank 0."""
+def _launcher_keeps_store(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun hosts it, and not the worker of rank 0."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -121,6 +121,27 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     return f"{what} must be a known name, got {name!r}; {hint}"
 
 
+def type_names(annotation: Any) -> list[str]:
+    """The values that a field of this type may have, for messages and help.
+
+    Example:
+        >>> type_names(int | None), type_names(typing.Literal["a", "b"] | tuple[int, ...])
+        (['none', 'int'], ["'a'", "'b'", 'int,int,…'])
+    """
+    names: list[str] = []
+    for kind in _members(annotation):
+        if typing.get_origin(kind) is typing.Literal:
+            names += [repr(value) for value in typing.get_args(kind)]
+        elif _is_tuple(kind):
+            items = [_allowed(item) for item in typing.get_args(kind) if item is not Ellipsis]
+            names.append(
+                ",".join([*items * 2, "…"] if Ellipsis in typing.get_args(kind) else items)
+            )
+        else:
+            names.append("none" if kind is type(None) else getattr(kind, "__name__", str(kind)))
+    return names
+
+
 def snake_case(name: str) -> str:
     """A class name in snake case.
 
@@ -132,7 +153,7 @@ def snake_case(name: str) -> str:
 
 
 def parse(annotation: Any, text: str, name: str) -> Any:
-    """The value that ``text`` spells for a field annotated with ``annotation``.
+    """The value of a field of type ``annotation`` that a user typed as ``text``.
 
     Args:
         annotation: bool, int, float, str, Literal, a tuple or a union of these with None.
@@ -140,7 +161,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
         name: dotted name, for the message.
 
     Raises:
-        ValueError: the text does not spell such a value.
+        ValueError: the text is no such value.
     """
     readers = {bool: _parse_bool, int: _parse_int, float: float, str: str}
     for kind in _members(annotation):
@@ -155,7 +176,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
                 return readers[kind](text)  # type: ignore[operator]
         except ValueError:
             continue
-    raise ValueError(f"{name} must be {_spell(annotation)}, got {text!r}; correct it")
+    raise ValueError(f"{name} must be {_allowed(annotation)}, got {text!r}; fix it")
 
 
 def _split(assignment: str) -> tuple[str, str]:
@@ -177,9 +198,9 @@ def _assign(cls: Any, data: dict[str, Any], name: str, text: str) -> None:
         cls, data = choices[data[parent].get("type", next(iter(choices)))], data[parent]
     annotations = typing.get_type_hints(cls)
     if leaf not in annotations:
-        # What was just switched has no values yet, only names.
-        beside = [key for key in annotations if len(_choices(annotations[key])) != 1]
-        names = dict.fromkeys([*known, *(".".join((*parents, key)) for key in beside)])
+        # A union that was just switched has no values yet, so its leaves are not among `known`.
+        leaves = [key for key in annotations if len(_choices(annotations[key])) != 1]
+        names = dict.fromkeys([*known, *(".".join((*parents, key)) for key in leaves)])
         raise ValueError(unknown_name("option", name, list(names)))
     data[leaf] = _value(annotations[leaf], text, name)
 
@@ -212,7 +233,7 @@ def _read(annotation: Any, value: Any, name: str) -> Any:
             )
         if _fits(kind, value):
             return float(value) if kind is float else value
-    raise TypeError(f"{name} must be {_spell(annotation)}, got {value!r}; correct the config")
+    raise TypeError(f"{name} must be {_allowed(annotation)}, got {value!r}; fix the config")
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -280,16 +301,5 @@ def _parse_tuple(kind: Any, text: str, name: str) -> tuple[Any, ...]:
     return tuple(parse(item, part, name) for item, part in zip(items, parts, strict=True))
 
 
-def _spell(annotation: Any) -> str:
-    kinds = []
-    for kind in _members(annotation):
-        if typing.get_origin(kind) is typing.Literal:
-            kinds += [repr(value) for value in typing.get_args(kind)]
-        elif _is_tuple(kind):
-            items = [_spell(item) for item in typing.get_args(kind) if item is not Ellipsis]
-            kinds.append(
-                ",".join([*items * 2, "…"] if Ellipsis in typing.get_args(kind) else items)
-            )
-        else:
-            kinds.append("none" if kind is type(None) else getattr(kind, "__name__", str(kind)))
-    return " or ".join(kinds)
+def _allowed(annotation: Any) -> str:
+    return " or ".join(type_names(annotation))

@@ -148,7 +148,7 @@ def _explain_permission(parent: Path) -> Iterator[None]:
             raise
         raise PermissionError(
             f"output must be in a folder that can be written, got {str(parent)!r} "
-            f"({error.strerror}); choose another folder or mend its permissions"
+            f"({error.strerror}); choose another folder or fix its permissions"
         ) from error
 
 

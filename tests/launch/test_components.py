@@ -1,30 +1,52 @@
 """The components as TorchX reads them: by path, with help, and as requests to three schedulers."""
 
-import subprocess
-import sys
+import contextlib
+import io
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torchx.cli.argparse_util import ArgOnceAction, torchxconfig
+from torchx.cli.main import main
 
 import shardrec
-from shardrec.launch.runner import COMPONENTS, Job, describe
+from shardrec.launch.runner import Job, describe
+from shardrec.launch.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TORCHX = str(Path(sys.executable).parent / "torchx")
 STAGE = ["--", "--prepared", "data", "--run", "run", "loss=sce"]
 
 
-def torchx(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [TORCHX, "run", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run TorchX in this process, from the root; it replaces handlers of signals for good."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(ROOT)
+    for kind in (ArgOnceAction, torchxconfig):  # an option may not come twice, not even in two runs
+        kind.called_args.clear()
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def torchx(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of ``torchx run``."""
+    shown, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
+        try:
+            main(["run", *words])
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    return code, shown.getvalue(), errors.getvalue()
 
 
 def dry_run(scheduler: list[str], component: str, *words: str) -> str:
     path = f"launch/components.py:{component}"
-    done = torchx("--dryrun", "-s", *scheduler, "--workspace", "", path, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, shown, errors = torchx("--dryrun", "-s", *scheduler, "--workspace", "", path, *words)
+    assert code == 0, errors
+    return shown
 
 
 @pytest.mark.parametrize(
@@ -36,16 +58,17 @@ def dry_run(scheduler: list[str], component: str, *words: str) -> str:
     ],
 )
 def test_the_docstring_is_the_help(component: str, words: list[str]) -> None:
-    done = torchx("-s", "local_cwd", f"launch/components.py:{component}", "--help")
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
+    code, shown, errors = torchx("-s", "local_cwd", f"launch/components.py:{component}", "--help")
+    assert code == 0, errors
+    text = " ".join(shown.split())
     assert [word for word in words if word not in text] == []
 
 
 def test_a_misspelt_component_option_is_refused() -> None:
-    done = torchx("-s", "local_cwd", "--dryrun", "launch/components.py:train", "--gpus", "8")
-    assert done.returncode != 0
-    assert "unrecognized arguments: --gpus" in done.stderr
+    words = ["-s", "local_cwd", "--dryrun", "launch/components.py:train", "--gpus", "8"]
+    code, _, errors = torchx(*words)
+    assert code != 0
+    assert "unrecognized arguments: --gpus" in errors
 
 
 def test_local_workers_share_the_cpus_and_leave_the_folder_off_the_path() -> None:
@@ -62,7 +85,7 @@ def test_given_variables_win_over_ours() -> None:
     assert "'NCCL_DEBUG': 'INFO'" in text
 
 
-def test_slurm_is_asked_for_nodes_that_meet_at_the_first() -> None:
+def test_slurm_is_asked_for_nodes_that_connect_to_the_first() -> None:
     words = ["-j", "2x8", "--cpu", "96", "--gpu", "8", "--memMB", "500000", "--max_retries", "2"]
     text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE)
     assert text.count("#SBATCH --job-name=train-") == 2
@@ -109,7 +132,7 @@ def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
     assert "loss=sce" in request
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", STAGES)
 def test_every_stage_is_a_request_that_runs_its_command(component: str) -> None:
     job = Job(component=component, arguments=("--", "--force"), scheduler="slurm")
     text = " ".join(describe(job).split())

@@ -45,6 +45,7 @@ def undisturbed(data: str, ranks: Ranks, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
     data: str, undisturbed: Path, ranks: Ranks, tmp_path: Path
 ) -> None:

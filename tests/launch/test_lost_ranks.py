@@ -41,7 +41,7 @@ def free_port() -> int:
 
 def misbehave(how: str) -> None:
     if how == "stopped":
-        time.sleep(TIMEOUT_S / 4)  # a few signs
+        time.sleep(TIMEOUT_S / 4)  # a few heartbeats
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "asleep":
         time.sleep(3 * TIMEOUT_S)
@@ -136,17 +136,17 @@ def hear(one: Connection, seconds: float) -> Any:
 def test_a_process_that_is_killed_or_stopped_is_named_by_the_others_in_bounded_time(
     victim: int, end: signal.Signals
 ) -> None:
-    """Also rank 0, with which the store of the signs is gone."""
+    """Also rank 0, with which the store of the heartbeats is lost."""
     with three_workers(victim) as (processes, told):
         assert [hear(one, 30) for one in told] == ["ready"] * 3
-        time.sleep(TIMEOUT_S / 4)  # a few signs
+        time.sleep(TIMEOUT_S / 4)  # a few heartbeats
         os.kill(processes[victim], end)
         ended_at = time.monotonic()
         for rank in {0, 1, 2} - {victim}:
             said, at = hear(told[rank], 4 * TIMEOUT_S)
             assert said.startswith(LostRankError.__name__)
             assert f"got rank {victim} (process {processes[victim]} on " in said, said
-            assert "gives no sign of life" in said and "it was last at " in said
+            assert "sends no heartbeat" in said and "it was last at " in said
             assert not any(f"rank {other}" in said for other in {0, 1, 2} - {victim}), said
             assert at - ended_at < 4 * TIMEOUT_S
 
@@ -166,13 +166,13 @@ def run_without_rank_1(words: list[str], port: int) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("stopped", "gives no sign of life, it was last at launch/test_lost_ranks.py:"),
-        ("asleep", "lives but does not come, it is at launch/test_lost_ranks.py:"),
+        ("stopped", "sends no heartbeat, it was last at launch/test_lost_ranks.py:"),
+        ("asleep", "is alive but has not joined, it is at launch/test_lost_ranks.py:"),
         ("raising", "has left: KeyError: 'a bug of one rank'"),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) -> None:
-    answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=60)
+    answers = ranks(3).run(wait_for_rank_1, how, free_port(), timeout=240)
     for said, seconds, _ in (answers[0], answers[2]):
         assert said.startswith(LostRankError.__name__)
         assert "got rank 1" in said and words in said, said
@@ -190,10 +190,10 @@ def test_every_stage_of_several_workers_ends_in_bounded_time(
     output = [] if stage == "evaluate" else ["--output", str(tmp_path / "output")]
     words = [stage, "--prepared", str(tmp_path), "--run", str(tmp_path / "run"), *output]
     words += ["--timeout", str(TIMEOUT_S)]
-    (code, said, seconds), _ = ranks(2).run(run_without_rank_1, words, free_port(), timeout=60)
+    (code, said, seconds), _ = ranks(2).run(run_without_rank_1, words, free_port(), timeout=240)
     assert code == 1
     assert f"shardrec {stage}: every rank must take part to the end, got rank 1" in said
-    assert "lives but does not come" in said and seconds < 4 * TIMEOUT_S
+    assert "is alive but has not joined" in said and seconds < 4 * TIMEOUT_S
     assert not (tmp_path / "output").exists()
 
 

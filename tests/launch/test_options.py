@@ -121,7 +121,7 @@ def test_bad_options_are_refused_in_one_line_with_exit_code_2(
     assert said.count("\n") == 1
 
 
-def test_the_config_s_own_checks_speak_through() -> None:
+def test_errors_of_the_config_are_raised_as_they_are() -> None:
     with pytest.raises(ValueError, match="num_pots must be at least 1, got 0"):
         read("--source", "log", "--num-pots", "0")
 
@@ -154,7 +154,7 @@ def test_what_argparse_says_is_said_in_our_form(capsys: pytest.CaptureFixture[st
     made.add_argument("--heat", type=float)
     said = [
         (["--kind", "oil"], "--kind must be one of"),
-        (["--kind", "gas", "--cold"], "--cold must come without --kind, got both; drop one"),
+        (["--kind", "gas", "--cold"], "--cold must come without --kind, got both; remove one"),
         (["--pots", "two"], "--pots must be a whole number, got 'two'; give one"),
         (["--heat", "two"], "--heat must be a number, got 'two'; give one"),
     ]

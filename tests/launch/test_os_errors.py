@@ -1,4 +1,4 @@
-"""What the operating system refuses is told as what must hold, by every stage alike."""
+"""What the operating system refuses becomes a message of what must hold, in every stage alike."""
 
 import contextlib
 import errno
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shardrec.launch import cli
+from shardrec.launch.cli import explain
 from shardrec.launch.demo import start_folder
-from shardrec.launch.os_errors import explain
 
 SMALL = ["--users", "300", "--items", "203", "--events", "3000", "--clusters", "16"]
 TINY = ["--recipe", "tiny_cpu", "limits.max_steps=1", "validation.every_steps=none"]
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_named(
         said = refused(capsys, data, stage, *STAGES[stage])
     assert said == (
         f"output must be in a folder that can be written, got {str(folder)!r} (Permission denied); "
-        "choose another folder or mend its permissions"
+        "choose another folder or fix its permissions"
     )
 
 
@@ -130,7 +130,7 @@ def test_a_log_that_cannot_be_read_is_named(
         said = refused(capsys, data, stage, *words)
     assert said == (
         f"input must be a file or folder that can be read, got {str(log)!r} (Permission denied); "
-        "mend its permissions or give another"
+        "choose another or fix its permissions"
     )
 
 
@@ -148,4 +148,27 @@ def test_a_message_of_ours_stays_as_it_is() -> None:
     assert explain(OSError("the bucket answers nothing")) == "the bucket answers nothing"
     assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x")) == (
         "path must exist, got 'x'; check it"
+    )
+
+
+def test_a_closed_folder_is_not_mistaken_for_a_file_that_cannot_be_written() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        kept, closed = Path(name) / "kept", Path(name) / "closed"
+        kept.touch(0o444)
+        closed.mkdir(0o700)
+        closed.chmod(0)
+        Path(name).chmod(0o777)
+        with unprivileged():
+            errors = [
+                PermissionError(errno.EACCES, "refused", str(path)) for path in (kept, closed / "x")
+            ]
+            file, folder = (explain(error) for error in errors)
+        closed.chmod(0o700)
+    assert file == (
+        f"output must be a file that can be written, got {str(kept)!r} (Permission denied); choose "
+        "another name or fix its permissions"
+    )
+    assert folder == (
+        f"path must be in folders that can be entered, got {str(closed / 'x')!r} (Permission "
+        f"denied in {str(closed)!r}); choose another or fix its permissions"
     )

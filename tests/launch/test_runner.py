@@ -1,4 +1,4 @@
-"""Jobs that really run: TorchX starts torchrun, which starts workers that meet over gloo."""
+"""Jobs that really run: TorchX starts torchrun, which starts workers that connect over gloo."""
 
 import json
 import socket
@@ -41,10 +41,7 @@ def losses(run: Path) -> list[float]:
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process without a launcher."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    words = ["train", "--prepared", str(prepared), "--run", str(run), *SMALL]
-    command = [sys.executable, "-P", "-m", "shardrec.launch.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert cli.main(["train", "--prepared", str(prepared), "--run", str(run), *SMALL]) == 0
     return run
 
 

@@ -1,4 +1,4 @@
-"""What `shardrec launch` makes of its words: whose option each is, and what it refuses."""
+"""The words of `shardrec launch`: to which command each option belongs, and what is refused."""
 
 import pytest
 

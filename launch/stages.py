@@ -1,0 +1,245 @@
+"""The table of commands: help, parsers and TorchX components are all made from it.
+
+It imports nothing of the project, so that ``shardrec --help`` is quick.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["COMMANDS", "STAGES", "Command", "imported"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One subcommand of ``shardrec``.
+
+    Attributes:
+        kind: a stage that several workers may run ("distributed"), a stage of one process
+            ("single"), or no stage ("tool"). Each stage has a TorchX component of its name. SIGTERM
+            ends a single stage with exit code 143, see ``shardrec.launch.signals``.
+        summary: its line in ``shardrec --help``.
+        description: what it does, one paragraph for its own help.
+        epilog: examples, and exit codes that mean something else than those of ``shardrec``.
+        config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
+            the options do not come from one dataclass.
+        cpu: CPUs that its component asks for by default.
+        memory_mb: memory that it asks for by default.
+    """
+
+    kind: Literal["distributed", "single", "tool"]
+    summary: str
+    description: str
+    epilog: str = ""
+    config: str = ""
+    cpu: int = 2
+    memory_mb: int = 8192
+
+
+COMMANDS = {
+    "synth": Command(
+        kind="single",
+        summary="generate an event log whose best possible metrics are known",
+        description=(
+            "Writes a generated event log to one Parquet file: popularity by Zipf's law, users "
+            "with drifting tastes, and order that matters. Equal options write equal events, at "
+            "any size. Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and "
+            "of popularity. Asked again for the same, it does nothing."
+        ),
+        epilog=(
+            "example: shardrec synth --output log.parquet --users 40000 --items 50000 --events "
+            "1000000"
+        ),
+        config="pipeline.synth.SynthConfig",
+        cpu=1,
+        memory_mb=4096,
+    ),
+    "prepare": Command(
+        kind="single",
+        summary="turn an event log into a prepared folder that training streams",
+        description=(
+            "Reads an event log (Parquet: user, item, time) and writes what training and "
+            "evaluation stream: sequences, splits, item counts, and a manifest that is there only"
+            " when all is. Sorting spills to disk: the log may be larger than memory. Asked again"
+            " for the same, it does nothing and says so; --force does it again. The day after, "
+            "--items keeps the index of every item that the last folder had."
+        ),
+        epilog=(
+            "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output "
+            "data"
+        ),
+        config="pipeline.prepare.PrepareConfig",
+        cpu=4,
+    ),
+    "train": Command(
+        kind="distributed",
+        summary="train on a prepared folder",
+        description=(
+            "Trains on a prepared folder and writes a run folder: the best and the last weights, "
+            "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one "
+            "process; `shardrec launch train` starts several. Options of the model are set by "
+            "dotted names. After SIGTERM it ends the step, writes a checkpoint and exits with 75:"
+            " start it again."
+        ),
+        epilog=(
+            "example: shardrec train --prepared data --run run --recipe demo loss=cce_minus "
+            "encoder.width=64"
+        ),
+    ),
+    "evaluate": Command(
+        kind="distributed",
+        summary="rank the whole catalog for the test users and write the metrics",
+        description=(
+            "Ranks the whole catalog for the users of a split and writes metrics.json into the "
+            "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
+            "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
+            " out targets that training never saw. Any number of workers may evaluate what any "
+            "number trained. Asked again for the same, it does nothing."
+        ),
+        epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
+        config="pipeline.model.measure.MeasureConfig",
+    ),
+    "recommend": Command(
+        kind="distributed",
+        summary="write the best items of every user to Parquet",
+        description=(
+            "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and "
+            "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any "
+            "number of workers gives the same lists. Asked again for the same, it does nothing."
+        ),
+        epilog=(
+            "example: shardrec recommend --run run --prepared data --histories users.parquet "
+            "--output lists --k 20"
+        ),
+        config="pipeline.recommend.RecommendConfig",
+    ),
+    "export": Command(
+        kind="distributed",
+        summary="write item vectors and the encoder for a service",
+        description=(
+            "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
+            "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
+            "TorchRec. Asked again for the same, it does nothing."
+        ),
+        epilog="example: shardrec export --run run --prepared data --output model",
+        config="pipeline.export.ExportConfig",
+    ),
+    "gate": Command(
+        kind="single",
+        summary="compare an evaluated run with the published model on the same users",
+        description=(
+            "Compares an evaluated run with the published model on the same users and writes a "
+            "verdict. Where the published model was measured on other data it is measured again, "
+            "from its export, on the users of the new run: items it does not know count as "
+            "misses."
+        ),
+        epilog=(
+            "example: shardrec gate --run run --prepared data --published published.json --metric"
+            " NDCG@10 --tolerance 0.02\n"
+            "exit codes: 0 the run may be published, 3 it may not and the report says why"
+        ),
+        config="pipeline.gate.GateConfig",
+    ),
+    "publish": Command(
+        kind="single",
+        summary="make a pointer name an export, in one step",
+        description=(
+            "Makes a pointer, one small JSON file with its history, name an export that passed "
+            "its gate. The file is replaced in one step; shardrec.pipeline.serve opens whatever "
+            "it names. --force publishes without a gate, never against one that refused."
+        ),
+        epilog=(
+            "example: shardrec publish --export model --gate run/gate.json --published "
+            "published.json\n"
+            "exit codes: 0 published, 3 blocked by a failed gate or an earlier rollback"
+        ),
+        config="pipeline.publish.PublishConfig",
+        cpu=1,
+        memory_mb=4096,
+    ),
+    "rollback": Command(
+        kind="single",
+        summary="make a pointer name what it named before",
+        description=(
+            "Makes a pointer name the publication before the present one, or the one of a number,"
+            " when its files are still there. What was left is not published again unless forced."
+        ),
+        epilog="example: shardrec rollback --published published.json",
+        config="pipeline.publish.RollbackConfig",
+        cpu=1,
+        memory_mb=4096,
+    ),
+    "report": Command(
+        kind="tool",
+        summary="write one HTML page that shows and compares runs",
+        description=(
+            "Writes one self-contained HTML page about run folders: curves of loss, validation "
+            "metric, throughput, memory, padding and gradient norm, a table that compares the "
+            "runs, recall by popularity, and every option. Runs may be in progress and need not "
+            "be evaluated. An earlier report is replaced."
+        ),
+        epilog="example: shardrec report runs/cce runs/sce --output report.html",
+    ),
+    "plan": Command(
+        kind="tool",
+        summary="say what a run will cost each rank, and how large a catalog fits",
+        description=(
+            "Says before a machine is rented what a step costs each rank: bytes of memory by "
+            "term, bytes received from other ranks, bytes that the loss reads and writes, FLOP, "
+            "and the largest catalog that fits. Options of the model are set by dotted names, as "
+            "in `shardrec train`; with checkpoints.background=false no copy for a checkpoint is "
+            "counted."
+        ),
+        epilog=(
+            "example: shardrec plan --num-items 10_000_000 --ranks 8 --memory-gb 80 --device cuda"
+            " --recipe large_catalog encoder.width=128"
+        ),
+        config="pipeline.plan.Machine",
+    ),
+    "launch": Command(
+        kind="tool",
+        summary="run a stage through TorchX, here or on a cluster",
+        description=(
+            "Runs a stage through TorchX: several workers here, or a job for a cluster. The "
+            "stage's own arguments follow `--`; `shardrec launch train --help` lists the rest."
+        ),
+        epilog=(
+            "examples:\n"
+            "  shardrec launch train -j 1x2 -- --prepared data --run run --recipe demo\n"
+            "  shardrec launch -s slurm -cfg partition=gpu train -j 4x8 --gpu 8 -- --prepared "
+            "data --run run\n"
+            "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
+            "--image me/shardrec:1 -- --prepared /data --run /run\n"
+            "exit codes: 2, 3 and 75 as those of workers here, 1 where they or an awaited job "
+            "failed\n"
+            "otherwise"
+        ),
+    ),
+    "doctor": Command(
+        kind="tool",
+        summary="say what is installed, whether it fits together, how to fix it",
+        description=(
+            "Prints versions, the NVIDIA driver, the communication backends and whether the "
+            "packages form a matching set; every mismatch comes with its remedy."
+        ),
+        epilog="exit codes: 0 training can start here, 1 something must be fixed first",
+    ),
+    "demo": Command(
+        kind="tool",
+        summary="the whole job on generated data or on your own log, with a table",
+        description=(
+            "Generates a log (or takes yours), prepares it, trains every loss for the same number"
+            " of steps on TorchX workers, ranks the whole catalog for the test users, and prints "
+            "a table, the paths of what was written, and the commands for your own data."
+        ),
+        epilog="example: shardrec demo --events path/to/log.parquet --user-column customer",
+        config="launch.demo.DemoConfig",
+    ),
+}
+STAGES = {name: command for name, command in COMMANDS.items() if command.kind != "tool"}
+
+
+def imported(dotted: str) -> Any:
+    """What a dotted name below ``shardrec`` stands for, its module imported."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(f"shardrec.{module}"), name)
