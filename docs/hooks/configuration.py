@@ -18,20 +18,6 @@ import docstring_parser
 PAGE = "configuration.md"
 REQUIRED = dataclasses.MISSING
 
-# The commands that take a config dataclass, the module that imports it, and its name there.
-STAGES = {
-    "synth": ("shardrec.pipeline.synth", "SynthConfig"),
-    "prepare": ("shardrec.pipeline.prepare", "PrepareConfig"),
-    "evaluate": ("shardrec.pipeline.evaluate", "MeasureConfig"),
-    "recommend": ("shardrec.pipeline.recommend", "RecommendConfig"),
-    "export": ("shardrec.pipeline.export", "ExportConfig"),
-    "gate": ("shardrec.pipeline.gate", "GateConfig"),
-    "publish": ("shardrec.pipeline.publish", "PublishConfig"),
-    "rollback": ("shardrec.pipeline.publish", "RollbackConfig"),
-    "plan": ("shardrec.pipeline.plan", "Machine"),
-    "demo": ("shardrec.launch.demo", "DemoConfig"),
-}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
@@ -77,12 +63,14 @@ def training() -> str:
 
 
 def stages() -> str:
-    """A table for each command that is configured by a dataclass."""
+    """A table for each command whose options come from one dataclass."""
+    from shardrec.launch.stages import COMMANDS, imported
+
     parts = []
-    for command, (module, name) in STAGES.items():
-        config = getattr(importlib.import_module(module), name)
-        parts.append(f"### `shardrec {command}` {{#command-{command}}}")
-        parts.append(table([as_typed(option) for option in options(config)]))
+    for name, command in COMMANDS.items():
+        if command.config:
+            rows = [as_typed(option) for option in options(imported(command.config))]
+            parts += [f"### `shardrec {name}` {{#command-{name}}}", table(rows)]
     return "\n\n".join(parts)
 
 

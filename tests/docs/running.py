@@ -9,9 +9,11 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +104,16 @@ def plan_ours(words: list[str], folder: Path, place: str) -> None:
 
 def plan_torchx(words: list[str], place: str) -> None:
     """TorchX makes the request and prints it."""
+    from torchx.cli.argparse_util import ArgOnceAction, torchxconfig
     from torchx.cli.main import main as torchx
 
+    for kind in (ArgOnceAction, torchxconfig):  # an option may not come twice, not even in two runs
+        kind.called_args.clear()
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with inside(ROOT), contextlib.redirect_stdout(io.StringIO()) as shown:
-        torchx([words[1], "--dryrun", *words[2:]])
+        torchx([words[1], "--dryrun", "--workspace", "", *words[2:]])
+    for number, handler in kept.items():  # TorchX replaces them for good
+        signal.signal(number, handler)
     assert "shardrec.launch.cli" in shown.getvalue(), place
 
 
@@ -119,11 +127,13 @@ def plan_make(words: list[str], place: str) -> None:
 
 
 def plan_pip(words: list[str], place: str) -> None:
-    """The extras exist."""
+    """The extras exist, and so do the files of constraints."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = re.findall(r"\[([^]]+)\]", " ".join(words))
     named = {name for extra in extras for name in extra.split(",")}
     assert named <= set(project["optional-dependencies"]), f"{place}: {named}"
+    for constraints in (after for word, after in pairwise(words) if word == "-c"):
+        assert (ROOT / constraints).is_file(), f"{place}: there is no {constraints}"
 
 
 def plan_script(words: list[str], place: str) -> None:
