@@ -63,7 +63,7 @@ def training() -> str:
 
 
 def stages() -> str:
-    """A table for each command whose options come from one dataclass."""
+    """A table for each command that takes its options from one dataclass."""
     from shardrec.launch.stages import COMMANDS, imported
 
     parts = []
@@ -87,7 +87,7 @@ def recipes() -> str:
         before = dict(flatten(plain))
         changed = {key: value for key, value in flatten(config) if value != before[key]}
         loss = f"loss={snake_case(type(config.loss))}"
-        words = [loss, *(f"{key}={spell(value)}" for key, value in changed.items())]
+        words = [loss, *(f"{key}={typed(value)}" for key, value in changed.items())]
         parts.append(
             f"`{name}`\n:   {first_line(recipe)}\n    " + " ".join(f"`{w}`" for w in words)
         )
@@ -100,7 +100,7 @@ def options(cls: type, prefix: str = "", values: Any = REQUIRED) -> list[Option]
     Args:
         cls: the dataclass.
         prefix: of the dotted names.
-        values: an instance whose values are the defaults; without one those of the fields are.
+        values: an instance that holds the defaults; without one the fields say them.
     """
     meanings, found = descriptions(cls), []
     for field, annotation in annotated(cls):
@@ -111,7 +111,7 @@ def options(cls: type, prefix: str = "", values: Any = REQUIRED) -> list[Option]
         elif not kinds:
             if not meanings.get(field.name):
                 raise ValueError(f"{name} must have a line in the docstring of {cls.__name__}")
-            shown = "required" if default is REQUIRED else f"`{spell(default)}`"
+            shown = "required" if default is REQUIRED else f"`{typed(default)}`"
             found.append(Option(name, describe_type(annotation), shown, meanings[field.name]))
     return found
 
@@ -177,15 +177,15 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def spell(value: Any) -> str:
+def typed(value: Any) -> str:
     """A value as it is typed on the command line.
 
     Example:
-        >>> spell(None), spell((0.9, 0.98)), spell(True), spell(1024)
+        >>> typed(None), typed((0.9, 0.98)), typed(True), typed(1024)
         ('none', '0.9,0.98', 'true', '1024')
     """
     if isinstance(value, tuple | list):
-        return ",".join(map(spell, value)) or "none"
+        return ",".join(map(typed, value)) or "none"
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value)

@@ -40,6 +40,6 @@ def section(path: Path) -> str:
         raise ValueError(f"{path.name} must begin with '# ', got {got!r}; give it a title")
     if text.startswith("## "):
         return text
-    parts = FENCE.split(text)  # what stands between fences is code, whose comments are no headings
+    parts = FENCE.split(text)  # every second part is code, and its comments are no headings
     parts[::2] = [HEADING.sub("##", part) for part in parts[::2]]
     return "".join(parts)
