@@ -1,6 +1,6 @@
 # The training stack as an image, made by the same `make setup` as everywhere else.
-#   docker build -t shardrec:0.1.0 .
-#   docker build -t shardrec:0.1.0-cuda --build-arg DEVICE=cuda .
+#   docker build -t shardrec:$(shardrec --version) .
+#   docker build -t shardrec:$(shardrec --version)-cuda --build-arg DEVICE=cuda .
 FROM debian:bookworm-slim
 ARG DEVICE=cpu
 # gcc and the headers are for Triton, which builds its launchers where it runs.

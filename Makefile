@@ -2,8 +2,10 @@
 #   make demo                               set-up, then the whole job on generated data
 #   make demo EVENTS=path/to/log.parquet    the same job on your own log
 #   make setup DEVICE=cuda                  build for GPU nodes on a machine without a GPU
+#   make setup TORCH=2.14                   another set of packages than the default
 PYTHON ?= python3
 DEVICE ?=
+TORCH ?=
 EVENTS ?=
 ARGS ?=
 
@@ -23,13 +25,13 @@ export PYTHONSAFEPATH := 1
 TEST_THREADS := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-quick test-slow test-slurm test-image lint format typecheck bench bench-compile clean
+.PHONY: help setup install demo test test-quick test-slow test-slurm test-image lint format docs lock bench bench-compile clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the matching set of packages (nothing to do when it is there)
-	@$(PYTHON) $(ROOT)launch/setup_env.py --venv $(ROOT).venv $(if $(DEVICE),--device $(DEVICE))
+	@$(PYTHON) $(ROOT)launch/setup_env.py --venv $(ROOT).venv $(if $(DEVICE),--device $(DEVICE)) $(if $(TORCH),--torch $(TORCH))
 
 install: setup  ## the same as setup
 
@@ -61,6 +63,14 @@ format: setup  ## let ruff rewrite what it can
 	$(AT_ROOT).venv/bin/ruff check --fix .
 	$(AT_ROOT).venv/bin/ruff format .
 
+docs: setup  ## build the documentation into site/; a broken link is an error
+	$(AT_ROOT).venv/bin/mkdocs build --strict $(ARGS)
+
+lock: setup  ## take the releases that are in .venv as the tested ones
+	$(AT_ROOT).venv/bin/pip freeze --exclude-editable \
+		| grep -vE '^(torch|torchrec|triton|fbgemm.*|nvidia-.*|cuda-.*|setuptools)(==| @)' \
+		> launch/constraints/others.txt
+
 bench: setup  ## time each loss alone against its baselines; benchmarks/README.md has the other questions
 	$(AT_ROOT).venv/bin/python benchmarks/losses.py $(ARGS)
 
@@ -68,4 +78,4 @@ bench-compile: setup  ## build every Triton kernel for sm_80, sm_90 and sm_100 a
 	$(AT_ROOT).venv/bin/python benchmarks/compile_kernels.py $(ARGS)
 
 clean:  ## forget the environment and what the demo wrote
-	$(AT_ROOT)rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	$(AT_ROOT)rm -rf .venv demo site .pytest_cache .mypy_cache .ruff_cache

@@ -123,7 +123,8 @@ def best_of_all_ranks(
     scores, indices = found
     missing = k - scores.shape[1]
     scores = F.pad(scores, (0, missing), value=-torch.inf)
-    indices = F.pad(indices + first, (0, missing), value=torch.iinfo(torch.int64).max)
+    # Behind every index; F.pad takes it as a double, which holds 2**62 exactly and 2**63 - 1 not.
+    indices = F.pad(indices + first, (0, missing), value=2**62)
     of_ranks = ranks.all_gather(scores)
     if len(of_ranks) == 1:
         return indices

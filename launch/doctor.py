@@ -1,4 +1,4 @@
-"""``shardrec doctor``: what is installed, whether it fits together, and how to mend it.
+"""``shardrec doctor``: what is installed, whether it fits together, and how to repair it.
 
 Imports nothing at the top that a broken environment could lack.
 """
@@ -7,47 +7,36 @@ import ctypes
 import importlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from shardrec.launch.setup_env import NEWEST_PYTHON, OLDEST_PYTHON, count_gpus
+from shardrec.launch.setup_env import (
+    FBGEMM_BUILDS,
+    NEWEST_PYTHON,
+    OLDEST_PYTHON,
+    count_gpus,
+    matching_sets,
+)
 
-# Releases that were built against each other, by the minor release of torch.
-MATCHING_SETS = {
-    "2.13": {"fbgemm": "1.8", "torchrec": "1.8", "triton": "3.7"},
-    "2.11": {"fbgemm": "1.6", "torchrec": "1.6", "triton": "3.6"},
-}
-FBGEMM_BUILDS = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
 NEEDED = ("torch", "torchrec", "triton", "torchx", "torchmetrics", "pyarrow", "duckdb", "rich")
 REPAIR = "run `make setup`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What the diagnosis is made from, as found or as a test pretends.
-
-    Attributes:
-        python: (major, minor).
-        machine: operating system and architecture.
-        versions: version of each distribution, None where it is missing.
-        driver: release of the NVIDIA driver; None where there is none.
-        gpus: number of GPUs the NVIDIA driver reports.
-        torch_cuda: CUDA release torch was built for; None for a CPU build or no torch.
-        torch_sees_gpu: whether torch can use a GPU.
-        backends: communication backends torch has.
-        load_errors: first line of the error of each module that is installed but fails to import.
-    """
+    """What an interpreter can load and what its machine has."""
 
     python: tuple[int, int]
     machine: str
-    versions: dict[str, str | None]
-    driver: str | None
-    gpus: int
-    torch_cuda: str | None
+    versions: dict[str, str | None]  # by distribution; None where it is missing
+    driver: str | None  # release of the NVIDIA driver
+    gpus: int  # as many as the driver reports
+    torch_cuda: str | None  # None for a CPU build, or no torch
     torch_sees_gpu: bool
-    backends: tuple[str, ...]
-    load_errors: dict[str, str]
+    backends: tuple[str, ...]  # that torch has for communication
+    load_errors: dict[str, str]  # first line, by installed module that fails to import
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
@@ -65,18 +54,15 @@ class Finding:
 
 def gather() -> Facts:
     """Facts about this interpreter; imports torch, fbgemm and torchrec to see whether they load."""
-    names = (*NEEDED, *FBGEMM_BUILDS.values())
-    load_errors = {
-        name: error for name in ("torch", "fbgemm_gpu", "torchrec") if (error := _load_error(name))
-    }
+    modules = ("torch", "fbgemm_gpu", "torchrec")
+    load_errors = {name: error for name in modules if (error := _load_error(name))}
     torch_cuda, sees_gpu, backends = (
         _ask_torch() if "torch" not in load_errors else (None, False, ())
     )
-    major, minor, _ = platform.python_version_tuple()
     return Facts(
-        python=(int(major), int(minor)),
+        python=sys.version_info[:2],
         machine=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in names},
+        versions={name: _version(name) for name in (*NEEDED, *FBGEMM_BUILDS.values())},
         driver=driver_release(),
         gpus=count_gpus(),
         torch_cuda=torch_cuda,
@@ -113,7 +99,7 @@ def _load_error(module: str) -> str | None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         return None if error.name == module else str(error)
-    except Exception as error:  # whatever a broken binary raises is what we are here to report
+    except Exception as error:  # a broken binary raises anything, and that is what we report
         return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
@@ -132,79 +118,39 @@ def _ask_torch() -> tuple[str | None, bool, tuple[str, ...]]:
 
 def diagnose(facts: Facts) -> list[Finding]:
     """Every mismatch, each with its remedy; empty when all is well."""
-    return [*_machine(facts), *_packages(facts), *_matching_set(facts), *_device(facts)]
+    errors = [*_packages(facts), *_matching_set(facts)]
+    return [*(Finding("wrong", text) for text in errors), *_device(facts)]
 
 
-def _machine(facts: Facts) -> Iterator[Finding]:
+def _packages(facts: Facts) -> Iterator[str]:
     if not OLDEST_PYTHON <= facts.python <= NEWEST_PYTHON:
-        spelled = ".".join(map(str, facts.python))
-        yield Finding(
-            "wrong",
-            f"Python must be 3.11 to 3.14, got {spelled}; `make setup PYTHON=python3.12`",
-        )
-
-
-def _packages(facts: Facts) -> Iterator[Finding]:
+        python = ".".join(map(str, facts.python))
+        yield f"Python must be 3.11 to 3.14, got {python}; `make setup PYTHON=python3.12`"
     for name in NEEDED:
         if facts.versions.get(name) is None:
-            yield Finding("wrong", f"{name} is not installed; {REPAIR}")
+            yield f"{name} is not installed; {REPAIR}"
     if not facts.fbgemm_builds:
-        yield Finding("wrong", f"fbgemm is not installed, in neither build; {REPAIR}")
+        yield f"fbgemm is not installed, in neither build; {REPAIR}"
     if len(facts.fbgemm_builds) == 2:
-        yield Finding(
-            "wrong",
+        yield (
             "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other's files; "
-            f"`pip uninstall` both, then {REPAIR}",
+            f"`pip uninstall` both, then {REPAIR}"
         )
     for name, error in facts.load_errors.items():
-        yield Finding("wrong", f"{name} is installed but does not load ({error}); {REPAIR}")
+        yield f"{name} is installed but does not load ({error}); {REPAIR}"
 
 
-def _matching_set(facts: Facts) -> Iterator[Finding]:
-    torch = facts.versions.get("torch")
+def _matching_set(facts: Facts) -> Iterator[str]:
+    torch, known = facts.versions.get("torch"), matching_sets()
     if torch is None:
         return
-    expected = MATCHING_SETS.get(_minor(torch))
-    if expected is None:
-        known = ", ".join(MATCHING_SETS)
-        yield Finding("wrong", f"torch must be one of {known}, got {torch}; {REPAIR}")
+    if _minor(torch) not in known:
+        yield f"torch must be one of {', '.join(known)}, got {torch}; {REPAIR}"
         return
-    fbgemm = [FBGEMM_BUILDS[build] for build in facts.fbgemm_builds]
-    families = {"fbgemm": fbgemm, "torchrec": ["torchrec"], "triton": ["triton"]}
-    for family, distributions in families.items():
-        for name in distributions:
-            found = facts.versions.get(name)
-            if found is not None and _minor(found) != expected[family]:
-                yield Finding(
-                    "wrong",
-                    f"{name} must be {expected[family]} with torch {torch}, got {found}; {REPAIR}",
-                )
-
-
-def _device(facts: Facts) -> Iterator[Finding]:
-    if "gloo" not in facts.backends and facts.versions.get("torch"):
-        yield Finding(
-            "wrong", "torch has no gloo backend, so CPU workers cannot talk; install a wheel"
-        )
-    if facts.gpus and facts.fbgemm_builds == ("cpu",):
-        yield Finding(
-            "note",
-            f"the driver reports {facts.gpus} GPU(s), but fbgemm is the CPU build: they stay idle; "
-            "`make setup DEVICE=cuda` uses them",
-        )
-    if facts.gpus and not facts.torch_sees_gpu and facts.versions.get("torch"):
-        reason = "a CPU build" if facts.torch_cuda is None else f"built for CUDA {facts.torch_cuda}"
-        yield Finding(
-            "wrong" if "cuda" in facts.fbgemm_builds else "note",
-            f"the driver reports {facts.gpus} GPU(s), but torch ({reason}) cannot use them; "
-            "update the driver or install the CUDA build of torch",
-        )
-    if not facts.gpus and facts.fbgemm_builds == ("cuda",):
-        yield Finding(
-            "note",
-            "fbgemm is the CUDA build and no driver answers here: right for a login node; to train "
-            "here `make setup DEVICE=cpu`",
-        )
+    for name, release in known[_minor(torch)].items():
+        expected, found = _minor(release), facts.versions.get(name)
+        if found is not None and _minor(found) != expected:
+            yield f"{name} must be {expected} with torch {torch}, got {found}; {REPAIR}"
 
 
 def _minor(version: str) -> str:
@@ -214,21 +160,49 @@ def _minor(version: str) -> str:
         >>> _minor("2.13.0+cpu")
         '2.13'
     """
-    return ".".join(version.split("+")[0].split(".")[:2])
+    return ".".join(version.split(".")[:2])
+
+
+def _device(facts: Facts) -> Iterator[Finding]:
+    has_torch = facts.versions.get("torch") is not None
+    if has_torch and "gloo" not in facts.backends:
+        yield Finding(
+            "wrong", "torch has no gloo backend, so CPU workers cannot talk; install a wheel"
+        )
+    if facts.gpus and facts.fbgemm_builds == ("cpu",):
+        yield Finding(
+            "note",
+            f"the driver reports {facts.gpus} GPU(s), but fbgemm is the CPU build: they stay idle; "
+            "`make setup DEVICE=cuda` uses them",
+        )
+    if has_torch and facts.gpus and not facts.torch_sees_gpu:
+        reason = "a CPU build" if facts.torch_cuda is None else f"built for CUDA {facts.torch_cuda}"
+        yield Finding(
+            "wrong" if "cuda" in facts.fbgemm_builds else "note",
+            f"the driver reports {facts.gpus} GPU(s), but torch ({reason}) cannot use them; "
+            "update the driver or install the CUDA build of torch",
+        )
+    if not facts.gpus and facts.fbgemm_builds == ("cuda",):
+        yield Finding(
+            "note",
+            "fbgemm is the CUDA build and no driver answers: right for a login node; to train "
+            "on this machine `make setup DEVICE=cpu`",
+        )
 
 
 def report(facts: Facts) -> str:
     """The facts and the findings as text for a terminal."""
-    rows = [("python", ".".join(map(str, facts.python))), ("machine", facts.machine)]
-    rows += [(name, version) for name, version in facts.versions.items() if version]
-    rows += [
-        ("torch built for", f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU"),
-        ("NVIDIA driver", facts.driver or "none"),
-        ("GPUs", str(facts.gpus) if facts.gpus else "none"),
-        ("backends", ", ".join(facts.backends) or "none"),
-    ]
-    lines = [f"{name:<16} {value}" for name, value in rows]
+    rows = {
+        "python": ".".join(map(str, facts.python)),
+        "machine": facts.machine,
+        **{name: version for name, version in facts.versions.items() if version},
+        "torch built for": f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU",
+        "NVIDIA driver": facts.driver or "none",
+        "GPUs": str(facts.gpus or "none"),
+        "backends": ", ".join(facts.backends) or "none",
+    }
     findings = diagnose(facts)
+    lines = [f"{name:<16} {value}" for name, value in rows.items()]
     lines += ["", *(f"{finding.level}: {finding.text}" for finding in findings)]
     if not any(finding.level == "wrong" for finding in findings):
         device = "cuda" if facts.torch_sees_gpu and "cuda" in facts.fbgemm_builds else "cpu"

@@ -1,8 +1,8 @@
-"""Set up ``.venv`` with the matching set of packages for this machine.
+"""Set up ``.venv`` with a matching set of packages for this machine (``make setup``).
 
-Runs before anything is installed, so it uses the standard library alone:
-``python3 launch/setup_env.py [--device cpu|cuda]`` (``make setup``). Does nothing when the
-environment is already the one that ``pyproject.toml`` and this file describe.
+Runs before anything is installed, so it uses the standard library alone. The sets are the files
+``constraints/torch-*.txt``; ``constraints/others.txt`` holds the tested release of every other
+package. Does nothing when the environment is already complete.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TORCH = ("torch==2.13.0", "triton==3.7.*")
-FBGEMM = {"cpu": "fbgemm-gpu-cpu==1.8.0", "cuda": "fbgemm-gpu==1.8.0"}
-TORCHREC = "torchrec==1.8.0"
-
+DEFAULT_TORCH = "2.13"
+CONSTRAINTS = Path(__file__).resolve().parent / "constraints"
+FBGEMM_BUILDS = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
 ARCHITECTURES = {"cpu": ("x86_64", "aarch64"), "cuda": ("x86_64",)}
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 SUPPORTED = (
@@ -38,21 +37,25 @@ class SetupError(Exception):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the choice depends on, as observed or as a test pretends.
-
-    Attributes:
-        system: ``platform.system()``.
-        architecture: ``platform.machine()``.
-        python: (major, minor) of the interpreter that would own the environment.
-        can_make_venv: whether ``venv`` can bring pip (Debian puts that in python3-venv).
-        driver_answers: whether an NVIDIA driver reports at least one GPU.
-    """
+    """Facts about a machine and the interpreter that would own the environment."""
 
     system: str
     architecture: str
     python: tuple[int, int]
-    can_make_venv: bool
-    driver_answers: bool
+    can_make_venv: bool  # Debian leaves that out of python3
+    driver_answers: bool  # an NVIDIA driver reports at least one GPU
+
+
+def matching_sets() -> dict[str, dict[str, str]]:
+    """The releases that were built against each other, by the minor release of torch.
+
+    Newest first; each set maps the name of a package to its release, such as "1.8.0" or "3.7.*".
+    """
+    sets = {}
+    for path in CONSTRAINTS.glob("torch-*.txt"):
+        lines = path.read_text().split()
+        sets[path.stem.removeprefix("torch-")] = dict(line.split("==") for line in lines)
+    return dict(sorted(sets.items(), key=lambda one: int(one[0].split(".")[1]), reverse=True))
 
 
 def observe() -> Machine:
@@ -60,7 +63,7 @@ def observe() -> Machine:
     return Machine(
         system=platform.system(),
         architecture=platform.machine(),
-        python=(sys.version_info[0], sys.version_info[1]),
+        python=sys.version_info[:2],
         can_make_venv=all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
         driver_answers=count_gpus() > 0,
     )
@@ -85,127 +88,136 @@ def choose_device(machine: Machine, requested: str | None) -> str:
     """Return "cpu" or "cuda": ``requested`` if given, else by whether a driver answers.
 
     Raises:
-        SetupError: the wheels do not exist for this machine, or ``venv`` cannot work here.
+        SetupError: The wheels do not exist for this machine, or ``venv`` cannot work on it.
     """
-    if requested is not None and requested not in FBGEMM:
+    if requested not in (None, *FBGEMM_BUILDS):
         raise SetupError(
             f"DEVICE must be cpu or cuda, got {requested}; leave it out to let the driver decide"
         )
-    check_python(machine)
     built_for_cuda = machine.architecture in ARCHITECTURES["cuda"]
     device = requested or ("cuda" if machine.driver_answers and built_for_cuda else "cpu")
+    python = ".".join(map(str, machine.python))
+    if not OLDEST_PYTHON <= machine.python <= NEWEST_PYTHON:
+        raise SetupError(
+            f"Python must be 3.11 to 3.14, got {python}; name another with "
+            f"`make setup PYTHON=python3.12`: {SUPPORTED}"
+        )
     if machine.system != "Linux" or machine.architecture not in ARCHITECTURES[device]:
         raise SetupError(
             f"the machine must be one the wheels exist for, got {machine.system} "
             f"{machine.architecture} for DEVICE={device}; {SUPPORTED}"
         )
+    if not machine.can_make_venv:
+        raise SetupError(
+            f"Python must be able to make a virtual environment, got {python} without ensurepip; "
+            f"on Debian and Ubuntu run `apt install python{python}-venv`"
+        )
     return device
 
 
-def check_python(machine: Machine) -> None:
-    """Refuse an interpreter without wheels or without a working ``venv``.
+def choose_torch(requested: str | None) -> str:
+    """Return the minor release of torch to install.
 
     Raises:
-        SetupError: with the way out.
+        SetupError: There is no set for the release requested.
     """
-    major, minor = machine.python
-    if not OLDEST_PYTHON <= machine.python <= NEWEST_PYTHON:
+    known = matching_sets()
+    if requested not in (None, *known):
         raise SetupError(
-            f"Python must be 3.11 to 3.14, got {major}.{minor}; name another with "
-            f"`make setup PYTHON=python3.12`: {SUPPORTED}"
+            f"TORCH must be one of {', '.join(known)}, got {requested}; "
+            f"leave it out for {DEFAULT_TORCH}"
         )
-    if machine.system == "Linux" and not machine.can_make_venv:
-        raise SetupError(
-            f"Python must be able to make a virtual environment, got {major}.{minor} without "
-            f"ensurepip; on Debian and Ubuntu run `apt install python{major}.{minor}-venv`"
-        )
+    return requested or DEFAULT_TORCH
 
 
-def pip_commands(device: str, root: Path) -> list[list[str]]:
-    """The two ``pip`` argument lists that fill the environment.
+def pip_commands(device: str, torch: str, root: Path) -> list[list[str]]:
+    """Return the argument lists of ``pip`` that fill the environment, in order.
 
     TorchRec comes without its dependencies: its metadata always asks for the CUDA fbgemm, which
     would overwrite the CPU build, and for one old torchmetrics.
     """
-    ours = ["--editable", f"{root}[pipeline,dev]"]
+    of_set = ["--constraint", str(CONSTRAINTS / f"torch-{torch}.txt")]
+    of_others = ["--constraint", str(CONSTRAINTS / "others.txt")]
+    (other_build,) = (name for build, name in FBGEMM_BUILDS.items() if build != device)
+    ours = ["torch", "triton", FBGEMM_BUILDS[device], "--editable", f"{root}[pipeline,dev]"]
     return [
-        ["install", *TORCH, FBGEMM[device], *ours],
-        ["install", "--no-deps", TORCHREC],
+        ["--quiet", "uninstall", "--yes", other_build],  # both builds install the same files
+        ["install", *of_set, *of_others, *ours],
+        ["install", *of_set, "--no-deps", "torchrec"],
     ]
 
 
 def fingerprint(root: Path) -> str:
     """Digest of everything that decides what is installed."""
-    digest = hashlib.sha256()
-    for path in (root / "pyproject.toml", Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    version = root.glob("src/*/__init__.py")
+    files = [root / "pyproject.toml", *version, Path(__file__), *sorted(CONSTRAINTS.iterdir())]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def is_current(venv: Path, root: Path, requested: str | None) -> bool:
-    """Whether ``venv`` was completed from the present files, for the requested device.
-
-    Without a request any device will do: a login node may have been set up for GPU nodes.
-    """
+def read_stamp(venv: Path) -> dict[str, str]:
+    """What ``venv`` was completed for; empty when it was not."""
     try:
-        stamp = json.loads((venv / STAMP).read_text())
+        return dict(json.loads((venv / STAMP).read_text()))
     except (OSError, ValueError):
-        return False
-    known = stamp.get("fingerprint") == fingerprint(root) and (venv / "bin" / "python").exists()
-    return known and requested in (None, stamp.get("device"))
+        return {}
 
 
-def set_up(venv: Path, root: Path, requested: str | None) -> None:
-    """Make ``venv`` hold the matching set; the stamp is written last.
+def is_current(venv: Path, root: Path, requested: dict[str, str]) -> bool:
+    """Whether ``venv`` was completed from the present files, with the device and torch requested.
+
+    Without a request any will do: a login node may have been set up for GPU nodes.
+    """
+    stamp = read_stamp(venv)
+    expected = {**stamp, **requested, "fingerprint": fingerprint(root)}
+    return stamp == expected and (venv / "bin" / "python").exists()
+
+
+def set_up(venv: Path, root: Path, requested: dict[str, str]) -> None:
+    """Make ``venv`` hold a matching set; the stamp is written last.
+
+    Args:
+        venv: Folder of the environment.
+        root: The repository.
+        requested: Any of "device" and "torch"; the others stay as ``venv`` was last completed.
 
     Raises:
-        SetupError: the machine is not supported.
+        SetupError: This machine cannot hold it.
         subprocess.CalledProcessError: pip failed; it has said why.
     """
     if is_current(venv, root, requested):
         return
-    device = choose_device(observe(), requested)
-    print(
-        f"Setting up {venv} for {device} (a download of some hundred MB on a new machine)",
-        flush=True,
-    )
+    wanted = {**read_stamp(venv), **requested}
+    device = choose_device(observe(), wanted.get("device"))
+    torch = choose_torch(wanted.get("torch"))
+    size = "some hundred MB, and some GB where torch is a CUDA build"
+    print(f"Setting up {venv} with torch {torch} for {device} (a download of {size})", flush=True)
     (venv / STAMP).unlink(missing_ok=True)
     if not (venv / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    python = str(venv / "bin" / "python")
-    drop_other_build(python, device)
-    for arguments in pip_commands(device, root):
-        subprocess.run([python, "-m", "pip", "--quiet", *arguments], check=True)
-    stamp = {"device": device, "fingerprint": fingerprint(root)}
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    for arguments in pip_commands(device, torch, root):
+        subprocess.run([venv / "bin" / "python", "-m", "pip", "--quiet", *arguments], check=True)
+    stamp = {"device": device, "torch": torch, "fingerprint": fingerprint(root)}
     (venv / STAMP).write_text(json.dumps(stamp) + "\n")
     print(f"Ready for {device}: {venv}/bin/shardrec --help", flush=True)
 
 
-def drop_other_build(python: str, device: str) -> None:
-    """Remove fbgemm's build for the other device: both install the same files."""
-    other = FBGEMM["cuda" if device == "cpu" else "cpu"].partition("==")[0]
-    command = [python, "-m", "pip", "--quiet", "uninstall", "--yes", other]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the set-up; 0 when the environment is complete, 2 when this machine cannot hold it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--device", default=None, help="cpu or cuda (default: ask the NVIDIA driver)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", help="cpu or cuda (default: ask the NVIDIA driver)")
+    parser.add_argument("--torch", help=f"minor release of torch (default: {DEFAULT_TORCH})")
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="default: .venv")
     options = parser.parse_args(arguments)
+    given = {"device": options.device, "torch": options.torch}
     root = Path(__file__).resolve().parent.parent
     try:
-        set_up(options.venv, root, options.device or None)
+        set_up(options.venv, root, {name: value for name, value in given.items() if value})
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"setup: `{' '.join(error.cmd)}` failed; its message is above", file=sys.stderr)
+        command = " ".join(map(str, error.cmd))
+        print(f"setup: `{command}` failed; its message is above", file=sys.stderr)
         return 1
     return 0
 

@@ -2,12 +2,15 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import shardrec
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "launch", "modules", "pipeline")
@@ -33,6 +36,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, timeout=120)
     (path,) = folder.glob("*.whl")
     return path
+
+
+def test_the_version_stands_in_one_place(wheel: Path) -> None:
+    assert wheel.name == f"shardrec-{shardrec.__version__}-py3-none-any.whl"
+    for name in ("pyproject.toml", "Dockerfile", "Makefile"):
+        named = re.findall(r"shardrec[:-](\d+\.\d+\.\d+)", (ROOT / name).read_text())
+        assert not named, f"{name} repeats the version"
 
 
 def copy(source: Path, target: Path) -> None:

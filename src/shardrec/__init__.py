@@ -1,3 +1,3 @@
 """Sequential recommenders over huge catalogs: sharded tables, exact and sampled losses."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from tests.launch.image import Host, Image, read_dockerfile
 
-import shardrec
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKERFILE = ROOT / "Dockerfile"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -47,7 +45,7 @@ def test_every_copied_file_and_folder_is_in_the_repository() -> None:
 def test_the_environment_is_made_by_the_same_make_setup() -> None:
     runs = [one.rest for one in read_dockerfile(DOCKERFILE) if one.name == "RUN"]
     assert runs[-1] == "make setup DEVICE=$DEVICE"
-    assert f"docker build -t shardrec:{shardrec.__version__} ." in DOCKERFILE.read_text()
+    assert "docker build -t shardrec:$(shardrec --version) ." in DOCKERFILE.read_text()
 
 
 def clone(folder: Path) -> Path:

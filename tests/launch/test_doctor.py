@@ -38,9 +38,23 @@ def with_versions(**versions: str | None) -> Facts:
 
 def test_a_matching_set_has_no_findings() -> None:
     assert diagnose(HEALTHY) == []
-    older = {"torch": "2.11.1", "torchrec": "1.6.0", "triton": "3.6.0", "fbgemm_gpu_cpu": "1.6.0"}
-    assert diagnose(with_versions(**older)) == []
     assert report(HEALTHY).endswith("ready to train on cpu")
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        {"torch": "2.11.1", "torchrec": "1.6.0", "triton": "3.6.0", "fbgemm_gpu_cpu": "1.6.0"},
+        {"torch": "2.14.1", "torchrec": "1.9.2", "triton": "3.8.0", "fbgemm_gpu_cpu": "1.9.0"},
+    ],
+    ids=["2.11", "2.14"],
+)
+def test_every_set_that_make_setup_installs_fits_together(versions: dict[str, str]) -> None:
+    assert diagnose(with_versions(**versions)) == []
+    for name, release in versions.items():
+        if name != "torch":
+            (finding,) = diagnose(with_versions(**versions | {name: "0.9.1"}))
+            assert f"must be {release[:3]} with torch {versions['torch']}" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -49,7 +63,11 @@ def test_a_matching_set_has_no_findings() -> None:
         (with_versions(duckdb=None), "wrong", "duckdb is not installed"),
         (with_versions(fbgemm_gpu_cpu=None), "wrong", "fbgemm is not installed, in neither build"),
         (with_versions(fbgemm_gpu="1.8.0"), "wrong", "overwrite each other's files"),
-        (with_versions(torch="2.12.0"), "wrong", "torch must be one of 2.13, 2.11, got 2.12.0"),
+        (
+            with_versions(torch="2.12.0"),
+            "wrong",
+            "torch must be one of 2.14, 2.13, 2.11, got 2.12.0",
+        ),
         (with_versions(torchrec="1.6.0"), "wrong", "torchrec must be 1.8 with torch 2.13.0+cpu"),
         (with_versions(triton="3.6.0"), "wrong", "triton must be 3.7"),
         (replace(HEALTHY, python=(3, 10)), "wrong", "Python must be 3.11 to 3.14, got 3.10"),

@@ -40,3 +40,8 @@ def test_setup_from_another_folder_is_of_the_repository(tmp_path: Path) -> None:
         ROOT / ".venv",
     )
     assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_hands_on_the_device_and_the_torch_asked_for(tmp_path: Path) -> None:
+    (said,) = make(tmp_path, "setup", "PYTHON=echo", "DEVICE=cuda", "TORCH=2.14")
+    assert said.split()[3:] == ["--device", "cuda", "--torch", "2.14"]
