@@ -1,20 +1,17 @@
-"""The losses as a training step calls them: options in a dataclass, one signature for all.
+"""The losses that can be trained: options in a dataclass, the function behind it, and its cost.
 
-Each class names its options, the public function behind it and what a step costs. ``AnyLoss`` is
-the registry: a loss that is named there can be trained, planned, swept and shown in the demo.
+``AnyLoss`` is the registry: a loss that is named there can be trained, planned, swept and shown in
+the demo.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels import (
-    RowShard,
     cut_cross_entropy,
     reduced_cross_entropy,
     sampled_cross_entropy,
@@ -37,7 +34,7 @@ from shardrec.modules.baselines import (
     paired_cross_entropy_cost,
 )
 from shardrec.modules.item_counts import ItemCounts
-from shardrec.modules.loss_options import check_options, option
+from shardrec.modules.loss import Batch, Loss, LossOutput, Step, option
 
 __all__ = [
     "BCE",
@@ -55,141 +52,6 @@ __all__ = [
     "LossOutput",
     "Step",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What a loss may know besides states, table and targets; the same on every rank.
-
-    Attributes:
-        seed: Key of all random choices.
-        step: Training step.
-        item_counts: (V,) int64 training events of each item; needed by proposals other than
-            uniform. ``ItemCounts`` keeps the tables made of them from step to step.
-    """
-
-    seed: int
-    step: int
-    item_counts: Tensor | ItemCounts | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """A loss and its statistics.
-
-    Attributes:
-        loss: () float32 mean over the positions of all ranks, the same on every rank.
-        statistics: Numbers to log, by name.
-    """
-
-    loss: Tensor
-    statistics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The inputs of a loss.
-
-    Attributes:
-        states: (N, D) states at the real positions of this rank.
-        table: The item table or this rank's shard of it.
-        targets: (N,) int64 items.
-        weights: (N,) float factors of the positions' losses, or None.
-        step: Seed, step and item counts.
-    """
-
-    states: Tensor
-    table: Tensor | RowShard
-    targets: Tensor
-    weights: Tensor | None
-    step: Step
-
-    @property
-    def num_items(self) -> int:
-        """V."""
-        return self.table.num_rows if isinstance(self.table, RowShard) else self.table.shape[0]
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the table."""
-        return self.table.group if isinstance(self.table, RowShard) else None
-
-    @property
-    def draws(self) -> dict[str, int]:
-        """Seed and step, as the functions of losses that draw take them."""
-        return {"seed": self.step.seed, "step": self.step.step}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss(ABC):
-    """A loss with its options; these two are common to all.
-
-    Attributes:
-        name: Of the loss on the command line.
-        function: The public function behind it.
-        is_baseline: Whether it is there to be compared with.
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-
-    Raises:
-        ValueError: An option is out of range.
-    """
-
-    name: ClassVar[str]
-    function: ClassVar[Callable[..., Any]]
-    is_baseline: ClassVar[bool] = False
-
-    normalize: bool = False
-    temperature: float = option(1.0, above_zero="1.0 leaves the logits alone")
-
-    def __post_init__(self) -> None:
-        """Checks the options of this loss."""
-        check_options(self)
-
-    def __call__(
-        self,
-        states: Tensor,
-        table: Tensor | RowShard,
-        targets: Tensor,
-        *,
-        weights: Tensor | None = None,
-        step: Step,
-    ) -> LossOutput:
-        """Mean loss of the batch of all ranks.
-
-        Args:
-            states: (N, D) states at the real positions of this rank.
-            table: The item table or this rank's shard of it.
-            targets: (N,) int64 items.
-            weights: (N,) float factors of the positions' losses, or None.
-            step: Seed, step and item counts.
-        """
-        return self.output(Batch(states, table, targets, weights, step))
-
-    def output(self, batch: Batch) -> LossOutput:
-        """The mean loss and its statistics."""
-        return LossOutput(self.evaluate(batch))
-
-    def evaluate(self, batch: Batch, **more: Any) -> Any:
-        """What ``function`` returns for these options; ``more`` are further arguments of it."""
-        return type(self).function(
-            batch.states,
-            batch.table,
-            batch.targets,
-            weights=batch.weights,
-            normalize=self.normalize,
-            temperature=self.temperature,
-            **self.arguments(batch),
-            **more,
-        )
-
-    @abstractmethod
-    def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Arguments of ``function`` that this loss alone has."""
-
-    @abstractmethod
-    def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

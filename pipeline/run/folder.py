@@ -21,7 +21,7 @@ from torch import nn
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import from_json, to_json
-from shardrec.pipeline.outputs.json_files import read_object, require_shape, Shape, write_atomically
+from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape, write_atomically
 from shardrec.pipeline.outputs.staging import settle
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.run.config import TrainConfig
