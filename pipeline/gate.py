@@ -240,8 +240,6 @@ def _published_value(
     known, protocol = current.evaluation, evaluation["protocol"]
     if known is not None and known["protocol"] == protocol:
         return known["metrics"][config.metric], "when it was published, on the same users"
-    from shardrec.pipeline.model.measure import MeasureConfig  # torchmetrics loads matplotlib
-
     folder = require_unchanged(Path(config.published), current)
     measure = MeasureConfig(ks=tuple(protocol["ks"]), filter_seen=protocol["filter_seen"])
     value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shardrec.kernels.loss.candidates import Candidates
 from shardrec.modules.losses import Loss
 
 Options = dict[str, Any]
@@ -36,6 +37,36 @@ class Workspace:
     reduction: str = "mean"
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Scores that a loss compares to choose candidates.
+
+    Attributes:
+        scores: (lines, candidates) float64.
+        size: how many of each line are chosen.
+        is_coarse: whether they are compared at coarse precision.
+    """
+
+    scores: Tensor
+    size: int
+    is_coarse: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a loss chooses by comparing scores, so that rounding might choose otherwise.
+
+    Attributes:
+        rule: the class that chooses.
+        compared: what an instance of it compares, given all states and rows in float64.
+        is_own: of each chosen tensor, whether a rank holds its part alone.
+    """
+
+    rule: type[Candidates]
+    compared: Callable[[Any, Tensor, Tensor], list[Compared]]
+    is_own: tuple[bool, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """What tests know of a loss.
@@ -52,7 +83,7 @@ class Entry:
         has_covered: ``reduction="none"`` gives the mask of covered positions too.
         is_operator: is a custom operator of PyTorch with a choice of backends.
         padding: part of the products that padding takes them from the cost model.
-        chooses: compares products to choose candidates, so rounding may choose others.
+        choice: how it chooses candidates by comparing scores; None where it does not.
         in_forward: takes the gradient of a mean or sum in forward, in float32 on one CPU.
         refused: own arguments that are wrong for 2 positions and a table of 30 rows.
         refused_options: wrong values of its own options for training.
@@ -70,11 +101,16 @@ class Entry:
     has_covered: bool = False
     is_operator: bool = True
     padding: float = 0.001
-    chooses: bool = False
+    choice: Choice | None = None
     in_forward: bool = False
     refused: Sequence[Refusal] = ()
     refused_options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     workspaces: Mapping[str, Workspace] = field(default_factory=dict)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it compares scores to choose candidates."""
+        return self.choice is not None
 
     def shared_variants(self) -> dict[str, Options]:
         """Options of the function and of the class alike."""

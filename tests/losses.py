@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.loss_entry import DRAWN, LARGE, REFUSED_DRAWS, Entry, Workspace, each
+from tests.loss_entry import (
+    DRAWN,
+    LARGE,
+    REFUSED_DRAWS,
+    Choice,
+    Compared,
+    Entry,
+    Workspace,
+    each,
+)
 from torch import Tensor
 
 from shardrec.kernels import (
@@ -31,12 +41,14 @@ from shardrec.kernels.negatives import (
     draw_below,
     random_signs,
 )
+from shardrec.kernels.rece import HashedChunks, default_num_buckets
 from shardrec.kernels.reference import (
     cross_entropy_reference,
     reduced_cross_entropy_reference,
     sampled_cross_entropy_reference,
     scalable_cross_entropy_reference,
 )
+from shardrec.kernels.sce import HardBuckets
 from shardrec.kernels.select.reference import topk_rows_reference
 from shardrec.modules.baselines import (
     binary_cross_entropy,
@@ -118,6 +130,37 @@ def rece(
     chunks = torch.tensor(of_positions).T, torch.tensor(of_items).T
     losses = reduced_cross_entropy_reference(states, table, targets, *chunks, num_neighbor_chunks)
     return losses, ones(targets)
+
+
+def compared_by_buckets(rule: HardBuckets, states: Tensor, rows: Tensor) -> list[Compared]:
+    pairs, _, (items, _) = rule.choice_shapes(len(states), len(rows))
+    num_buckets, items_per_bucket = items
+    centres = mixed_centres(rule, int(num_buckets), states)
+    positions_per_bucket = int(pairs[0][0]) // int(num_buckets)
+    return [
+        Compared(centres @ states.T, positions_per_bucket, is_coarse=True),
+        Compared(centres @ rows.T, int(items_per_bucket), is_coarse=True),
+    ]
+
+
+def mixed_centres(rule: Any, num_buckets: int, states: Tensor) -> Tensor:
+    """Float64 centres of the buckets of a rule with ``mix``."""
+    draws: dict[str, Any] = {"seed": rule.seed, "step": rule.step}
+    signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **draws)
+    return signs.double().T @ states
+
+
+def compared_by_hashes(rule: HashedChunks, states: Tensor, rows: Tensor) -> list[Compared]:
+    vectors, width = torch.cat([states, rows]), states.shape[1]
+    draws: dict[str, Any] = {"seed": rule.seed, "step": rule.step}
+    num_buckets = rule.num_buckets or default_num_buckets(
+        len(states), len(rows), rule.num_neighbor_chunks
+    )
+    hashes = [
+        random_signs(0, num_buckets, width, stream=STREAM_HASH + index, **draws)
+        for index in range(rule.num_rounds)
+    ]
+    return [Compared(vectors @ signs.double().T, 1, is_coarse=False) for signs in hashes]
 
 
 def chunks_in_order(buckets: Sequence[int], num_chunks: int) -> list[int]:
@@ -242,7 +285,7 @@ LOSSES: dict[str, Entry] = {
         },
         has_sparse_grad=True,
         has_covered=True,
-        chooses=True,
+        choice=Choice(rule=HardBuckets, compared=compared_by_buckets, is_own=(False, False, False)),
         padding=0.2,
         refused=[
             *each(
@@ -273,7 +316,7 @@ LOSSES: dict[str, Entry] = {
         definition=rece,
         options={"num_buckets": 6, "num_chunks": 6, "num_rounds": 2, "num_neighbor_chunks": 1},
         variants={"rank": {"num_buckets": 16, "num_rounds": 2, "align": "rank"}},
-        chooses=True,
+        choice=Choice(rule=HashedChunks, compared=compared_by_hashes, is_own=(True, True)),
         padding=0.3,
         refused=[
             *each(
