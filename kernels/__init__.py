@@ -1,6 +1,6 @@
 """Losses over huge catalogs on plain tensors; needs torch, and triton only where a kernel runs.
 
-The four functions are custom operators of PyTorch, ``torch.ops.shardrec.<name>``, in forward and in
+The five functions are custom operators of PyTorch, ``torch.ops.shardrec.<name>``, in forward and in
 backward:
 
 - ``torch.compile`` takes each as one node of its graph, with ``fullgraph=True`` too, and compiles
@@ -18,6 +18,7 @@ backward:
 
 from shardrec.kernels.cce import cut_cross_entropy
 from shardrec.kernels.cce_minus import sampled_cross_entropy
+from shardrec.kernels.hce import hybrid_cross_entropy
 from shardrec.kernels.rece import reduced_cross_entropy
 from shardrec.kernels.sce import scalable_cross_entropy
 from shardrec.kernels.shard import RowShard
@@ -25,6 +26,7 @@ from shardrec.kernels.shard import RowShard
 __all__ = [
     "RowShard",
     "cut_cross_entropy",
+    "hybrid_cross_entropy",
     "reduced_cross_entropy",
     "sampled_cross_entropy",
     "scalable_cross_entropy",

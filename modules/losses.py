@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardrec.kernels import (
     cut_cross_entropy,
+    hybrid_cross_entropy,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
@@ -20,6 +21,7 @@ from shardrec.kernels import (
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
 from shardrec.kernels.cost.terms import LossCost
+from shardrec.kernels.hce import hybrid_cross_entropy_cost
 from shardrec.kernels.negatives import Mixture, Proposal, Uniform
 from shardrec.kernels.ranks.chunks import Layout
 from shardrec.kernels.ranks.communicator import Communicator
@@ -40,6 +42,7 @@ __all__ = [
     "BCE",
     "CCE",
     "GBCE",
+    "HCE",
     "LOSSES",
     "RECE",
     "SCE",
@@ -230,6 +233,43 @@ class RECE(Loss):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HCE(Loss):
+    """Options of ``hybrid_cross_entropy``; the table's gradient is sparse.
+
+    Attributes:
+        num_buckets: n_b, or 0 for ``2 sqrt(N)``.
+        items_per_bucket: b_y, the hardest items of a bucket; where the catalog is smaller, all.
+        num_negatives: K uniform draws of a bucket, for all other items.
+        mix: Centres are random combinations of the states.
+    """
+
+    name = "hce"
+    function = staticmethod(hybrid_cross_entropy)
+
+    num_buckets: int = option(0, at_least=0)
+    items_per_bucket: int = option(256, at_least=1)
+    num_negatives: int = option(256, at_least=1)
+    mix: bool = True
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Number of buckets, and of the candidates of both kinds."""
+        return {
+            "num_buckets": self.num_buckets or None,
+            "items_per_bucket": self.items_per_bucket,
+            "num_negatives": self.num_negatives,
+            "mix": self.mix,
+            "sparse_grad": True,
+            **batch.draws,
+        }
+
+    def cost(self, work: Workload) -> LossCost:
+        """What a step costs a rank."""
+        return hybrid_cross_entropy_cost(
+            work, self.num_buckets or None, self.items_per_bucket, self.num_negatives
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EagerCE(Loss):
     """Options of the full softmax with all logits in memory: a baseline."""
 
@@ -298,7 +338,7 @@ class GBCE(Loss):
         return paired_cross_entropy_cost(work, self.num_negatives)
 
 
-AnyLoss = CCE | CCEMinus | SCE | RECE | EagerCE | BCE | GBCE
+AnyLoss = CCE | CCEMinus | SCE | RECE | HCE | EagerCE | BCE | GBCE
 """Every loss that can be trained."""
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in get_args(AnyLoss)}

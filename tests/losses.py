@@ -26,10 +26,12 @@ from torch import Tensor
 
 from shardrec.kernels import (
     cut_cross_entropy,
+    hybrid_cross_entropy,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
+from shardrec.kernels.hce import HardAndSampled
 from shardrec.kernels.negatives import (
     STREAM_HASH,
     STREAM_MIX,
@@ -49,13 +51,13 @@ from shardrec.kernels.reference import (
     scalable_cross_entropy_reference,
 )
 from shardrec.kernels.sce import HardBuckets
-from shardrec.kernels.select.reference import topk_rows_reference
+from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
 from shardrec.modules.baselines import (
     binary_cross_entropy,
     eager_cross_entropy,
     generalized_binary_cross_entropy,
 )
-from shardrec.modules.losses import BCE, CCE, GBCE, RECE, SCE, CCEMinus, EagerCE
+from shardrec.modules.losses import BCE, CCE, GBCE, HCE, RECE, SCE, CCEMinus, EagerCE
 
 
 def ones(targets: Tensor) -> Tensor:
@@ -130,6 +132,39 @@ def rece(
     chunks = torch.tensor(of_positions).T, torch.tensor(of_items).T
     losses = reduced_cross_entropy_reference(states, table, targets, *chunks, num_neighbor_chunks)
     return losses, ones(targets)
+
+
+def hce(
+    states: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    *,
+    num_buckets: int,
+    items_per_bucket: int,
+    num_negatives: int,
+) -> tuple[Tensor, Tensor]:
+    signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **DRAWN)
+    centres = signs.double().T @ states.detach().double()
+    hard = topk_rows_reference(centres, table.detach(), min(items_per_bucket, len(table)))[1]
+    drawn = negatives(len(table), torch.arange(num_buckets), num_negatives)
+    is_hard = (drawn[:, :, None] == hard[:, None]).any(2)
+    of_drawn = torch.full(drawn.shape, num_negatives / len(table)).double().log()
+    corrections = [torch.zeros(hard.shape), of_drawn.masked_fill(is_hard, torch.inf)]
+    bucket = best_direction_reference(F.normalize(centres), states.detach())
+    candidates, lowered = (torch.cat(both, 1)[bucket] for both in ([hard, drawn], corrections))
+    losses = sampled_cross_entropy_reference(states, table, targets, candidates, lowered)
+    return losses, ones(targets)
+
+
+def compared_by_nearest_bucket(
+    rule: HardAndSampled, states: Tensor, rows: Tensor
+) -> list[Compared]:
+    _, ((num_buckets, num_hard), _) = rule.choice_shapes(len(states), len(rows))
+    centres = mixed_centres(rule, int(num_buckets), states)
+    return [
+        Compared(states @ F.normalize(centres).T, 1, is_coarse=False),
+        Compared(centres @ rows.T, int(num_hard), is_coarse=True),
+    ]
 
 
 def compared_by_buckets(rule: HardBuckets, states: Tensor, rows: Tensor) -> list[Compared]:
@@ -342,6 +377,48 @@ LOSSES: dict[str, Entry] = {
         },
         workspaces={
             "": Workspace(stored=2000 * LARGE[1], options={"num_buckets": 2000, "num_rounds": 2})
+        },
+    ),
+    "hce": Entry(
+        function=hybrid_cross_entropy,
+        config=HCE,
+        definition=hce,
+        options={"num_buckets": 4, "items_per_bucket": 11, "num_negatives": 9},
+        variants={
+            "plain": {
+                "num_buckets": 9,
+                "items_per_bucket": 23,
+                "num_negatives": 5,
+                "mix": False,
+            },
+            "wide": {"num_buckets": 3, "items_per_bucket": 500, "num_negatives": 2},
+        },
+        has_sparse_grad=True,
+        choice=Choice(
+            rule=HardAndSampled, compared=compared_by_nearest_bucket, is_own=(True, False)
+        ),
+        padding=0.4,  # buckets are as large as positions are near
+        refused=[
+            *each(
+                "num_buckets items_per_bucket num_negatives",
+                (0, -1),
+                "items_per_bucket and num_negatives must be positive, got .*raise them",
+            ),
+            *each("items_per_bucket", (None,), "for argument 'items_per_bucket'", RuntimeError),
+            *each("num_negatives", (1.5,), "for argument 'num_negatives'", RuntimeError),
+            *each("mix", ("no",), "for argument 'mix'", RuntimeError),
+            *REFUSED_DRAWS,
+        ],
+        refused_options={
+            "num_buckets": (-1,),
+            "items_per_bucket": (0,),
+            "num_negatives": (0, -3),
+        },
+        workspaces={
+            "": Workspace(
+                stored=2000 * LARGE[1],
+                options={"num_buckets": 2000, "items_per_bucket": 16, "num_negatives": 16},
+            )
         },
     ),
     "eager_ce": Entry(
