@@ -23,13 +23,13 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, median, run_logged
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.launch.workers import process_group
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
-from shardrec.pipeline.ranks import rank_of
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class Trained:
         for parameter in self.encoder.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
-        generator = torch.Generator().manual_seed(rank_of(group))
+        generator = torch.Generator().manual_seed(Communicator(group).rank)
         self.looked_up = torch.randint(job["items"], (job["lookups"],), generator=generator)
 
     def step(self) -> float:
@@ -93,7 +93,7 @@ def work(job: dict[str, Any]) -> None:
                 busy.append(trained.step())
                 reports += writer.collect()
         resumes = [trained.resume(Checkpoints(folder, group)) for _ in range(job["repeats"])]
-        if rank_of(group):
+        if Communicator(group).rank:
             return
     times = {
         "stall": [report.stall_seconds for report in reports[1:]],

@@ -27,11 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, SHARDREC, Results, peak_rss_since_reset, rss_bytes, run_logged
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.launch.workers import process_group
 from shardrec.pipeline.config import override
 from shardrec.pipeline.plan import Machine, plan
 from shardrec.pipeline.prepared.loader import Prepared
-from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.recipes import RECIPES
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import train
@@ -89,7 +89,7 @@ def work(job: dict[str, Any]) -> None:
         before = rss_bytes()
         train(config_of(job["key"], job["data"], str(run)))
         answer = [peak_rss_since_reset(), before]
-        run.with_name(f"peak-{rank_of(group)}").write_text(json.dumps(answer))
+        run.with_name(f"peak-{Communicator(group).rank}").write_text(json.dumps(answer))
 
 
 def measured_bytes(key: dict[str, Any], data: Path, folder: Path) -> tuple[int, int]:

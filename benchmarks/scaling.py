@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, median, run_logged
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.launch.workers import process_group
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
-from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run.callbacks import StepReport
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
@@ -99,7 +99,7 @@ def work(job: dict[str, Any]) -> None:
     )
     with process_group() as (group, _):
         train(config, callbacks=[probe])
-        if rank_of(group):
+        if Communicator(group).rank:
             return
     answer = {
         "times_s": probe.seconds,

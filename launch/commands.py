@@ -116,10 +116,10 @@ def train(options: Namespace, config: "TrainConfig") -> int:
 
 def evaluate(options: Namespace, config: "MeasureConfig") -> int:
     """Rank the whole catalog for the users of a split and write the metrics into the run."""
+    from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.evaluate import evaluate as run_evaluate
     from shardrec.pipeline.evaluate import evaluate_popularity
-    from shardrec.pipeline.ranks import rank_of
 
     report: dict[str, Any] = {
         "split": options.split,
@@ -132,7 +132,7 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
         else:
             report["checkpoint"] = options.checkpoint or "best"
             metrics = run_evaluate(options.run, options.prepared, config, **report)["metrics"]
-        if rank_of(group) == 0:
+        if Communicator(group).rank == 0:
             print_metrics(metrics)
             if options.output or options.run:
                 print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
@@ -141,13 +141,13 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
 
 def recommend(options: Namespace, config: "RecommendConfig") -> int:
     """Write the best items of every user of some histories."""
+    from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import process_group
-    from shardrec.pipeline.ranks import rank_of
     from shardrec.pipeline.recommend import recommend as run_recommend
 
     with process_group(options.timeout) as (group, _):
         done = run_recommend(config)
-        if rank_of(group) == 0:
+        if Communicator(group).rank == 0:
             print_counts(done.manifest["counts"])
             rate = f"{config.output}: {done.users_per_second:,.0f} users/s"
             print_end(done.is_new, rate if done.is_new else config.output)
@@ -156,13 +156,13 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
 
 def export(options: Namespace, config: "ExportConfig") -> int:
     """Write item vectors and the encoder for a service."""
+    from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.export import export as run_export
-    from shardrec.pipeline.ranks import rank_of
 
     with process_group(options.timeout) as (group, _):
         done = run_export(config)
-        if rank_of(group) == 0:
+        if Communicator(group).rank == 0:
             manifest = done.manifest
             print(f"{manifest['num_items']:,} items, catalog version {manifest['catalog_version']}")
             if index := manifest.get("faiss"):

@@ -26,11 +26,11 @@ from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
-METRICS = ("NDCG@10", "Recall@10", "MRR@10", "Coverage@10")
+METRICS = (DEFAULT_METRIC, "Recall@10", "MRR@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
 MARK, LOG = ".shardrec-demo", "events.parquet"
 CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
@@ -311,7 +311,7 @@ def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
     best = {name: max(row.metrics[name] for row in rows) for name in METRICS}
     for row in rows:
         cells = [mark(row.metrics[name], best[name]) for name in METRICS]
-        share = gap_closed(row.metrics["NDCG@10"], rows[0].metrics["NDCG@10"], ceiling)
+        share = gap_closed(row.metrics[DEFAULT_METRIC], rows[0].metrics[DEFAULT_METRIC], ceiling)
         seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
         memory = "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f}"
         made.add_row(row.name, *cells, share, seconds, memory)

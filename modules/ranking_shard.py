@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.select import GROUP, TopSearch
 from shardrec.kernels.shard import RowShard
 
@@ -140,14 +140,8 @@ def _tile_bounds(sorted_rows: Tensor, num_rows: int, tile: int) -> list[int]:
     return torch.searchsorted(sorted_rows, sorted_rows.new_tensor(edges)).tolist()
 
 
-class Ranks:
-    """The collectives of a ranking; with ``group`` None each returns its input."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Store the group; look up the number of ranks and this rank."""
-        self.group = group
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+class Ranks(Communicator):
+    """The collectives of a ranking over an optional group."""
 
     def agree(
         self, states: Tensor, shard: RowShard, refusal: str | None, form: tuple[int, ...]
@@ -159,7 +153,7 @@ class Ranks:
         """
         num_states = len(states) if states.dim() else 0
         header = [num_states, len(real_rows(shard)), refusal is not None, *form]
-        table = self.gather(torch.tensor([header], device=states.device), [1] * self.size)
+        table = self.all_gather(torch.tensor(header, device=states.device))
         if refusal is not None:
             raise ValueError(refusal)
         refused = table[:, 2].nonzero().flatten().tolist()
@@ -182,14 +176,7 @@ class Ranks:
 
     def gather(self, values: Tensor, sizes: list[int], start: int = 0) -> Tensor:
         """All-gather in rank order: ``sizes[rank]`` values of each rank, from ``start`` on."""
-        local = values[start : start + sizes[self.rank]]
-        if self.group is None or max(sizes) == 0:
-            return local
-        padded = local.new_zeros(max(sizes), *local.shape[1:])
-        padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return self.start_all_gather_rows(values[start : start + sizes[self.rank]], sizes)()
 
     def gather_ragged(self, ragged: Ragged, sizes: list[int], start: int) -> Ragged:
         """All-gather the items of a chunk of states, and the index in the chunk of each."""
@@ -204,16 +191,13 @@ class Ranks:
         if self.group is None:
             return found
         own = sizes[self.rank]
-        parts = found.new_empty(self.size * own, found.shape[1])
-        splits = [own] * self.size
-        dist.all_to_all_single(parts, found.contiguous(), splits, sizes, group=self.group)
+        parts = self.all_to_all(found, sizes, [own] * self.size)
         return parts.view(self.size, own, found.shape[1]).transpose(0, 1).flatten(1)
 
     def require_numbers(self, scores: Tensor) -> None:
         """Raise ValueError on every rank when any rank has a NaN."""
         bad = scores.isnan().sum()
-        if self.group is not None:
-            dist.all_reduce(bad, group=self.group)
+        self.sum_(bad)
         if bad:
             raise ValueError(
                 f"scores must be numbers, got {int(bad)} NaN; the model or the table has diverged"

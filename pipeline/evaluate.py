@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.measure import Scorer, Split, measure, open_users
 from shardrec.pipeline.outputs.formats import METRICS
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
-from shardrec.pipeline.ranks import default_group, on_this_rank, rank_of, size_of
+from shardrec.pipeline.ranks import default_group, on_this_rank
 from shardrec.pipeline.run.trained import Source, load_model
 
 __all__ = ["evaluate", "evaluate_popularity"]
@@ -175,7 +176,7 @@ def _find(report: StageOutput) -> dict[str, Any] | None:
     found = report.find()
     if found is None:
         return None
-    if rank_of(report.group) == 0:
+    if Communicator(report.group).rank == 0:
         message = "%s already holds the metrics of these weights, users and options: nothing to do"
         logging.getLogger(__name__).warning(message, report.path)
     return _with_numbers(found)
@@ -190,8 +191,8 @@ def _with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
 def _popularity_shard(prepared: Prepared, group: dist.ProcessGroup | None) -> RowShard:
     """A (V, 1) table of training counts, of which this rank holds a block of rows."""
     counts = on_this_rank(prepared.item_counts, group)
-    block = -(-prepared.num_items // size_of(group))
-    first = min(rank_of(group) * block, prepared.num_items)
+    block = -(-prepared.num_items // Communicator(group).size)
+    first = min(Communicator(group).rank * block, prepared.num_items)
     rows = counts[first : first + block].float()[:, None]
     return RowShard(rows, first, prepared.num_items, group)
 

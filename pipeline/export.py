@@ -25,20 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from shardrec import __version__
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_parquet
 from shardrec.pipeline.outputs.formats import EXPORT
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.ranks import (
-    default_group,
-    on_all_ranks,
-    on_first_rank,
-    on_this_rank,
-    rank_of,
-    size_of,
-)
+from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
@@ -184,7 +178,7 @@ class _Work:
         written = on_all_ranks(lambda: self._write_rows(folder), group)
         rows = [entry for entries in written for entry in entries]
         more = on_first_rank(lambda: self._write_encoder(folder) + self._index(folder, rows), group)
-        rank = rank_of(group)
+        rank = Communicator(group).rank
         return written[rank] + (more if rank == 0 else [])
 
     def details(self) -> dict[str, Any]:
@@ -201,7 +195,7 @@ class _Work:
         }
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
-        rank, size = rank_of(self.model.group), size_of(self.model.group)
+        rank, size = Communicator(self.model.group).rank, Communicator(self.model.group).size
         name = f"items/part-{rank:05d}-of-{size:05d}.parquet"
         (folder / "items").mkdir(exist_ok=True)
         shard, block_rows = self.model.catalog.shard, self.config.block_rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
 from shardrec.pipeline.outputs.formats import GATE, METRICS
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.outputs.stage_output import StageOutput, read_output
@@ -52,7 +52,7 @@ class GateConfig:
     run: str
     prepared: str
     published: str
-    metric: str = "NDCG@10"
+    metric: str = DEFAULT_METRIC
     tolerance: float = 0.02
     minimum: float | None = None
     metrics: str | None = None

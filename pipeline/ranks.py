@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from shardrec.kernels.ranks.communicator import Communicator
 
 __all__ = [
     "default_group",
@@ -14,9 +15,6 @@ __all__ = [
     "on_all_ranks",
     "on_first_rank",
     "on_this_rank",
-    "rank_of",
-    "size_of",
-    "sum_over_ranks",
 ]
 
 Result = TypeVar("Result")
@@ -27,25 +25,6 @@ def default_group() -> dist.ProcessGroup | None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
-
-
-def rank_of(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group."""
-    return 0 if group is None else dist.get_rank(group)
-
-
-def size_of(group: dist.ProcessGroup | None) -> int:
-    """W, the number of ranks."""
-    return 1 if group is None else dist.get_world_size(group)
-
-
-def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sum ``values`` over the ranks, in place.
-
-    Collectives: one all-reduce.
-    """
-    if group is not None:
-        dist.all_reduce(values, group=group)
 
 
 def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
@@ -60,9 +39,9 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
         answer = work(), None
     except Exception as error:
         answer = None, error
-    answers = [answer] * size_of(group)
+    answers = [answer] * Communicator(group).size
     dist.all_gather_object(answers, answer, group=group)
-    answers[rank_of(group)] = answer  # an error of this rank keeps its traceback
+    answers[Communicator(group).rank] = answer  # an error of this rank keeps its traceback
     for rank, (_, raised) in enumerate(answers):
         if raised is not None:
             raised.add_note(f"raised on rank {rank} of {len(answers)}")
@@ -87,7 +66,7 @@ def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -
 
     Collectives: one all-gather of small objects.
     """
-    first = rank_of(group) == 0
+    first = Communicator(group).rank == 0
     return on_all_ranks(lambda: work() if first else None, group)[0]  # type: ignore[return-value]
 
 
@@ -117,7 +96,7 @@ def in_step(
     while True:
         item, error = _next(iterator)
         failed = torch.tensor(float(error is not None), device=device)
-        sum_over_ranks(failed, group)
+        Communicator(group).sum_(failed)
         if failed:
             on_this_rank(functools.partial(_raise, error), group)
         if not item:

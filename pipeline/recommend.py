@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks, top_items
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
@@ -28,14 +29,7 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.parquet_files import find_files
-from shardrec.pipeline.ranks import (
-    default_group,
-    in_step,
-    on_this_rank,
-    rank_of,
-    size_of,
-    sum_over_ranks,
-)
+from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
 from shardrec.pipeline.run.trained import Source
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]
@@ -179,7 +173,7 @@ class _Work:
         self.shard = model.scored_shard()
         self.allowed = None if candidates.allowed.all() else candidates.allowed.to(model.device)
         self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
-        self.rank, self.size = rank_of(model.group), size_of(model.group)
+        self.rank, self.size = Communicator(model.group).rank, Communicator(model.group).size
         # users without history, items of histories, unknown items, lists shorter than k
         self.sums = torch.zeros(4, dtype=torch.int64, device=model.device)
 
@@ -198,7 +192,7 @@ class _Work:
             for batch in in_step(self._batches(writer), group, self.model.device):
                 batch.lists.put(batch.rows, *self._rank(batch))
             on_this_rank(writer.close, group)  # writes the footer
-        sum_over_ranks(self.sums, group)
+        Communicator(group).sum_(self.sums)
         return on_this_rank(lambda: [describe_parquet(folder, name)], group)
 
     def details(self, source: Source) -> dict[str, Any]:

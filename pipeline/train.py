@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.config import describe, flatten
-from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank, rank_of
+from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build
 from shardrec.pipeline.run.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
@@ -112,12 +113,12 @@ def _profiling(config: TrainConfig) -> list[Callback]:
     if not config.profile.steps:
         return []
     folder = Path(config.output) / "profile"
-    return [Profiler(folder, config.profile, rank_of(default_group()))]
+    return [Profiler(folder, config.profile, Communicator(default_group()).rank)]
 
 
 def _tracking(config: TrainConfig) -> list[Callback]:
     """MLflow on rank 0, where the config names a store; refused before the run folder is made."""
-    if config.mlflow.uri is None or rank_of(default_group()):
+    if config.mlflow.uri is None or Communicator(default_group()).rank:
         return []
     parameters = dict(flatten(config))
     return [open_mlflow(config.mlflow, Path(config.output), parameters, config.log_every)]

@@ -92,6 +92,11 @@ class Communicator:
         """Sum over ranks; one all-reduce."""
         return self._all_reduce(local.detach(), dist.ReduceOp.SUM)
 
+    def sum_(self, values: Tensor) -> None:
+        """Sum over ranks, in place; one all-reduce."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+
     def max(self, local: Tensor) -> Tensor:
         """Maximum over ranks; one all-reduce."""
         return self._all_reduce(local.detach(), dist.ReduceOp.MAX)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.format import (
     Piece,
     StoredTensor,
@@ -39,7 +40,7 @@ from shardrec.pipeline.checkpoint.manifest import (
 from shardrec.pipeline.checkpoint.state import CheckpointState, is_row_name, join_state
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.outputs.storage import Folder, open_folder
-from shardrec.pipeline.ranks import on_all_ranks, on_first_rank, on_this_rank, rank_of
+from shardrec.pipeline.ranks import on_all_ranks, on_first_rank, on_this_rank
 
 __all__ = [
     "CheckpointState",
@@ -76,7 +77,7 @@ class Checkpoints:
         except Exception:
             # A disk that was full should not stay so.
             with contextlib.suppress(OSError):
-                if rank_of(self.group) == 0:
+                if Communicator(self.group).rank == 0:
                     folder.remove(MANIFEST)
             raise
         try:
@@ -124,7 +125,7 @@ class Checkpoints:
             try:
                 return self.folder / name, on_this_rank(read, self.group)
             except DamagedCheckpointError as error:
-                if rank_of(self.group) == 0:
+                if Communicator(self.group).rank == 0:
                     _warn(error)
         return None
 
@@ -191,7 +192,7 @@ def save_checkpoint(
     """
     opened = open_folder(folder)
     on_first_rank(lambda: opened.remove(MANIFEST), group)
-    written = on_all_ranks(lambda: _write_part(opened, state, rank_of(group)), group)
+    written = on_all_ranks(lambda: _write_part(opened, state, Communicator(group).rank), group)
     parts = [part for part in written if part is not None]
     on_first_rank(lambda: _complete(opened, state, best, parts), group)
 

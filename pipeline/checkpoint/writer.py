@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
-from shardrec.pipeline.ranks import rank_of
 
 __all__ = ["CheckpointReport", "CheckpointWriter", "writing_group"]
 
@@ -142,7 +142,7 @@ class CheckpointWriter:
         self._thread.join()
         self._thread = None
         assert self._report is not None
-        if self.failure is not None and rank_of(self.checkpoints.group) == 0:
+        if self.failure is not None and Communicator(self.checkpoints.group).rank == 0:
             message = "checkpoint of step %d was not written, those before are kept: %s"
             logging.getLogger(__name__).warning(message, self._report.step, self.failure)
         return [self._report]

@@ -5,7 +5,10 @@ from typing import Literal
 
 from shardrec.modules.option_checks import require_at_least
 
-__all__ = ["MeasureConfig", "Precision"]
+__all__ = ["DEFAULT_METRIC", "MeasureConfig", "Precision"]
+
+# What checkpoints, gates, reports and the demo are judged by, where nothing else is chosen.
+DEFAULT_METRIC = "NDCG@10"
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

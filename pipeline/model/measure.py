@@ -8,12 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.metrics import ranking_metrics
 from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import EvaluationBatch, EvaluationBatches, Prepared
-from shardrec.pipeline.ranks import in_step, on_this_rank, rank_of, size_of, sum_over_ranks
+from shardrec.pipeline.ranks import in_step, on_this_rank
 
 __all__ = ["Scorer", "Split", "measure", "open_users"]
 
@@ -71,8 +72,8 @@ def open_users(
             split,
             batch_size=config.batch_size,
             max_length=max_length,
-            rank=rank_of(group),
-            world_size=size_of(group),
+            rank=Communicator(group).rank,
+            world_size=Communicator(group).size,
         ),
         group,
     )
@@ -111,7 +112,7 @@ class _Meter:
 
     def result(self) -> dict[str, float]:
         """The numbers of all ranks."""
-        sum_over_ranks(self.sums, self.shard.group)
+        Communicator(self.shard.group).sum_(self.sums)
         users, targets, new, repeated = self.sums.tolist()
         values = {name: float(value) for name, value in self.all.compute().items()}
         for name, value in self.known.compute().items():

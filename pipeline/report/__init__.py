@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from shardrec.pipeline.model.config import DEFAULT_METRIC
 from shardrec.pipeline.report.curves import NUM_HUES, Curve, Line, draw
 from shardrec.pipeline.report.records import RunRecord, read_runs
 from shardrec.pipeline.report.tables import (
@@ -106,10 +107,10 @@ def _panel(curve: Curve, records: Sequence[RunRecord]) -> tuple[Curve, str] | No
 
 
 def _deciding_metric(records: Sequence[RunRecord]) -> str:
-    """NDCG@10 where a run measured it, else the validation metric of the first run that has one."""
+    """The default metric where a run measured it, else the validation metric of the first run."""
     validations = [event for record in records for event in record.validations]
-    if not validations or any("NDCG@10" in event["metrics"] for event in validations):
-        return "NDCG@10"
+    if not validations or any(DEFAULT_METRIC in event["metrics"] for event in validations):
+        return DEFAULT_METRIC
     return str(validations[0]["metric"])
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import TransformerEncoder
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
@@ -15,7 +16,7 @@ from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
-from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank, rank_of, size_of
+from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, start_run
 from shardrec.pipeline.run.loop import Run
@@ -53,7 +54,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
             begun = started(config, start, lock, progress, is_new=is_new)
             on_first_rank(lambda: held.enter_context(begun), group)
         if not is_new:
-            on_first_rank(lambda: rewind(config, progress.step, size_of(group)), group)
+            on_first_rank(lambda: rewind(config, progress.step, Communicator(group).size), group)
         checkpoints.group = held.enter_context(writing_group(group))
         return Run(
             config=config,
@@ -153,8 +154,8 @@ def _open_batches(
         prepared,
         config.batches,
         max_length=config.encoder.max_length,
-        rank=rank_of(group),
-        world_size=size_of(group),
+        rank=Communicator(group).rank,
+        world_size=Communicator(group).size,
         seed=config.seed,
     )
 

@@ -15,7 +15,7 @@ from shardrec.modules.option_checks import (
     require_within,
 )
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.model.config import MeasureConfig, Precision
+from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig, Precision
 from shardrec.pipeline.prepared.loader import BatchConfig
 
 __all__ = [
@@ -69,7 +69,7 @@ class ValidationConfig:
 
     every_epochs: int | None = 1
     every_steps: int | None = None
-    metric: str = "NDCG@10"
+    metric: str = DEFAULT_METRIC
     patience: int | None = None
     measure: MeasureConfig = MeasureConfig(ks=(10,))
 

@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.store import CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
-from shardrec.pipeline.ranks import in_step, on_first_rank, rank_of
+from shardrec.pipeline.ranks import in_step, on_first_rank
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.interruption import Preempted
@@ -53,7 +54,7 @@ class Run:
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0."""
-        return rank_of(self.stepper.model.group) == 0
+        return Communicator(self.stepper.model.group).rank == 0
 
     @property
     def steps_per_epoch(self) -> int:

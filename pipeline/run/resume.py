@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import flatten
@@ -22,7 +23,6 @@ from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
-from shardrec.pipeline.ranks import rank_of
 from shardrec.pipeline.run.callbacks import EndReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import (
@@ -145,7 +145,7 @@ def restore(
     if found is None:
         return None
     folder, state = found
-    if rank_of(checkpoints.group) == 0:
+    if Communicator(checkpoints.group).rank == 0:
         _warn_of_other_versions(folder, state.written_by)
     stepper.model.encoder.load_state_dict(dict(state.encoder))
     stepper.optimizer.load_state_dict(dict(state.optimizer))

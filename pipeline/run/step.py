@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
-from shardrec.pipeline.ranks import rank_of, size_of, sum_over_ranks
 from shardrec.pipeline.run.config import OptimizerConfig
 
 __all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
@@ -147,7 +147,7 @@ class Stepper:
 
     def _reduce_totals(self, batches: Sequence[Batch], flags: StepFlags) -> "_Totals":
         """All-reduce what every rank must know before the step."""
-        rank, world_size = rank_of(self.model.group), size_of(self.model.group)
+        rank, world_size = Communicator(self.model.group).rank, Communicator(self.model.group).size
         memory = [0.0] * world_size
         memory[rank] = float(_memory_bytes(self.model.device))
         weights = [_weight(batch) for batch in batches]
@@ -156,7 +156,7 @@ class Stepper:
         raised = [float(one) for one in (flags.stop, flags.save, flags.interrupt, flags.written)]
         local = [*weights, *positions, slots, *raised, *memory]
         values = torch.tensor(local, dtype=torch.float64, device=self.model.device)
-        sum_over_ranks(values, self.model.group)
+        Communicator(self.model.group).sum_(values)
         count, total = len(batches), values.tolist()
         stop, save, interrupt, written = total[2 * count + 1 : 2 * count + 5]
         return _Totals(
@@ -234,7 +234,7 @@ class Stepper:
         table = self.model.catalog.squared_gradient_norm().reshape(1)
         parts = [_gradient(one).reshape(-1) for one in self.parameters]
         flat = torch.cat([*parts, table])
-        sum_over_ranks(flat, self.model.group)
+        Communicator(self.model.group).sum_(flat)
         for parameter, gradient in zip(
             self.parameters, flat[:-1].split([one.numel() for one in self.parameters]), strict=True
         ):
@@ -258,7 +258,7 @@ class Stepper:
 
     def _dropout_seed(self, step: int) -> int:
         """Dropout is a function of (seed, step, rank), so that a resumed run repeats it."""
-        text = f"dropout {self.seed} {step} {rank_of(self.model.group)}"
+        text = f"dropout {self.seed} {step} {Communicator(self.model.group).rank}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.pipeline.checkpoint.store import CheckpointState, StoredCheckpoint
@@ -30,7 +31,7 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
-from shardrec.pipeline.ranks import on_first_rank, on_this_rank, rank_of, sum_over_ranks
+from shardrec.pipeline.ranks import on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import OWN_ENCODER, open_checkpoints, read_run
 from shardrec.pipeline.run.step import Stepper
@@ -68,7 +69,7 @@ def start_from(
     origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
     former = on_this_rank(lambda: _former_rows(origin, prepared, catalog.row_range), group)
     carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
-    sum_over_ranks(carried, group)
+    Communicator(group).sum_(carried)
     if not carried:
         raise ValueError(
             f"init_from.run must know some of the items, got {config.init_from.run} of "
@@ -84,7 +85,7 @@ def start_from(
     if keep:
         catalog.num_steps = int(first.table["num_steps"])
     report = _report(config, origin, first, prepared.num_items, int(carried))
-    if config.show_progress and rank_of(group) == 0:
+    if config.show_progress and Communicator(group).rank == 0:
         print(_describe(report), file=sys.stderr, flush=True)
     return report
 
@@ -267,7 +268,7 @@ def _fill_new_rows(
     for start in range(0, rows.shape[0], BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         total += rows[part][~is_new[part]].sum(0, dtype=torch.float64)
-    sum_over_ranks(total, group)
+    Communicator(group).sum_(total)
     rows[is_new] = (total / num_carried).to(rows)
 
 

@@ -1,11 +1,13 @@
-"""What is special about the hybrid loss: an unbiased sum inside the logarithm, exact at the limit."""
+"""The hybrid loss alone: its sum inside the logarithm is unbiased, and exact without a tail."""
+
+from typing import Any
 
 import torch
 from tests.every_loss import batch
 
 from shardrec.kernels import cut_cross_entropy, hybrid_cross_entropy, scalable_cross_entropy
 
-HARD = {"num_buckets": 5, "items_per_bucket": 10}
+HARD: dict[str, Any] = {"num_buckets": 5, "items_per_bucket": 10}
 
 
 def test_with_every_item_among_the_hard_ones_it_is_the_full_softmax() -> None:

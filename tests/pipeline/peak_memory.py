@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
 from shardrec.pipeline.prepared.loader import Batch
-from shardrec.pipeline.ranks import default_group, rank_of, size_of
+from shardrec.pipeline.ranks import default_group
 from shardrec.pipeline.recipes import tiny_cpu
 from shardrec.pipeline.run.build import build_model
 from shardrec.pipeline.run.config import TrainConfig
@@ -48,7 +49,7 @@ def batch_of(num_items: int, shape: Sequence[int], group: dist.ProcessGroup | No
     generator = torch.Generator().manual_seed(1)
     items, targets = (
         torch.randint(num_items, tuple(shape), generator=generator)[
-            rank_of(group) :: size_of(group)
+            Communicator(group).rank :: Communicator(group).size
         ]
         for _ in "ab"
     )
