@@ -8,7 +8,7 @@ __all__ = ["ItemCounts"]
 
 
 class ItemCounts:
-    """The counts of a run, with a cache of the proposal tables built from them.
+    """Training events of each item, with a cache of the proposal tables built from them.
 
     Attributes:
         counts: (V,) int64 training events of each item.
@@ -22,7 +22,7 @@ class ItemCounts:
 
     @classmethod
     def of(cls, counts: "Tensor | ItemCounts") -> "ItemCounts":
-        """``counts`` as ItemCounts; from a tensor its tables are built for one step only."""
+        """``counts`` as ItemCounts; a tensor is wrapped, with a cache that is not kept for long."""
         return counts if isinstance(counts, ItemCounts) else cls(counts)
 
     def popularity(self, exponent: float) -> Popularity:
