@@ -133,7 +133,7 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
         group = min(fused_positions(work.num_rows), work.num_positions)
         # One process has one chunk, with a gradient in addition to the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        # A product copies logits: measured, half of their bytes in addition to everything else.
+        # A matrix product copies part of its operands: measured, half the bytes of the logits.
         logits = group * work.num_rows * 3 // 2
         held = 4 * (logits + (3 * group + chunk) * work.width)
         return _full_cost(work, held, full_cost(3, group, work), gathers=1)

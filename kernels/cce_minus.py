@@ -271,7 +271,7 @@ def sampled_cross_entropy_cost(
     """
     share = max(1, work.num_positions if share is None else share)
     num_draws = -(-work.num_positions // share) * num_negatives
-    # Targets follow the log and not a uniform distribution: an upper bound is one row for each.
+    # Targets follow the data and are not uniform; one row per target is an upper bound.
     touched = expected_distinct(num_draws + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
@@ -282,7 +282,7 @@ def sampled_cross_entropy_cost(
     by_rows = row_traffic(work, shared, work.own_positions)
     if num_draws <= 2 * work.num_positions and sends_fewer_bytes(by_rows, received):
         received = by_rows
-        # The rows as they arrive and in order, with both gradients.
+        # Fetched rows, as received and sorted by item, and the gradients of both.
         vectors = 2 * (shared + work.own_positions) * work.width
         in_flight = vectors * (work.element_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks

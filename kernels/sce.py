@@ -59,7 +59,7 @@ def scalable_cross_entropy(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of every target among the rows of its hardest bucket.
+    """Cross-entropy of every target among the rows of its position's hardest bucket.
 
     For each of n_b random centres the b_x positions and the b_y rows of largest inner product form
     a bucket (ties: the lower index first). A position's loss is the largest over its buckets; a

@@ -15,8 +15,9 @@ class CatalogConfig:
     """Initialization and optimizer of the item table.
 
     Attributes:
-        optimizer: "rowwise_adagrad" (one number a row; above a million items), "adagrad", "sgd",
-            "adam" (exact, every row every step) or "sparse_adam" (moments move where touched).
+        optimizer: "rowwise_adagrad" (one number of state per row; for more than a million items),
+            "adagrad", "sgd", "adam" (exact: every row, every step) or "sparse_adam" (updates rows
+            and moments only where there is a gradient).
         learning_rate: of the table, unless ``Catalog.step`` is given another.
         eps: added to the denominator of the update, the square root of the second moment.
         betas: decay of the two moments of adam and sparse_adam.

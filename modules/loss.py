@@ -141,7 +141,7 @@ class Loss(ABC):
     is_baseline: ClassVar[bool] = False
 
     normalize: bool = False
-    temperature: float = option(1.0, above_zero="1.0 leaves the logits alone")
+    temperature: float = option(1.0, above_zero="1.0 leaves the logits unchanged")
 
     def __post_init__(self) -> None:
         """Raises ValueError if an option of this loss breaks its rule."""

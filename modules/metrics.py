@@ -238,7 +238,7 @@ class Surprisal(_Mean):
         num_users: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Start at zero users.
+        """Starts with no users.
 
         Args:
             k: list length.
@@ -283,7 +283,7 @@ class PopularityRecall(_ListMetric):
     def __init__(
         self, k: int, item_counts: Tensor, process_group: dist.ProcessGroup | None = None
     ) -> None:
-        """Start at zero targets, with (V,) int64 training events of each item."""
+        """Starts with no targets; takes the (V,) int64 training events of each item."""
         super().__init__(k, process_group)
         self.register_buffer("buckets", popularity_buckets(item_counts), persistent=False)
         for name in ("found", "asked"):

@@ -38,7 +38,7 @@ def top_items(
     allowed: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) scores and items with the largest scores for each state, best first.
+    """(B, k) scores and (B, k) items of largest score for each state, best first.
 
     Args:
         states: (B, D) float; B differs by rank and may be 0.

@@ -68,7 +68,7 @@ class LocalRows:
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
-        """From the rows of this shard and the (V,) bool ``allowed`` of all items, None for all."""
+        """The (R, D) rows, blocked where the (V,) bool ``allowed`` is False; None blocks no row."""
         blocked = torch.empty(0, dtype=torch.int64, device=rows.device)
         if allowed is not None:
             blocked = (~allowed[first_row : first_row + len(rows)]).nonzero()[:, 0]
@@ -116,7 +116,7 @@ def shard_top(
     memory = states.new_empty(tile, len(states))  # all tiles share it
     for start in range(0, len(local.rows), tile):
         rows = local.rows[start : start + tile]
-        # Autocast leaves a product into given memory alone, so scores stay float32.
+        # Autocast does not apply to a product with ``out``, so scores stay float32.
         scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
         search.add(scores, start)
@@ -152,7 +152,7 @@ class Ranks:
     def agree(
         self, states: Tensor, shard: RowShard, refusal: str | None, form: tuple[int, ...]
     ) -> list[int]:
-        """Number of states on each rank, after a check that all ranks can go on; one all-gather.
+        """Number of states on each rank, once all ranks have valid arguments; one all-gather.
 
         Raises ValueError on every rank if one of them has a ``refusal`` (the error message for its
         arguments), if ``form`` (the options that decide which collectives follow) differs between

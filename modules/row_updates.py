@@ -28,7 +28,7 @@ class RowUpdate(Protocol):
     """An optimizer for the rows of one shard."""
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
-        """Updates the rows in place by a dense (R, D) or coalesced COO gradient; step is from 1."""
+        """Updates rows in place by a dense (R, D) or coalesced COO gradient; step counts from 1."""
 
     def states(self) -> dict[str, Tensor]:
         """Optimizer states by name, (R,) or (R, D), aliasing the live ones."""
@@ -49,7 +49,7 @@ class FusedUpdate:
             self.table.update_rows(rows, values)
 
     def states(self) -> dict[str, Tensor]:
-        """``sum``: sums of squared gradients, (R, D); for rowwise_adagrad of row means, (R,)."""
+        """``sum`` of squared gradients, (R, D), or of their row means, (R,); empty for sgd."""
         return self.table.optimizer_states()
 
 

@@ -102,7 +102,7 @@ class RowIds:
 
     @classmethod
     def of(cls, rows: Tensor, within: "RowIds") -> "RowIds":
-        """The ids of some rows of a range.
+        """The ``RowIds`` of selected rows of a range.
 
         If they are at least a sixteenth of the range, a lookup table over the whole range is built.
         It takes 4 bytes per row of the range, at most as much memory as the selected rows

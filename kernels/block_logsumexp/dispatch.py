@@ -1,4 +1,4 @@
-"""Forward and backward of the block log-sum-exp: plain PyTorch, or one of three Triton families.
+"""Block log-sum-exp, forward and backward: plain PyTorch or one of three Triton implementations.
 
 In Triton one block of all positions and rows goes to ``gpu.full``, blocks of one pair to
 ``gpu.gathered``, and all other lists to ``gpu.listed``. These are imported on first use.
@@ -136,7 +136,7 @@ def backward(
 
 
 def _parts(blocks: Blocks | NearbyChunks) -> Iterator[Blocks]:
-    """The blocks as they are; nearby chunks as several lists in which no position occurs twice."""
+    """The blocks as one part; nearby chunks as several parts in which no position occurs twice."""
     if isinstance(blocks, Blocks):
         return iter((blocks,))
     return blocks.parts(nearby.GPU_ROWS_AT_ONCE)

@@ -131,7 +131,7 @@ def _full_pass(one: _Pass, work: Workload) -> KernelCost:
 
 
 def listed_kernels(listed: Listed, work: Workload) -> KernelCost:
-    """Cost of listed blocks, forward and backward; of gathered ones with a position per block."""
+    """Cost of listed blocks, or of gathered ones (one position per block), forward and backward."""
     if listed.positions <= 1:
         vectors = 3 * work.element_bytes * listed.pairs + 2 * _FLOAT * listed.touched
         return KernelCost(8 * listed.pairs * work.width, vectors * work.width)

@@ -31,7 +31,7 @@ class Plan(ABC):
     """
 
     def __init__(self, inputs: Inputs) -> None:
-        """One slot for each position of the inputs."""
+        """Sets one slot for each position of the inputs."""
         self.layout = inputs.layout
         self.num_slots = inputs.states.shape[0]
         self.slot_positions: Tensor | None = None

@@ -117,7 +117,7 @@ def _add_group(
     grad_rows: Tensor,
 ) -> Tensor:
     """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
-    # The number of rows is the same in every step.
+    # R is the same in every step, so the shapes of the products recur.
     recurring = group.states.shape[0] % STEP == 0
     logits = times_transposed(group.states, rows, recurring=recurring)
     own = _softmax_(logits, group.targets)

@@ -33,7 +33,7 @@ class Scaling:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        """Checks the temperature."""
+        """Raises ValueError unless the temperature is positive."""
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}; 1.0 leaves logits unchanged"
@@ -50,7 +50,7 @@ class Scaling:
         return scaled if self.dtype is None else scaled.to(self.dtype)
 
     def states_gradient(self, states: Tensor, grad: Tensor) -> Tensor:
-        """(N, D) gradient of the unscaled states; ``grad``, of the scaled ones, is overwritten."""
+        """(N, D) gradient of the unscaled states; overwrites ``grad``, that of the scaled ones."""
         grad = grad if self.temperature == 1.0 else grad.div_(self.temperature)
         return self.rows_gradient(states, grad)
 

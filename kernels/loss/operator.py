@@ -121,8 +121,8 @@ class Operator:
             gradient = _IN_FORWARD if fuse and common.reduction != "none" else _IN_BACKWARD
         if common.sparse_grad and gradient != _NEVER and torch.compiler.is_compiling():
             raise ValueError(
-                "sparse_grad must be False in a compiled graph, got True; a graph holds no sparse "
-                "gradient, so call the loss outside of it or take a dense one"
+                "sparse_grad must be False in a compiled graph, got True; a graph cannot return a "
+                "sparse gradient, so call the loss outside of it or use a dense one"
             )
         loss, covered, _ = self._forward_overload(
             states,
@@ -293,8 +293,8 @@ class Operator:
 
     def _refuse_second_derivative(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
-            f"{self._name} must be differentiated once, got a second derivative; take it of "
-            "F.cross_entropy over a few positions"
+            f"{self._name} must be differentiated once, got a second derivative; use "
+            "F.cross_entropy over a few positions instead"
         )
 
 

@@ -51,7 +51,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The loss, the mask of covered positions, and the tensors saved for backward.
 
-    ``loss_i = softplus(logsumexp - correction - target logit)`` of the slot where it is largest.
+    ``loss_i = softplus(logsumexp - correction - target logit)``, the largest over the slots of i.
 
     Args:
         inputs: The batch and the table.
@@ -227,7 +227,7 @@ def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) ->
     """
     best = values.new_full((num_positions,), -torch.inf)
     best.scatter_reduce_(0, slot_positions, values, "amax")
-    # A NaN must show in the loss.
+    # A NaN counts as the best, so that the loss becomes NaN.
     is_best = (values == best[slot_positions]) | values.isnan()
     slots = torch.arange(values.numel(), device=values.device)
     winner = torch.full((num_positions,), values.numel(), device=values.device)

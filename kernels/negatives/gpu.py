@@ -56,7 +56,7 @@ def scale_below(high, low, bound):
 
 @triton.jit
 def sign_tile(o_lines, first_column, seed, step, stream, WIDTH: tl.constexpr):
-    """(len(o_lines), WIDTH) float32 of +1 and -1 from ``first_column`` on.
+    """(len(o_lines), WIDTH) float32 random signs of the columns from ``first_column`` on.
 
     WIDTH is a power of two up to 128 that divides ``first_column``, so that one call of the
     generator per line serves the tile.

@@ -145,7 +145,7 @@ class Layout:
         return num_chunks(self.num_positions, self.state_bytes, listed=listed)
 
     def even_chunks(self, count: int) -> Tensor:
-        """(num_positions,) int64 chunk of each global position; ranks are split evenly."""
+        """(num_positions,) int64 chunk of each global position; each rank's are split evenly."""
         parts = [
             torch.arange(end - start, device=self.device) * count // max(end - start, 1)
             for start, end in pairwise(self.borders)
@@ -155,7 +155,7 @@ class Layout:
     def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
         """The chunks of a (num_positions,) int64 assignment, in the same order on every rank."""
         for positions in chunk_members(chunk_of):
-            if self.ranks.group is None:  # needs no count from the device
+            if self.ranks.group is None:  # nothing to read from the device, which would wait
                 count = positions.numel()
                 yield Chunk(positions, positions, slice(0, count), (count,))
             else:
@@ -180,7 +180,7 @@ class Layout:
         )
 
     def gather_all(self, local: Tensor) -> Tensor:
-        """(num_positions, ...) values at all positions; one all-gather. Too large for states."""
+        """(num_positions, ...) values of all ranks, integers and not states; one all-gather."""
         counts = [end - start for start, end in pairwise(self.borders)]
         return self.ranks.start_all_gather_rows(local, counts)()
 

@@ -92,7 +92,7 @@ def row_traffic(work: Workload, shared: float, fetched: float) -> dict[str, floa
     Args:
         work: Sizes of the step.
         shared: Rows that every rank needs.
-        fetched: Further rows that this rank alone needs, of any shard.
+        fetched: Further rows that only this rank needs, of any shard.
     """
     vectors = (shared + fetched) * (1 - 1 / work.num_ranks) * work.width
     return {"candidates": work.element_bytes * vectors, "gradients of candidates": 4 * vectors}

@@ -33,7 +33,7 @@ class TopSearch:
     """
 
     def __init__(self, num_states: int, k: int, tile: int, like: Tensor) -> None:
-        """Start with empty lists.
+        """Starts with empty lists.
 
         Args:
             num_states: M, number of columns of each tile.
@@ -55,12 +55,12 @@ class TopSearch:
         self._num_pending = torch.zeros(num_states, dtype=torch.int64, device=like.device)
 
     def add(self, scores: Tensor, first_row: int, pairs: Pairs | None = None) -> None:
-        """Add a tile of scores; tiles must come in row order.
+        """Adds a tile of scores; tiles must come in row order.
 
         Args:
             scores: (n, M) float32.
             first_row: index of the tile's first row.
-            pairs: the vectors of the tile, to store coarse scores; None stores scores as they are.
+            pairs: the vectors of the tile, to store coarse scores; None stores scores unchanged.
         """
         tile = _Tile(first_row, pairs)
         end = len(scores) - len(scores) % self._group
@@ -129,7 +129,7 @@ class TopSearch:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Compares the scores of one tile with the floor: as they are, or coarse with ``pairs``."""
+    """Compares the scores of one tile with the floor: unchanged, or coarse if it has ``pairs``."""
 
     first_row: int
     pairs: Pairs | None

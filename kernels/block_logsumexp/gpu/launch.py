@@ -70,7 +70,7 @@ class Upstream:
 
     @staticmethod
     def of(logsumexp: Tensor, grad_logsumexp: Tensor, dtype: torch.dtype) -> "Upstream":
-        """From (num_slots,) log-sum-exps, their gradients, and the dtype of the states."""
+        """The upstream gradients for (num_slots,) log-sum-exps and their gradients."""
         shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
         return Upstream(shift, *_scaled(grad_logsumexp, dtype))
 
