@@ -66,8 +66,8 @@ def cut_cross_entropy(
     Raises:
         TypeError: states and table differ in dtype without autocast or are not float, or targets
             are not int64 or int32.
-        ValueError: a shape disagrees, a target or option is out of range, or ``weights`` require a
-            gradient; on this rank or another.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
         RuntimeError: a second derivative is taken, or backward runs twice (see below).
 
     On a CPU, for float32 and shards of up to 32,768 rows, mean and sum compute their gradient in

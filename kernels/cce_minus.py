@@ -91,8 +91,8 @@ def sampled_cross_entropy(
     Raises:
         TypeError: states and table differ in dtype without autocast or are not float, or targets
             are not int64 or int32.
-        ValueError: a shape disagrees, a target or option is out of range, or ``weights`` require a
-            gradient; on this rank or another.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
         RuntimeError: a second derivative is taken, backward runs twice (see below), or a number
             does not fit in 64 bits.
 
@@ -215,7 +215,7 @@ class _SampledItems(Plan):
     def __init__(self, inputs: Inputs, sampler: Sampler, shift: int) -> None:
         super().__init__(inputs)
         self._sampler = sampler
-        # Where rows are fetched, positions are counted from the first one of this rank.
+        # If rows are fetched, positions are counted from the first one of this rank.
         self._shift = shift
         self._targets = inputs.targets
 

@@ -117,8 +117,8 @@ def reduced_cross_entropy(
     Raises:
         TypeError: states and table differ in dtype without autocast or are not float, or targets
             are not int64 or int32.
-        ValueError: a shape disagrees, a target or option is out of range, or ``weights`` require a
-            gradient; on this rank or another.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
         RuntimeError: a second derivative is taken, or a number does not fit in 64 bits.
 
     Collectives: none for a tensor. For a shard those of ``cut_cross_entropy`` with the gradient in

@@ -55,7 +55,7 @@ class Catalog:
             config: optimizer and initial scale.
             group: the ranks that share the table; None for one process, with or without a
                 launcher (a default process group of one rank is made if there is none).
-            device: where the rows live.
+            device: device of the rows.
             seed: seed of the initial rows.
         """
         _check_shape(num_items, width)

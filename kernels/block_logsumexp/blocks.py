@@ -44,7 +44,7 @@ class Blocks:
             PyTorch path accepts int32 too.
         item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
         item_ends: (T,) int64 into ``items``.
-        targets: (N,) int64 row of each position's target, which is never its candidate; -1 where
+        targets: (N,) int64 row of each position's target, which is never its candidate; -1 if
             the target is not among the rows.
         num_slots: Number of log-sum-exps of the output.
         pair_slots: (P,) int64 slot of each pair; None: the slot of a pair is its position.

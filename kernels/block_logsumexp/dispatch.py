@@ -40,7 +40,7 @@ def forward(
 
     Returns:
         (num_slots,) float32, -inf for a slot without candidates, and (N,) float32 target logits, 0
-        where the target is not among the rows.
+        if the target is not among the rows.
 
     Collectives: none.
     """

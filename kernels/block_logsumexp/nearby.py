@@ -28,7 +28,7 @@ class NearbyChunks:
         position_chunks: (N, r) int32.
         row_chunks: (R, r) uint8, int16 or int32.
         reach: e, the largest distance of near chunks.
-        targets: (N,) int64 row of each position's target, -1 where it is not among the rows.
+        targets: (N,) int64 row of each position's target, -1 if it is not among the rows.
     """
 
     position_chunks: Tensor

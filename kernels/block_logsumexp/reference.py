@@ -20,7 +20,7 @@ def block_logsumexp_reference(
 
     Returns:
         (num_slots,) log-sum-exp, -inf for a slot without candidates, and (N,) target logits, 0
-        where the target is not among the rows.
+        if the target is not among the rows.
     """
     logits = states @ rows.T
     pieces: list[list[Tensor]] = [[] for _ in range(blocks.num_slots)]

@@ -34,7 +34,7 @@ def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
         backend: "auto", or the name of the backend to force.
 
     Raises:
-        ValueError: ``backend`` is unknown, or Triton is forced where it cannot run.
+        ValueError: ``backend`` is unknown, or is "triton" although Triton cannot run.
 
     >>> choose_backend(torch.zeros(1))
     'torch'

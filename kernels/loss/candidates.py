@@ -94,7 +94,7 @@ class Candidates(ABC):
     def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor | RowFetch | None:
         """(n,) int64 items that are candidates or targets of any position; None for all items.
 
-        Items may repeat. Where fetching their rows sends fewer bytes than sending the states, the
+        Items may repeat. If fetching their rows sends fewer bytes than sending the states, the
         result is the plan to fetch them.
         """
         return None

@@ -1,4 +1,4 @@
-"""Fetch the rows in use instead of sending the states to all shards, where that is fewer bytes.
+"""Fetch the rows in use instead of sending the states to all shards, if that is fewer bytes.
 
 The phases: ``RowFetch.of`` derives which rank fetches which rows, the same plan on every rank
 without communication; ``fetch_rows`` brings them in forward; ``with_fetched_rows`` makes each
