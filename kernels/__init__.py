@@ -1,19 +1,20 @@
-"""Losses over huge catalogs on plain tensors; needs torch, and triton only where a kernel runs.
+"""Cross-entropy losses over large catalogs; imports torch, and triton only to run on a GPU.
 
-The five functions are custom operators of PyTorch, ``torch.ops.shardrec.<name>``, in forward and in
+The table is a tensor, or one rank's ``RowShard`` of a table that is sharded by rows. The five
+functions are custom operators of PyTorch, ``torch.ops.shardrec.<name>``, in forward and in
 backward:
 
-- ``torch.compile`` takes each as one node of its graph, with ``fullgraph=True`` too, and compiles
-  nothing again when a seed or a step changes. A sparse gradient is no part of a graph: with
+- ``torch.compile`` makes each one node of its graph, with ``fullgraph=True`` too, and does not
+  recompile when a seed or a step changes. A compiled graph cannot return a sparse gradient: with
   ``sparse_grad=True`` the graph breaks at the loss, and ``fullgraph=True`` is an error. Over a
   ``RowShard``, sizes of ``sampled_cross_entropy`` and ``scalable_cross_entropy`` depend on the
-  other ranks: there the graph breaks at the operator, unless
+  other ranks: the graph breaks at these operators, unless
   ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is set.
-- Under ``torch.autocast`` products are of its dtype and sums of float32, whatever the dtypes of
-  states and table; the loss is float32, and a gradient has the dtype of its parameter and was never
-  rounded to that of autocast.
+- Under ``torch.autocast`` matrix products run in the autocast dtype and sums in float32, whatever
+  the dtypes of states and table. The loss is float32. A gradient has the dtype of its parameter and
+  is never rounded to the autocast dtype.
 - ``torch.no_grad``, activation checkpoints and DistributedDataParallel work as with any loss.
-- Strided inputs and int32 targets are taken; a second derivative is refused by name.
+- Inputs may be strided, and targets int32. A second derivative raises a RuntimeError.
 """
 
 from shardrec.kernels.cce import cut_cross_entropy

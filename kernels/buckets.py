@@ -1,4 +1,15 @@
-"""Buckets of sce and hce: the positions and rows of largest inner product with random centres."""
+"""Buckets of sce and hce: the positions and rows of largest inner product with random centres.
+
+The phases:
+
+1. centres (``bucket_centres``): each rank's random combinations of its states, all-reduced; or
+   random signs, the same on every rank without communication;
+2. local top-k (``topk_rows``): the best of this rank's positions and rows for each centre;
+3. global top-k (``best_of_all_ranks``): all-gather the local lists and merge them, so that every
+   rank has the same buckets.
+
+hce has one more step instead of buckets of positions: each position takes the nearest centre.
+"""
 
 from dataclasses import dataclass
 
@@ -25,7 +36,7 @@ __all__ = [
 class Buckets:
     """The positions and items of every bucket, the same on every rank.
 
-    A pair is a (position, bucket); pairs are in the order of positions, then buckets.
+    A pair is a (position, bucket); pairs are sorted by position, then by bucket.
 
     Attributes:
         positions: (n_b, b_x) int64 global positions.
@@ -52,10 +63,11 @@ def mixed_centres(
     step: int,
     backend: str = "auto",
 ) -> Tensor:
-    """(n_b, D) float32 random combinations of these positions' states.
+    """(n_b, D) float32 random-sign combinations of the states of this rank.
 
-    Line b is ``sum_i omega_ib x_i`` with omega random signs of (global position i, b); summed
-    over ranks, the combinations of all positions. No more signs are stored than a tile needs.
+    Centre b is ``sum_i omega_ib x_i``, where the sign omega_ib is a function of global position i
+    and b. Summed over ranks these are the combinations of all positions. Signs are in memory one
+    tile at a time.
 
     Args:
         states: (N, D); no gradient is taken.
@@ -79,9 +91,9 @@ def mixed_centres(
 def fill_buckets(
     inputs: Inputs, centres: Tensor, positions_per_bucket: int, items_per_bucket: int
 ) -> Buckets:
-    """The positions and items with the largest inner product with each centre, over all ranks.
+    """The positions and items of largest inner product with each centre, over all ranks.
 
-    Chosen in float32, ties by lower index.
+    Compared at coarse precision (see ``topk_rows``); of equal scores the lower index comes first.
 
     Args:
         inputs: The batch and the table.
@@ -110,20 +122,20 @@ def fill_buckets(
 def best_of_all_ranks(
     found: tuple[Tensor, Tensor], first: int, k: int, ranks: Communicator
 ) -> Tensor:
-    """(n_b, k) int64 global indices of the best of all ranks' lists.
+    """(n_b, k) int64 global indices of the k best scores in the lists of all ranks.
 
     Args:
         found: (n_b, m) float32 scores and int64 local indices of this rank, m at most k.
         first: Global index of local index 0.
-        k: Number wanted.
-        ranks: The ranks that hold the rest.
+        k: Length of the result.
+        ranks: The communicator.
 
     Collectives: two all-gathers of (n_b, k).
     """
     scores, indices = found
     missing = k - scores.shape[1]
     scores = F.pad(scores, (0, missing), value=-torch.inf)
-    # Behind every index; F.pad takes it as a double, which holds 2**62 exactly and 2**63 - 1 not.
+    # Larger than every index. F.pad takes a double, which holds 2**62 exactly but not 2**63 - 1.
     indices = F.pad(indices + first, (0, missing), value=2**62)
     of_ranks = ranks.all_gather(scores)
     if len(of_ranks) == 1:
@@ -138,7 +150,7 @@ def bucket_centres(inputs: Inputs, num_buckets: int, mix: bool, seed: int, step:
     Args:
         inputs: The batch and the table.
         num_buckets: n_b.
-        mix: Random combinations of the states of all ranks; else random signs.
+        mix: True: random-sign combinations of the states of all ranks; False: random sign vectors.
         seed: Key of the generator.
         step: Training step.
 
@@ -167,7 +179,7 @@ def bucket_centres(inputs: Inputs, num_buckets: int, mix: bool, seed: int, step:
 
 
 def default_num_buckets(num_positions: int) -> int:
-    """``2 sqrt(N)``, the paper's recommendation for both n_b and b_x, at least 1.
+    """``2 sqrt(N)``, at least 1: the SCE paper's recommendation for both n_b and b_x.
 
     >>> default_num_buckets(10000)
     200

@@ -42,34 +42,43 @@ def cut_cross_entropy(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of every target among all rows of ``table``.
+    """Cross-entropy of every target among all rows of ``table``: the exact full softmax.
 
-    ``loss_i = log sum_j exp(s_ij) - s_iy`` with ``s_ij = x_i . w_j / temperature``.
+    ``loss_i = log sum_j exp(s_ij) - s_iy`` with ``s_ij = x_i . w_j / temperature``. The (N, V)
+    logits are never in memory. Source: Wijmans et al., arXiv 2411.09009.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
         table: (V, D), same dtype except under autocast, or this rank's shard of it.
         targets: (N,) int64 or int32 in [0, V).
-        weights: (N,) float factors of the positions' losses; the mean divides by their sum.
+        weights: (N,) float weight of each position's loss, not negative; None for ones. The mean
+            divides by the sum of the weights.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto" goes by the device; "torch" or "triton" forces one.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
+        backend: "auto" chooses by device and dtype; "torch" or "triton" forces one.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
-        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
-        number with respect to its own states and rows.
+        () float32, or (N,) weighted losses with "none". Gradients flow to ``states`` and to the
+        rows. With a shard, mean and sum are over all ranks; backward must run on all ranks, and
+        gives each rank the gradient of this global loss for its own states and rows.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape disagrees or a target is out of range, on this rank or another.
+        TypeError: states and table differ in dtype without autocast or are not float, or targets
+            are not int64 or int32.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
+        RuntimeError: a second derivative is taken, or backward runs twice (see below).
 
-    On a CPU, for float32 and shards of up to 32,768 rows, mean and sum take their gradient in the
-    forward pass; in a compiled graph backward makes a copy of it.
+    On a CPU, for float32 and shards of up to 32,768 rows, mean and sum compute their gradient in
+    the forward pass, and backward may run only once; in a compiled graph backward copies it.
 
-    Collectives: none for a tensor; for a shard those of ``fused_cross_entropy``, or those of
-    ``streamed_logsumexp`` and ``streamed_gradients``.
+    Collectives: none for a tensor. For a shard, in forward one all-gather of five integers per
+    rank, and per chunk of positions an all-gather each of states and targets and two all-reduces
+    of float32 numbers (maximum and sum); one all-reduce for the sum of losses and, for a mean, one
+    for the sum of weights. In backward, per chunk of positions, all-gathers of states, targets and
+    the gradients of log-sum-exps and target logits, and a reduce-scatter of state gradients. Where
+    the gradient is computed in forward, all collectives are (see ``fused_cross_entropy``).
     """
     common = Common(
         weights=weights,
@@ -93,7 +102,7 @@ def _fits_cache(states: Tensor, table: Tensor | RowShard) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EveryItem(Candidates):
-    """The full softmax."""
+    """Candidates of the full softmax: every row of the table."""
 
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_EveryPair":
         """One block of all positions and rows."""
@@ -114,22 +123,22 @@ _cut_cross_entropy = Operator("cut_cross_entropy", EveryItem, fused_cross_entrop
 
 
 def cut_cross_entropy_cost(work: Workload) -> LossCost:
-    """What the full softmax costs a rank.
+    """Cost of one step of the full softmax on one rank.
 
-    On a CPU a shard in the cache is worked on with one group of logits and three products. Else
-    logits exist a tile at a time and are computed again in backward: four products on a CPU, five
-    in Triton, where either gradient has its own pass.
+    On a CPU, for a shard that fits in the cache, there are three matrix products and one group of
+    logits in memory. Otherwise logits exist one tile at a time and are recomputed in backward: four
+    products on a CPU, five in Triton, where each of the two gradients has a pass of its own.
     """
     if work.on_cpu and fused_positions(work.num_rows) >= LEAST_FUSED:
         group = min(fused_positions(work.num_rows), work.num_positions)
-        # One process has one chunk, and makes its gradient in addition to the one that is returned.
+        # One process has one chunk, with a gradient in addition to the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0
-        # A product copies logits; as measured, half of them in addition to everything else.
+        # A matrix product copies part of its operands: measured, half the bytes of the logits.
         logits = group * work.num_rows * 3 // 2
         held = 4 * (logits + (3 * group + chunk) * work.width)
         return _full_cost(work, held, full_cost(3, group, work), gathers=1)
     if work.on_cpu:
-        # A tile, and the copy of it that a product takes.
+        # A tile of logits, and the copy that a product makes of it.
         tiles = cpu_tiles()
         held = 2 * 4 * tiles.logits
         return _full_cost(work, held, full_cost(4, tiles.positions, work), gathers=2)

@@ -1,7 +1,7 @@
-"""Sampled cross-entropy (CCE-): negatives from counters, shared by blocks of positions.
+"""Sampled cross-entropy (CCE-): a block of positions shares K negatives from a counter-based RNG.
 
-Source: arXiv 2509.09682; the correction with K and Q as drawn follows from unbiasedness for
-``sum over j != y of exp(s_ij)``.
+Source: arXiv 2509.09682. The default correction ``log(K Q(j))``, with K and Q as drawn, makes the
+sum over negatives an unbiased estimate of ``sum over j != y of exp(s_ij)``.
 """
 
 from collections.abc import Sequence
@@ -60,46 +60,53 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of every target among K sampled rows, with the sampling bias removed.
 
-    ``loss_i = log(exp(s_iy) + sum_k exp(s_in_k - log(K Q(n_k)))) - s_iy``; a draw equal to the
-    target is left out. The draws are never stored beyond one chunk and come again in backward.
+    ``loss_i = log(exp(s_iy) + sum_k exp(s_in_k - log(K Q(n_k)))) - s_iy``, where Q(j) is the
+    probability of drawing item j; a draw equal to the target is left out. Draws are in memory for
+    one chunk of positions at a time and are drawn again in backward. Source: arXiv 2509.09682.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
         table: (V, D), same dtype except under autocast, or this rank's shard of it.
         targets: (N,) int64 or int32 in [0, V).
-        num_negatives: K draws per block of positions.
-        share: Positions that share their draws; 1 is the published form, None the whole batch.
-        seed: Key of the generator.
+        num_negatives: K, draws per block of positions.
+        share: Positions per block, which share their draws; 1 as published, None the whole batch.
+        seed: Key of the random generator, a signed 64-bit integer.
         step: Training step; another step draws other negatives.
         proposal: Distribution of the draws; uniform when None.
-        parity: Use the paper's correction (kept draws, ``Q(j) / (1 - Q(y))``).
-        sparse_grad: Give ``table`` a sparse gradient of the rows touched, as ``F.embedding`` does.
-        weights: (N,) float factors of the positions' losses; the mean divides by their sum.
+        parity: Use the paper's correction: K counts the draws other than the target, and Q(j) is
+            replaced by ``Q(j) / (1 - Q(y))``.
+        sparse_grad: Give ``table`` a sparse COO gradient over the rows in use, as ``F.embedding``.
+        weights: (N,) float weight of each position's loss, not negative; None for ones. The mean
+            divides by the sum of the weights.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto" goes by the device; "torch" or "triton" forces one.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
+        backend: "auto" chooses by device and dtype; "torch" or "triton" forces one.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
-        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
-        number with respect to its own states and rows.
+        () float32, or (N,) weighted losses with "none". Gradients flow to ``states`` and to the
+        rows. With a shard, mean and sum are over all ranks; backward must run on all ranks, and
+        gives each rank the gradient of this global loss for its own states and rows.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range,
-            on this rank or another.
+        TypeError: states and table differ in dtype without autocast or are not float, or targets
+            are not int64 or int32.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
+        RuntimeError: a second derivative is taken, backward runs twice (see below), or a number
+            does not fit in 64 bits.
 
-    On a CPU, for float32 rows of one process as they are, mean and sum take their gradient in the
-    forward pass; in a compiled graph backward makes a copy of it.
+    On a CPU, for float32 in one process without ``normalize``, mean and sum compute their gradient
+    in the forward pass, and backward may run only once; in a compiled graph backward copies it.
 
-    Over several ranks either the states are sent to all shards, or the rows that are drawn and
-    those of the targets are fetched: whichever is fewer bytes (see ``SampledItems.used_items``).
-    The result is the same.
+    Over several ranks either the states are sent to all shards, or the rows of the draws and of the
+    targets are fetched, whichever is fewer bytes (see ``SampledItems.used_items``). Both give the
+    same result.
 
-    Collectives: none for a tensor; for a shard one gather of the targets, and those of
-    ``streamed_logsumexp`` and ``streamed_gradients``, and of ``fetch_rows`` and
-    ``return_gradients`` where rows are fetched.
+    Collectives: none for a tensor. For a shard those of ``cut_cross_entropy``, and one all-gather
+    of the targets. Where rows are fetched, these replace the collectives per chunk: in forward an
+    all-gather of shared rows and an all-to-all of others, in backward a reduce-scatter and an
+    all-to-all of row gradients.
     """
     if num_negatives < 1 or (share is not None and share < 1):
         raise ValueError(
@@ -135,7 +142,7 @@ def sampled_cross_entropy(
 def _is_final_in_a_block(
     states: Tensor, table: Tensor | RowShard, num_negatives: int, common: Common
 ) -> bool:
-    """Whether the gradient can be taken in forward: float32 on a CPU, all rows here, as they are.
+    """Whether forward can compute the gradient: float32 on a CPU, one process, rows not scaled.
 
     The same answer on every rank.
     """
@@ -151,9 +158,9 @@ def _is_final_in_a_block(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledItems(Candidates):
-    """The draws of the position's block.
+    """Candidates of ``sampled_cross_entropy``: the draws of the position's block.
 
-    Attributes are those of ``sampled_cross_entropy``; the proposal is packed.
+    Attributes are the arguments of ``sampled_cross_entropy``; the proposal as ``pack`` returns it.
     """
 
     num_negatives: int
@@ -165,12 +172,12 @@ class SampledItems(Candidates):
     proposal_numbers: list[int]
 
     def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor | RowFetch:
-        """The items drawn and the targets, or the plan to fetch their rows.
+        """(n,) int64 items drawn and targets, or the plan to fetch their rows.
 
-        Sending the states to all shards and their gradients back takes ``(2 e + 4) N D`` bytes of e
-        bytes a number, less what a rank has already. Fetching the M distinct rows drawn on every
-        rank, and the T rows of its other targets on each, takes ``(e + 4)(M + T) D`` with their
-        gradients. Fetching is not considered for more than two draws a position.
+        With e bytes per number, sending the states to all shards and their gradients back takes
+        ``(2 e + 4) N D`` bytes, less what a rank already holds. Fetching M distinct drawn rows on
+        every rank, and on each rank the T rows of its other targets, takes ``(e + 4)(M + T) D``
+        with their gradients. Fetching is not considered above two draws per position.
 
         Collectives: an all-gather of the targets.
         """
@@ -184,7 +191,7 @@ class SampledItems(Candidates):
         return sampler.drawn_rows(inputs.row_ids, all_targets)
 
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_SampledItems":
-        """A block for each set of draws."""
+        """One block of logits for each set of draws."""
         shift = inputs.layout.first_position - local.layout.first_position
         return _SampledItems(local, self._sampler(inputs, tensors), shift)
 
@@ -208,7 +215,7 @@ class _SampledItems(Plan):
     def __init__(self, inputs: Inputs, sampler: Sampler, shift: int) -> None:
         super().__init__(inputs)
         self._sampler = sampler
-        # Where rows are fetched, positions are counted from the first one of this rank.
+        # If rows are fetched, positions are counted from the first one of this rank.
         self._shift = shift
         self._targets = inputs.targets
 
@@ -233,7 +240,7 @@ class _SampledItems(Plan):
         present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
         items = self._sampler.draw(present)
         if items.device.type == "cpu":
-            items = items.sort(dim=1).values  # targets among them are found by bisection
+            items = items.sort(dim=1).values  # so that targets are found by binary search
         rows = row_ids.find(items)
         here = rows >= 0
         item_ends = here.sum(1).cumsum(0)
@@ -255,16 +262,16 @@ _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)
 def sampled_cross_entropy_cost(
     work: Workload, num_negatives: int, share: int | None, proposal: str = "uniform"
 ) -> LossCost:
-    """What sampled negatives cost a rank, where the draws are uniform.
+    """Cost of one step with sampled negatives on one rank, for uniform draws.
 
-    Draws from popularity, or from the batch, have fewer distinct rows. One process on a CPU takes
-    the gradient in forward, with three products. Else the rows drawn are copied once; in addition
-    there are the draws of a chunk, in about ten forms, and the batches of a CPU. A table of
-    popularity has an int64 for every item of the catalog, on every rank.
+    Popularity and in-batch draws touch fewer distinct rows. One process on a CPU computes the
+    gradient in forward, with three products. Otherwise the drawn rows are copied once; the rest of
+    the workspace is about ten tensors of the size of a chunk's draws and, on a CPU, the tiles. A
+    popularity table has one int64 per item of the catalog, on every rank.
     """
     share = max(1, work.num_positions if share is None else share)
     num_draws = -(-work.num_positions // share) * num_negatives
-    # Targets are drawn from the log and not uniformly: at most one row for each.
+    # Targets follow the data and are not uniform; one row per target is an upper bound.
     touched = expected_distinct(num_draws + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
@@ -275,7 +282,7 @@ def sampled_cross_entropy_cost(
     by_rows = row_traffic(work, shared, work.own_positions)
     if num_draws <= 2 * work.num_positions and sends_fewer_bytes(by_rows, received):
         received = by_rows
-        # The rows as they arrive and in order, with both gradients.
+        # Fetched rows, as received and sorted by item, and the gradients of both.
         vectors = 2 * (shared + work.own_positions) * work.width
         in_flight = vectors * (work.element_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks

@@ -1,6 +1,8 @@
-"""Chunks of a random hash (RECE): the same places in a round on any number of ranks.
+"""Chunks of a random hash (RECE), the same on any number of ranks.
 
-In a round vectors are ordered by the nearest of n_b random sign vectors and cut into n_c chunks.
+In each round vectors are sorted by the nearest of n_b random sign vectors and cut into n_c chunks.
+The phases: ``hash_buckets`` hashes, ``gather_histogram`` counts the buckets of all ranks, and
+``item_chunks`` and ``position_chunks`` turn a vector's place in the global order into its chunk.
 """
 
 from collections.abc import Iterator
@@ -22,17 +24,17 @@ __all__ = [
     "position_chunks",
 ]
 
-# Vectors that are hashed or put in order together; their buckets and places are int64 meanwhile.
+# Vectors hashed or sorted at a time: meanwhile their buckets and places are int64.
 _KEYS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Vectors per bucket, over all ranks and over the ranks before this one.
+    """Number of vectors in each bucket, over all ranks and over the lower ranks.
 
     Attributes:
-        total: (r, n_b) int64.
-        before: (r, n_b) int64; zero with one process.
+        total: (r, n_b) int64, over all ranks.
+        before: (r, n_b) int64, over the ranks below this one; zero in a single process.
     """
 
     total: Tensor
@@ -40,7 +42,7 @@ class Histogram:
 
 
 def index_dtype(count: int) -> torch.dtype:
-    """The narrowest dtype here that holds indices below ``count``.
+    """The narrowest of uint8, int16 and int32 that holds indices below ``count``.
 
     >>> index_dtype(256), index_dtype(257), index_dtype(40_000)
     (torch.uint8, torch.int16, torch.int32)
@@ -59,9 +61,9 @@ def hash_buckets(
     step: int,
     backend: str = "auto",
 ) -> Tensor:
-    """(n, r) bucket of every vector, the random sign vector of largest inner product.
+    """(n, r) bucket of every vector in each round: the random sign vector of largest inner product.
 
-    Of ``index_dtype(num_buckets)``: catalogs have many rows.
+    The dtype is ``index_dtype(num_buckets)``, narrow because catalogs have many rows.
     """
     shape = (vectors.shape[0], num_rounds)
     buckets = torch.empty(shape, dtype=index_dtype(num_buckets), device=vectors.device)
@@ -80,7 +82,7 @@ def hash_buckets(
 
 
 def gather_histogram(buckets: Tensor, num_buckets: int, ranks: Communicator) -> Histogram:
-    """How many vectors of all ranks and of earlier ranks each bucket of each round holds.
+    """Number of vectors in each bucket of each round, over all ranks and over the lower ranks.
 
     Args:
         buckets: (n, r) integer buckets of this rank's vectors.
@@ -95,9 +97,9 @@ def gather_histogram(buckets: Tensor, num_buckets: int, ranks: Communicator) -> 
 
 
 def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
-    """(R, r) chunk of every row: its place by (bucket, index), cut into n_c parts.
+    """(R, r) chunk of every row in each round: rows sorted by (bucket, index), cut into n_c parts.
 
-    Of ``index_dtype(num_chunks)``.
+    The dtype is ``index_dtype(num_chunks)``.
 
     Args:
         buckets: (R, r) integers.
@@ -115,10 +117,10 @@ def item_chunks(buckets: Tensor, items: Histogram, num_chunks: int) -> Tensor:
 def position_chunks(
     buckets: Tensor, positions: Histogram, items: Histogram, num_chunks: int, align: str
 ) -> Tensor:
-    """(n, r) int32 chunk of every position, in the coordinate of the items.
+    """(n, r) int32 chunk of every position in each round, in the chunk numbers of the items.
 
-    With ``align="bucket"`` the k-th of P positions of a bucket stands where item k I / P of the I
-    items of that bucket stands; with ``"rank"`` positions are cut by their own order, as published.
+    With ``align="bucket"`` the k-th of P positions of a bucket gets the place of item k I / P of
+    the I items of that bucket; with ``"rank"`` positions are cut by their own order, as published.
 
     Args:
         buckets: (n, r) integers.
@@ -142,7 +144,7 @@ def position_chunks(
 
 
 def _places(keys: Tensor, starts: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Where a stable sort by key puts each vector, some vectors at a time.
+    """Place of each vector in a stable sort by key, some vectors at a time.
 
     Args:
         keys: (n,) integers in [0, len(starts)).

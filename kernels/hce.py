@@ -1,8 +1,8 @@
 """Hybrid cross-entropy (HCE): the hardest rows of a bucket exactly, all other rows by sampling.
 
 SCE (arXiv 2409.18721) leaves out every row outside a position's buckets; sampled softmax misses the
-few rows that dominate the sum. Here both parts are in one sum, whose expectation over the draws is
-that of the full softmax:
+few rows that dominate the sum. HCE has both parts in one sum inside the logarithm; its expectation
+over the draws is the sum of the full softmax:
 
 ``loss_i = log(exp(s_iy) + sum_{j in H, j != y} exp(s_ij)
              + V / K sum_{k: n_k not in H, n_k != y} exp(s_in_k)) - s_iy``
@@ -68,37 +68,46 @@ def hybrid_cross_entropy(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of every target among its bucket's hardest rows and sampled other rows.
+    """Cross-entropy of every target among its bucket's hardest rows and samples of all other rows.
+
+    With y the target and H the b_y hardest rows of the position's bucket, ``loss_i = log(exp(s_iy)
+    + sum_{j in H, j != y} exp(s_ij) + V / K sum_{k: n_k not in H, n_k != y} exp(s_in_k)) - s_iy``.
+    The sum inside the logarithm is an unbiased estimate of the one of the full softmax. Source: the
+    buckets are those of SCE (Mezentsev et al., arXiv 2409.18721).
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
         table: (V, D), same dtype except under autocast, or this rank's shard of it.
         targets: (N,) int64 or int32 in [0, V).
-        num_buckets: n_b; ``2 sqrt(N)`` when None.
+        num_buckets: n_b; ``2 sqrt(N)``, N over all ranks, when None.
         items_per_bucket: b_y, rows of largest inner product with the bucket's centre.
-        num_negatives: K uniform draws of a bucket, those among its b_y rows left out.
-        mix: Centres are random combinations of the states; else random signs.
-        seed: Key of the generator.
+        num_negatives: K, uniform draws per bucket; draws among its b_y rows are left out.
+        mix: True: centres are random-sign combinations of all states; False: random sign vectors.
+        seed: Key of the random generator, a signed 64-bit integer.
         step: Training step; another step draws other centres and other negatives.
-        sparse_grad: Give ``table`` a sparse gradient of the rows in use.
-        weights: (N,) float factors of the positions' losses; the mean divides by their sum.
+        sparse_grad: Give ``table`` a sparse COO gradient over the rows in use.
+        weights: (N,) float weight of each position's loss, not negative; None for ones. The mean
+            divides by the sum of the weights.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto" goes by the device; "torch" or "triton" forces one.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
+        backend: "auto" chooses by device and dtype; "torch" or "triton" forces one.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
-        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
-        number with respect to its own states and rows.
+        () float32, or (N,) weighted losses with "none". Gradients flow to ``states`` and to the
+        rows. With a shard, mean and sum are over all ranks; backward must run on all ranks, and
+        gives each rank the gradient of this global loss for its own states and rows.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range, on this rank or
-            another.
+        TypeError: states and table differ in dtype without autocast or are not float, or targets
+            are not int64 or int32.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
+        RuntimeError: a second derivative is taken, or a number does not fit in 64 bits.
 
-    Collectives: none for a tensor; for a shard those of ``streamed_logsumexp``, a sum of the
-    centres, two all-gathers of (n_b, b_y) scores and rows, and one of the targets.
+    Collectives: none for a tensor. For a shard those of ``cut_cross_entropy`` with the gradient in
+    backward, and in forward an all-reduce of (n_b, D) centres (with ``mix``), two all-gathers of
+    (n_b, b_y) scores and rows, and one all-gather of the targets.
     """
     numbers = (num_buckets, items_per_bucket, num_negatives)
     if any(number is not None and number < 1 for number in numbers):
@@ -128,9 +137,9 @@ def hybrid_cross_entropy(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardAndSampled(Candidates):
-    """The hardest items of a position's bucket, and the draws of the bucket.
+    """Candidates of ``hybrid_cross_entropy``: the hardest items and the draws of the bucket.
 
-    Attributes are those of ``hybrid_cross_entropy``.
+    Attributes are the arguments of ``hybrid_cross_entropy``.
     """
 
     num_buckets: int | None
@@ -158,20 +167,20 @@ class HardAndSampled(Candidates):
     def choice_shapes(
         self, num_positions: int, num_rows: int
     ) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """A bucket of every position, and n_b buckets of b_y items."""
+        """Shapes and dtypes of the two tensors of ``choose``: (N,) and (n_b, b_y) int64."""
         num_items = torch.sym_min(self.items_per_bucket, num_rows)
         hard = self._num_buckets(num_positions), num_items
         return ((num_positions,), torch.int64), (hard, torch.int64)
 
     def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Items of the buckets, draws and targets; one all-gather of the targets."""
+        """(n,) int64 hard items, draws and targets of all ranks; one all-gather of the targets."""
         _, hard = tensors
         drawn = self._draw(torch.arange(hard.shape[0], device=hard.device), inputs.num_items)
         all_targets = inputs.layout.gather_all(inputs.targets)
         return torch.cat([hard.flatten(), drawn.flatten(), all_targets])
 
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_HybridPlan":
-        """A block for each bucket."""
+        """One block of logits for each bucket."""
         buckets, hard = tensors
         drawn = self._draw(torch.arange(hard.shape[0], device=hard.device), inputs.num_items)
         return _HybridPlan(local, buckets, hard, drawn)
@@ -200,7 +209,7 @@ class _HybridPlan(Plan):
         hard = hard.sort(1).values
         place = torch.searchsorted(hard, drawn).clamp_(max=hard.shape[1] - 1)
         is_hard = hard.gather(1, place) == drawn
-        # Ascending items let a CPU find targets among them by bisection; -1 is no item.
+        # Ascending items let a CPU find the targets among them by binary search; -1 is no item.
         self._items, order = torch.cat([hard, drawn.masked_fill(is_hard, -1)], 1).sort(1)
         self._is_drawn = order >= hard.shape[1]
         self._log_rate = math.log(drawn.shape[1] / inputs.num_items)
@@ -215,7 +224,7 @@ class _HybridPlan(Plan):
         rows = torch.where(items >= 0, row_ids.find(items), -1)
         here = rows >= 0
         item_ends = here.sum(1).cumsum(0)
-        # A draw stands for V / K rows: its logit is lowered by log(K / V).
+        # A draw has weight V / K in the sum: subtract log(K / V) from its logit.
         offsets = self._is_drawn[present][here].float() * self._log_rate
         return Blocks(
             pair_positions=order,
@@ -235,10 +244,10 @@ _hybrid_cross_entropy = Operator("hybrid_cross_entropy", HardAndSampled)
 def hybrid_cross_entropy_cost(
     work: Workload, num_buckets: int | None, items_per_bucket: int, num_negatives: int
 ) -> LossCost:
-    """What a step costs a rank, where every bucket has other items.
+    """Cost of one step of HCE on one rank, if all buckets have different items.
 
-    Two projections are chosen from (centres to states and to rows), after that of the states onto
-    mixed centres; the blocks are computed in forward and again in backward.
+    There are three projections, of states onto random signs and of centres onto states and onto
+    rows; the blocks of the buckets are computed in forward and recomputed in backward.
     """
     num_buckets = num_buckets or default_num_buckets(work.num_positions)
     columns = min(items_per_bucket, work.num_items) + num_negatives

@@ -1,8 +1,18 @@
 """Reduced cross-entropy (RECE): candidates from neighbouring chunks of a random hash, over rounds.
 
 Source: Gusak et al., "RECE: Reduced Cross-Entropy Loss for Large-Catalogue Sequential
-Recommenders", arXiv 2408.02354. Positions are placed by bucket, not by rank, so that a position
-is compared with the items of its own bucket although the histograms of both differ.
+Recommenders", arXiv 2408.02354. By default positions are aligned with items by bucket and not by
+sort order alone, so that a position is compared with the items of its own bucket although buckets
+hold different shares of positions and of items.
+
+The phases, for each of r rounds (``hash_chunks.py`` has 1 to 3):
+
+1. hash: positions and rows get the bucket of the nearest of n_b random sign vectors;
+2. count: the histograms of buckets are all-gathered, so that every rank knows where its vectors
+   come in the global sort by bucket;
+3. cut: that order is cut into n_c chunks, saved for backward;
+4. compare: the rows of a position's chunk, and of e chunks on either side, are its candidates
+   (``NearbyChunks`` lists them, ``passes.py`` sums them).
 """
 
 from collections.abc import Sequence
@@ -46,7 +56,7 @@ _DTYPE_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def default_num_buckets(num_positions: int, num_items: int, reach: int) -> int:
-    """``sqrt(4 min(N, V) (1 + 2 e))``: the paper's n_b with chunks as many as buckets, at least 1.
+    """``sqrt(4 min(N, V) (1 + 2 e))``, at least 1: the paper's n_b for as many chunks as buckets.
 
     >>> default_num_buckets(10000, 50000, 1)
     346
@@ -75,9 +85,10 @@ def reduced_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of every target among the rows that a random hash puts near its position.
 
-    In each round positions and rows are ordered by the nearest of n_b random sign vectors and cut
+    In each round positions and rows are sorted by the nearest of n_b random sign vectors and cut
     into n_c chunks; the candidates of a position are the rows of its chunk and of e chunks
-    on either side. A candidate of several rounds counts once.
+    on either side. A candidate of several rounds counts once. Source: Gusak et al., arXiv
+    2408.02354.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
@@ -85,29 +96,33 @@ def reduced_cross_entropy(
         targets: (N,) int64 or int32 in [0, V).
         num_buckets: n_b; ``sqrt(4 min(N, V) (1 + 2 e))`` when None.
         num_chunks: n_c; as many as buckets when None.
-        num_rounds: r.
-        num_neighbor_chunks: e.
-        align: "bucket" aligns positions with the items of their bucket, "rank" by order alone.
-        seed: Key of the generator.
+        num_rounds: r, rounds with hashes of their own.
+        num_neighbor_chunks: e, chunks on either side of a position's own.
+        align: "bucket" aligns positions with the items of their bucket; "rank" aligns them by
+            sort order alone, as published.
+        seed: Key of the random generator, a signed 64-bit integer.
         step: Training step; another step draws other vectors.
-        weights: (N,) float factors of the positions' losses; the mean divides by their sum.
+        weights: (N,) float weight of each position's loss, not negative; None for ones. The mean
+            divides by the sum of the weights.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto" goes by the device; "torch" or "triton" forces one.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
+        backend: "auto" chooses by device and dtype; "torch" or "triton" forces one.
 
     Returns:
-        () float32, or (N,) with "none". Gradients flow to ``states`` and to the rows. With a shard,
-        mean and sum are over all ranks, and backward on all ranks gives each the gradient of that
-        number with respect to its own states and rows.
+        () float32, or (N,) weighted losses with "none". Gradients flow to ``states`` and to the
+        rows. With a shard, mean and sum are over all ranks; backward must run on all ranks, and
+        gives each rank the gradient of this global loss for its own states and rows.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range, on this rank or
-            another.
+        TypeError: states and table differ in dtype without autocast or are not float, or targets
+            are not int64 or int32.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
+        RuntimeError: a second derivative is taken, or a number does not fit in 64 bits.
 
-    Collectives: none for a tensor; for a shard two gathers of histograms and those of
-    ``streamed_logsumexp``.
+    Collectives: none for a tensor. For a shard those of ``cut_cross_entropy`` with the gradient in
+    backward, and in forward two all-gathers of (r, n_b) int64 histograms.
     """
     _check_options(num_buckets, num_chunks, num_rounds, num_neighbor_chunks, align)
     common = Common(
@@ -131,9 +146,9 @@ def reduced_cross_entropy(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedChunks(Candidates):
-    """The items whose chunk is near the position's in some round.
+    """Candidates of ``reduced_cross_entropy``: items in chunks near the position's in some round.
 
-    Attributes are those of ``reduced_cross_entropy``.
+    Attributes are the arguments of ``reduced_cross_entropy``.
     """
 
     num_buckets: int | None
@@ -145,7 +160,9 @@ class HashedChunks(Candidates):
     step: int
 
     def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """(N, r) int32 chunks of the positions and, as bytes, the chunks of the rows.
+        """(N, r) int32 chunks of the positions and (R, r * itemsize) uint8 chunks of the rows.
+
+        The chunks of the rows are of ``index_dtype(n_c)``, viewed as bytes.
 
         Collectives: two all-gathers of histograms.
         """
@@ -169,21 +186,21 @@ class HashedChunks(Candidates):
     def choice_shapes(
         self, num_positions: int, num_rows: int
     ) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """A chunk of every position and row in each round; of a row in the fewest bytes."""
+        """Shapes and dtypes of the chunks of positions and of rows that ``choose`` returns."""
         _, num_chunks = self._numbers(num_positions, num_rows)
         num_bytes = self.num_rounds * index_dtype(num_chunks).itemsize
         positions, rows = (num_positions, self.num_rounds), (num_rows, num_bytes)
         return (positions, torch.int32), (rows, torch.uint8)
 
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_HashedPlan":
-        """Blocks of a chunk of positions and the chunks of rows near it."""
+        """Blocks of logits: a chunk of positions times the nearby chunks of rows."""
         own_chunks, row_bytes = tensors
         bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
         row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
         return _HashedPlan(local, self.num_neighbor_chunks, own_chunks, row_chunks)
 
     def _numbers(self, num_positions: int, num_items: int) -> tuple[int, int]:
-        """n_b and n_c."""
+        """n_b and n_c, with the defaults filled in."""
         num_buckets = self.num_buckets
         if num_buckets is None:
             num_buckets = default_num_buckets(num_positions, num_items, self.num_neighbor_chunks)
@@ -219,7 +236,7 @@ def _check_options(
     num_neighbor_chunks: int,
     align: str,
 ) -> None:
-    """Raises ValueError where an option of RECE is out of range."""
+    """Raises ValueError if an option of RECE is out of range."""
     numbers = (num_buckets or 1, num_chunks or 1, num_rounds, num_neighbor_chunks + 1)
     if min(numbers) < 1 or num_buckets == 0 or num_chunks == 0:
         raise ValueError(
@@ -232,9 +249,9 @@ def _check_options(
 
 
 def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
-    """Number of candidates of a position in a round, on average over the chunks.
+    """Average number of candidates of a position in one round.
 
-    Chunks at either end have fewer neighbours.
+    The first and last chunks have fewer neighbours.
 
     >>> rows_near(100, 10, 1), rows_near(100, 1, 3)
     (28.0, 100.0)
@@ -253,11 +270,11 @@ def reduced_cross_entropy_cost(
     num_rounds: int,
     num_neighbor_chunks: int,
 ) -> LossCost:
-    """What hashed chunks cost a rank.
+    """Cost of one step of RECE on one rank.
 
-    A row has in each round a chunk of one byte or two, which stands until backward. Some rows at a
-    time are put in the order of one round (three int64 each, four on a GPU). A position has five
-    int32 a round.
+    In memory until backward: per row and round the chunk, one or two bytes, and per position and
+    round five int32. Some rows at a time are sorted by their chunk of one round (three int64 each,
+    four on a GPU).
     """
     reach = num_neighbor_chunks
     num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)

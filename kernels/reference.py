@@ -1,7 +1,6 @@
-"""The four losses as their papers state them: dense, any dtype, differentiable by autograd.
+"""Reference definitions of four losses, as in their papers: dense, any float dtype, with autograd.
 
-Candidates are inputs here, so that each definition is short; the functions of this package choose
-them. All return the (N,) losses of the positions.
+The candidates are arguments, which keeps each definition short; the public functions choose them.
 """
 
 import torch
@@ -17,21 +16,23 @@ __all__ = [
 
 
 def cross_entropy_reference(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """``log sum_j exp(s_ij) - s_iy``."""
+    """(N,) full softmax cross-entropy, ``log sum_j exp(s_ij) - s_iy``."""
     return F.cross_entropy(states @ table.T, targets, reduction="none")
 
 
 def sampled_cross_entropy_reference(
     states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, corrections: Tensor
 ) -> Tensor:
-    """``log(exp(s_iy) + sum_k exp(s_in_k - c_ik)) - s_iy`` over draws other than the target.
+    """(N,) sampled softmax cross-entropy with corrected logits of the negatives.
+
+    ``loss_i = log(exp(s_iy) + sum_k exp(s_in_k - c_ik)) - s_iy`` over k with ``n_k != y``.
 
     Args:
         states: (N, D).
         table: (V, D).
         targets: (N,) int64.
-        negatives: (N, K) int64.
-        corrections: (N, K).
+        negatives: (N, K) int64 items n_k.
+        corrections: (N, K) c_ik, such as the log of the expected number of draws of the item.
     """
     logits = states @ table.T
     positive = logits.gather(1, targets[:, None])
@@ -43,7 +44,7 @@ def sampled_cross_entropy_reference(
 def scalable_cross_entropy_reference(
     states: Tensor, table: Tensor, targets: Tensor, positions: Tensor, items: Tensor
 ) -> Tensor:
-    """Largest cross-entropy of a position over its buckets; 0 for a position in no bucket.
+    """(N,) largest cross-entropy of each position over its buckets; 0 for a position in no bucket.
 
     Args:
         states: (N, D).
@@ -72,7 +73,9 @@ def reduced_cross_entropy_reference(
     item_chunks: Tensor,
     reach: int,
 ) -> Tensor:
-    """Cross-entropy over all meetings, each logit lowered by the log of its number of meetings.
+    """(N,) cross-entropy over the rows in nearby chunks; a row near in several rounds counts once.
+
+    A row that is near in c rounds is summed c times, with its logit lowered by log(c).
 
     Args:
         states: (N, D).
@@ -80,7 +83,7 @@ def reduced_cross_entropy_reference(
         targets: (N,) int64.
         position_chunks: (N, r) int chunk of each position in each round.
         item_chunks: (V, r) int chunk of each item in each round.
-        reach: e.
+        reach: e, chunks on either side that count as near.
     """
     logits = states @ table.T
     positive = logits.gather(1, targets[:, None])

@@ -1,4 +1,4 @@
-"""Scalable cross-entropy (SCE): buckets of the positions and rows nearest to random centres.
+"""Scalable cross-entropy (SCE): each bucket pairs the positions and rows nearest a random centre.
 
 Source: Mezentsev et al., "Scalable Cross-Entropy Loss for Sequential Recommendations with Large
 Item Catalogs", arXiv 2409.18721.
@@ -59,42 +59,47 @@ def scalable_cross_entropy(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of every target among the rows of its hardest bucket.
+    """Cross-entropy of every target among the rows of its position's hardest bucket.
 
     For each of n_b random centres the b_x positions and the b_y rows of largest inner product form
-    a bucket (ties by lower index); a position's loss is the largest over its buckets, and
-    positions in no bucket give none. Mean over the covered positions.
+    a bucket (ties: the lower index first). A position's loss is the largest over its buckets; a
+    position in no bucket is not covered and has loss 0. The mean is over the covered positions.
+    Source: Mezentsev et al., arXiv 2409.18721.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
         table: (V, D), same dtype except under autocast, or this rank's shard of it.
         targets: (N,) int64 or int32 in [0, V).
-        num_buckets: n_b; ``2 sqrt(N)`` when None.
-        positions_per_bucket: b_x; ``2 sqrt(N)`` when None.
-        items_per_bucket: b_y.
-        mix: Centres are random combinations of the states; else random signs.
-        seed: Key of the generator.
+        num_buckets: n_b; ``2 sqrt(N)``, N over all ranks, when None.
+        positions_per_bucket: b_x; ``2 sqrt(N)`` when None; at most N are used.
+        items_per_bucket: b_y; at most V are used.
+        mix: True: centres are random-sign combinations of all states; False: random sign vectors.
+        seed: Key of the random generator, a signed 64-bit integer.
         step: Training step; another step draws other centres.
-        sparse_grad: Give ``table`` a sparse gradient of the rows touched.
-        weights: (N,) float factors of the positions' losses; the mean divides by their sum.
+        sparse_grad: Give ``table`` a sparse COO gradient over the rows in use.
+        weights: (N,) float weight of each position's loss, not negative; None for ones. The mean
+            divides by the sum of the weights.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
-        backend: "auto" goes by the device; "torch" or "triton" forces one.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
+        backend: "auto" chooses by device and dtype; "torch" or "triton" forces one.
 
     Returns:
-        () float32; with "none" (N,) float32 and the (N,) bool mask of covered positions. Gradients
-        flow to ``states`` and, through the buckets' logits, to the rows. With a shard, mean and sum
-        are over all ranks, and backward on all ranks gives each the gradient of that number with
-        respect to its own states and rows.
+        () float32; with "none" (N,) weighted losses and the (N,) bool mask of covered positions.
+        Gradients flow to ``states`` and to the rows, not through the choice of the buckets. With a
+        shard, mean and sum are over all ranks; backward must run on all ranks, and gives each rank
+        the gradient of this global loss for its own states and rows.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape disagrees, or a target or option is out of range, on this rank or
-            another.
+        TypeError: states and table differ in dtype without autocast or are not float, or targets
+            are not int64 or int32.
+        ValueError: a shape disagrees, or a target or weight is out of range, on any rank; an option
+            is out of range, or ``weights`` require a gradient.
+        RuntimeError: a second derivative is taken, or a number does not fit in 64 bits.
 
-    Collectives: none for a tensor; for a shard those of ``fill_buckets`` and
-    ``streamed_logsumexp``, a sum of the centres and a gather of the targets.
+    Collectives: none for a tensor. For a shard those of ``cut_cross_entropy`` with the gradient in
+    backward, and in forward an all-reduce of (n_b, D) centres (with ``mix``), two all-gathers of
+    (n_b, b_x) and two of (n_b, b_y) scores and indices, and one all-gather of the targets.
     """
     numbers = (num_buckets, positions_per_bucket, items_per_bucket)
     if any(number is not None and number < 1 for number in numbers):
@@ -124,9 +129,9 @@ def scalable_cross_entropy(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardBuckets(Candidates):
-    """The items of the position's buckets; a slot is a (position, bucket) pair.
+    """Candidates of ``scalable_cross_entropy``: the items of a position's buckets.
 
-    Attributes are those of ``scalable_cross_entropy``.
+    A slot is a (position, bucket) pair. Attributes are the arguments of ``scalable_cross_entropy``.
     """
 
     num_buckets: int | None
@@ -137,7 +142,7 @@ class HardBuckets(Candidates):
     step: int
 
     def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Position and bucket of every pair and the items of every bucket.
+        """(P,) position and (P,) bucket of every pair, and (n_b, b_y) items of every bucket; int64.
 
         Collectives: those of ``bucket_centres`` and ``fill_buckets``.
         """
@@ -149,27 +154,27 @@ class HardBuckets(Candidates):
     def choice_shapes(
         self, num_positions: int, num_rows: int
     ) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """P pairs twice, and n_b buckets of b_y items."""
+        """Shapes and dtypes of the three tensors of ``choose``: (P,), (P,) and (n_b, b_y) int64."""
         num_buckets, _ = self._numbers(num_positions)
         pairs = (self.num_slots(num_positions, num_rows),)
         items = num_buckets, torch.sym_min(self.items_per_bucket, num_rows)
         return (pairs, torch.int64), (pairs, torch.int64), (items, torch.int64)
 
     def num_slots(self, num_positions: int, num_rows: int) -> int:
-        """P: a slot is a (position, bucket) pair."""
+        """P, the number of (position, bucket) pairs."""
         num_buckets, per_bucket = self._numbers(num_positions)
         return num_buckets * torch.sym_min(per_bucket, num_positions)
 
     def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Items of the buckets and targets; one all-gather of the targets."""
+        """(n,) int64 items of all buckets and all targets; one all-gather of the targets."""
         return torch.cat([tensors[2].flatten(), inputs.layout.gather_all(inputs.targets)])
 
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> "_BucketItems":
-        """A block for each bucket."""
+        """One block of logits for each bucket."""
         return _BucketItems(local, *tensors)
 
     def _numbers(self, num_positions: int) -> tuple[int, int]:
-        """n_b and b_x."""
+        """n_b and b_x, with the defaults filled in."""
         default = default_num_buckets(num_positions)
         numbers = (self.num_buckets, self.positions_per_bucket)
         first, second = (default if number is None else number for number in numbers)
@@ -184,7 +189,7 @@ class _BucketItems(Plan):
 
     def __init__(self, inputs: Inputs, positions: Tensor, buckets: Tensor, items: Tensor) -> None:
         super().__init__(inputs)
-        # Ascending items let a CPU find targets among them by bisection.
+        # Ascending items let a CPU find the targets among them by binary search.
         self._positions, self._buckets, self._items = positions, buckets, items.sort(1).values
         layout = inputs.layout
         borders = torch.tensor(layout.borders, device=positions.device)
@@ -229,17 +234,17 @@ _scalable_cross_entropy = Operator("scalable_cross_entropy", HardBuckets)
 def scalable_cross_entropy_cost(
     work: Workload, num_buckets: int | None, positions_per_bucket: int | None, items_per_bucket: int
 ) -> LossCost:
-    """What hard buckets cost a rank, where every bucket chooses other items.
+    """Cost of one step of SCE on one rank, if all buckets choose different items.
 
-    Three projections are chosen from (states to centres, centres to states and to rows) and the
-    buckets' blocks are computed in forward and again in backward.
+    There are three projections, of states onto random signs and of centres onto states and onto
+    rows; the blocks of the buckets are computed in forward and recomputed in backward.
     """
     default = default_num_buckets(work.num_positions)
     num_buckets, per_bucket = num_buckets or default, positions_per_bucket or default
     listed = num_buckets * min(items_per_bucket, work.num_items)
     touched = expected_distinct(listed + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
-    # In backward a position has one bucket left of those it is in.
+    # Backward needs one bucket per position: the one with the largest loss.
     per_bucket = min(per_bucket, work.num_positions)
     pairs = listed * per_bucket / work.num_ranks
     kept = min(1.0, work.num_positions / (num_buckets * per_bucket))
@@ -276,7 +281,7 @@ def scalable_cross_entropy_cost(
 def _choice_kernels(
     work: Workload, num_buckets: int, per_bucket: int, items_per_bucket: int
 ) -> KernelCost:
-    """Of the centres and of the positions and rows near them."""
+    """Cost of the centres, and of the choice of positions and rows near them, in Triton."""
     return (
         sign_kernels("mixed_signs", num_buckets, work.own_positions, work)
         + topk_kernels(num_buckets, work.own_positions, per_bucket, work)

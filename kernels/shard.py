@@ -1,4 +1,4 @@
-"""How a table is sharded by rows: what the losses and the ranking need to know."""
+"""One rank's shard of a table that is sharded by rows: the input of the losses and the ranking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["RowShard"]
 
 @dataclass(frozen=True, slots=True)
 class RowShard:
-    """This rank's rows of a table whose rows are spread over the ranks of a group.
+    """This rank's contiguous rows of a (V, D) table that is sharded by rows over a process group.
 
     Rank by rank the shards cover [0, V) in order, without gaps; a shard may be empty.
 

@@ -1,4 +1,4 @@
-"""The losses that others use, everything in memory: references and baselines to compare with."""
+"""Baseline losses in plain PyTorch, with all logits in memory, over a tensor or a row shard."""
 
 from typing import Any
 
@@ -35,10 +35,12 @@ def eager_cross_entropy(
 ) -> Tensor:
     """Full softmax cross-entropy that stores the logits of all positions and rows.
 
-    Arguments, results and errors are those of ``cut_cross_entropy``; autocast changes nothing here.
-    The memory is O(N V / W) on each of W ranks, and a rank holds the states of all.
+    Arguments, results and errors are those of ``cut_cross_entropy``, but products are float32
+    under autocast too. Memory is O(N V / W) on each of W ranks; each rank gathers all states.
 
-    Collectives: a gather of states and targets, two reductions; backward the transposes.
+    Collectives: none for a tensor. For a shard, in forward one all-gather of five integers per
+    rank, all-gathers of targets and of (N, D) states, all-reduces of the maximum and of the sums,
+    and those of the reduction; in backward an all-reduce and a reduce-scatter of state gradients.
     """
     scaling = Scaling(normalize, temperature)
     inputs = prepare_inputs(
@@ -71,11 +73,14 @@ def binary_cross_entropy(
     normalize: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Binary cross-entropy of the target against the mean over K uniform negatives (SASRec).
+    """Binary cross-entropy of the target against the mean over K uniform negatives.
 
-    ``loss_i = -log sigmoid(s_iy) - mean_k log(1 - sigmoid(s_in_k))``. Stores (N, K, D).
+    ``loss_i = -log sigmoid(s_iy) - mean_k log(1 - sigmoid(s_in_k))``; with K = 1 the loss of SASRec
+    (Kang and McAuley, arXiv 1808.09781). Stores (N, K + 1, D) rows. Arguments, results and errors
+    are as in ``sampled_cross_entropy``.
 
-    Collectives: those of ``eager_cross_entropy``, of (N, K + 1) logits.
+    Collectives: none for a tensor. For a shard those of ``eager_cross_entropy``, with an all-reduce
+    of (N, K + 1) logits in forward and in backward instead of its all-reduces.
     """
     _require_negatives(num_negatives)
     scaling = Scaling(normalize, temperature)
@@ -101,10 +106,12 @@ def generalized_binary_cross_entropy(
     normalize: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """GBCE: binary cross-entropy whose positive probability is raised to the power beta.
+    """gBCE: binary cross-entropy with the positive probability raised to the power beta.
 
-    ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` with ``alpha = K / (V - 1)`` (Petrov and
-    Macdonald, arXiv 2308.07192, equation 9); negatives are summed as there. Stores (N, K, D).
+    ``loss_i = -beta log sigmoid(s_iy) - sum_k log(1 - sigmoid(s_in_k))`` with
+    ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` and ``alpha = K / (V - 1)`` (Petrov and
+    Macdonald, arXiv 2308.07192, equation 9); ``calibration`` is t. Stores (N, K + 1, D) rows. Other
+    arguments, results and errors are as in ``binary_cross_entropy``.
 
     Collectives: those of ``binary_cross_entropy``.
     """
@@ -128,7 +135,7 @@ def _require_negatives(num_negatives: int) -> None:
 def _sampled_logits(
     inputs: Inputs, num_negatives: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """(N,) target logits and (N, K) logits of negatives of this rank's positions.
+    """(N,) target logits and (N, K) logits of negatives for this rank's positions.
 
     A negative equal to the target is replaced by the next item.
     """
@@ -152,7 +159,7 @@ def _sampled_logits(
         candidates = F.embedding(rows.clamp(min=0), inputs.scaled_rows())
         shard_logits = torch.einsum("nd,nkd->nk", all_states, candidates) * (rows >= 0)
     else:
-        # An empty shard still takes part in backward, through both of its inputs.
+        # An empty shard must stay in the graph: its backward takes part in the collectives.
         nothing = 0 * (all_states.sum() + inputs.rows.sum())
         shard_logits = all_states.new_zeros(rows.shape) + nothing
     logits = _SumOverRanks.apply(shard_logits.float(), inputs.ranks)[chunk.own_slice]
@@ -160,7 +167,7 @@ def _sampled_logits(
 
 
 def _pick(logits: Tensor, rows: Tensor) -> Tensor:
-    """Entries of each line at ``rows``, 0 where a row is -1."""
+    """(N, m) logits of each line at the (N, m) ``rows``, 0 for row -1."""
     if not logits.shape[1]:
         return 0 * logits.sum() + logits.new_zeros(rows.shape)
     return logits.gather(1, rows.clamp(min=0)) * (rows >= 0)
@@ -174,7 +181,7 @@ def _whole_batch(layout: Layout) -> Chunk:
 
 
 class _Gather(torch.autograd.Function):
-    """States of all ranks; gradients go back to their owners, summed."""
+    """All-gather of the states; backward reduce-scatters the gradients to the owners."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, layout: Layout, chunk: Chunk) -> Tensor:
@@ -187,7 +194,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum of the ranks' shares; each rank uses its own positions, so gradients are summed too."""
+    """All-reduce of the shares; ranks use different positions, so backward all-reduces too."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, ranks: Communicator) -> Tensor:
@@ -200,9 +207,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _CrossEntropyOverRanks(torch.autograd.Function):
-    """(n,) log-sum-exp less target logit, of the (2, n) shares of each shard.
+    """(n,) losses from each shard's (2, n) log-sum-exps and target logits.
 
-    One function, so that every rank runs its collectives in the same order in backward.
+    This is one autograd function, so that every rank runs the collectives of backward in the same
+    order.
     """
 
     @staticmethod
@@ -222,7 +230,7 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
 
 
 def eager_cross_entropy_cost(work: Workload) -> LossCost:
-    """What stored logits cost a rank: themselves, and four tensors of their size in backward."""
+    """Cost of one step with stored logits on one rank: up to five (N, R) float32 tensors."""
     pairs = work.num_positions * work.num_rows
     return LossCost(
         touched_rows=work.num_rows,
@@ -234,7 +242,7 @@ def eager_cross_entropy_cost(work: Workload) -> LossCost:
 
 
 def paired_cross_entropy_cost(work: Workload, num_negatives: int) -> LossCost:
-    """What K negatives of each position cost a rank: their vectors and the gradients of those."""
+    """Cost of one step with K own negatives per position on one rank, with copies of their rows."""
     vectors = work.num_positions * (num_negatives + 1) * work.width
     return LossCost(
         touched_rows=work.num_rows,

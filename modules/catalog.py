@@ -1,7 +1,13 @@
 """The item table: sharded by rows over the ranks, looked up by item, updated once per step.
 
-The gradient of a row comes from two places, the encoder's input and the loss. Both wait until
-``merge_gradients`` has summed them, and ``step`` applies the sum as one update.
+The phases of a training step:
+
+1. ``begin_lookup`` or ``lookup``: all-to-all of item ids and of vectors, the encoder's input;
+2. backward: the gradients of the look-up are recorded as (row, gradient) pairs, and those of the
+   loss are accumulated in ``shard.rows.grad``; no row changes yet;
+3. ``merge_gradients``: both are summed on the rank that owns the row, and
+   ``squared_gradient_norm`` gives its part of the norm for clipping;
+4. ``step``: one optimizer update for each row.
 """
 
 from __future__ import annotations
@@ -20,15 +26,15 @@ from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
 __all__ = ["Catalog"]
 
-INITIAL_BLOCK = 8_192  # rows made from one seed; part of what a seed means, so never changed
+INITIAL_BLOCK = 8_192  # rows per seed; another number would change the rows of every seed
 
 
 class Catalog:
-    """(V, D) item vectors, this rank holding rows [first_row, first_row + R).
+    """A (V, D) table of item vectors; this rank holds rows [first_row, first_row + R).
 
     Every rank of ``group`` must make the same calls of ``lookup`` and run backward through each
-    result (a rank without items looks up an empty tensor). ``step`` and ``merge_gradients`` need no
-    other rank. Gradients are sums over ranks, never averages, as the losses of this package expect.
+    result (a rank without items looks up an empty tensor). ``step`` and ``merge_gradients`` have no
+    collectives. Gradients are summed over ranks and not averaged, as the losses expect.
     """
 
     def __init__(
@@ -41,16 +47,16 @@ class Catalog:
         device: torch.device,
         seed: int,
     ) -> None:
-        """Make this rank's rows; they depend on (seed, item) and not on the number of ranks.
+        """Creates this rank's rows; initial values depend on (seed, item), not on the rank.
 
         Args:
-            num_items: V, at least 1. Ranks beyond the rows hold none.
+            num_items: V, at least 1. With more ranks than rows, some ranks hold none.
             width: D, a multiple of 4.
             config: optimizer and initial scale.
             group: the ranks that share the table; None for one process, with or without a
                 launcher (a default process group of one rank is made if there is none).
-            device: where the rows live.
-            seed: of the initial rows.
+            device: device of the rows.
+            seed: seed of the initial rows.
         """
         _check_shape(num_items, width)
         self.config = config
@@ -70,7 +76,7 @@ class Catalog:
 
     @property
     def shard(self) -> RowShard:
-        """This rank's rows, a leaf that collects the losses' gradients; aliases the table."""
+        """This rank's rows as input of a loss: a leaf that aliases the table and gets gradients."""
         alone = dist.get_world_size(self._group) == 1
         return RowShard(
             rows=self._rows,
@@ -81,11 +87,11 @@ class Catalog:
 
     @property
     def row_range(self) -> range:
-        """Global indices of this rank's rows."""
+        """The range of global item indices that this rank holds."""
         return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
 
     def lookup(self, items: Tensor) -> Tensor:
-        """The vectors of ``items``, differentiable.
+        """(M, D) vectors of ``items``, differentiable.
 
         Args:
             items: (M,) int64 global item indices; M may be 0 and differ by rank.
@@ -97,16 +103,16 @@ class Catalog:
             ValueError: an item is outside [0, V) on any rank (raised on all of them).
             TypeError: ``items`` is not int64.
 
-        Collectives: one all-reduce of a number, all-to-all of ids and vectors; in backward
-        all-to-all of gradients.
+        Collectives: one all-reduce of a number, an all-to-all each of ids and of vectors; in
+        backward an all-to-all of gradients.
         """
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """A look-up in two halves: this call sends the ids, the returned function does the rest.
+        """Starts a look-up: sends the ids, and returns a function that returns the (M, D) vectors.
 
-        Work between the two overlaps with the all-to-all of ids; the vectors are those at the time
-        of the second call, which may be made once and raises what ``lookup`` does.
+        Work between the two calls overlaps with the all-to-all of ids. The returned function may be
+        called once, reads the table at that time, and raises the errors of ``lookup``.
 
         Raises:
             TypeError: ``items`` is not one-dimensional int64.
@@ -136,10 +142,10 @@ class Catalog:
         return checked_vectors
 
     def merge_gradients(self) -> None:
-        """Sums look-up gradients and loss gradients into ``shard.rows.grad``, one entry a row.
+        """Sums look-up gradients and loss gradients into ``shard.rows.grad``, one entry per row.
 
         Afterwards the gradient is None, dense (R, D) or coalesced sparse COO. More micro-batches
-        may follow; merge again before the next step or norm.
+        may follow; ``step`` and ``squared_gradient_norm`` merge again.
 
         Collectives: none.
         """
@@ -155,9 +161,9 @@ class Catalog:
         pairs.clear()
 
     def squared_gradient_norm(self) -> Tensor:
-        """() float32, the squared norm of this rank's merged gradient; 0 where there is none.
+        """() float32 squared L2 norm of this rank's merged gradient; 0 if there is none.
 
-        Sum it over the ranks of the group for the norm of the whole table's gradient.
+        The sum over the ranks of the group is the squared norm of the whole table's gradient.
 
         Collectives: none.
         """
@@ -169,11 +175,11 @@ class Catalog:
         return torch.linalg.vector_norm(values).square()
 
     def step(self, scale: float | Tensor = 1.0, learning_rate: float | None = None) -> None:
-        """Applies the merged gradient, each row at most once, and clears it.
+        """Updates the rows in place by the merged gradient, each at most once, and clears it.
 
         Args:
-            scale: multiplies the gradient, e.g. the factor of a global norm clip.
-            learning_rate: for this step and those after it.
+            scale: factor of the gradient, e.g. that of clipping by the global norm.
+            learning_rate: of this step and all later ones; None keeps the last one.
 
         Collectives: none.
         """
@@ -191,16 +197,16 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Drop all gradients since the last step."""
+        """Drops all gradients since the last step, recorded pairs too."""
         self._table.pairs.clear()
         self._rows.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's rows and optimizer memory, as plain tensors that alias the live ones.
+        """This rank's rows and optimizer state, as plain tensors that alias the live ones.
 
         Keys: ``rows`` (R, D), ``optimizer.<name>`` (R,) or (R, D), and () int64 or float64 numbers
-        ``first_row``, ``num_rows``, ``num_steps``, ``learning_rate``. Row-aligned tensors of
-        several ranks, concatenated, are the state of a table on fewer ranks.
+        ``first_row``, ``num_rows``, ``num_steps``, ``learning_rate``. The first two, concatenated
+        over consecutive ranks, are the state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -210,12 +216,13 @@ class Catalog:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies a state that covers this rank's rows; it may hold more rows than those.
+        """Copies this rank's rows and optimizer state from a state that covers them.
 
-        A state of a smaller catalog leaves the rows beyond it as they are.
+        The state may have rows of other ranks too. If it is of a smaller catalog, the rows after
+        its last one stay unchanged.
 
         Raises:
-            ValueError: a tensor is missing or too many, a shape disagrees, or rows are not covered.
+            ValueError: keys are missing or unknown, a shape disagrees, or rows are not covered.
         """
         self._check_state(state)
         start, num_old = int(state["first_row"]), int(state["num_rows"])
@@ -228,7 +235,7 @@ class Catalog:
         self.learning_rate = float(state["learning_rate"])
 
     def describe(self) -> str:
-        """The sharding plan: kernel, ranks, rows and bytes."""
+        """The sharding plan as text: kernel, ranks, rows and bytes."""
         return self._table.describe(self.config.optimizer, self._row_states())
 
     def _row_states(self) -> dict[str, Tensor]:
@@ -236,10 +243,10 @@ class Catalog:
         return {"rows": self._rows.detach()} | optimizer
 
     def _merge_sparse(self, gradient: Tensor | None) -> Tensor:
-        """Pairs and a sparse gradient as one coalesced COO (R, D)."""
+        """The recorded pairs and a sparse gradient, summed as one coalesced COO (R, D)."""
         pairs = list(self._table.pairs)
         if gradient is not None:
-            # The public accessors refuse a tensor that is not coalesced yet.
+            # The public accessors raise an error for a tensor that is not coalesced.
             pairs.append((gradient._indices()[0], gradient._values()))
         rows, positions = torch.cat([rows for rows, _ in pairs]).unique(return_inverse=True)
         values = self._rows.new_zeros((rows.numel(), self.width), requires_grad=False)
@@ -288,7 +295,7 @@ def _check_shape(num_items: int, width: int) -> None:
 
 
 def _single_process_group(device: torch.device) -> dist.ProcessGroup:
-    """The default group of one rank, made without a launcher where there is none."""
+    """The default process group of one rank, created without a launcher if there is none."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -327,13 +334,13 @@ def _build_update(config: CatalogConfig, table: ShardedTable) -> RowUpdate:
 
 
 def _empty_gradient(rows: Tensor) -> Tensor:
-    """A gradient that names no row."""
+    """A sparse gradient without entries."""
     none = torch.empty(0, dtype=torch.int64, device=rows.device)
     return _sparse_gradient(none, rows.new_empty((0, rows.shape[1])), rows.shape[0])
 
 
 def _sparse_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
-    """Coalesced COO from distinct sorted rows, nothing copied."""
+    """Coalesced COO tensor from distinct sorted rows and their values, without a copy."""
     return torch.sparse_coo_tensor(
         rows[None],
         values,

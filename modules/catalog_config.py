@@ -1,4 +1,4 @@
-"""Options of the item table, and what each optimizer remembers of a row; loads no TorchRec."""
+"""Options of the item table, and the size of each optimizer's state; does not import TorchRec."""
 
 import difflib
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "sparse_adam")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CatalogConfig:
-    """How the table starts and how it learns.
+    """Initialization and optimizer of the item table.
 
     Attributes:
-        optimizer: "rowwise_adagrad" (one number a row; above a million items), "adagrad", "sgd",
-            "adam" (exact, every row every step) or "sparse_adam" (moments move where touched).
+        optimizer: "rowwise_adagrad" (one number of state per row; for more than a million items),
+            "adagrad", "sgd", "adam" (exact: every row, every step) or "sparse_adam" (updates rows
+            and moments only where there is a gradient).
         learning_rate: of the table, unless ``Catalog.step`` is given another.
-        eps: added to the root in the update.
+        eps: added to the denominator of the update, the square root of the second moment.
         betas: decay of the two moments of adam and sparse_adam.
         init_std: standard deviation of the normal that initial rows are drawn from.
     """
@@ -30,7 +31,7 @@ class CatalogConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later or silently do nothing."""
+        """Raises ValueError for an option that would fail later or have no effect."""
         if self.optimizer not in OPTIMIZERS:
             near = difflib.get_close_matches(self.optimizer, OPTIMIZERS) or OPTIMIZERS
             raise ValueError(
@@ -39,13 +40,13 @@ class CatalogConfig:
             )
         for name in ("learning_rate", "init_std"):
             require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
-        # With 0 a row whose gradient is 0 would become 0 / 0.
+        # With eps = 0, a gradient of 0 would give 0 / 0.
         require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
         require_betas("catalog.betas", self.betas)
 
 
 def state_floats(optimizer: str, width: int) -> int:
-    """Numbers of optimizer memory that a row has.
+    """Number of floats of optimizer state per row.
 
     >>> [state_floats(name, 64) for name in ("sgd", "rowwise_adagrad", "adagrad", "adam")]
     [0, 1, 64, 128]

@@ -1,7 +1,7 @@
 """Dropout and causal attention, with a faster random mask on the CPU.
 
-On a CPU torch draws one random number for each value: at B = 128, L = 50, D = 64 that was a fifth
-of a training step. Here each int64 draw gives eight bytes, and each byte decides on one value.
+On a CPU torch draws one random number for each value: at B = 128, L = 50, D = 64 that took a fifth
+of a training step. This implementation uses one byte of a random int64 for each value.
 """
 
 import math
@@ -17,9 +17,9 @@ def dropout(values: Tensor, share: float, *, training: bool) -> Tensor:
     """``values`` with a random share set to zero and the others scaled to keep the expectation.
 
     Args:
-        values: any shape.
-        share: in [0, 1). On a CPU it is rounded to a multiple of 1/256 in [1/256, 255/256], and the
-            scale is that of the rounded share.
+        values: float tensor of any shape.
+        share: probability of zero, in [0, 1). On a CPU it is rounded to a multiple of 1/256 in
+            [1/256, 255/256], and the scale follows the rounded share.
         training: False returns ``values`` unchanged.
     """
     if not training or share == 0:

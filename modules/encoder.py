@@ -53,7 +53,7 @@ class EncoderConfig:
     hidden: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges and combinations."""
+        """Raises ValueError for an option out of range or an invalid combination."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
             require_at_least(f"encoder.{name}", getattr(self, name), 1)
         require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
@@ -84,34 +84,34 @@ class EncoderConfig:
 
     @property
     def resolved_attention_dropout(self) -> float:
-        """The attention dropout in force."""
+        """The attention dropout, with the default filled in."""
         if self.attention_dropout is not None:
             return self.attention_dropout
         return self.dropout if self.kind == "sasrec" else 0.0
 
     @property
     def resolved_positions(self) -> str:
-        """The kind of positions in force."""
+        """The kind of positions, learned or rotary, with the default filled in."""
         return self.positions or ("learned" if self.kind == "sasrec" else "rotary")
 
     @property
     def resolved_norm(self) -> str:
-        """The norm in force."""
+        """The kind of norm, layer or rms, with the default filled in."""
         return self.norm or ("layer" if self.kind == "sasrec" else "rms")
 
     @property
     def resolved_hidden(self) -> int:
-        """Hidden units of the feed-forward in force."""
+        """Hidden units of the feed-forward, with the default filled in."""
         if self.hidden is not None:
             return self.hidden
         return self.width if self.kind == "sasrec" else 16 * math.ceil(self.width / 6)
 
 
 def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
-    """Float32 numbers saved for backward at each position, padding included.
+    """Number of float32 values saved for backward per position, padding included.
 
-    Measured with saved-tensor hooks; linear in every size. Dropout saves a mask and its input;
-    attention weights are saved if they are dropped on a CPU.
+    The formula was fitted to counts by saved-tensor hooks. Dropout saves a mask and its input;
+    attention weights are saved if attention dropout is used on a CPU.
     """
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
     is_dropped = config.dropout > 0
@@ -129,7 +129,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
-    """FLOPs of the matrix products at one position, forward and backward, with full attention."""
+    """FLOPs of the matrix products per position, forward and backward, with unmasked attention."""
     width, hidden = config.width, config.resolved_hidden
     modern = config.kind == "modern"
     projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
@@ -141,16 +141,16 @@ class TransformerEncoder(nn.Module):
 
     Sequences are padded on the right. A real position then never attends to padding, so no key mask
     is needed; the caller must drop the states at padded positions. Item vectors are multiplied by
-    sqrt(D) first. Learned positions count from the first item (the published SASRec pads on the
-    left and so counts from the last).
+    sqrt(D) first. Learned positions are numbered from the first item (the published SASRec pads on
+    the left and so numbers them from the last).
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
-        """Build the blocks and initialise their weights.
+        """Builds the blocks and initialises their weights.
 
         Args:
             config: sizes and kind.
-            seed: of the initial weights; equal seeds give equal weights on every rank.
+            seed: seed of the initial weights; equal seeds give equal weights on every rank.
         """
         super().__init__()
         self.config = config
@@ -181,7 +181,7 @@ class TransformerEncoder(nn.Module):
             nn.init.xavier_uniform_(self.position_vectors, generator=generator)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """States of all positions.
+        """(B, L, D) states of all positions.
 
         Args:
             vectors: (B, L, D) float item vectors in time order, padded on the right; L is at most

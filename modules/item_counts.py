@@ -8,25 +8,25 @@ __all__ = ["ItemCounts"]
 
 
 class ItemCounts:
-    """The counts of a run, with a cache of the proposal tables built from them.
+    """Training events of each item, with a cache of the proposal tables built from them.
 
     Attributes:
         counts: (V,) int64 training events of each item.
     """
 
     def __init__(self, counts: Tensor) -> None:
-        """Store the counts, which must not change afterwards."""
+        """Stores the counts, which must not change afterwards."""
         self.counts = counts
         self._total: Tensor | None = None
         self._popularity: dict[float, Popularity] = {}
 
     @classmethod
     def of(cls, counts: "Tensor | ItemCounts") -> "ItemCounts":
-        """``counts`` as ItemCounts; from a tensor its tables are built for one step only."""
+        """``counts`` as ItemCounts; a tensor is wrapped, with an empty cache."""
         return counts if isinstance(counts, ItemCounts) else cls(counts)
 
     def popularity(self, exponent: float) -> Popularity:
-        """The proposal ``max(count, 1) ** exponent`` over items: a cached table of 8 V bytes."""
+        """The proposal proportional to ``max(count, 1) ** exponent``, with a cached table."""
         if exponent not in self._popularity:
             self._popularity[exponent] = Popularity(self.counts, exponent)
         return self._popularity[exponent]

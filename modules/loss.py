@@ -1,4 +1,4 @@
-"""What a loss is to a training step: options that are checked, inputs, an output and a cost."""
+"""The interface between losses and training: options with checks, inputs, output and cost."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -24,25 +24,25 @@ __all__ = ["Batch", "Loss", "LossOutput", "Step", "check_options", "option"]
 
 
 def option(default: Any, **rule: Any) -> Any:
-    """A dataclass field with a default and a rule.
+    """A dataclass field with a default and a rule for its values.
 
     Args:
         default: The default of the field.
         rule: One of ``above_zero="hint"``, ``at_least=number``, ``one_of=(words)`` and
-            ``within=(low, high, "hint")``. Whole numbers have no upper bound: a bucket takes at
-            most what there is.
+            ``within=(low, high, "hint")``. Whole numbers need no upper limit: sizes are cut to the
+            number of positions or items.
     """
     return dataclasses.field(default=default, metadata=rule)
 
 
 def check_options(loss: Any) -> None:
-    """Refuses a loss whose options no batch could be trained with.
+    """Raises ValueError if an option of the loss breaks its rule.
 
     Args:
-        loss: An instance of a dataclass whose fields were made by ``option``.
+        loss: A dataclass instance with fields from ``option``.
 
     Raises:
-        ValueError: An option breaks its rule; the message names it as ``train`` does.
+        ValueError: An option breaks its rule; the message names it as on the command line.
     """
     checks: dict[str, Callable[[str, Any, Any], None]] = {
         "above_zero": require_above_zero,
@@ -60,13 +60,13 @@ def check_options(loss: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a loss may know besides states, table and targets; the same on every rank.
+    """Further inputs of a loss in one training step, the same on every rank.
 
     Attributes:
         seed: Key of all random choices.
         step: Training step.
         item_counts: (V,) int64 training events of each item; needed by proposals other than
-            uniform. ``ItemCounts`` keeps the tables made of them from step to step.
+            uniform. ``ItemCounts`` caches the tables built from them between steps.
     """
 
     seed: int
@@ -76,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A loss and its statistics.
+    """The value of a loss, and statistics to log.
 
     Attributes:
         loss: () float32 mean over the positions of all ranks, the same on every rank.
@@ -89,13 +89,13 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The inputs of a loss.
+    """The inputs of a loss in one training step.
 
     Attributes:
         states: (N, D) states at the real positions of this rank.
         table: The item table or this rank's shard of it.
         targets: (N,) int64 items.
-        weights: (N,) float factors of the positions' losses, or None.
+        weights: (N,) float weight of each position's loss, or None for ones.
         step: Seed, step and item counts.
     """
 
@@ -107,30 +107,30 @@ class Batch:
 
     @property
     def num_items(self) -> int:
-        """V."""
+        """V, the number of items of the table."""
         return self.table.num_rows if isinstance(self.table, RowShard) else self.table.shape[0]
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the table."""
+        """The process group of the ranks that hold the table; None for a single process."""
         return self.table.group if isinstance(self.table, RowShard) else None
 
     @property
     def draws(self) -> dict[str, int]:
-        """Seed and step, as the functions of losses that draw take them."""
+        """Seed and step as keyword arguments of a loss function with random choices."""
         return {"seed": self.step.seed, "step": self.step.step}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(ABC):
-    """A loss with its options; these two are common to all.
+    """A loss with its options, of which ``normalize`` and ``temperature`` are common to all.
 
     Attributes:
-        name: Of the loss on the command line.
-        function: The public function behind it.
-        is_baseline: Whether it is there to be compared with.
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
+        name: Name of the loss on the command line.
+        function: The function that computes the loss.
+        is_baseline: Whether the loss is a baseline for comparison.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
 
     Raises:
         ValueError: An option is out of range.
@@ -141,10 +141,10 @@ class Loss(ABC):
     is_baseline: ClassVar[bool] = False
 
     normalize: bool = False
-    temperature: float = option(1.0, above_zero="1.0 leaves the logits alone")
+    temperature: float = option(1.0, above_zero="1.0 leaves the logits unchanged")
 
     def __post_init__(self) -> None:
-        """Checks the options of this loss."""
+        """Raises ValueError if an option of this loss breaks its rule."""
         check_options(self)
 
     def __call__(
@@ -156,23 +156,23 @@ class Loss(ABC):
         weights: Tensor | None = None,
         step: Step,
     ) -> LossOutput:
-        """Mean loss of the batch of all ranks.
+        """The mean loss over the positions of all ranks, and statistics.
 
         Args:
             states: (N, D) states at the real positions of this rank.
             table: The item table or this rank's shard of it.
             targets: (N,) int64 items.
-            weights: (N,) float factors of the positions' losses, or None.
+            weights: (N,) float weight of each position's loss, or None for ones.
             step: Seed, step and item counts.
         """
         return self.output(Batch(states, table, targets, weights, step))
 
     def output(self, batch: Batch) -> LossOutput:
-        """The mean loss and its statistics."""
+        """The mean loss over the positions of all ranks, and statistics."""
         return LossOutput(self.evaluate(batch))
 
     def evaluate(self, batch: Batch, **more: Any) -> Any:
-        """What ``function`` returns for these options; ``more`` are further arguments of it."""
+        """The result of ``function`` with these options and the keyword arguments ``more``."""
         return type(self).function(
             batch.states,
             batch.table,
@@ -186,8 +186,8 @@ class Loss(ABC):
 
     @abstractmethod
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Arguments of ``function`` that this loss alone has."""
+        """Keyword arguments of ``function`` that are particular to this loss."""
 
     @abstractmethod
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""

@@ -1,7 +1,6 @@
-"""The losses that can be trained: options in a dataclass, the function behind it, and its cost.
+"""The losses that can be trained: for each its options, its function and its cost.
 
-``AnyLoss`` is the registry: a loss that is named there can be trained, planned, swept and shown in
-the demo.
+``AnyLoss`` is the registry: every loss in it can be trained, planned, swept and shown in the demo.
 """
 
 from dataclasses import dataclass
@@ -65,11 +64,11 @@ class CCE(Loss):
     function = staticmethod(cut_cross_entropy)
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """None: nothing is drawn."""
+        """No further arguments."""
         return {}
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return cut_cross_entropy_cost(work)
 
 
@@ -79,11 +78,11 @@ class CCEMinus(Loss):
 
     Attributes:
         num_negatives: K, draws per block of positions.
-        share: Positions per block; 1 as published, 0 for the whole batch.
+        share: Positions per block, which share their draws; 1 as published, 0 for the whole batch.
         proposal: uniform, popularity, in_batch, or mixed (half in-batch, rounded down, the rest
             uniform).
         popularity_exponent: Power of the training counts in the popularity proposal, in [0, 10].
-        parity: The paper's form of the correction.
+        parity: Use the paper's correction instead of the unbiased one.
     """
 
     name = "cce_minus"
@@ -92,12 +91,12 @@ class CCEMinus(Loss):
     num_negatives: int = option(1024, at_least=1)
     share: int = option(128, at_least=0)
     proposal: str = option("uniform", one_of=("uniform", "popularity", "in_batch", "mixed"))
-    # Counts of a large log to a higher power overflow, and leave one item to be drawn anyway.
+    # Higher powers of large counts overflow, and would leave practically one item to draw.
     popularity_exponent: float = option(1.0, within=(0, 10, "0 is uniform, 1 follows the counts"))
     parity: bool = False
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Number, sharing and distribution of the draws."""
+        """Number of draws, positions that share them, and their distribution."""
         return {
             "num_negatives": self.num_negatives,
             "share": self.share or None,
@@ -108,7 +107,7 @@ class CCEMinus(Loss):
         }
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return sampled_cross_entropy_cost(
             work, self.num_negatives, self.share or None, self.proposal
         )
@@ -139,15 +138,15 @@ class CCEMinus(Loss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SCE(Loss):
-    """Options of ``scalable_cross_entropy``; 0 takes the default that follows from the batch.
+    """Options of ``scalable_cross_entropy``; 0 is the default, which depends on the batch size.
 
     The table's gradient is sparse, and the share of covered positions is logged.
 
     Attributes:
         num_buckets: n_b, or 0 for ``2 sqrt(N)``.
-        positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``; where there are fewer, all of them.
-        items_per_bucket: b_y; where the catalog is smaller, all of it.
-        mix: Centres are random combinations of the states.
+        positions_per_bucket: b_x, or 0 for ``2 sqrt(N)``; at most N.
+        items_per_bucket: b_y, at most the number of items.
+        mix: Centres are random-sign combinations of the states; else random sign vectors.
     """
 
     name = "sce"
@@ -159,7 +158,7 @@ class SCE(Loss):
     mix: bool = True
 
     def output(self, batch: Batch) -> LossOutput:
-        """Mean loss over covered positions, and their share."""
+        """Mean loss over the covered positions of all ranks; "covered_share" is their share."""
         weighted, covered = self.evaluate(batch, reduction="none")
         factors = torch.ones_like(weighted) if batch.weights is None else batch.weights
         sums = torch.stack([weighted.sum(), (factors * covered).sum()])
@@ -170,7 +169,7 @@ class SCE(Loss):
         return LossOutput(sums[0] / (norm or 1.0), statistics)
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Number and sizes of the buckets."""
+        """Number and sizes of the buckets, and how centres are chosen."""
         return {
             "num_buckets": self.num_buckets or None,
             "positions_per_bucket": self.positions_per_bucket or None,
@@ -181,7 +180,7 @@ class SCE(Loss):
         }
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return scalable_cross_entropy_cost(
             work, self.num_buckets or None, self.positions_per_bucket or None, self.items_per_bucket
         )
@@ -189,16 +188,17 @@ class SCE(Loss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RECE(Loss):
-    """Options of ``reduced_cross_entropy``; 0 takes the default that follows from the batch.
+    """Options of ``reduced_cross_entropy``; 0 is the default, which depends on the batch size.
 
     The table's gradient is dense.
 
     Attributes:
         num_buckets: n_b, or 0 for ``sqrt(4 min(N, V) (1 + 2 e))``.
         num_chunks: n_c, or 0 for as many as buckets.
-        num_rounds: r.
-        num_neighbor_chunks: e.
-        align: "bucket", or "rank" as published.
+        num_rounds: r, rounds with hashes of their own.
+        num_neighbor_chunks: e, chunks on either side of a position's own.
+        align: "bucket" aligns positions with the items of their bucket; "rank" by sort order
+            alone, as published.
     """
 
     name = "rece"
@@ -211,7 +211,7 @@ class RECE(Loss):
     align: str = option("bucket", one_of=("bucket", "rank"))
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Sizes and number of rounds of the hash."""
+        """Numbers of buckets, chunks and rounds of the hash."""
         return {
             "num_buckets": self.num_buckets or None,
             "num_chunks": self.num_chunks or None,
@@ -222,7 +222,7 @@ class RECE(Loss):
         }
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return reduced_cross_entropy_cost(
             work,
             self.num_buckets or None,
@@ -238,9 +238,9 @@ class HCE(Loss):
 
     Attributes:
         num_buckets: n_b, or 0 for ``2 sqrt(N)``.
-        items_per_bucket: b_y, the hardest items of a bucket; where the catalog is smaller, all.
-        num_negatives: K uniform draws of a bucket, for all other items.
-        mix: Centres are random combinations of the states.
+        items_per_bucket: b_y, the hardest items of a bucket; at most the number of items.
+        num_negatives: K uniform draws per bucket, for all other items.
+        mix: Centres are random-sign combinations of the states; else random sign vectors.
     """
 
     name = "hce"
@@ -252,7 +252,7 @@ class HCE(Loss):
     mix: bool = True
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Number of buckets, and of the candidates of both kinds."""
+        """Number of buckets, of hard items and of negatives, and how centres are chosen."""
         return {
             "num_buckets": self.num_buckets or None,
             "items_per_bucket": self.items_per_bucket,
@@ -263,7 +263,7 @@ class HCE(Loss):
         }
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return hybrid_cross_entropy_cost(
             work, self.num_buckets or None, self.items_per_bucket, self.num_negatives
         )
@@ -271,24 +271,24 @@ class HCE(Loss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerCE(Loss):
-    """Options of the full softmax with all logits in memory: a baseline."""
+    """Options of ``eager_cross_entropy``, full softmax with all logits in memory: a baseline."""
 
     name = "eager_ce"
     function = staticmethod(eager_cross_entropy)
     is_baseline = True
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """None: nothing is drawn."""
+        """No further arguments."""
         return {}
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return eager_cross_entropy_cost(work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BCE(Loss):
-    """Options of binary cross-entropy against uniform negatives of each position: a baseline.
+    """Options of ``binary_cross_entropy``, with uniform negatives per position: a baseline.
 
     Attributes:
         num_negatives: K uniform negatives per position.
@@ -301,17 +301,17 @@ class BCE(Loss):
     num_negatives: int = option(1, at_least=1)
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Number of the draws."""
+        """Number of negatives."""
         return {"num_negatives": self.num_negatives, **batch.draws}
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return paired_cross_entropy_cost(work, self.num_negatives)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GBCE(Loss):
-    """Options of gBCE (arXiv 2308.07192): a baseline.
+    """Options of ``generalized_binary_cross_entropy``, gBCE (arXiv 2308.07192): a baseline.
 
     Attributes:
         num_negatives: K uniform negatives per position.
@@ -326,7 +326,7 @@ class GBCE(Loss):
     calibration: float = option(0.75, within=(0, 1, "0 is BCE, 1 calibrates the scores fully"))
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Number of the draws, and the calibration."""
+        """Number of negatives, and the calibration."""
         return {
             "num_negatives": self.num_negatives,
             "calibration": self.calibration,
@@ -334,7 +334,7 @@ class GBCE(Loss):
         }
 
     def cost(self, work: Workload) -> LossCost:
-        """What a step costs a rank."""
+        """Cost of one training step on one rank."""
         return paired_cross_entropy_cost(work, self.num_negatives)
 
 

@@ -1,4 +1,4 @@
-"""Ranking metrics for torchmetrics: sums over users, equal on any number of ranks.
+"""Ranking metrics as torchmetrics classes, with equal results on any number of ranks.
 
 The arguments of each metric's `update` are some of:
 
@@ -82,7 +82,7 @@ class _ListMetric(Metric):
     def __init__(self, k: int, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__(process_group=process_group)
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}; a list needs a place")
+            raise ValueError(f"k must be at least 1, got {k}; raise it")
         self.k = k
 
     def _lists(self, items: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class _Mean(_ListMetric):
         self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
-        """() float64; NaN before the first user."""
+        """() float64 mean over users; NaN before the first user."""
         return self.total / self.num_users
 
 
@@ -114,7 +114,7 @@ class _MeanOverUsers(_Mean):
     """Mean over the users with targets; `_per_user` of the subclass computes each number."""
 
     def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
-        """Add users by the (T,) ranks of their targets and (B,) lengths."""
+        """Adds users, by the (T,) ranks of their targets and (B,) numbers of targets."""
         lengths = _lengths_of(ranks, lengths)
         self.total += self._per_user(ranks, lengths)[lengths > 0].sum()
         self.num_users += (lengths > 0).sum()
@@ -200,19 +200,19 @@ class Coverage(_ListMetric):
     def __init__(
         self, k: int, num_items: int, process_group: dist.ProcessGroup | None = None
     ) -> None:
-        """Start with no item recommended, for lists of ``k`` out of V = ``num_items`` items."""
+        """Starts with no item recommended, for lists of ``k`` out of V = ``num_items`` items."""
         super().__init__(k, process_group)
         self.num_items = num_items
         marks = torch.zeros(num_items, dtype=torch.uint8)
         self.add_state("recommended", marks, dist_reduce_fx="max")
 
     def update(self, items: Tensor) -> None:
-        """Mark the items of (B, >= k) lists."""
+        """Marks the items in the first k places of (B, >= k) lists as recommended."""
         listed = self._lists(items)
         self.recommended[listed[listed >= 0]] = 1
 
     def compute(self) -> Tensor:
-        """() float64."""
+        """() float64 share of the catalog."""
         return self.recommended.count_nonzero().double() / self.num_items
 
 
@@ -238,7 +238,7 @@ class Surprisal(_Mean):
         num_users: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Start at zero users.
+        """Starts with no users.
 
         Args:
             k: list length.
@@ -250,15 +250,15 @@ class Surprisal(_Mean):
         super().__init__(k, process_group)
         if num_users < 2:
             raise ValueError(
-                f"num_users must be at least 2, got {num_users}; surprisal compares with the "
-                "information in one user of many"
+                f"num_users must be at least 2, got {num_users}; remove this metric, which divides "
+                "by the logarithm of the number of users"
             )
         known = item_users.clamp(1, num_users).double()
         scale = torch.tensor(num_users, dtype=torch.float64).log2()
         self.register_buffer("surprise", (num_users / known).log2() / scale, persistent=False)
 
     def update(self, items: Tensor) -> None:
-        """Add users by their (B, >= k) lists; absent items (-1) add nothing."""
+        """Adds users by their (B, >= k) lists of items; item -1 counts as rarity 0."""
         listed = self._lists(items)
         self.total += self.surprise[listed[listed >= 0]].sum() / self.k
         self.num_users += len(listed)
@@ -283,7 +283,7 @@ class PopularityRecall(_ListMetric):
     def __init__(
         self, k: int, item_counts: Tensor, process_group: dist.ProcessGroup | None = None
     ) -> None:
-        """Start at zero targets, with (V,) int64 training events of each item."""
+        """Starts with no targets; takes the (V,) int64 training events of each item."""
         super().__init__(k, process_group)
         self.register_buffer("buckets", popularity_buckets(item_counts), persistent=False)
         for name in ("found", "asked"):
@@ -291,7 +291,7 @@ class PopularityRecall(_ListMetric):
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, ranks: Tensor, targets: Tensor) -> None:
-        """Add targets: (T,) ranks and (T,) items."""
+        """Adds targets, by their (T,) ranks and (T,) items."""
         if ranks.shape != targets.shape:
             raise ValueError(
                 f"ranks must be one for each target, got shapes {tuple(ranks.shape)} and "
@@ -302,7 +302,7 @@ class PopularityRecall(_ListMetric):
         self.found += torch.bincount(buckets[ranks < self.k], minlength=len(BUCKETS))
 
     def compute(self) -> dict[str, Tensor]:
-        """() float64 by bucket; NaN for a bucket without targets."""
+        """() float64 recall of each bucket, by name; NaN for a bucket without targets."""
         shares = self.found.double() / self.asked
         return {f"Recall@{self.k}/{name}": shares[i] for i, name in enumerate(BUCKETS)}
 

@@ -1,4 +1,4 @@
-"""Refusals of options that no run can use, in one wording; NaN is in no range."""
+"""Checks of options that raise ValueError in one wording; NaN is never in range."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -15,13 +15,13 @@ __all__ = [
 def require_at_least(
     name: str, value: float | None, least: float, remedy: str = "raise it"
 ) -> None:
-    """Refuses a number below ``least``, or one that is not finite; None passes.
+    """Raises ValueError if ``value`` is below ``least`` or not finite; None passes.
 
     Args:
         name: Dotted name of the option.
-        value: As it was given.
-        least: The smallest that makes sense.
-        remedy: What to do instead.
+        value: Value of the option.
+        least: Lower limit.
+        remedy: What to do, for the end of the message.
 
     Raises:
         ValueError: The number is out of range.
@@ -37,7 +37,7 @@ def require_at_least(
 
 
 def require_above_zero(name: str, value: float | None, remedy: str) -> None:
-    """Refuses zero, negative numbers and those that are not finite; None passes.
+    """Raises ValueError if ``value`` is not positive or not finite; None passes.
 
     Raises:
         ValueError: The number is out of range.
@@ -48,7 +48,7 @@ def require_above_zero(name: str, value: float | None, remedy: str) -> None:
 
 
 def require_within(name: str, value: float, low: float, high: float, remedy: str) -> None:
-    """Refuses a number outside [low, high].
+    """Raises ValueError if ``value`` is outside [low, high].
 
     Raises:
         ValueError: The number is out of range.
@@ -58,10 +58,10 @@ def require_within(name: str, value: float, low: float, high: float, remedy: str
 
 
 def require_betas(name: str, betas: Sequence[float]) -> None:
-    """Refuses anything but the decays of Adam's two moments.
+    """Raises ValueError unless ``betas`` are two numbers in [0, 1), as Adam needs.
 
     Raises:
-        ValueError: They are not two, or one is outside [0, 1).
+        ValueError: There are not two numbers, or one is outside [0, 1).
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(
@@ -70,10 +70,10 @@ def require_betas(name: str, betas: Sequence[float]) -> None:
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Refuses a word that is none of ``choices``.
+    """Raises ValueError if ``value`` is not in ``choices``.
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: The value is not a choice; the message lists them.
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; choose one")

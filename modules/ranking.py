@@ -38,15 +38,15 @@ def top_items(
     allowed: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items of each state, best first.
+    """(B, k) scores and (B, k) items of largest score for each state, best first.
 
     Args:
         states: (B, D) float; B differs by rank and may be 0.
         shard: the table; rows beyond ``shard.num_rows`` are padding and never returned.
         k: length of the lists, the same on every rank.
         seen: items of each state that must not be returned.
-        keep: items of each state that are returned even if ``seen`` lists them (the targets of an
-            evaluation).
+        keep: items of each state that may be returned although ``seen`` lists them (the targets of
+            an evaluation).
         allowed: (V,) bool, the same on every rank; False excludes an item from every list.
         blocks: block sizes, the same on every rank.
 
@@ -55,9 +55,11 @@ def top_items(
         the list ends with score -inf and item -1.
 
     Raises:
-        ValueError: an argument does not fit, or a score is NaN; on every rank.
+        ValueError: an argument is invalid, or a score is NaN, on any rank; raised on every rank.
 
-    Collectives: all-gathers and all-to-alls on ``shard.group``; ranks without states call it too.
+    Collectives: on ``shard.group`` one all-gather of sizes; per chunk of states all-gathers of
+    states and of seen items, and two all-to-alls of (states, k) candidates; at the end one
+    all-reduce. Ranks without states must call it too.
     """
     ranks = Ranks(shard.group)
     blocks = blocks or Blocks()
@@ -80,7 +82,7 @@ def top_items(
 
 
 def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
-    """Ranks of targets in recommended lists, 0 the best; ``missing`` for targets not in the list.
+    """(T,) int64 ranks of targets in their lists, 0 the best; ``missing`` if not in the list.
 
     Lists of k items are enough for all metrics at k or less.
 

@@ -1,6 +1,6 @@
-"""Ranking on one shard: the search of its own rows, and the collectives before and after it.
+"""Ranking on one shard: top-k over its own rows, and the collectives before and after.
 
-The phases of a ranking, chunk by chunk of states:
+The phases of a ranking; 2 to 4 run for each chunk of states:
 1. `Ranks.agree`: all ranks check their arguments together and learn each other's number of states.
 2. `Ranks.gather` and `gather_ragged`: all-gather of the chunk's states and of their seen items.
 3. `shard_top`: scores of a tile of rows at a time, hidden ones set to -inf, the best k kept.
@@ -28,7 +28,7 @@ __all__ = ["Blocks", "LocalRows", "Ragged", "Ranks", "real_rows", "rounds", "sha
 Ragged = tuple[Tensor, Tensor]
 """Items of several users: values (sum of lengths,) int64 and lengths (B,) int64."""
 
-_LEAST_COLUMNS = 16  # narrower products take another path in BLAS and round differently
+_LEAST_COLUMNS = 16  # BLAS has another kernel for narrower products, which rounds differently
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,16 +36,16 @@ class Blocks:
     """Block sizes of a ranking: about ``states * rows`` scores of 4 bytes exist at once.
 
     Attributes:
-        states: states ranked at a time, over all ranks; a GPU is faster with more.
+        states: states ranked at a time, over all ranks; larger is faster on a GPU.
         rows: upper limit of the rows of a shard scored at a time. A tile also has at most 2**20
-            scores on a CPU (4 MiB, which stay in the cache) and 2**26 on a GPU.
+            scores on a CPU (4 MiB, which fit in the cache) and 2**26 on a GPU.
     """
 
     states: int = 256
     rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Raises ValueError for a size out of range."""
         if not (self.states >= 1 and 1 <= self.rows <= 2**24):
             raise ValueError(
                 "blocks must have states >= 1 and rows in [1, 2**24], got "
@@ -53,22 +53,22 @@ class Blocks:
             )
 
     def rows_of_tile(self, states: Tensor, num_rows: int) -> int:
-        """Rows scored at a time for these (M, D) states."""
+        """Number of rows to score at a time for (M, D) states."""
         enough = max(GROUP, (2**26 if states.is_cuda else 2**20) // max(1, len(states)))
         return max(1, min(self.rows, enough, num_rows))
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRows:
-    """This rank's real rows, and which of them may not be recommended."""
+    """This rank's rows without padding, and which of them must not be recommended."""
 
     rows: Tensor  # (R, D)
     first_row: int
-    blocked: Tensor  # int64 local indices, rising
+    blocked: Tensor  # int64 local indices, ascending
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
-        """``allowed`` is (V,) bool over all ranks, or None for all items."""
+        """The (R, D) rows, blocked where the (V,) bool ``allowed`` is False; None blocks no row."""
         blocked = torch.empty(0, dtype=torch.int64, device=rows.device)
         if allowed is not None:
             blocked = (~allowed[first_row : first_row + len(rows)]).nonzero()[:, 0]
@@ -76,7 +76,7 @@ class LocalRows:
 
 
 class _Hidden:
-    """The (row, state) pairs and the rows to set to -inf, sorted by row."""
+    """The (row, state) pairs, and whole rows, with scores to set to -inf; sorted by row."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked
@@ -103,10 +103,10 @@ class _Hidden:
 def shard_top(
     local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
-    """The (M, k) best scores and global items of this shard for (M, D) float32 states.
+    """(M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Equal scores rank by the lower index. A list with fewer than k items ends in -inf; a list with
-    any NaN among its scores starts with NaN.
+    Of equal scores the lower index comes first. A list with fewer than k items ends in -inf; if any
+    score of a state is NaN, its list starts with NaN.
     """
     num_states = len(states)
     states = _widen(states)
@@ -116,7 +116,7 @@ def shard_top(
     memory = states.new_empty(tile, len(states))  # all tiles share it
     for start in range(0, len(local.rows), tile):
         rows = local.rows[start : start + tile]
-        # Autocast leaves a product into given memory alone, so scores stay float32.
+        # Autocast does not apply to a product with ``out``, so scores stay float32.
         scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
         search.add(scores, start)
@@ -146,10 +146,11 @@ class Ranks(Communicator):
     def agree(
         self, states: Tensor, shard: RowShard, refusal: str | None, form: tuple[int, ...]
     ) -> list[int]:
-        """The number of states on each rank.
+        """Number of states on each rank, once all ranks have valid arguments; one all-gather.
 
-        Raises ValueError on every rank when one of them refuses its arguments, when ``form`` (what
-        decides which collectives follow) differs between ranks, or when the shards leave a gap.
+        Raises ValueError on every rank if one of them has a ``refusal`` (the error message for its
+        arguments), if ``form`` (the options that decide which collectives follow) differs between
+        ranks, or if the shards do not add up to the table.
         """
         num_states = len(states) if states.dim() else 0
         header = [num_states, len(real_rows(shard)), refusal is not None, *form]
@@ -160,7 +161,7 @@ class Ranks(Communicator):
         if refused:
             raise ValueError(
                 f"arguments must fit on every rank, got a refusal on ranks {refused}; "
-                "the error there says why"
+                "read the errors of those ranks"
             )
         if (table[:, 3:] != table[0, 3:]).any():
             raise ValueError(
@@ -175,11 +176,11 @@ class Ranks(Communicator):
         return table[:, 0].tolist()
 
     def gather(self, values: Tensor, sizes: list[int], start: int = 0) -> Tensor:
-        """All-gather in rank order: ``sizes[rank]`` values of each rank, from ``start`` on."""
+        """All-gathers ``sizes[r]`` values of each rank r, from its index ``start`` on."""
         return self.start_all_gather_rows(values[start : start + sizes[self.rank]], sizes)()
 
     def gather_ragged(self, ragged: Ragged, sizes: list[int], start: int) -> Ragged:
-        """All-gather the items of a chunk of states, and the index in the chunk of each."""
+        """All-gathers the items of a chunk of states, with the index in the chunk of each item."""
         values, lengths = ragged
         first = int(lengths[:start].sum())
         lengths = self.gather(lengths, sizes, start)
@@ -187,7 +188,7 @@ class Ranks(Communicator):
         return self.gather(values, per_rank, first), torch.repeat_interleave(lengths)
 
     def send_back(self, found: Tensor, sizes: list[int]) -> Tensor:
-        """All-to-all: (all states, k) of this shard -> (own states, W * k) of all shards."""
+        """All-to-all of candidates: (all states, k) of this shard -> (own states, W * k)."""
         if self.group is None:
             return found
         own = sizes[self.rank]
@@ -195,7 +196,7 @@ class Ranks(Communicator):
         return parts.view(self.size, own, found.shape[1]).transpose(0, 1).flatten(1)
 
     def require_numbers(self, scores: Tensor) -> None:
-        """Raise ValueError on every rank when any rank has a NaN."""
+        """Raises ValueError on every rank if any rank has a NaN; one all-reduce."""
         bad = scores.isnan().sum()
         self.sum_(bad)
         if bad:
@@ -205,7 +206,7 @@ class Ranks(Communicator):
 
 
 def rounds(counts: list[int], num_states: int) -> Iterator[tuple[int, list[int]]]:
-    """First state of each chunk, and the number of its states on each rank.
+    """For each chunk, the index of its first state on every rank, and its size on each rank.
 
     >>> list(rounds([3, 0], num_states=4))
     [(0, [2, 0]), (2, [1, 0])]
@@ -216,5 +217,5 @@ def rounds(counts: list[int], num_states: int) -> Iterator[tuple[int, list[int]]
 
 
 def real_rows(shard: RowShard) -> Tensor:
-    """(R, D) rows of a shard without the padding at the table's end; no gradient."""
+    """(R, D) rows of a shard without the padding rows at the end of the table; no gradient."""
     return shard.rows.detach()[: max(0, shard.num_rows - shard.first_row)]

@@ -1,8 +1,9 @@
-"""The optimizers of the item table: each touches a row at most once per step.
+"""The optimizers of the item table: each updates a row at most once per step.
 
-All work through the shard in ranges of rows, so that a step's extra memory is one range and not
-copies of the shard. A gradient is either dense (R, D) or coalesced sparse COO over rows; a sparse
-one stays sparse except for ``adam``, which moves every row.
+A gradient is either dense (R, D) or coalesced sparse COO over rows. The phases of an update: split
+the gradient into ranges of rows, then update one range after the other, so that the extra memory
+is one range and not a copy of the shard. Only ``adam``, which changes every row, updates the shard
+as a whole and makes a sparse gradient dense.
 """
 
 from __future__ import annotations
@@ -17,48 +18,49 @@ from shardrec.modules.torchrec_adapter import ShardedTable
 
 __all__ = ["AdamUpdate", "FusedUpdate", "RowUpdate", "SparseAdamUpdate", "range_size"]
 
-# Larger ranges leave the cache: 65,536 rows of 64 floats took twice as long per row as 2,048.
+# Larger ranges do not fit in the cache: 65,536 rows of 64 floats took twice the time per row of
+# 2,048 rows.
 MAX_RANGE = {"cpu": 4_096, "cuda": 65_536}
 MIN_RANGE = 1_024
 
 
 class RowUpdate(Protocol):
-    """Applies one gradient to the rows of one shard."""
+    """An optimizer for the rows of one shard."""
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
-        """One update: gradient is dense (R, D) or coalesced COO; step counts from 1."""
+        """Updates rows in place by a dense (R, D) or coalesced COO gradient; step counts from 1."""
 
     def states(self) -> dict[str, Tensor]:
-        """The optimizer's memory by name, (R,) or (R, D), aliasing what the updates use."""
+        """Optimizer states by name, (R,) or (R, D), aliasing the live ones."""
 
 
 class FusedUpdate:
     """SGD, Adagrad or row-wise Adagrad through fbgemm's fused backward."""
 
     def __init__(self, table: ShardedTable) -> None:
-        """Uses the optimizer that ``table`` was built with."""
+        """Stores the table, which was built with the optimizer."""
         self.table = table
         self.range = range_size(table.rows)
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
-        """Updates the rows that the gradient names."""
+        """Updates the rows with an entry in the gradient."""
         self.table.set_learning_rate(learning_rate)
         for rows, values in _chunks(gradient, self.range):
             self.table.update_rows(rows, values)
 
     def states(self) -> dict[str, Tensor]:
-        """``sum``: of squares for adagrad (R, D), of their row means for rowwise_adagrad (R,)."""
+        """``sum`` of squared gradients, (R, D), or of their row means, (R,); empty for sgd."""
         return self.table.optimizer_states()
 
 
 class AdamUpdate:
-    """torch.optim.Adam on the whole shard; a sparse gradient counts as zero elsewhere."""
+    """torch.optim.Adam on the whole shard; rows without an entry have gradient 0."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.rows = rows.detach().requires_grad_()
         self.optimizer = torch.optim.Adam([self.rows], betas=betas, eps=eps, fused=True)
-        # Allocated now: ``plan`` promises the peak memory of a step.
+        # Allocated now and not in the first step, so that ``plan`` predicts peak memory.
         self.state = {
             "step": torch.zeros((), device=rows.device),
             "exp_avg": torch.zeros_like(rows, requires_grad=False),
@@ -67,7 +69,7 @@ class AdamUpdate:
         self.optimizer.state[self.rows] = self.state
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
-        """Updates every row."""
+        """Updates every row, with or without an entry in the gradient."""
         if not self.rows.numel():
             return
         self.state["step"].fill_(step - 1)
@@ -77,18 +79,18 @@ class AdamUpdate:
         self.rows.grad = None
 
     def states(self) -> dict[str, Tensor]:
-        """The two moments, (R, D) each."""
+        """The two moments, ``exp_avg`` and ``exp_avg_sq``, (R, D) each."""
         return {name: self.state[name] for name in ("exp_avg", "exp_avg_sq")}
 
 
 class SparseAdamUpdate:
-    """torch.optim.SparseAdam, one a range of rows: moments move only where a gradient is."""
+    """torch.optim.SparseAdam, one per range of rows: moments of other rows stay unchanged."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.exp_avg = torch.zeros_like(rows, requires_grad=False)
         self.exp_avg_sq = torch.zeros_like(rows, requires_grad=False)
-        size = range_size(rows) // 4  # SparseAdam makes about a dozen copies of a range
+        size = range_size(rows) // 4  # SparseAdam allocates about a dozen copies of a range
         self.starts = range(0, rows.shape[0], size)
         self.parameters = [
             rows.detach()[start : start + size].requires_grad_() for start in self.starts
@@ -104,7 +106,7 @@ class SparseAdamUpdate:
             self.optimizers.append(optimizer)
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
-        """Updates the rows that the gradient names; a dense gradient names all."""
+        """Updates the rows with an entry in the gradient; for a dense one, all rows."""
         for start, parameter, optimizer in zip(
             self.starts, self.parameters, self.optimizers, strict=True
         ):
@@ -115,12 +117,12 @@ class SparseAdamUpdate:
             parameter.grad = None
 
     def states(self) -> dict[str, Tensor]:
-        """The two moments, (R, D) each."""
+        """The two moments, ``exp_avg`` and ``exp_avg_sq``, (R, D) each."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
 def range_size(rows: Tensor) -> int:
-    """Rows in one range: about 1 % of a small shard, what suits the device of a large one.
+    """Rows per range: 1 % of the shard, within limits that depend on the device.
 
     >>> [range_size(torch.empty(num_rows, 4)) for num_rows in (10, 200_000, 1_000_000)]
     [1024, 2000, 4096]
@@ -129,7 +131,7 @@ def range_size(rows: Tensor) -> int:
 
 
 def _chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows (M,), values (M, D)) of at most ``size`` rows that together are the gradient."""
+    """The gradient in parts of at most ``size`` rows: (M,) int64 rows and (M, D) values."""
     if gradient.is_sparse:
         rows, values = gradient.indices()[0], gradient.values()
         yield from zip(rows.split(size), values.split(size), strict=True)

@@ -3,8 +3,8 @@
 The only file that touches private names of TorchRec and fbgemm.
 
 TorchRec's fused optimizers update a row inside ``backward``. This look-up runs fbgemm's table (a
-"TBE") without autograd and its backward only records ``(row, gradient)`` pairs; ``update_rows``
-then runs the TBE forward and backward once more on a range of rows, which is fbgemm's fused update.
+"TBE") without autograd, and its backward only records ``(row, gradient)`` pairs; ``update_rows``
+later runs forward and backward of the TBE on a range of rows, which is fbgemm's fused update.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FUSED_OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 
-# From the wrapped model to its one TBE; a list on the way holds one element.
+# Attributes from the wrapped model to its only TBE; lists among them have one element.
 _WAY_TO_TBE = ("module", "_lookups", "_emb_modules", "emb_module")
 
 
@@ -71,10 +71,10 @@ class ShardedTable:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        """Plan and allocate V = ``num_rows`` rows of D = ``width``; random until they are filled.
+        """Plans and allocates V = ``num_rows`` rows of D = ``width``, with arbitrary values.
 
-        ``optimizer`` is a key of ``FUSED_OPTIMIZERS``, which ``update_rows`` applies; ``eps`` is
-        added to the root by the two Adagrads.
+        ``optimizer`` is a key of ``FUSED_OPTIMIZERS``, used by ``update_rows``; ``eps`` is added to
+        the square root in both variants of Adagrad.
         """
         self.device = device
         self.num_rows = num_rows
@@ -90,7 +90,7 @@ class ShardedTable:
         self.plan = _plan(collection, sharder, self.num_ranks, device)
         _place(self.plan, group, device)
         _forget_former_groups()
-        # TorchRec fills each shard from the global generator: what comes after must not notice W.
+        # TorchRec initializes each shard by the global generator: later draws must not depend on W.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self._model = DistributedModelParallel(
                 collection,
@@ -107,13 +107,13 @@ class ShardedTable:
         self.rows: Tensor = self._tbe.split_embedding_weights()[0]
         block = -(-num_rows // self.num_ranks)
         self.first_row = min(block * dist.get_rank(group), num_rows)
-        # TorchRec builds the rest of itself in the first look-up; do that before the first step.
+        # TorchRec builds its modules lazily in the first look-up; do that before the first step.
         with torch.no_grad(), _quiet("torch.fx._symbolic_trace"):
             self.begin_lookup(torch.empty(0, dtype=torch.int64, device=device))()
         assert self.rows.shape == (min(block, num_rows - self.first_row), width)
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """Send the ids of ``items``; a function that returns their vectors.
+        """Sends the ids of ``items`` and returns a function that returns their (M, D) vectors.
 
         Backward through the vectors appends to ``pairs`` on the ranks that own the rows.
 
@@ -121,12 +121,12 @@ class ShardedTable:
             items: (M,) int64 in [0, V); M may be 0 and differ by rank.
 
         Returns:
-            A function for one call: () -> (M, D) float32, from the rows as they are then.
+            A function to call once: () -> (M, D) float32, from the rows at the time of the call.
 
-        Collectives: all-to-all of ids at once; of vectors in the call; of gradients in backward.
-        Every rank has to do each of the three as many times as the others.
+        Collectives: an all-to-all of ids in this call, of vectors in the returned function, and of
+        gradients in backward. All ranks must run each of the three equally often.
         """
-        # One bag a rank, whatever M is, so that all ranks agree on the number of bags.
+        # One bag per rank for any M, so that all ranks have the same number of bags.
         lengths = torch.tensor([items.numel()], device=self.device)
         features = KeyedJaggedTensor(keys=[FEATURE], values=items, lengths=lengths)
         collection = self._model.module
@@ -140,7 +140,7 @@ class ShardedTable:
         return vectors
 
     def update_rows(self, rows: Tensor, gradients: Tensor) -> None:
-        """Apply fbgemm's fused optimizer to some rows, once each.
+        """Updates the given rows in place by fbgemm's fused optimizer, once each.
 
         Args:
             rows: (M,) int64 local row indices without duplicates.
@@ -152,18 +152,18 @@ class ShardedTable:
             self._tbe_forward(rows, _one_row_bags(rows)).backward(gradients)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """The learning rate of the updates that follow."""
+        """Sets the learning rate of later updates."""
         self._tbe.set_learning_rate(learning_rate)
 
     def optimizer_states(self) -> dict[str, Tensor]:
-        """The optimizer's memory by name, aliasing its storage: (R,) or (R, D); {} for sgd."""
+        """Optimizer states by name, aliasing the live ones: (R,) or (R, D); empty for sgd."""
         if self._tbe.optimizer == EmbOptimType.EXACT_SGD:
             return {}
         (states,) = self._tbe.split_optimizer_states()
         return {"sum": states[0]}
 
     def describe(self, optimizer: str, states: Mapping[str, Tensor]) -> str:
-        """The plan as text: kernel, and rows and bytes of each rank; ``states`` give the bytes."""
+        """The sharding plan as text: kernel, rows and bytes of each rank, by the given states."""
         planned = self.plan.plan[""][TABLE]
         shards = [
             (*shard.shard_offsets, *shard.shard_sizes) for shard in planned.sharding_spec.shards
@@ -180,23 +180,23 @@ class ShardedTable:
         return "\n".join(lines)
 
     def _deferred_forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
-        # The bags of TorchRec, one a rank, would each be the work of one GPU warp.
+        # TorchRec passes one bag per rank, which would use one GPU warp per rank.
         return _DeferredLookup.apply(self._handle, self, indices)
 
     def _read(self, indices: Tensor) -> Tensor:
-        if not self.rows.shape[0]:  # fbgemm's CPU kernel refuses a table without rows
+        if not self.rows.shape[0]:  # fbgemm's CPU kernel fails for a table without rows
             return self.rows.new_empty((0, self.rows.shape[1]))
         return self._tbe_forward(indices, _one_row_bags(indices))
 
     def _record(self, rows: Tensor, gradients: Tensor) -> None:
-        # TorchRec divides by the number of ranks on the way back, as if gradients were averaged.
+        # TorchRec's backward divides by the number of ranks, as if gradients were averaged.
         if self.num_ranks > 1 and get_gradient_division():
             gradients = gradients * self.num_ranks
         self.pairs.append((rows, gradients))
 
 
 class _DeferredLookup(torch.autograd.Function):
-    """The TBE forward without autograd; backward records pairs and leaves the table alone."""
+    """The TBE forward without autograd; backward records pairs and does not update the table."""
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, table: ShardedTable, indices: Tensor) -> Tensor:
@@ -257,9 +257,9 @@ def _plan(
 
 
 def _place(plan: ShardingPlan, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Puts global ranks and the devices that ranks really have into the shards' placements.
+    """Replaces ranks and devices in the shards' placements by global ranks and actual devices.
 
-    The planner counts both from 0, which is wrong in a subgroup and on a second node.
+    The planner numbers both from 0, which is wrong in a subgroup and on a second node.
     """
     devices = [""] * dist.get_world_size(group)
     if device.type == "cuda" and device.index is None:
@@ -273,9 +273,9 @@ def _place(plan: ShardingPlan, group: dist.ProcessGroup, device: torch.device) -
 
 
 def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
-    """What ``ShardingEnv.from_process_group`` gives, for a group of any of the ranks.
+    """A replacement of ``ShardingEnv.from_process_group`` that supports subgroups.
 
-    That one makes its device mesh of the first ranks of the world, not of the group's.
+    The original builds its device mesh from the first ranks of the world, not from the group.
     """
     env = ShardingEnv(dist.get_world_size(group), dist.get_rank(group))
     env.process_group = group
@@ -285,7 +285,7 @@ def _environment(group: dist.ProcessGroup, device: torch.device) -> ShardingEnv:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Hides warnings of some loggers: advice on choices that are not the user's to make."""
+    """Hides warnings of some loggers about choices that the user cannot make."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -314,15 +314,15 @@ def _topology(num_ranks: int, device: torch.device) -> Topology:
 def _forget_former_groups() -> None:
     """Makes TorchRec repeat its start-up broadcast.
 
-    It takes part once a process: one that was in another group before would sit this one out, and
-    its new peers would wait for it.
+    TorchRec runs it once per process: a process that was in another group before would skip it, and
+    the other ranks of the new group would hang.
     """
     if hasattr(collective_utils, "_INITIALIZED"):
         collective_utils._INITIALIZED = False
 
 
 def _find_tbe(model: object) -> SplitTableBatchedEmbeddingBagsCodegen:
-    """The fbgemm table inside the sharded collection."""
+    """The fbgemm table (TBE) inside the sharded collection."""
     found, way = model, type(model).__name__
     for name in _WAY_TO_TBE:
         way += f".{name}"

@@ -1,4 +1,4 @@
-"""What tests know of a loss: the form of an entry of ``tests/losses.py``."""
+"""The entry of a loss in ``tests/losses.py``: everything that tests need to know of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardrec.modules.losses import Loss
 Options = dict[str, Any]
 # Takes states, rows, targets and the options of a loss; gives (N,) losses and the covered mask.
 Definition = Callable[..., tuple[Tensor, Tensor]]
-# Arguments, the error that they raise, and what its message says.
+# Arguments, the error that they raise, and a regular expression for its message.
 Refusal = tuple[Options, type[Exception], str]
 
 DRAWN: Options = {"seed": 3, "step": 2}
@@ -24,12 +24,12 @@ LARGE = (4096, 60_000, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """A loss whose peak memory is measured at the sizes ``LARGE``.
+    """Bounds and options of a measurement of peak memory at the sizes ``LARGE``.
 
     Attributes:
-        stored: floats that the shortest way to write the loss would store.
-        options: of the function and of its class of options.
-        reduction: "none" takes no gradient in forward.
+        stored: number of floats that the shortest implementation of the loss would store.
+        options: options of the function and of its class of options.
+        reduction: with "none" the gradient is not computed in forward.
     """
 
     stored: int
@@ -43,7 +43,7 @@ class Compared:
 
     Attributes:
         scores: (lines, candidates) float64.
-        size: how many of each line are chosen.
+        size: number of candidates chosen from each line.
         is_coarse: whether they are compared at coarse precision.
     """
 
@@ -54,12 +54,12 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a loss chooses by comparing scores, so that rounding might choose otherwise.
+    """How a loss chooses candidates by comparing scores, which rounding could change.
 
     Attributes:
-        rule: the class that chooses.
-        compared: what an instance of it compares, given all states and rows in float64.
-        is_own: of each chosen tensor, whether a rank holds its part alone.
+        rule: the ``Candidates`` class of the loss.
+        compared: maps an instance of it and all states and rows in float64 to the scores compared.
+        is_own: for each result of ``choose``, True if a rank holds only its own part.
     """
 
     rule: type[Candidates]
@@ -69,25 +69,25 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What tests know of a loss.
+    """One loss, as tests see it.
 
     Attributes:
         function: the public function.
         config: the class of its options for training.
         definition: the loss in float64, with the same ``options``.
-        options: small ones, for batches of 20 to 60 positions and 60 to 300 items.
+        options: small options, for batches of 20 to 60 positions and 60 to 300 items.
         variants: other options, by name.
-        config_variants: those that only the class of options can say.
-        has_draws: takes a seed and a step.
-        has_sparse_grad: can give a sparse gradient of the table.
-        has_covered: ``reduction="none"`` gives the mask of covered positions too.
-        is_operator: is a custom operator of PyTorch with a choice of backends.
-        padding: part of the products that padding takes them from the cost model.
-        choice: how it chooses candidates by comparing scores; None where it does not.
-        in_forward: takes the gradient of a mean or sum in forward, in float32 on one CPU.
-        refused: own arguments that are wrong for 2 positions and a table of 30 rows.
+        config_variants: options that only ``config`` has, by name.
+        has_draws: the function takes a seed and a step.
+        has_sparse_grad: the function can give a sparse gradient of the table.
+        has_covered: ``reduction="none"`` returns the mask of covered positions too.
+        is_operator: the function is a custom operator of PyTorch with a choice of backends.
+        padding: share of the products by which padding may exceed the cost model.
+        choice: how it chooses candidates by comparing scores; None if it does not.
+        in_forward: computes the gradient of a mean or sum in forward, in float32 on one CPU.
+        refused: arguments of its own that are wrong for 2 positions and a table of 30 rows.
         refused_options: wrong values of its own options for training.
-        workspaces: what its peak memory is held to, by name.
+        workspaces: measurements of its peak memory, by name.
     """
 
     function: Callable[..., Any]
@@ -113,17 +113,17 @@ class Entry:
         return self.choice is not None
 
     def shared_variants(self) -> dict[str, Options]:
-        """Options of the function and of the class alike."""
+        """Options that both the function and ``config`` have, by name."""
         cosine = self.options | {"normalize": True, "temperature": 0.2}
         return {"": self.options, "cosine": cosine, **self.variants}
 
     def function_variants(self) -> dict[str, Options]:
-        """Options of the function."""
+        """Options of the function, by name."""
         sparse = {"sparse": self.options | {"sparse_grad": True}} if self.has_sparse_grad else {}
         return self.shared_variants() | sparse
 
 
-# The custom operators of PyTorch refuse what is no 64-bit integer.
+# PyTorch's custom operators raise RuntimeError for anything but a 64-bit integer.
 REFUSED_DRAWS: list[Refusal] = [
     *[({"seed": value}, RuntimeError, "for argument 'seed'") for value in (1.5, None, 2**63)],
     ({"step": 0.5}, RuntimeError, "for argument 'step'"),
@@ -133,5 +133,5 @@ REFUSED_DRAWS: list[Refusal] = [
 def each(
     names: str, values: Sequence[Any], message: str, error: type[Exception] = ValueError
 ) -> list[Refusal]:
-    """Every value of every one of the arguments is refused with the message."""
+    """Refusals of every value of every argument in ``names``, with one message."""
     return [({name: value}, error, message) for name in names.split() for value in values]

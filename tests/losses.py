@@ -1,7 +1,7 @@
-"""The registry of losses for tests: a loss is tested everywhere by its one entry in ``LOSSES``.
+"""The registry of losses for tests: one entry in ``LOSSES`` puts a loss into all shared tests.
 
-The definitions are dense and for float64. What a loss chooses they choose again: only random draws
-and signs, which have tests of their own, come from the package.
+The definitions are dense and for float64. They choose candidates independently of the package: only
+random draws and signs, which have their own tests, come from it.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def compared_by_hashes(rule: HashedChunks, states: Tensor, rows: Tensor) -> list
 
 
 def chunks_in_order(buckets: Sequence[int], num_chunks: int) -> list[int]:
-    """Equal chunks of vectors in the order of their buckets."""
+    """The chunk of each vector: vectors sorted by bucket, cut into equal chunks."""
     order = sorted(range(len(buckets)), key=lambda one: (buckets[one], one))
     chunk_of = {one: place * num_chunks // len(order) for place, one in enumerate(order)}
     return [chunk_of[one] for one in range(len(order))]
@@ -219,7 +219,7 @@ def places_by_bucket(positions: Sequence[int], sizes: Sequence[int]) -> list[int
 def paired_logits(
     states: Tensor, table: Tensor, targets: Tensor, num_negatives: int
 ) -> tuple[Tensor, Tensor]:
-    """(N,) logits of targets and (N, K) of negatives; one equal to the target is the next item."""
+    """(N,) logits of targets and (N, K) of negatives; in place of the target, the next item."""
     drawn = negatives(len(table), torch.arange(len(states)), num_negatives)
     collides = drawn == targets[:, None]
     logits = states @ table.T

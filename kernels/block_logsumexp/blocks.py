@@ -1,4 +1,4 @@
-"""The list of tiles of the logit matrix that a loss looks at."""
+"""Which blocks (positions times rows) of the logit matrix a loss sums, as index lists."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,11 @@ __all__ = ["Blocks", "RowIds", "Rounds", "every_pair"]
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """Rule that counts a candidate once although several rounds of blocks contain it.
+    """The rule that counts a candidate once if it occurs in several rounds of blocks.
 
-    Item j is a candidate of position i in round q when their chunks of that round are at most
-    ``reach`` apart. A block of round q keeps the pairs that no earlier round had, so a pair enters
-    the sum once. That is the union of the rounds, the same value as lowering a logit by the log of
-    the number of rounds in which it occurs.
+    Item j is a candidate of position i in round q if their chunks of that round are at most
+    ``reach`` apart. A block of round q skips the candidates of earlier rounds, so each enters the
+    sum once: the same value as subtracting, from each logit, the log of its number of rounds.
 
     Attributes:
         position_chunks: (N, r) int32, chunk of each position in each round.
@@ -32,25 +31,25 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """T blocks, each a set of positions times a set of rows; never their logits.
+    """Index lists of T blocks of the logit matrix, each some positions times some rows.
 
     Block t holds the pairs ``pair_positions[pair_starts[t]:pair_starts[t + 1]]`` and the rows
     ``items[item_starts[t]:item_ends[t]]``. Pair p adds its log-sum-exp to slot ``pair_slots[p]``.
-    Within a round no slot stands in two blocks.
+    Within a round no slot occurs in two blocks.
 
     Attributes:
-        pair_positions: (P,) int64 row of ``states`` of each pair; None: pair p is position p.
-        pair_starts: (T + 1,) int64.
-        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q. Plain PyTorch
-            takes int32 too.
+        pair_positions: (P,) int64 index into ``states`` of each pair; None: pair p is position p.
+        pair_starts: (T + 1,) int64 first pair of each block, and P.
+        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q. The plain
+            PyTorch path accepts int32 too.
         item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
         item_ends: (T,) int64 into ``items``.
-        targets: (N,) int64 row of each position's target, which is never its candidate; -1 where
+        targets: (N,) int64 row of each position's target, which is never its candidate; -1 if
             the target is not among the rows.
-        num_slots: Length of the output.
-        pair_slots: (P,) int64; None: the slot of a pair is its position.
-        offsets: (Q,) float32 subtracted from the logits of an entry of ``items``; None: zero.
-        rounds: Rule against counting a candidate twice; None: blocks count as they are listed.
+        num_slots: Number of log-sum-exps of the output.
+        pair_slots: (P,) int64 slot of each pair; None: the slot of a pair is its position.
+        offsets: (Q,) float32 subtracted from the logits of each entry of ``items``; None: zero.
+        rounds: Rule that counts a repeated candidate once; None: every entry counts.
     """
 
     pair_positions: Tensor | None
@@ -71,7 +70,7 @@ class Blocks:
 
 
 def every_pair(num_rows: int, targets: Tensor) -> Blocks:
-    """One block of all N positions times all R rows: the full softmax."""
+    """The full softmax as one block: all N positions times all R rows."""
     device = targets.device
     return Blocks(
         pair_positions=None,
@@ -86,14 +85,14 @@ def every_pair(num_rows: int, targets: Tensor) -> Blocks:
 
 @dataclass(frozen=True, slots=True)
 class RowIds:
-    """Which global items the rows of a tensor are, in ascending order.
+    """The global item of each row of a tensor, in ascending order: a range or a sorted list.
 
     Attributes:
-        first: Item of row 0, when the rows are a contiguous range of the catalog.
+        first: First item of the range; with ``places``, the item of its entry 0.
         count: Number of rows.
-        sparse: (count,) int64 ascending items, when they are not a range; None for a range.
-        places: (n,) int32 row of each item from ``first`` on, -1 for none, which is faster than a
-            search among ``sparse``; None searches.
+        sparse: (count,) int64 ascending items, if they are not a range; None for a range.
+        places: (n,) int32 row of each item from ``first`` on, or -1; a faster lookup table for
+            ``sparse``. None: binary search in ``sparse``.
     """
 
     first: int
@@ -103,14 +102,15 @@ class RowIds:
 
     @classmethod
     def of(cls, rows: Tensor, within: "RowIds") -> "RowIds":
-        """Some of the rows of a range.
+        """The ``RowIds`` of selected rows of a range.
 
-        They are found by a table of the whole range where they are at least a sixteenth of it: it
-        takes a sixteenth of the memory of float32 rows of width 16 then, and of wider ones less.
+        If they are at least a sixteenth of the range, a lookup table over the whole range is built.
+        It takes 4 bytes per row of the range, at most as much memory as the selected rows
+        themselves in float32 with D = 16.
 
         Args:
             rows: (count,) int64 ascending rows of ``within``.
-            within: A range.
+            within: Ids of all rows; a range.
 
         >>> some = RowIds.of(torch.tensor([1, 3]), RowIds(first=5, count=4))
         >>> some.find(torch.tensor([4, 6, 7, 8, 9]))
@@ -123,7 +123,7 @@ class RowIds:
         return cls(within.first, rows.numel(), rows + within.first, places)
 
     def find(self, items: Tensor) -> Tensor:
-        """Row of each global item, -1 where it is not among the rows; of the shape of ``items``.
+        """Row of each global item, -1 if it has none; int64 of the shape of ``items``.
 
         >>> RowIds(first=5, count=3).find(torch.tensor([4, 5, 9]))
         tensor([-1,  0, -1])

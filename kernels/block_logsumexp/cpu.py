@@ -1,9 +1,10 @@
-"""Block log-sum-exp in plain PyTorch: one tile of logits at a time, reused for all of them.
+"""Block log-sum-exp in plain PyTorch, one tile of logits in memory at a time.
 
-The full softmax goes over contiguous tiles, a list of blocks over batches. Factors of whole lines
-are applied to states and gradients, which are narrow, and not to logits. With N positions, R rows
-and width D a full forward takes 2 N R D FLOP and N R exponentials, a backward 6 N R D and as many;
-with tiles of P positions the rows are read ceil(N / P) times in each.
+The full softmax is cut into contiguous tiles, a list of blocks into batches (``cpu_batches.py``).
+Factors of a whole line of logits are applied to the (N, D) states and gradients, which is cheaper.
+With N positions, R rows and width D a full forward takes 2 N R D FLOP and N R exponentials, a
+backward 6 N R D FLOP and as many exponentials; with tiles of P positions each reads the rows
+ceil(N / P) times.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,21 +23,21 @@ from shardrec.kernels.device.matmul import times_transposed
 
 __all__ = ["SoftmaxTile", "add_tile_gradient", "backward", "forward", "softmax_", "softmax_tiles"]
 
-# Logits whose softmax is taken together.
+# Logits per call of softmax.
 LINE_LOGITS = 1 << 20
 
 
 def forward(
     states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(num_slots,) log-sum-exps and (N,) target logits, float32; see the package's function."""
+    """(num_slots,) log-sum-exps and (N,) target logits, float32; see ``dispatch.forward``."""
     tiles = tiles or cpu_tiles()
-    # One entry more than there are slots takes what padded pairs would add.
+    # Padded pairs add to one extra slot, which is dropped.
     logsumexp = states.new_full((blocks.num_slots + 1,), -torch.inf, dtype=torch.float32)
     if isinstance(blocks, Blocks) and blocks.items is None:
         for positions, _, logits in _contiguous_tiles(states, rows, blocks.targets, tiles):
             logsumexp[positions] = torch.logaddexp(logsumexp[positions], softmax_(logits))
-            del logits  # here and below: the next tile takes its memory
+            del logits  # as below: frees the memory for the next tile
     else:
         for tile in softmax_tiles(states, rows, blocks, tiles):
             _add_logsumexp(logsumexp, tile)
@@ -56,14 +57,14 @@ def backward(
 ) -> Tensor:
     """(N, D) float32 gradient of ``states``; adds that of ``rows`` to (R, D) float32 ``grad_rows``.
 
-    Every tile of probabilities is computed again.
+    Every tile of probabilities is recomputed.
     """
     tiles = tiles or cpu_tiles()
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
     if isinstance(blocks, Blocks) and blocks.items is None:
         whole = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
         for positions, items, shares in _contiguous_tiles(states, rows, blocks.targets, tiles):
-            # A softmax takes less time than an exponential alone; lines get their factor later.
+            # torch.softmax is faster than torch.exp; each line is scaled to its share afterwards.
             part_of_line = (softmax_(shares) - whole[positions]).exp_()
             factors = (grad_logsumexp[positions] * part_of_line)[:, None]
             grad_states[positions] += times_transposed(shares, rows[items].float().T).mul_(factors)
@@ -81,14 +82,14 @@ def backward(
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxTile:
-    """A batch of listed blocks with its probabilities.
+    """A batch of listed blocks with the softmax of its logits.
 
     Attributes:
         batch: The pairs and items.
-        shares: (G, p, q) float32.
+        shares: (G, p, q) float32 softmax over the q items of the batch.
         states: (G, p, D) float32, a copy.
         rows: (G, q, D) float32, a copy.
-        logsumexp: (G, p) float32 of the logits whose softmax the shares are.
+        logsumexp: (G, p) float32 log-sum-exp over the same items.
     """
 
     batch: Batch
@@ -101,7 +102,7 @@ class SoftmaxTile:
 def softmax_tiles(
     states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles
 ) -> Iterator[SoftmaxTile]:
-    """The listed blocks, batch by batch; one of at most ``tiles.items`` rows is in one batch."""
+    """The listed blocks in batches; blocks of up to ``tiles.items`` rows are not split by rows."""
     for part in [blocks] if isinstance(blocks, Blocks) else blocks.parts():
         for batch in batches(part, states.shape[1], tiles):
             yield _softmax_tile(states, rows, part, batch)
@@ -120,16 +121,16 @@ def _add_tile_gradients(
     grad_states: Tensor,
     grad_rows: Tensor,
 ) -> None:
-    """Adds the gradients of ``sum of weight * logsumexp`` to those of states and rows.
+    """Adds the gradients of ``sum of weight * logsumexp`` to ``grad_states`` and ``grad_rows``.
 
     Args:
-        tiles: Of all blocks; their states are overwritten.
+        tiles: The tiles of all blocks; their states are overwritten.
         logsumexp: (num_slots,) float32.
         weight: (num_slots,) float32.
         grad_states: (N, D) float32.
         grad_rows: (R, D) float32.
     """
-    # An infinite log-sum-exp makes the share of a padded pair 0.
+    # A log-sum-exp of +inf gives padded pairs the share 0.
     whole = F.pad(logsumexp.masked_fill(logsumexp == -torch.inf, 0.0), (0, 1), value=torch.inf)
     weight = F.pad(weight, (0, 1))
     for tile in tiles:
@@ -142,10 +143,10 @@ def _add_tile_gradients(
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """(n,) log-sum-exp of (n, R) lines, which become their softmax: zeros where all are -inf."""
+    """(n,) log-sum-exp of (n, R) logits, overwritten by their softmax; 0 in lines of only -inf."""
     if not logits.shape[1]:
         return logits.new_full((logits.shape[0],), -torch.inf)
-    # A few lines at a time stay in the cores' own caches between the passes.
+    # A few lines at a time stay in the caches of the cores between max, softmax and log.
     lines = max(torch.get_num_threads(), LINE_LOGITS // logits.shape[1])
     return torch.cat([_softmax_lines_(part) for part in logits.split(lines)])
 
@@ -161,7 +162,7 @@ def _softmax_lines_(logits: Tensor) -> Tensor:
 
 
 def _target_logits(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """(N,) float32 logit of each target, 0 where it is not among the rows."""
+    """(N,) float32 logit of each target, 0 if it is not among the rows."""
     result = torch.zeros(states.shape[0], dtype=torch.float32, device=states.device)
     here = (targets >= 0).nonzero()[:, 0]
     result[here] = torch.linalg.vecdot(take(states, here), take(rows, targets[here]))
@@ -176,7 +177,7 @@ def _add_target_gradient(
     grad_states: Tensor,
     grad_rows: Tensor,
 ) -> None:
-    """Adds the gradients of the targets' logits to those of states and rows."""
+    """Adds the gradients of the target logits to ``grad_states`` and ``grad_rows``."""
     here = (targets >= 0).nonzero()[:, 0]
     weight = grad_target_logits[here][:, None]
     grad_states.index_add_(0, here, take(rows, targets[here]).mul_(weight))
@@ -210,7 +211,7 @@ def _tile_logits(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
 def _batch_logits(
     states: Tensor, rows: Tensor, blocks: Blocks, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(G, p, q) logits, -inf where a pair does not count, and the (G, ., D) states and rows."""
+    """(G, p, q) logits, -inf for non-candidates, and the (G, p, D) states and (G, q, D) rows."""
     batch_states, batch_rows = take(states, batch.positions), take(rows, batch.items)
     logits = torch.bmm(batch_states, batch_rows.transpose(1, 2))
     if batch.offsets is not None:
@@ -229,7 +230,7 @@ def _hide_targets(logits: Tensor, targets: Tensor, items: Tensor) -> None:
         # Comparing 32-bit integers takes half the time of 64-bit ones.
         logits.masked_fill_(targets.int()[:, :, None] == items.int()[:, None], -torch.inf)
         return
-    # Few targets are among ascending items: a search for each is shorter than a look at all pairs.
+    # Items are ascending: a binary search per target is faster than a comparison of all pairs.
     first = torch.searchsorted(items, targets)
     counts = (torch.searchsorted(items, targets, right=True) - first).flatten()
     lines = torch.repeat_interleave(counts)
@@ -249,18 +250,18 @@ def _mask_met_before(logits: Tensor, rounds: Rounds, batch: Batch) -> None:
 
 def _add_logsumexp(logsumexp: Tensor, tile: SoftmaxTile) -> None:
     slots = tile.batch.slots
-    # Blocks of one round have no slot twice, so reading and writing by index is safe.
+    # Within a round no slot occurs twice, so reading and writing by index is safe.
     logsumexp[slots] = torch.logaddexp(logsumexp[slots], tile.logsumexp)
 
 
 def add_tile_gradient(
     tile: SoftmaxTile, weight: Tensor, grad_states: Tensor, grad_rows: Tensor, lines: Tensor
 ) -> None:
-    """Adds the gradients of a tile to those of states and rows; overwrites its states.
+    """Adds the gradients of a tile to ``grad_states`` and ``grad_rows``; changes ``tile.states``.
 
     Args:
         tile: The tile.
-        weight: (G, p) float32 derivatives with respect to the log-sum-exps of its lines.
+        weight: (G, p) float32 derivatives of the loss with respect to ``tile.logsumexp``.
         grad_states: (N, D) float32.
         grad_rows: (n, D) float32.
         lines: (G, q) int64 line of ``grad_rows`` of each item.

@@ -1,4 +1,4 @@
-"""How the plain path cuts the logits on a CPU: by its caches, its threads and the shapes."""
+"""Tile sizes of the plain PyTorch path on a CPU, from its caches, threads and the shapes."""
 
 import os
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from shardrec.kernels.device.matmul import STEP
 __all__ = ["LEAST_FUSED", "CpuTiles", "core_cache_bytes", "cpu_tiles", "fused_positions"]
 
 _FLOAT = 4
-# Logits of one group of the fused softmax: 16 MiB, and a product takes a copy of them.
+# Logits of one group of the fused softmax: 16 MiB, and a matrix product copies them.
 _GROUP_LOGITS = 1 << 22
 _MOST_FUSED = 256
-# With fewer positions at once, reading the rows and their gradient takes longer than what the
-# fused softmax saves.
+# With fewer positions per group, reading the rows and their gradient takes longer than the fused
+# softmax saves.
 LEAST_FUSED = 128
 _LEAST_POWER = 19
 _MOST_THREADS = 8
@@ -22,14 +22,14 @@ _MOST_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class CpuTiles:
-    """What is in memory together.
+    """Upper limits of what a tile of the CPU path holds.
 
     Attributes:
-        logits: Of a tile.
-        positions: Most of a tile.
-        items: Most of a piece of a listed block.
-        floats: Of the rows that a batch of listed blocks copies together,
-        wide_rows: or so many rows where these are more.
+        logits: Logits in a tile.
+        positions: Positions in a tile.
+        items: Rows in a piece of a listed block.
+        floats: Numbers in the rows that a batch of listed blocks copies,
+        wide_rows: or this many rows, if that is more.
     """
 
     logits: int = 1 << 20
@@ -39,30 +39,30 @@ class CpuTiles:
     wide_rows: int = 1 << 11
 
     def listed_rows(self, width: int) -> int:
-        """Most rows of D numbers that a batch of listed blocks copies together."""
+        """Largest number of rows of D = ``width`` that a batch of listed blocks copies."""
         return max(self.floats // width, self.wide_rows)
 
     def listed_bytes(self, width: int, height: float) -> int:
-        """Of a batch of listed blocks at its peak: logits, rows and the rows' gradients.
+        """Peak bytes of a batch of listed blocks: logits, rows and the rows' gradients.
 
         Args:
             width: D.
-            height: Positions of a block.
+            height: Positions per block.
         """
         rows = self.listed_rows(width)
         return _FLOAT * round(min(self.logits, height * rows) + 2 * rows * width)
 
 
 def cpu_tiles() -> CpuTiles:
-    """The tiles for this machine: twice as many bytes of logits as its threads have own cache.
+    """The tiles for this machine: logits of twice the bytes of its threads' level-2 caches.
 
-    As high as wide, since rows are read once for each tile of positions and states once for each
-    tile of rows. N, V and D choose no other tile: fewer positions leave a tile that is lower and
-    wider (``positions`` is the most), up to 32,768 rows ``fused_positions`` cuts by V instead, and
-    D sets the rows that listed blocks copy (``CpuTiles.listed_rows``).
-    ``benchmarks/cpu_tiles.py`` holds the rule against other tiles, by threads, N, V and D: in its
-    rows it takes at most 26 % longer than the best of them, except that above 32,768 rows the fused
-    softmax would save a fourth (V = 100,000) and hold 49 MiB of logits instead of 4.
+    Tiles are square, since rows are read once for each tile of positions and states once for each
+    tile of rows. The rule ignores N, V and D, except: with fewer positions a tile is lower and
+    wider (``positions`` is a limit), up to 32,768 rows ``fused_positions`` splits by V instead, and
+    D sets how many rows listed blocks copy (``CpuTiles.listed_rows``).
+    ``benchmarks/cpu_tiles.py`` compares the rule with other tiles, by threads, N, V and D: it takes
+    at most 26 % longer than the best of them, except that above 32,768 rows the fused softmax would
+    save a fourth of the time (V = 100,000) with 49 MiB of logits instead of 4.
     """
     fit = 2 * core_cache_bytes() * min(torch.get_num_threads(), _MOST_THREADS) // _FLOAT
     logits = 1 << max(_LEAST_POWER, fit.bit_length() - 1)
@@ -70,13 +70,13 @@ def cpu_tiles() -> CpuTiles:
 
 
 def fused_positions(num_rows: int) -> int:
-    """Positions whose logits over so many rows are in memory together; a multiple of 64 if more."""
+    """Positions per group of the fused softmax over ``num_rows`` rows; from 64 a multiple of 64."""
     most = min(_MOST_FUSED, _GROUP_LOGITS // max(num_rows, 1))
     return most if most < STEP else most // STEP * STEP
 
 
 def core_cache_bytes() -> int:
-    """Second-level cache of a core; 1 MiB where the system does not say."""
+    """Bytes of a core's level-2 cache; 1 MiB if the system does not report it."""
     name = "SC_LEVEL2_CACHE_SIZE"
     known = os.sysconf(name) if name in os.sysconf_names else 0
     return known if known > 0 else 1 << 20

@@ -1,7 +1,7 @@
-"""Chooses what computes a list of blocks: plain PyTorch, or one of three families of kernels.
+"""Block log-sum-exp, forward and backward: plain PyTorch or one of three Triton implementations.
 
-In Triton one block of all pairs goes to the kernels of ``gpu.full``, blocks of one pair to those of
-``gpu.gathered``, and all others to those of ``gpu.listed``. These are imported when first needed.
+In Triton one block of all positions and rows goes to ``gpu.full``, blocks of one pair to
+``gpu.gathered``, and all other lists to ``gpu.listed``. These are imported on first use.
 """
 
 from collections.abc import Iterator
@@ -29,18 +29,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the candidates of every slot, and the logit of every target.
 
-    The workspace is one tile of logits; in Triton N floats for each part that a long loop is cut
-    into, and the table of tiles.
+    The workspace is one tile of logits in plain PyTorch; in Triton it is the table of tiles, and N
+    float32 for each part into which a long loop is split.
 
     Args:
         states: (N, D) float32, bfloat16 or float16.
         rows: (R, D) of the same dtype.
-        blocks: The (positions x rows) blocks that count.
+        blocks: The (positions x rows) blocks to sum.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Returns:
         (num_slots,) float32, -inf for a slot without candidates, and (N,) float32 target logits, 0
-        where the target is not among the rows.
+        if the target is not among the rows.
 
     Collectives: none.
     """
@@ -80,17 +80,18 @@ def backward(
 ) -> Tensor:
     """(N, D) float32 gradient of ``states``; adds that of ``rows`` to (R, D) float32 ``grad_rows``.
 
-    ``logsumexp`` may be a total over several shards, of which ``rows`` is one; both gradients are
-    then the share of this shard. Tiles are computed again, never kept. In Triton there are two
-    passes, one that owns states and one that owns rows: no atomics, one writer per element.
+    ``logsumexp`` may be over several shards, of which ``rows`` is one; the gradients are then the
+    contribution of this shard. Logits are recomputed tile by tile. In Triton there are two passes,
+    one whose programs own positions and one whose programs own rows: no atomics, one writer per
+    element.
 
     Args:
         states: (N, D) float.
         rows: (R, D) float.
-        blocks: The blocks of the forward.
-        logsumexp: (num_slots,) float32 of all candidates.
-        grad_logsumexp: (num_slots,) float32.
-        grad_target_logits: (N,) float32.
+        blocks: The blocks of the forward pass.
+        logsumexp: (num_slots,) float32 over all candidates of each slot.
+        grad_logsumexp: (num_slots,) float32 gradient of the loss.
+        grad_target_logits: (N,) float32 gradient of the loss.
         grad_rows: (R, D) float32 accumulator, contiguous.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
@@ -135,14 +136,14 @@ def backward(
 
 
 def _parts(blocks: Blocks | NearbyChunks) -> Iterator[Blocks]:
-    """The blocks, or nearby chunks as lists of blocks in which no position occurs twice."""
+    """The blocks as one part; nearby chunks as several parts in which no position occurs twice."""
     if isinstance(blocks, Blocks):
         return iter((blocks,))
     return blocks.parts(nearby.GPU_ROWS_AT_ONCE)
 
 
 def _layers(blocks: Blocks | NearbyChunks, part: Blocks, keys: Tensor | None) -> Iterator[Blocks]:
-    """Layers of a part in which no key occurs twice; a part of nearby chunks is one as it is."""
+    """Layers of a part in which no key occurs twice; a part of nearby chunks is one layer."""
     return layers(part, keys) if isinstance(blocks, Blocks) else iter((part,))
 
 

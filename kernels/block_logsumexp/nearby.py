@@ -1,4 +1,4 @@
-"""Blocks of positions and rows in chunks near each other, listed for some rows at a time."""
+"""Blocks of positions and rows with nearby chunk numbers, listed for some rows at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
 
 __all__ = ["GPU_ROWS_AT_ONCE", "ROWS_AT_ONCE", "NearbyChunks"]
 
-# Rows whose order is in memory together, as int64, where the caller does not say.
+# Default number of rows sorted at a time; their order is int64.
 ROWS_AT_ONCE = 1 << 16
-# On a GPU fewer would leave blocks too narrow to keep it busy.
+# On a GPU, fewer rows would make blocks too narrow to keep it busy.
 GPU_ROWS_AT_ONCE = 1 << 20
 
 
@@ -21,14 +21,14 @@ GPU_ROWS_AT_ONCE = 1 << 20
 class NearbyChunks:
     """Pairs of positions and rows whose chunks are at most ``reach`` apart in some round.
 
-    A pair that is near in several rounds counts once. What is kept of a row is its chunk in each
-    round; the rows are put in the order of their chunks when a list is made.
+    A pair that is near in several rounds counts once. Only the chunk of each row and round is
+    stored; rows are sorted by chunk when a list of blocks is made.
 
     Attributes:
         position_chunks: (N, r) int32.
         row_chunks: (R, r) uint8, int16 or int32.
-        reach: e.
-        targets: (N,) int64 row of each position's target, -1 where it is not among the rows.
+        reach: e, the largest distance of near chunks.
+        targets: (N,) int64 row of each position's target, -1 if it is not among the rows.
     """
 
     position_chunks: Tensor
@@ -38,13 +38,13 @@ class NearbyChunks:
 
     @property
     def num_slots(self) -> int:
-        """A slot for each position."""
+        """Number of slots: one for each position."""
         return self.targets.numel()
 
     def parts(self, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Blocks]:
-        """The blocks, one round and ``rows_at_once`` rows at a time.
+        """The blocks in parts, one for each round and each ``rows_at_once`` rows.
 
-        A position stands in one block of a part at most.
+        A position occurs in at most one block of a part.
         """
         num_rows, num_rounds = self.row_chunks.shape
         for index in range(num_rounds):
@@ -74,7 +74,7 @@ class NearbyChunks:
 
 
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Order that sorts ``keys``, the distinct keys, and how often each stands."""
+    """Order that sorts ``keys``, the distinct keys, and how often each occurs."""
     order = torch.argsort(keys, stable=True)
     distinct, sizes = torch.unique_consecutive(keys[order], return_counts=True)
     return order, distinct, sizes

@@ -1,4 +1,4 @@
-"""Definition of the block log-sum-exp: dense, any dtype, differentiable by autograd."""
+"""Reference definition of the block log-sum-exp: dense, any float dtype, with autograd."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ def block_logsumexp_reference(
     Args:
         states: (N, D) float.
         rows: (R, D) float, same dtype.
-        blocks: The pairs that count.
+        blocks: The blocks to sum.
 
     Returns:
         (num_slots,) log-sum-exp, -inf for a slot without candidates, and (N,) target logits, 0
-        where the target is not among the rows.
+        if the target is not among the rows.
     """
     logits = states @ rows.T
     pieces: list[list[Tensor]] = [[] for _ in range(blocks.num_slots)]

@@ -1,4 +1,15 @@
-"""What each program of the listed kernels works on: tables of tiles, made on the device."""
+"""Work schedules of the listed kernels: tables of tiles, one column per program, on the device.
+
+The phases of a backward pass (a forward pass has 2 and 3 only):
+
+1. drop the pairs that get no gradient (``without_idle_pairs``);
+2. split the blocks into layers in which no slot, or no position, occurs twice (``layers``), so that
+   every output element has one writer;
+3. cut each layer into tiles of pairs (``pair_tiles``), the programs of the forward pass and of the
+   gradient of states;
+4. cut the concatenated row lists into tiles of entries (``row_tiles``), the programs of the
+   gradient of rows, each with the list of blocks that cover it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,17 +31,19 @@ __all__ = [
     "without_idle_pairs",
 ]
 
-# Entries of listed blocks whose gradients Triton holds together, where N is smaller.
+# Entries whose gradients Triton holds at a time: this many, or N if that is more.
 LEAST_ENTRIES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
 class RowTiles:
-    """Tiles of the entries of ``items``, each inside one set of blocks: the transposed plan.
+    """The schedule of row gradients: tiles of entries of ``items``, each with its blocks.
+
+    A cover of a tile is a block that lists all entries of the tile.
 
     Attributes:
         tiles: (4, n) int64: first and end entry, first and end cover.
-        covers: (3, M) int64: first and end pair and round of a block that holds the tile.
+        covers: (3, M) int64: first and end pair of the block, and its round.
         chunks: For each chunk of entries, its first and end entry and first and end tile.
     """
 
@@ -40,15 +53,15 @@ class RowTiles:
 
 
 def is_full(blocks: Blocks) -> bool:
-    """Whether the blocks are one contiguous range of positions times one of rows, and no more."""
+    """Whether there is one block, of a range of positions times a range of rows, without extras."""
     extras = (blocks.pair_positions, blocks.pair_slots, blocks.items, blocks.offsets)
     return blocks.num_blocks == 1 and blocks.rounds is None and all(x is None for x in extras)
 
 
 def is_gathered(blocks: Blocks) -> bool:
-    """Whether every block is one pair, with a list of its own that no other block looks at.
+    """Whether every block has one pair, and the lists of the blocks do not overlap.
 
-    Sizes tell nearly all others apart, so that only blocks of this kind are looked into.
+    The sizes rule out nearly all other blocks, so that index values are rarely read in vain.
     """
     if blocks.items is None or blocks.pair_positions is None or blocks.rounds is not None:
         return False
@@ -60,9 +73,10 @@ def is_gathered(blocks: Blocks) -> bool:
 
 
 def pair_tiles(blocks: Blocks, tile: int) -> Tensor:
-    """(5, n) int64: first and end pair, first and end entry, round; unused tiles are empty.
+    """(5, n) int64 tiles of pairs: first and end pair, first and end entry, round.
 
-    n is ``P // tile + T``, known without waiting for the device.
+    n is the upper bound ``P // tile + T``, known without waiting for the device; unused tiles are
+    empty.
 
     >>> starts = torch.tensor([0, 3, 4])
     >>> ends = torch.tensor([7, 9])
@@ -85,28 +99,27 @@ def pair_tiles(blocks: Blocks, tile: int) -> Tensor:
 
 
 def num_pairs(blocks: Blocks) -> int:
-    """Number of pairs P, or an upper bound of it where pairs are positions."""
+    """Number of pairs P, or an upper bound if pairs are positions."""
     pairs = blocks.targets if blocks.pair_positions is None else blocks.pair_positions
     return pairs.numel()
 
 
 def block_rounds(blocks: Blocks) -> Tensor:
-    """(T,) int64 round of each block, 0 without the rule."""
+    """(T,) int64 round of each block; 0 if ``rounds`` is None."""
     if blocks.rounds is None:
         return torch.zeros_like(blocks.item_starts)
     return blocks.rounds.block_rounds
 
 
 def layers(blocks: Blocks, keys: Tensor | None) -> Iterator[Blocks]:
-    """The blocks in parts, so that no two pairs of a part share a key; together they are all pairs.
+    """Partition the pairs of the blocks into layers; keys are unique within a layer.
 
-    A part may then be written by one program per key without atomics, part after part in a fixed
-    order. Layer n holds the n-th pair of every key: as many layers as rounds for rece, one for the
-    other losses.
+    A layer needs no atomics, as each key has one writer, and layers run in a fixed order. Layer n
+    holds the n-th pair of every key: as many layers as rounds for rece, one for the other losses.
 
     Args:
         blocks: Any blocks.
-        keys: (P,) int64 slot or position of each pair; None: all differ.
+        keys: (P,) int64 slot or position of each pair; None if all differ.
     """
     if keys is None or not keys.numel():
         yield blocks
@@ -122,7 +135,7 @@ def layers(blocks: Blocks, keys: Tensor | None) -> Iterator[Blocks]:
 
 
 def keep_pairs(blocks: Blocks, kept: Tensor) -> Blocks:
-    """The blocks with those pairs only for which (P,) bool ``kept`` holds."""
+    """The blocks with only the pairs for which the (P,) bool ``kept`` is True."""
     kept_before = F.pad(kept.cumsum(0), (1, 0))
     slots = blocks.pair_slots
     positions = blocks.pair_positions
@@ -137,22 +150,22 @@ def keep_pairs(blocks: Blocks, kept: Tensor) -> Blocks:
 
 
 def without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
-    """The blocks less the pairs whose slot gets no gradient, such as all but one bucket of sce."""
+    """The blocks without pairs that get gradient 0, such as all but one bucket of sce."""
     if blocks.pair_slots is None:
         return blocks
     return keep_pairs(blocks, grad_logsumexp[blocks.pair_slots] != 0)
 
 
 def row_tiles(blocks: Blocks, num_entries: int, tile: int, chunk: int) -> RowTiles:
-    """The transposed plan: for each tile of entries, the blocks that hold all of it.
+    """Tiles of entries, each with the blocks that contain all of it, for row gradients.
 
     Entries are cut wherever a block starts or ends, and at every multiple of ``chunk``.
 
     Args:
         blocks: Any blocks.
         num_entries: Q.
-        tile: Entries of a tile.
-        chunk: Entries whose gradients are in memory together.
+        tile: Entries per tile.
+        chunk: Number of entries with gradients in memory at a time.
     """
     device = blocks.item_starts.device
     grid = torch.arange(0, num_entries + chunk, chunk, device=device).clamp(max=num_entries)
@@ -172,7 +185,7 @@ def row_tiles(blocks: Blocks, num_entries: int, tile: int, chunk: int) -> RowTil
 
 
 def _covers(blocks: Blocks, cuts: Tensor) -> tuple[Tensor, Tensor]:
-    """First cover of each segment between ``cuts``, and the blocks of the covers."""
+    """First cover of each segment between ``cuts``, and the (3, M) covers, sorted by segment."""
     device = cuts.device
     low = torch.searchsorted(cuts, blocks.item_starts)
     counts = (torch.searchsorted(cuts, blocks.item_ends) - low).clamp(min=0)

@@ -1,1 +1,1 @@
-"""What a loss costs a rank: FLOP, bytes and workspace, for planning alone."""
+"""Cost model of the losses on one rank, for planning only: FLOP, bytes and workspace."""

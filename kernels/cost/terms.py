@@ -1,7 +1,7 @@
-"""What a loss costs a rank: each kernel's FLOP and bytes, and the terms of a loss made of them.
+"""Cost of a loss on one rank, and the FLOP and bytes of the kernels that it is made of.
 
-FLOP are those of products, two for a multiply-add. Bytes are what a kernel reads and writes where
-nothing but its own tile stays in a cache; what does stay is read faster than memory gives it.
+FLOP are those of matrix products, two for a multiply-add. Bytes are memory reads and writes if
+nothing but a kernel's own tile stays in a cache, an upper bound.
 """
 
 import math
@@ -24,36 +24,37 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class KernelCost:
-    """Arithmetic and traffic of kernels; they add up, and multiply by a number of calls.
+    """FLOP and memory traffic of kernels; supports ``a + b`` and ``number * a``.
 
     Attributes:
-        flops: Of products.
-        bytes: Read and written.
+        flops: FLOP of matrix products.
+        bytes: Bytes read and written.
     """
 
     flops: float
     bytes: float
 
     def __add__(self, other: "KernelCost") -> "KernelCost":
-        """Both, one after the other."""
+        """The cost of both kernels, one after the other."""
         return KernelCost(self.flops + other.flops, self.bytes + other.bytes)
 
     def __rmul__(self, times: float) -> "KernelCost":
-        """So many calls."""
+        """The cost of ``times`` calls."""
         return KernelCost(times * self.flops, times * self.bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCost:
-    """What one step of a loss costs one rank.
+    """Cost of one training step of a loss on one rank.
 
     Attributes:
         touched_rows: rows of this shard that get a gradient.
-        is_dense: whether that gradient is (R, D) and not one vector a touched row.
-        workspace_bytes: most memory in addition to states and the rows' gradient, in either pass.
-        work: of its kernels, forward and backward.
-        received: bytes that arrive from other ranks, by what they are.
-        table_bytes: of what its proposal keeps from step to step.
+        is_dense: True if the gradient is (R, D), False if it has one vector per touched row.
+        workspace_bytes: peak memory of forward and backward, in addition to states and the
+            gradient of rows.
+        work: cost of all kernels, forward and backward.
+        received: bytes received from other ranks, by name.
+        table_bytes: bytes of tables that the proposal keeps between steps.
     """
 
     touched_rows: int
@@ -65,18 +66,18 @@ class LossCost:
 
     @property
     def flops(self) -> float:
-        """Of products, forward and backward."""
+        """FLOP of matrix products, forward and backward."""
         return self.work.flops
 
 
 def full_cost(products: int, positions: int, work: Workload) -> KernelCost:
-    """The block log-sum-exp of all positions times all rows on a CPU, forward and backward.
+    """Cost of the full softmax on a CPU, forward and backward.
 
     Args:
-        products: 3 where the gradient is taken in forward, 4 where either pass makes the logits.
-        positions: Of a tile; the rows are read, and their gradient is read and written, once a
-            tile.
-        work: Sizes.
+        products: 3 if the gradient is computed in forward, 4 if both passes compute the logits.
+        positions: Positions per tile; the rows are read, and their gradient is read and written,
+            once per tile.
+        work: Sizes of the step.
     """
     pairs = float(work.num_positions) * work.num_rows
     tiles = -(-work.num_positions // max(1, positions))
@@ -93,16 +94,16 @@ def listed_cost(
     products: int = 4,
     kept: float = 1.0,
 ) -> KernelCost:
-    """The block log-sum-exp of listed blocks on a CPU, forward and backward.
+    """Cost of the log-sum-exp of listed blocks on a CPU, forward and backward.
 
-    A row of a block is copied for its pairs, and its gradient is added up.
+    Each row of a block is copied once for all positions of the block, and its gradient is summed.
 
     Args:
-        pairs: Of positions and rows, over all blocks.
-        pairs_per_row: How many of them share a copied row: the positions of a block.
-        work: Sizes.
-        products: 3 where the gradient is taken in forward, else 4.
-        kept: Share of the pairs that backward looks at.
+        pairs: Number of (position, row) pairs over all blocks.
+        pairs_per_row: Pairs that share one copy of a row: the positions of a block.
+        work: Sizes of the step.
+        products: 3 if the gradient is computed in forward, else 4.
+        kept: Share of the pairs with a gradient in backward.
     """
     in_backward = kept * 3 if products == 4 else 2
     copies = pairs / max(1.0, pairs_per_row) * work.width
@@ -114,18 +115,18 @@ def listed_cost(
 
 
 def select_cost(directions: int, vectors: int, work: Workload) -> KernelCost:
-    """A projection of vectors onto directions on a CPU; only the best entries are kept."""
+    """Cost of projecting vectors onto directions on a CPU, without storing all scores."""
     read = work.element_bytes * work.width * (vectors + directions)
     return KernelCost(2.0 * directions * vectors * work.width, read)
 
 
 def accumulator_bytes(rows: int, work: Workload) -> int:
-    """Bytes of the float32 gradient of rows that is rounded to their own, narrower dtype."""
+    """Bytes of the float32 accumulator for the gradient of half-precision rows; 0 for float32."""
     return 4 * rows * work.width * (work.element_bytes < 4)
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:
-    """Expected number of distinct items in uniform draws of ``num_items``.
+    """Expected number of distinct items in ``num_draws`` uniform draws from ``num_items``.
 
     Example:
         >>> expected_distinct(1, 10), expected_distinct(1e9, 10), expected_distinct(1000, 1000)
@@ -137,14 +138,14 @@ def expected_distinct(num_draws: float, num_items: int) -> int:
 
 
 def streaming_bytes(work: Workload, *, listed: bool = True) -> int:
-    """Workspace of the chunks of positions that are in memory, which W does not change.
+    """Bytes of the chunks of positions in memory at a time, the same for every W > 1.
 
-    Two chunks of states, the one that is worked on and the next one, one of them once more where
-    ranks have unlike shares; and of float32 gradients the one that is made, and the one before,
-    padded, on its way back. One process works on its own states and copies nothing.
+    Counted are three chunks of states: the current one, the next one in flight, and a copy of one
+    if ranks have different sizes; and two chunks of float32 gradients: the current one, and the
+    padded one before, in flight. A single process uses its own states and copies nothing.
 
     Args:
-        work: The step.
+        work: Sizes of the step.
         listed: As in ``num_chunks``.
     """
     if work.num_ranks == 1:

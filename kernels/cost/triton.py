@@ -1,7 +1,7 @@
-"""What the Triton kernels of the block log-sum-exp multiply, read, write and hold, by their tiles.
+"""FLOP, bytes and workspace of the Triton kernels, derived from their tile shapes.
 
-Tests hold the numbers to what interpreted kernels do. Left out are the ids, targets and chunks that
-kernels also read: a few bytes for each vector.
+Tests compare the numbers with counts from interpreted kernels. Not counted are the indices, targets
+and chunk numbers that kernels also read: a few bytes for each vector.
 """
 
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ __all__ = [
 ]
 
 _FLOAT = 4
-# Programs below which a long loop is cut into parts: two for each of the multiprocessors of an
-# H100 or H200, and of the four that the interpreter stands for.
+# A long loop is split into parts below this number of programs: two per multiprocessor of an H100
+# or H200, or of the four assumed for the interpreter.
 _PROGRAMS = {0: 8}
 _MOST_PROGRAMS = 264
-# Combinations that a program of mixed signs makes.
+# Combinations per program of ``mixed_signs_kernel``.
 _MIXED_SIGNS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """The list of blocks of a loss.
+    """Sizes of the listed blocks of a loss.
 
     Attributes:
-        pairs: Of positions and rows, over all blocks.
-        positions: Of a block.
-        rows: Of a block.
-        entries: Rows in the lists, of which each gets a gradient of its own.
-        touched: Rows of the table among them.
-        kept: Share of the pairs that backward looks at; their blocks have fewer positions.
-        rounds: Whether the rule of rounds is on.
+        pairs: Number of (position, row) pairs over all blocks.
+        positions: Positions per block.
+        rows: Rows per block.
+        entries: Total length of the row lists; each entry gets a gradient of its own.
+        touched: Distinct rows of the table among the entries.
+        kept: Share of the pairs with a gradient in backward; blocks then have fewer positions.
+        rounds: Whether candidates of several rounds count once (``Rounds``).
     """
 
     pairs: float
@@ -56,12 +56,12 @@ class Listed:
 
 
 def full_kernels(work: Workload) -> KernelCost:
-    """Of the full softmax: a forward pass, a pass for states and one for rows."""
+    """Cost of the full softmax: forward, gradient of states and gradient of rows."""
     return sum((_full_pass(one, work) for one in _full_passes(work)), KernelCost(0, 0))
 
 
 def full_bytes(work: Workload) -> int:
-    """Most memory in addition to both gradients: parts of one, and their sum; or the targets'."""
+    """Peak bytes in addition to both gradients: partial sums of a split loop, or target rows."""
     held = [one.parts + 1 for one in _full_passes(work)]
     lines = [one.owned for one in _full_passes(work)]
     parts = [n * line for n, line in zip(held[1:], lines[1:], strict=True) if n > 2]
@@ -70,15 +70,15 @@ def full_bytes(work: Workload) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """A kernel whose programs own a tile and loop over all others, cut into parts.
+    """A kernel in which each program owns a tile of lines and loops over a part of the others.
 
     Attributes:
-        owned: Lines that programs own, each a tile of them.
-        others: Lines that they loop over.
-        tiles: Of what is owned.
-        steps: Tiles of the others.
-        columns: Parts of the width, each with programs of its own; 0 in forward.
-        parts: Of the loop.
+        owned: Number of lines (positions or rows) that all programs own.
+        others: Number of lines that they loop over.
+        tiles: Tiles of the owned lines.
+        steps: Tiles of the other lines.
+        columns: Parts of the output width, each with its own programs; 0 in forward.
+        parts: Parts into which the loop is split.
         holds: Whether a program reads its own tile once.
     """
 
@@ -92,7 +92,7 @@ class _Pass:
 
 
 def _full_passes(work: Workload) -> list[_Pass]:
-    """Forward, backward for states and backward for rows."""
+    """The three kernels: forward, gradient of states and gradient of rows."""
     made = []
     for kernel in ("full_forward", "full_states_backward", "full_rows_backward"):
         tile = _tile(work, kernel)
@@ -116,10 +116,10 @@ def _full_passes(work: Workload) -> list[_Pass]:
 
 
 def _full_pass(one: _Pass, work: Workload) -> KernelCost:
-    """Work of a pass.
+    """Cost of one kernel.
 
-    Vectors are read for their logits in each part of the width, and those of others for the
-    gradient once more where they are not held; a gradient is read and written in each part.
+    Each part of the output width reads both operands for the logits, and the other lines once more
+    for the gradient if they are not held; each part of the loop reads and writes the gradient.
     """
     columns, is_backward = max(1, one.columns), one.columns > 0
     own = one.owned * (one.parts if one.holds else one.steps)
@@ -131,14 +131,14 @@ def _full_pass(one: _Pass, work: Workload) -> KernelCost:
 
 
 def listed_kernels(listed: Listed, work: Workload) -> KernelCost:
-    """Of listed blocks, forward and backward; of single positions where a block has one."""
+    """Cost of listed blocks, or of gathered ones (one position per block), forward and backward."""
     if listed.positions <= 1:
         vectors = 3 * work.element_bytes * listed.pairs + 2 * _FLOAT * listed.touched
         return KernelCost(8 * listed.pairs * work.width, vectors * work.width)
     forward = _listed_pass(work, "listed_forward", listed)
     states = _listed_pass(work, "listed_states_backward", listed)
     rows = _listed_pass(work, "listed_rows_backward", listed)
-    # A gradient of an entry is written, read and added up.
+    # The gradient of each entry is written once, and read once to sum it by row.
     gradients = 2 * _FLOAT * (listed.entries + listed.touched) * work.width
     return forward + states + rows + KernelCost(0, gradients)
 
@@ -150,7 +150,7 @@ def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
     if is_backward:
         pairs, positions = pairs * listed.kept, max(1.0, positions * listed.kept)
     parts = -(-work.width // tile.out) if is_backward else 1
-    # Of both vectors of a logit in each part of the width; of one once more for the gradient.
+    # Each part of the width reads both operands of a logit; the gradient reads one once more.
     of_rows, of_states = parts, parts
     if kernel == "listed_states_backward":
         of_rows += 1
@@ -162,22 +162,23 @@ def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
 
 
 def listed_bytes(entries: float, work: Workload) -> int:
-    """Most memory of listed blocks in addition to states, rows, their gradients and the lists.
+    """Peak bytes of listed blocks in addition to states, rows, their gradients and the lists.
 
-    Gradients of some entries, which are then sorted by row; or the rows of the targets.
+    This is the larger of the gradients of a chunk of entries, to be sorted by row, and the float32
+    rows of the targets.
     """
     chunk = min(max(LEAST_ENTRIES, work.num_positions), round(entries))
     return max(chunk * (_FLOAT * work.width + 28), _FLOAT * work.num_positions * work.width)
 
 
 def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> KernelCost:
-    """Of products with random signs, made in the kernel; vectors are read for each tile of them.
+    """Cost of products with random signs; the vectors are read once for each tile of signs.
 
     Args:
         kernel: "best_sign_direction" or "mixed_signs".
-        signs: Sign vectors.
-        vectors: Vectors that they are multiplied with.
-        work: Sizes.
+        signs: Number of sign vectors.
+        vectors: Number of vectors that they are multiplied with.
+        work: Sizes of the step.
     """
     tile, work_bytes = _tile(work, kernel), work.element_bytes * work.width * vectors
     flops = 2.0 * signs * vectors * work.width
@@ -190,7 +191,7 @@ def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> Kerne
 
 
 def topk_kernels(queries: int, vectors: int, k: int, work: Workload) -> KernelCost:
-    """Of the best k of the vectors for every query: one product, then groups of 16 once more."""
+    """Cost of top-k for every query: one product over all vectors, then the best groups of 16."""
     tile = _tile(work, "group_maxima")
     again = 16 * min(k, -(-vectors // 16)) * queries
     if 16 * k >= vectors:

@@ -1,1 +1,1 @@
-"""The device at hand: which backend serves it, with which tile shapes and products."""
+"""What depends on the device: the backend, the tile shapes and the matrix product on a CPU."""

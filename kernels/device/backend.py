@@ -1,4 +1,4 @@
-"""What the launchers need to know of a device, and which backend serves it."""
+"""The backend for a tensor, and the device properties that kernel launchers need."""
 
 import importlib.util
 import math
@@ -24,17 +24,17 @@ _MIN_CAPABILITY = (8, 0)
 
 
 def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
-    """Which backend serves operations on a tensor like this one: "torch" or "triton".
+    """The backend, "torch" or "triton", for operations on a tensor of this device and dtype.
 
-    "auto" takes Triton on NVIDIA GPUs from sm_80 for float32, bfloat16 and float16, and plain
-    PyTorch elsewhere; on a GPU that Triton does not serve a warning says why.
+    "auto" chooses Triton on NVIDIA GPUs from sm_80 for float32, bfloat16 and float16, and plain
+    PyTorch otherwise; on any other GPU it warns with the reason.
 
     Args:
         tensor: Its device and dtype decide.
         backend: "auto", or the name of the backend to force.
 
     Raises:
-        ValueError: ``backend`` is unknown, or Triton is forced where it cannot run.
+        ValueError: ``backend`` is unknown, or is "triton" although Triton cannot run.
 
     >>> choose_backend(torch.zeros(1))
     'torch'
@@ -55,7 +55,7 @@ def choose_backend(tensor: Tensor, backend: str = "auto") -> str:
 
 
 def _triton_refusal(tensor: Tensor) -> str | None:
-    """Why Triton cannot serve the tensor; None when it can."""
+    """Why Triton cannot run on the tensor; None if it can."""
     if tensor.is_floating_point() and tensor.dtype not in _TRITON_DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     if importlib.util.find_spec("triton") is None:
@@ -70,11 +70,11 @@ def _triton_refusal(tensor: Tensor) -> str | None:
 
 
 def gpu_refusal(hip: str | None, capability: tuple[int, int]) -> str | None:
-    """Why Triton cannot serve a GPU; None when it can.
+    """The reason why the Triton kernels cannot run on a GPU, or None if they can.
 
     Args:
-        hip: Version of ROCm, None on NVIDIA.
-        capability: Major and minor number, (9, 0) for sm_90.
+        hip: Version of ROCm; None on NVIDIA.
+        capability: Compute capability, (9, 0) for sm_90.
     """
     if hip is not None:
         return "the kernels are built and tested for NVIDIA GPUs, not for ROCm"
@@ -98,7 +98,7 @@ def _interprets() -> bool:
 
 
 def alignment(width: int) -> int:
-    """Largest power of two up to 16 that divides D, and so the start of every row.
+    """Largest power of two up to 16 that divides D, and so the offset of every row.
 
     >>> [alignment(width) for width in (64, 100, 7)]
     [16, 4, 1]
@@ -107,9 +107,9 @@ def alignment(width: int) -> int:
 
 
 def architecture_of(device: torch.device) -> int:
-    """Which entries of the table of tiles serve a device: 80, 86, 90 or 100; 0 interprets.
+    """The architecture by which tiles are looked up: 80, 86, 90 or 100; 0 for the interpreter.
 
-    Newer consumer GPUs have the shared memory of sm_86, 99 KiB for a program.
+    Newer consumer GPUs count as 86, as they have the same shared memory, 99 KiB per program.
     """
     if device.type == "cpu":
         return 0
@@ -120,7 +120,7 @@ def architecture_of(device: torch.device) -> int:
 
 
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 stands in for them in the interpreter."""
+    """Number of multiprocessors of a GPU; 4 in the interpreter."""
     if device.type == "cpu":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -129,7 +129,7 @@ def num_processors(device: torch.device) -> int:
 def operand(matrix: Tensor) -> Tensor:
     """The matrix as a kernel reads it: contiguous.
 
-    In the interpreter bfloat16 becomes float32, because its product of bfloat16 tiles is wrong.
+    In the interpreter bfloat16 becomes float32, because its bfloat16 matrix product is wrong.
     """
     if matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16:
         return matrix.float()
@@ -137,7 +137,7 @@ def operand(matrix: Tensor) -> Tensor:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Precision of float32 products: ieee, or tf32 where PyTorch is told to allow it."""
+    """Precision of matrix products in Triton: "ieee", or "tf32" if PyTorch's settings allow it."""
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

@@ -1,9 +1,9 @@
 """The tile shapes of the Triton kernels, in one table by kernel, width, dtype and architecture.
 
-No entry is measured yet: all are derived from counted limits, by ``benchmarks/compile_kernels.py``,
+No entry is measured yet: all are derived from resource counts by ``benchmarks/compile_kernels.py``,
 which counts registers, spilled bytes, shared memory and matrix instructions of each. A measured
-entry names its card and commit in ``origin``; ``benchmarks/tune_tiles.py`` times candidates on the
-GPU at hand and prints such entries. Nothing is searched when a run starts.
+entry names its GPU and commit in ``origin``; ``benchmarks/tune_tiles.py`` times candidates on the
+GPU of the machine and prints such entries. A training run does no autotuning.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ _DERIVED = "derived from registers and shared memory"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a kernel cuts its work. All numbers but the last two are powers of two from 16 on.
+    """The tile shape and launch options of a kernel; the four sizes are powers of two from 16 on.
 
     Attributes:
-        positions: Positions (or queries, or directions) of a tile.
-        items: Rows of a tile.
-        width: Part of D that a product takes at a time.
-        out: Part of D of a gradient that a program owns.
-        num_warps: Warps of a program.
-        num_stages: Loads in flight.
+        positions: Positions (or queries, or directions) per tile.
+        items: Rows per tile.
+        width: Part of D per step of a matrix product.
+        out: Part of D of the gradient that one program computes.
+        num_warps: Warps per program.
+        num_stages: Stages of the software pipeline that loads tiles.
         origin: Where the entry comes from.
     """
 
@@ -41,9 +41,9 @@ class Tile:
     origin: str = _DERIVED
 
 
-# By kernel, then by the largest width that an entry serves. Where ``width`` of an entry is not
-# below D, a program of a full kernel keeps its own tile for all of its products. Wider rows are
-# read a part at a time.
+# By kernel, then by the largest D for which an entry is used. If ``width`` of the entry is at least
+# D, a program of a full kernel holds its own tile for all of its products; otherwise it reads parts
+# of the width in a loop.
 _WIDEST = 1 << 20
 _HALF = {
     "full_forward": {
@@ -76,7 +76,7 @@ _HALF = {
         _WIDEST: Tile(64, 64, 64, 256, 8, 2),
     },
     "listed_rows_backward_rounds": {_WIDEST: Tile(32, 64, 64, 256, 8, 2)},
-    # A program of the gathered kernels has one position, and its rows are whole.
+    # A program of the gathered kernels has one position, and loads whole rows.
     "gathered_forward": {
         64: Tile(16, 64, 64, 64, 4, 3),
         256: Tile(16, 32, 256, 64, 4, 3),
@@ -92,7 +92,7 @@ _HALF = {
     "best_sign_direction": {_WIDEST: Tile(64, 128, 64, 64, 8, 2)},
     "mixed_signs": {_WIDEST: Tile(64, 64, 64, 64, 8, 2)},
 }
-# IEEE float32 has no matrix instruction: a thread multiplies its part of the tile alone.
+# IEEE float32 has no matrix instruction: each thread multiplies its own part of the tile.
 _SINGLE = {
     "full_forward": {_WIDEST: Tile(64, 64, 32, 32, 4, 2)},
     "full_states_backward": {_WIDEST: Tile(64, 32, 32, 128, 8, 2)},
@@ -133,7 +133,7 @@ _TRIAL: ContextVar[tuple[str, Tile] | None] = ContextVar("trial", default=None)
 
 @contextmanager
 def trial(kernel: str, tile: Tile) -> Iterator[None]:
-    """Within it ``tile_for`` gives this tile for this kernel: how candidates are timed."""
+    """Context in which ``tile_for`` returns this tile for this kernel, to time candidates."""
     token = _TRIAL.set((kernel, tile))
     try:
         yield
@@ -142,7 +142,7 @@ def trial(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def entry_width(kernel: str, width: int, dtype: torch.dtype) -> int:
-    """The largest width of the entry of the table that serves D.
+    """The key of the table entry for D = ``width``: the largest width that the entry is used for.
 
     >>> entry_width("full_forward", 100, torch.bfloat16)
     128
@@ -152,12 +152,12 @@ def entry_width(kernel: str, width: int, dtype: torch.dtype) -> int:
 
 
 def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> Tile:
-    """The tile of one kernel, no wider than D needs.
+    """The tile of a kernel for D = ``width``, no wider than D padded to a power of two.
 
     Args:
         kernel: One of ``KERNELS``.
         width: D.
-        dtype: Of states and rows.
+        dtype: Dtype of states and rows.
         architecture: 80, 86, 90 or 100 as in sm_90; 0 is the interpreter.
 
     >>> tile_for("full_forward", 20, torch.bfloat16, 90).width
@@ -181,11 +181,11 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> 
 
 
 def _narrowed(tile: Tile, width: int) -> Tile:
-    """The tile without columns beyond D; a product needs 16."""
+    """The tile without columns beyond D, padded to a power of two of at least 16."""
     padded = max(16, 1 << (width - 1).bit_length())
     return replace(tile, width=min(tile.width, padded), out=min(tile.out, padded))
 
 
 def _for_small_memory(tile: Tile) -> Tile:
-    """The tile for consumer GPUs, whose programs have 99 KiB of shared memory."""
+    """The tile for consumer GPUs, with 99 KiB of shared memory per program."""
     return replace(tile, width=min(tile.width, 64), out=min(tile.out, 128))

@@ -1,4 +1,4 @@
-"""Which items a position is compared with: the part in which the losses differ."""
+"""Which items a position is compared with: the interface that every loss implements."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,90 +17,95 @@ Shape = tuple[int | torch.SymInt, ...]
 
 
 class Plan(ABC):
-    """The candidates of every position as blocks of logits; the same on every rank.
+    """The blocks of logits that a loss sums for every position; derived alike on every rank.
 
-    A slot is one log-sum-exp. Slots have global numbers in the order of positions. By default a
-    slot is a position.
+    A slot is one log-sum-exp of the output. By default every position has one slot; slots are
+    numbered over all ranks in the order of their positions.
 
     Attributes:
         layout: Which positions each rank holds.
-        num_slots: Slots of this rank.
-        slot_positions: (num_slots,) int64 local position of each slot; None where they are one.
-        per_position: (N, ...) tensors of this rank's positions; ``blocks`` gets those of a chunk.
+        num_slots: Number of slots of this rank.
+        slot_positions: (num_slots,) int64 local position of each slot; None: slot s is position s.
+        per_position: (N, ...) tensors of this rank's positions that ``blocks`` needs; it gets
+            their entries at the positions of a chunk.
     """
 
     def __init__(self, inputs: Inputs) -> None:
-        """Gives every position of the inputs a slot."""
+        """Sets one slot for each position of the inputs."""
         self.layout = inputs.layout
         self.num_slots = inputs.states.shape[0]
         self.slot_positions: Tensor | None = None
         self.per_position: Sequence[Tensor] = ()
 
     def chunk_of(self) -> Tensor:
-        """(num_positions,) int64 chunk of each global position."""
+        """(num_positions,) int64 index of the chunk in which each global position is processed."""
         return self.layout.even_chunks(self.layout.num_chunks(listed=True))
 
     def slots(self, chunk: Chunk) -> Chunk:
-        """The slots of the chunk's positions, as a chunk of slots."""
+        """The slots of the chunk's positions, as a ``Chunk`` of slot numbers."""
         return chunk
 
     @abstractmethod
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks | NearbyChunks:
-        """Blocks whose positions are indices into the chunk; slot s is the s-th of ``slots``."""
+        """The blocks of logits of one chunk: its positions times rows of this shard.
+
+        Positions of the result are indices into the chunk, slots are indices into ``slots(chunk)``.
+        """
 
     def correction(self) -> Tensor | None:
-        """(num_slots,) float32 to subtract from the log-sum-exps; None: nothing."""
+        """(num_slots,) float32 to subtract from the log-sum-exps; None for zero."""
         return None
 
 
 class Candidates(ABC):
-    """The candidates of a loss: a frozen dataclass of numbers and strings.
+    """How a loss chooses candidates: a frozen dataclass of numbers and strings.
 
-    Its fields become arguments of an operator; ``operator.SCHEMA_TYPES`` lists their types. A loss
-    implements ``plan``. The other methods are for losses that choose by looking at states and rows
-    (``choose`` and ``choice_shapes``), that use few rows (``used_items``), or where a position has
-    several log-sum-exps of which the largest counts (``num_slots``). ``tensors`` are those that
-    came with the call, then those that were chosen.
+    Its fields become arguments of an operator; ``options.SCHEMA_TYPES`` lists their types. A loss
+    implements ``plan``. The other methods are for losses whose choice depends on the values of
+    states and rows (``choose`` and ``choice_shapes``), losses that use few rows (``used_items``),
+    and losses that take the largest of several log-sum-exps of a position (``num_slots``). The
+    argument ``tensors`` holds the tables passed with the call, then the results of ``choose``.
     """
 
     __slots__ = ()
 
     @abstractmethod
     def plan(self, inputs: Inputs, local: Inputs, tensors: tuple[Tensor, ...]) -> Plan:
-        """The blocks of positions and rows.
+        """The blocks of logits that the loss sums.
 
         Args:
             inputs: The batch and the table.
-            local: The inputs over the rows that are used alone, after they were fetched.
-            tensors: Those of the call and those chosen.
+            local: The inputs restricted to the rows in use, after any were fetched.
+            tensors: The tables passed with the call, then the results of ``choose``.
         """
 
     def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Choices that depend on states and rows: made in forward and saved for backward."""
+        """Data-dependent choices: computed once in forward and saved for backward."""
         return ()
 
     def choice_shapes(
         self, num_positions: int, num_rows: int
     ) -> tuple[tuple[Shape, torch.dtype], ...]:
-        """Shape and dtype of each tensor of ``choose`` in one process; numbers may be symbolic."""
+        """Shape and dtype of each result of ``choose`` in one process; sizes may be symbolic."""
         return ()
 
     def used_items(self, inputs: Inputs, tensors: tuple[Tensor, ...]) -> Tensor | RowFetch | None:
-        """(n,) items that are candidates or targets of any position, with repeats; None: all.
+        """(n,) int64 items that are candidates or targets of any position; None for all items.
 
-        Or the plan by which each rank fetches these rows, where that sends fewer bytes.
+        Items may repeat. If fetching their rows sends fewer bytes than sending the states, the
+        result is the plan to fetch them.
         """
         return None
 
     def num_slots(self, num_positions: int, num_rows: int) -> int:
-        """Number of slots in one process; numbers may be symbolic."""
+        """Number of slots in one process; sizes may be symbolic."""
         return num_positions
 
     @property
     def uses_few_rows(self) -> bool:
-        """Whether ``used_items`` says which rows are used."""
+        """Whether the loss names the rows in use, by ``used_items``, instead of using all rows."""
         return type(self).used_items is not Candidates.used_items
 
     @property

@@ -1,12 +1,13 @@
-"""Loss and gradients in one pass on a CPU, where the softmax is known as soon as its logits are.
+"""Loss and gradients in one pass on a CPU, where all logits of a position are in memory together.
 
-Then three products do the work of four, and every logit is made and exponentiated once. The
-gradient of the loss with respect to each position's loss must be known beforehand, as it is for a
-mean or a sum. There are two such cases:
+This takes three matrix products instead of four, and computes every logit and its exponential once.
+The coefficient of each position's loss must be known before the pass, as it is for a mean or a sum.
+There are two cases:
 
 - ``fused_cross_entropy``: the full softmax over a shard that fits in a cache. For each group of
-  positions: (1) logits and their local softmax, (2) the log-sum-exps of the other shards, gathered
-  while a product runs, (3) both gradients from the local softmax, scaled. 6 N R D FLOP.
+  positions: (1) logits and their local softmax, (2) an all-gather of the log-sum-exps of all
+  shards, in flight during a product, (3) both gradients from the local softmax, scaled. 6 N R D
+  FLOP.
 - ``fused_blocks``: listed blocks in one process, where a position has all its candidates in one
   block. For each tile: (1) copy its rows, (2) logits and softmax, (3) both gradients.
 """
@@ -32,9 +33,9 @@ __all__ = ["fake_gradients", "fits_cache", "fused_blocks", "fused_cross_entropy"
 
 
 def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> bool:
-    """Whether the fused pass serves: float32 on a CPU, 32,768 rows or fewer on a rank.
+    """Whether ``fused_cross_entropy`` applies: float32 on a CPU, at most 32,768 rows per rank.
 
-    Every rank must come to the same answer, so it looks at the average shard.
+    The answer must be the same on every rank, so it depends on the average shard size.
 
     Args:
         states: (N, D).
@@ -49,22 +50,22 @@ def fits_cache(states: Tensor, rows: Tensor, num_rows: int, num_ranks: int) -> b
 def fused_cross_entropy(
     inputs: Inputs, coefficients: Tensor, positions_at_once: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over this rank's positions of coefficient times loss, and its gradients.
+    """Full softmax: sum over this rank's positions of coefficient times loss, and its gradients.
 
-    The workspace is one group of logits, at most 16 MiB twice, and two chunks of states: those of
-    a chunk are in flight while the groups of the one before are worked on.
+    The workspace is two copies of one group of logits, at most 16 MiB each, and two chunks of
+    states: the states of one chunk are in flight while the chunk before is processed.
 
     Args:
         inputs: The batch and the table.
-        coefficients: (N,) float32.
-        positions_at_once: Of a group; None goes by the rows.
+        coefficients: (N,) float32 factor of each position's loss.
+        positions_at_once: Positions per group; None: ``fused_positions`` of the largest shard.
 
     Returns:
         () float32, and (N, D) and (R, D) float32 gradients of ``inputs.states`` and
         ``inputs.scaled_rows()``.
 
-    Collectives: per chunk of positions a gather of states, targets and coefficients and a
-    reduce-scatter of state gradients, per group of a chunk a gather of two numbers a
+    Collectives: per chunk of positions an all-gather each of states, targets and coefficients, and
+    a reduce-scatter of state gradients; per group an all-gather of two float32 numbers per
     position, in flight during a product.
     """
     states, rows, layout = inputs.states, inputs.scaled_rows(), inputs.layout
@@ -97,7 +98,11 @@ def fused_cross_entropy(
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Positions whose logits are in the cache together: (n, D) states, (n,) rows and weights."""
+    """Positions with logits in the cache at the same time.
+
+    (n, D) states, (n,) int64 rows of the targets, -1 for those of other shards, and (n,)
+    coefficients.
+    """
 
     states: Tensor
     targets: Tensor
@@ -112,13 +117,13 @@ def _add_group(
     grad_rows: Tensor,
 ) -> Tensor:
     """(n,) losses; writes (n, D) ``grad_states`` and adds to (R, D) ``grad_rows``."""
-    # The rows of the shard are the same in every step.
+    # R is the same in every step, so the shapes of the products recur.
     recurring = group.states.shape[0] % STEP == 0
     logits = times_transposed(group.states, rows, recurring=recurring)
     own = _softmax_(logits, group.targets)
     of_ranks = ranks.start_all_gather(own)
-    # The other shards only scale each line of the local softmax, so that a product runs while their
-    # log-sum-exps are in flight. The factors go to the narrow operands, not to all logits.
+    # The other shards only scale each line of the local softmax, so a product can run while their
+    # log-sum-exps are in flight. The (n, D) operands are scaled, which is cheaper than the logits.
     part = times_transposed(logits, rows.T, recurring=recurring)
     losses, factors, slopes = _losses(own[0], of_ranks(), group.weights)
     torch.mul(part, factors[:, None], out=grad_states)
@@ -132,9 +137,9 @@ def _add_group(
 
 
 def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
-    """(2, n) log-sum-exps of the shard's candidates, and the logits of the targets that it has.
+    """(2, n) log-sum-exps over the shard's candidates, and target logits (0 for other shards).
 
-    The (n, R) logits become the softmax of the candidates.
+    The (n, R) logits are overwritten by the softmax over the candidates.
     """
     here = (targets >= 0).nonzero()[:, 0]
     target_logits = logits.new_zeros(logits.shape[0])
@@ -144,10 +149,10 @@ def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _losses(own: Tensor, of_ranks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n,) losses, factors and slopes.
+    """(n,) losses, factors and slopes of the positions.
 
-    ``factors[i]`` times line i of the local softmax is dL/dlogits; ``slopes[i]`` is -dL/dlogit of
-    the target.
+    ``factors[i]`` times line i of the local softmax is dL/dlogits; ``slopes[i]`` is minus the
+    derivative of L with respect to the target's logit.
 
     Args:
         own: (n,) log-sum-exps of this shard.
@@ -169,20 +174,21 @@ def fused_blocks(
     coefficients: Tensor,
     is_sparse: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Sum over the positions of coefficient times loss, and its gradients.
+    """Listed blocks: sum over the positions of coefficient times loss, and its gradients.
 
     The workspace is one tile of logits with its rows and their gradient, and one chunk of states.
 
     Args:
-        inputs: The batch and the table, of one process, whose rows no scaling changes.
-        candidates: Of which a position meets all in one block, of at most ``CpuTiles.items`` rows.
-        tables: Tensors that they need.
-        coefficients: (N,) float32.
-        is_sparse: Give the gradient of the rows alone that are candidates or targets.
+        inputs: The batch and the table of a single process; ``scaling`` must not change the rows.
+        candidates: A loss that has all candidates of a position in one block, of at most
+            ``CpuTiles.items`` rows.
+        tables: Tensors that ``candidates`` needs.
+        coefficients: (N,) float32 factor of each position's loss.
+        is_sparse: Return the gradient only of rows that are candidates or targets.
 
     Returns:
-        () float32, (N, D) float32 gradient of ``inputs.states`` and (R, D) of the rows; or (M, D)
-        of M rows, and (M,) int64 which ones, ascending.
+        () float32, (N, D) float32 gradient of ``inputs.states`` and (R, D) of the rows. If
+        ``is_sparse``, the last is (M, D), followed by the (M,) int64 ascending rows.
 
     Collectives: none.
     """
@@ -206,7 +212,7 @@ def fused_blocks(
 
 
 def fake_gradients(states: Tensor, rows: Tensor, is_sparse: bool) -> list[Tensor]:
-    """What a compiler knows of the gradients; those of some rows are followed by which ones."""
+    """Fake results for tracing: gradients of states and rows, if sparse followed by row indices."""
     if not is_sparse:
         return [states.new_empty(states.shape), rows.new_empty(rows.shape)]
     num_used = torch.library.get_ctx().new_dynamic_size()
@@ -215,14 +221,14 @@ def fake_gradients(states: Tensor, rows: Tensor, is_sparse: bool) -> list[Tensor
 
 
 class _RowGradient:
-    """The rows, and their gradient as it grows.
+    """The rows, and the gradient that is accumulated for them.
 
     Attributes:
         grad_rows: (M, D) float32.
     """
 
     def __init__(self, rows: Tensor, lines: RowIds) -> None:
-        """Stores the (R, D) rows, and the line of the gradient of each."""
+        """Stores the (R, D) rows, and which line of the gradient belongs to each row."""
         self.grad_rows = rows.new_zeros((lines.count, rows.shape[1]))
         self._rows, self._lines = rows, lines
 
@@ -239,7 +245,7 @@ class _RowGradient:
         target_logits = torch.zeros_like(correction)
         target_logits[here] = torch.linalg.vecdot(states[here], self._rows[targets])
         grad_states = torch.zeros_like(states)
-        # One entry more takes what padded pairs would add.
+        # Padded pairs add to one extra entry, which is dropped.
         level, weights = (F.pad(one, (0, 1)) for one in (correction + target_logits, coefficients))
         margin = torch.full_like(level, -torch.inf)
         for tile in softmax_tiles(states, self._rows, blocks, cpu_tiles()):

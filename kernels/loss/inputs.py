@@ -1,4 +1,4 @@
-"""The inputs of a loss: checked on every rank, then one batch and one table in one object."""
+"""The inputs of a loss: one batch and one table, validated on every rank."""
 
 from dataclasses import dataclass, replace
 
@@ -20,12 +20,12 @@ _LEAST_NORM = 1e-12  # as in F.normalize
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``s_ij = x_i . w_j / temperature``, of unit vectors when ``normalize``.
+    """How logits follow from states x and rows w: ``s_ij = x_i . w_j / temperature``.
 
     Attributes:
-        normalize: Take states and rows at unit length.
-        temperature: Divides the states.
-        dtype: Of states and rows in products; None: their own.
+        normalize: Scale states and rows to unit L2 norm first.
+        temperature: Positive; divides the states.
+        dtype: Dtype of states and rows in matrix products; None keeps theirs.
     """
 
     normalize: bool
@@ -33,31 +33,31 @@ class Scaling:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        """Checks the temperature."""
+        """Raises ValueError unless the temperature is positive."""
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be positive, got {self.temperature}; 1.0 leaves logits alone"
+                f"temperature must be positive, got {self.temperature}; 1.0 leaves logits unchanged"
             )
 
     def states(self, states: Tensor) -> Tensor:
-        """(N, D) states as products take them."""
+        """(N, D) states scaled and cast for the matrix products."""
         scaled = self.rows(states)
         return scaled if self.temperature == 1.0 else scaled / self.temperature
 
     def rows(self, rows: Tensor) -> Tensor:
-        """(R, D) rows as products take them."""
+        """(R, D) rows scaled and cast for the matrix products."""
         scaled = F.normalize(rows, dim=1, eps=_LEAST_NORM) if self.normalize else rows
         return scaled if self.dtype is None else scaled.to(self.dtype)
 
     def states_gradient(self, states: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the raw states from that of the scaled ones, which it overwrites."""
+        """(N, D) gradient of the unscaled states; overwrites ``grad``, that of the scaled ones."""
         grad = grad if self.temperature == 1.0 else grad.div_(self.temperature)
         return self.rows_gradient(states, grad)
 
     def rows_gradient(self, rows: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the raw rows, in their dtype, from that of the scaled ones.
+        """(R, D) gradient of the unscaled rows, in the dtype of the rows.
 
-        It overwrites ``grad``, (R, D) float32.
+        ``grad``, the (R, D) float32 gradient of the scaled rows, is overwritten.
         """
         if self.normalize:
             norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
@@ -76,12 +76,12 @@ class Inputs:
         states: (N, D) float, scaled by ``scaling``.
         rows: (R, D) float as the table holds them.
         targets: (N,) int64 global items.
-        weights: (N,) float32 factors of the positions' losses.
-        row_ids: Which items the rows are.
+        weights: (N,) float32 weight of each position's loss.
+        row_ids: Which global items the rows are.
         num_items: V.
         scaling: How logits follow from states and rows.
         layout: Which positions and rows each rank holds.
-        backend: What serves the operations on states and rows, "torch" or "triton".
+        backend: "torch" or "triton", for the operations on states and rows.
     """
 
     states: Tensor
@@ -100,11 +100,11 @@ class Inputs:
         return self.layout.ranks
 
     def scaled_rows(self) -> Tensor:
-        """(R, D) rows as products take them."""
+        """(R, D) rows scaled and cast for the matrix products."""
         return self.scaling.rows(self.rows)
 
     def restrict(self, used: Tensor, rows: Tensor) -> "Inputs":
-        """The same inputs over a part of the rows, so that nothing has the size of V.
+        """The same inputs with only the rows in use.
 
         Args:
             used: (M,) int64 rows of this shard, ascending.
@@ -116,9 +116,9 @@ class Inputs:
         """(N,) float32 factor of each position's loss in the sum or the mean over all ranks.
 
         Args:
-            reduction: none, mean or sum; none leaves the weights alone.
-            covered: (N,) bool; positions outside count neither in the sum nor in the mean, whose
-                factors are 0 where no position counts.
+            reduction: none, mean or sum; for none and sum the factors are the weights.
+            covered: (N,) bool; other positions get factor 0. If no position of any rank is covered,
+                all factors of the mean are 0.
 
         Collectives: one all-reduce of a number for the mean.
         """
@@ -129,7 +129,7 @@ class Inputs:
         return weights / torch.where(norm > 0, norm, torch.ones_like(norm))
 
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
-        """The weighted losses (none), or over all ranks their sum or mean by the sum of weights.
+        """Weighted losses (none), or their sum or weighted mean over all ranks.
 
         Args:
             loss: (N,) float32.
@@ -154,7 +154,7 @@ def prepare_inputs(
     scaling: Scaling,
     backend: str = "auto",
 ) -> Inputs:
-    """The inputs, checked on every rank before anything is sent.
+    """The inputs of a loss, validated on every rank before any other collective.
 
     Args:
         states: (N, D) float; N may differ by rank and be 0.
@@ -162,16 +162,16 @@ def prepare_inputs(
         targets: (N,) integer global items in [0, V).
         weights: (N,) float, not negative, or None for ones.
         reduction: none, mean or sum.
-        scaling: How logits follow from states and rows; with a dtype, those of states and table
-            may be others.
+        scaling: How logits follow from states and rows; if it sets a dtype, states and table may
+            have different ones.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or a value is wrong, here or on another rank, or the backend does not
-            serve this device.
+        ValueError: a shape or a value is wrong on any rank, or the backend does not support this
+            device.
 
-    Collectives: with a group, one all-gather of five numbers.
+    Collectives: with a group, one all-gather of five integers per rank.
     """
     chosen = choose_backend(states, backend)
     shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
@@ -207,7 +207,7 @@ def restore_inputs(
     backend: str,
     sizes: Tensor | None,
 ) -> Inputs:
-    """The inputs again in backward: nothing is checked and nothing is sent.
+    """The inputs of the forward pass, rebuilt in backward without checks or collectives.
 
     Args:
         states: As in the forward pass, like ``shard``, ``targets``, ``scaling`` and ``backend``.
@@ -266,7 +266,7 @@ def shape_error(
     reduction: str,
     scaling: Scaling,
 ) -> TypeError | ValueError | None:
-    """What is wrong with shapes, dtypes and the reduction, without looking at any value."""
+    """The error in shapes, dtypes or reduction, or None; reads no tensor values."""
     if reduction not in _REDUCTIONS:
         return ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}; choose one")
     if states.dim() != 2 or rows.dim() != 2 or states.shape[1] != rows.shape[1]:
@@ -294,7 +294,7 @@ def shape_error(
 
 
 def _lone_shard_error(shard: RowShard) -> ValueError | None:
-    """What is wrong with a shard that has no group."""
+    """The error of a shard without a group that is not the whole table, or None."""
     if (shard.first_row, shard.num_rows) == (0, shard.rows.shape[0]):
         return None
     return ValueError(

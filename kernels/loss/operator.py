@@ -1,8 +1,8 @@
 """A loss as a pair of custom operators of PyTorch.
 
-``shardrec::<loss>`` and ``shardrec::<loss>_backward`` are opaque to torch.compile. What backward
-needs is returned by the first one as tensors, next to the loss, because a graph can save nothing
-else.
+``shardrec::<loss>`` and ``shardrec::<loss>_backward`` are opaque to torch.compile. The first one
+returns what is saved for backward as tensors, after the loss, because a graph can save only
+tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from shardrec.kernels.shard import RowShard
 
 __all__ = ["Operator"]
 
-# When the gradient is taken.
+# When the gradient is computed.
 _NEVER, _IN_FORWARD, _IN_BACKWARD = "never", "in_forward", "in_backward"
 
 FusedLoss = Callable[[Inputs, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -32,7 +32,7 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def _without_autocast(kernel: Kernel) -> Kernel:
-    """Turns autocast off inside: the operations there choose their dtypes themselves."""
+    """Turns autocast off inside ``kernel``, where each operation chooses its dtype itself."""
 
     @wraps(kernel)
     def run(self: Any, first: Tensor, *args: Any) -> Any:
@@ -46,17 +46,17 @@ def _without_autocast(kernel: Kernel) -> Kernel:
 
 
 class Operator:
-    """A loss that can be called, differentiated and traced, given its candidates."""
+    """A loss as a callable: custom operators with autograd and fake-tensor support."""
 
     def __init__(
         self, name: str, candidates: type[Candidates], fused: FusedLoss | None = None
     ) -> None:
-        """Registers the operators of a loss.
+        """Registers the two operators of a loss with PyTorch.
 
         Args:
             name: Name of the public function.
-            candidates: A dataclass; its fields are arguments of the operators.
-            fused: Loss and gradients in one pass over all items; None: ``fused_blocks``.
+            candidates: A dataclass; its fields become arguments of the operators.
+            fused: Computes loss and gradients in one pass; None: ``fused_blocks``.
         """
         self._name = name
         self._candidates = candidates
@@ -99,16 +99,16 @@ class Operator:
         *,
         fuse: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The loss as ``common.reduction`` says, and the (N,) bool mask of covered positions.
+        """() or (N,) float32 loss by ``common.reduction``, and (N,) bool mask of covered positions.
 
         Args:
             states: (N, D).
             table: (V, D), or this rank's shard of it.
             targets: (N,).
             common: The arguments that all losses have.
-            candidates: The candidates.
-            tables: Tensors that they need.
-            fuse: Take the gradient, where there will be one, in the forward pass.
+            candidates: How the loss chooses candidates.
+            tables: Tensors that ``candidates`` needs.
+            fuse: Compute the gradient, if one is required, in the forward pass.
         """
         shard = table if isinstance(table, RowShard) else RowShard(table, 0, table.shape[0])
         if common.weights is not None and common.weights.requires_grad:
@@ -121,8 +121,8 @@ class Operator:
             gradient = _IN_FORWARD if fuse and common.reduction != "none" else _IN_BACKWARD
         if common.sparse_grad and gradient != _NEVER and torch.compiler.is_compiling():
             raise ValueError(
-                "sparse_grad must be False in a compiled graph, got True; a graph holds no sparse "
-                "gradient, so call the loss outside of it or take a dense one"
+                "sparse_grad must be False in a compiled graph, got True; a graph cannot return a "
+                "sparse gradient, so call the loss outside of it or use a dense one"
             )
         loss, covered, _ = self._forward_overload(
             states,
@@ -268,7 +268,7 @@ class Operator:
         if ctx.is_spent:
             raise RuntimeError(
                 f"backward of {self._name} must run once, got a second call; use reduction='none', "
-                "which keeps what a second one needs"
+                "which keeps the tensors that a second one needs"
             )
         states, rows, targets, *rest = ctx.saved_tensors
         tables, saved = rest[: ctx.num_tables], rest[ctx.num_tables :]
@@ -282,7 +282,7 @@ class Operator:
                 grad, states, rows, targets, tables, saved, *ctx.values
             )
         if options.sparse_grad:
-            place = 2  # behind both gradients
+            place = 2  # after both gradients
             if options.gradient == _IN_BACKWARD:
                 place = options.saved_names(candidates, rows).index("used")
             grad_rows = torch.sparse_coo_tensor(
@@ -293,8 +293,8 @@ class Operator:
 
     def _refuse_second_derivative(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
-            f"{self._name} must be differentiated once, got a second derivative; take it of "
-            "F.cross_entropy over a few positions"
+            f"{self._name} must be differentiated once, got a second derivative; use "
+            "F.cross_entropy over a few positions instead"
         )
 
 

@@ -1,4 +1,4 @@
-"""The arguments that all losses share, as a caller gives them and as an operator takes them."""
+"""The arguments that all losses share, for the public functions and for the custom operators."""
 
 from dataclasses import dataclass
 
@@ -29,12 +29,12 @@ class Common:
     """The arguments that all losses have.
 
     Attributes:
-        weights: (N,) float factors of the positions' losses, or None.
+        weights: (N,) float weight of each position's loss, or None for ones.
         reduction: "mean", "sum" or "none".
-        normalize: Take states and rows at unit length.
-        temperature: Divides the logits.
+        normalize: Scale states and rows to unit L2 norm.
+        temperature: Positive; divides the logits.
         backend: "auto", "torch" or "triton".
-        sparse_grad: Give the table a sparse gradient.
+        sparse_grad: Give the table a sparse COO gradient.
     """
 
     weights: Tensor | None
@@ -47,42 +47,45 @@ class Common:
 
 @dataclass(frozen=True, slots=True)
 class OperatorOptions:
-    """The arguments of every operator that are not tensors, in the order of its schema."""
+    """The non-tensor arguments that all operators share, in the order of their schema."""
 
     first_row: int
     num_rows: int
-    group: str  # name of the process group; "" is a single process
+    group: str  # name of the process group; "" for a single process
     reduction: str
     normalize: bool
     temperature: float
     backend: str
     sparse_grad: bool
-    dtype: torch.dtype | None  # of products, where it is not that of the inputs
+    dtype: torch.dtype | None  # of matrix products; None: the dtype of the inputs
     gradient: str
 
     def shard(self, rows: Tensor) -> RowShard:
-        """The table of which these are the rows."""
+        """The row shard with these (R, D) rows, in the process group named ``group``."""
         group = find_group(self.group) if self.group else None
         return RowShard(rows, self.first_row, self.num_rows, group)
 
     @property
     def scaling(self) -> Scaling:
-        """What happens to states and rows before products."""
+        """How states and rows are scaled before the matrix products."""
         return Scaling(self.normalize, self.temperature, self.dtype)
 
     def copies_rows(self, rows: Tensor) -> bool:
-        """Whether a copy of the rows in use saves anything.
+        """Whether the pass works on a copy of the rows in use.
 
-        Not where the dense gradient of float32 rows takes what is added to it.
+        False for float32 rows with a dense gradient in one process: that gradient is accumulated in
+        place.
         """
         as_they_are = rows.dtype == torch.float32 and self.dtype in (None, torch.float32)
         return bool(self.group) or self.sparse_grad or self.normalize or not as_they_are
 
     def saved_names(self, candidates: Candidates, rows: Tensor) -> list[str]:
-        """Names of the tensors that ``passes.forward`` saves for backward, in the order of outputs.
+        """Names of the tensors that ``passes.forward`` saves for backward, in output order.
 
-        "slope" is the derivative of the loss with respect to each position's margin, "winner" the
-        slot of each position, "sizes" of the layout, "used" the rows in use, "used_rows" a copy.
+        "slope": (N,) dloss/dmargin; "logsumexp": (num_slots,); "winner": (N,) slot with the largest
+        loss; "sizes": those of the layout; "choice0" and so on: the results of ``choose``; "used":
+        local indices of the rows in use and "used_rows" a copy of these rows; the rest is the plan
+        to fetch rows (``FETCH_NAMES``) and the rows fetched.
         """
         num_choices = len(candidates.choice_shapes(1, 1))
         few = candidates.uses_few_rows and self.copies_rows(rows)
@@ -97,7 +100,7 @@ class OperatorOptions:
         ]
 
     def fake_saved(self, candidates: Candidates, states: Tensor, rows: Tensor) -> list[Tensor]:
-        """What a compiler knows of the saved tensors; a size that it cannot know is dynamic."""
+        """Fake saved tensors for tracing; sizes that depend on data or other ranks are dynamic."""
         (num_positions, width), num_rows = states.shape, rows.shape[0]
         unknown = torch.library.get_ctx().new_dynamic_size
         num_slots: int | torch.SymInt = num_positions
@@ -136,7 +139,7 @@ class OperatorOptions:
 
 
 def autocast_dtype(states: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks products of these states to have; None where it is off."""
+    """The autocast dtype for matrix products of these states; None if autocast is off."""
     device = states.device.type
     if not torch.is_autocast_enabled(device) or states.dtype is torch.float64:
         return None

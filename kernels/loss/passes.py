@@ -3,11 +3,11 @@
 A pass has these phases:
 
 1. choose the candidates (forward) or take them as saved (backward), and fetch the rows in use;
-2. for each chunk of positions of all ranks: all-gather its states while the chunk before is worked
-   on, and compute the blocks of logits of this shard;
-3. combine the shards: a maximum and a sum of log-sum-exps in forward, a reduce-scatter of state
-   gradients in backward;
-4. take the largest slot of each position as its loss.
+2. for each chunk of positions of all ranks: all-gather its states while the chunk before is
+   processed, and compute the blocks of logits of this shard;
+3. combine the shards: all-reduces (maximum, sum) of log-sum-exps in forward, a reduce-scatter of
+   state gradients in backward;
+4. in forward, take the slot with the largest loss for each position, and reduce the losses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,16 +49,16 @@ def forward(
     *,
     copies_rows: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, which positions it covers, and what backward needs.
+    """The loss, the mask of covered positions, and the tensors saved for backward.
 
-    ``loss_i = softplus(logsumexp - correction - target logit)`` of the slot where it is largest.
+    ``loss_i = softplus(logsumexp - correction - target logit)``, the largest over the slots of i.
 
     Args:
         inputs: The batch and the table.
-        candidates: The candidates of every position.
-        tables: Tensors that they need.
+        candidates: How the loss chooses candidates.
+        tables: Tensors that ``candidates`` needs.
         reduction: none, mean or sum.
-        copies_rows: Work on a copy of the rows that are used, where these are few.
+        copies_rows: Work on a copy of the rows in use, if the loss names them.
 
     Returns:
         (N,) or () float32; (N,) bool; and the tensors saved for ``backward``, by name.
@@ -101,13 +101,13 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(N, D) and (R, D) float32 gradients of the scaled states and rows.
 
-    Of the rows ``saved["used"]`` alone, where these are all that is used.
+    If ``saved["used"]`` names M rows in use, the second gradient is (M, D), of these rows.
 
     Args:
-        inputs: As in ``forward``, like ``candidates`` and ``tables``.
-        candidates: The candidates of every position.
-        tables: Tensors that they need.
-        saved: What ``forward`` saved.
+        inputs: As in ``forward``.
+        candidates: As in ``forward``.
+        tables: As in ``forward``.
+        saved: The tensors that ``forward`` saved, by name.
         grad: (N,) or () float32 gradient of the loss.
 
     Collectives: those of ``streamed_gradients`` or ``return_gradients``.
@@ -124,7 +124,7 @@ def backward(
     grad_margin = grad * saved["slope"]
     grad_slots = grad_margin
     if "winner" in saved:
-        # Positions without a slot write a zero behind the last one.
+        # Positions without a slot write to one extra entry after the last, which is dropped.
         padded = grad_margin.new_zeros(plan.num_slots + 1)
         padded[saved["winner"]] = grad_margin
         grad_slots = padded[:-1]
@@ -139,14 +139,15 @@ def backward(
 def streamed_logsumexp(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over all shards of each slot of this rank, and the logit of each target.
 
-    The workspace is two chunks of states, independent of the number of ranks: the states of a chunk
-    are in flight while the one before is worked on.
+    The workspace is two chunks of states, independent of the number of ranks: the states of one
+    chunk are in flight while the chunk before is processed.
 
     Returns:
-        (num_slots,) float32, -inf for a slot without candidates, and (N,) float32. No gradient:
-        ``streamed_gradients`` takes it.
+        (num_slots,) float32, -inf for a slot without candidates, and (N,) float32. Outside of
+        autograd: ``streamed_gradients`` computes the gradient.
 
-    Collectives: per chunk an all-gather of states and targets, a maximum and a sum of slots.
+    Collectives: per chunk an all-gather each of states, targets and ``plan.per_position``, and two
+    all-reduces, of the maximum and of the sum of exponentials and the target logits.
     """
     states, rows = inputs.states, inputs.scaled_rows()
     logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
@@ -170,17 +171,17 @@ def streamed_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(N, D) and (R, D) float32 gradients of ``inputs.states`` and ``inputs.scaled_rows()``.
 
-    The gradients of a chunk are in flight while the next one is worked on.
+    The gradients of one chunk are in flight while the next chunk is processed.
 
     Args:
         inputs: The batch and the table of the forward pass.
-        plan: Its plan, or one that lists the same candidates.
-        logsumexp: (num_slots,) float32 of the forward pass.
-        grad_logsumexp: (num_slots,) float32.
-        grad_target_logits: (N,) float32.
+        plan: The plan of the forward pass, or one that lists the same candidates.
+        logsumexp: (num_slots,) float32 log-sum-exps of the forward pass.
+        grad_logsumexp: (num_slots,) float32 gradient of the loss.
+        grad_target_logits: (N,) float32 gradient of the loss.
 
-    Collectives: per chunk an all-gather of states, targets and the gradients of slots and targets,
-    and a reduce-scatter of state gradients.
+    Collectives: per chunk an all-gather each of states, targets, slots with their gradients,
+    gradients of target logits and ``plan.per_position``, and a reduce-scatter of state gradients.
     """
     states, rows = inputs.states, inputs.scaled_rows()
     shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
@@ -205,29 +206,28 @@ def streamed_gradients(
 
 
 def used_rows(inputs: Inputs, candidates: Candidates, tables: Sequence[Tensor]) -> Tensor:
-    """(M,) int64 ascending rows of one process that are candidates or targets of any position."""
+    """(M,) int64 ascending local rows that are candidates or targets; for a single process."""
     items = candidates.used_items(inputs, tuple(tables))
     assert isinstance(items, Tensor)
     return _rows_of(inputs, items)
 
 
 def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) -> Tensor:
-    """(N,) int64 slot of the largest value of every position, the lower one of equals.
+    """(N,) int64 slot with the largest value of each position; of equal values the lower slot.
+
+    A position without a slot gets S, the number of slots.
 
     Args:
         values: (S,) float32.
         slot_positions: (S,) int64 in [0, N).
         num_positions: N.
 
-    Returns:
-        S stands for a position without a slot.
-
     >>> largest_slots(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 2]), 3)
     tensor([1, 3, 2])
     """
     best = values.new_full((num_positions,), -torch.inf)
     best.scatter_reduce_(0, slot_positions, values, "amax")
-    # A NaN must show in the loss.
+    # A NaN counts as the best, so that the loss becomes NaN.
     is_best = (values == best[slot_positions]) | values.isnan()
     slots = torch.arange(values.numel(), device=values.device)
     winner = torch.full((num_positions,), values.numel(), device=values.device)
@@ -235,10 +235,10 @@ def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) ->
 
 
 def loss_of_margin(margin: Tensor) -> Tensor:
-    """``log(1 + exp(margin))``, margin the log-sum-exp of the candidates less the target logit.
+    """(N,) losses ``log(1 + exp(margin))``; margin = log-sum-exp of candidates - target logit.
 
-    The target is no candidate, so nothing is subtracted from 1: the gradient of a row that is
-    nearly sure is as precise as any other.
+    The target is not among the candidates, so the gradient is not computed as 1 - p, which would
+    lose precision for a target with probability p near 1.
 
     >>> loss_of_margin(torch.tensor([0.0, -torch.inf]))
     tensor([0.6931, 0.0000])
@@ -252,7 +252,7 @@ def _local_inputs(
     tensors: tuple[Tensor, ...],
     saved: dict[str, Tensor],
 ) -> Inputs:
-    """The inputs over the rows in use, after they were fetched; saves these rows and the plan."""
+    """The inputs restricted to the rows in use, some fetched; adds rows and plan to ``saved``."""
     used = candidates.used_items(inputs, tensors)
     if used is None:
         return inputs
@@ -271,7 +271,7 @@ def _local_inputs(
 
 
 def _over_items(inputs: Inputs, items: Tensor, saved: dict[str, Tensor]) -> Inputs:
-    """The inputs over a copy of the rows of some items; saves the copy."""
+    """The inputs restricted to a copy of the rows of some items; adds the copy to ``saved``."""
     used = _rows_of(inputs, items)
     saved |= {"used": used, "used_rows": inputs.rows.index_select(0, used)}
     return inputs.restrict(used, saved["used_rows"])
@@ -285,10 +285,7 @@ def _rows_of(inputs: Inputs, items: Tensor) -> Tensor:
 def _chunks(
     inputs: Inputs, plan: Plan, grads: tuple[Tensor, Tensor] | None = None
 ) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Each chunk with its states, targets and, in backward, its columns of slots and of targets.
-
-    Behind those come the tensors of ``Plan.per_position``.
-    """
+    """Each chunk with its gathered tensors: states, targets, ``grads`` if any, per_position."""
     gather = inputs.layout.start_gather
 
     def start(chunk: Chunk) -> list[Pending]:
@@ -299,14 +296,14 @@ def _chunks(
             pending.append(gather(of_targets, chunk))
         return [*pending, *(gather(one, chunk) for one in plan.per_position)]
 
-    # All chunks are made first, so that no step of the loop waits for a device to count them.
+    # All chunks are listed first, so that no iteration waits for the device to count positions.
     return prefetched(list(inputs.layout.chunks(plan.chunk_of())), start)
 
 
 def _combine_shards(
     logsumexp: Tensor, target_logits: Tensor, ranks: Communicator
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and target logits over all shards: one maximum, and one sum over both."""
+    """Log-sum-exps and target logits over all shards; two all-reduces, a maximum and a sum."""
     largest = ranks.max(logsumexp)
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
     sums = ranks.sum(torch.cat([(logsumexp - shift).exp_(), target_logits]))

@@ -1,4 +1,10 @@
-"""Fetch the needed rows instead of sending the states, where that is fewer bytes."""
+"""Fetch the rows in use instead of sending the states to all shards, if that is fewer bytes.
+
+The phases: ``RowFetch.of`` derives which rank fetches which rows, the same plan on every rank
+without communication; ``fetch_rows`` brings them in forward; ``with_fetched_rows`` makes each
+rank's positions a problem of a single process; ``return_gradients`` sends row gradients back to
+their owners in backward.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -16,17 +22,17 @@ __all__ = ["RowFetch", "fetch_rows", "return_gradients", "with_fetched_rows"]
 
 @dataclass(frozen=True, slots=True)
 class RowFetch:
-    """Which rows each rank fetches; every rank derives the same plan from what all ranks know.
+    """The plan of which rows each rank fetches, derived on every rank from the same global data.
 
-    Every rank fetches the M shared rows, and T more that only its own targets need.
+    Every rank fetches the M shared rows, and T more rows that only its own targets need.
 
     Attributes:
         shared: (M,) int64 ascending items.
         fetched: (T,) int64 ascending items of this rank, none of them shared.
-        wanted: (S,) int64 items of this shard that other ranks fetch for their targets, by rank.
-        sent_counts: Items of ``wanted`` for each rank.
-        received_counts: Items of ``fetched`` from each rank.
-        num_fetched: T of all ranks together.
+        wanted: (S,) int64 items of this shard that ranks fetch for their targets, in rank order.
+        sent_counts: For each rank, how many items of ``wanted`` it fetches.
+        received_counts: For each rank, how many items of ``fetched`` it holds.
+        num_fetched: The sum of T over all ranks.
     """
 
     shared: Tensor
@@ -38,7 +44,7 @@ class RowFetch:
 
     @classmethod
     def of(cls, shared: Tensor, all_targets: Tensor, layout: Layout) -> "RowFetch":
-        """The plan for given targets.
+        """The plan for the targets of all ranks.
 
         Args:
             shared: (M,) int64 ascending items that every rank needs.
@@ -50,7 +56,7 @@ class RowFetch:
         ranks = torch.arange(limits.numel() - 1, device=shared.device)
         owner = ranks.repeat_interleave(limits.diff())
         left = RowIds(0, shared.numel(), shared).find(all_targets) < 0
-        # A rank fetches an item once, however many of its positions have it as target.
+        # A rank fetches an item once, even if it is the target of several of its positions.
         keys = torch.unique(owner[left] * num_items + all_targets[left])
         fetching, items = keys // num_items, keys % num_items
         fetched = items[fetching == rank]
@@ -80,7 +86,7 @@ class RowFetch:
 
     @property
     def leaving(self) -> Tensor:
-        """Items that some rank fetches, from this shard or another."""
+        """Items to send to any rank: all shared items, and the wanted items of this shard."""
         return torch.cat([self.shared, self.wanted])
 
     def pack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,16 +96,16 @@ class RowFetch:
 
     @classmethod
     def unpack(cls, shared: Tensor, fetched: Tensor, wanted: Tensor, counts: Tensor) -> "RowFetch":
-        """The plan that was packed, without ``num_fetched``."""
+        """The plan from the tensors of ``pack``; ``num_fetched`` is 0."""
         sent_counts, received_counts = counts.tolist()
         return cls(shared, fetched, wanted, sent_counts, received_counts, num_fetched=0)
 
 
 def fetch_rows(inputs: Inputs, plan: RowFetch) -> Tensor:
-    """(M + T, D) rows that this rank's positions need, by ascending item.
+    """(M + T, D) rows that this rank's positions need, sorted by item.
 
     Args:
-        inputs: The inputs over the rows of this shard that some rank fetches.
+        inputs: The inputs restricted to the rows of this shard that any rank fetches.
         plan: Which rows are fetched.
 
     Collectives: an all-gather of the shared rows and an all-to-all of the others.
@@ -112,7 +118,7 @@ def fetch_rows(inputs: Inputs, plan: RowFetch) -> Tensor:
 
 
 def with_fetched_rows(inputs: Inputs, plan: RowFetch, rows: Tensor) -> Inputs:
-    """The inputs of this rank's positions alone, over rows that were fetched."""
+    """Inputs of a single process: this rank's positions and the (M + T, D) fetched rows."""
     items = torch.cat([plan.shared, plan.fetched])[_order(plan)]
     counts = [inputs.states.shape[0]], [items.numel()]
     return replace(
@@ -124,10 +130,10 @@ def with_fetched_rows(inputs: Inputs, plan: RowFetch, rows: Tensor) -> Inputs:
 
 
 def return_gradients(inputs: Inputs, plan: RowFetch, grad: Tensor) -> Tensor:
-    """(U, D) float32 gradient of the rows that other ranks fetched here, summed over the ranks.
+    """(U, D) float32 gradient of this shard's fetched rows, summed over the ranks.
 
     Args:
-        inputs: The inputs over those rows.
+        inputs: The inputs restricted to those U rows.
         plan: Which rows were fetched.
         grad: (M + T, D) float32 gradient of the rows that this rank fetched.
 
@@ -141,7 +147,7 @@ def return_gradients(inputs: Inputs, plan: RowFetch, grad: Tensor) -> Tensor:
     returned = ranks.all_to_all(parts[1], plan.received_counts, plan.sent_counts)
     total = torch.zeros(inputs.rows.shape, dtype=torch.float32, device=grad.device)
     total[chunk.own] = summed()
-    # One addition for each rank, in which no row occurs twice: the order of sums is fixed.
+    # One addition per rank, each without repeated rows, so that the order of sums is fixed.
     rows = inputs.row_ids.find(plan.wanted).split(plan.sent_counts)
     for lines, part in zip(rows, returned.split(plan.sent_counts), strict=True):
         total[lines] += part
@@ -153,7 +159,7 @@ def _order(plan: RowFetch) -> Tensor:
 
 
 def _shared_chunk(inputs: Inputs, plan: RowFetch) -> Chunk:
-    """The shared rows as a chunk; ``own`` are those of this rank as rows of the inputs."""
+    """The shared rows as a ``Chunk``; its ``own`` are indices into ``inputs.rows``."""
     layout = inputs.layout
     chunk = Chunk.of(plan.shared, layout.row_borders, layout.ranks.rank)
     return replace(chunk, own=inputs.row_ids.find(plan.shared[chunk.own_slice]))

@@ -1,4 +1,4 @@
-"""Random integers and signs that are functions of counters, the same on every device and rank."""
+"""Counter-based random negatives and signs, the same on every device and rank."""
 
 from shardrec.kernels.negatives.draws import (
     STREAM_HASH,

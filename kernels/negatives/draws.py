@@ -1,4 +1,4 @@
-"""Random integers and signs that are functions of counters, the same on every device and rank."""
+"""Random integers and signs from a counter-based generator, the same on every device and rank."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ __all__ = [
     "random_signs",
 ]
 
-# Signs in memory at a time; while they are made they take four times 4 bytes.
+# Signs in memory at a time; 16 bytes each while they are generated.
 _MIX_SIGNS = 1 << 18
 
 # One stream per purpose, so that draws for different purposes never share a counter.
@@ -34,19 +34,22 @@ def draw_below(
     stream: int,
     backend: str = "auto",
 ) -> Tensor:
-    """(len(blocks), num_draws) int64, uniform in [0, bound); entry (b, k) is of blocks[b] and k.
+    """(len(blocks), num_draws) int64 uniform in [0, bound); entry (b, k) depends on blocks[b], k.
 
     A draw is ``floor(bound * u)`` with ``u`` a 64-bit fixed-point fraction, so for ``bound`` up to
-    2**31 each value's probability is within 2**-32 of ``1 / bound`` relative.
+    2**31 the relative error of each value's probability ``1 / bound`` is at most 2**-32.
 
     Args:
         bound: Number of values, in [1, 2**31).
         blocks: (T,) int64 in [0, 2**32), the block of each line of the result.
-        num_draws: Number of draws in a block.
+        num_draws: Number of draws per block.
         seed: Key of the generator, 64 bits.
         step: Training step.
-        stream: Purpose of the draws; two streams are independent.
-        backend: "auto", "torch" or "triton"; the draws are the same.
+        stream: Purpose of the draws; different streams are independent.
+        backend: "auto", "torch" or "triton"; all give the same draws.
+
+    Raises:
+        ValueError: ``bound`` is out of range, or the backend does not support this device.
     """
     if not 1 <= bound < 2**31:
         raise ValueError(f"bound must be in [1, 2**31), got {bound}; split the catalog")
@@ -76,13 +79,13 @@ def random_signs(
 
     Args:
         first_line: Counter of the first line.
-        num_lines: Lines.
-        width: Signs in a line.
+        num_lines: Number of lines.
+        width: Signs per line.
         seed: Key of the generator, 64 bits.
         step: Training step.
         stream: Purpose of the draws.
-        device: Where the signs are made.
-        backend: "auto", "torch" or "triton"; the signs are the same.
+        device: Device of the result.
+        backend: "auto", "torch" or "triton"; all give the same signs.
     """
     if choose_backend(torch.empty(0, device=device), backend) == "triton":
         from shardrec.kernels.negatives import gpu
@@ -93,7 +96,7 @@ def random_signs(
     lines = torch.arange(first_line, first_line + num_lines, device=device)
     calls = torch.arange((width + 127) // 128, device=device)
     words = philox(seed, calls[None, :], lines[:, None], step, stream)
-    # 32 bits of each word: 32-bit integers take half the time of 64-bit ones.
+    # The words fit in 32 bits, and 32-bit integers take half the time of 64-bit ones.
     columns = torch.stack(words, dim=-1).int()[..., None]
     bits = columns >> torch.arange(32, dtype=torch.int32, device=device) & 1
     return bits.flatten(1)[:, :width].float().mul_(-2).add_(1)
@@ -111,7 +114,7 @@ def mixed_signs(
 ) -> Tensor:
     """(num_columns, D) float32 ``sum_i sign(first_line + i, column) * states[i]``.
 
-    The signs are those of ``random_signs``, never stored beyond a tile.
+    The signs are those of ``random_signs``, in memory one tile at a time.
 
     Args:
         states: (N, D) float; no gradient is taken.
@@ -120,7 +123,7 @@ def mixed_signs(
         seed: Key of the generator.
         step: Training step.
         stream: Purpose of the draws.
-        backend: "auto", "torch" or "triton"; with Triton the signs are made inside the product.
+        backend: "auto", "torch" or "triton"; Triton generates the signs inside the product.
     """
     if choose_backend(states, backend) == "triton":
         from shardrec.kernels.negatives import gpu

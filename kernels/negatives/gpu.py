@@ -1,4 +1,4 @@
-"""Triton kernels that draw from counters, bit-equal to ``reference.py``, and their launchers."""
+"""Triton kernels of the counter-based draws, equal to those of ``draws.py``, and launchers."""
 
 import torch
 import triton
@@ -26,16 +26,16 @@ __all__ = [
     "sign_tile",
 ]
 
-# Signs that one call of the generator gives.
+# Signs per call of the generator: four words of 32 bits.
 SIGNS = tl.constexpr(128)
 _CALLS = 256
 
 
 @triton.jit
 def words(call, line, seed, step, stream):
-    """Four uint32 words of the counters (call, line, step, stream).
+    """Four uint32 random words of the counters (call, line, step, stream).
 
-    64-bit counters would silently select another generator, hence the casts.
+    The casts are needed because ``tl.philox`` uses another generator for 64-bit counters.
     """
     zero = (call * 0 + line * 0).to(tl.uint32)
     return tl.philox(
@@ -56,7 +56,7 @@ def scale_below(high, low, bound):
 
 @triton.jit
 def sign_tile(o_lines, first_column, seed, step, stream, WIDTH: tl.constexpr):
-    """(len(o_lines), WIDTH) float32 of +1 and -1 from ``first_column`` on.
+    """(len(o_lines), WIDTH) float32 random signs of the columns from ``first_column`` on.
 
     WIDTH is a power of two up to 128 that divides ``first_column``, so that one call of the
     generator per line serves the tile.
@@ -108,8 +108,8 @@ def mixed_signs_kernel(
 ):  # fmt: skip
     """(parts, num_columns, D) float32 products of transposed signs and states.
 
-    Grid: (tiles of 128 columns, parts of the width, parts of the positions). The signs are made
-    inside the product.
+    Grid: (tiles of 128 columns, parts of the width, parts of the positions). The signs are
+    generated inside the product.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     first_column, first_feature = tl.program_id(0) * SIGNS, tl.program_id(1) * WIDTH
@@ -170,7 +170,7 @@ def mixed_signs(
 ) -> Tensor:
     """(num_columns, D) float32 sum over i of ``sign(first_line + i, column) * states[i]``.
 
-    No sign is ever stored. The positions are cut into parts that are added in a fixed order.
+    The signs are never in memory. Positions are split into parts that are summed in a fixed order.
     """
     num_positions, width = states.shape
     if 0 in (num_positions, num_columns, width):
@@ -199,6 +199,6 @@ def mixed_signs(
 
 
 def counters(seed: int, step: int, stream: int) -> tuple[int, int, int]:
-    """Seed, step and stream as a kernel takes them: signed 64 bits."""
+    """Seed, step and stream as kernel arguments, the seed wrapped to a signed 64-bit integer."""
     seed &= (1 << 64) - 1
     return (seed - (1 << 64) if seed >> 63 else seed), step, stream

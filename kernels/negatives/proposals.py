@@ -1,4 +1,4 @@
-"""Distributions that negatives are drawn from, each with its own probability for logQ."""
+"""Distributions from which negatives are drawn, with the probabilities for the logQ correction."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
@@ -25,12 +25,12 @@ _POPULARITY_TOTAL = 1 << 50
 
 
 class Proposal(Protocol):
-    """A distribution over the V items.
+    """A distribution over the V items from which negatives are drawn.
 
     Attributes:
-        kind: Its name.
-        size: A number that it is made from; 0 where there is none.
-        tables: Tensors that it is made from.
+        kind: Name of the distribution.
+        size: V, if it is stored as a number; else 0.
+        tables: Tensors that define the distribution.
     """
 
     kind: ClassVar[str]
@@ -38,16 +38,16 @@ class Proposal(Protocol):
     tables: tuple[Tensor, ...]
 
     def draw(self, blocks: Tensor, num_draws: int, *, seed: int, step: int, stream: int) -> Tensor:
-        """(len(blocks), num_draws) int64 items; a function of the arguments alone."""
+        """(len(blocks), num_draws) int64 items, determined by the arguments."""
         ...
 
     def probability(self, items: Tensor) -> Tensor:
-        """Probability of each item, float64, of the shape of ``items``."""
+        """Float64 probability of each item, of the shape of ``items``."""
         ...
 
 
 class Uniform:
-    """Every item with probability 1 / V."""
+    """The uniform distribution: every item has probability 1 / V."""
 
     kind: ClassVar[str] = "uniform"
 
@@ -66,16 +66,16 @@ class Uniform:
 
 
 class Popularity:
-    """Items in proportion to ``max(count, 1) ** exponent``.
+    """Items with probability proportional to ``max(count, 1) ** exponent``.
 
-    The table is a (V,) int64 cumulative sum: float32 could not reach the tail beyond 2**24 items.
+    The table is a (V,) int64 cumulative sum: float32 could not resolve more than 2**24 items.
     """
 
     kind: ClassVar[str] = "popularity"
     size: int = 0
 
     def __init__(self, counts: Tensor, exponent: float = 1.0) -> None:
-        """Builds the cumulative table, 8 V bytes; meanwhile there are 8 V bytes more.
+        """Builds the cumulative table of 8 V bytes, with 8 V bytes of temporary memory.
 
         Args:
             counts: (V,) int64 training events of each item.
@@ -88,7 +88,7 @@ class Popularity:
 
     @classmethod
     def of_table(cls, ends: Tensor) -> "Popularity":
-        """The proposal of a (V,) int64 cumulative table."""
+        """The proposal with a (V,) int64 cumulative table built before."""
         self = cls.__new__(cls)
         self.tables = (ends,)
         return self
@@ -98,7 +98,7 @@ class Popularity:
         (ends,) = self.tables
         total, low_bound = ends[-1], 1 << 30
         draws = draw_below(low_bound, blocks, 2 * num_draws, seed=seed, step=step, stream=stream)
-        # 60 uniform bits scaled to [0, total) in two halves, so that no product leaves int64.
+        # 60 uniform bits scaled to [0, total) in two halves, so that no product overflows int64.
         fraction_high, fraction_low = draws[:, 0::2], draws[:, 1::2]
         high_bound, low = total >> 30, total & (low_bound - 1)
         point = fraction_high * high_bound + ((fraction_low * high_bound) >> 30)
@@ -106,25 +106,25 @@ class Popularity:
         return torch.searchsorted(ends, torch.minimum(point, total - 1), right=True)
 
     def probability(self, items: Tensor) -> Tensor:
-        """Share of the item in the table."""
+        """Float64 share of each item in the table."""
         (ends,) = self.tables
         start = torch.where(items > 0, ends[(items - 1).clamp(min=0)], 0)
         return (ends[items] - start).double() / ends[-1]
 
 
 class InBatch:
-    """Targets of the global batch; their probability is the item's share of the training events."""
+    """Targets of the global batch, with probability estimated as the share of training events."""
 
     kind: ClassVar[str] = "in_batch"
     size: int = 0
 
     def __init__(self, targets: Tensor, counts: Tensor, total: Tensor | None = None) -> None:
-        """Stores both.
+        """Stores the targets and the counts.
 
         Args:
             targets: (N,) int64 targets of all ranks, in the order of global positions.
             counts: (V,) int64 training events of each item.
-            total: () int64 their sum, where it is known.
+            total: () int64 sum of ``counts``, if it is known.
         """
         total = counts.sum() if total is None else total
         self.tables: tuple[Tensor, ...] = (targets, counts, total)
@@ -134,11 +134,11 @@ class InBatch:
         targets = self.tables[0]
         bound = max(targets.numel(), 1)
         draws = draw_below(bound, blocks, num_draws, seed=seed, step=step, stream=stream)
-        # A batch without positions has nobody to compare with the item 0 that it draws.
+        # A batch without positions draws item 0, which no position is compared with.
         return targets[draws] if targets.numel() else draws
 
     def probability(self, items: Tensor) -> Tensor:
-        """Share of the item in the training events."""
+        """Float64 share of each item in the training events, with counts of at least 1."""
         _, counts, total = self.tables
         return counts[items].clamp(min=1).double() / total
 
@@ -156,7 +156,7 @@ class Mixture:
         """Stores (proposal, number of draws) pairs.
 
         Raises:
-            ValueError: a part is a mixture, whose draws would repeat those of its neighbours.
+            ValueError: a part is itself a mixture; its streams would overlap those of other parts.
         """
         if any(part.kind == self.kind for part, _ in parts):
             raise ValueError(
@@ -180,16 +180,16 @@ class Mixture:
         return torch.cat(draws, dim=1)
 
     def probability(self, items: Tensor) -> Tensor:
-        """Mean of the parts' probabilities, weighted by their draws."""
+        """Float64 mean of the parts' probabilities, weighted by their numbers of draws."""
         shares = [count / self._total * part.probability(items) for part, count in self.parts]
         return torch.stack(shares).sum(0)
 
 
 def require_catalog(proposal: Proposal, num_items: int) -> None:
-    """Refuses a proposal of which a part is over another number of items.
+    """Raises ValueError if the proposal, or a part of it, is not over ``num_items`` items.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: the numbers differ; the message has both.
     """
     parts = [part for part, _ in proposal.parts] if isinstance(proposal, Mixture) else [proposal]
     for part in parts:
@@ -198,15 +198,15 @@ def require_catalog(proposal: Proposal, num_items: int) -> None:
         if size != num_items:
             raise ValueError(
                 f"proposal must be over the {num_items} items of the table, got one over {size}; "
-                "make it from this catalog"
+                "build it from this catalog"
             )
 
 
 def pack(proposal: Proposal) -> tuple[str, list[int], tuple[Tensor, ...]]:
-    """A proposal as an operator takes it: kinds of its parts, their draws and sizes, and tables.
+    """A proposal as operator arguments: kinds of its parts, their draws and sizes, and tables.
 
     Raises:
-        TypeError: the proposal is none of this module.
+        TypeError: the proposal is not a class of this module.
 
     >>> pack(Mixture([(Uniform(9), 3), (Uniform(7), 1)]))
     ('uniform uniform', [3, 9, 1, 7], ())
@@ -223,7 +223,7 @@ def pack(proposal: Proposal) -> tuple[str, list[int], tuple[Tensor, ...]]:
 
 
 def unpack(kinds: str, numbers: Sequence[int], tables: Sequence[Tensor]) -> Proposal:
-    """The proposal that was packed."""
+    """The proposal from the results of ``pack``."""
     rest = list(tables)
     parts: list[tuple[Proposal, int]] = []
     for kind, count, size in zip(kinds.split(), numbers[::2], numbers[1::2], strict=True):

@@ -1,4 +1,4 @@
-"""The counter-based generator philox4x32-10 in int64 arithmetic.
+"""The counter-based random number generator Philox4x32-10, in int64 arithmetic.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -16,7 +16,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def philox(
     seed: int, c0: Tensor, c1: Tensor, c2: int, c3: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int64 tensors of 32-bit words for the broadcast counters (c0, c1, c2, c3).
+    """Four int64 tensors of random 32-bit words, for the broadcast counters (c0, c1, c2, c3).
 
     >>> zero = torch.zeros(1, dtype=torch.int64)
     >>> [hex(word.item()) for word in philox(0, zero, zero, 0, 0)]
@@ -34,6 +34,6 @@ def philox(
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    # The 64-bit product wraps in int64; its bits are right, so mask after the arithmetic shift.
+    # The product wraps around in int64 but has the right bits: mask after the arithmetic shift.
     product = word * multiplier
     return (product >> 32) & _WORD, product & _WORD

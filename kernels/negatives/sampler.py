@@ -1,4 +1,4 @@
-"""Negatives shared by blocks of positions, drawn again whenever they are needed."""
+"""Negatives shared by blocks of positions, regenerated whenever they are needed."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ DRAWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """The negatives of each position, a function of (seed, step, global position) and of no rank.
+    """Negatives of each position: a function of (seed, step, global position), not of the rank.
 
     Attributes:
         proposal: Distribution of the draws.
@@ -27,8 +27,8 @@ class Sampler:
             ``i mod ceil(num_positions / share)``.
         seed: Key of the generator.
         step: Training step.
-        parity: Correct with the number of kept draws and ``Q(j) / (1 - Q(y))`` as in the paper,
-            instead of K and Q as drawn.
+        parity: Correct as in the paper, with the number of draws other than the target and
+            ``Q(j) / (1 - Q(y))``, instead of K and Q as drawn.
     """
 
     proposal: Proposal
@@ -41,43 +41,43 @@ class Sampler:
 
     @property
     def num_blocks(self) -> int:
-        """Number of sets of draws."""
+        """Number of blocks, each with its own set of draws."""
         return 1 if self.share is None else max(1, -(-self.num_positions // self.share))
 
     @property
     def blocks_at_once(self) -> int:
-        """Number of sets of draws that are in memory together."""
+        """Number of blocks with draws in memory at a time."""
         return max(1, DRAWS_AT_ONCE // self.num_negatives)
 
     def draw(self, blocks: Tensor) -> Tensor:
-        """(len(blocks), K) int64 items."""
+        """(len(blocks), K) int64 items drawn for the given blocks."""
         return self.proposal.draw(
             blocks, self.num_negatives, seed=self.seed, step=self.step, stream=STREAM_NEGATIVES
         )
 
     def distinct_items(self, device: torch.device) -> Tensor:
-        """Ascending items that any block draws; all draws are in memory for it."""
+        """(M,) int64 ascending distinct items of all blocks, with all draws in memory at once."""
         return torch.unique(self.draw(torch.arange(self.num_blocks, device=device)))
 
     def log_probability(self, items: Tensor) -> Tensor:
-        """Float32 ``log Q`` of each item."""
+        """Float32 ``log Q(item)``, of the shape of ``items``."""
         return self.proposal.probability(items).log().float()
 
     def drawn_rows(self, row_ids: RowIds, targets: Tensor) -> Tensor:
-        """(n,) int64 ascending items of the shard that are drawn or among ``targets``."""
+        """(n,) int64 ascending items of this shard that are drawn or among ``targets``."""
         drawn = torch.zeros(row_ids.count + 1, dtype=torch.bool, device=targets.device)
-        drawn[row_ids.find(targets)] = True  # -1, another shard's item, marks the extra entry
+        drawn[row_ids.find(targets)] = True  # items of other shards, -1, mark the extra last entry
         all_blocks = torch.arange(self.num_blocks, device=targets.device)
         for blocks in all_blocks.split(self.blocks_at_once):
             drawn[row_ids.find(self.draw(blocks).flatten())] = True
         return drawn[:-1].nonzero()[:, 0] + row_ids.first
 
     def correction(self, positions: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float32 to subtract from the log-sum-exp of logits lowered by ``log Q``.
+        """(n,) float32 to subtract from the log-sum-exps of ``s_ij - log Q(j)``: log K, by default.
 
         Args:
             positions: (n,) int64 global positions.
-            targets: (n,) int64 their targets.
+            targets: (n,) int64 targets of these positions.
         """
         if not self.parity:
             constant = torch.tensor(float(self.num_negatives), device=targets.device)

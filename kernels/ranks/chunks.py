@@ -1,4 +1,4 @@
-"""Which positions and rows each rank holds, and the chunks in which positions are worked on."""
+"""Which positions and rows each rank holds, and the chunks in which positions are processed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ __all__ = ["Chunk", "Gradients", "Layout", "chunk_members", "prefetched"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A set of positions of all ranks that are worked on together.
+    """A set of positions of all ranks that are processed together.
 
-    Slots and rows form chunks too: whatever has global numbers of which each rank has one range.
+    Slots and rows can form chunks too: anything numbered globally, with one range per rank.
 
     Attributes:
         positions: (n,) int64 global positions, ascending.
         own: (n_own,) int64 local positions of this rank among them, ascending.
-        own_slice: Where this rank's positions are in ``positions``.
+        own_slice: The slice of ``positions`` that belongs to this rank.
         counts: Number of positions of each rank.
     """
 
@@ -34,11 +34,11 @@ class Chunk:
 
     @classmethod
     def of(cls, positions: Tensor, borders: Sequence[int], rank: int) -> "Chunk":
-        """The chunk of some positions.
+        """The chunk of the given global positions.
 
         Args:
             positions: (n,) int64 global positions, ascending.
-            borders: W + 1 positions; rank r has those from ``borders[r]`` to ``borders[r + 1]``.
+            borders: W + 1 positions; rank r holds [``borders[r]``, ``borders[r + 1]``).
             rank: This rank.
 
         >>> Chunk.of(torch.tensor([1, 4, 5]), (0, 3, 6), 1).own.tolist()
@@ -52,13 +52,13 @@ class Chunk:
 
 
 class Layout:
-    """The global numbering of positions and rows: rank after rank, each has one range of both.
+    """The ranges of global positions and rows that each rank holds, in rank order.
 
     Attributes:
         ranks: The communicator.
-        borders: W + 1 global positions, where the range of each rank begins and the last ends.
-        row_borders: W + 1 global items, where each shard begins and the last ends.
-        device: Of the tensors made here.
+        borders: W + 1 global positions; rank r holds [``borders[r]``, ``borders[r + 1]``).
+        row_borders: W + 1 global items, likewise.
+        device: Device of the tensors that the methods create.
         state_bytes: Bytes of one state; decides in how many chunks the states are sent.
     """
 
@@ -70,7 +70,7 @@ class Layout:
         device: torch.device,
         state_bytes: int = 0,
     ) -> None:
-        """Numbers ``positions[r]`` positions and ``rows[r]`` rows of each rank r."""
+        """Takes the number of positions and of rows of each rank."""
         self.ranks = ranks
         self.borders: Sequence[int] = (0, *accumulate(positions))
         self.row_borders: Sequence[int] = (0, *accumulate(rows))
@@ -89,21 +89,22 @@ class Layout:
         state_bytes: int = 0,
         failed: bool = False,
     ) -> "Layout":
-        """The layout of a group, after every rank has said what it holds.
+        """The layout of a process group, from the sizes of all ranks.
 
         Args:
             group: Ranks that hold the shards.
             num_positions: N of this rank.
-            held: Rows of the table on this rank.
+            held: Global rows of the table on this rank.
             num_items: V.
-            device: Where the tensors are.
+            device: Device of the tensors.
             state_bytes: Bytes of one state.
-            failed: Whether this rank refuses its inputs.
+            failed: Whether the inputs of this rank are invalid.
 
         Raises:
-            ValueError: on every rank, where any rank refuses, or the shards are not the table.
+            ValueError: on every rank, if the inputs of any rank are invalid, or the shards do not
+                cover the table once.
 
-        Collectives: one all-gather of five numbers.
+        Collectives: one all-gather of five integers per rank.
         """
         own = [num_positions, len(held), held.start, num_items, int(failed)]
         ranks = Communicator(group)
@@ -112,7 +113,7 @@ class Layout:
         if refusing:
             raise ValueError(
                 f"inputs must be valid on every rank, got a refusal on rank {refusing[0]} of "
-                f"{len(sizes)}; its own message says why"
+                f"{len(sizes)}; read the error of that rank"
             )
         _require_whole_table(*sizes[:, 1:4].T)
         positions, rows = sizes[:, :2].T.tolist()
@@ -125,26 +126,26 @@ class Layout:
 
     @property
     def num_positions(self) -> int:
-        """Positions of all ranks."""
+        """Number of positions of all ranks."""
         return self.borders[-1]
 
     @property
     def largest_shard(self) -> int:
-        """Rows of the largest shard."""
+        """Number of rows of the largest shard."""
         return max(end - start for start, end in pairwise(self.row_borders))
 
     def sizes(self) -> Tensor:
-        """(W, 2) int64 on the CPU, positions and rows of each rank."""
+        """(W, 2) int64 on the CPU: number of positions and of rows of each rank."""
         return torch.tensor([self.borders, self.row_borders]).diff(dim=1).T.contiguous()
 
     def num_chunks(self, *, listed: bool) -> int:
-        """In how many chunks the states are sent; ``listed`` as in ``traffic.num_chunks``."""
+        """Number of chunks in which the states are sent; see ``traffic.num_chunks``."""
         if self.ranks.group is None:
             return 1
         return num_chunks(self.num_positions, self.state_bytes, listed=listed)
 
     def even_chunks(self, count: int) -> Tensor:
-        """(num_positions,) int64 chunk of each global position, an even share of every rank."""
+        """(num_positions,) int64 chunk of each global position; each rank's are split evenly."""
         parts = [
             torch.arange(end - start, device=self.device) * count // max(end - start, 1)
             for start, end in pairwise(self.borders)
@@ -152,18 +153,21 @@ class Layout:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
-        """The chunks of an assignment, in the same order on every rank."""
+        """The chunks of a (num_positions,) int64 assignment, in the same order on every rank."""
         for positions in chunk_members(chunk_of):
-            if self.ranks.group is None:  # all is known without waiting for the device
+            if self.ranks.group is None:  # nothing to read from the device, which would wait
                 count = positions.numel()
                 yield Chunk(positions, positions, slice(0, count), (count,))
             else:
                 yield Chunk.of(positions, self.borders, self.ranks.rank)
 
     def start_gather(self, local: Tensor, chunk: Chunk) -> Pending:
-        """(n, ...) values at the chunk's positions, of (N, ...) on each rank; one all-gather.
+        """Starts to gather the (n, ...) values at the chunk's positions, from (N, ...) per rank.
 
-        A single process copies its values when they are asked for, and never where it needs all.
+        A single process copies its values when it waits for them, and not at all if the chunk has
+        all of its positions.
+
+        Collectives: one all-gather with a group, else none.
         """
 
         def own() -> Tensor:
@@ -176,13 +180,13 @@ class Layout:
         )
 
     def gather_all(self, local: Tensor) -> Tensor:
-        """(num_positions, ...) values at all positions; for integers, not for states."""
+        """(num_positions, ...) values of all ranks, integers and not states; one all-gather."""
         counts = [end - start for start, end in pairwise(self.borders)]
         return self.ranks.start_all_gather_rows(local, counts)()
 
 
 def chunk_members(chunk_of: Tensor) -> Iterator[Tensor]:
-    """Ascending int64 positions of each chunk in turn, empty chunks left out."""
+    """Ascending int64 positions of each chunk in turn; empty chunks are skipped."""
     order = torch.argsort(chunk_of, stable=True)
     _, sizes = torch.unique_consecutive(chunk_of[order], return_counts=True)
     yield from order.split(sizes.tolist())
@@ -191,13 +195,13 @@ def chunk_members(chunk_of: Tensor) -> Iterator[Tensor]:
 def prefetched(
     chunks: Iterable[Chunk], start: Callable[[Chunk], Sequence[Pending]]
 ) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Each chunk with what was fetched for it, while that of the next chunk is in flight.
+    """Each chunk with the tensors fetched for it; those of the next chunk are in flight meanwhile.
 
     At most two chunks are in memory, whatever the number of ranks.
 
     Args:
-        chunks: In the same order on every rank.
-        start: Begins to fetch what a chunk needs, with the same collectives on every rank.
+        chunks: The chunks, in the same order on every rank.
+        start: Starts to fetch the tensors of a chunk, with the same collectives on every rank.
 
     >>> def start(chunk):
     ...     print("start", chunk.positions.tolist())
@@ -220,22 +224,22 @@ def prefetched(
 
 
 class Gradients:
-    """State gradients on their way to the ranks that own the positions, chunk by chunk.
+    """Reduce-scatters state gradients to the ranks that own the positions, chunk by chunk.
 
-    Those of one chunk are in flight while the next one is worked on.
+    The gradients of one chunk are in flight while the next chunk is processed.
 
     Attributes:
         total: (N, D) gradient of this rank's positions; complete after ``finish``.
     """
 
     def __init__(self, ranks: Communicator, total: Tensor) -> None:
-        """Stores the communicator, and the tensor that takes what arrives."""
+        """Stores the communicator, and the (N, D) tensor that receives the gradients."""
         self.total = total
         self._ranks = ranks
         self._in_flight: tuple[Chunk, Pending] | None = None
 
     def send(self, part: Tensor, chunk: Chunk) -> None:
-        """Starts to send this shard's (n, D) share of a chunk, then waits for the one before.
+        """Starts a reduce-scatter of this shard's (n, D) gradient; waits for the chunk before.
 
         Collectives: one reduce-scatter.
         """
@@ -253,7 +257,7 @@ class Gradients:
 
 
 def _require_whole_table(num_rows: Tensor, first_rows: Tensor, num_items: Tensor) -> None:
-    """Refuses shards that do not hold every row once, in the order of ranks; all (W,) int64."""
+    """Raises ValueError unless the shards hold every row once, in rank order; all (W,) int64."""
     starts = num_rows.cumsum(0) - num_rows
     misplaced = (first_rows != starts) & (num_rows > 0)
     if bool(misplaced.any()) or bool((num_items != num_rows.sum()).any()):

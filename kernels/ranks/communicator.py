@@ -1,4 +1,4 @@
-"""Collectives over a process group, or over this process alone where there is no group."""
+"""Collectives over an optional process group; None is a single process."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 Pending = Callable[[], Tensor]
-"""Waits for a collective in flight and returns its result; called once, in order of starting."""
+"""Waits for a collective in flight and returns its result. Call each once, in the order started."""
 
 
 class Communicator:
-    """The collectives that the losses need; with ``group`` None each returns what it was given.
+    """The collectives that the losses use; with ``group`` None each returns its input.
 
-    A collective whose name begins with ``start_`` runs on the group's own stream or thread while
-    the caller goes on. Nothing here has a gradient but ``total``.
+    Methods named ``start_...`` return at once; the collective runs asynchronously on the stream or
+    thread of the group. Only ``total`` is differentiable.
 
     Attributes:
         group: The process group, or None for a single process.
@@ -31,13 +31,13 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Looks up this rank's place in ``group``."""
+        """Looks up the size of ``group`` and the rank of this process in it."""
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def start_all_gather(self, local: Tensor) -> Pending:
-        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
+        """Starts one all-gather; its result is (W, ...), the tensors of all ranks, of one shape."""
         if self.group is None:
             return lambda: local[None]
         received = local.new_empty((self.size * local.numel(),))
@@ -46,11 +46,11 @@ class Communicator:
         return _after(work, lambda: received.view(self.size, *local.shape))
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """(W, ...) tensors of all ranks, all of one shape; one all-gather."""
+        """(W, ...) tensors of all ranks, which have one shape; one all-gather."""
         return self.start_all_gather(local)()
 
     def start_all_gather_rows(self, local: Tensor, counts: Sequence[int]) -> Pending:
-        """(sum(counts), ...) rows of all ranks, ``counts[r]`` of rank r; one padded all-gather."""
+        """Starts one padded all-gather of ``counts[r]`` rows of each rank r: (sum(counts), ...)."""
         width = max(counts)
         if self.group is None or not width:
             return lambda: local
@@ -65,7 +65,7 @@ class Communicator:
         return wait
 
     def start_reduce_scatter(self, full: Tensor, counts: Sequence[int]) -> Pending:
-        """(counts[rank], ...) sum over ranks of this rank's part; one padded reduce-scatter."""
+        """Starts one padded reduce-scatter: (counts[rank], ...), this rank's part of the sum."""
         width = max(counts)
         if self.group is None or not width:
             return lambda: full
@@ -79,7 +79,7 @@ class Communicator:
     def all_to_all(
         self, sent: Tensor, sent_counts: Sequence[int], received_counts: Sequence[int]
     ) -> Tensor:
-        """(sum(received_counts), ...) rows for this rank, by sender; one all-to-all."""
+        """(sum(received_counts), ...) rows sent to this rank, in sender order; one all-to-all."""
         if self.group is None:
             return sent
         received = sent.new_empty((sum(received_counts), *sent.shape[1:]))
@@ -89,7 +89,7 @@ class Communicator:
         return received
 
     def sum(self, local: Tensor) -> Tensor:
-        """Sum over ranks; one all-reduce."""
+        """Sum over ranks, of the shape of ``local``, without gradient; one all-reduce."""
         return self._all_reduce(local.detach(), dist.ReduceOp.SUM)
 
     def sum_(self, values: Tensor) -> None:
@@ -98,11 +98,11 @@ class Communicator:
             dist.all_reduce(values, group=self.group)
 
     def max(self, local: Tensor) -> Tensor:
-        """Maximum over ranks; one all-reduce."""
+        """Maximum over ranks, of the shape of ``local``, without gradient; one all-reduce."""
         return self._all_reduce(local.detach(), dist.ReduceOp.MAX)
 
     def total(self, local: Tensor) -> Tensor:
-        """Sum over ranks, whose gradient for this rank's term is the gradient of the sum."""
+        """Differentiable sum over ranks; each rank's term gets the gradient of the sum."""
         return local if self.group is None else _Total.apply(local, self)
 
     def _all_reduce(self, local: Tensor, operation: Any) -> Tensor:
@@ -124,7 +124,7 @@ class _Total(torch.autograd.Function):
 
 
 def find_group(name: str) -> dist.ProcessGroup:
-    """The process group of this name: a traced graph can hold a string and no group."""
+    """The process group with this name; a traced graph can store the name but not the group."""
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def _after(work: Any, result: Pending) -> Pending:
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
-    """(length, ...) the rows, and zeros behind them."""
+    """(length, ...) the rows, padded with zeros at the end."""
     if rows.shape[0] == length:
         return rows
     padded = rows.new_zeros((length, *rows.shape[1:]))

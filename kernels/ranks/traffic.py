@@ -1,4 +1,4 @@
-"""Bytes that the ranks send each other: in how many chunks, and which way is fewer."""
+"""Communication volume between ranks: bytes of states and rows, and the number of chunks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,30 +6,31 @@ from dataclasses import dataclass
 __all__ = ["Workload", "num_chunks", "row_traffic", "sends_fewer_bytes", "state_traffic"]
 
 MIB = 1 << 20
-# States of a chunk: at most these are in memory for one chunk of positions.
+# Upper limit of the states of one chunk of positions.
 MOST_CHUNK_BYTES = 16 * MIB
-# Smaller chunks cost more than is saved by sending one while another is worked on. For the full
-# softmax a chunk costs a few calls: on two CPU ranks (N=8,192, D=128) four took as long as one. A
-# list of blocks is made for every chunk and its blocks get smaller: there four chunks of 1 MiB took
-# 1.3 (sce), 1.5 (cce_minus) and 1.9 (rece) times as long as one, against some ms saved.
+# Smaller chunks cost more than overlapping communication and computation saves. For the full
+# softmax a chunk costs a few calls: on two CPU ranks (N=8,192, D=128) four took as long as one. For
+# listed blocks, a list is built for every chunk and its blocks get smaller: four chunks of 1 MiB
+# took 1.3 (sce), 1.5 (cce_minus) and 1.9 (rece) times as long as one, and saved a few ms.
 LEAST_FULL_BYTES = MIB
 LEAST_LISTED_BYTES = 8 * MIB
-# With so many chunks at most a quarter of the states is sent before there is work to do.
+# With four chunks, a quarter of the states is sent before computation can start.
 LEAST_CHUNKS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """One step of a loss as the busiest rank sees it.
+    """The sizes of one training step, for the rank with the most positions and rows.
 
     Attributes:
         num_positions: N over all ranks.
         num_items: V.
         num_ranks: W.
         width: D.
-        element_bytes: of states and rows.
-        on_cpu: whether the plain path works, with the tiles of a CPU; else Triton does.
-        architecture: whose tiles Triton takes, 90 as in sm_90; 0 is its interpreter.
+        element_bytes: bytes per number of states and rows.
+        on_cpu: True for the plain PyTorch kernels on a CPU, False for Triton.
+        architecture: GPU architecture that selects the Triton tiles, 90 for sm_90; 0 for the
+            interpreter.
     """
 
     num_positions: int
@@ -42,25 +43,26 @@ class Workload:
 
     @property
     def own_positions(self) -> int:
-        """N of one rank."""
+        """Positions per rank, rounded up."""
         return -(-self.num_positions // self.num_ranks)
 
     @property
     def num_rows(self) -> int:
-        """R, rows of the largest shard."""
+        """R, rows of the largest shard: rows per rank, rounded up."""
         return -(-self.num_items // self.num_ranks)
 
 
 def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
-    """In how many chunks the states of all ranks are sent.
+    """Number of chunks in which the states of all ranks are sent.
 
-    As many as keep a chunk within ``MOST_CHUNK_BYTES``, and ``LEAST_CHUNKS`` where none of them
-    falls below the least that pays: then most of the states are sent while others are worked on.
+    Enough that no chunk exceeds ``MOST_CHUNK_BYTES``, and at least ``LEAST_CHUNKS`` as long as
+    chunks stay above ``LEAST_FULL_BYTES`` or ``LEAST_LISTED_BYTES``, so that communication overlaps
+    with computation.
 
     Args:
         num_positions: N over all ranks.
-        state_bytes: Of one state.
-        listed: Whether blocks are listed for every chunk; else it is compared with all rows.
+        state_bytes: Bytes of one state.
+        listed: True if the loss lists blocks for each chunk, False for the full softmax.
 
     >>> [num_chunks(n, 256, listed=False) for n in (1_000, 10_000, 20_000, 1_000_000)]
     [1, 2, 4, 16]
@@ -76,8 +78,8 @@ def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:
     """Bytes of states and their gradients that a rank receives, by name.
 
     Args:
-        work: The step.
-        gathers: How often the states are sent; 2 where backward needs them again.
+        work: Sizes of the step.
+        gathers: How often the states are all-gathered; 2 if backward needs them again.
     """
     others = work.num_positions * (1 - 1 / work.num_ranks) * work.width
     name = "states, twice" if gathers == 2 else "states"
@@ -85,12 +87,12 @@ def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:
 
 
 def row_traffic(work: Workload, shared: float, fetched: float) -> dict[str, float]:
-    """Bytes of rows and their gradients that a rank receives where rows are fetched, by name.
+    """Bytes of rows and their gradients that a rank receives if it fetches rows, by name.
 
     Args:
-        work: The step.
+        work: Sizes of the step.
         shared: Rows that every rank needs.
-        fetched: Further rows that this rank alone needs, of any shard.
+        fetched: Further rows that only this rank needs, of any shard.
     """
     vectors = (shared + fetched) * (1 - 1 / work.num_ranks) * work.width
     return {"candidates": work.element_bytes * vectors, "gradients of candidates": 4 * vectors}

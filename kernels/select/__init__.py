@@ -1,4 +1,4 @@
-"""The best rows of a projection, streamed over the rows: top-k per query and argmax per row."""
+"""Top-k rows of each query, and best direction of each row, without storing all scores."""
 
 import torch
 from torch import Tensor
@@ -23,17 +23,16 @@ __all__ = [
 def topk_rows(
     queries: Tensor, rows: Tensor, k: int, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(Q, k) scores and (Q, k) rows with the largest inner product, sorted, ties by lower row.
+    """(Q, k) scores and (Q, k) rows of largest inner product, best first; ties: the lower row.
 
-    Scores are compared and returned at coarse precision (ten bits behind the leading one, a
-    relative step of 2**-10), which makes them a function of the two vectors alone: equal rows are
-    chosen alike however the rows are cut into shards. The workspace is a tile of scores and the
-    lists themselves, independent of R.
+    Scores are compared and returned at coarse precision (a mantissa of ten bits, a relative step of
+    2**-10), which makes them a function of the two vectors alone: the choice does not depend on
+    how the rows are sharded. The workspace is a tile of scores and the lists, independent of R.
 
     Args:
         queries: (Q, D) float; rounded to the dtype of the rows.
         rows: (R, D) float.
-        k: Number per query; where it is above R the lists have R entries.
+        k: Rows per query; above R the lists have R entries.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Returns:
@@ -56,10 +55,10 @@ def best_sign_direction(
     stream: int,
     backend: str = "auto",
 ) -> Tensor:
-    """(n,) int64 index of the random sign vector of largest inner product, the lower of equals.
+    """(n,) int64 index of the random sign vector of largest inner product; ties: the lower index.
 
-    It depends on the vector alone, not on how many are given with it.
-    Direction i is line i of ``random_signs`` with the same seed, step and stream.
+    The result for a vector does not depend on the other vectors of the call. Direction i is line i
+    of ``random_signs`` with the same seed, step and stream.
 
     Args:
         vectors: (n, D) float; no gradient is taken.
@@ -67,7 +66,7 @@ def best_sign_direction(
         seed: Key of the generator.
         step: Training step.
         stream: Purpose of the draws.
-        backend: "auto", "torch" or "triton"; with Triton the signs are made inside the product.
+        backend: "auto", "torch" or "triton"; Triton generates the signs inside the product.
     """
     if choose_backend(vectors, backend) == "triton":
         from shardrec.kernels.select import gpu
@@ -81,12 +80,12 @@ def best_sign_direction(
 
 
 def merge_topk(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) scores and indices of the best of several lists, ties by lower index.
+    """(Q, k) best scores and indices of several concatenated lists; ties: the lower index.
 
     Args:
-        scores: (Q, M) float32 coarse scores, the lists of all shards side by side.
-        indices: (Q, M) int64, distinct within a line where the score is above -inf.
-        k: Number kept, at most M.
+        scores: (Q, M) float32 coarse scores, the lists of all shards concatenated.
+        indices: (Q, M) int64; those with a score above -inf are distinct within a line.
+        k: Length of the result, at most M.
     """
     order = torch.argsort(indices, dim=1)
     scores, indices = scores.gather(1, order), indices.gather(1, order)

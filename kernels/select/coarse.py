@@ -1,8 +1,8 @@
-"""Scores at coarse precision: what a choice compares, so that rounding does not choose.
+"""Scores at coarse precision, so that rounding errors do not change which rows are selected.
 
-The last bits of a product depend on its shape, and so on the number of ranks and on the processor.
-A coarse score does not: where rounding leaves it open, the product of that pair is taken in
-float64. Equal vectors then have equal coarse scores, and the lower index decides.
+The last bits of a matrix product depend on its shape, and so on the number of ranks and on the
+processor. A coarse score does not: if rounding could change it, the inner product of that pair is
+recomputed in float64. Equal vectors then have equal coarse scores, and the lower index is selected.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from torch import Tensor
 
 __all__ = ["DROPPED", "Pairs", "above", "coarse", "lengths", "rounding"]
 
-# Bits of the 23 of a float32 that are dropped; ten are left, a relative step of 2**-10. That is far
-# above the rounding of a product, and no coarser than the inputs of one in bfloat16.
+# Dropped bits, of the 23 of a float32 mantissa; ten are left, a relative step of 2**-10. That is
+# far above the rounding error of a product, and no coarser than bfloat16 inputs.
 DROPPED = 13
 _STEP = 1 << DROPPED
-# What products of up to 2**12 tiny numbers lose; less than a coarse zero is wide.
+# Upper bound on the underflow of an inner product of up to 2**12 numbers; below the coarse step
+# at zero.
 _UNDERFLOW = 2.0**-137
-# Numbers of a float64 product of pairs in memory at a time; 2**17 are 1 MiB.
+# Float64 numbers in memory at a time when pairs are recomputed; 2**17 are 1 MiB.
 _NUMBERS_AT_ONCE = 1 << 17
 
 
 def coarse(scores: Tensor) -> Tensor:
-    """float32 scores cut towards zero to ten bits behind the leading one.
+    """float32 scores rounded towards zero to a mantissa of ten bits, of the same shape.
 
     >>> coarse(torch.tensor([1.0, 1.0009, 1.001, -1.0009, -torch.inf]))
     tensor([ 1.0000,  1.0000,  1.0010, -1.0000,    -inf])
@@ -35,7 +36,7 @@ def coarse(scores: Tensor) -> Tensor:
 
 
 def above(floor: Tensor) -> Tensor:
-    """The scores from which on ``coarse(score) > floor``; where that is negative, excluded.
+    """Smallest scores with ``coarse(score) > floor``; if negative, that bound itself is excluded.
 
     >>> above(torch.tensor([1.0, 1.0009, -1.0]))
     tensor([ 1.0010,  1.0010, -1.0000])
@@ -44,31 +45,32 @@ def above(floor: Tensor) -> Tensor:
 
 
 def rounding(width: int) -> float:
-    """How far a float32 product of two vectors of unit length can be from the exact one.
+    """Error bound of a float32 inner product of two unit vectors of width D.
 
-    With ``u = 2**-24``, ``D u`` is never exceeded, and ``8 sqrt(D) u`` with probability
-    ``2 D exp(-32)`` where roundings are independent (Higham and Mary, "A new approach to
-    probabilistic rounding error analysis", 2019). Norms and comparisons take 4 u.
+    With ``u = 2**-24``, the error never exceeds ``D u``, and exceeds ``8 sqrt(D) u`` with
+    probability at most ``2 D exp(-32)`` if rounding errors are independent (Higham and Mary, "A new
+    approach to probabilistic rounding error analysis", 2019). 4 u are added for norms and
+    comparisons.
     """
     return (min(width, 8 * math.sqrt(width)) + 4) * 2.0**-24
 
 
 def lengths(vectors: Tensor) -> Tensor:
-    """(n,) float32 lengths of (n, D) float32 vectors."""
-    # Without a copy in float64, so vectors shorter than 2**-63 count as zero: their scores are
-    # taken as they are.
+    """(n,) float32 L2 norms of (n, D) float32 vectors."""
+    # In float32, as a float64 copy would be large. Norms below 2**-63 underflow to 0: scores of
+    # such vectors are not recomputed.
     return torch.linalg.vector_norm(vectors, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The queries and rows behind a tile of scores.
+    """The queries and rows of a tile of scores, to recompute scores that rounding could change.
 
     Attributes:
         queries: (M, D) float32.
-        query_slack: (M,) their lengths times ``rounding(D)``.
+        query_slack: (M,) float32 norms of the queries times ``rounding(D)``.
         rows: (n, D) float32.
-        row_lengths: (n,) their lengths.
+        row_lengths: (n,) float32 norms of the rows.
     """
 
     queries: Tensor
@@ -78,16 +80,16 @@ class Pairs:
 
     @property
     def slack(self) -> Tensor:
-        """(M, 1) how far a score of each query can be from the exact one."""
+        """(M, 1) float32 error bound of the scores of each query in this tile."""
         return (self.query_slack * self.row_lengths.amax() + _UNDERFLOW)[:, None]
 
     def decide(self, scores: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-        """(P,) coarse scores, a function of the two vectors of each pair alone.
+        """(P,) float32 coarse scores of pairs that depend on their two vectors alone.
 
         Args:
-            scores: (P,) float32, as a product of any shape gave them.
-            queries: (P,) int64.
-            rows: (P,) int64 in this tile.
+            scores: (P,) float32 scores from a matrix product of any shape.
+            queries: (P,) int64 index of each query.
+            rows: (P,) int64 index of each row in this tile.
         """
         slack = self.query_slack[queries] * self.row_lengths[rows] + _UNDERFLOW
         least, most = coarse(scores - slack), coarse(scores + slack)
@@ -96,7 +98,7 @@ class Pairs:
         return least.index_copy_(0, undecided, coarse(exact))
 
     def _products(self, queries: Tensor, rows: Tensor) -> Tensor:
-        """(P,) products of pairs, taken in float64 and rounded to float32."""
+        """(P,) float32 inner products of pairs, computed in float64 and rounded once."""
         result = self.rows.new_empty(len(rows))
         at_once = max(1, _NUMBERS_AT_ONCE // max(1, self.rows.shape[1]))
         for first in range(0, len(rows), at_once):

@@ -1,4 +1,4 @@
-"""Selections in plain PyTorch, one tile of scores at a time."""
+"""Selections in plain PyTorch, one tile of scores in memory at a time."""
 
 import math
 
@@ -16,18 +16,18 @@ TILE_SCORES = 1 << 20
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) coarse scores and (Q, k) rows of the largest, sorted, ties by lower row.
+    """(Q, k) coarse scores and (Q, k) rows of largest inner product, best first; ties: lower row.
 
-    The workspace is a tile of scores and the lists themselves, independent of R.
+    The workspace is a tile of scores and the lists, independent of R.
 
     Args:
         queries: (Q, D) float.
         rows: (R, D) float.
-        k: Number per query; where it is above R the lists have R entries.
+        k: Rows per query; above R the lists have R entries.
 
     Returns:
-        float32 scores and int64 rows; where a score is not a number, the first rows with NaN. No
-        gradient.
+        float32 scores and int64 rows; a query with any NaN score gets rows 0 to k - 1 with score
+        NaN. No gradient.
     """
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     k = min(k, num_rows)
@@ -49,10 +49,10 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best_direction(directions: Tensor, rows: Tensor) -> Tensor:
-    """(R,) int64 index of the direction with the largest inner product, the lower one of equals.
+    """(R,) int64 direction of largest inner product with each row; ties: the lower direction.
 
-    Where rounding could decide, products are taken in float64, so that equal rows have the same
-    direction and equal directions are equally good.
+    If rounding could change the result, inner products are recomputed in float64, so that equal
+    rows get the same direction and equal directions tie.
 
     Args:
         directions: (n_b, D) float.
@@ -74,5 +74,5 @@ def best_direction(directions: Tensor, rows: Tensor) -> Tensor:
 
 
 def _best_in_float64(directions: Tensor, rows: Tensor) -> Tensor:
-    """(R, 1) the best directions by products that equal vectors have in common."""
+    """(R, 1) int64 best direction of each row by inner products computed in float64."""
     return (rows.double() @ directions.double().T).float().argmax(1, keepdim=True)

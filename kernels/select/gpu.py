@@ -1,12 +1,13 @@
 """Triton kernels of the selections, and their launchers.
 
-Top-k takes one product over all rows that keeps only the largest score of each group of 16 rows,
-chooses the k best groups, and scores their rows again: the k best rows stand in the k best groups,
-also where scores are equal, since a group left out has k groups before it that are as good.
-Products: 2 Q R D + 32 Q k D FLOP; the workspace does not depend on R.
+The phases of top-k: (1) one matrix product over all rows, of which only the largest score of each
+group of 16 rows is stored; (2) choose the k best groups; (3) score the rows of these groups again
+and choose the k best rows. They are in the k best groups, with ties too: a group that is left out
+comes after k groups that are at least as good. FLOP: 2 Q R D + 32 Q k D; the workspace does not
+depend on R.
 
-A tile has one shape whatever the number of rows, so a score depends on its two vectors alone, and
-equal vectors have equal scores. Compared are coarse scores, as on a CPU.
+Tiles have the same shape for any number of rows, so a score depends on its two vectors alone, and
+equal vectors have equal scores. Scores are compared at coarse precision, as on a CPU.
 """
 
 import torch
@@ -32,15 +33,15 @@ __all__ = [
 
 GROUP = tl.constexpr(16)
 COARSE = tl.constexpr(-(1 << DROPPED))  # the bits of a score that are compared
-# Group maxima or scores of candidates in memory at a time.
+# Group maxima, or scores of candidates, in memory at a time.
 TILE_SCORES = 1 << 21
-# Candidates that a program scores again.
+# Candidates per program of ``score_groups_kernel``.
 CANDIDATES = 128
 
 
 @triton.jit
 def coarse_tile(b_scores):
-    """float32 scores cut towards zero to the bits that are compared."""
+    """float32 scores rounded towards zero to a mantissa of ten bits; see ``coarse.coarse``."""
     return (b_scores.to(tl.int32, bitcast=True) & COARSE).to(tl.float32, bitcast=True)
 
 
@@ -89,8 +90,8 @@ def score_groups_kernel(
 ):  # fmt: skip
     """(Q, num_groups * 16) coarse scores of the rows of (Q, num_groups) groups.
 
-    Grid: tiles of candidates of every query; one writer per score. No matrix product: each query
-    has rows of its own.
+    Grid: tiles of candidates of every query; one writer per score. No matrix product, as each query
+    has other rows.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     num_tiles = tl.cdiv(num_groups * GROUP, ITEMS)
@@ -123,9 +124,9 @@ def best_sign_direction_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(num_vectors,) int64 direction of the largest inner product, the lower one of equals.
+    """(num_vectors,) int64 sign vector of largest inner product; ties: the lower index.
 
-    Grid: tiles of ITEMS vectors. The sign vectors are made from counters, POSITIONS at a time.
+    Grid: tiles of ITEMS vectors. Sign vectors are generated from counters, POSITIONS at a time.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     o_vectors = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
@@ -154,10 +155,10 @@ def best_sign_direction_kernel(
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) coarse scores and (Q, k) rows, sorted, ties by lower row; see ``cpu.topk_rows``.
+    """(Q, k) coarse scores and (Q, k) rows, best first; ties: the lower row; see ``cpu.topk_rows``.
 
-    A score within the rounding of a product of the border of two coarse ones may be taken for
-    either, and scores must be finite: one that is not a number is passed over.
+    Unlike on a CPU, a score within rounding error of the border between two coarse scores may get
+    either, and NaN scores are ignored.
     """
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     k = min(k, num_rows)
@@ -213,7 +214,7 @@ def _best_groups(queries: Tensor, rows: Tensor, k: int) -> Tensor:
     for first in range(0, num_groups, at_once):
         part = _group_maxima(queries, rows, first, min(at_once, num_groups - first))
         best, index = top_lowest(part, min(k, part.shape[1]))
-        # Earlier groups stand first, so a stable choice keeps the lower group of equals.
+        # Earlier groups come first, so ``top_lowest`` keeps the lower of two equal groups.
         maxima, groups = torch.cat([maxima, best], 1), torch.cat([groups, index + first], 1)
         maxima, kept = top_lowest(maxima, min(k, maxima.shape[1]))
         groups = groups.gather(1, kept)

@@ -1,4 +1,4 @@
-"""The best k of scores that come tile by tile, equal scores by lower row."""
+"""Top-k over scores that arrive tile by tile; of equal scores the lower row comes first."""
 
 from __future__ import annotations
 
@@ -12,47 +12,55 @@ from shardrec.kernels.select.coarse import Pairs, above, coarse
 
 __all__ = ["GROUP", "TopSearch", "top_lowest"]
 
-GROUP = 64  # rows of a group where lists are short
-MOST_PENDING = 64  # tiles
+GROUP = 64  # rows per group, unless k is large
+MOST_PENDING = 64  # tiles until pending rows are merged
 
 
 class TopSearch:
-    """Finds the best items of one shard for a chunk of states, tile by tile.
+    """Streaming top-k: the k best rows of one shard for each of M states, one tile at a time.
 
-    Most rows cannot enter a list that is already good: a tile is first reduced to the best score
-    of each group of rows, and only groups that beat a state's k-th score so far are looked into.
-    Lists are in the order of rows until the end, so that of equal scores the first ones stay and
-    nothing has to be sorted on the way. No state has more than k rows and one tile waiting.
+    The phases:
+
+    1. reduce: each tile becomes the best score of each group of rows (``_add_groups``);
+    2. filter: most groups are at or below the state's floor, its k-th best score so far, and are
+       skipped; of the others the rows above the floor are pending (``_add_rows``);
+    3. merge: when a state has more than k pending rows, or after ``MOST_PENDING`` tiles, pending
+       rows enter the lists and the floor rises (``_merge``);
+    4. sort: ``result`` sorts each list once.
+
+    Until then lists are in row order, so that of equal scores the lower row is kept. A state has at
+    most k pending rows and those of one tile.
     """
 
     def __init__(self, num_states: int, k: int, tile: int, like: Tensor) -> None:
-        """Start with empty lists.
+        """Starts with empty lists.
 
         Args:
-            num_states: M, columns of the tiles to come.
-            k: items wanted for each state.
-            tile: most rows of a tile.
+            num_states: M, number of columns of each tile.
+            k: rows to find for each state.
+            tile: largest number of rows of a tile.
             like: a float32 tensor on the device of the tiles.
         """
         self._k = k
-        # Of a tile with twice as many groups as the list is long, half the groups are looked into.
+        # At least 2 k groups per tile, so that even the first tile skips about half of its groups.
         self._group = max(1, min(GROUP, tile // (2 * k)))
         self._best = like.new_full((num_states, k), -math.inf)
         self._best_rows = torch.zeros_like(self._best, dtype=torch.int64)
-        # Rows at or below a state's floor cannot enter; ties lose, because later rows are higher.
+        # A row at or below a state's floor cannot enter its list: it has a higher index than the
+        # rows that it ties with.
         self._floor = self._best[:, :1].clone()
         self._not_numbers = torch.zeros(num_states, dtype=torch.bool, device=like.device)
-        # Of each tile how many rows of each state may enter, these rows and their scores.
+        # For each tile: the number of pending rows of each state, these rows and their scores.
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_pending = torch.zeros(num_states, dtype=torch.int64, device=like.device)
 
     def add(self, scores: Tensor, first_row: int, pairs: Pairs | None = None) -> None:
-        """Take in a (n, M) tile; tiles must come in row order.
+        """Adds a tile of scores; tiles must come in row order.
 
         Args:
-            scores: float32.
-            first_row: of the tile.
-            pairs: the vectors behind the scores, where the lists are to hold coarse scores.
+            scores: (n, M) float32.
+            first_row: index of the tile's first row.
+            pairs: the vectors of the tile, to store coarse scores; None stores scores unchanged.
         """
         tile = _Tile(first_row, pairs)
         end = len(scores) - len(scores) % self._group
@@ -62,22 +70,22 @@ class TopSearch:
             self._add_groups(scores[None, end:], end, tile)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(M, k) scores and rows, the best first, and (M,) whether a score was not a number.
+        """(M, k) scores and rows, best first, and (M,) bool: whether any score was NaN.
 
-        Where there were fewer than k rows the list ends with -inf.
+        With fewer than k rows, the list ends in score -inf.
         """
         self._merge()
         scores, order = self._best.sort(dim=1, descending=True, stable=True)
         return scores, self._best_rows.gather(1, order), self._not_numbers
 
     def _add_groups(self, groups: Tensor, first: int, tile: _Tile) -> None:
-        """Let in what is above the floor of (groups, group, M) rows from ``first`` of the tile."""
+        """Adds rows above the floor from (groups, group, M) scores that start at row ``first``."""
         maxima = groups.amax(1).T.contiguous()  # (M, groups)
         self._not_numbers |= maxima.isnan().any(1)
         bar = tile.bar(self._floor)
         states, hot = (maxima > bar).nonzero(as_tuple=True)
         if len(hot) > self._best.numel():
-            # The k-th best group holds a row that good, so nothing worse can enter.
+            # Each of the k best groups has a row of at least the k-th maximum: a new floor.
             kth = tile.least(_kth_largest(maxima, self._k))
             below = kth.nextafter(kth.new_tensor(-math.inf))  # rows equal to it may still enter
             self._floor = torch.fmax(self._floor, below)
@@ -98,11 +106,11 @@ class TopSearch:
             self._merge()
 
     def _merge(self) -> None:
-        """Bring the pending rows into the lists."""
+        """Merges the pending rows into the lists and raises the floor."""
         if not self._pending:
             return
         counts = torch.stack([counts for counts, _, _ in self._pending])
-        ends = self._k + counts.cumsum(0)  # (tiles, M) columns behind the rows of a tile
+        ends = self._k + counts.cumsum(0)  # (tiles, M) end column of the rows of a tile
         most = int(ends[-1].max())
         merged = self._best.new_full((len(self._best), most), -math.inf)
         merged_rows = self._best_rows.new_zeros(merged.shape)
@@ -121,23 +129,23 @@ class TopSearch:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Which scores of a tile may enter a list, and as what."""
+    """Compares the scores of one tile with the floor: unchanged, or coarse if it has ``pairs``."""
 
     first_row: int
     pairs: Pairs | None
 
     def bar(self, floor: Tensor) -> Tensor:
-        """(M, 1) which only scores above it can beat the floor."""
+        """(M, 1) threshold: only scores above it can beat the floor."""
         return floor if self.pairs is None else above(floor) - self.pairs.slack
 
     def least(self, scores: Tensor) -> Tensor:
-        """(M, n) what rows of such scores have at least."""
+        """(M, n) lower bound of the scores as they will be stored."""
         return scores if self.pairs is None else coarse(scores - self.pairs.slack)
 
     def decide(
         self, values: Tensor, states: Tensor, rows: Tensor, floor: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, states and rows of what is above the floor once it is decided."""
+        """Scores as stored, states and global rows of the candidates that beat the floor."""
         if self.pairs is None:
             return values, states, self.first_row + rows
         values = self.pairs.decide(values, states, rows)
@@ -146,12 +154,12 @@ class _Tile:
 
 
 def _kth_largest(scores: Tensor, k: int) -> Tensor:
-    """(M, 1) k-th largest of each row of (M, n)."""
+    """(M, 1) k-th largest of each line of (M, n)."""
     return scores.topk(k, 1, sorted=False).values.amin(1, keepdim=True)
 
 
 def _first_best(scores: Tensor, k: int) -> Tensor:
-    """(M, n) bool, the k largest of each row; of equal ones those of lower column.
+    """(M, n) bool, True for the k largest of each line; of equal ones those of lower column.
 
     >>> _first_best(torch.tensor([[1.0, 2.0, 1.0, 3.0]]), 3)
     tensor([[ True,  True, False,  True]])
@@ -166,10 +174,10 @@ def _first_best(scores: Tensor, k: int) -> Tensor:
 
 
 def top_lowest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sorted top k of each row of (M, n), ties by lower column; k is cut to n.
+    """(M, min(k, n)) largest values and columns of each line of (M, n); ties: the lower column.
 
-    ``torch.topk`` leaves ties undefined: only rows where more columns are equal to the k-th value
-    than fit are sorted in full.
+    ``torch.topk`` leaves the order of ties undefined: lines in which more columns tie with the k-th
+    value than fit are sorted in full, the others are not.
     """
     if scores.shape[1] <= 2 * k:
         values, order = scores.sort(dim=1, descending=True, stable=True)

@@ -1,1 +1,1 @@
-"""The block log-sum-exp in Triton: importing its files imports triton."""
+"""The block log-sum-exp in Triton; importing a module of this package imports triton."""

@@ -1,9 +1,9 @@
 """Triton kernels of the full softmax, one block of all positions and rows, and their launchers.
 
-Bytes and products of one call with N positions, R rows and width D (E bytes an element), P
-positions and I rows a tile: forward 2 N R D FLOP, reads E D (N + R ceil(N / P)); backward for
-states 4 N R D, reads the same; backward for rows 4 N R D, reads E D (R + N ceil(R / I)). Where D
-exceeds the output tile, the logits are computed again for each part of the output's width.
+FLOP and bytes read by one call, with N positions, R rows, width D, E bytes per element, and P
+positions and I rows per tile: forward 2 N R D FLOP and E D (N + R ceil(N / P)) bytes; gradient of
+states 4 N R D FLOP and the same bytes; gradient of rows 4 N R D FLOP and E D (R + N ceil(R / I))
+bytes. If D exceeds the output tile, the logits are recomputed for each part of the output width.
 """
 
 import torch
@@ -57,7 +57,7 @@ def full_forward_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of each position over one part of the rows.
+    """Writes the log-sum-exp of each position over one part of the rows to (parts, N) float32.
 
     Grid: (tiles of positions, parts of the rows). ``partials`` is (parts, N) float32; ``bounds``
     holds the first and end position and the first and end row.
@@ -98,7 +98,7 @@ def full_states_backward_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Adds the states' gradient over one part of the rows to (parts, N, D) float32.
+    """Adds the gradient of states from one part of the rows to (parts, N, D) float32.
 
     Grid: (tiles of positions, parts of the rows, parts of the width); each output element has one
     writer.
@@ -147,7 +147,7 @@ def full_rows_backward_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
-    """Adds the rows' gradient over one part of the positions to (parts, R, D) float32.
+    """Adds the gradient of rows from one part of the positions to (parts, R, D) float32.
 
     Grid: (tiles of rows, parts of the positions, parts of the width); each output element has one
     writer.
@@ -190,12 +190,12 @@ def full_rows_backward_kernel(
     tl.store(grad_rows + o_out, b_total * b_scale, mask=mask)
 
 
-# Programs wanted per multiprocessor before a long loop is cut into parts.
+# Long loops are split into parts until there are this many programs per multiprocessor.
 PROGRAMS_PER_PROCESSOR = 2
 
 
 def _num_parts(num_programs: int, num_steps: int, device: torch.device) -> int:
-    """Into how many parts a loop of ``num_steps`` tiles is cut so that the device is busy."""
+    """Number of parts into which a loop of ``num_steps`` tiles is split to keep the device busy."""
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device)
     return max(1, min(wanted // max(num_programs, 1), num_steps))
 
@@ -205,7 +205,7 @@ def _bounds(blocks: Blocks) -> Tensor:
 
 
 def forward(problem: LaunchProblem) -> Tensor:
-    """(N,) float32 log-sum-exps."""
+    """(N,) float32 log-sum-exp of each position over all rows but its target."""
     tile = problem.tile("full_forward")
     num_positions = problem.states.shape[0]
     num_tiles = triton.cdiv(num_positions, tile.positions)
@@ -227,7 +227,7 @@ def forward(problem: LaunchProblem) -> Tensor:
 
 
 def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Tensor) -> None:
-    """Adds to (N, D) float32 ``grad_states``; one writer per element."""
+    """Adds the gradient of states to (N, D) float32 ``grad_states``; one writer per element."""
     tile = problem.tile("full_states_backward")
     num_tiles = triton.cdiv(problem.states.shape[0], tile.positions)
     grid = _full_grid(problem, tile, num_tiles, triton.cdiv(problem.rows.shape[0], tile.items))
@@ -236,7 +236,7 @@ def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Ten
 
 
 def rows_backward(problem: LaunchProblem, upstream: Upstream, grad_rows: Tensor) -> None:
-    """Adds to (R, D) float32 ``grad_rows``; one writer per element."""
+    """Adds the gradient of rows to (R, D) float32 ``grad_rows``; one writer per element."""
     tile = problem.tile("full_rows_backward")
     num_tiles = triton.cdiv(problem.rows.shape[0], tile.items)
     num_steps = triton.cdiv(problem.states.shape[0], tile.positions)
@@ -248,7 +248,7 @@ def rows_backward(problem: LaunchProblem, upstream: Upstream, grad_rows: Tensor)
 def _full_grid(
     problem: LaunchProblem, tile: Tile, num_tiles: int, num_steps: int
 ) -> tuple[int, int, int]:
-    """Tiles of what a program owns, parts of its loop of ``num_steps``, parts of the width."""
+    """Launch grid: tiles of owned lines, parts of the loop of ``num_steps``, parts of the width."""
     num_out = problem.num_out(tile)
     return num_tiles, _num_parts(num_tiles * num_out, num_steps, problem.states.device), num_out
 
@@ -261,7 +261,7 @@ def _launch_full_backward(
     total: Tensor,
     tile: Tile,
 ) -> None:
-    """Adds to (M, D) ``total``, directly or by a sum over the parts of the loop."""
+    """Adds the result of a backward kernel to (M, D) ``total``, summing the parts of its loop."""
     num_parts = grid[1]
     partials = total if num_parts == 1 else total.new_zeros((num_parts, *total.shape))
     kernel[grid](

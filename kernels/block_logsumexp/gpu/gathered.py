@@ -1,9 +1,9 @@
-"""Triton kernels of blocks of one pair: candidates of a position that no other position shares.
+"""Triton kernels of blocks of one pair: every position has a candidate list of its own.
 
-There is no matrix product in it: a program owns one pair, gathers the rows of its candidates a tile
-at a time and takes inner products with its one state. Bytes: forward and backward read a row for
-each entry, K D for each position; the gradient of rows reads a state for each entry, most of them
-from the cache, and writes each row once. FLOP: 2 D for each entry forward, 6 D backward.
+There is no matrix product: a program owns one pair, gathers the rows of its candidates one tile at
+a time and takes inner products with its state. Memory traffic: forward and backward read a row for
+each entry, K D elements per position; the gradient of rows reads a state for each entry, most of
+them from the cache, and writes each row once. FLOP: 2 D per entry forward, 6 D backward.
 """
 
 import torch
@@ -46,9 +46,9 @@ def gathered_forward_kernel(
     states, rows, pair_positions, items, item_starts, item_ends, targets, offsets, logsumexp,
     width, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of the entries of each pair. Grid: pairs; one writer per slot.
+    """Writes the log-sum-exp of each pair to (N,) float32. Grid: pairs; one writer per slot.
 
-    WIDTH covers D, so that a row is read once.
+    WIDTH is at least D, so that a row is read once.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_pair = tl.program_id(0)
@@ -81,7 +81,7 @@ def gathered_states_backward_kernel(
     grad_logsumexp, shares, grad_states, width,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradient of each pair's state; writes the (Q,) float32 share of each entry.
+    """Adds to the (N, D) gradient of states; writes (Q,) float32 shares, dL/dlogit of each entry.
 
     Grid: pairs; one writer per output element, as no two pairs share a position.
     """
@@ -113,10 +113,10 @@ def gathered_rows_backward_kernel(
     states, entry_positions, shares, order, sorted_rows, run_ends, grad_rows, width,
     ITEMS: tl.constexpr, OUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradient of each row the states of its entries, each times its share.
+    """Adds the sum of share times state, over the entries of each row, to the (R, D) row gradient.
 
-    Grid: (entries, parts of the width). Entries are sorted by row; the program of the first entry
-    of a row adds up its whole run in order, the others leave, so each row has one writer.
+    Grid: (entries, parts of the width). Entries are sorted by row; the program of a row's first
+    entry sums all entries of the row in order and the others return, so each row has one writer.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_entry = tl.program_id(0).to(tl.int64)
@@ -142,7 +142,7 @@ def gathered_rows_backward_kernel(
 
 
 def forward(states: Tensor, rows: Tensor, blocks: Blocks, logsumexp: Tensor) -> None:
-    """Writes the (N,) float32 log-sum-exps of the positions that have a block of their own."""
+    """Writes the log-sum-exps of the positions that have a block to (N,) float32 ``logsumexp``."""
     tile = _tile("gathered_forward", states)
     width = states.shape[1]
     gathered_forward_kernel[(blocks.num_blocks,)](
@@ -169,7 +169,7 @@ def backward(
     grad_states: Tensor,
     grad_rows: Tensor,
 ) -> None:
-    """Adds to the (N, D) and (R, D) float32 gradients; the workspace is a few (Q,) columns."""
+    """Adds to the (N, D) and (R, D) float32 gradients; the workspace is a few (Q,) tensors."""
     tile = _tile("gathered_states_backward", states)
     width = states.shape[1]
     pair_positions, items, starts, ends, *_ = _lists(blocks)

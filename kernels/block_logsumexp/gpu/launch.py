@@ -1,4 +1,4 @@
-"""What the launchers of the block log-sum-exp share. Importing this file imports triton."""
+"""Arguments that all launchers of the block log-sum-exp share. Importing it imports triton."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ __all__ = ["LaunchProblem", "Upstream"]
 
 @dataclass(frozen=True, slots=True)
 class LaunchProblem:
-    """States and rows as kernels read them, the blocks of one launch, and the dtype as it came."""
+    """The inputs of one launch: states and rows as kernels read them, blocks, original dtype."""
 
     states: Tensor
     rows: Tensor
@@ -24,27 +24,27 @@ class LaunchProblem:
 
     @staticmethod
     def of(states: Tensor, rows: Tensor, blocks: Blocks) -> "LaunchProblem":
-        """What the launchers of a problem start from."""
+        """The problem with (N, D) states and (R, D) rows made readable for kernels."""
         return LaunchProblem(operand(states), operand(rows), blocks, states.dtype)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
+        """Whether there are no states, rows or blocks."""
         return 0 in (self.states.numel(), self.rows.numel(), self.blocks.num_blocks)
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of states and rows."""
         return self.states.shape[1]
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of a kernel on this device."""
+        """The tile shape of a kernel, or of its variant for rounds, on this device."""
         architecture = architecture_of(self.states.device)
         kernel = kernel if self.blocks.rounds is None else f"{kernel}_rounds"
         return tile_for(kernel, self.width, self.dtype, architecture)
 
     def options(self, tile: Tile) -> dict[str, int | str]:
-        """Compile-time arguments that all kernels of products share."""
+        """Compile-time arguments that all kernels with matrix products share."""
         return {
             "POSITIONS": tile.positions,
             "ITEMS": tile.items,
@@ -56,30 +56,30 @@ class LaunchProblem:
         }
 
     def num_out(self, tile: Tile) -> int:
-        """Parts of the width, each with programs of its own."""
+        """Number of parts into which the output width is split over programs."""
         return triton.cdiv(self.width, tile.out)
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What the gradients of logits are made of."""
+    """Upstream gradients of the log-sum-exps: dL/dlogit = exp(logit - shift) * grad * scale."""
 
-    shift: Tensor  # (num_slots,) log-sum-exp, 0 where there is none
-    grad: Tensor  # (num_slots,) gradient over ``scale``
+    shift: Tensor  # (num_slots,) log-sum-exp, 0 for a slot without candidates
+    grad: Tensor  # (num_slots,) gradient of the log-sum-exp, divided by ``scale``
     scale: Tensor  # (1,) power of two
 
     @staticmethod
     def of(logsumexp: Tensor, grad_logsumexp: Tensor, dtype: torch.dtype) -> "Upstream":
-        """Those of (num_slots,) log-sum-exps and their gradients."""
+        """The upstream gradients for (num_slots,) log-sum-exps and their gradients."""
         shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
         return Upstream(shift, *_scaled(grad_logsumexp, dtype))
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient over a power of two, so that shares of float16 neither underflow nor overflow.
+    """The gradient divided by a power of two, so that float16 neither underflows nor overflows.
 
-    Shares are rounded to the dtype of the states before the second product; in float16 a uniform
-    softmax over a million rows would vanish there.
+    dL/dlogits are rounded to the dtype of the states before the second matrix product; in float16
+    those of a uniform softmax over a million rows would round to 0.
     """
     if dtype is not torch.float16 or not grad.numel():
         return grad.float().contiguous(), torch.ones(1, device=grad.device)

@@ -1,9 +1,9 @@
-"""Triton kernels of listed blocks, positions and rows by index, and their launchers.
+"""Triton kernels of listed blocks, with positions and rows by index, and their launchers.
 
-A program finds its work in a table of tiles (``schedule.py``). Products: 2 D FLOP for each pair of
-a block forward and 8 D backward, rounded up to whole tiles. Bytes: every block reads its rows once
-for each tile of its positions; the gradient of rows is written once per entry of ``items`` and read
-once to be added up.
+A program reads its work from a table of tiles (``schedule.py``). FLOP of products: 2 D forward and
+8 D backward for each (position, row) of a block, rounded up to whole tiles. Memory traffic: every
+block reads its rows once for each tile of its positions; the gradient of rows is written once per
+entry of ``items`` and read once to sum it by row.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ __all__ = [
 
 @triton.jit
 def _load_pairs(pair_positions, pair_slots, targets, o_pairs, end):
-    """Positions, slots, targets and mask of a run of pairs."""
+    """Positions, slots, targets and mask of the pairs ``o_pairs`` before ``end``."""
     m_pairs = o_pairs < end
     b_positions = tl.load(pair_positions + o_pairs, mask=m_pairs, other=0)
     b_slots = tl.load(pair_slots + o_pairs, mask=m_pairs, other=0)
@@ -57,7 +57,7 @@ def listed_forward_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the candidates of a tile of pairs to the log-sum-exps of their slots.
+    """Adds the candidates of a tile of pairs to the (num_slots,) float32 log-sum-exps.
 
     Grid: tiles. ``tiles`` is (5, num_tiles) int64: first and end pair, first and end entry, round.
     No two pairs of one launch share a slot, so that each slot has one writer.
@@ -159,11 +159,11 @@ def listed_rows_backward_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each entry of ``items``, from every block that holds it; one writer each.
+    """Writes the gradient of each entry of ``items``, summed over the blocks that contain it.
 
-    Grid: (tiles, parts of the width). ``tiles`` is (4, num_tiles) int64: first and end entry, first
-    and end cover; ``covers`` is (3, num_covers) int64: first and end pair and round of a block.
-    ``grad_entries`` is (.., D) float32, its line 0 is entry ``first_entry``.
+    Grid: (tiles, parts of the width); one writer per element. ``tiles`` is (4, num_tiles) int64:
+    first and end entry, first and end cover; ``covers`` is (3, num_covers) int64: first and end
+    pair and round of a block. ``grad_entries`` is (.., D) float32 from entry ``first_entry`` on.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_tile = tl.program_id(0)
@@ -210,11 +210,11 @@ def add_rows_kernel(
     source, weights, order, sorted_rows, run_ends, total, scale, width,
     LINES: tl.constexpr, OUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Adds to each row of (R, D) float32 ``total`` the weighted lines of ``source`` listed for it.
+    """Adds weighted lines of ``source`` to (R, D) float32 ``total``, each to the row of its entry.
 
-    Grid: (entries, parts of the width). Entries are sorted by row; the program of the first entry
-    of a row adds up its whole run in order, the others leave, so each row has one writer. Rows
-    below 0 are left out.
+    Grid: (entries, parts of the width). Entries are sorted by row; the program of a row's first
+    entry sums all entries of the row in order and the others return, so each row has one writer.
+    Entries of a negative row are skipped.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_entry = tl.program_id(0).to(tl.int64)
@@ -259,7 +259,7 @@ def _items(problem: LaunchProblem) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """Arguments that all listed kernels share, in their order."""
+    """Arguments that all listed kernels share, in the order of their signatures."""
 
     tensors: tuple[Tensor, ...]
     num_rounds: int
@@ -294,7 +294,7 @@ class _Listed:
 
 
 def forward(problem: LaunchProblem, logsumexp: Tensor) -> None:
-    """Adds the candidates of blocks in which no slot stands twice to (num_slots,) float32."""
+    """Adds candidates to the (num_slots,) float32 log-sum-exps; no slot may occur twice."""
     tile = problem.tile("listed_forward")
     listed = _Listed.of(problem)
     tiles = pair_tiles(problem.blocks, tile.positions)
@@ -312,7 +312,7 @@ def forward(problem: LaunchProblem, logsumexp: Tensor) -> None:
 
 
 def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Tensor) -> None:
-    """Adds to (N, D) float32, for blocks in which no position stands twice."""
+    """Adds the gradient of states to (N, D) float32; no position may occur twice in the blocks."""
     tile = problem.tile("listed_states_backward")
     listed = _Listed.of(problem)
     tiles = pair_tiles(problem.blocks, tile.positions)
@@ -334,7 +334,7 @@ def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Ten
 
 
 def rows_backward(problem: LaunchProblem, upstream: Upstream, grad_rows: Tensor) -> None:
-    """Adds to (R, D) float32: entry gradients chunk by chunk, each chunk then added up by row."""
+    """Adds the gradient of rows to (R, D) float32: per entry, a chunk at a time, summed by row."""
     tile = problem.tile("listed_rows_backward")
     listed = _Listed.of(problem)
     num_entries = listed.items.numel()

@@ -1,4 +1,4 @@
-"""Pieces of the Triton kernels: tiles of logits, the running sum, and who is a candidate."""
+"""Device functions of the Triton kernels: tiles of logits, online log-sum-exp, masks of rounds."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_tile(matrix, o_rows, m_rows, first_column, width, WIDTH: tl.constexpr):
-    """(len(o_rows), WIDTH) part of a (.., width) matrix, 0 outside; ``o_rows`` is int64."""
+    """(len(o_rows), WIDTH) tile of a (.., width) matrix at int64 lines ``o_rows``, 0 if masked."""
     o_columns = first_column + tl.arange(0, WIDTH)
     mask = m_rows[:, None] & (o_columns < width)[None, :]
     return tl.load(matrix + o_rows[:, None] * width + o_columns[None, :], mask=mask, other=0.0)
@@ -32,21 +32,21 @@ def load_tile(matrix, o_rows, m_rows, first_column, width, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_span(matrix, first, count, first_column, width, LINES: tl.constexpr, WIDTH: tl.constexpr):
-    """(LINES, WIDTH) part of a (.., width) matrix from line ``first`` on, 0 beyond ``count`` lines.
+    """(LINES, WIDTH) tile of a (.., width) matrix from line ``first`` on, 0 beyond ``count`` lines.
 
-    The address of the tile is one int64 scalar and the rest int32, which saves registers.
+    The address is an int64 scalar plus int32 offsets, which saves registers.
     """
     o_lines = tl.arange(0, LINES)
     o_columns = tl.arange(0, WIDTH)
     mask = (o_lines < count)[:, None] & (o_columns < width - first_column)[None, :]
-    # The interpreter counts loops in Python's integers, which would be multiplied in 32 bits.
+    # In the interpreter ``first`` may be a Python integer: without the cast, a 32-bit product.
     tile = matrix + (first * tl.cast(width, tl.int64) + first_column)
     return tl.load(tile + (o_lines[:, None] * width + o_columns[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def held_logits(b_left, b_right, PRECISION: tl.constexpr):
-    """(L, R) float32 inner products of two tiles that hold the whole width."""
+    """(LEFT, RIGHT) float32 inner products of two tiles that hold the whole width."""
     return tl.dot(b_left, tl.trans(b_right), input_precision=PRECISION)
 
 
@@ -55,7 +55,7 @@ def span_logits(
     left, first_left, num_left, right, first_right, num_right, width,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(LEFT, RIGHT) float32 inner products of two runs of lines, a part of the width at a time."""
+    """(LEFT, RIGHT) float32 inner products of contiguous lines, looping over parts of the width."""
     b_logits = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
     for first_column in range(0, width, WIDTH):
         b_left = load_span(left, first_left, num_left, first_column, width, LEFT, WIDTH)
@@ -69,7 +69,7 @@ def streamed_logits(
     left, o_left, m_left, right, o_right, m_right, width,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(LEFT, RIGHT) float32 inner products, a part of the width at a time."""
+    """(LEFT, RIGHT) float32 inner products of indexed lines, looping over parts of the width."""
     b_logits = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
     for first_column in range(0, width, WIDTH):
         b_left = load_tile(left, o_left, m_left, first_column, width, WIDTH)
@@ -80,9 +80,9 @@ def streamed_logits(
 
 @triton.jit
 def add_exponentials(b_max, b_sum, b_logits):
-    """Running maximum and sum of exponentials per line, with a tile of base-2 logits added."""
+    """Running maximum and sum of exponentials of each line, updated by a tile of base-2 logits."""
     b_new = tl.maximum(b_max, tl.max(b_logits, 1))
-    # A line without candidates so far has maximum -inf: shift by 0, so that no inf - inf occurs.
+    # A line without candidates so far has maximum -inf: shift by 0, which avoids inf - inf.
     b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logits - b_shift[:, None]), 1)
     return b_new, b_sum
@@ -93,7 +93,7 @@ def met_before(
     chunks_left, o_left, m_left, chunks_right, o_right, m_right, round_index, num_rounds, reach,
     LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """(LEFT, RIGHT) bool: whether an earlier round than ``round_index`` holds the pair."""
+    """(LEFT, RIGHT) bool: whether a round before ``round_index`` already has this candidate."""
     met = tl.zeros((LEFT, RIGHT), dtype=tl.int1)
     for earlier in range(0, round_index):
         b_left = tl.load(chunks_left + o_left * num_rounds + earlier, mask=m_left, other=0)
