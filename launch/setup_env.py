@@ -155,7 +155,7 @@ def fingerprint(root: Path) -> str:
 
 
 def read_stamp(venv: Path) -> dict[str, str]:
-    """What ``venv`` was completed for; empty when it was not."""
+    """The device, torch and fingerprint that ``venv`` was completed for; empty if it was not."""
     try:
         return dict(json.loads((venv / STAMP).read_text()))
     except (OSError, ValueError):

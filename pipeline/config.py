@@ -1,4 +1,4 @@
-"""Nested frozen dataclasses to JSON and back, and dotted overrides from a command line.
+"""Convert nested frozen dataclasses to JSON and back, and apply ``dotted.name=value`` overrides.
 
 A field may be annotated with a union of dataclasses (say ``CCE | CCEMinus``). Its members are then
 chosen by their class name in snake case (``cce_minus``), stored in JSON under the key ``type``.
@@ -21,7 +21,7 @@ def to_json(config: Any) -> Any:
     """The config as dicts, lists, strings, numbers, booleans and None.
 
     Args:
-        config: a dataclass instance; its leaves are JSON's, or tuples of them.
+        config: a dataclass instance; its leaves are JSON values, or tuples of them.
 
     Returns:
         What ``json.dumps`` takes and ``from_json`` reads back to an equal config.
@@ -161,7 +161,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
         name: dotted name, for the message.
 
     Raises:
-        ValueError: the text is no such value.
+        ValueError: the text is not a value of this type.
     """
     readers = {bool: _parse_bool, int: _parse_int, float: float, str: str}
     for kind in _members(annotation):

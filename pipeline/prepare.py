@@ -90,9 +90,9 @@ def prepare_once(config: PrepareConfig) -> Preparation:
         The manifest of ``config.output``, and whether it is new.
 
     Raises:
-        FileNotFoundError: there is no log, or no file of former items.
+        FileNotFoundError: there is no log, or no file of earlier items.
         FileExistsError: the output folder holds something else.
-        ValueError: the log or the former items are invalid; the message names file, row group and
+        ValueError: the log or the earlier items are invalid; the message names file, row group and
             column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
@@ -148,8 +148,8 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         raise OSError(
             error.errno,
             "the disk of the output must have room for a copy of the log, its sorted columns and "
-            f"the result, got {error.strerror} at {output!r}; free some space, what was there "
-            "before is as it was",
+            f"the result, got {error.strerror} at {output!r}; free some space; what was there "
+            "before is unchanged",
         ) from error
 
 

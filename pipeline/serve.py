@@ -38,7 +38,7 @@ class Recommender:
         manifest: of the export: run, data, catalog version.
         ids: the item id of each row of ``vectors``.
         vectors: (V, D) float32, the encoder's input.
-        scored: (V, D) float32, compared with states; ``vectors``, or these at unit length.
+        scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
         encoder: (B, L, D) to (B, L, D).
         index: FAISS index, searched instead of all vectors; None searches exactly.
@@ -67,7 +67,7 @@ class Recommender:
 
         Args:
             folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
-            catalog_version: of the catalog to be served, if known; another is refused.
+            catalog_version: the version that the export must have; None accepts any.
             min_count: training events an item must have to be recommended; 0 takes all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.

@@ -148,7 +148,7 @@ def sort_log(
         log: the events.
         folder: an empty folder on a local disk, for the columns and DuckDB's temporary files.
         options: limits and seed.
-        former: items that are in ``item_ids`` even if the log does not have them.
+        former: earlier items, which are in ``item_ids`` even if the log does not have them.
 
     Raises:
         ValueError: a value of the log is invalid, no event is left, or ``former`` repeats an id.

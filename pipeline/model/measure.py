@@ -33,8 +33,8 @@ def measure(
 
     Args:
         scorer: makes the states that are scored against the rows.
-        shard: the rows.
-        batches: this rank's part of as many batches on every rank.
+        shard: this rank's rows.
+        batches: this rank's users; the same number of batches on every rank.
         config: list lengths and the seen filter.
         prepared: the data; training counts define popularity and what is new.
 

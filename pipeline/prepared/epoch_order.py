@@ -1,4 +1,4 @@
-"""The order of the training samples in an epoch: which is in which batch, at any number of ranks.
+"""The order of an epoch: which batch each training sample is in, at any number of ranks.
 
 The phases:
 1. Permute the row groups; the samples of all row groups in this order are the list.

@@ -1,8 +1,8 @@
-"""Load prepared data in batches of tensors, deterministic by (seed, epoch) and equal for every W.
+"""Load prepared data as batches of tensors; the order depends on (seed, epoch), not on W.
 
 ``epoch_order`` decides the order of an epoch, ``row_groups`` reads, ``batches`` cuts tensors.
-Without a Python loop over sequences: list columns become one flat tensor and offsets, and a batch
-is index arithmetic on them.
+No Python loop runs over sequences: list columns become one flat tensor and offsets, and a batch is
+index arithmetic on them.
 """
 
 from collections.abc import Iterator
@@ -122,7 +122,7 @@ class TrainingBatches:
         return 1.0 - self._positions / self._slots if self._slots else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, step, and everything the order depends on; the number of ranks is not part."""
+        """Epoch, step, and everything the order depends on (not the number of ranks)."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ class EvaluationBatches:
 
         Args:
             prepared: an open prepared folder.
-            split: which users.
+            split: the users to read.
             batch_size: users of one rank in a batch.
             max_length: largest number of items of a history that the encoder reads.
             rank: this process.

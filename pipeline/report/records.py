@@ -1,4 +1,4 @@
-"""The files of run folders as records: no model is loaded, nothing is changed."""
+"""Read the files of run folders as records; loads no model and changes nothing."""
 
 import json
 import os

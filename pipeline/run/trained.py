@@ -1,4 +1,4 @@
-"""A trained run opened for use: its model on the ranks of the default group, and what it is."""
+"""Find a checkpoint of a trained run and load its model on the ranks of the default group."""
 
 import hashlib
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Source:
     ) -> "Source":
         """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
 
-        ``encoder`` is the module handed to ``train``, where one was.
+        ``encoder`` is the module given to ``train``, if any.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.

@@ -1,6 +1,6 @@
 """Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
 
-Which row of the old table belongs to an item is never guessed. In this order:
+Items are matched to rows of the old table without guessing, by the first of these that applies:
 
 * *same data*: the run was trained on this very prepared folder, so every row is its own;
 * *former items*: this folder was prepared with ``items`` of the very folder that the run was
@@ -46,7 +46,7 @@ Match = Literal["same data", "former items", "item map", "item ids"]
 def start_from(
     config: TrainConfig, prepared: Prepared, stepper: Stepper, encoder: str = OWN_ENCODER
 ) -> dict[str, Any] | None:
-    """Load the weights that ``config.init_from`` names into a model that is new.
+    """Load the weights that ``config.init_from`` names into a new model.
 
     Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
     it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
@@ -236,7 +236,7 @@ def _checked_state(
 
 
 def _copied(catalog: Catalog, keep: bool) -> dict[str, Tensor]:
-    """The live tensors with one entry a row that are taken over."""
+    """The tensors of the new table that are copied from the old one, row by row."""
     state = catalog.state_dict()
     return {name: state[name] for name in state if name == "rows" or (keep and state[name].ndim)}
 
@@ -247,7 +247,7 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 
 @torch.no_grad()
 def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep: bool) -> None:
-    """Copy what this rank's items had in the old table, wherever its rows were."""
+    """Copy the old rows of this rank's items, whatever rank held them."""
     targets = _copied(catalog, keep)
     for piece, local in _pieces(former, BLOCK_ROWS):
         table = stored.load_rows(piece, targets)
