@@ -83,12 +83,12 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     for event in chosen:
         if event.name.startswith(PART):
             parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
-    travel = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
+    in_flight = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
     work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
-    taken["collectives in flight"] = length(travel)
-    taken["  during other work"] = length(common(travel, work))
+    taken["collectives in flight"] = length(in_flight)
+    taken["  during other work"] = length(common(in_flight, work))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
     for name, micros in taken.items():
         lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / seconds / 1e6:>7.1%}")
