@@ -192,7 +192,7 @@ def facts(traces: Sequence[Trace], step: Span) -> str:
         overlap = common(in_flight, trace.work)
         lines.append(
             f"rank {rank}: step {(step[1] - step[0]) / 1000:.1f} ms, collectives in flight "
-            f"{length(in_flight) / 1000:.1f} ms, of these during work {length(overlap) / 1000:.1f} ms"
+            f"{length(in_flight) / 1000:.1f} ms, of it during work {length(overlap) / 1000:.1f} ms"
         )
     return "\n".join(lines)
 

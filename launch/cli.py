@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What ``shardrec --help`` prints."""
+    """The text of ``shardrec --help``."""
     return "\n".join(
         [
             "usage: shardrec COMMAND [options]; shardrec COMMAND --help says more",
@@ -122,7 +122,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message in one line."""
+    """The message of ``error`` in one line."""
     text = explain(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"

@@ -367,7 +367,7 @@ def print_counts(counts: Mapping[str, int]) -> None:
 def print_end(
     is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
 ) -> None:
-    """Say that an output was written, or that it was complete before."""
+    """Print that an output was written, or that it existed already."""
     print(f"wrote {output}" if is_new else f"{output} {otherwise}")
 
 

@@ -33,7 +33,7 @@ _OUR_WORDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers bad input in one line, with near matches, and exit code 2."""
+    """An argument parser that reports bad input in one line, with near matches; exits with 2."""
 
     def __init__(self, name: str, description: str, epilog: str = "") -> None:
         """Make a parser for ``shardrec <name>``."""

@@ -41,7 +41,7 @@ class Job:
     Attributes:
         component: one of ``STAGES``.
         arguments: the component's options, then ``--``, then the stage's own.
-        scheduler: local_cwd, slurm, kubernetes or another that TorchX knows.
+        scheduler: local_cwd, slurm, kubernetes or another that TorchX supports.
         settings: the scheduler's own options, such as ``partition=gpu,time=60``.
         log_dir: where local workers' output is kept; None forgets it at the end.
     """
@@ -183,7 +183,7 @@ def _pass_on_sigterm() -> Callable[[], bool]:
 
 @contextmanager
 def _interrupts_as_usual() -> Iterator[None]:
-    """Restore the handlers that TorchX replaces for good; its exception is a KeyboardInterrupt."""
+    """Context manager: undo TorchX's signal handlers; an interrupt raises KeyboardInterrupt."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -209,7 +209,7 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
 
 
 class _Node(threading.Thread):
-    """Hands the output of one node to ``show`` until the node ends, and keeps its errors."""
+    """A thread that passes the output of one node to ``show`` and collects its error lines."""
 
     def __init__(
         self, runner: Runner, handle: str, role: str, node: int, show: Callable[[str], None]
@@ -241,7 +241,7 @@ class _Node(threading.Thread):
 
 
 def _find_our_programs() -> None:
-    """Let workers find ``torchrun`` and ``shardrec`` in an environment not activated."""
+    """Add our environment to PATH, so that workers find ``torchrun`` and ``shardrec``."""
     folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     if folder not in path.split(os.pathsep):

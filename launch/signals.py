@@ -126,7 +126,7 @@ def _end_late(over: threading.Event, grace_s: float) -> None:
     if not over.wait(grace_s):
         _end(
             PREEMPTED,
-            f"no checkpoint within {grace_s:.0f} s after SIGTERM; resumed, the run goes on from "
+            f"no checkpoint within {grace_s:.0f} s after SIGTERM; a resumed run continues from "
             "the one before (--grace gives more time)",
         )
 

@@ -139,7 +139,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
             raise
         raise LostRankError(
             f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: training with --resume=auto goes on from its last checkpoint"
+            "start the job again: training with --resume=auto continues from its last checkpoint"
         ) from error
     finally:
         peers.leave(reason)

@@ -82,7 +82,7 @@ def evaluate_popularity(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, float]:
-    """Metrics of ranking every user by training counts alone: the lower bound for any model.
+    """Metrics of ranking every user by training counts alone: a baseline for any model.
 
     Ranks as for a model, with a table of width 1 (D = 1).
 
@@ -171,7 +171,7 @@ class _Users:
 
 
 def _find(report: StageOutput) -> dict[str, Any] | None:
-    """The report if it is there already; rank 0 says so."""
+    """The report if it exists already; rank 0 logs that."""
     found = report.find()
     if found is None:
         return None

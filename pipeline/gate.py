@@ -1,4 +1,4 @@
-"""The gate stage: may an evaluated run replace the published model?
+"""The gate stage: decide whether an evaluated run may replace the published model.
 
 Both are compared on the same users. If the published model was measured on them when it was
 published, by the same options, that value is used. Otherwise, as after every retraining on newer
@@ -72,7 +72,7 @@ class GateConfig:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer of ``gate``.
+    """The output of ``gate``.
 
     Attributes:
         passed: whether the run may be published.
@@ -156,7 +156,7 @@ def measure_export(
 
     Items are matched by the log's own ids. Items that the export does not know are skipped in
     histories and rank behind all others, so that targets among them are missed, as they are when
-    the export serves these users. Items that only the export knows are no candidates.
+    the export serves these users. Items that only the export knows are not ranked.
 
     Args:
         folder: an export.

@@ -189,7 +189,7 @@ class _Planner:
         return terms, always + max(sum(terms[name] for name in names) for names in either)
 
     def checkpoint_copy(self, num_items: int) -> int:
-        """Bytes in host memory of what is written while training goes on."""
+        """Bytes of host memory for the copy that a background checkpoint is written from."""
         floats = self.width + state_floats(self.config.catalog.optimizer, self.width)
         encoder = 3 * 4 * self.parameters  # weights, two moments
         copy = 4 * self.work(num_items).num_rows * floats + encoder
@@ -218,7 +218,7 @@ class _Planner:
         }
 
     def flops(self, num_items: int) -> dict[str, float]:
-        """Of products, forward and backward."""
+        """FLOP of matrix products, forward and backward."""
         return {
             "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
             "loss": self.config.loss.cost(self.work(num_items)).flops,
@@ -247,7 +247,7 @@ class _Planner:
 
 
 def _bytes(value: float) -> str:
-    """A number of bytes as people read it.
+    """A number of bytes as readable text.
 
     Example:
         >>> _bytes(1536), _bytes(2.5e9)

@@ -10,7 +10,7 @@ Splits:
   the last event before the test part of one user in ten, so that training still has the newest
   weeks) or by time (the part just before the test part, for all users: training ends earlier).
 * ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
-  than three events only train. Times give the order only: filters count the whole log.
+  than three events only train. Times only give the order, so filters count the whole log.
 
 Targets are the user's ``last`` held-out event, with all events before it as history, or ``all`` of
 them, with the events before the split as history. Items first seen after the split stay in the
@@ -73,7 +73,7 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """The manifest of ``config.output``; see ``prepare_once``."""
+    """Prepare a log; returns the manifest of ``config.output``. See ``prepare_once``."""
     return prepare_once(config).manifest
 
 
@@ -130,7 +130,7 @@ def _request(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder, and in it the request that it answers."""
+    """The manifest of a prepared folder, with the request that it was made for."""
     stored = read_json(folder / MANIFEST_NAME)
     parts = [stored.get(name) for name in ("config", "source")]
     config, source = (part if isinstance(part, dict) else {} for part in parts)

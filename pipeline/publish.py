@@ -131,7 +131,7 @@ def rollback(config: RollbackConfig) -> Served:
 
 
 def _publication(config: PublishConfig) -> Publication:
-    """The publication that is asked for, before it has a number."""
+    """The requested publication, which has no number yet."""
     folder, base = Path(config.export), Path(config.published).parent
     manifest = read_export(folder)
     source = manifest["request"]["source"]

@@ -233,7 +233,7 @@ class _Work:
         return scores.cpu(), items.cpu()
 
     def _batches(self, writer: pq.ParquetWriter) -> Iterator["_Batch"]:
-        """As many batches on every rank; a chunk is written when its last batch is done."""
+        """This rank's batches, equally many on every rank; writes a chunk after its last batch."""
         num_users, size = self.histories.num_users, self.config.batch_size
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
         given = 0
@@ -291,7 +291,7 @@ class _Batch:
     items: Tensor  # (B, L) last items of each history, right padded
     lengths: Tensor  # (B,)
     seen: tuple[Tensor, Tensor]  # whole histories, values and lengths
-    rows: Tensor  # (B,) places of the users in the chunk
+    rows: Tensor  # (B,) positions of the users in the chunk
     lists: _Lists  # of the chunk
 
     @classmethod

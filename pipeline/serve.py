@@ -99,7 +99,11 @@ class Recommender:
             filter_seen: leave out items of the history.
 
         Returns:
-            One list for each history; empty where no item of it is known.
+            One list of at most ``k`` (id, score) for each history, best first; empty if no item
+            of the history is known.
+
+        Raises:
+            pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: ids are not of the catalog's type.
         """
         known = [self._known(history) for history in histories]
         rows = [index for index, items in enumerate(known) if len(items)]
@@ -116,7 +120,7 @@ class Recommender:
         return result
 
     def states(self, histories: Sequence[Tensor]) -> Tensor:
-        """(B, D) float32 states after the last item of each history of dense indices."""
+        """(B, D) float32 states after the last item of each non-empty history of dense indices."""
         recent = [items[-self.manifest["max_length"] :] for items in histories]
         lengths = torch.tensor([len(items) for items in recent])
         padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)

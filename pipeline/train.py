@@ -95,7 +95,7 @@ def _show(run: Run) -> None:
 
 
 def _own_callbacks(run: Run) -> list[Callback]:
-    """What rank 0 writes."""
+    """The built-in callbacks, on rank 0 only."""
     if not run.is_first:
         return []
     folder, every = Path(run.config.output), run.config.log_every
@@ -116,7 +116,7 @@ def _profiling(config: TrainConfig) -> list[Callback]:
 
 
 def _tracking(config: TrainConfig) -> list[Callback]:
-    """MLflow on rank 0, where the config names a store; refused before the run folder is made."""
+    """MLflow on rank 0, if the config names a store; raises before the run folder is made."""
     if config.mlflow.uri is None or rank_of(default_group()):
         return []
     parameters = dict(flatten(config))

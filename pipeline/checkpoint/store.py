@@ -1,9 +1,9 @@
-"""Checkpoints: folders, complete once their manifest is there, loadable on any number of ranks.
+"""Checkpoint folders: complete once the manifest exists, loadable on any number of ranks.
 
 A run keeps the last few and the best::
 
     checkpoints/step-00000120/rank-00000.bin  tensors that rank 0 wrote, raw bytes; a file a rank
-                              metadata.json   which tensor lies where
+                              metadata.json   which tensor is where
                               state.json      progress, config, versions, numbers
                               manifest.json   sizes and checksums, written last
 
@@ -73,10 +73,10 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
-        """Write a checkpoint, then delete all but the last ``keep`` and the best ones.
+        """Write a checkpoint, then delete all but the last ``keep`` and the best; its folder.
 
         Raises:
-            OSError, TypeError: as ``save_checkpoint``; the partial folder is then removed.
+            OSError, TypeError: as ``save_checkpoint``; rank 0 then deletes what was written.
 
         Collectives: as ``save_checkpoint``, and an all-gather of a small object.
         """
@@ -84,7 +84,7 @@ class Checkpoints:
         try:
             save_checkpoint(folder, state, self.group, best=best)
         except Exception:
-            # If the disk is full, this frees it.
+            # A failed write may have filled the disk: free it.
             with contextlib.suppress(OSError):
                 if rank_of(self.group) == 0:
                     folder.remove(MANIFEST)

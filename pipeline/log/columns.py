@@ -63,7 +63,7 @@ def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
 def same_kind(
     schemas: Mapping[str, pa.Schema], name: str, kind: Callable[[pa.DataType, str, str], str]
 ) -> str:
-    """The kind of a column, which must be the same in all files.
+    """The kind of a column, after checking that it is the same in all files.
 
     Raises:
         ValueError: two files differ, or ``kind`` refuses the type in one of them.

@@ -117,7 +117,7 @@ class World:
     """Clusters and items, shared by all users; item i has rank i // C in cluster i % C."""
 
     def __init__(self, config: SynthConfig) -> None:
-        """Draw popularity, successors and item ids."""
+        """Draw the popularity of clusters, their successors, and the item ids."""
         self.config = config
         generator = self.generator(0)
         clusters = config.clusters

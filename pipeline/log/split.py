@@ -41,7 +41,7 @@ class Cuts:
 
 
 def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
-    """The catalog and the cuts of every user.
+    """Choose the catalog and the cut positions of every user.
 
     Args:
         log: the sorted log.
@@ -173,7 +173,7 @@ def _temporal_cuts(
 
 
 def _leave_one_out_cuts(log: SortedLog, item_kept: Array, config: PrepareConfig) -> Cuts:
-    """The last event tests and the one before it validates; all train below three events."""
+    """The last event is for the test, the one before for validation; none of a user with < 3."""
     total = _user_events(log, item_kept, [None])[0]
     kept = total >= max(config.min_user_events, 1)
     test_start = total - (total >= 3)

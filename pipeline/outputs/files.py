@@ -1,4 +1,4 @@
-"""The files of an output as its manifest lists them: sizes and checksums."""
+"""Manifest entries for the files of an output, and their check: sizes and checksums."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _ENTRY: Shape = {"path": str, "bytes": int, "sha256": str}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """One file of an output.
+    """Manifest entry of one file: path, size, checksum, rows.
 
     Attributes:
         path: relative to the folder, with "/" between its parts.

@@ -22,7 +22,7 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """Keeps a second run out of a run folder.
+    """The lock of a run folder, so that only one run writes it.
 
     The file says which process holds the lock, for people and for the error message.
     """

@@ -1,7 +1,7 @@
 """Folders of files on a local disk or in an object store, through ``pyarrow.fs``.
 
-A file is durable when it is closed. Nothing is renamed, because object stores cannot: a folder is
-complete when the file is there that is written last.
+A file is durable when it is closed. Nothing is renamed, because object stores cannot rename: a
+folder is complete once the file that is written last exists.
 """
 
 import contextlib

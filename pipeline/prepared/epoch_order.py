@@ -49,7 +49,7 @@ class Window:
 
     @property
     def full_places(self) -> int:
-        """Number of places in every batch; the last batch of an epoch has only these.
+        """Number of places that every batch of the window fills; the epoch's last has only these.
 
         >>> Window(0, num_steps=3, first_sample=0, num_samples=8, batch_size=3).full_places
         2

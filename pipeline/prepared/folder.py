@@ -1,4 +1,4 @@
-"""A prepared folder, open for reading."""
+"""Open a prepared folder for reading: manifest, training files, item counts and ids."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -69,6 +69,7 @@ class TrainingBatches:
     ``for batch in batches`` runs from the current step to the end of the epoch, and the next loop
     is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
     take the same number of steps; in the last, short batch of an epoch some may have no sequences.
+
     Collectives: none.
 
     Attributes:
@@ -95,6 +96,10 @@ class TrainingBatches:
             rank: this process.
             world_size: W.
             seed: of the order; the same on every rank.
+
+        Raises:
+            FileNotFoundError: a training file is missing.
+            ValueError: a number is out of range, or a file is damaged.
         """
         require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
@@ -144,7 +149,11 @@ class TrainingBatches:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from (epoch, step) to the end of the epoch."""
+        """Yield the batches from (epoch, step) to the end of the epoch.
+
+        Raises:
+            ValueError: a row group is damaged; the message names file, row group and column.
+        """
         if self.step >= len(self) > 0:
             self.epoch, self.step = self.epoch + 1, 0
         epoch = self.epoch
@@ -284,7 +293,11 @@ class EvaluationBatches:
         )
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        """All users of this rank, then empty batches up to the common number."""
+        """Yield all users of this rank, then empty batches up to the common number.
+
+        Raises:
+            ValueError: a row group is damaged; the message names file, row group and column.
+        """
         given = 0
         for piece in self._shares[self.rank]:
             for batch in self._batches(piece):

@@ -100,7 +100,7 @@ def read_manifest(
 
 
 def parse_manifest(stored: dict[str, Any], folder: Path) -> Manifest:
-    """The manifest in the JSON of a prepared folder.
+    """Parse the JSON of a manifest.
 
     Raises:
         ValueError: a part of it is damaged.

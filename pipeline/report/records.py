@@ -17,7 +17,7 @@ MOST_RUNS = 12
 
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
-    """One run folder.
+    """The content of one run folder.
 
     Attributes:
         name: printable and unique in the report.

@@ -29,7 +29,7 @@ _NOT_JUDGED = ("Coverage", "Surprisal")  # more is not always better
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A formatted number.
+    """A table cell: a formatted number, and how it is highlighted.
 
     Attributes:
         text: the number.

@@ -72,7 +72,16 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """Metrics on the validation users, equal on every rank; ``metric`` selects the best."""
+    """Metrics on the validation users, equal on every rank.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: epochs completed, as a fraction.
+        metric: name of the metric that decides which checkpoint is best.
+        metrics: values by name.
+        improved: whether this is the best validation so far.
+        seconds: wall time of the validation.
+    """
 
     step: int
     epoch: float

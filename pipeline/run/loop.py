@@ -289,7 +289,7 @@ class Loop:
         )
 
     def _finish_checkpoint(self) -> None:
-        """Wait for the checkpoint in flight; raise what went wrong with it."""
+        """Wait for the checkpoint in flight; raise the error if its write failed."""
         self._report_checkpoints(self.run.writer.collect())
         if self.run.writer.failure is not None:
             raise self.run.writer.failure

@@ -37,7 +37,7 @@ def check_force(force: bool, resume: Resume) -> None:
     if force and resume == "yes":
         raise ValueError(
             "--force must come alone or with --resume=auto, got --resume, which starts no new "
-            "run; with --resume=auto a forced run that was interrupted goes on"
+            "run; with --resume=auto an interrupted forced run is resumed"
         )
 
 
@@ -83,7 +83,14 @@ def moved_to(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 def replace_run(config: TrainConfig, folder: Path, report: EndReport) -> EndReport:
-    """Replace the run in ``config.output`` by the finished one in ``folder``; its report."""
+    """Replace the run in ``config.output`` by the finished one in ``folder``.
+
+    Returns:
+        The report, with the final path of the run.
+
+    Raises:
+        OSError: a file cannot be written, or a folder cannot be renamed.
+    """
     output, report = Path(config.output), dataclasses.replace(report, output=config.output)
     write_config(config, folder)
     write_end(folder, report)

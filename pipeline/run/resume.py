@@ -59,6 +59,7 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
     """The end report of the run in ``config.output`` if it is this run, finished; else None.
 
     Raises:
+        FileNotFoundError: the prepared data is gone.
         ValueError: the folder holds a run of another config, data or encoder.
     """
     folder = Path(config.output)
@@ -183,12 +184,12 @@ def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> No
     pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
-        message = "%s was written by %s: the run goes on, but its rounding may differ from now on"
+        message = "%s was written by %s: the run continues, but its rounding may differ from now on"
         logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 
 def _read_end(path: Path) -> EndReport:
-    remedy = "remove it, and the run goes on from its last checkpoint to its end"
+    remedy = "remove it, and the run continues from its last checkpoint to its end"
     shape = {"reason": str, "step": int, "best_metrics": dict}
     stored = read_object(path, shape, remedy)
     names = [field.name for field in dataclasses.fields(EndReport)]

@@ -108,11 +108,11 @@ class Stepper:
         flags: StepFlags = NO_FLAGS,
         following: Batch | None = None,
     ) -> StepOutcome:
-        """Take step number ``step``, counted from 1.
+        """Take one optimizer step on ``batches``; a step that is not finite changes no weights.
 
         Args:
             batches: this rank's parts of as many global batches on every rank.
-            step: seeds the random draws, so every step takes another number.
+            step: number of the step, counted from 1; seeds the random draws.
             flags: of this rank.
             following: the first batch of the next call, on every rank or on none; its ids are sent
                 during the backward pass of this step.
@@ -257,7 +257,7 @@ class Stepper:
         catalog.zero_grad()
 
     def _dropout_seed(self, step: int) -> int:
-        """Dropout is a function of (seed, step, rank), so that a resumed run repeats it."""
+        """A seed from (seed, step, rank), so that a resumed run repeats its dropout."""
         text = f"dropout {self.seed} {step} {rank_of(self.model.group)}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
@@ -294,7 +294,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _weight(batch: Batch) -> float:
-    """What the loss divides its sum by."""
+    """The sum of weights of a batch, by which the loss is divided."""
     if batch.weights is None:
         return float(batch.lengths.sum())
     return float(batch.weights.reshape(-1)[batch.real_positions()].double().sum())

@@ -191,7 +191,7 @@ def _mapped_rows(path: Path, rows: range) -> Tensor:
 
 
 def _pieces(former: Tensor, num_rows: int) -> Iterator[tuple[range, Tensor]]:
-    """Ranges of at most so many old rows, and which of this rank's rows are taken from them."""
+    """Ranges of at most ``num_rows`` old rows, and which of this rank's rows come from them."""
     values, order = former.sort()
     first = int((values < 0).sum())
     while first < len(values):

@@ -155,6 +155,10 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
     Args:
         path: the pointer; made if there is none.
         change: function from the current content to the new one; if it raises, nothing changes.
+
+    Raises:
+        ValueError: the file is no pointer of this version, or it is damaged.
+        OSError: the file or its lock cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
