@@ -36,7 +36,7 @@ _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PATH_RULES = {
     errno.ENOTDIR: "path must be in a folder, got {path}{which}; choose another",
     errno.EEXIST: "path must be a new name or a folder, got {path}{which}; choose another",
-    errno.EISDIR: "path must name a file, got the folder {path}; name a file",
+    errno.EISDIR: "path must name a file, got the folder {path}; choose a file",
     errno.ENOENT: "path must exist, got {path}; check it",
     errno.ENAMETOOLONG: "names must be short enough for the file system, got {name} of {length} "
     "bytes ({reason}); choose a shorter one",
@@ -72,14 +72,14 @@ def usage() -> str:
     """The text of ``shardrec --help``."""
     return "\n".join(
         [
-            "usage: shardrec COMMAND [options]; shardrec COMMAND --help says more",
+            "usage: shardrec COMMAND [options]; shardrec COMMAND --help for details",
             "",
             "Trains sequential recommenders over row-sharded catalogs of items.",
             "",
             *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
             "",
-            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
-            "75 stopped by SIGTERM and to be started again, 130 interrupted, 143 ended by SIGTERM",
+            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 publishing refused,\n"
+            "75 stopped by SIGTERM (start again), 130 interrupted, 143 ended by SIGTERM",
         ]
     )
 

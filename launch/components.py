@@ -69,7 +69,7 @@ def _workers(
     """The TorchX job of one stage: torchrun's workers, on one node or many."""
     if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", j):
         raise ValueError(
-            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; say 1x2 for two workers here"
+            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
         )
     app = dist.ddp(
         "--",  # without it torchrun takes our `--run` for an abbreviation of its own `--run-path`

@@ -104,7 +104,7 @@ class DemoConfig:
                 raise ValueError(unknown_name("losses", loss, known))
         if not self.losses or len(set(self.losses)) < len(self.losses):
             got = ",".join(self.losses) or "none"
-            raise ValueError(f"losses must be named once each, got {got}; say {','.join(known)}")
+            raise ValueError(f"losses must be named once each, got {got}; use {','.join(known)}")
         for name in ("steps", "workers"):
             require_at_least(name, getattr(self, name), 1)
         unused, why = (COLUMNS, "with") if self.events is None else (SIZES, "without")

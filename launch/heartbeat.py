@@ -163,7 +163,7 @@ class Peers:
 
     def _warn(self) -> None:
         """Warn early: a collective that times out on a GPU ends the process without our message."""
-        if self.rank <= 1 and str(absent := self.absent()):  # two, as one may be the missing rank
+        if self.rank <= 1 and str(absent := self.absent()):  # two ranks warn: one may be missing
             message = "no progress for %.0f s, of at most %.0f: %s"
             log = logging.getLogger(__name__)
             log.warning(message, self.timeout_s / 2, self.timeout_s, absent)

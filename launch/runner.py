@@ -31,7 +31,7 @@ EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
 
-TELLING = (BAD_INPUT, REFUSED)  # exit codes that say more than that something failed
+TELLING = (BAD_INPUT, REFUSED)  # exit codes that are passed on; others become FAILED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

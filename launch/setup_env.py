@@ -99,7 +99,7 @@ def choose_device(machine: Machine, requested: str | None) -> str:
     python = ".".join(map(str, machine.python))
     if not OLDEST_PYTHON <= machine.python <= NEWEST_PYTHON:
         raise SetupError(
-            f"Python must be 3.11 to 3.14, got {python}; name another with "
+            f"Python must be 3.11 to 3.14, got {python}; choose another with "
             f"`make setup PYTHON=python3.12`: {SUPPORTED}"
         )
     if machine.system != "Linux" or machine.architecture not in ARCHITECTURES[device]:

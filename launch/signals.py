@@ -127,7 +127,7 @@ def _end_late(over: threading.Event, grace_s: float) -> None:
         _end(
             PREEMPTED,
             f"no checkpoint within {grace_s:.0f} s after SIGTERM; a resumed run continues from "
-            "the one before (--grace gives more time)",
+            "the one before (raise --grace for more time)",
         )
 
 
@@ -138,7 +138,7 @@ def _end_without(peers: "Peers", over: threading.Event) -> None:
         gone = peers.absent().gone
         missing = missing + 1 if gone else 0
         if missing == 2 and not over.is_set():
-            _end(FAILED, f"SIGTERM came, and no checkpoint can be written: {'; '.join(gone)}")
+            _end(FAILED, f"SIGTERM arrived, and no checkpoint can be written: {'; '.join(gone)}")
 
 
 def _end(code: int, message: str) -> None:

@@ -159,7 +159,7 @@ def _check_value(name: str, value: str | None, annotation: Any) -> None:
     kinds = [typing.get_origin(kind) for kind in typing.get_args(annotation)]
     if dict in kinds and "=" not in value:
         raise ValueError(
-            f"{name} must be NAME=VALUE,NAME=VALUE…, got {value!r}; say OMP_NUM_THREADS=4"
+            f"{name} must be NAME=VALUE,NAME=VALUE…, got {value!r}; use OMP_NUM_THREADS=4"
         )
 
 

@@ -52,7 +52,7 @@ def from_json(cls: type[Config], data: Mapping[str, Any], name: str = "config") 
         TypeError: a value has the wrong type.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"{name} must be a table of options, got {data!r}; name its fields")
+        raise TypeError(f"{name} must be a table of options, got {data!r}; set its fields")
     annotations = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for key in data:
@@ -157,7 +157,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 
     Args:
         annotation: bool, int, float, str, Literal, a tuple or a union of these with None.
-        text: as typed, say ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
+        text: as typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
         name: dotted name, for the message.
 
     Raises:
@@ -182,7 +182,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 def _split(assignment: str) -> tuple[str, str]:
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise ValueError(f"an override must read name=value, got {assignment!r}; say loss=sce")
+        raise ValueError(f"an override must read name=value, got {assignment!r}; use loss=sce")
     return name.strip(), text.strip()
 
 

@@ -80,7 +80,7 @@ class ExportConfig:
         if self.faiss is None and self.faiss_search is not None:
             raise ValueError(
                 f"faiss_search must come with an index, got {self.faiss_search!r} without faiss; "
-                "say --faiss HNSW32 too"
+                "add --faiss HNSW32"
             )
 
     @property

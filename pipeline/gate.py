@@ -169,7 +169,7 @@ def measure_export(
 
     Collectives: none; the vectors must fit into this process.
     """
-    from shardrec.pipeline.model.measure import measure  # torchmetrics loads matplotlib
+    from shardrec.pipeline.model.measure import measure  # imported late: loads matplotlib
 
     model = Recommender.open(folder, min_count=0)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1

@@ -235,7 +235,7 @@ class _Planner:
             return work.num_rows * row, 0
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
         gradient = cost.touched_rows * (row + 8)
-        if self.config.catalog.optimizer == "adam":  # it moves every row: a dense gradient
+        if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
         return gradient, merged
 

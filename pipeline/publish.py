@@ -207,7 +207,7 @@ def _target(published: Published, number: int | None) -> Publication:
     if current is None or current.previous is None:
         raise ValueError(
             f"there must be a publication before number {published.number}, got none; publish "
-            "another export, or say which with --to"
+            "another export, or choose one with --to"
         )
     return published.find(current.previous)
 

@@ -148,8 +148,8 @@ def read_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
         text.validate(full=True)
     except pa.ArrowInvalid as error:
         raise ValueError(
-            f"{place} must hold text in UTF-8, got {_first_invalid(text)!r}; decode such values "
-            "as what they are, or drop the rows"
+            f"{place} must hold text in UTF-8, got {_first_invalid(text)!r}; decode such "
+            "values in their own encoding, or drop the rows"
         ) from error
     return text
 

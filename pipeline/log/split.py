@@ -93,7 +93,7 @@ def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[i
         raise ValueError(
             f"the test part must start after the first and not after the last time of the log "
             f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
-            "split=leave_one_out where the times are an order only"
+            "split=leave_one_out if the times only give an order"
         )
     if config.validation != "time":
         return test, None

@@ -31,7 +31,7 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         """Refuse list lengths and sizes below 1."""
         if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
+            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; use 5,10")
         for name in ("batch_size", "block_states", "block_rows"):
             require_at_least(name, getattr(self, name), 1)
 

@@ -53,7 +53,7 @@ _EXPORT: Shape = {
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
-# The name is also the key of a note in the footer of the Parquet file.
+# The name is also a metadata key in the footer of the Parquet file.
 SYNTH = Format("shardrec.synth", "a log", "shardrec synth", _REQUEST, is_folder=False)
 PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", _PREPARED)
 METRICS = Format(

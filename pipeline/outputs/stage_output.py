@@ -204,6 +204,6 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
         what = "a manifest" if format.is_folder else format.what
         raise ValueError(
             f"{file} must be {what} of format {format.name!r}, version {format.version}, got "
-            f"{found[0]!r}, {found[1]!r}; name one that {maker} of this version wrote"
+            f"{found[0]!r}, {found[1]!r}; choose one that {maker} of this version wrote"
         )
     return require_shape(stored, format.shape, str(file), format.remedy)

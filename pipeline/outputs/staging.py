@@ -66,7 +66,7 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
     if os.path.ismount(output):
         raise ValueError(
             f"output must be a folder below a mount point, got {str(output)!r}, which is one; "
-            f"say {str(output / 'prepared')!r}"
+            f"use {str(output / 'prepared')!r}"
         )
     settle(output)
     partial = partial_of(output)
@@ -157,7 +157,7 @@ def settle(output: Path) -> bool:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{output} must be renamed back, as a killed process has not done, got "
+            f"{output} must be renamed back after a process was killed, got "
             f"{error.strerror}; rename {found} to {output}",
         ) from error
 

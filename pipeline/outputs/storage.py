@@ -120,7 +120,7 @@ def open_folder(location: str | Path | Folder) -> Folder:
     except (ValueError, OSError) as error:
         shown = text.partition("?")[0]
         raise ValueError(
-            f"folder must be a path or an address that pyarrow opens, got {shown}; say "
+            f"folder must be a path or an address that pyarrow opens, got {shown}; use "
             f"s3://bucket/prefix ({error})"
         ) from error
     return Folder(system, path.rstrip("/"), scheme)

@@ -96,7 +96,7 @@ def describe_uneven_load(counts: Array) -> str | None:
         f"prepare with rebalance would make it {best:.2f} times, and train with init_from follows "
         "the items to their new indices"
         if best < 0.99 * load
-        else "prepare has spread the items already, but a few of them have very many events"
+        else "prepare has spread the items already, but a few items have very many events"
     )
     return (
         f"the busiest of {ranks} ranks gets {load:.2f} times the mean of the training events, more "

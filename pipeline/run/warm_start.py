@@ -151,7 +151,7 @@ def _match(
     if not folder.is_dir():
         raise FileNotFoundError(
             f"the prepared folder of {config.init_from.run} must be there to match items by their "
-            f"ids, got {str(folder)!r}, which is not; say where it is with init_from.prepared, or "
+            f"ids, got {str(folder)!r}, which is not; set init_from.prepared to where it is, or "
             "prepare this data with the items.parquet that the run was trained on"
         )
     # Its sequences may be gone by now; only the ids are needed.

@@ -50,7 +50,7 @@ class IndexConfig:
             raise ValueError(
                 f"faiss must be an index that FAISS can make for width {width}, got "
                 f"{self.factory!r} with {self.search!r} and {str(error).splitlines()[-1]}; "
-                "say HNSW32 with efSearch=64, or IVF1024,Flat with nprobe=16"
+                "use HNSW32 with efSearch=64, or IVF1024,Flat with nprobe=16"
             ) from error
         return index
 
