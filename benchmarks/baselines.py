@@ -1,8 +1,8 @@
-"""What others would write: each loss with everything in memory, and in the shortest exact loop.
+"""Baselines: each loss in eager PyTorch with everything in memory, and as a chunked exact loop.
 
-Random choices are arguments, so that a baseline can be held against our loss with the same ones.
-All take states (N, D), table (V, D), targets (N,) int64 and give the mean loss. The loops that do
-their own backward take the function of a part, so that a compiled one can be given.
+Random choices are arguments, so that a baseline and our loss can be compared on the same ones. All
+take states (N, D), table (V, D), targets (N,) int64 and return the mean loss. The loops that call
+backward themselves take the function of one chunk as ``body``, which may be a compiled one.
 """
 
 import math
@@ -30,7 +30,7 @@ Body = Callable[..., Tensor]
 
 
 def eager_cce(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """The line everybody writes; stores (N, V)."""
+    """Full softmax by ``cross_entropy``; stores the (N, V) logits."""
     return F.cross_entropy(states @ table.T, targets)
 
 
@@ -44,7 +44,7 @@ def chunked_cce(
 
 
 def eager_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-    """As published, negatives (N, K) of each position; stores (N, K, D)."""
+    """Sampled softmax as published, with (N, K) negatives; stores (N, K, D)."""
     logits = (states[:, None] * F.embedding(negatives, table)).sum(2)
     logits = logits - math.log(negatives.shape[1] / len(table))
     return _among(logits, states, table, targets, negatives == targets[:, None])
@@ -83,7 +83,7 @@ def _among(
 def eager_sce(
     states: Tensor, table: Tensor, targets: Tensor, centres: Tensor, b_x: int, b_y: int
 ) -> Tensor:
-    """As published; stores (n_b, N), (n_b, V) and (n_b, b_x, b_y)."""
+    """SCE as published; stores (n_b, N), (n_b, V) and (n_b, b_x, b_y)."""
     with torch.no_grad():
         positions = (centres @ states.T).topk(b_x, 1).indices
         items = (centres @ table.T).topk(b_y, 1).indices
@@ -93,7 +93,7 @@ def eager_sce(
 def chunked_sce(
     states: Tensor, table: Tensor, targets: Tensor, centres: Tensor, b_x: int, b_y: int, block: int
 ) -> Tensor:
-    """The same, ``block`` buckets at a time, computed again in backward."""
+    """SCE, ``block`` buckets at a time, recomputed in backward."""
     losses, chosen = [], []
     for part in centres.split(block):
         with torch.no_grad():
@@ -126,7 +126,7 @@ def _hardest(losses: Tensor, positions: Tensor, num_positions: int) -> Tensor:
 def eager_rece(
     states: Tensor, table: Tensor, targets: Tensor, directions: Tensor, reach: int
 ) -> Tensor:
-    """As published, directions (r, n_b, D); stores ids and logits of all meetings.
+    """RECE as published, directions (r, n_b, D); stores ids and logits of all pairs.
 
     Repeats are counted by sorting the candidates of each position.
     """
@@ -146,7 +146,7 @@ def eager_rece(
 def chunked_rece(
     states: Tensor, table: Tensor, targets: Tensor, directions: Tensor, reach: int, block: int
 ) -> Tensor:
-    """The same, ``block`` chunks at a time, computed again in backward; repeats from chunk ids."""
+    """RECE, ``block`` chunks at a time, recomputed in backward; repeats from chunk ids."""
     plan = [chunks_of(states, table, hashes, reach) for hashes in directions]
 
     def tile(own: Tensor, near: Tensor) -> Tensor:

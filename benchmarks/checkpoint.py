@@ -1,9 +1,9 @@
-"""How long does training stand still for a checkpoint, how large is it, how long to resume?
+"""Checkpoints: how long training stalls, how large they are, and how long resuming takes.
 
-A table of V rows with its optimizer memory, and a small encoder, saved as the trainer saves them.
+A table of V rows with its optimizer state, and a small encoder, saved as the trainer saves them.
 While a checkpoint is written, steps of the table go on: how much slower they are is measured too.
-The first checkpoint allocates the buffers of the copy, so it is told apart. A file is on the disk
-(fsync) when it counts as written; what is read again comes from the system's cache.
+The first checkpoint allocates the buffers of the copy, so it is reported separately. A file counts
+as written once it is on the disk (fsync); reads come from the system's page cache.
 
     python benchmarks/checkpoint.py --items 100_000 1_000_000 4_000_000 --workers 1 2
 """
@@ -38,7 +38,7 @@ class Trained:
     """A table, an encoder and their optimizers, after a step."""
 
     def __init__(self, job: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-        """Makes them."""
+        """Create them and take one step."""
         config = CatalogConfig(optimizer=job["optimizer"])
         self.catalog = Catalog(job["items"], job["width"], config, group=group, device=CPU, seed=1)
         self.encoder = TransformerEncoder(EncoderConfig(width=job["width"], max_length=50))
@@ -57,7 +57,7 @@ class Trained:
         return time.perf_counter() - started
 
     def state(self) -> CheckpointState:
-        """What the trainer would save."""
+        """The checkpoint state that the trainer would save."""
         return CheckpointState(
             encoder=self.encoder.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -67,7 +67,7 @@ class Trained:
         )
 
     def resume(self, checkpoints: Checkpoints) -> float:
-        """Seconds to bring everything back from the last checkpoint."""
+        """Seconds to restore everything from the last checkpoint."""
         started = time.perf_counter()
         shard = self.catalog.shard
         found = checkpoints.load_last(range(shard.first_row, shard.first_row + len(shard.rows)))
@@ -79,7 +79,7 @@ class Trained:
 
 
 def work(job: dict[str, Any]) -> None:
-    """What every worker does; rank 0 writes the answer to ``job['answer']``."""
+    """The work of one worker; rank 0 writes the answer to ``job['answer']``."""
     torch.set_num_threads(1)
     folder = Path(job["answer"]).parent / "checkpoints"
     with process_group() as (group, _):
@@ -108,7 +108,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def measure(job: dict[str, Any], workers: int, folder: str | None) -> dict[str, Any]:
-    """Runs the workers; what rank 0 answered."""
+    """Run the workers; returns the answer of rank 0."""
     place = Path(tempfile.mkdtemp(dir=folder))
     job = job | {"answer": str(place / "answer.json")}
     command = [__file__, "--job", json.dumps(job)]
@@ -124,7 +124,7 @@ def measure(job: dict[str, Any], workers: int, folder: str | None) -> dict[str, 
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Run the missing measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", nargs="+", type=int, default=[100_000, 1_000_000, 4_000_000])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])

@@ -1,4 +1,4 @@
-"""What every shipped form of every Triton kernel uses, built for GPUs that need not be there.
+"""Compile every Triton kernel for several GPUs, without one, and report what it uses.
 
 Writes a table of registers, spilled bytes, shared memory, matrix instructions and instructions of
 the main loop, a line as soon as its form is built, and fails where a form spills in bfloat16, wants
@@ -56,7 +56,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What one process builds: a case for one dtype and GPU, at the widths that share its code."""
+    """A build for one process: a case, dtype and GPU, with the widths that share its code."""
 
     case: int
     widths: tuple[int, ...]
@@ -73,12 +73,12 @@ class Line:
     ptxas: str
 
     def __str__(self) -> str:
-        """As it stands in the table."""
+        """The line of the table."""
         return "| " + " | ".join(self.cells) + " |"
 
 
 def main() -> int:
-    """Builds what is asked for; 1 where a form does not hold."""
+    """Build the requested forms; 1 if one breaks a limit."""
     arguments = parsed()
     orders = list(ordered(arguments))
     lines = []
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def parsed() -> argparse.Namespace:
-    """The options."""
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--dtypes", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
@@ -105,7 +105,7 @@ def parsed() -> argparse.Namespace:
 
 
 def ordered(arguments: argparse.Namespace) -> Iterator[Order]:
-    """What has to be built, in the order of the table."""
+    """The builds to make, in the order of the table."""
     for dtype in arguments.dtypes:
         for index, case in enumerate(shipped_cases()):
             if arguments.kernels and case.name not in arguments.kernels:
@@ -121,7 +121,7 @@ def ordered(arguments: argparse.Namespace) -> Iterator[Order]:
 
 
 def built(orders: Iterable[Order], jobs: int) -> Iterator[Line]:
-    """The lines in their order, each as soon as it and those before it are there."""
+    """The finished lines, in the order of ``orders``."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(line_of, orders)
 
@@ -156,7 +156,7 @@ def line_of(order: Order) -> Line:
 
 
 def work_of(case: Case, tile: Tile, build: Build, least: LeastWork) -> tuple[str, ...]:
-    """Work over the least, instructions of the loop, the least of them, and their ratio."""
+    """Cells: work over its lower bound; loop instructions, their lower bound, and the ratio."""
     if not least.multiply_adds:
         return "", "", "", ""
     work = build.bytes_read / least.bytes_read
@@ -170,7 +170,7 @@ def work_of(case: Case, tile: Tile, build: Build, least: LeastWork) -> tuple[str
 
 
 def faults(case: Case, dtype: str, architecture: int, build: Build) -> list[str]:
-    """What a form breaks, a few words each."""
+    """The limits that a form breaks, a few words each."""
     found = []
     if build.spilled_bytes and dtype == "bf16":
         found.append("spills")
@@ -182,7 +182,7 @@ def faults(case: Case, dtype: str, architecture: int, build: Build) -> list[str]
 
 
 def table(lines: list[Line]) -> str:
-    """The whole file."""
+    """The text of the whole file."""
     ptxas: dict[str, list[str]] = {}
     for line in lines:
         version, architecture = line.ptxas.split()

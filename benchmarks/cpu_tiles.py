@@ -1,8 +1,9 @@
-"""Which tiles serve the plain path of a CPU: the sweep behind ``shardrec.kernels`` on CPUs.
+"""Sweep the tile sizes of the CPU path of ``shardrec.kernels``.
 
-For each shape and number of threads all candidates run in turn in one process, so that they share
-the machine's moods; a row holds every repetition of every candidate. ``two_pass`` and ``fused`` are
-the full softmax, forward and backward, ``listed`` are blocks of 128 positions and 1024 draws.
+For each shape and number of threads all candidates run in turn in one process, so that changes in
+the machine's speed affect all of them; a row holds every repetition of every candidate.
+``two_pass`` and ``fused`` are the full softmax, forward and backward; ``listed`` are blocks of 128
+positions and 1024 draws.
 
     python benchmarks/cpu_tiles.py --threads 1 2        # some minutes
     python benchmarks/cpu_tiles.py --paths fused --threads 2 --repeats 1 --output smoke.jsonl
@@ -89,7 +90,7 @@ def two_pass(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
 
 
 def fused(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
-    """The full softmax with its gradient in forward, by the positions whose logits are held."""
+    """The full softmax with its gradient in forward, by the number of positions per chunk."""
     states, table, targets = (part.detach() for part in batch)
     problem = prepare_inputs(
         states, table, targets, weights=None, reduction="mean", scaling=Scaling(False, 1.0)
@@ -110,7 +111,7 @@ def fused(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
 
 
 def listed(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
-    """Blocks of positions that share their draws, by the logits and copied rows of a batch."""
+    """Blocks of positions that share draws, by the number of logits and rows per batch."""
     states, table, targets = (part.detach() for part in batch)
     num_positions, num_draws, share = len(states), 1024, 128
     num_blocks = num_positions // share
@@ -155,7 +156,7 @@ def time_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures what is missing and prints each candidate's time over the best."""
+    """Run the missing measurements and print each candidate's time relative to the best."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

@@ -1,4 +1,4 @@
-"""How many users a second does the evaluate stage rank over the whole catalog?
+"""Users per second that the evaluate stage ranks over the whole catalog.
 
 The speed does not depend on the weights: without a run folder a model is trained for one step.
 
@@ -16,7 +16,7 @@ from record import RESULTS, SHARDREC, Results, run_logged
 
 
 def one_step(options: argparse.Namespace) -> Path:
-    """A run folder with a checkpoint."""
+    """A run folder with a checkpoint after one step."""
     run: Path = options.work / f"{Path(options.data).name}-one-step"
     if not (run / "checkpoints").exists():
         settings = [
@@ -31,7 +31,7 @@ def one_step(options: argparse.Namespace) -> Path:
 
 
 def measure(run: Path, workers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates once in fresh processes; users a second and memory."""
+    """Evaluate once in fresh processes; returns users per second and peak memory."""
     stage = ["evaluate", "--prepared", options.data, "--run", str(run)]
     stage += ["--checkpoint", "last", "--force"]
     if workers > 1:
@@ -49,7 +49,7 @@ def measure(run: Path, workers: int, options: argparse.Namespace) -> dict[str, A
 
 
 def main() -> None:
-    """Measures what is missing and prints a line each."""
+    """Run the missing measurements and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder of `shardrec prepare`")
     parser.add_argument("--run", type=Path, help="folder of `shardrec train`")

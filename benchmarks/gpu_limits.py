@@ -1,4 +1,4 @@
-"""How fast could a loss be on a GPU? Counted operations and bytes over the rates of the card.
+"""Lower bound on the time of a loss on a GPU: counted FLOP and bytes over the card's rates.
 
 A stage takes no less than its products at the rate of the matrix units and no less than its traffic
 at that of the memory; stages that need each other's results follow one another. A logit costs 2 D
@@ -20,7 +20,7 @@ Stages = list[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What a card does at best.
+    """Peak rates of a card.
 
     Attributes:
         tflops: 1e12 FLOP/s of a matrix product.
@@ -31,7 +31,7 @@ class Rates:
     tbps: float
 
     def ms(self, flops: float, num_bytes: float) -> float:
-        """Of a stage."""
+        """Milliseconds of a stage: the slower of its products and its traffic."""
         return max(flops / self.tflops, num_bytes / self.tbps) / 1e9
 
 
@@ -46,7 +46,7 @@ H200 = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the losses are called with.
+    """Options of the losses.
 
     Attributes:
         num_negatives: K.
@@ -115,7 +115,7 @@ STAGES = {"cce": _cce, "cce_minus": _cce_minus, "sce": _sce, "rece": _rece}
 
 
 def _products(directions: int, vectors: int, work: Workload) -> tuple[float, float]:
-    """FLOP and bytes of a projection whose best alone are kept."""
+    """FLOP and bytes of a projection that keeps only the top k."""
     return 2.0 * directions * vectors * work.width, _vectors(work, vectors)
 
 

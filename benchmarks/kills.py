@@ -1,4 +1,4 @@
-"""What do twenty kills cost a run, and is anything lost?
+"""Time that twenty kills cost a run, after checking that nothing is lost.
 
 Runs the test that `make test-slow` runs: one training on two workers, a worker of which is killed
 twenty times at random moments, must end bit-equal to an undisturbed one. A row is appended when
@@ -23,7 +23,7 @@ BEGINNING = '{"kills": '
 
 
 def main() -> None:
-    """Runs the test and appends its row, unless it is there."""
+    """Run the test and append its row, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=1, help="number of the run: another, a row")
     parser.add_argument("--note", default="", help="what else the machine did")

@@ -1,4 +1,4 @@
-"""Notes when each training step of Lightning ended; for the trainers of peers.py."""
+"""A Lightning callback that records when each training step ended; for peers.py."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ __all__ = ["Clock"]
 
 
 class Clock(Callback):
-    """Ends, losses and numbers of real targets of the steps.
+    """Records the end time, loss and number of real targets of each step.
 
     Args:
         count_targets: Number of real targets of a batch.
@@ -36,7 +36,7 @@ class Clock(Callback):
         self._targets.append(self._count_targets(batch))
 
     def answer(self, warmup: int) -> dict[str, Any]:
-        """What peers.py wants to know of the steps after the first ``warmup``."""
+        """The answer to peers.py: statistics of the steps after the first ``warmup``."""
         times = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
         return {
             "times_s": times[warmup - 1 :],

@@ -1,4 +1,4 @@
-r"""Event logs of any size to measure stages on, equal for equal arguments, made block by block.
+r"""Generate event logs of any size for benchmarks; equal arguments give equal logs.
 
 ``integers`` and ``strings`` are the same draws with the two kinds of ids: a million users and
 200,000 items for 20 million events, both skewed, in no order of time. In ``one-user`` one of
@@ -30,7 +30,7 @@ Draw = Callable[[np.random.Generator, int, int], tuple[Ints, Ints]]
 
 
 def skewed(draw: np.random.Generator, count: int, total: int) -> tuple[Ints, Ints]:
-    """Users and items of ``count`` of ``total`` events: few of both have most of them."""
+    """Users and items of ``count`` of ``total`` events: a few of each have most events."""
     users, items = max(2, total // 20), max(2, total // 100)
     user = (users * draw.random(count) ** 3).astype(np.int64)
     return user, (items * draw.random(count) ** 4).astype(np.int64)
@@ -50,7 +50,7 @@ KINDS = ("synth", *DRAWS)
 def write_log(
     kind: str, path: Path, num_events: int, seed: int = 0, like: int | None = None
 ) -> None:
-    """Write a log of one of the KINDS; memory is that of a block, whatever the size.
+    """Write a log of one of the KINDS; memory is that of one block, whatever the size.
 
     Args:
         kind: one of KINDS.

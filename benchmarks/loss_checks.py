@@ -1,4 +1,4 @@
-"""Each loss of the benchmark, ours and the baselines, held to its definition in float64."""
+"""Check each loss of the benchmark, ours and the baselines, against its float64 definition."""
 
 from collections.abc import Callable
 from functools import partial
@@ -64,7 +64,7 @@ def check_triton(
 
 
 def mean_sce(states: Tensor, table: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    """Our loss over hard buckets; with a reduction to one number it gives that alone."""
+    """Our SCE with a reduction to one number, so that a single tensor is returned."""
     loss = kernels.scalable_cross_entropy(states, table, targets, **options)
     assert isinstance(loss, Tensor)
     return loss
@@ -121,7 +121,7 @@ def _cce_minus(batch: Batch) -> Case:
     shared = drawn[:1].expand(N, _K)
     correction = torch.tensor(_K / V).log().expand(N, _K)
     mine = partial(kernels.sampled_cross_entropy, num_negatives=_K, share=N // 2, seed=_SEED)
-    # The fair baseline has one set of draws, so it is held to the eager one with that set.
+    # The fair baseline has one set of draws, so it is compared with the eager one on that set.
     batches = [make_batch(N, _D, V) for _ in range(2)]
     fair = baselines.fair_cce_minus(*batches[0], drawn[0])
     assert torch.allclose(fair, baselines.eager_cce_minus(*batches[1], shared)), "fair CE- is off"

@@ -1,4 +1,4 @@
-"""How fast and how lean is each loss alone, forward and backward, on a CPU?
+"""Time and peak memory of each loss alone, forward and backward, on a CPU.
 
 For each loss: a check against its definition in float64, then medians of our function and of the
 baselines in one process, then peak memory of each in a process of its own, apart from the table's
@@ -88,7 +88,7 @@ def baseline(
 ) -> Operation:
     """Everything in memory, or ``block`` positions, buckets or chunks at a time.
 
-    ``loop`` takes the place of the chunked baseline.
+    ``loop`` replaces the chunked baseline.
     """
     loop = loop or getattr(baselines, f"chunked_{loss}")
 
@@ -158,7 +158,7 @@ def stored_gib(loss: str, name: str, work: Workload, rounds: int = ROUNDS) -> fl
 
 
 def largest_block(loss: str, work: Workload, memory_gib: float, rounds: int = ROUNDS) -> int:
-    """The most positions, buckets or chunks whose loop stores no more than this; 0 for none."""
+    """The largest block whose loop stores at most ``memory_gib``; 0 if there is none."""
     one, two = (stored_gib(loss, f"chunked_{block}", work, rounds) for block in (1, 2))
     fit = int((memory_gib - (2 * one - two)) // (two - one))
     return min(max(fit, 0), num_lines(loss, work))
@@ -182,7 +182,7 @@ def search_block(first: int, most: int, seconds: Callable[[int], float]) -> dict
 
 
 def counted(loss: str, work: Workload, rounds: int = ROUNDS) -> LossCost:
-    """What our function is said to cost."""
+    """The cost of our function as ``plan`` counts it."""
     return {
         "cce": lambda: cut_cross_entropy_cost(work),
         "cce_minus": lambda: sampled_cross_entropy_cost(work, NUM_NEGATIVES, SHARE),
@@ -192,7 +192,7 @@ def counted(loss: str, work: Workload, rounds: int = ROUNDS) -> LossCost:
 
 
 def step(function: Operation, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Forward and backward; the gradients stay."""
+    """Forward and backward; keeps the gradients."""
     loss = function(*batch)
     if loss is not None:
         loss.backward()
@@ -217,7 +217,7 @@ def _tile_gflops(N: int, D: int, width: int) -> float:
 
 
 def time_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Medians of several operations, called in turn so that they share the machine's moods."""
+    """Median seconds of several operations, run in turn so that noise affects all."""
     batch = make_batch(job["positions"], job["width"], job["catalog"])
     functions = {name: operation(job["loss"], name) for name in job["operations"]}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -246,7 +246,7 @@ def search_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of one forward and backward beyond its inputs and the table's gradient."""
+    """Peak memory of one step in addition to its inputs and the table's gradient."""
     function = operation(job["loss"], job["operation"])
     step(function, make_batch(1024, job["width"], 4096))
     batch = make_batch(job["positions"], job["width"], job["catalog"])
@@ -365,7 +365,7 @@ def summary(results: Results) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Run the missing measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--catalog", nargs="+", type=int, default=[100_000, 1_000_000])

@@ -1,12 +1,11 @@
-"""How fast and how lean is each loss alone, forward and backward, on a GPU?
+"""Time and peak memory of each loss alone, forward and backward, on a GPU.
 
 For each loss: a check of the Triton kernels against the definition in float64, then medians of
-ours and of whatever else fits the memory, peak memory beside the inputs and the table's gradient,
-and whether twenty runs of ours give the same bits. Loops have the block size that a search finds
-best, as written and compiled. ``limit_ms`` is what gpu_limits.py counts, at the rates that
-``--tflops`` and ``--tbps`` name; ``limit_as_measured_ms`` at those of a matrix product and a copy
-in the same run. The kernels of other projects take part where they are installed
-(cut-cross-entropy, liger-kernel).
+ours and of whatever else fits the memory, peak memory in addition to the inputs and the table's
+gradient, and whether twenty runs of ours give the same bits. Loops have the block size that a
+search finds best, as written and compiled. ``limit_ms`` is what gpu_limits.py counts, at the rates
+of ``--tflops`` and ``--tbps``; ``limit_as_measured_ms`` at those of a matrix product and a copy in
+the same run. Kernels of other projects (cut-cross-entropy, liger-kernel) take part if installed.
 
     python benchmarks/losses_gpu.py --catalog 100000 1000000 10000000
     python benchmarks/losses_gpu.py --dtype float32 --width 64
@@ -54,7 +53,7 @@ ROUNDS = 8
 # Positions, buckets or chunks at a time where the search for the best begins.
 FIRST_BLOCK = {"cce": 2048, "cce_minus": 1024, "sce": 64, "rece": 64}
 RUNS_OF_SAME_BITS = 20
-MOST_SECONDS = 20  # of the repeats of one contestant
+MOST_SECONDS = 20  # for all repeats of one contestant
 
 Batch = tuple[Tensor, Tensor, Tensor]
 CALLED_WITH = Options(
@@ -79,7 +78,7 @@ def ours_variants(loss: str) -> dict[str, Operation]:
 
 
 def others(loss: str, work: Workload, memory_gib: float) -> dict[str, Operation]:
-    """What needs no search of a block size and fits the memory."""
+    """The contestants that need no search of a block size and fit the memory."""
     found: dict[str, Operation] = {"eager": baseline(loss, None, ROUNDS)}
     found |= {"fair": fair} if loss == "cce_minus" else {}
     found = {
@@ -142,7 +141,7 @@ def _of_other_projects() -> dict[str, Operation]:
 
 
 def step(run: Operation, batch: Batch) -> None:
-    """Forward and backward; the gradients stay."""
+    """Forward and backward; keeps the gradients."""
     batch[0].grad = batch[1].grad = None
     loss = run(*batch)
     if loss is not None:
@@ -165,7 +164,7 @@ def time_ms(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def peak_mib(run: Operation, batch: Batch) -> float:
-    """Peak memory of a step beside its inputs and the table's gradient."""
+    """Peak memory of a step in addition to its inputs and the table's gradient."""
     batch[0].grad = batch[1].grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -191,7 +190,7 @@ def same_bits(run: Operation, batch: Batch) -> bool:
 
 
 def measured_rates(dtype: torch.dtype, repeats: int) -> Rates:
-    """Of a matrix product and a copy."""
+    """Measured rates of a matrix product and of a copy."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
     product = statistics.median(time_ms(lambda: left @ right, repeats))

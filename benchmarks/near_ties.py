@@ -1,4 +1,4 @@
-"""How often do the choices of sce and rece differ between one rank and several?
+"""How often the choices of sce and rece differ between one rank and several.
 
 Random batches with many copies of each vector, scattered over the shards, so that most lists end
 among copies. A batch is chosen from as 1, 2, 3 and 4 ranks would, in one process: positions and
@@ -47,7 +47,7 @@ SPLITS: list[list[tuple[int, ...]]] = [
 
 
 def count_flips(kind: str, steps: Iterable[int]) -> Counter[str]:
-    """What differs in some batches between one rank and two, three and four, and of how many.
+    """Count the choices that differ between one rank and two, three or four, and all choices.
 
     Args:
         kind: one of ``KINDS``.
@@ -94,7 +94,7 @@ def choices(kind: str, step: int) -> list[dict[str, Tensor]]:
 
 
 def times_transposed_in_some_order(left: Tensor, right: Tensor) -> Tensor:
-    """(n, m) ``left @ right.T``; each line adds in one of three orders, others for another n."""
+    """(n, m) ``left @ right.T``, summed in one of three orders per row, which depend on n."""
     result = left.new_empty(len(left), len(right))
     for first in range(3):
         generator = torch.Generator().manual_seed(3 * len(left) + first)
@@ -104,24 +104,24 @@ def times_transposed_in_some_order(left: Tensor, right: Tensor) -> Tensor:
 
 
 def copied(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """(count, width) random vectors, of each about ``COPIES``, in random order."""
+    """(count, width) random vectors, about ``COPIES`` copies of each, in random order."""
     of = torch.randint(0, count // COPIES, (count,), generator=generator)
     return torch.randn(count // COPIES, width, generator=generator)[of]
 
 
 def of_two_sizes(vectors: Tensor) -> Tensor:
-    """Vectors of as many numbers, with which many random directions are equally good."""
+    """Vectors for which many random directions are equally good; the same shape."""
     sizes = vectors.abs()[:, :2]
     return torch.where(vectors.abs() > 0.7, sizes[:, :1], sizes[:, 1:]) * vectors.sign()
 
 
 def moved(vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """The vectors, each number moved by a relative 1e-7 or so."""
+    """The vectors with a relative error of about 1e-7 on each number."""
     return vectors * (1 + NOISE * torch.randn(vectors.shape, generator=generator))
 
 
 def cut(vectors: Tensor, split: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """What each rank holds of the vectors."""
+    """The part of the vectors that each rank holds."""
     ends = [len(vectors) * sum(split[: rank + 1]) // 8 for rank in range(len(split) - 1)]
     return vectors.tensor_split(ends)
 
@@ -141,7 +141,7 @@ def listed(centres: Tensor, vectors: Tensor, k: int, split: tuple[int, ...]) -> 
 
 
 def main() -> None:
-    """Appends a row for each kind that the file does not have."""
+    """Append a row for each kind that is missing in the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=10_000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

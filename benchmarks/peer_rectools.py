@@ -1,4 +1,4 @@
-"""One of the trainers of peers.py: RecTools. Run there, with the python of its environment."""
+"""The RecTools trainer of peers.py, run with the python of its own environment."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def interactions(sequences: str) -> pd.DataFrame:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    """Train for warm-up and steps; returns step times, peak memory and losses."""
     imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     seed_everything(1)

@@ -1,4 +1,4 @@
-"""One of the trainers of peers.py: RePlay. Run there, with the python of its environment."""
+"""The RePlay trainer of peers.py, run with the python of its own environment."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from replay_sasrec import build
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    """Train for warm-up and steps; returns step times, peak memory and losses."""
     imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     lightning.seed_everything(1)

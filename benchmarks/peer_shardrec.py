@@ -1,4 +1,4 @@
-"""One of the trainers of peers.py: ours. Run by that script, in a process of its own."""
+"""Our trainer in peers.py, run in a process of its own."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from shardrec.pipeline.train import train
 
 
 class Clock:
-    """Notes when each step ended, what it cost and how many targets it had."""
+    """Records the end time, loss and number of targets of each step."""
 
     def __init__(self) -> None:
         """Starts empty."""
@@ -49,7 +49,7 @@ class Clock:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains for warm-up and steps; times of the steps, peak memory, losses."""
+    """Train for warm-up and steps; returns step times, peak memory and losses."""
     imports = rss_bytes()
     torch.set_num_threads(job["threads"])
     sampled = CCEMinus(num_negatives=job["negatives"], share=job.get("share", 128))

@@ -1,4 +1,4 @@
-"""How fast and how lean is a training step against RePlay and RecTools, all else equal?
+"""Time and memory of a training step compared with RePlay and RecTools, all else equal.
 
 The same generated sequences, batch, length, width, blocks, heads, dropout, negatives and optimizer
 (Adam); float32; every real target trained; each trainer in a process of its own. By default every
@@ -43,7 +43,7 @@ TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # row name: script, lo
 
 
 def prepared_log(work: Path, users: int, items: int, spread: float) -> Path:
-    """The prepared folder of the generated log, made when it is not there."""
+    """The prepared folder of the generated log, created if missing."""
     log = work / f"log-{users}-{items}-{spread:g}.parquet"
     folder = log.with_suffix("")
     if not log.exists():
@@ -74,7 +74,7 @@ def sequences_of(folder: Path) -> Path:
 
 
 def measure(name: str, folder: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains for a few steps in a fresh process; what it took."""
+    """Train for a few steps in a fresh process; returns times, memory and losses."""
     which, loss, extra = TRAINERS[name]
     prepared = Prepared.open(folder)
     job = {
@@ -98,7 +98,7 @@ def measure(name: str, folder: Path, batch: int, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    """Measures what is missing and prints seconds and memory of each trainer."""
+    """Run the missing measurements and print seconds and memory of each trainer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replay", help="python of the environment with RePlay")
     parser.add_argument("--rectools", help="python of the environment with RecTools")
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def available(options: argparse.Namespace) -> list[str]:
-    """The trainers asked for whose environment is given; says which are left out."""
+    """The requested trainers that have an environment; prints which are left out."""
     lacking = [which for which in ("replay", "rectools") if not getattr(options, which)]
     for which in lacking:
         print(f"left out: no --{which} given")
@@ -141,7 +141,7 @@ def available(options: argparse.Namespace) -> list[str]:
 
 
 def row_of(name: str, folder: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """What a trainer took, and for our full softmax the share of the rate of plain products."""
+    """The row of a trainer; for our full softmax also its share of the plain-product rate."""
     answer = measure(name, folder, batch, options)
     times = answer.pop("times_s")
     row = {"median_s": median(times), "times_s": times} | answer

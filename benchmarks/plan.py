@@ -1,4 +1,4 @@
-"""Does a run use the memory that `shardrec plan` says?
+"""Compare the memory of a run with the estimate of `shardrec plan`.
 
 Runs of a few steps as `shardrec train` makes them, on generated sequences without padding, with a
 checkpoint in the background every second step. Measured is the peak of the whole process that used
@@ -65,7 +65,7 @@ def prepared(work: Path, num_items: int, length: int) -> Path:
 
 
 def config_of(key: dict[str, Any], data: str, run: str) -> TrainConfig:
-    """The run of a row."""
+    """The training config of a row."""
     options = [
         f"loss={key['loss']}",
         f"encoder.width={key['width']}",
@@ -82,7 +82,7 @@ def config_of(key: dict[str, Any], data: str, run: str) -> TrainConfig:
 
 
 def work(job: dict[str, Any]) -> None:
-    """What every worker does; each writes its peak, and what it held before, beside the run."""
+    """The work of one worker: train, and write its peak and initial memory next to the run."""
     torch.set_num_threads(1)
     run = Path(job["run"])
     with process_group() as (group, _):
@@ -109,7 +109,7 @@ def measured_bytes(key: dict[str, Any], data: Path, folder: Path) -> tuple[int, 
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Run the missing measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", default=["cce", "cce_minus", "sce", "rece"])
     parser.add_argument("--items", nargs="+", type=int, default=[1_000, 100_000, 1_000_000])
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def measure(key: dict[str, Any], results: Results, folder: Path) -> None:
-    """Appends the row of one run, unless it is there."""
+    """Append the row of one run, unless it exists."""
     if results.has(key):
         return
     data = prepared(folder, key["items"], key["length"])
@@ -180,7 +180,7 @@ def summary(results: Results) -> str:
 
 
 def growth(results: Results, row: dict[str, Any]) -> str:
-    """Planned beside measured, both without those of the run that is all libraries."""
+    """Relative error of the plan in %, after subtracting the run of 1,000 items."""
     smallest = results.find(row["key"] | SMALLEST)
     if smallest is None or smallest is row:
         return ""

@@ -1,4 +1,4 @@
-r"""How long and how much memory does ``prepare`` need for an event log?
+r"""Time and peak memory of ``prepare`` for an event log.
 
 Each run is a process of its own, so its peak memory is the stage's whole: Python, Arrow, DuckDB.
 Without a log, one is generated first, of a kind that ``logs.py`` makes. With ``--keep-items`` a
@@ -106,7 +106,7 @@ def main() -> None:
         print(json.dumps(run_once(options.job)))
         return
     if options.log is not None and options.keep_items:
-        parser.error("--keep-items goes with a generated log; say items=PATH with your own")
+        parser.error("--keep-items needs a generated log; use items=PATH with your own")
     generated = f"{options.generate}-{options.events}"
     key = {
         "log": options.name or (Path(options.log).stem if options.log else generated),

@@ -1,4 +1,4 @@
-r"""How good does each loss get on a log, how long does it take, how much memory does it need?
+r"""Quality, time and memory of each loss on a log.
 
 Runs the public stages, prepare, train and evaluate, for every loss, seed and setting, and appends
 one row each. A loss may carry options: ``sce:items_per_bucket=512,mix=false``.
@@ -31,7 +31,7 @@ PROTOCOLS = {"test": [], "test_unseen": ["--filter-seen"]}
 
 
 def cut_table_gradient() -> None:
-    """Makes every loss see a copy of the table that takes no gradient, as two public ports do."""
+    """Detach the table in every loss, so that it gets no gradient, as in two public ports."""
     for loss in LOSSES.values():
         original = loss.__call__
 
@@ -49,7 +49,7 @@ def overrides(loss: str, seed: int, settings: list[str]) -> list[str]:
 
 
 def run_once(key: dict[str, Any], options: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Trains and evaluates in fresh processes; what came out."""
+    """Train and evaluate in fresh processes; returns metrics, time and memory."""
     settings = overrides(key["loss"], key["seed"], key["settings"])
     name = "-".join(
         [data.name, *settings, f"w{key['workers']}", "cut" * options.cut_table_gradient]
@@ -95,7 +95,7 @@ def run_once(key: dict[str, Any], options: argparse.Namespace, data: Path) -> di
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Run the missing measurements and print the table."""
     if sys.argv[1:2] == ["--shardrec"]:
         arguments = sys.argv[2:]
         if arguments[0] == "--cut-table-gradient":
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def failures(results: Results, options: argparse.Namespace) -> int:
-    """1 where a row of these losses and settings is below what is required."""
+    """1 if a row of these losses and settings is below a required value."""
     metric, _, least = options.require.partition("=")
     asked = [
         row

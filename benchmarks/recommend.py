@@ -1,9 +1,9 @@
-"""How many users a second get their list, at what peak memory, against RePlay and RecTools?
+"""Users per second and peak memory of recommending, compared with RePlay and RecTools.
 
 The same histories of equal length, width, blocks, heads, batch and k; items of the history are left
 out; float32; random weights, because the speed does not depend on them; each in a process of its
 own. The time is that of one call, from a model in memory and histories on the disk (RecTools: in
-its data set) to lists on the disk (ours) or in a data frame (theirs).
+its data set) to lists on the disk (ours) or in a data frame (the others).
 
     python benchmarks/recommend.py --replay VENV/bin/python --rectools VENV2/bin/python --threads 2
 
@@ -38,7 +38,7 @@ FIRST_STEP = (
 
 
 def histories(folder: Path, users: int, catalog: int, length: int) -> Path:
-    """Histories in which every item occurs; made when they are not there."""
+    """Histories in which every item occurs; created if missing."""
     path = folder / "histories.parquet"
     if not path.exists():
         order = np.random.default_rng(1).permutation(catalog)
@@ -68,7 +68,7 @@ def model_of(folder: Path, source: Path, options: argparse.Namespace) -> None:
 
 
 def measure(name: str, catalog: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Recommends once in a fresh process; seconds and memory."""
+    """Recommend once in a fresh process; returns seconds and peak memory."""
     folder = options.work / f"{options.users}-{catalog}-{options.length}-{options.width}"
     source = histories(folder, options.users, catalog, options.length)
     if name == "shardrec":
@@ -88,7 +88,7 @@ def measure(name: str, catalog: int, options: argparse.Namespace) -> dict[str, A
 
 
 def main() -> None:
-    """Measures what is missing and prints users a second and memory of each."""
+    """Run the missing measurements and print users per second and memory of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replay", help="python of the environment with RePlay")
     parser.add_argument("--rectools", help="python of the environment with RecTools")

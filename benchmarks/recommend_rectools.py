@@ -1,4 +1,4 @@
-"""One side of recommend.py: RecTools. Run there, with the python of its environment."""
+"""The RecTools part of recommend.py, run with the python of its own environment."""
 
 import argparse
 import json

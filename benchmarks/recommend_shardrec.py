@@ -1,4 +1,4 @@
-"""One side of recommend.py: ours. Run by that script, in a process of its own."""
+"""Our part of recommend.py, run in a process of its own."""
 
 import argparse
 import json

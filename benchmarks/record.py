@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file: what was measured, by which command, commit, versions and machine."""
+"""Benchmark results as JSON lines, with the command, commit, versions and machine."""
 
 import json
 import os
@@ -34,14 +34,14 @@ _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "triton", "pya
 
 
 class Results:
-    """A file of results, one JSON object a line; a row that is there is not measured again.
+    """A file of results, one JSON object per line; an existing row is not measured again.
 
     Args:
         path: The file; made with its folder when the first row is appended.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Reads the rows that are there."""
+        """Read the existing rows."""
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
@@ -52,7 +52,7 @@ class Results:
         return self.find(key) is not None
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The last row whose ``key`` is this one."""
+        """The last row with this ``key``; None if there is none."""
         # Compared as JSON, so that a tuple equals the list it was stored as.
         wanted = json.dumps(key, sort_keys=True)
         matching = (r for r in self.rows if json.dumps(r["key"], sort_keys=True) == wanted)
@@ -124,23 +124,23 @@ def median(values: Sequence[float]) -> float:
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now."""
+    """Current resident memory of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process since it began."""
+    """Peak resident memory of this process since its start, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_rss() -> None:
-    """Lets ``peak_rss_since_reset`` begin again at the resident memory of now."""
+    """Reset the peak of ``peak_rss_since_reset`` to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_rss_since_reset() -> int:
-    """Largest resident memory of this process since ``reset_peak_rss``."""
+    """Peak resident memory of this process since ``reset_peak_rss``, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
@@ -154,7 +154,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def _run() -> dict[str, Any]:
-    """When, by which command, at which commit, with which versions, on which machine."""
+    """Metadata of a measurement: time, command, commit, versions, machine."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "command": _command(),

@@ -10,7 +10,7 @@ __all__ = ["build"]
 
 
 def build(job: dict[str, Any], num_items: int, dropout: float) -> tuple[TensorSchema, SasRec]:
-    """The schema of one sequence of items, and two blocks of two heads over it.
+    """The schema of one item sequence, and a SASRec of two blocks with two heads.
 
     Args:
         job: Its "width" and "length" are those of the model.

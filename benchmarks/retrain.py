@@ -1,15 +1,15 @@
-r"""What is yesterday's run worth today? Day 2 trained warm and cold, for the same number of steps.
+r"""Retraining on newer data: warm start against random weights, for equal numbers of steps.
 
 The log is cut by time: day 1 is its first ``--day-one`` share of events, day 2 adds what follows,
 and what comes after ``--test`` is for testing. A run on day 1 is the start of the warm runs of
 day 2; cold ones start from random weights. Both see the same data in the same order and take the
 same number of steps. What is in --output is not measured again, and a run that is in --work is
-gone on with.
+resumed.
 
     cold                    day 2 from random weights
-    warm                    from day 1's, its optimizers' memory kept, the rows of new items random
-    warm, new rows mean     these rows the mean of the table
-    warm, optimizer reset   without the optimizers' memory
+    warm                    from those of day 1, optimizer state kept, rows of new items random
+    warm, new rows mean     the same, rows of new items are the mean of the table
+    warm, optimizer reset   the same, without the optimizer state
     stale                   no training on day 2: the model of day 1, the rows of new items random
 
     python benchmarks/retrain.py log.parquet --recipe demo --set batches.windows=all \
@@ -67,7 +67,7 @@ def shardrec(options: argparse.Namespace, *words: str) -> None:
 
 
 def trained(options: argparse.Namespace, data: Path, run: Path, *settings: str) -> Path:
-    """Train a run, or what is left of it."""
+    """Train a run, or resume it."""
     words = ["--prepared", str(data), "--run", str(run), "--recipe", options.recipe]
     often = "checkpoints.every_steps=50"
     shardrec(options, "train", "--resume=auto", *words, often, *options.set, *settings)
@@ -80,7 +80,7 @@ def chosen(options: argparse.Namespace) -> str:
 
 
 def judged(options: argparse.Namespace, data: Path, run: Path) -> dict[str, Any]:
-    """How good a run is on the test events of day 2, and what it took over."""
+    """Metrics of a run on the test events of day 2, and the counts of items taken over."""
     shardrec(options, "evaluate", "--prepared", str(data), "--run", str(run))
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
     taken = json.loads((run / "run.json").read_text())["init_from"] or {}
@@ -92,11 +92,11 @@ def judged(options: argparse.Namespace, data: Path, run: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    """Train and judge what is missing, and print the table."""
+    """Train and evaluate the missing runs, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("log", type=Path, help="event Parquet whose times are real")
+    parser.add_argument("log", type=Path, help="event Parquet with real times")
     parser.add_argument("--recipe", default="demo", help="of all runs (default: demo)")
     parser.add_argument("--set", nargs="*", default=[], help="options of train: dotted.name=value")
     parser.add_argument(

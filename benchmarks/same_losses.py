@@ -1,4 +1,4 @@
-"""Compares two source trees bit by bit: 20 steps of ``tiny_cpu`` for every loss on 1 and 2 ranks.
+"""Compare two source trees bit by bit: 20 steps of ``tiny_cpu`` per loss on 1 and 2 ranks.
 
 A refactoring must not change a number. Exits with 1 where a loss or a gradient norm differs::
 
@@ -34,7 +34,7 @@ def main(data: str, old: str, new: str) -> None:
 
 
 def losses_of(tree: str, data: str, num_ranks: int) -> dict[str, list[str]]:
-    """What rank 0 of ``num_ranks`` processes that import ``tree`` computes, by loss."""
+    """Losses and norms of rank 0 of ``num_ranks`` processes that import ``tree``, by loss."""
     environment = os.environ | {"PYTHONPATH": tree, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--rank", data, folder, str(num_ranks)]
@@ -66,7 +66,7 @@ def train_on_rank(data: str, folder: str, num_ranks: str, rank: str) -> None:
 
 
 def recorder(steps: list[str]) -> Any:
-    """A callback that keeps the numbers of each step; its base class is not where it was."""
+    """A callback that records each step; finds its base class in old and new trees."""
 
     def on_step(report: Any) -> None:
         steps.append(f"{report.loss.hex()} {report.gradient_norm.hex()}")

@@ -1,4 +1,4 @@
-"""How much faster is a step with two workers than with one, and how much of it is communication?
+"""Speed-up of a step with two workers over one, and its share of communication.
 
 One thread a worker and the same global batch, so that half the time is ideal. Seconds per step are
 medians; the share of communication is that of the time in which a collective is under way on rank
@@ -81,7 +81,7 @@ class Probe:
 
 
 def work(job: dict[str, Any]) -> None:
-    """What every worker does; rank 0 writes the answer to ``job['answer']``."""
+    """The work of one worker; rank 0 writes the answer to ``job['answer']``."""
     torch.set_num_threads(1)
     probe = Probe(job["warmup"], job["steps"], job["profiled"])
     folder = Path(job["answer"]).parent / "run"
@@ -111,7 +111,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def measure(job: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Runs the workers; what rank 0 answered."""
+    """Run the workers; returns the answer of rank 0."""
     folder = Path(tempfile.mkdtemp())
     job = job | {"answer": str(folder / "answer.json")}
     command = [__file__, "--job", json.dumps(job)]
@@ -125,7 +125,7 @@ def measure(job: dict[str, Any], workers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Run the missing measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="?", help="folder of `shardrec prepare`")
     parser.add_argument("--losses", nargs="+", default=["cce", "cce_minus", "sce", "rece"])

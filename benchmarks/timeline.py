@@ -1,8 +1,8 @@
-"""When does each worker compute, and when does something travel? A picture of one training step.
+"""Draw one training step: when each worker computes, and when collectives are in flight.
 
 Trains a few steps with two workers on a prepared folder (generated where none is given), profiles
 them with ``shardrec train --profile``, and draws the last one: for each worker what it works on and
-the collectives that are under way. Black is the time in which it computes while something travels.
+the collectives in flight. Black is the time in which it computes while a collective is in flight.
 
     python benchmarks/timeline.py --loss cce
 """
@@ -36,21 +36,21 @@ COLOURS = {
     "update": "#d94801",
 }
 # A reduce-scatter of gloo is an all-reduce inside.
-TRAVEL = {
+COLLECTIVE_COLOURS = {
     "all_gather": "#e7298a",
     "all_reduce": "#fb9a99",
     "reduce_scatter": "#fb6a4a",
     "all_to_all": "#8c6bb1",
 }
-BESIDE = "#222222"
+OVERLAP = "#222222"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One worker's step: its parts, and what travelled; times in microseconds of the wall clock."""
+    """One worker's step: its parts and collectives; times in microseconds of the wall clock."""
 
     parts: list[tuple[str, Span]]
-    travel: list[tuple[str, Span]]
+    collectives: list[tuple[str, Span]]
     work: list[Span]
 
     @classmethod
@@ -59,15 +59,15 @@ class Trace:
         with gzip.open(path, "rt") as file:
             data = json.load(file)
         base = data.get("baseTimeNanoseconds", 0) / 1000
-        parts, travel, work = [], [], []
+        parts, collectives, work = [], [], []
         for name, span in _spans(data["traceEvents"], base):
             if name.startswith(PART):
                 parts.append((name.removeprefix(PART), span))
             elif name.startswith(("gloo:", "nccl")):
-                travel.append((name.partition(":")[2], span))
+                collectives.append((name.partition(":")[2], span))
             elif name.startswith(OPERATORS):
                 work.append(span)
-        return cls(parts, travel, union(work))
+        return cls(parts, collectives, union(work))
 
 
 def _spans(events: Sequence[dict[str, Any]], base: float) -> Iterator[tuple[str, Span]]:
@@ -110,21 +110,23 @@ def draw(traces: Sequence[Trace], step: Span, title: str) -> str:
 
 
 def _worker(trace: Trace, rank: int, top: int, step: Span, scale: float) -> Iterator[str]:
-    """Work above, travel below."""
+    """Two lanes: work above, collectives below."""
     yield f'<text x="10" y="{top + 21}">rank {rank} works on</text>'
-    yield f'<text x="10" y="{top + LANE + 21}">what travels</text>'
-    # A waiting worker has no operator under way: its part shows pale there.
+    yield f'<text x="10" y="{top + LANE + 21}">collectives</text>'
+    # A waiting worker runs no operator: its part is drawn pale there.
     for name, span in trace.parts:
         colour = COLOURS.get(name, "#bbbbbb")
         yield from _bars([span], step, scale, top, LANE - 4, colour, 0.25, name)
         busy = common([span], trace.work)
         yield from _bars(_joined(busy, 2 / scale), step, scale, top, LANE - 4, colour, 1.0, name)
-    for name, span in trace.travel:
+    for name, span in trace.collectives:
         below = top + LANE
-        colour = next((TRAVEL[kind] for kind in TRAVEL if kind in name.lower()), "#bbbbbb")
+        colour = next(
+            (c for kind, c in COLLECTIVE_COLOURS.items() if kind in name.lower()), "#bbbbbb"
+        )
         yield from _bars([span], step, scale, below, LANE / 2 - 4, colour, 1.0, name)
-    both = _joined(common(trace.work, union(span for _, span in trace.travel)), 2 / scale)
-    yield from _bars(both, step, scale, top + LANE * 1.5, 6, BESIDE, 1.0, "at the same time")
+    both = _joined(common(trace.work, union(span for _, span in trace.collectives)), 2 / scale)
+    yield from _bars(both, step, scale, top + LANE * 1.5, 6, OVERLAP, 1.0, "at the same time")
 
 
 def _bars(
@@ -161,7 +163,7 @@ def _joined(spans: Sequence[Span], gap: float) -> list[Span]:
 
 
 def _legend() -> Iterator[str]:
-    for y, colours in ((32, COLOURS), (52, TRAVEL | {"work beside travel": BESIDE})):
+    for y, colours in ((32, COLOURS), (52, COLLECTIVE_COLOURS | {"both at once": OVERLAP})):
         x = 10.0
         for name, colour in colours.items():
             yield f'<rect x="{x:.0f}" y="{y}" width="12" height="12" fill="{colour}"/>'
@@ -183,14 +185,14 @@ def _axis(step: Span, scale: float, y: int) -> Iterator[str]:
 
 
 def facts(traces: Sequence[Trace], step: Span) -> str:
-    """How much of the travel of the step is beside work, in words."""
+    """Text: milliseconds of collectives in the step, and how many overlap with work."""
     lines = []
     for rank, trace in enumerate(traces):
-        travel = common(union(span for _, span in trace.travel), [step])
-        beside = common(travel, trace.work)
+        in_flight = common(union(span for _, span in trace.collectives), [step])
+        overlap = common(in_flight, trace.work)
         lines.append(
-            f"rank {rank}: step {(step[1] - step[0]) / 1000:.1f} ms, something travels "
-            f"{length(travel) / 1000:.1f} ms, of it beside work {length(beside) / 1000:.1f} ms"
+            f"rank {rank}: step {(step[1] - step[0]) / 1000:.1f} ms, collectives in flight "
+            f"{length(in_flight) / 1000:.1f} ms, of it during work {length(overlap) / 1000:.1f} ms"
         )
     return "\n".join(lines)
 

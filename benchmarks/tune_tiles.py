@@ -1,4 +1,4 @@
-"""Which tiles are fastest on this GPU? Times candidates and prints entries for the table of tiles.
+"""Time candidate tiles on this GPU and print entries for the table of tiles.
 
 The shipped table is derived from counted limits; an entry printed here is measured. Each candidate
 must give the results of the shipped tile before it is timed. Minutes for each kernel and width.
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> None:
-    """Searches what is asked for."""
+    """Search the requested kernels, widths and dtypes."""
     options = parsed()
     device = "cpu" if options.toy else "cuda"
     card = "the interpreter" if options.toy else torch.cuda.get_device_name()
@@ -50,7 +50,7 @@ def parsed() -> argparse.Namespace:
 
 
 def size_of(options: argparse.Namespace, width: int, dtype: torch.dtype) -> Size:
-    """The work that candidates are timed on."""
+    """The problem size that candidates are timed on."""
     if options.toy:
         return Size(
             positions=40,

@@ -1,4 +1,4 @@
-r"""Which loss for my catalog? Equal time for each, on three catalogs, as a table and a plot.
+r"""Compare the losses at equal training time on three catalogs, as a table and a plot.
 
 Every loss trains for the same number of minutes, with the same encoder, batch and optimizer, in
 workers of one thread; then the whole catalog is ranked for the test users. No loss stores logits,
@@ -53,7 +53,7 @@ class Case:
         prepare: options of prepare.
         recipe: of train.
         settings: dotted options that differ from the recipe.
-        judge: the protocol whose figures count, as in quality.py.
+        judge: the protocol that scores follow, as in quality.py.
     """
 
     name: str
@@ -151,7 +151,7 @@ def groups(results: Results) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def limit_of(row: dict[str, Any]) -> str:
-    """What was equal: ``2 minutes each``."""
+    """The limit that was equal for all, such as ``2 minutes each``."""
     settings = dict(setting.split("=", 1) for setting in row["key"]["settings"])
     if "limits.max_steps" in settings:
         return f"{int(settings['limits.max_steps']):,} steps each"
@@ -159,7 +159,7 @@ def limit_of(row: dict[str, Any]) -> str:
 
 
 def label(loss: str) -> str:
-    """How a loss is called in the table: ``cce_minus, share 1``."""
+    """Name of a loss in the table, such as ``cce_minus, share 1``."""
     name, _, own = loss.partition(":")
     options = dict(option.split("=") for option in own.split(",") if option)
     share = {"0": "of the batch"}.get(options.get("share", ""), options.get("share"))
@@ -229,7 +229,7 @@ def _draw_panel(
 
 
 def main() -> None:
-    """Measures what is missing, then writes the page and the plot."""
+    """Run the missing measurements, then write the page and the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,1 +1,1 @@
-"""Launch of shardrec."""
+"""The ``shardrec`` command, its worker processes, and its TorchX jobs."""

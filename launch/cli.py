@@ -1,12 +1,13 @@
-"""The ``shardrec`` command: finds the subcommand, and decides how errors are shown.
+"""The ``shardrec`` command: runs a subcommand, formats its errors, chooses the exit code.
 
 Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
 2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
-earlier rollback; 75 stopped by SIGTERM, to be started again; 130 interrupted; 143 ended by SIGTERM
-where there are no checkpoints. Nothing but 0 leaves a finished-looking output.
+earlier rollback; 75 stopped by SIGTERM after a checkpoint: start it again; 130 interrupted; 143
+ended by SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks
+complete.
 
-Errors for the user are those that a ``raise`` statement of this package makes, and what the
-operating system refuses: they become one line. Every other error is a bug and keeps its traceback.
+Errors meant for the user become one line: those raised by a ``raise`` statement of this package,
+and those of the operating system. Every other error is a bug and keeps its traceback.
 ``SHARDREC_DEBUG=1`` shows all tracebacks.
 """
 
@@ -30,12 +31,12 @@ _WRONG_KINDS = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
 )
 
-# Errors of the operating system that another path avoids, and one that more room on the disk does.
+# OS errors by remedy: another path, or more free space on the disk (_NO_ROOM).
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PATH_RULES = {
     errno.ENOTDIR: "path must be in a folder, got {path}{which}; choose another",
     errno.EEXIST: "path must be a new name or a folder, got {path}{which}; choose another",
-    errno.EISDIR: "path must name a file, got the folder {path}; name a file",
+    errno.EISDIR: "path must name a file, got the folder {path}; choose a file",
     errno.ENOENT: "path must exist, got {path}; check it",
     errno.ENAMETOOLONG: "names must be short enough for the file system, got {name} of {length} "
     "bytes ({reason}); choose a shorter one",
@@ -68,23 +69,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What ``shardrec --help`` prints."""
+    """The text of ``shardrec --help``."""
     return "\n".join(
         [
-            "usage: shardrec COMMAND [options]; shardrec COMMAND --help says more",
+            "usage: shardrec COMMAND [options]; shardrec COMMAND --help for details",
             "",
             "Trains sequential recommenders over row-sharded catalogs of items.",
             "",
             *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
             "",
-            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 not to be published,\n"
-            "75 stopped by SIGTERM and to be started again, 130 interrupted, 143 ended by SIGTERM",
+            "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 publishing refused,\n"
+            "75 stopped by SIGTERM (start again), 130 interrupted, 143 ended by SIGTERM",
         ]
     )
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run a subcommand; errors that were raised for the user become one line on stderr."""
+    """Run a subcommand and return its exit code; an error for the user is one line on stderr."""
     try:
         module = "commands" if name in STAGES else "tools"
         return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))
@@ -104,10 +105,10 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether ``error`` was raised on purpose to tell the user, and not by a bug.
+    """Whether ``error`` is meant for the user, rather than caused by a bug.
 
-    So it is when the last line of its traceback is a ``raise`` statement of this package, when the
-    operating system refused something, or when a package of somebody else is not installed.
+    True if its traceback ends in a ``raise`` statement of this package, if it comes from the
+    operating system, or if a third-party package is not installed.
     """
     if isinstance(error, ModuleNotFoundError):
         return (error.name or "shardrec").partition(".")[0] != "shardrec"
@@ -121,7 +122,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message in one line."""
+    """The message of ``error`` in one line."""
     text = explain(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
@@ -129,7 +130,7 @@ def one_line(error: Exception) -> str:
 
 
 def exit_code(error: Exception) -> int:
-    """2 when the input is at fault, 75 after SIGTERM, 1 when something failed on the way."""
+    """The exit code of an error: 2 for wrong input, 75 after SIGTERM, 1 for any other failure."""
     from shardrec.pipeline.run.interruption import Preempted
 
     if isinstance(error, Preempted):
@@ -139,7 +140,7 @@ def exit_code(error: Exception) -> int:
 
 
 def explain(error: OSError) -> str:
-    """What the operating system refused: what must hold, what was found, what to do.
+    """The message for an operating-system error: the rule, what was found, and what to do.
 
     Args:
         error: as raised by Python or pyarrow. Where it names a file, that file is looked at to tell
@@ -174,7 +175,7 @@ def _path_of(error: OSError) -> Path | None:
 
 
 def _not_permitted(path: Path, reason: str) -> str:
-    """Whether it is an input or an output that permissions refuse, and which file or folder."""
+    """The message for a permission error: input or output, and which file or folder."""
     folder = next((one for one in path.absolute().parents if os.path.isdir(one)), Path("/"))
     if os.path.exists(path) and not _allows(path, os.R_OK):
         rule, got, kind = "input must be a file or folder that can be read", path, ""

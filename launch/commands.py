@@ -1,7 +1,7 @@
-"""The stages as commands: each reads its arguments, calls its function of the pipeline, and prints.
+"""The stages as commands: each parses its arguments, calls its pipeline function, and prints.
 
-What a stage needs is imported when it runs, so that ``prepare`` does not wait for torch, and help
-waits for nothing but the config. Commands that are no stage are in ``tools.py``.
+The modules of a stage are imported when it runs, so that ``prepare`` does not load torch, and
+``--help`` loads only the config. Commands that are not stages are in ``tools.py``.
 """
 
 import os
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
 
-# Options of the config that `train` has options of its own for.
+# Config fields that `train` sets by an option with another name.
 OWN_OPTIONS = {
     "data": "prepared",
     "output": "run",
@@ -63,7 +63,7 @@ def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
 
 
 def read_with(parser: Parser, name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
-    """What ``parser`` reads and the config of the stage, after adding the options of its config."""
+    """Add the options of the stage's config to ``parser``, parse, and build the config."""
     config = imported(STAGES[name].config)
     add_options(parser, config)
     options = parser.parse(arguments)
@@ -71,7 +71,7 @@ def read_with(parser: Parser, name: str, arguments: Sequence[str]) -> tuple[Name
 
 
 def parser_for(name: str) -> Parser:
-    """A parser for a command with its help; with ``--timeout`` if several workers may run it."""
+    """The argument parser of a command, with ``--timeout`` if several workers may run it."""
     command = COMMANDS[name]
     parser = Parser(name, command.description, command.epilog)
     if command.kind == "distributed":
@@ -80,7 +80,7 @@ def parser_for(name: str) -> Parser:
 
 
 def synth(options: Namespace, config: "SynthConfig") -> int:
-    """Generate a log and say how well the best possible model would do on it."""
+    """Generate an event log and print the NDCG@10 of the best possible model on it."""
     from shardrec.pipeline.synth import generate
 
     print(generate(config, options.output, force=options.force))
@@ -140,7 +140,7 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
 
 
 def recommend(options: Namespace, config: "RecommendConfig") -> int:
-    """Write the best items of every user of some histories."""
+    """Write the best items for every user in the histories."""
     from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.recommend import recommend as run_recommend
@@ -155,7 +155,7 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
 
 
 def export(options: Namespace, config: "ExportConfig") -> int:
-    """Write item vectors and the encoder for a service."""
+    """Write item vectors and the encoder for serving."""
     from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import process_group
     from shardrec.pipeline.export import export as run_export
@@ -172,11 +172,11 @@ def export(options: Namespace, config: "ExportConfig") -> int:
 
 
 def gate(_: Namespace, config: "GateConfig") -> int:
-    """Say whether an evaluated run may take the place of the published model."""
+    """Print whether an evaluated run may replace the published model."""
     from shardrec.pipeline.gate import gate as run_gate
 
     verdict = run_gate(config)
-    print_end(verdict.is_new, config.report, "says so already: nothing to do")
+    print_end(verdict.is_new, config.report, "holds this verdict already: nothing to do")
     if verdict.passed:
         print(f"passed: {verdict.reason}")
         return 0
@@ -185,7 +185,7 @@ def gate(_: Namespace, config: "GateConfig") -> int:
 
 
 def publish(_: Namespace, config: "PublishConfig") -> int:
-    """Make a pointer name an export."""
+    """Publish an export: make the pointer file name it."""
     from shardrec.pipeline.publish import Refused
     from shardrec.pipeline.publish import publish as run_publish
 
@@ -200,7 +200,7 @@ def publish(_: Namespace, config: "PublishConfig") -> int:
 
 
 def rollback(_: Namespace, config: "RollbackConfig") -> int:
-    """Make a pointer name what it named before."""
+    """Return to an earlier publication: make the pointer file name it again."""
     from shardrec.pipeline.publish import rollback as run_rollback
 
     done = run_rollback(config)
@@ -217,10 +217,10 @@ FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
 
 
 def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
-    """The options of ``synth`` and what to generate."""
+    """The options of ``synth`` and its config."""
     parser = parser_for("synth")
     parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
-    parser.add_argument("--force", action="store_true", help="replace a log that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing log")
     return read_with(parser, "synth", arguments)
 
 
@@ -261,7 +261,7 @@ def describe_recipes() -> str:
 
 
 def recipe_named(name: str) -> "Recipe":
-    """The recipe that a user asked for.
+    """The recipe with this name.
 
     Raises:
         ValueError: there is none of that name.
@@ -275,7 +275,7 @@ def recipe_named(name: str) -> "Recipe":
 
 
 def add_train_options(parser: Parser) -> None:
-    """Add the options of ``train`` that are not in its config, and the overrides that are."""
+    """Add the options of ``train`` itself, and ``name=value`` overrides of its config."""
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     parser.add_argument(
         "--run",
@@ -283,38 +283,39 @@ def add_train_options(parser: Parser) -> None:
         metavar="DIR",
         help="folder to write: new or empty, except with --resume and --force",
     )
-    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="yes",
         default="no",
         choices=("yes", "auto", "no"),
-        help="go on with the interrupted run in the folder from its last whole checkpoint, on any "
-        "number of workers; `--resume=auto` also starts a new one where there is none, and does "
-        "nothing where it is finished: for jobs that are tried again",
+        help="resume the interrupted run in the folder from its last complete checkpoint, on any "
+        "number of workers; `--resume=auto` starts a new run if there is none, and does nothing "
+        "if the run is finished: for jobs that are retried",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="train again where the folder holds a run: the new run is written to .RUN.partial "
-        "next to it and replaces it only when it has finished. Other files in the folder are "
-        "refused, and checkpoints elsewhere need a new folder. After an interruption, --force "
-        "--resume=auto goes on with the new run and --force alone begins it again",
+        help="replace the run in the folder: the new run is written to .RUN.partial next to it "
+        "and replaces the old one only when it has finished. A folder with other files is "
+        "refused, and checkpoints.folder, if set, must be a new one. After an interruption, "
+        "--force --resume=auto resumes the new run and --force alone restarts it",
     )
     parser.add_argument(
         "--grace",
         type=float,
         default=None,
         metavar="SECONDS",
-        help="after SIGTERM, time to end the step and write a checkpoint (default: 25, and under "
-        "torchrun 5 less than it leaves its workers)",
+        help="time after SIGTERM to finish the step and write a checkpoint (default: 25; under "
+        "torchrun, 5 less than torchrun gives its workers)",
     )
     parser.add_argument(
         "--init-from",
         metavar="RUN",
-        help="start from the weights of this run, which may have fewer items; init_from.optimizer, "
-        "init_from.new_rows and init_from.checkpoint say what is kept and how new items start",
+        help="warm start from the weights of this run, which may have fewer items; "
+        "init_from.optimizer, init_from.new_rows and init_from.checkpoint set what is kept and "
+        "how new items are initialised",
     )
     parser.add_argument(
         "--profile",
@@ -322,20 +323,20 @@ def add_train_options(parser: Parser) -> None:
         type=int,
         const=5,
         metavar="STEPS",
-        help="write to RUN/profile a trace of some steps (5) of every worker, after a warm-up, "
-        "and what share of the time each part of a step takes",
+        help="profile STEPS steps (5) on every worker after a warm-up; writes a trace, and a table "
+        "of the time that each part of a step takes, to RUN/profile",
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
 
 
 def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":
-    """The options of ``evaluate`` and how the users are ranked."""
+    """The options of ``evaluate`` and its config."""
     parser = parser_for("evaluate")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="folder of `train`")
     judged.add_argument(
-        "--popularity", action="store_true", help="judge the ranking by training counts instead"
+        "--popularity", action="store_true", help="evaluate the ranking by training counts instead"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument(
@@ -358,7 +359,7 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
 
 
 def print_counts(counts: Mapping[str, int]) -> None:
-    """One count a line."""
+    """Print one count per line."""
     for name, count in counts.items():
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
 
@@ -366,12 +367,12 @@ def print_counts(counts: Mapping[str, int]) -> None:
 def print_end(
     is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
 ) -> None:
-    """Say that an output was written, or that it was complete before."""
+    """Print that an output was written, or that it existed already."""
     print(f"wrote {output}" if is_new else f"{output} {otherwise}")
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
-    """One kind of metric a line, one list length a column; then what was measured."""
+    """Print one metric per line and one list length per column, then user and target counts."""
     table: dict[str, dict[int, float]] = {}
     for name, value in metrics.items():
         kind, at, rest = name.partition("@")

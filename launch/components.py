@@ -2,7 +2,7 @@
 
 By path, ``torchx run -s local_cwd launch/components.py:train -j 1x2 -- --prepared data --run run``;
 from an installed wheel, ``shardrec launch train -j 1x2 -- --prepared data --run run``.
-What follows ``--`` is what the stage's own command takes; ``shardrec train --help`` lists it.
+The stage's own arguments follow ``--``; ``shardrec train --help`` lists them.
 
 TorchX looks for the ``def`` of a component in the syntax tree of this file; its options are those
 of the signature, and their help is in the docstring. Both are the same for all stages of one kind,
@@ -26,25 +26,25 @@ from shardrec.launch.stages import STAGES
 
 IMAGE = f"shardrec:{shardrec.__version__}"
 
-# The working directory may be a checkout, and its folder `kernels` would hide a package so named.
+# The working directory may be a checkout, and its folder `kernels` would shadow that package.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 
-# What torchrun waits longer than its workers may take after SIGTERM, before it kills them.
+# Seconds that torchrun waits beyond the grace period of its workers before it kills them.
 SHUTDOWN_S = 5
 
 HELP = {
-    "arguments": "after ``--``, everything the command of the stage takes",
+    "arguments": "after ``--``, the arguments of the stage's own command",
     "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU",
     "image": "container image that has shardrec installed (local_cwd and slurm use no image)",
-    "name": "experiment/job or /job for workers, else the name of the job",
-    "h": "named resource of the scheduler; takes the place of cpu, gpu and memMB",
-    "cpu": "CPUs for each node, shared out among its workers",
+    "name": "name of the job; for workers, experiment/job or /job",
+    "h": "named resource of the scheduler; replaces cpu, gpu and memMB",
+    "cpu": "CPUs for each node, divided among its workers",
     "gpu": "GPUs for each node",
     "memMB": "memory for each node, in MB",
     "env": "variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO",
-    "max_retries": "how often the scheduler starts the job again (local_cwd does not)",
-    "max_restarts": "how often workers are started again in the same job after one has died",
-    "grace": "seconds after SIGTERM in which workers may end their step and write a checkpoint",
+    "max_retries": "how often the scheduler restarts a failed job (local_cwd does not)",
+    "max_restarts": "how often the workers are restarted within the job after one has died",
+    "grace": "seconds after SIGTERM for workers to finish their step and write a checkpoint",
     "mounts": "type=bind,src=/host,dst=/job[,readonly] for schedulers with containers",
     "rdzv_port": "port on the first node where several nodes connect; unused with one node",
 }
@@ -66,10 +66,10 @@ def _workers(
     mounts: Optional[List[str]] = None,
     rdzv_port: int = 29500,
 ) -> AppDef:
-    """Torchrun's workers on one node or many."""
+    """The TorchX job of one stage: torchrun's workers, on one node or many."""
     if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", j):
         raise ValueError(
-            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; say 1x2 for two workers here"
+            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
         )
     app = dist.ddp(
         "--",  # without it torchrun takes our `--run` for an abbreviation of its own `--run-path`
@@ -108,7 +108,7 @@ def _process(
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
 ) -> AppDef:
-    """One process on one node."""
+    """The TorchX job of one stage: one process on one node."""
     role = specs.Role(
         name=stage,
         image=image,
@@ -123,7 +123,7 @@ def _process(
 
 
 def _component(add: Callable[..., AppDef]) -> Callable[..., AppDef]:
-    """The component of a stage, which makes the job and lets ``add`` complete it.
+    """Decorator: a TorchX component that makes the job of a stage and passes it to ``add``.
 
     Its options are the keyword-only parameters of ``_workers`` or ``_process``, and of ``add``.
     """
@@ -162,19 +162,19 @@ def _options(function: Callable[..., AppDef]) -> List[inspect.Parameter]:
 def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
 
-    With `--resume=auto` after the `--`, workers that are started again go on from the last whole
+    With `--resume=auto` after the `--`, restarted workers resume from the last complete
     checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
     """
     words = shlex.split(app.roles[0].args[-1])
     if max_restarts and not any(word.startswith("--resume") for word in words):
         raise ValueError(
-            "--resume=auto must follow the -- where workers are started again, got none with "
-            f"max_restarts={max_restarts}; without it they would refuse the folder that they began"
+            "--resume=auto must follow the -- where workers are restarted, got none with "
+            f"max_restarts={max_restarts}; without it restarted workers refuse the existing run"
         )
     app.roles[0].env |= {
         "PET_MAX_RESTARTS": str(max_restarts),  # how torchrun names its options in variables
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace + SHUTDOWN_S),
-        # One store for all starts would give workers the addresses of those that died.
+        # With one store for all restarts, new workers would read the addresses of dead ones.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     return app
@@ -184,20 +184,20 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
 def evaluate(app: AppDef) -> AppDef:
     """Ranks the whole catalog for every test user of a prepared folder and writes the metrics.
 
-    The layout of the workers need not be what the run was trained with.
+    The number of nodes and workers may differ from those of the training.
     """
     return app
 
 
 @_component
 def recommend(app: AppDef) -> AppDef:
-    """Writes the best items of every user of some histories to Parquet, at any layout the same."""
+    """Writes the best items of every user to Parquet; the same on any number of workers."""
     return app
 
 
 @_component
 def export(app: AppDef) -> AppDef:
-    """Writes item vectors and the encoder of a run for a service; each worker writes its rows."""
+    """Writes item vectors and the encoder of a run for serving; each worker writes its rows."""
     return app
 
 
@@ -215,20 +215,20 @@ def prepare(app: AppDef) -> AppDef:
 
 @_component
 def gate(app: AppDef) -> AppDef:
-    """Says whether a run may take the place of the published model, in one process.
+    """Decides whether a run may replace the published model, in one process.
 
-    The job fails where it may not; the report that it writes says why.
+    The job fails if it may not; the report says why.
     """
     return app
 
 
 @_component
 def publish(app: AppDef) -> AppDef:
-    """Makes a pointer name an export that passed its gate, in one process."""
+    """Publishes an export that passed its gate, in one process."""
     return app
 
 
 @_component
 def rollback(app: AppDef) -> AppDef:
-    """Makes a pointer name what it named before, in one process."""
+    """Returns to an earlier publication, in one process."""
     return app

@@ -1,4 +1,4 @@
-"""``shardrec demo``: the whole job, from an event log to a table that compares the losses.
+"""``shardrec demo``: the whole pipeline, from an event log to a table that compares the losses.
 
 generate (or the user's own log) → prepare → popularity, then each loss for the same number of steps
 on TorchX workers → evaluate over the whole catalog → a table, and the commands to go on with.
@@ -35,7 +35,7 @@ MEASURE = MeasureConfig(ks=(10,))
 MARK, LOG = ".shardrec-demo", "events.parquet"
 CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
 
-# A small model at high learning rates: it has a few hundred steps to show what it can.
+# A small model and high learning rates, because it trains for only a few hundred steps.
 SETTINGS = (
     "encoder.kind=modern",
     "encoder.width=32",
@@ -52,15 +52,14 @@ SETTINGS = (
     "validation.patience=none",
 )
 
-# What some losses see of the catalog in a step, instead of the default: enough to learn, little
-# enough to be quick.
+# Fewer negatives or rounds per step than by default: enough to learn from, and fast.
 LOSS_SETTINGS: Mapping[str, tuple[str, ...]] = {
     "cce_minus": ("loss.proposal=popularity", "loss.num_negatives=2048"),
     "sce": ("loss.items_per_bucket=512",),
     "rece": ("loss.num_rounds=1", "loss.num_neighbor_chunks=0"),
 }
 
-# Lines of rank 0 that are shown.
+# The lines of rank 0 that are shown.
 PROGRESS = re.compile(r"\[[^]]*0\]:((step|validation|stopped) .*)")
 COLUMNS = ("user_column", "item_column", "time_column")  # options that need a log
 SIZES = ("users", "items", "size")  # options of a generated log
@@ -77,7 +76,7 @@ class DemoConfig:
         losses: which are trained, in this order.
         steps: optimizer steps of each loss.
         workers: processes that share the catalog.
-        recipe: what each run starts from.
+        recipe: recipe that each run takes its config from.
         users, items, size: of the generated log; size is its number of events. About a third
             of the items occur in it.
         seed: of the generated log and of the training.
@@ -98,14 +97,14 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what trains nothing, and options that would be ignored."""
+        """Refuse a demo that trains nothing, and options that would be ignored."""
         known = self.default("losses")
         for loss in self.losses:
             if loss not in known:
                 raise ValueError(unknown_name("losses", loss, known))
         if not self.losses or len(set(self.losses)) < len(self.losses):
             got = ",".join(self.losses) or "none"
-            raise ValueError(f"losses must be named once each, got {got}; say {','.join(known)}")
+            raise ValueError(f"losses must be named once each, got {got}; use {','.join(known)}")
         for name in ("steps", "workers"):
             require_at_least(name, getattr(self, name), 1)
         unused, why = (COLUMNS, "with") if self.events is None else (SIZES, "without")
@@ -117,18 +116,18 @@ class DemoConfig:
 
     @classmethod
     def default(cls, name: str) -> Any:
-        """The value of a field that nobody has set."""
+        """The default value of a field."""
         return next(field.default for field in fields(cls) if field.name == name)
 
     @property
     def folder(self) -> Path:
-        """The folder of all that the demo writes."""
+        """The folder that holds everything the demo writes."""
         return Path(self.output)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; popularity has no steps to time."""
+    """One line of the table; for popularity, time and memory are None."""
 
     name: str
     metrics: Mapping[str, float]
@@ -137,7 +136,7 @@ class Row:
 
 
 def run_demo(config: DemoConfig, console: Console) -> list[Row]:
-    """Run the whole job and print the table.
+    """Run the whole pipeline and print the table.
 
     Returns:
         The rows of the table.
@@ -176,7 +175,7 @@ def check_log(config: DemoConfig) -> None:
 
 
 def check_stages(config: DemoConfig) -> None:
-    """Let every stage refuse the options that it will be given, before anything is replaced."""
+    """Check the options of every stage before anything is replaced."""
     if config.events is None:
         log_options(config)
     prepare_options(config, config.events or str(config.folder / LOG))
@@ -185,7 +184,7 @@ def check_stages(config: DemoConfig) -> None:
 
 
 def start_folder(folder: Path) -> None:
-    """Make the output folder, in place of an earlier demo if there is one."""
+    """Create an empty output folder, replacing an earlier demo."""
     found = [path for path in folder.iterdir() if path.name != MARK] if folder.exists() else []
     if found and not (folder / MARK).is_file():
         raise FileExistsError(
@@ -289,7 +288,7 @@ def pass_on(line: str, log: TextIO, console: Console) -> None:
 
 
 def read_end(run: Path) -> dict[str, Any]:
-    """The last report of a run: how it ended."""
+    """The end event of a run: the last line of ``metrics.jsonl``."""
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     return dict(json.loads(last))
 
@@ -297,7 +296,7 @@ def read_end(run: Path) -> dict[str, Any]:
 def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
     """The comparison, popularity first; the best of each metric is bold.
 
-    ``ceiling`` is the NDCG@10 of the true model on a sample of users, None where it is not known.
+    ``ceiling`` is the NDCG@10 of the true model on a sample of users, None if unknown.
     """
     made = Table(
         title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked",
@@ -321,7 +320,7 @@ def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
 
 
 def gap_closed(value: float, floor: float, ceiling: float | None) -> str:
-    """How far from popularity to the true model; empty where the true model is not known.
+    """Share of the gap between popularity and the true model that is closed; "" if unknown.
 
     Example:
         >>> gap_closed(0.15, 0.05, 0.25), gap_closed(0.15, 0.05, None)
@@ -343,9 +342,9 @@ def mark(value: float, best: float) -> str:
 
 
 def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> str:
-    """The files that were written, and the commands that go on with the user's own log.
+    """Text that lists the files written, and the commands to continue with your own log.
 
-    ``command`` starts ``shardrec`` from the present folder.
+    ``command`` starts ``shardrec`` from the current folder.
     """
     folder = config.folder
     lines = [

@@ -26,7 +26,7 @@ REPAIR = "run `make setup`"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What an interpreter can load and what its machine has."""
+    """Facts about an interpreter: installed packages, and the GPUs and driver of its machine."""
 
     python: tuple[int, int]
     machine: str
@@ -35,7 +35,7 @@ class Facts:
     gpus: int  # as many as the driver reports
     torch_cuda: str | None  # None for a CPU build, or no torch
     torch_sees_gpu: bool
-    backends: tuple[str, ...]  # that torch has for communication
+    backends: tuple[str, ...]  # communication backends that torch has
     load_errors: dict[str, str]  # first line, by installed module that fails to import
 
     @property
@@ -167,7 +167,7 @@ def _device(facts: Facts) -> Iterator[Finding]:
     has_torch = facts.versions.get("torch") is not None
     if has_torch and "gloo" not in facts.backends:
         yield Finding(
-            "wrong", "torch has no gloo backend, so CPU workers cannot talk; install a wheel"
+            "wrong", "torch has no gloo backend, so CPU workers cannot communicate; install a wheel"
         )
     if facts.gpus and facts.fbgemm_builds == ("cpu",):
         yield Finding(

@@ -1,8 +1,13 @@
 """Heartbeats: detect and name the rank that stopped responding.
 
-A collective that fails or times out says at best which connection broke. So every rank writes to a
-store once a second where it is and how many collectives it has begun, and the others can say which
-rank is missing. None of this needs a collective.
+A collective that fails or times out reports at best which connection broke. The phases, none of
+which needs a collective:
+1. A thread on every rank writes a heartbeat to a shared store once a second: a counter, the number
+   of collectives begun, and the line of code the main thread is at.
+2. When a collective is slow or has failed, ``absent`` reads all heartbeats twice, ``MISSED``
+   intervals apart. A rank with an unchanged counter is gone; one that has begun fewer collectives
+   than this rank is behind.
+3. A rank that ends sends a last heartbeat with the reason.
 """
 
 import dataclasses
@@ -23,60 +28,60 @@ __all__ = ["Absence", "LostRankError", "Peers", "Store"]
 
 Result = TypeVar("Result")
 
-# A rank counts as gone when it has missed so many heartbeats in a row.
+# A rank counts as gone after this many missed heartbeats in a row.
 MISSED = 3
 
 
 class Store(Protocol):
-    """The methods of ``torch.distributed``'s stores that heartbeats use."""
+    """The methods of a ``torch.distributed`` store that heartbeats use."""
 
     def set(self, key: str, value: str, /) -> None:
         """Set the value of ``key``."""
 
     def get(self, key: str, /) -> bytes:
-        """The value; waits until there is one."""
+        """The value of ``key``; waits until it is set."""
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all have a value."""
+        """Whether all ``keys`` are set."""
 
     def clone(self) -> "Store":
         """The same store over another connection."""
 
 
 class LostRankError(RuntimeError):
-    """A rank died, left, or stopped taking part; the message names it."""
+    """A rank died, left, or stopped responding; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Heartbeat:
-    """The last state that a rank wrote."""
+    """The content of a heartbeat."""
 
-    number: int  # counts the heartbeats of the rank
-    process: str  # and its machine
+    number: int  # 1 for the first heartbeat of the rank
+    process: str  # process id and host name
     collectives: int  # begun so far in the default group
     where: str  # the line its main thread was at
-    left: str | None  # why it left; "" through no fault of its own, None where it has not left
+    left: str | None  # why it left; "" if not by its own error; None while it runs
 
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """The ranks that do not take part, each described in words.
+    """The ranks that do not respond or lag behind, a line of text for each.
 
     Attributes:
         gone: died, left, or sent no heartbeat.
-        behind: alive, but in fewer collectives than the rank that asks.
+        behind: alive, but has begun fewer collectives than this rank.
     """
 
     gone: list[str]
     behind: list[str]
 
     def __str__(self) -> str:
-        """Those gone; where there are none, those behind; "" where all take part."""
+        """The ranks that are gone, or else those that are behind; "" if there are none."""
         return "; ".join(self.gone or self.behind)
 
 
 class Peers:
-    """The other ranks: sends them the heartbeats of this one, and reports which do not respond.
+    """Sends this rank's heartbeats and reports the ranks that do not respond.
 
     Collectives: none.
     """
@@ -97,8 +102,8 @@ class Peers:
             store: shared by all ranks. It is cloned, because others may wait in this connection.
             rank: of this process.
             world_size: W.
-            keeper: rank that hosts the store, which is lost with it; None: the launcher does.
-            timeout_s: of a collective; after half of it a warning names the missing ranks.
+            keeper: rank that hosts the store, which is lost with it; None: the launcher hosts it.
+            timeout_s: timeout of a collective; after half of it a warning names the missing ranks.
             interval_s: seconds between two heartbeats.
         """
         self.rank, self.world_size, self.keeper = rank, world_size, keeper
@@ -116,10 +121,10 @@ class Peers:
         self._thread.start()
 
     def leave(self, reason: str) -> None:
-        """Send the last heartbeat.
+        """Stop the heartbeats, and send a last one with the reason.
 
         Args:
-            reason: why this rank leaves; "" through no fault of its own.
+            reason: why this rank leaves; "" if not by its own error.
         """
         self._over.set()
         self._thread.join(self.patience_s)
@@ -127,7 +132,7 @@ class Peers:
         _in_time(self._send, self.patience_s)
 
     def absent(self) -> Absence:
-        """The ranks that do not take part; takes the time of a few heartbeats."""
+        """The ranks that are gone or behind; waits ``MISSED`` intervals between two readings."""
         before = _in_time(self._read_all, self.patience_s)
         time.sleep(self.patience_s)
         after = _in_time(self._read_all, self.patience_s)
@@ -150,15 +155,15 @@ class Peers:
                 if level != reached:
                     reached, since = level, now
                 elif now - since > self.timeout_s / 2:
-                    since = now + self.timeout_s  # once a wait
+                    since = now + self.timeout_s  # one warning per wait
                     threading.Thread(target=self._warn, daemon=True).start()
                 self._over.wait(self.interval_s)
-        except RuntimeError:  # the store is lost, and nobody can be reached any more
+        except RuntimeError:  # the store is lost, and no rank can be reached
             return
 
     def _warn(self) -> None:
         """Warn early: a collective that times out on a GPU ends the process without our message."""
-        if self.rank <= 1 and str(absent := self.absent()):  # two, as one may be the missing rank
+        if self.rank <= 1 and str(absent := self.absent()):  # two ranks warn: one may be missing
             message = "no progress for %.0f s, of at most %.0f: %s"
             log = logging.getLogger(__name__)
             log.warning(message, self.timeout_s / 2, self.timeout_s, absent)
@@ -178,12 +183,12 @@ class Peers:
         return [_read(self._to_read, rank) for rank in range(self.world_size)]
 
     def _without_store(self) -> str:
-        """The rank that the store is lost with, from what was known before."""
+        """The message when the store is lost: the rank that hosted it, by its last heartbeat."""
         if self.keeper is None:
-            return "no answer from the store that the launcher of rank 0 keeps"
+            return "no answer from the store that the launcher of rank 0 hosts"
         last = self._of_keeper
         who = f"rank {self.keeper}" + (f" ({last.process})" if last else "")
-        return f"{who} sends no heartbeat, and the store that it keeps does not answer" + (
+        return f"{who} sends no heartbeat, and the store that it hosts does not answer" + (
             f", it was last at {last.where}" if last else ""
         )
 
@@ -230,7 +235,7 @@ def _main_thread() -> str:
 
 
 def _in_time(work: Callable[[], Result], seconds: float) -> Result | None:
-    """What ``work`` returned; None if it raised or took longer, as it does when a store is lost."""
+    """The result of ``work``; None if it raises or takes longer, as when the store is lost."""
     results: list[Result] = []
 
     def run() -> None:

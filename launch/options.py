@@ -19,9 +19,9 @@ __all__ = ["Parser", "add_options", "add_timeout", "read_options", "require_set_
 
 Config = TypeVar("Config")
 
-# An option as it is typed; numbers below zero and texts with spaces are values.
+# An option as it is typed; negative numbers and texts with spaces are values.
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
-# What argparse says, and how we say it.
+# The messages of argparse, and our wording of them.
 _OUR_WORDS = (
     (r"(?=\1 )", ""),
     (r"invalid choice: (.+) \(choose from (.*)\)", r"\1 must be one of \3, got \2; choose one"),
@@ -33,7 +33,7 @@ _OUR_WORDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers bad input in one line, with near matches, and exit code 2."""
+    """An argument parser that reports bad input in one line, with near matches; exits with 2."""
 
     def __init__(self, name: str, description: str, epilog: str = "") -> None:
         """Make a parser for ``shardrec <name>``."""
@@ -46,8 +46,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options, wherever they stand among the positional arguments; exits with 2 if bad."""
-        self._refuse_misspelt(arguments)  # before a required option is missed for it
+        """The parsed options, before or after positional arguments; exits with 2 if one is bad."""
+        self._refuse_misspelt(arguments)  # else a required option is reported as missing
         namespace, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
             self.refuse(unknown)
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Say in one line what is wrong with words that belong to no option; exits with 2."""
+        """Report arguments that belong to no option, in one line, and exit with 2."""
         known = [name for name in self.names() if name.startswith("--")]
         options = [word for word in unknown if word.startswith("-")]
         if not options:
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         self.error(unknown_name("option", options[0].partition("=")[0], known))
 
     def error(self, message: str) -> NoReturn:
-        """Say ``message`` in one line and exit with 2."""
+        """Print ``message`` in one line and exit with 2."""
         for argparse_words, ours in _OUR_WORDS:
             message = re.sub(rf"^argument (\S+): {argparse_words}", ours, message)
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -136,20 +136,19 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="how long workers wait for one that does not join, before they say which it is and "
-        "end (default: 600)",
+        help="how long workers wait for a missing one before they name it and exit (default: 600)",
     )
 
 
 def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None:
-    """Refuse options that are set twice, of which one would be ignored.
+    """Refuse an option that is set twice, because one of its values would be ignored.
 
     Args:
         overrides: as typed, name=value.
-        given: dotted names that other words of the command line set, and these words.
+        given: dotted names that other options set, with the text of these options.
 
     Raises:
-        ValueError: a name comes again.
+        ValueError: a name is set twice.
     """
     words = dict(given)
     for assignment in overrides:

@@ -24,14 +24,14 @@ from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
 from shardrec.launch.stages import STAGES
 from shardrec.pipeline.run.interruption import Preempted
 
-# How a worker's command reports what is wrong, behind the rank that torchrun puts before its lines.
+# The error line of a worker's command, after the rank that torchrun puts before each line.
 COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(STAGES)}): (?P<what>.*)")
 # How torchrun reports a worker that failed.
 EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
 
-TELLING = (BAD_INPUT, REFUSED)  # exit codes that say more than that something failed
+TELLING = (BAD_INPUT, REFUSED)  # exit codes that are passed on; others become FAILED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Job:
     Attributes:
         component: one of ``STAGES``.
         arguments: the component's options, then ``--``, then the stage's own.
-        scheduler: local_cwd, slurm, kubernetes or another that TorchX knows.
+        scheduler: local_cwd, slurm, kubernetes or another that TorchX supports.
         settings: the scheduler's own options, such as ``partition=gpu,time=60``.
         log_dir: where local workers' output is kept; None forgets it at the end.
     """
@@ -72,50 +72,50 @@ class Failure:
 
 
 def describe(job: Job) -> str:
-    """The request to the scheduler, without sending it."""
+    """The request to the scheduler, as text; nothing is submitted."""
     with get_runner() as runner:
         request = _request(runner, job)
         return f"{pformat(request._app)}\n\n{request}"
 
 
 def submit(job: Job) -> str:
-    """Submit ``job`` and return TorchX's handle of it; Slurm keeps our PATH."""
+    """Submit ``job`` and return its TorchX handle; Slurm passes our PATH on to the workers."""
     _find_our_programs()
     with get_runner() as runner:
         return str(runner.schedule(_request(runner, job)))
 
 
 def wait(handle: str, interval_s: float = 5.0) -> str:
-    """How a submitted job ended, in TorchX's words, after waiting for it.
+    """Wait for a submitted job; returns the name of its final TorchX state, such as SUCCEEDED.
 
     Args:
         handle: what ``submit`` returned.
-        interval_s: seconds between two questions to the scheduler.
+        interval_s: seconds between two status requests to the scheduler.
 
     Raises:
-        RuntimeError: the scheduler does not tell.
+        RuntimeError: the scheduler does not report the state of its jobs.
     """
     with get_runner() as runner:
         try:
             status = runner.wait(handle, wait_interval=interval_s)
         except CalledProcessError as error:
             raise RuntimeError(
-                f"the scheduler must tell how its jobs are, got an error of {error.cmd[0]}; Slurm "
-                "does with job accounting (slurmdbd)"
+                f"the scheduler must report the state of jobs, got an error of {error.cmd[0]}; on "
+                "Slurm, set up job accounting (slurmdbd)"
             ) from error
     return "UNKNOWN" if status is None else status.state.name
 
 
 def print_line(line: str) -> None:
-    """Pass a worker's line on to our own stderr."""
+    """Write a worker's line to our own stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | None:
     """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
 
-    The workers end with this process: an interrupt reaches them too. SIGTERM is passed on, and
-    the workers keep their time to write a checkpoint.
+    The workers end with this process: an interrupt reaches them too. SIGTERM is forwarded, and the
+    workers keep their grace period to write a checkpoint.
 
     Returns:
         None when every worker ended well.
@@ -150,7 +150,7 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
 def _complaint(nodes: "Sequence[_Node]", was_restarted: bool) -> str:
     complaints = [line for node in nodes for line in node.complaints]
     crashes = [line for node in nodes for line in node.crashes]
-    # The first is nearest to the cause, but may be that of an earlier start of the workers.
+    # The first line is nearest to the cause, but may come from workers that were restarted since.
     return (complaints or crashes or [""])[-1 if was_restarted else 0]
 
 
@@ -163,7 +163,7 @@ def _exit_codes(log_dir: Path) -> list[int]:
 
 
 def _pass_on_sigterm() -> Callable[[], bool]:
-    """Send SIGTERM on to the processes started from here; returns whether it has come.
+    """Forward SIGTERM to the child processes; returns a function: whether it has arrived.
 
     TorchX would kill them after ten seconds, without waiting for a checkpoint.
     """
@@ -183,7 +183,7 @@ def _pass_on_sigterm() -> Callable[[], bool]:
 
 @contextmanager
 def _interrupts_as_usual() -> Iterator[None]:
-    """Restore the handlers that TorchX replaces for good; its exception is a KeyboardInterrupt."""
+    """Context manager: undo TorchX's signal handlers; an interrupt raises KeyboardInterrupt."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -209,7 +209,7 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
 
 
 class _Node(threading.Thread):
-    """Hands the output of one node to ``show`` until the node ends, and keeps its errors."""
+    """A thread that passes the output of one node to ``show`` and collects its error lines."""
 
     def __init__(
         self, runner: Runner, handle: str, role: str, node: int, show: Callable[[str], None]
@@ -241,7 +241,7 @@ class _Node(threading.Thread):
 
 
 def _find_our_programs() -> None:
-    """Let workers find ``torchrun`` and ``shardrec`` in an environment not activated."""
+    """Add our environment to PATH, so that workers find ``torchrun`` and ``shardrec``."""
     folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     if folder not in path.split(os.pathsep):

@@ -32,12 +32,12 @@ STAMP = ".shardrec-setup.json"
 
 
 class SetupError(Exception):
-    """This machine cannot hold the environment; the message says why and what to do."""
+    """The environment cannot be set up on this machine; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts about a machine and the interpreter that would own the environment."""
+    """Facts about a machine and the Python interpreter for the environment."""
 
     system: str
     architecture: str
@@ -99,7 +99,7 @@ def choose_device(machine: Machine, requested: str | None) -> str:
     python = ".".join(map(str, machine.python))
     if not OLDEST_PYTHON <= machine.python <= NEWEST_PYTHON:
         raise SetupError(
-            f"Python must be 3.11 to 3.14, got {python}; name another with "
+            f"Python must be 3.11 to 3.14, got {python}; choose another with "
             f"`make setup PYTHON=python3.12`: {SUPPORTED}"
         )
     if machine.system != "Linux" or machine.architecture not in ARCHITECTURES[device]:
@@ -155,7 +155,7 @@ def fingerprint(root: Path) -> str:
 
 
 def read_stamp(venv: Path) -> dict[str, str]:
-    """What ``venv`` was completed for; empty when it was not."""
+    """The device, torch and fingerprint that ``venv`` was completed for; empty if it was not."""
     try:
         return dict(json.loads((venv / STAMP).read_text()))
     except (OSError, ValueError):
@@ -173,7 +173,7 @@ def is_current(venv: Path, root: Path, requested: dict[str, str]) -> bool:
 
 
 def set_up(venv: Path, root: Path, requested: dict[str, str]) -> None:
-    """Make ``venv`` hold a matching set; the stamp is written last.
+    """Install a matching set of packages into ``venv``; writes the stamp last.
 
     Args:
         venv: Folder of the environment.
@@ -181,7 +181,7 @@ def set_up(venv: Path, root: Path, requested: dict[str, str]) -> None:
         requested: Any of "device" and "torch"; the others stay as ``venv`` was last completed.
 
     Raises:
-        SetupError: This machine cannot hold it.
+        SetupError: The environment cannot be set up on this machine.
         subprocess.CalledProcessError: pip failed; it has said why.
     """
     if is_current(venv, root, requested):
@@ -202,7 +202,7 @@ def set_up(venv: Path, root: Path, requested: dict[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the set-up; 0 when the environment is complete, 2 when this machine cannot hold it."""
+    """Run the set-up; 0 if the environment is complete, 2 if this machine does not support it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", help="cpu or cuda (default: ask the NVIDIA driver)")
     parser.add_argument("--torch", help=f"minor release of torch (default: {DEFAULT_TORCH})")

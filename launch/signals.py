@@ -1,4 +1,4 @@
-"""What SIGTERM does: workers stop between two steps and write a checkpoint, other stages clean up.
+"""SIGTERM: workers stop after a step and write a checkpoint, other stages clean up.
 
 Schedulers send it before they take a machine away, and torchrun before it starts workers again.
 """
@@ -22,14 +22,14 @@ __all__ = ["GRACE_S", "TERMINATED", "exit_on_sigterm", "grace_seconds", "stop_on
 
 TERMINATED = 128 + signal.SIGTERM
 GRACE_S = 25.0
-# What torchrun's own limit must leave for the end of the process.
+# Seconds of torchrun's limit that are kept for the process to exit.
 MARGIN_S = 5.0
 LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """For the length of a ``with``, SIGTERM raises ``SystemExit(143)`` in the main thread.
+    """Context manager: inside it, SIGTERM raises ``SystemExit(143)`` in the main thread.
 
     For stages of one process: temporary files are removed as after any exception, and a second
     SIGTERM does not disturb that. Outside the main thread, where Python takes no handlers, SIGTERM
@@ -51,14 +51,14 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
-    """The seconds between SIGTERM and the end that a worker may take.
+    """The grace period of a worker: seconds from SIGTERM to its end.
 
     Args:
-        asked: by the user; None takes what the launcher leaves.
+        asked: value of ``--grace``; None: the longest that the launcher allows.
         environment: of this process; under torchrun it says when torchrun kills its workers.
 
     Raises:
-        ValueError: torchrun would kill the worker before.
+        ValueError: the value is not above 0, or torchrun would kill the worker before.
 
     Example:
         >>> grace_seconds(None, {}), grace_seconds(None, {LIMIT: "125", "TORCHELASTIC_RUN_ID": "1"})
@@ -79,7 +79,7 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
 
 @contextlib.contextmanager
 def stop_on_sigterm(grace_s: float, peers: "Peers | None") -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM has come, for the length of a ``with``.
+    """Context manager that gives a function: whether SIGTERM has arrived.
 
     The process ends by itself, with a line that says why, when the ``with`` has not ended in time,
     or when another rank is gone and a checkpoint can no longer be written. The main thread may be
@@ -114,7 +114,7 @@ def stop_on_sigterm(grace_s: float, peers: "Peers | None") -> Iterator[Callable[
 
 
 def _sigterm_comes(signals: socket.socket) -> bool:
-    """Wait for the number of SIGTERM, or for the other end to be closed."""
+    """Wait for SIGTERM's number on the socket; False if the other end is closed before."""
     with signals:
         while received := signals.recv(1):
             if received[0] == signal.SIGTERM:
@@ -126,19 +126,19 @@ def _end_late(over: threading.Event, grace_s: float) -> None:
     if not over.wait(grace_s):
         _end(
             PREEMPTED,
-            f"no checkpoint within {grace_s:.0f} s after SIGTERM; resumed, the run goes on from "
-            "the one before (--grace gives more time)",
+            f"no checkpoint within {grace_s:.0f} s after SIGTERM; a resumed run continues from "
+            "the one before (raise --grace for more time)",
         )
 
 
 def _end_without(peers: "Peers", over: threading.Event) -> None:
-    """End when a rank is missing twice in a row: one that is only slow may yet come."""
+    """Exit once a rank is missing twice in a row: one that is only slow may still respond."""
     missing = 0
     while not over.wait(0.1):
         gone = peers.absent().gone
         missing = missing + 1 if gone else 0
         if missing == 2 and not over.is_set():
-            _end(FAILED, f"SIGTERM came, and no checkpoint can be written: {'; '.join(gone)}")
+            _end(FAILED, f"SIGTERM arrived, and no checkpoint can be written: {'; '.join(gone)}")
 
 
 def _end(code: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The table of commands: help, parsers and TorchX components are all made from it.
+"""The table of commands, from which help, parsers and TorchX components are made.
 
 It imports nothing of the project, so that ``shardrec --help`` is quick.
 """
@@ -20,7 +20,7 @@ class Command:
             ends a single stage with exit code 143, see ``shardrec.launch.signals``.
         summary: its line in ``shardrec --help``.
         description: what it does, one paragraph for its own help.
-        epilog: examples, and exit codes that mean something else than those of ``shardrec``.
+        epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
         cpu: CPUs that its component asks for by default.
@@ -39,12 +39,12 @@ class Command:
 COMMANDS = {
     "synth": Command(
         kind="single",
-        summary="generate an event log whose best possible metrics are known",
+        summary="generate an event log with known best possible metrics",
         description=(
             "Writes a generated event log to one Parquet file: popularity by Zipf's law, users "
             "with drifting tastes, and order that matters. Equal options write equal events, at "
             "any size. Prints the NDCG@10 of the true model (ceiling), of Markov baselines, and "
-            "of popularity. Asked again for the same, it does nothing."
+            "of popularity. Repeated with the same options, it does nothing."
         ),
         epilog=(
             "example: shardrec synth --output log.parquet --users 40000 --items 50000 --events "
@@ -59,10 +59,10 @@ COMMANDS = {
         summary="turn an event log into a prepared folder that training streams",
         description=(
             "Reads an event log (Parquet: user, item, time) and writes what training and "
-            "evaluation stream: sequences, splits, item counts, and a manifest that is there only"
-            " when all is. Sorting spills to disk: the log may be larger than memory. Asked again"
-            " for the same, it does nothing and says so; --force does it again. The day after, "
-            "--items keeps the index of every item that the last folder had."
+            "evaluation stream: sequences, splits, item counts, and a manifest, written last. "
+            "Sorting spills to disk: the log may be larger than memory. Repeated with the same "
+            "options, it does nothing; --force prepares again. For a newer log, --items keeps the "
+            "item indices of the earlier folder."
         ),
         epilog=(
             "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output "
@@ -93,8 +93,8 @@ COMMANDS = {
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
             "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
             "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
-            " out targets that training never saw. Any number of workers may evaluate what any "
-            "number trained. Asked again for the same, it does nothing."
+            " out targets that training never saw. Any number of workers may evaluate, whatever "
+            "number trained. Repeated with the same options, it does nothing."
         ),
         epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
         config="pipeline.model.config.MeasureConfig",
@@ -105,7 +105,8 @@ COMMANDS = {
         description=(
             "Ranks the whole catalog for users of a Parquet file (or of the prepared folder) and "
             "writes user_id, item_ids and scores to Parquet, in the order of the histories. Any "
-            "number of workers gives the same lists. Asked again for the same, it does nothing."
+            "number of workers gives the same lists. Repeated with the same options, it does "
+            "nothing."
         ),
         epilog=(
             "example: shardrec recommend --run run --prepared data --histories users.parquet "
@@ -115,11 +116,11 @@ COMMANDS = {
     ),
     "export": Command(
         kind="distributed",
-        summary="write item vectors and the encoder for a service",
+        summary="write item vectors and the encoder for serving",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
             "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
-            "TorchRec. Asked again for the same, it does nothing."
+            "TorchRec. Repeated with the same options, it does nothing."
         ),
         epilog="example: shardrec export --run run --prepared data --output model",
         config="pipeline.export.ExportConfig",
@@ -129,7 +130,7 @@ COMMANDS = {
         summary="compare an evaluated run with the published model on the same users",
         description=(
             "Compares an evaluated run with the published model on the same users and writes a "
-            "verdict. Where the published model was measured on other data it is measured again, "
+            "verdict. If the published model was measured on other data, it is measured again, "
             "from its export, on the users of the new run: items it does not know count as "
             "misses."
         ),
@@ -142,11 +143,11 @@ COMMANDS = {
     ),
     "publish": Command(
         kind="single",
-        summary="make a pointer name an export, in one step",
+        summary="publish an export: make the pointer file name it",
         description=(
-            "Makes a pointer, one small JSON file with its history, name an export that passed "
-            "its gate. The file is replaced in one step; shardrec.pipeline.serve opens whatever "
-            "it names. --force publishes without a gate, never against one that refused."
+            "Makes the pointer file (JSON, with the history of publications) name an export that "
+            "passed its gate. The file is replaced atomically; shardrec.pipeline.serve opens the "
+            "export it names. --force publishes without a gate, never against a failed one."
         ),
         epilog=(
             "example: shardrec publish --export model --gate run/gate.json --published "
@@ -159,10 +160,11 @@ COMMANDS = {
     ),
     "rollback": Command(
         kind="single",
-        summary="make a pointer name what it named before",
+        summary="return to an earlier publication",
         description=(
-            "Makes a pointer name the publication before the present one, or the one of a number,"
-            " when its files are still there. What was left is not published again unless forced."
+            "Makes the pointer file name the previous publication, or the one with a given number,"
+            " if its files still exist. The publication that is left is not published again unless"
+            " forced."
         ),
         epilog="example: shardrec rollback --published published.json",
         config="pipeline.publish.RollbackConfig",
@@ -182,9 +184,9 @@ COMMANDS = {
     ),
     "plan": Command(
         kind="tool",
-        summary="say what a run will cost each rank, and how large a catalog fits",
+        summary="estimate what a run costs each rank, and how large a catalog fits",
         description=(
-            "Says before a machine is rented what a step costs each rank: bytes of memory by "
+            "Estimates what a step costs each rank, before a machine is rented: bytes of memory by "
             "term, bytes received from other ranks, bytes that the loss reads and writes, FLOP, "
             "and the largest catalog that fits. Options of the model are set by dotted names, as "
             "in `shardrec train`; with checkpoints.background=false no copy for a checkpoint is "
@@ -210,14 +212,13 @@ COMMANDS = {
             "data --run run\n"
             "  shardrec launch -s kubernetes -cfg queue=default --dryrun train -j 2x8 --gpu 8 "
             "--image me/shardrec:1 -- --prepared /data --run /run\n"
-            "exit codes: 2, 3 and 75 as those of workers here, 1 where they or an awaited job "
-            "failed\n"
-            "otherwise"
+            "exit codes: 2, 3 and 75 as local workers report them, 1 for any other failure of "
+            "workers or of an awaited job"
         ),
     ),
     "doctor": Command(
         kind="tool",
-        summary="say what is installed, whether it fits together, how to fix it",
+        summary="show what is installed, whether it fits together, how to fix it",
         description=(
             "Prints versions, the NVIDIA driver, the communication backends and whether the "
             "packages form a matching set; every mismatch comes with its remedy."
@@ -226,7 +227,7 @@ COMMANDS = {
     ),
     "demo": Command(
         kind="tool",
-        summary="the whole job on generated data or on your own log, with a table",
+        summary="run the whole pipeline on generated data or your own log; prints a table",
         description=(
             "Generates a log (or takes yours), prepares it, trains every loss for the same number"
             " of steps on TorchX workers, ranks the whole catalog for the test users, and prints "
@@ -240,6 +241,6 @@ STAGES = {name: command for name, command in COMMANDS.items() if command.kind !=
 
 
 def imported(dotted: str) -> Any:
-    """What a dotted name below ``shardrec`` stands for, its module imported."""
+    """Import and return the object at a dotted name below ``shardrec``."""
     module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(f"shardrec.{module}"), name)

@@ -1,4 +1,4 @@
-"""Commands that are no stage: report, plan, launch, doctor, demo."""
+"""The commands that are not stages: report, plan, launch, doctor, demo."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ __all__ = ["run"]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run a command that is no stage and return its exit code."""
+    """Run a command that is not a stage and return its exit code."""
     return FUNCTIONS[name](arguments)
 
 
@@ -39,7 +39,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Say what a run will cost each rank."""
+    """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
     from shardrec.pipeline.plan import Machine
     from shardrec.pipeline.plan import plan as run_plan
@@ -48,7 +48,7 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
-    parser.add_argument("--recipe", default="demo", help="what to start from (default: demo)")
+    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
     add_options(parser, Machine)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
@@ -65,7 +65,7 @@ def launch(arguments: Sequence[str]) -> int:
 
     options, job = read_launch(arguments)
     component_options, stage_arguments = runner.split(job.arguments)
-    is_question = "--help" in component_options  # TorchX answers it when it makes the request
+    is_question = "--help" in component_options  # TorchX prints the help when it makes the request
     if not is_question:  # wrong options are refused before a job waits in a queue
         commands.read(job.component, stage_arguments)
     if options.dryrun or is_question:
@@ -94,7 +94,7 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
         "--dryrun", action="store_true", help="print the request instead of submitting it"
     )
     parser.add_argument(
-        "--wait", action="store_true", help="wait until a submitted job has ended, and say how"
+        "--wait", action="store_true", help="wait until a submitted job has ended, and report how"
     )
     parser.add_argument(
         "--log-dir", type=Path, default=None, help="keep the output of local workers here"
@@ -103,7 +103,7 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
     parser.add_argument(
         "arguments", nargs="...", help="component options, then `--`, then the stage's"
     )
-    # Cut here: argparse takes a `--` for its own in some releases and places, and not in others.
+    # Split at `--` first: some releases of argparse remove it, others do not.
     words, stage_arguments = runner.split(arguments)
     options, unknown = parser.parse_known_args(words)
     if unknown:
@@ -128,7 +128,7 @@ def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
 def check_component_options(
     component: Callable[..., Any], words: Sequence[str], before: Collection[str]
 ) -> None:
-    """Refuse options that a component does not have, before TorchX does with a page of usage.
+    """Refuse options that a component does not have, before TorchX prints a page of usage.
 
     Args:
         component: a function of ``shardrec.launch.components``.
@@ -159,7 +159,7 @@ def _check_value(name: str, value: str | None, annotation: Any) -> None:
     kinds = [typing.get_origin(kind) for kind in typing.get_args(annotation)]
     if dict in kinds and "=" not in value:
         raise ValueError(
-            f"{name} must be NAME=VALUE,NAME=VALUE…, got {value!r}; say OMP_NUM_THREADS=4"
+            f"{name} must be NAME=VALUE,NAME=VALUE…, got {value!r}; use OMP_NUM_THREADS=4"
         )
 
 
@@ -185,7 +185,7 @@ def _pairs(words: Sequence[str], known: Collection[str]) -> Iterator[tuple[str, 
 
 
 def submit(job: "Job", *, wait: bool) -> int:
-    """Submit a job and print its handle; the exit code tells how it ended where it is awaited."""
+    """Submit a job and print its handle; with ``wait``, 0 only if the job succeeds."""
     from shardrec.launch import runner
 
     handle = runner.submit(job)
@@ -200,7 +200,7 @@ def submit(job: "Job", *, wait: bool) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Say what is installed and whether it fits together."""
+    """Print what is installed and whether it fits together."""
     from shardrec.launch.doctor import run as run_doctor
 
     parser_for("doctor").parse(arguments)
@@ -208,7 +208,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """Run the whole job, on generated data or on the user's log."""
+    """Run the whole pipeline, on generated data or on the user's log."""
     from rich.console import Console
 
     from shardrec.launch.demo import DemoConfig, run_demo

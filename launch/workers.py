@@ -1,4 +1,4 @@
-"""The workers of a job: rank, device and process group of this one, from torchrun's variables."""
+"""Rank, device and process group of this worker, from torchrun's environment variables."""
 
 import os
 import time
@@ -81,19 +81,19 @@ class Workers:
 def process_group(
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[tuple[dist.ProcessGroup | None, torch.device]]:
-    """The group of all workers and this worker's device; otherwise as ``workers``."""
+    """Context manager: the group of all workers and this worker's device; see ``workers``."""
     with workers(timeout_s) as found:
         yield found.group, found.device
 
 
 @contextmanager
 def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
-    """The workers of this job, for the length of a ``with``.
+    """Context manager: the process group of this job, with heartbeats.
 
     Without a launcher the group is None: a single process, no collectives.
 
     Args:
-        timeout_s: how long a worker waits for the others in a collective.
+        timeout_s: seconds that a worker waits for the others in a collective.
 
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
@@ -139,7 +139,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
             raise
         raise LostRankError(
             f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: training with --resume=auto goes on from its last checkpoint"
+            "start the job again: training with --resume=auto continues from its last checkpoint"
         ) from error
     finally:
         peers.leave(reason)
@@ -150,7 +150,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
 
 
 def _may_be_of_another_rank(error: BaseException) -> bool:
-    """Whether torch raised it, which knows connections but no ranks; our own messages are exact."""
+    """Whether torch raised it, without naming a rank; our own messages name the cause."""
     if not isinstance(error, RuntimeError):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -158,7 +158,7 @@ def _may_be_of_another_rank(error: BaseException) -> bool:
 
 
 def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
-    """Refuse workers that torchrun may start again but that could not go on.
+    """Refuse workers that torchrun may restart but that could not resume.
 
     Raises:
         ValueError: ``resume`` is "no", or torchrun keeps one store for all starts: workers would
@@ -169,8 +169,8 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
         return
     if resume == "no":
         raise ValueError(
-            f"--resume must be auto where workers are started again, got none with {restarts} "
-            "restarts; without it they would refuse the folder that they began"
+            f"--resume must be auto where workers are restarted, got none with {restarts} "
+            "restarts; without it restarted workers refuse the existing run"
         )
     if _launcher_keeps_store(environment):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Nested frozen dataclasses to JSON and back, and dotted overrides from a command line.
+"""Convert nested frozen dataclasses to JSON and back, and apply ``dotted.name=value`` overrides.
 
 A field may be annotated with a union of dataclasses (say ``CCE | CCEMinus``). Its members are then
 chosen by their class name in snake case (``cce_minus``), stored in JSON under the key ``type``.
@@ -21,7 +21,7 @@ def to_json(config: Any) -> Any:
     """The config as dicts, lists, strings, numbers, booleans and None.
 
     Args:
-        config: a dataclass instance; its leaves are JSON's, or tuples of them.
+        config: a dataclass instance; its leaves are JSON values, or tuples of them.
 
     Returns:
         What ``json.dumps`` takes and ``from_json`` reads back to an equal config.
@@ -52,7 +52,7 @@ def from_json(cls: type[Config], data: Mapping[str, Any], name: str = "config") 
         TypeError: a value has the wrong type.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"{name} must be a table of options, got {data!r}; name its fields")
+        raise TypeError(f"{name} must be a table of options, got {data!r}; set its fields")
     annotations = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for key in data:
@@ -157,11 +157,11 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 
     Args:
         annotation: bool, int, float, str, Literal, a tuple or a union of these with None.
-        text: as typed, say ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
+        text: as typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
         name: dotted name, for the message.
 
     Raises:
-        ValueError: the text is no such value.
+        ValueError: the text is not a value of this type.
     """
     readers = {bool: _parse_bool, int: _parse_int, float: float, str: str}
     for kind in _members(annotation):
@@ -182,7 +182,7 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 def _split(assignment: str) -> tuple[str, str]:
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise ValueError(f"an override must read name=value, got {assignment!r}; say loss=sce")
+        raise ValueError(f"an override must read name=value, got {assignment!r}; use loss=sce")
     return name.strip(), text.strip()
 
 

@@ -1,4 +1,4 @@
-"""The evaluate stage: a run and its prepared folder in, ``metrics.json`` out."""
+"""The evaluate stage: measure a run on its prepared folder and write ``metrics.json``."""
 
 import logging
 import math
@@ -39,24 +39,24 @@ def evaluate(
     """Rank the whole catalog for every user of a split and write ``metrics.json`` into the run.
 
     Runs on any number of ranks, whatever number trained. If the report of the same weights, users
-    and options is there already, says so and does nothing.
+    and options exists already, logs that and does nothing.
 
     Args:
         run: the run folder.
         data: the prepared folder the run was trained on.
         config: list lengths and the seen filter; None takes the defaults.
-        split: which users.
-        checkpoint: which weights.
+        split: the users to rank for.
+        checkpoint: the weights to load.
         encoder: the module given to ``train``, if any.
         output: the report to write; None takes ``metrics.json`` in the run.
-        force: whether a report that is there is made again or replaced.
+        force: whether to replace an existing report.
 
     Returns:
         The content of the report: metrics, and the protocol they follow.
 
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
-        FileExistsError: the report that is there is of other weights, users or options.
+        FileExistsError: a report of other weights, users or options exists.
         ValueError: the run does not fit the data.
 
     Collectives: on the default group; every rank must call it.
@@ -83,19 +83,19 @@ def evaluate_popularity(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, float]:
-    """Metrics of ranking every user by training counts alone: the lower bound for any model.
+    """Metrics of ranking every user by training counts alone: a baseline for any model.
 
-    The same ranking as a model's, over a table of width 1.
+    Ranks as for a model, with a table of width 1 (D = 1).
 
     Args:
         data: a prepared folder.
         config: list lengths and the seen filter; None takes the defaults.
-        split: which users.
+        split: the users to rank for.
         output: the report to write; None writes none.
-        force: whether a report that is there is made again or replaced.
+        force: whether to replace an existing report.
 
     Raises:
-        FileExistsError: the report that is there is of other data or options.
+        FileExistsError: a report of other data or options exists.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -172,7 +172,7 @@ class _Users:
 
 
 def _find(report: StageOutput) -> dict[str, Any] | None:
-    """The report if it is there already; rank 0 says so."""
+    """The report if it exists already; rank 0 logs that."""
     found = report.find()
     if found is None:
         return None

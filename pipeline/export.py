@@ -1,4 +1,4 @@
-"""The export stage: a run in, what a service needs out.
+"""The export stage: write a run's item vectors, encoder and optional index for serving.
 
 ::
 
@@ -44,17 +44,17 @@ _QUERIES = 1000  # states that the recall of an index is measured on
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """What to export, and where to.
+    """Options of ``export``.
 
     Attributes:
-        run: folder of train.
-        prepared: the folder the run was trained on; it says what the item ids are.
+        run: run folder of train.
+        prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
-        checkpoint: which weights.
+        checkpoint: the weights to export.
         faiss: a FAISS factory string, such as HNSW32 or IVF1024,Flat, for an index of the items
-            that training saw, built on one rank that holds all vectors; none makes no index.
+            that training saw, built on one rank that holds all vectors; none: no index.
         faiss_search: parameters of its search, such as efSearch=128 or nprobe=16.
-        force: replace what another run of this stage left in output.
+        force: replace an earlier output of this stage.
         block_rows: rows of the table that are written at a time.
     """
 
@@ -74,7 +74,7 @@ class ExportConfig:
         if self.faiss is None and self.faiss_search is not None:
             raise ValueError(
                 f"faiss_search must come with an index, got {self.faiss_search!r} without faiss; "
-                "say --faiss HNSW32 too"
+                "add --faiss HNSW32"
             )
 
     @property
@@ -138,7 +138,7 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
 
 
 def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.export.ExportedProgram:
-    """The encoder as a program on the CPU in float32, for any number and length of sequences.
+    """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
         encoder: (B, L, D) to (B, L, D); left as it is.
@@ -159,7 +159,7 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
         raise ValueError(
             f"encoder must be one that torch.export can trace for any number and length of "
             f"sequences, got {type(encoder).__name__} and {type(error).__name__}: {error}; "
-            "take branches on values and fixed sizes out of its forward"
+            "remove branches on values and fixed sizes from its forward"
         ) from error
 
 
@@ -245,7 +245,7 @@ class _Work:
 
 @torch.no_grad()
 def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: int) -> float:
-    """The largest difference between a written program and the live encoder, over some shapes.
+    """The largest absolute difference between a written program and the live encoder.
 
     Raises:
         RuntimeError: it is larger than rounding explains.
@@ -260,8 +260,8 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
                 f"the exported encoder must answer as the live one does, got a difference of "
-                f"{difference:.3g} for a batch of shape {shape}; take state and randomness out of "
-                "its forward"
+                f"{difference:.3g} for a batch of shape {shape}; remove state and randomness "
+                "from its forward"
             )
     return worst
 

@@ -1,7 +1,7 @@
-"""The gate stage: may an evaluated run replace the published model?
+"""The gate stage: decide whether an evaluated run may replace the published model.
 
 Both are compared on the same users. If the published model was measured on them when it was
-published, by the same options, that value counts. Otherwise, as after every retraining on newer
+published, by the same options, that value is used. Otherwise, as after every retraining on newer
 data, its export is measured now, on the users of the new run and with the items it knows.
 """
 
@@ -35,17 +35,17 @@ _NEVER = -1e30  # score of an item that the export does not know
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateConfig:
-    """What a run must reach to be published.
+    """Options of ``gate``: what a run must reach to be published.
 
     Attributes:
-        run: folder of train, with the report of evaluate in it.
+        run: run folder of train, with the report of evaluate in it.
         prepared: the folder the run was trained on.
-        published: pointer of publish; where there is none yet, there is nothing to compare with.
-        metric: what is compared; larger is better.
-        tolerance: share of the published model's value that the run may lack.
+        published: pointer file of publish; before the first one there is nothing to compare with.
+        metric: the metric to compare; larger is better.
+        tolerance: accepted loss, as a share of the published model's value.
         minimum: value that the run must reach in any case.
-        metrics: report of evaluate; none takes metrics.json in the run.
-        output: report to write; none takes gate.json in the run.
+        metrics: report of evaluate; none: metrics.json in the run.
+        output: report to write; none: gate.json in the run.
         force: decide again, or replace a report of other options.
     """
 
@@ -60,7 +60,7 @@ class GateConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a tolerance that is not a share."""
+        """Refuse a tolerance outside [0, 1)."""
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}; 0.02 is 2 %")
 
@@ -72,7 +72,7 @@ class GateConfig:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer of ``gate``.
+    """The output of ``gate``.
 
     Attributes:
         passed: whether the run may be published.
@@ -88,17 +88,17 @@ class Verdict:
 
 
 def gate(config: GateConfig) -> Verdict:
-    """Compare a run with the published model and write the verdict, whatever it is.
+    """Compare a run with the published model, and write and return the verdict, pass or fail.
 
-    A question that was answered is not worked on again. If another model was published since, it
-    is another question, and the report is replaced.
+    An existing verdict on the same run, options and published model is returned as it is. If
+    another model was published since, the report is replaced.
 
     Raises:
         FileNotFoundError: the run was not evaluated, or the published export is gone.
-        FileExistsError: the report that is there follows other options.
+        FileExistsError: a report of other options exists.
         ValueError: the metric was not measured, or inputs do not belong together.
 
-    Collectives: none; one process holds the published vectors, as one that serves them does.
+    Collectives: none; one process holds all published vectors, as a serving process does.
     """
     evaluation = _read_evaluation(config)
     prepared = Prepared.open(config.prepared)
@@ -152,11 +152,11 @@ def judge(config: GateConfig, value: float | None, published: float | None) -> t
 def measure_export(
     folder: Path, prepared: Prepared, config: "MeasureConfig", split: "Split"
 ) -> dict[str, float]:
-    """Metrics of an export on the users of any prepared folder, also of a newer one.
+    """Metrics of an export on the users of any prepared folder, even a newer one.
 
     Items are matched by the log's own ids. Items that the export does not know are skipped in
     histories and rank behind all others, so that targets among them are missed, as they are when
-    the export serves these users. Items that only the export knows are no candidates.
+    the export serves these users. Items that only the export knows are not ranked.
 
     Args:
         folder: an export.
@@ -165,16 +165,16 @@ def measure_export(
         split: which users.
 
     Raises:
-        FileNotFoundError, ValueError: the export is not whole, or its ids are of another kind.
+        FileNotFoundError, ValueError: the export is incomplete, or its ids are of another type.
 
     Collectives: none; the vectors must fit into this process.
     """
-    from shardrec.pipeline.model.measure import measure  # torchmetrics loads matplotlib
+    from shardrec.pipeline.model.measure import measure  # imported late: loads matplotlib
 
     model = Recommender.open(folder, min_count=0)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
     is_known = places >= 0
-    # One more column, 1 in every state: there the rows are 0 or, for an unknown item, _NEVER.
+    # An extra column, 1 in every state: rows hold 0 there, or _NEVER for an unknown item.
     rows = torch.zeros(len(places), model.scored.shape[1] + 1)
     rows[is_known, :-1] = model.scored[places[is_known]]
     rows[~is_known, -1] = _NEVER

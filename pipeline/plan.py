@@ -1,10 +1,10 @@
-"""What a run will cost each rank, before it starts: memory, traffic, arithmetic.
+"""Estimates of what a run costs each rank: bytes of memory, bytes of traffic, FLOP.
 
 The formulas are next to the code they describe (``*_cost`` of the losses, ``saved_floats`` and
 ``encoder_flops`` of the encoder, ``state_floats`` of the optimizers); this file adds them up. On a
 CPU a test compares the sums with measured peaks. For a GPU they are the same sums, not measured:
 activations are counted in float32, though products in bfloat16 keep less. Memory that an allocator
-does not give back comes on top, and a plan says so.
+does not give back is not included, and a plan says so.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ __all__ = ["Machine", "Plan", "plan"]
 
 # (N, D) tensors in addition to those saved for backward: states, gradients of two layers, masks.
 PASSING_TENSORS = 8
-# Of libraries that a first step loads, and of small tensors.
+# Bytes of libraries that the first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
 # Printed with a peak: it counts tensors, and an allocator keeps some of what was freed.
 CONDITION = {
@@ -34,14 +34,15 @@ CONDITION = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the run is to be spread over.
+    """The ranks that share a run, and the memory of each.
 
     Attributes:
         ranks: W, workers in one sharding group.
         memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
         filled: share of the positions of a batch that are real and not padding.
-        libraries_gb: what a process or a CUDA context holds before the model is built.
+        libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
+            bytes.
     """
 
     ranks: int = 1
@@ -51,11 +52,11 @@ class Machine:
     libraries_gb: float = 0.6
 
     def __post_init__(self) -> None:
-        """Refuse a machine that cannot be."""
+        """Refuse values out of range."""
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}; count the workers")
         if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}; pick one")
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}; choose one")
         if not 0 < self.filled <= 1:
             raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is no padding")
         if self.memory_gb is not None and not self.memory_gb > 0:
@@ -68,14 +69,14 @@ class Plan:
 
     Attributes:
         num_items: V.
-        condition: under which the peak holds, in words.
+        condition: a sentence on when the peak holds.
         memory: bytes by term; "gradient" is that of the table.
-        peak_bytes: most that exist at once: not all terms do.
+        peak_bytes: most bytes in use at once; below the sum, as not all terms coexist.
         moved: bytes received from other ranks, by part.
         traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
             cache is not moved so often.
-        flops: of products, by part.
-        host_bytes: of a GPU's machine, for the copy that a checkpoint is written from.
+        flops: FLOP of matrix products, by part.
+        host_bytes: host memory for the copy that a checkpoint is written from; 0 on a CPU.
         largest_num_items: the largest catalog that fits; None where no memory was given.
     """
 
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def dominant(self) -> str:
-        """The memory term that is largest."""
+        """Name of the largest memory term."""
         return max(self.memory, key=self.memory.__getitem__)
 
     def describe(self) -> str:
@@ -188,7 +189,7 @@ class _Planner:
         return terms, always + max(sum(terms[name] for name in names) for names in either)
 
     def checkpoint_copy(self, num_items: int) -> int:
-        """Bytes in host memory of what is written while training goes on."""
+        """Bytes of host memory for the copy that a background checkpoint is written from."""
         floats = self.width + state_floats(self.config.catalog.optimizer, self.width)
         encoder = 3 * 4 * self.parameters  # weights, two moments
         copy = 4 * self.work(num_items).num_rows * floats + encoder
@@ -217,7 +218,7 @@ class _Planner:
         }
 
     def flops(self, num_items: int) -> dict[str, float]:
-        """Of products, forward and backward."""
+        """FLOP of matrix products, forward and backward."""
         return {
             "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
             "loss": self.config.loss.cost(self.work(num_items)).flops,
@@ -234,7 +235,7 @@ class _Planner:
             return work.num_rows * row, 0
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
         gradient = cost.touched_rows * (row + 8)
-        if self.config.catalog.optimizer == "adam":  # it moves every row: a dense gradient
+        if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
         return gradient, merged
 
@@ -246,7 +247,7 @@ class _Planner:
 
 
 def _bytes(value: float) -> str:
-    """A number of bytes as people read it.
+    """A number of bytes as readable text.
 
     Example:
         >>> _bytes(1536), _bytes(2.5e9)

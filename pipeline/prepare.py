@@ -10,7 +10,7 @@ Splits:
   the last event before the test part of one user in ten, so that training still has the newest
   weeks) or by time (the part just before the test part, for all users: training ends earlier).
 * ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
-  than three events only train. Times give the order only: filters count the whole log.
+  than three events only train. Times only give the order, so filters count the whole log.
 
 Targets are the user's ``last`` held-out event, with all events before it as history, or ``all`` of
 them, with the events before the split as history. Items first seen after the split stay in the
@@ -73,7 +73,7 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """The manifest of ``config.output``; see ``prepare_once``."""
+    """Prepare a log; returns the manifest of ``config.output``. See ``prepare_once``."""
     return prepare_once(config).manifest
 
 
@@ -90,9 +90,9 @@ def prepare_once(config: PrepareConfig) -> Preparation:
         The manifest of ``config.output``, and whether it is new.
 
     Raises:
-        FileNotFoundError: there is no log, or no file of former items.
+        FileNotFoundError: there is no log, or no file of earlier items.
         FileExistsError: the output folder holds something else.
-        ValueError: the log or the former items are invalid; the message names file, row group and
+        ValueError: the log or the earlier items are invalid; the message names file, row group and
             column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
@@ -130,7 +130,7 @@ def _request(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder, and in it the request that it answers."""
+    """The manifest of a prepared folder, with the request that it was made for."""
     stored = read_json(folder / MANIFEST_NAME)
     parts = [stored.get(name) for name in ("config", "source")]
     config, source = (part if isinstance(part, dict) else {} for part in parts)
@@ -148,8 +148,8 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         raise OSError(
             error.errno,
             "the disk of the output must have room for a copy of the log, its sorted columns and "
-            f"the result, got {error.strerror} at {output!r}; free some space, what was there "
-            "before is as it was",
+            f"the result, got {error.strerror} at {output!r}; free some space; what was there "
+            "before is unchanged",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The publish stage: makes a pointer name an export, or with ``rollback`` the one before.
+"""The publish stage: make the pointer file name an export; ``rollback``: an earlier one again.
 
 The report of ``gate`` is required: it must have passed this very export, in a comparison with the
 publication that is still served. Only ``force`` publishes without it.
@@ -32,14 +32,14 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishConfig:
-    """What to publish.
+    """Options of ``publish``.
 
     Attributes:
-        export: folder of export.
-        published: pointer to change, a JSON file; made where there is none.
-        gate: report of gate that lets this export pass; required but for force.
-        lists: folder of recommend, of the same weights as the export.
-        force: publish without a gate's report, or again what a rollback moved away from.
+        export: output folder of export.
+        published: pointer file to change (JSON); created if missing.
+        gate: report of gate that this export passed; required unless force.
+        lists: output folder of recommend, from the same weights as the export.
+        force: publish without a gate's report, or an export that was rolled back.
     """
 
     export: str
@@ -49,21 +49,21 @@ class PublishConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a publication that was not compared with the one before."""
+        """Refuse to publish without a gate's report, unless forced."""
         if self.gate is None and not self.force:
             raise ValueError(
                 "gate must be the report of a gate that let the export pass, got none; run "
-                "`shardrec gate` and give its report with --gate, or publish unasked with --force"
+                "`shardrec gate` and give its report with --gate, or publish without it by --force"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackConfig:
-    """Where to go back to.
+    """Options of ``rollback``: the publication to return to.
 
     Attributes:
-        published: pointer to change, a JSON file.
-        to: number of the publication; none takes the one before the present one.
+        published: pointer file to change (JSON).
+        to: number of the publication; none: the previous one.
     """
 
     published: str
@@ -71,7 +71,7 @@ class RollbackConfig:
 
 
 def publish(config: PublishConfig) -> Served:
-    """Make the pointer name the export, after checking every file of it.
+    """Make the pointer file name the export, after checking every file of the export.
 
     Raises:
         FileNotFoundError: an input is missing.
@@ -100,7 +100,7 @@ def publish(config: PublishConfig) -> Served:
 
 
 def rollback(config: RollbackConfig) -> Served:
-    """Make the pointer name an earlier publication, after checking that its export is whole.
+    """Make the pointer file name an earlier publication, after checking that export.
 
     Without a number every call goes one further back; with one, calling again does nothing.
 
@@ -131,7 +131,7 @@ def rollback(config: RollbackConfig) -> Served:
 
 
 def _publication(config: PublishConfig) -> Publication:
-    """The publication that is asked for, before it has a number."""
+    """The requested publication, which has no number yet."""
     folder, base = Path(config.export), Path(config.published).parent
     manifest = read_export(folder)
     source = manifest["request"]["source"]
@@ -207,7 +207,7 @@ def _target(published: Published, number: int | None) -> Publication:
     if current is None or current.previous is None:
         raise ValueError(
             f"there must be a publication before number {published.number}, got none; publish "
-            "another export, or say which with --to"
+            "another export, or choose one with --to"
         )
     return published.find(current.previous)
 

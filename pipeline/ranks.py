@@ -28,7 +28,7 @@ def default_group() -> dist.ProcessGroup | None:
 
 
 def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
-    """What ``work`` returned on each rank; an error on one rank is raised on all, with its rank.
+    """Run ``work`` on every rank; returns all results, or raises on all ranks if one failed.
 
     Collectives: one all-gather of small objects.
     """
@@ -50,7 +50,7 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """What ``work`` returned on this rank; an error on one rank is raised on all.
+    """Run ``work`` on every rank; returns this rank's result, or raises on all if one failed.
 
     Unlike ``on_all_ranks``, only errors are sent, so results may be large.
 
@@ -62,7 +62,7 @@ def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """What ``work`` returned on rank 0, sent to every rank; an error on rank 0 is raised on all.
+    """Run ``work`` on rank 0 only; returns its result on every rank, or raises on all.
 
     Collectives: one all-gather of small objects.
     """
@@ -73,10 +73,12 @@ def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -
 def in_step(
     items: Iterable[Result], group: dist.ProcessGroup | None, device: torch.device
 ) -> Iterator[Result]:
-    """The same items; where producing the next one fails on a rank, all ranks raise.
+    """Yield ``items``; if producing the next one fails on one rank, all ranks raise.
 
-    Without this the other ranks would wait for the failed one in their next collective. Every rank
-    must have the same number of items.
+    Otherwise the other ranks would wait for the failed one in their next collective. Before each
+    item: (1) every rank produces it, or catches the error; (2) an all-reduce counts the errors;
+    (3) with none, all ranks yield, else the errors are gathered and the first is raised on all
+    ranks. Every rank must have the same number of items.
 
     Args:
         items: of this rank.
@@ -84,7 +86,7 @@ def in_step(
         device: of the group's collectives.
 
     Raises:
-        Exception: what a rank raised, on all of them; a note names the rank.
+        Exception: the error of the first rank that failed, on all ranks; a note names the rank.
 
     Collectives: one all-reduce of a number for each item, and one at the end; where a rank failed,
     one all-gather of small objects.
@@ -110,7 +112,7 @@ def _raise(error: Exception | None) -> None:
 
 
 def _next(iterator: Iterator[Result]) -> tuple[list[Result], Exception | None]:
-    """The next item in a list, an empty list at the end, or what went wrong."""
+    """The next item in a list (empty at the end), and the error if there was one."""
     try:
         return [next(iterator)], None
     except StopIteration:

@@ -1,8 +1,9 @@
 """Complete configs to start from: each is a function of the prepared folder and the run folder.
 
 Copy one into your own code, or change its options by dotted names on the command line. Tables of
-fewer than a million items learn by Adam, larger ones by row-wise Adagrad, which keeps one number a
-row. Dropout, batch and length follow the published SASRec settings unless a recipe says why not.
+fewer than a million items are trained with Adam, larger ones with row-wise Adagrad, which keeps one
+number a row. Dropout, batch and length follow the published SASRec settings unless a recipe says
+why not.
 """
 
 from typing import Protocol
@@ -28,7 +29,7 @@ class Recipe(Protocol):
 
 
 def tiny_cpu(data: str, output: str) -> TrainConfig:
-    """Twenty steps of a very small model: a smoke test, and the numbers refactors must keep."""
+    """Twenty steps of a very small model: a smoke test; a refactor must not change its losses."""
     return TrainConfig(
         data=data,
         output=output,
@@ -44,7 +45,7 @@ def tiny_cpu(data: str, output: str) -> TrainConfig:
 
 
 def demo(data: str, output: str) -> TrainConfig:
-    """A minute on two CPU cores for a catalog of some ten thousand items."""
+    """Trains in a minute on two CPU cores, for a catalog of some ten thousand items."""
     return TrainConfig(
         data=data,
         output=output,

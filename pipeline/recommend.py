@@ -1,4 +1,4 @@
-"""The recommend stage: a run and histories in, Parquet of (user_id, item_ids, scores) out.
+"""The recommend stage: write the best items of every user as (user_id, item_ids, scores) Parquet.
 
 Each rank streams a contiguous share of the users and writes their rows, in the order of the
 histories; the table stays sharded.
@@ -39,15 +39,15 @@ _BATCHES_PER_CHUNK = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecommendConfig:
-    """Whom to recommend what.
+    """Options of ``recommend``: users, candidates and list length.
 
     Attributes:
-        run: folder of train.
-        prepared: the folder the run was trained on; it says what the item ids mean.
+        run: run folder of train.
+        prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
-        histories: Parquet of users and lists of item ids, most recent last; none takes the users
-            of split in the prepared folder.
-        split: which prepared users, where histories is none.
+        histories: Parquet of users and lists of item ids, most recent last; none: the users of
+            split in the prepared folder.
+        split: users of the prepared folder, if histories is none.
         user_column: users of the histories, integers or strings; written as given.
         items_column: lists of item ids in the histories.
         k: items for each user.
@@ -55,8 +55,8 @@ class RecommendConfig:
         allow: Parquet with a column item_id: nothing else is recommended.
         deny: Parquet with a column item_id: never recommended.
         min_count: training events an item must have; one with none has an untrained vector.
-        checkpoint: which weights.
-        force: replace what another run of this stage left in output.
+        checkpoint: the weights to load.
+        force: replace an earlier output of this stage.
         batch_size: users at a time on each rank.
         block_states: states of all ranks that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
@@ -81,7 +81,7 @@ class RecommendConfig:
     block_rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Refuse sizes that recommend nothing."""
+        """Refuse sizes below 1, and a negative min_count."""
         for name in ("k", "batch_size", "block_states", "block_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
@@ -108,11 +108,11 @@ class Recommendations:
 
 @torch.no_grad()
 def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> Recommendations:
-    """Write the ``k`` best items of every user; the same on any number of ranks.
+    """Write the ``k`` best items of every user; the lists are the same on any number of ranks.
 
-    Every history has its row, in the same order if the parts are read by name. Items that the
-    catalog does not have are counted and skipped; a user without a known item gets empty lists. A
-    list is shorter than ``k`` if fewer items are left.
+    Every history has one row; the part files, read in order of their names, keep the input order.
+    Items that the catalog does not have are counted and skipped; a user without a known item gets
+    empty lists. A list is shorter than ``k`` if fewer items are left.
 
     Args:
         config: users and options; the same on every rank.
@@ -227,7 +227,7 @@ class _Work:
         return scores.cpu(), items.cpu()
 
     def _batches(self, writer: pq.ParquetWriter) -> Iterator["_Batch"]:
-        """As many batches on every rank; a chunk is written when its last batch is done."""
+        """This rank's batches, equally many on every rank; writes a chunk after its last batch."""
         num_users, size = self.histories.num_users, self.config.batch_size
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
         given = 0
@@ -285,7 +285,7 @@ class _Batch:
     items: Tensor  # (B, L) last items of each history, right padded
     lengths: Tensor  # (B,)
     seen: tuple[Tensor, Tensor]  # whole histories, values and lengths
-    rows: Tensor  # (B,) places of the users in the chunk
+    rows: Tensor  # (B,) positions of the users in the chunk
     lists: _Lists  # of the chunk
 
     @classmethod

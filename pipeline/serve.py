@@ -38,7 +38,7 @@ class Recommender:
         manifest: of the export: run, data, catalog version.
         ids: the item id of each row of ``vectors``.
         vectors: (V, D) float32, the encoder's input.
-        scored: (V, D) float32, compared with states; ``vectors``, or these at unit length.
+        scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
         encoder: (B, L, D) to (B, L, D).
         index: FAISS index, searched instead of all vectors; None searches exactly.
@@ -67,7 +67,7 @@ class Recommender:
 
         Args:
             folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
-            catalog_version: of the catalog to be served, if known; another is refused.
+            catalog_version: the version that the export must have; None accepts any.
             min_count: training events an item must have to be recommended; 0 takes all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.
@@ -99,7 +99,11 @@ class Recommender:
             filter_seen: leave out items of the history.
 
         Returns:
-            One list for each history; empty where no item of it is known.
+            One list of at most ``k`` (id, score) for each history, best first; empty if no item
+            of the history is known.
+
+        Raises:
+            pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: ids are not of the catalog's type.
         """
         known = [self._known(history) for history in histories]
         rows = [index for index, items in enumerate(known) if len(items)]
@@ -116,7 +120,7 @@ class Recommender:
         return result
 
     def states(self, histories: Sequence[Tensor]) -> Tensor:
-        """(B, D) float32 states after the last item of each history of dense indices."""
+        """(B, D) float32 states after the last item of each non-empty history of dense indices."""
         recent = [items[-self.manifest["max_length"] :] for items in histories]
         lengths = torch.tensor([len(items) for items in recent])
         padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)

@@ -1,7 +1,7 @@
 """The synth stage: generated event logs with known best possible metrics.
 
-``shardrec.pipeline.log.generator`` draws the events. This stage writes them to Parquet and judges a
-few simple rankings on them.
+``shardrec.pipeline.log.generator`` draws the events. This stage writes them to Parquet and measures
+a few simple rankings on them.
 """
 
 import json
@@ -39,13 +39,13 @@ SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestam
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthReport:
-    """What was written, and NDCG@10 over the whole catalog on a sample of the users' last events.
+    """Size of the log, and NDCG@10 of four rankings on a sample of the users' last events.
 
     Attributes:
         ceiling: ranking by the generator's own probabilities (tastes known).
         markov_limit: first-order Markov with the clusters known and their transitions counted: what
             a model that reads only the previous event reaches with unlimited data.
-        markov: first-order Markov on items, counted on the log; popularity where nothing was.
+        markov: first-order Markov on items, counted on the log; popularity where no transition was.
         popularity: the most popular items for everybody.
         report_users: last events the four figures are means over.
     """
@@ -72,23 +72,23 @@ class SynthReport:
 
 
 def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> SynthReport:
-    """Write the log to one Parquet file at ``path`` and judge four rankings on it.
+    """Write the log to one Parquet file at ``path`` and evaluate four rankings on it.
 
     Memory is one block of about a million events, plus 8 bytes for each event that the Markov
-    baseline counts. The file gets its name when it is complete. If it holds the log of this config
-    already, says so and does nothing.
+    baseline counts. The file is renamed to ``path`` when complete. If it holds the log of this
+    config already, logs that and does nothing.
 
     Args:
         config: sizes, seed and the shape of the process.
         path: a file name; folders above it are made.
-        force: whether a file that is there is replaced.
+        force: whether to replace an existing file.
 
     Returns:
         Counts and the four NDCG@10 figures.
 
     Raises:
         FileExistsError: the file holds something else.
-        ValueError: the path is no path.
+        ValueError: the path is invalid.
     """
     check_path("output", str(path))
     target = Path(path)

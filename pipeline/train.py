@@ -1,6 +1,6 @@
-"""The train stage: a prepared folder and a config in, a run folder out.
+"""The train stage: train a model on a prepared folder and write a run folder.
 
-``run/build.py`` makes the run, ``run/loop.py`` takes it to its end, ``run/step.py`` is one step.
+``run/build.py`` makes the run, ``run/loop.py`` is the training loop, ``run/step.py`` one step.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ def train(
     force: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> EndReport:
-    """Train until a limit or the patience is reached; the run folder then holds last and best.
+    """Train until a limit or the patience is reached; keeps the last and the best weights.
 
-    Runs in one process as it is, and on the ranks of the default process group where there is one.
+    Runs on the ranks of the default process group if there is one, else in this process alone.
     Every step seeds torch's global generator from (seed, step, rank). A resumed run takes the steps
     that the interrupted one would have taken, bit for bit on as many ranks of the same machine.
 
@@ -48,13 +48,13 @@ def train(
         encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config.encoder``
             describes; D is ``config.encoder.width``. Its initial weights are those of rank 0.
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
-            goes on from its last whole checkpoint; "auto": either. A run that is finished already
-            is left as it is.
-        force: train a new run where the output folder holds one, which stays there until the new
-            one is complete. With "auto" an interrupted run, forced or not, goes on; only one that
-            is finished is replaced.
-        interrupted: asked at every step; where it says yes on one rank, all write a checkpoint
-            after that step and stop.
+            resumes from its last complete checkpoint; "auto": either. A finished run is
+            left as it is.
+        force: replace the run in the output folder, which stays there until the new one is
+            complete. With "auto" an interrupted run, forced or not, is resumed; only a finished
+            one is replaced.
+        interrupted: called at every step; if it returns True on one rank, all ranks write a
+            checkpoint after that step and stop.
 
     Returns:
         How the run ended, the same on every rank.
@@ -64,8 +64,8 @@ def train(
             run is writing it.
         FileNotFoundError: there is no run to resume.
         FloatingPointError: loss or gradients were not finite in many steps in a row.
-        OSError: the last checkpoint could not be written; those before it are whole.
-        Preempted: the run was interrupted; resumed, it goes on from there.
+        OSError: the last checkpoint could not be written; those before it are complete.
+        Preempted: the run was interrupted after a checkpoint; resume it to continue.
         ValueError: the config does not fit the data or the run to resume.
 
     Collectives: many, on the default group; every rank must call it.
@@ -96,7 +96,7 @@ def _show(run: Run) -> None:
 
 
 def _own_callbacks(run: Run) -> list[Callback]:
-    """What rank 0 writes."""
+    """The built-in callbacks, on rank 0 only."""
     if not run.is_first:
         return []
     folder, every = Path(run.config.output), run.config.log_every
@@ -117,7 +117,7 @@ def _profiling(config: TrainConfig) -> list[Callback]:
 
 
 def _tracking(config: TrainConfig) -> list[Callback]:
-    """MLflow on rank 0, where the config names a store; refused before the run folder is made."""
+    """MLflow on rank 0, if the config names a store; raises before the run folder is made."""
     if config.mlflow.uri is None or Communicator(default_group()).rank:
         return []
     parameters = dict(flatten(config))

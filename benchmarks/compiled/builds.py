@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and counts what they use."""
+"""Compile the Triton kernels for a GPU, without one, and count the resources they use."""
 
 import re
 import subprocess
@@ -47,7 +47,7 @@ _NUMBERS_64 = "first_entry first_row first_line seed step stream bound".split()
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What one kernel uses on one architecture.
+    """The resources that one kernel uses on one architecture.
 
     Attributes:
         registers: Of a thread.
@@ -88,7 +88,7 @@ def build(
     """The kernel compiled and assembled for one architecture.
 
     Args:
-        kernel: A kernel whose arguments are named as everywhere here, which gives their types.
+        kernel: A kernel whose argument names follow our convention, which gives their types.
         tile: Warps and stages.
         constants: Value of every compile-time argument.
         width: D, whose divisibility by 16 the compiler may use.
@@ -206,7 +206,7 @@ class Case:
     ) -> tuple[Tile, dict[str, int | bool | str]]:
         """The shipped tile and the compile-time arguments; widths with the same share their code.
 
-        Two widths of which 16 divides one only do not.
+        Two widths do not, if 16 divides only one of them.
         """
         tile = Tile(16, 64, 64, 64, 4, 2)
         if self.tiles:
@@ -226,7 +226,7 @@ class Case:
     def least(
         self, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
     ) -> LeastWork:
-        """What one turn of its loops cannot do without."""
+        """Lower bound on the work of one iteration of its loops."""
         constants = self.form(width, dtype, architecture, precision)[1]
         return least_work(self.name, constants, dtype.itemsize)
 

@@ -1,7 +1,7 @@
-"""What the code of a compiled kernel holds: loops, matrix instructions, products and reads.
+"""Count loops, matrix instructions, products and reads in the code of a compiled kernel.
 
-The compiler's own comments say which blocks of PTX are in a loop. A loop that it unrolled, or a
-first turn that it took out of the loop so that loads run ahead, is told from the loop that way.
+The compiler's own comments say which blocks of PTX are in a loop. They also separate the loop from
+an unrolled copy of it, and from a first iteration that was moved out so that loads run ahead.
 """
 
 import re
@@ -22,7 +22,7 @@ _BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)$")
 
 
 def loop_code(ptx: str) -> str:
-    """The blocks that are in a loop, as they stand; all of the code where there is no loop."""
+    """The blocks of code that are in a loop; all of the code if there is none."""
     starts = [match.start() for match in _BLOCK.finditer(ptx)] + [len(ptx)]
     blocks = [ptx[first:end] for first, end in zip(starts, starts[1:], strict=False)]
     inside = [block for block in blocks if "Depth=" in block]
@@ -64,7 +64,7 @@ def scalar_products(code: str, num_warps: int) -> tuple[int, int]:
 
 
 def bytes_read(code: str, num_warps: int) -> int:
-    """Bytes that all threads of a program ask of global memory, each time they ask."""
+    """Bytes that all threads of a program read from global memory, repeated reads included."""
     total = sum(int(many or 1) * int(bits) // 8 for many, bits in _READ.findall(code))
     total += sum(int(size, 0) for size in _COPY.findall(code))
     return total * 32 * num_warps

@@ -1,11 +1,11 @@
-"""What one turn of a kernel's loops cannot do without, counted from its tile."""
+"""Lower bounds on the work of one iteration of a kernel's loops, from its tile shape."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["LeastWork", "least_work"]
 
-# Bytes beside the row that a gathering kernel needs for each of its lines: indices and weights.
+# Bytes in addition to the row, for each line of a gathering kernel: indices and weights.
 _LIST_BYTES = {
     "gathered_forward": 8,
     "gathered_states_backward": 8,
@@ -17,12 +17,12 @@ _LIST_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class LeastWork:
-    """Of a program, in one turn of each loop.
+    """Lower bounds for a program in one iteration of each loop.
 
     Attributes:
         multiply_adds: Products of the tile.
         exponentials: One for each logit of the tile.
-        bytes_read: Elements of the tile that change from turn to turn, each once.
+        bytes_read: Bytes of the tile's elements that change in every iteration, each read once.
     """
 
     multiply_adds: int
@@ -30,7 +30,7 @@ class LeastWork:
     bytes_read: int
 
     def instructions(self, num_warps: int, multiply_adds_each: float) -> float:
-        """Of one warp: products, one exponential a lane, 16 bytes a lane and read.
+        """Instructions of one warp: products, one exponential per lane, reads of 16 bytes per lane.
 
         Args:
             num_warps: Warps of the program.
@@ -44,7 +44,7 @@ class LeastWork:
 def least_work(
     name: str, constants: Mapping[str, int | bool | str], element_bytes: int
 ) -> LeastWork:
-    """The least of the kernel of that name; all 0 for one that only draws from counters.
+    """The lower bounds of a kernel; all 0 for one that only draws from counters.
 
     Args:
         name: Of a shipped case.

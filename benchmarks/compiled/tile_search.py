@@ -1,7 +1,7 @@
-"""Times candidate tiles of one Triton kernel on the GPU at hand, each after a check of its results.
+"""Time candidate tiles of one Triton kernel on this GPU, after checking their results.
 
-The search begins at the shipped tile and takes a neighbour, one number halved or doubled, as long
-as that is faster. It runs when it is asked for and never by itself.
+The search starts at the shipped tile and moves to a neighbour (one number halved or doubled) as
+long as that is faster. It only runs on request.
 """
 
 import statistics
@@ -36,7 +36,7 @@ Operation = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """The work that candidates are timed on.
+    """The problem size that candidates are timed on.
 
     Attributes:
         positions: N.
@@ -59,7 +59,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search of one kernel came to.
+    """The result of the search for one kernel.
 
     Attributes:
         kernel: Its name in the table of tiles.
@@ -91,7 +91,7 @@ _NUMBERS = ("positions", "items", "width", "out", "num_warps", "num_stages")
 
 
 def search(kernel: str, size: Size, device: torch.device | str, most: int = 60) -> Found:
-    """The fastest tile of one kernel that was met.
+    """Search the fastest tile of one kernel.
 
     Args:
         kernel: One of ``KERNELS``.
@@ -168,7 +168,7 @@ def _numbers(tile: Tile) -> tuple[int, ...]:
 
 
 def _operations(size: Size, device: torch.device) -> dict[str, Operation]:
-    """For each kernel a call that spends its time in it."""
+    """For each kernel, a call that spends most of its time in it."""
     generator = torch.Generator().manual_seed(0)
     scale = size.width**-0.25
     states = torch.randn(size.positions, size.width, generator=generator) * scale

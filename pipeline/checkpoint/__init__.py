@@ -1,1 +1,1 @@
-"""Checkpoints of a sharded table and its encoder: written while training goes on."""
+"""Checkpoints of a sharded table and its encoder, written in the background."""

@@ -1,4 +1,4 @@
-"""How tensors lie in the files of a checkpoint: raw bytes, and JSON that says where they are.
+"""The file format of checkpoints: raw tensor bytes, and JSON metadata that locates them.
 
 A rank writes its tensors, one after another, into one file. ``metadata.json`` names them all::
 
@@ -67,7 +67,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Type, shape over all ranks, and where the rows lie."""
+    """Metadata of a tensor: dtype, shape over all ranks, and the chunks that hold its rows."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class StoredTensor:
 def write_pieces(
     folder: Folder, file: str, pieces: Mapping[str, Piece]
 ) -> tuple[dict[str, StoredTensor], FileEntry]:
-    """Write tensors into a file; where they lie in it, and its size and checksum.
+    """Write tensors into one file; returns their metadata, and the size and checksum of the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -97,7 +97,7 @@ def write_pieces(
 
 
 def joined(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of several files, the chunks of one name together."""
+    """Merge the metadata of several files: a tensor has its chunks from all of them."""
     found: dict[str, StoredTensor] = {}
     for part in parts:
         for name, one in part.items():
@@ -118,7 +118,7 @@ class TensorReader:
         self._checked: set[str] = set()
 
     def read(self, wanted: Mapping[str, range]) -> dict[str, Tensor]:
-        """These rows of some tensors; a tensor of shape () has one row.
+        """Read the ``wanted`` rows of some tensors; a tensor of shape () has one row.
 
         Raises:
             DamagedCheckpointError: a file differs from the manifest, or rows are missing.
@@ -163,7 +163,7 @@ def metadata_to_json(tensors: Mapping[str, StoredTensor]) -> bytes:
 
 
 def metadata_from_json(text: bytes) -> dict[str, StoredTensor]:
-    """The tensors that ``metadata_to_json`` wrote down.
+    """Parse ``metadata.json``; the inverse of ``metadata_to_json``.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is not such a text.

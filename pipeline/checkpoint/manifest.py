@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: which files belong to it, and whether they are what was written.
+"""The manifest of a checkpoint: its files with sizes and checksums.
 
 It is written last. A folder without one, or with half of one, is not a checkpoint.
 """
@@ -39,12 +39,12 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a complete checkpoint consists of.
+    """The files of a complete checkpoint, and whether it is the best one.
 
     Attributes:
         folder: of the checkpoint.
         best: whether it was the best of its run when it was written.
-        files: by name.
+        files: size and checksum of each file, by name.
     """
 
     folder: Folder
@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def find(cls, folder: Folder) -> "Manifest | None":
-        """The manifest; None where there is none.
+        """The manifest in ``folder``; None if there is none.
 
         Raises:
             DamagedCheckpointError: it is cut off or malformed.
@@ -96,7 +96,7 @@ class Manifest:
         return found
 
     def write(self) -> None:
-        """Make the folder a checkpoint; its files must be there."""
+        """Write ``manifest.json``, which completes the checkpoint; all its files must exist."""
         entries = {name: dataclasses.asdict(one) for name, one in sorted(self.files.items())}
         stored = {"format": FORMAT, "best": self.best, "files": entries}
         self.folder.write(MANIFEST, json.dumps(stored, indent=1).encode())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, split into tensors and JSON and joined again."""
+"""The state in a checkpoint, and its conversion to tensors and JSON and back."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ __all__ = ["CheckpointState", "is_row_name", "join_state", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the rounding of a run depends on, by name."""
+    """Versions of shardrec, torch and Python, on which the rounding of a run depends."""
     return {
         "shardrec": __version__,
         "torch": torch.__version__,
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointState:
-    """What a checkpoint holds, as one rank sees it.
+    """The state in a checkpoint, with one rank's rows of the table.
 
     Attributes:
         encoder: ``state_dict()`` of the encoder, equal on all ranks.
@@ -62,7 +62,7 @@ class CheckpointState:
         """Replicated tensors, and row-aligned ones, by the names in the files.
 
         Raises:
-            TypeError: the encoder's or the optimizer's state holds something else than tensors.
+            TypeError: the encoder's or the optimizer's state holds something other than tensors.
         """
         whole = {f"encoder.{name}": value for name, value in self.encoder.items()}
         for index, memory in self.optimizer["state"].items():
@@ -76,13 +76,13 @@ class CheckpointState:
         return whole, {f"table.{name}": one for name, one in self.table.items() if one.ndim}
 
     def copied(self, copy: Callable[[str, Tensor], Tensor]) -> "CheckpointState":
-        """The same with each tensor replaced by ``copy(name, tensor)``."""
+        """This state with each tensor replaced by ``copy(name, tensor)``."""
         whole, rows = self.tensors()
         tensors = {name: copy(name, one) for name, one in (whole | rows).items()}
         return join_state(tensors, self.numbers(), self.rows.start)
 
     def numbers(self) -> dict[str, Any]:
-        """All that is not in the tensors, as JSON."""
+        """Everything but the tensors, as JSON."""
         table = {name: value.item() for name, value in self.table.items() if not value.ndim}
         return {
             "progress": dict(self.progress),
@@ -96,7 +96,7 @@ class CheckpointState:
 def join_state(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
 ) -> CheckpointState:
-    """The state that ``CheckpointState.tensors`` and ``numbers`` split."""
+    """Rebuild a state from ``CheckpointState.tensors`` and ``numbers``."""
     encoder, memory, table = dict[str, Tensor](), dict[int, dict[str, Tensor]](), {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")

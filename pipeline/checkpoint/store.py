@@ -1,13 +1,20 @@
-"""Checkpoints: folders, complete once their manifest is there, loadable on any number of ranks.
+"""Checkpoint folders: complete once the manifest exists, loadable on any number of ranks.
 
 A run keeps the last few and the best::
 
     checkpoints/step-00000120/rank-00000.bin  tensors that rank 0 wrote, raw bytes; a file a rank
-                              metadata.json   which tensor lies where
+                              metadata.json   which tensor is where
                               state.json      progress, config, versions, numbers
                               manifest.json   sizes and checksums, written last
 
-``format`` says how a file looks. Nothing in a checkpoint is unpickled or executed.
+The phases of a save:
+1. Rank 0 deletes what an earlier attempt left in the folder, its manifest first.
+2. Every rank writes its file.
+3. Rank 0 writes the JSON files, the manifest last.
+4. Rank 0 deletes older checkpoints.
+A killed process leaves a folder without a manifest, which readers ignore and the next save deletes.
+
+``format.py`` describes the files. Nothing in a checkpoint is unpickled or executed.
 """
 
 import contextlib
@@ -56,18 +63,21 @@ _Part = tuple[str, dict[str, StoredTensor], FileEntry]  # a rank's file: name, c
 
 
 class Checkpoints:
-    """The last and the best checkpoints of a run."""
+    """The folder of a run's checkpoints: the last few and the best."""
 
     def __init__(
         self, folder: Path | str | Folder, group: dist.ProcessGroup | None, keep: int = 2
     ) -> None:
-        """Store where they are, the ranks that write them together, and how many to keep."""
+        """Store the folder, the ranks that write together, and how many checkpoints to keep."""
         self.folder = open_folder(folder)
         self.group = group
         self.keep = keep
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
-        """Write one more, make it the last (and the best), then delete what is neither.
+        """Write a checkpoint, then delete all but the last ``keep`` and the best; its folder.
+
+        Raises:
+            OSError, TypeError: as ``save_checkpoint``; rank 0 then deletes what was written.
 
         Collectives: as ``save_checkpoint``, and an all-gather of a small object.
         """
@@ -75,7 +85,7 @@ class Checkpoints:
         try:
             save_checkpoint(folder, state, self.group, best=best)
         except Exception:
-            # A disk that was full should not stay so.
+            # A failed write may have filled the disk: free it.
             with contextlib.suppress(OSError):
                 if Communicator(self.group).rank == 0:
                     folder.remove(MANIFEST)
@@ -90,8 +100,8 @@ class Checkpoints:
     def find(self, which: Literal["last", "best"]) -> Folder:
         """The last or best checkpoint; without validation the last is the best.
 
-        Looks at manifests and at the sizes of files. A last one that is damaged is named in a
-        warning, and the one before it is taken.
+        Checks manifests and file sizes. If the last one is damaged, a warning names it and the one
+        before it is returned.
 
         Raises:
             FileNotFoundError: there is none.
@@ -113,10 +123,10 @@ class Checkpoints:
     def load_last(self, rows: range) -> tuple[Folder, CheckpointState] | None:
         """The last checkpoint of which every rank can read its part; None if there is none.
 
-        One that turns out to be damaged is named in a warning, and the one before it is taken.
+        A damaged checkpoint is skipped with a warning, and the one before it is tried.
 
         Args:
-            rows: of the table, wanted on this rank.
+            rows: the table rows that this rank loads.
 
         Collectives: all-gathers of small objects: one, and one for each checkpoint tried.
         """
@@ -130,7 +140,7 @@ class Checkpoints:
         return None
 
     def is_empty(self) -> bool:
-        """Whether there is not even the beginning of one."""
+        """Whether there is no checkpoint folder, not even an incomplete one."""
         return not self._names()
 
     def _manifests(self) -> Iterator[Manifest]:
@@ -157,7 +167,7 @@ class Checkpoints:
         return [manifest.folder.name for manifest in self._whole()]
 
     def _prune(self, step: int) -> None:
-        """Delete all but the last few and the best up to ``step``; later ones were given up."""
+        """Keep the last few and the best up to ``step``; later ones are stale after a resume."""
         whole = [one for one in self._whole() if one.folder.name <= f"step-{step:08d}"]
         best = [one for one in whole if one.best]
         kept = {one.folder.name for one in whole[: self.keep] + best[:1]}
@@ -176,17 +186,17 @@ def save_checkpoint(
     *,
     best: bool = False,
 ) -> None:
-    """Write a checkpoint, its manifest last; what was in ``folder`` is replaced.
+    """Write a checkpoint to ``folder``, its manifest last; replaces an earlier one.
 
     Args:
-        folder: where all ranks can write.
+        folder: a path or address that all ranks can write.
         state: ``table`` holds this rank's rows; rank 0 writes all the rest.
         group: the ranks that write together; None for one process.
         best: whether it is the best of its run so far.
 
     Raises:
         OSError: a rank could not write; raised on all ranks, and ``folder`` has no manifest.
-        TypeError: the state holds something else than tensors.
+        TypeError: the state holds something other than tensors.
 
     Collectives: three all-gathers of small objects on ``group``.
     """
@@ -198,7 +208,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
-    """Read these rows of a complete checkpoint and all that is replicated, at any number of ranks.
+    """Load ``rows`` of the table and all replicated state, whatever number of ranks wrote them.
 
     ``rows`` None means all; rows beyond the saved table are left out. ``table["first_row"]`` of the
     result is the first row read.
@@ -214,13 +224,13 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
 
 
 class StoredCheckpoint:
-    """A complete checkpoint that is read in parts; each file is compared with its checksum once.
+    """A complete checkpoint, read in parts; each file is checked against its checksum once.
 
     Opening it and reading a part raise as ``load_checkpoint`` does.
     """
 
     def __init__(self, folder: Path | str | Folder) -> None:
-        """Read its metadata, and no tensor yet."""
+        """Read the metadata, but no tensor yet."""
         manifest = Manifest.read(open_folder(folder))
         self.numbers = _parsed(manifest, STATE, _numbers)
         self._tensors = _parsed(manifest, METADATA, metadata_from_json)
@@ -228,16 +238,16 @@ class StoredCheckpoint:
 
     @property
     def num_rows(self) -> int:
-        """V of its table."""
+        """V, the number of rows of its table."""
         return int(self.numbers["table"]["num_rows"])
 
     def load(self, rows: range | None = None) -> CheckpointState:
-        """All of it, with these rows of the table; None for all rows."""
+        """The whole state with ``rows`` of the table; None for all rows."""
         wanted = range(self.num_rows) if rows is None else rows
         return join_state(self._read(self._tensors, wanted), self.numbers, wanted.start)
 
     def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:
-        """These rows of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
+        """``rows`` of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
         tensors = self._read([f"table.{name}" for name in names], rows)
         return {name.removeprefix("table."): value for name, value in tensors.items()}
 
@@ -272,7 +282,7 @@ def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_P
 
 
 def _numbers(content: bytes) -> dict[str, Any]:
-    """What ``CheckpointState.numbers`` gave."""
+    """Parse and check the JSON of ``CheckpointState.numbers``."""
     shape = {"progress": dict, "config": dict, "optimizer": list, "table": dict, "versions": dict}
     stored = require_shape(json.loads(content), shape, STATE, "use another checkpoint")
     require_shape(stored["table"], {"num_rows": int}, "table", "use another checkpoint")
@@ -280,7 +290,7 @@ def _numbers(content: bytes) -> dict[str, Any]:
 
 
 def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any:
-    """What a small file says, once it is known to be the one that was written."""
+    """Parse a small file after checking its checksum."""
     manifest.check(name)
     try:
         return parse(manifest.folder.read(name))
@@ -292,4 +302,4 @@ def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any
 
 
 def _warn(error: Exception) -> None:
-    logging.getLogger(__name__).warning("a checkpoint is passed over: %s", error)
+    logging.getLogger(__name__).warning("a checkpoint is skipped: %s", error)

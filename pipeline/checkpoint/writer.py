@@ -1,8 +1,9 @@
-"""Writes checkpoints while training goes on.
+"""Writes checkpoints in the background while training continues.
 
-What is saved is first copied into host memory, which is all that training waits for. A thread
-writes the copy, over a process group of its own so that its collectives cannot interleave with
-a step's. The next copy reuses the buffers, so one write is in flight at a time.
+The phases: (1) ``save`` copies the state into host memory, which is all that training waits for;
+(2) a thread writes the copy, over a process group of its own so that its collectives cannot
+interleave with those of a step; (3) once all ranks have finished writing, ``collect`` joins the
+thread and returns the report. Copies reuse their buffers, so one write is in flight at a time.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 
 __all__ = ["CheckpointReport", "CheckpointWriter", "writing_group"]
 
-# After an error, how long a write in flight may take to end.
+# Seconds that a write in flight may still take after an error.
 LAST_SECONDS = 60.0
 
 
 @contextlib.contextmanager
 def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of the same ranks for a background write, for the length of a ``with``.
+    """Context manager: a gloo group of the same ranks, for background writes.
 
     Args:
         group: the ranks; None for one process, which needs no group.
@@ -42,7 +43,7 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
     timeout = group._get_backend(torch.device("cpu")).options._timeout
     made = dist.new_group(ranks, backend="gloo", timeout=timeout)
     assert isinstance(made, dist.ProcessGroup)
-    # A rank that is done before the others have connected would close their connections.
+    # A rank that exits before the others have connected would close their connections.
     dist.barrier(group=made)
     try:
         yield made
@@ -53,18 +54,18 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointReport:
-    """A checkpoint was written to ``folder``, or could not be.
+    """The result of one checkpoint: written to ``folder``, or failed.
 
     Reported after the first step by the end of which every rank has finished writing.
 
     Attributes:
         step: the step after which it was taken; later steps may have been taken meanwhile.
-        folder: where it is.
+        folder: path or address of the checkpoint.
         best: whether the validation of that step was the best so far.
         seconds: from the step until it was complete.
         stall_seconds: of these, how long training waited.
-        num_bytes: of its tensors, over all ranks.
-        error: why there is none, in words; None where it is complete.
+        num_bytes: bytes of its tensors, over all ranks.
+        error: why the write failed; None if it is complete.
     """
 
     step: int
@@ -98,19 +99,21 @@ class CheckpointWriter:
 
     @property
     def is_over(self) -> bool:
-        """Whether this rank has ended a write that was not collected yet."""
+        """Whether this rank has finished a write that ``collect`` has not returned yet."""
         return self._thread is not None and not self._thread.is_alive()
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> list[CheckpointReport]:
-        """Wait for the write in flight, copy the state, and start to write it.
+        """Wait for the write in flight, copy the state, and start writing it.
 
         Args:
-            step: names the checkpoint.
+            step: optimizer steps so far; names the checkpoint.
             state: of this rank; its tensors may change as soon as this returns.
             best: whether it is the best so far.
 
         Returns:
-            What ended meanwhile: the write before, and this one unless it is in the background.
+            Reports of finished writes: the one before, and this one unless in the background.
+
+        Collectives: those of ``Checkpoints.save``, on the group for writing.
         """
         started = time.monotonic()
         ended = self.collect()
@@ -132,10 +135,10 @@ class CheckpointWriter:
         return ended if self.background else [*ended, *self.collect()]
 
     def collect(self) -> list[CheckpointReport]:
-        """Wait for the write in flight, if there is one; its report, the same on every rank.
+        """Wait for the write in flight; returns its report, or none, the same on every rank.
 
-        Where the write failed, the report has an ``error``, and ``failure`` holds the exception
-        until another write succeeds.
+        If the write failed, the report has an ``error``, and ``failure`` holds the exception until
+        another write succeeds.
         """
         if self._thread is None:
             return []
@@ -148,7 +151,7 @@ class CheckpointWriter:
         return [self._report]
 
     def abandon(self) -> None:
-        """Give a write in flight some time to end, after an error elsewhere."""
+        """After an error elsewhere, wait up to 60 s for the write in flight."""
         if self._thread is not None:
             self._thread.join(LAST_SECONDS)
 

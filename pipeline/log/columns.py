@@ -63,7 +63,7 @@ def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
 def same_kind(
     schemas: Mapping[str, pa.Schema], name: str, kind: Callable[[pa.DataType, str, str], str]
 ) -> str:
-    """The kind of a column, which must be the same in all files.
+    """The kind of a column, after checking that it is the same in all files.
 
     Raises:
         ValueError: two files differ, or ``kind`` refuses the type in one of them.
@@ -148,8 +148,8 @@ def read_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
         text.validate(full=True)
     except pa.ArrowInvalid as error:
         raise ValueError(
-            f"{place} must hold text in UTF-8, got {_first_invalid(text)!r}; decode such values "
-            "as what they are, or drop the rows"
+            f"{place} must hold text in UTF-8, got {_first_invalid(text)!r}; decode such "
+            "values in their own encoding, or drop the rows"
         ) from error
     return text
 

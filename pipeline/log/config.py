@@ -28,13 +28,13 @@ class PrepareConfig:
         weight_column: non-negative numbers that multiply the loss of the event as a target.
         split: "temporal" or "leave_one_out".
         test_quantile: share of the events, in global time order, before the test part (0.9).
-        test_time: instead, the first time of the test part: a number, or ISO text if the log has
-            timestamps (numbers are then microseconds).
+        test_time: instead of test_quantile, the first time of the test part: a number, or ISO
+            text if the log has timestamps (numbers are then microseconds).
         validation: "users", "time" (temporal split only), or "none".
         validation_users: with "users", how many; by default all for leave_one_out, else one in
             ten, at most 10,000.
         validation_quantile: with "time", share of the events before the validation part (0.8).
-        validation_time: instead, the first time of the validation part.
+        validation_time: instead of validation_quantile, the first time of the validation part.
         targets: "last" or "all" held-out events of a user.
         min_user_events: events a user needs before the test part (leave_one_out: in all).
         min_item_events: events an item needs before the test part (leave_one_out: in all); counted
@@ -118,7 +118,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_columns(config: PrepareConfig) -> None:
-    """Refuse one column in two roles; only a rating may both select events and weigh them."""
+    """Refuse one column in two roles, except as both event type and weight (a rating)."""
     for first, second in itertools.combinations(_COLUMN_OPTIONS, 2):
         name = getattr(config, first)
         may_be_same = name is None or (first, second) == ("event_column", "weight_column")
@@ -164,7 +164,7 @@ def _check_used(config: PrepareConfig) -> None:
         value = getattr(config, name)
         if value not in (None, ()) and value is not False and not used:
             raise ValueError(
-                f"{name} must come with {needs}, got {value!r} without; drop one or set the other"
+                f"{name} must come with {needs}, got {value!r} without; remove one or set the other"
             )
     if by_time and not temporal:
         raise ValueError(

@@ -39,7 +39,7 @@ TOP = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthConfig:
-    """The options of a generated log; equal configs write equal events.
+    """Options of a generated log; equal configs generate equal events.
 
     Attributes:
         users: number of users; each gets at least two events.
@@ -117,7 +117,7 @@ class World:
     """Clusters and items, shared by all users; item i has rank i // C in cluster i % C."""
 
     def __init__(self, config: SynthConfig) -> None:
-        """Draw popularity, successors and item ids."""
+        """Draw the popularity of clusters, their successors, and the item ids."""
         self.config = config
         generator = self.generator(0)
         clusters = config.clusters
@@ -141,7 +141,7 @@ class World:
         )
 
     def draw_cluster(self, uniform: Floats) -> Ints:
-        """Clusters in proportion to their popularity."""
+        """Clusters drawn by popularity from ``uniform`` numbers in [0, 1); the same shape."""
         found = np.searchsorted(
             self.popularity_cdf, uniform * self.popularity_cdf[-1], side="right"
         )
@@ -149,7 +149,7 @@ class World:
         return clusters
 
     def draw_item(self, cluster: Ints, uniform: Floats) -> Ints:
-        """Items by Zipf's law inside ``cluster``."""
+        """Items drawn by Zipf's law inside ``cluster``; all arrays have the same shape."""
         size = self.sizes[cluster]
         found = np.searchsorted(self.zipf_cdf, uniform * self.zipf_cdf[size - 1], side="right")
         return np.minimum(found, size - 1) * self.config.clusters + cluster
@@ -177,7 +177,7 @@ class World:
 
 
 def blocks(world: World) -> Iterator[GeneratedBlock]:
-    """The log in blocks of users; each block has its own random stream."""
+    """The log in blocks of users, each drawn from a random stream of its own."""
     config = world.config
     for index, first in enumerate(range(0, config.users, world.users_per_block)):
         last = min(first + world.users_per_block, config.users)

@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FormerItems:
-    """The ``items.parquet`` of an earlier prepared folder.
+    """The ``items.parquet`` of an earlier prepared folder, opened by ``prepare --items``.
 
     Attributes:
         path: of the file.
@@ -46,7 +46,7 @@ class FormerItems:
 
     @classmethod
     def open(cls, path: str, item_type: str) -> "FormerItems":
-        """Check the footer, the type, and the checksum if a manifest is in the same folder.
+        """Open the file; checks footer, id type, and the checksum if a manifest is next to it.
 
         Args:
             path: of the file.
@@ -96,7 +96,7 @@ class FormerItems:
             yield table
 
     def describe(self) -> dict[str, Any]:
-        """The entry for the manifest."""
+        """JSON for the manifest: path, rows, sha256, fingerprint."""
         return {
             "path": str(self.path),
             "rows": self.rows,

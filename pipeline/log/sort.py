@@ -148,7 +148,7 @@ def sort_log(
         log: the events.
         folder: an empty folder on a local disk, for the columns and DuckDB's temporary files.
         options: limits and seed.
-        former: items that are in ``item_ids`` even if the log does not have them.
+        former: earlier items, which are in ``item_ids`` even if the log does not have them.
 
     Raises:
         ValueError: a value of the log is invalid, no event is left, or ``former`` repeats an id.
@@ -253,7 +253,7 @@ def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
         f"CREATE TABLE events (user_id {user}, item_id {item}, time BIGINT, row BIGINT, "
         f"event INTEGER{weight})"
     )
-    # One commit a part: a single transaction used 2.1 GiB for 20 million events, this 0.7 GiB.
+    # One commit per part: a single transaction used 2.1 GiB for 20 million events, this 0.7 GiB.
     for table in log.tables():
         database.register("part", table.combine_chunks())
         database.execute("INSERT INTO events SELECT * FROM part")
@@ -352,7 +352,7 @@ def _write_columns(
             written.add(kept[0], kept[2])
             parts = dict(zip(["user", "item", "time", "event", "weight"], kept, strict=False))
             for name, file in files.items():
-                file.write(parts[name].data)  # unlike tofile, keeps the error of the system
+                file.write(parts[name].data)  # unlike tofile, raises the OSError of the system
     return written
 
 

@@ -41,7 +41,7 @@ class Cuts:
 
 
 def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
-    """The catalog and the cuts of every user.
+    """Choose the catalog and the cut positions of every user.
 
     Args:
         log: the sorted log.
@@ -93,7 +93,7 @@ def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[i
         raise ValueError(
             f"the test part must start after the first and not after the last time of the log "
             f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
-            "split=leave_one_out where the times are an order only"
+            "split=leave_one_out if the times only give an order"
         )
     if config.validation != "time":
         return test, None
@@ -173,7 +173,7 @@ def _temporal_cuts(
 
 
 def _leave_one_out_cuts(log: SortedLog, item_kept: Array, config: PrepareConfig) -> Cuts:
-    """The last event tests and the one before it validates; all train below three events."""
+    """The last event is for the test, the one before for validation; none of a user with < 3."""
     total = _user_events(log, item_kept, [None])[0]
     kept = total >= max(config.min_user_events, 1)
     test_start = total - (total >= 3)

@@ -21,7 +21,7 @@ _ITEM_GROUP_ROWS = 262_144
 
 
 class RowGroupWriter:
-    """Writes Parquet files with exactly ``group_rows`` rows a row group (fewer in the last).
+    """Writes Parquet files with exactly ``group_rows`` rows per row group (fewer in the last).
 
     Args:
         folder: of the prepared data.
@@ -48,7 +48,7 @@ class RowGroupWriter:
         self.pending = self.pending.slice(whole).combine_chunks()
 
     def close(self) -> list[FileEntry]:
-        """Write the last row group (an empty file if there were no rows); the files' entries."""
+        """Write the last row group (an empty file if there were no rows); returns all entries."""
         if self.pending.num_rows or not (self.entries or self.file):
             self._write_group(self.pending)
         self._finish_file()
@@ -85,7 +85,7 @@ class RowGroupWriter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """The files of ``write_sequences``.
+    """The output of ``write_sequences``.
 
     Attributes:
         files: entries for the manifest.

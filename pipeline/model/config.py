@@ -1,4 +1,4 @@
-"""How a model computes and how it is measured; loads neither TorchRec nor torchmetrics."""
+"""Precision and evaluation options of a model; imports neither TorchRec nor torchmetrics."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -32,9 +32,9 @@ class MeasureConfig:
     block_rows: int = 65_536
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse list lengths and sizes below 1."""
         if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; say 5,10")
+            raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; use 5,10")
         for name in ("batch_size", "block_states", "block_rows"):
             require_at_least(name, getattr(self, name), 1)
 

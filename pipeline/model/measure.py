@@ -34,8 +34,8 @@ def measure(
 
     Args:
         scorer: makes the states that are scored against the rows.
-        shard: the rows.
-        batches: this rank's part of as many batches on every rank.
+        shard: this rank's rows.
+        batches: this rank's users; the same number of batches on every rank.
         config: list lengths and the seen filter.
         prepared: the data; training counts define popularity and what is new.
 
@@ -44,8 +44,11 @@ def measure(
         saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
         was measured.
 
-    Collectives: an all-gather of small objects, for each batch the collectives of the scorer and
-    of the ranking, then an all-reduce and those of the metrics.
+    Raises:
+        ValueError: a row group is damaged; raised on all ranks.
+
+    Collectives: an all-gather of small objects; for each batch an all-reduce of one number and the
+    collectives of the scorer and of the ranking; at the end an all-reduce and those of the metrics.
     """
     meter = _Meter(shard, config, prepared)
     with torch.no_grad():
@@ -62,7 +65,10 @@ def open_users(
     max_length: int,
     group: dist.ProcessGroup | None,
 ) -> EvaluationBatches:
-    """This rank's users of a split; ``max_length`` items of a history are read.
+    """This rank's users of a split; the encoder reads the last ``max_length`` items of each.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or damaged; raised on all ranks.
 
     Collectives: one all-gather of small objects.
     """

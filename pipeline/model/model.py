@@ -1,4 +1,4 @@
-"""Encoder and catalog together: items in, states at real positions out."""
+"""Encoder and catalog together: from item sequences to states at real positions."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,9 @@ class Model:
         return self.catalog.shard.group
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
-        """Send the ids of sequences; the function that ``states`` takes to finish the look-up.
+        """Start the look-up of item vectors; returns the function that waits for them.
+
+        ``states`` takes that function as ``vectors``.
 
         Collectives: as ``Catalog.begin_lookup``.
         """
@@ -75,7 +77,7 @@ class Model:
             return self._encode(found, positions, items.shape)
 
     def scored_shard(self) -> RowShard:
-        """The rows that states are scored against; a copy where rows must have unit length."""
+        """The rows that states are scored against; a normalised copy if ``normalize``."""
         shard = self.catalog.shard
         rows = shard.rows.detach()
         return dataclasses.replace(shard, rows=F.normalize(rows) if self.normalize else rows)

@@ -6,7 +6,7 @@ from torch.profiler import record_function
 
 __all__ = ["PART", "Part", "part"]
 
-# What the names begin with.
+# The prefix of the names.
 PART = "step/"
 Part = Literal[
     "look-up",

@@ -1,1 +1,1 @@
-"""How a stage writes: complete or not at all."""
+"""Output folders and files that are complete or absent."""

@@ -1,4 +1,4 @@
-"""The files of an output as its manifest lists them: sizes and checksums."""
+"""Manifest entries for the files of an output, and their check: sizes and checksums."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _ENTRY: Shape = {"path": str, "bytes": int, "sha256": str}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """One file of an output.
+    """Manifest entry of one file: path, size, checksum, rows.
 
     Attributes:
         path: relative to the folder, with "/" between its parts.
@@ -45,20 +45,20 @@ def describe_file(folder: Path, path: str, rows: int = 0, row_groups: int = 0) -
 
 def describe_parquet(folder: Path, path: str) -> FileEntry:
     """The entry of a Parquet file that has just been written below ``folder``."""
-    from pyarrow.parquet import read_metadata  # readers of manifests do without
+    from pyarrow.parquet import read_metadata  # not needed to read manifests
 
     footer = read_metadata(folder / path)
     return describe_file(folder, path, footer.num_rows, footer.num_row_groups)
 
 
 def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bool) -> None:
-    """Refuse an output whose files are not the ones that its manifest lists.
+    """Raise an error if a file of an output is missing or differs from the manifest.
 
     Args:
         folder: the output.
-        entries: of its manifest.
-        remedy: what to do about another file, for the message.
-        verify: compare checksums, for which every file is read, and not only sizes.
+        entries: the value of "files" in its manifest.
+        remedy: what to do about a wrong file, for the message.
+        verify: compare checksums, which reads every file, in addition to sizes.
 
     Raises:
         FileNotFoundError: a file is gone.
@@ -90,7 +90,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(stream: BinaryIO) -> str:
-    """Hexadecimal SHA-256 of what is left of a stream, read in blocks."""
+    """Hexadecimal SHA-256 of the rest of a stream, read in blocks."""
     found = hashlib.sha256()
     while block := stream.read(_HASH_BLOCK_BYTES):
         found.update(block)

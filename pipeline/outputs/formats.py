@@ -1,4 +1,4 @@
-"""The formats of what stages write: name, version, command, and what a manifest must hold."""
+"""The output formats of the stages: name, version, command, and keys of the manifest."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ __all__ = ["EXPORT", "GATE", "METRICS", "POINTER", "PREPARED", "RECOMMENDATIONS"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A kind of output: a folder with ``manifest.json`` in it, or one file.
+    """An output format: a folder with ``manifest.json`` in it, or one file.
 
     Attributes:
         name: value of the manifest's key "format".
-        what: what to call such an output.
+        what: what messages call such an output.
         maker: command that writes it.
         shape: keys that its manifest (a file: itself) must have in addition to format and version.
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
-        hint: what to do about a damaged one, if the command cannot make another.
+        hint: what to do about a damaged output, if the command cannot make another.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Format:
 
     @property
     def remedy(self) -> str:
-        """What to do about a damaged one, for messages."""
+        """What to do about a damaged output, for messages."""
         return self.hint or f"make another with `{self.maker} --force`"
 
     @property
     def noun(self) -> str:
-        """What its path must be, for messages."""
+        """The word for its path in messages: folder or file."""
         return "folder" if self.is_folder else "file"
 
 
@@ -53,7 +53,7 @@ _EXPORT: Shape = {
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
-# The name is also the key of a note in the footer of the Parquet file.
+# The name is also a metadata key in the footer of the Parquet file.
 SYNTH = Format("shardrec.synth", "a log", "shardrec synth", _REQUEST, is_folder=False)
 PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", _PREPARED)
 METRICS = Format(

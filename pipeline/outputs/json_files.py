@@ -1,4 +1,4 @@
-"""JSON files that stages write for one another; their shape is checked before they are used."""
+"""Read JSON files with checked keys and types, and write files atomically."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file, durably, or leave what is there."""
+    """Write or replace a text file atomically and durably (fsync, then rename)."""
     with staged_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def require_shape(stored: Any, shape: Shape, where: str, remedy: str) -> dict[str, Any]:
-    """``stored``, if it is an object with these keys.
+    """Return ``stored`` after checking that it is an object with these keys.
 
     Args:
         stored: a value from a JSON file.

@@ -1,4 +1,4 @@
-"""Locks on files: one process writes a folder at a time, on whatever machine.
+"""File locks: one process at a time writes a folder, across machines.
 
 The kernel keeps a lock, so a killed process leaves none behind. On a network file system its server
 keeps it for all machines (NFS 4, and Lustre with ``flock``).
@@ -17,12 +17,12 @@ from pathlib import Path
 __all__ = ["LOCK", "RunLock", "lock_file"]
 
 LOCK = ".lock"
-# What a file system answers that has no locks; one that is read-only answers otherwise.
+# Error numbers of a file system without locks; a read-only one returns others.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """Keeps a second run out of a run folder.
+    """The lock of a run folder, so that only one run writes it.
 
     The file says which process holds the lock, for people and for the error message.
     """
@@ -57,13 +57,13 @@ class RunLock:
                     os.close(file)
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Release the lock, so that another process can take it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def holder(self) -> str:
-        """The process that took the lock last, in words."""
+        """Text for messages: the process that took the lock last."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stored["since"]))

@@ -1,7 +1,12 @@
-"""How a stage writes: its output is complete, with the request it answers in it, or absent.
+"""The output of a stage: complete, with the request that produced it, or absent.
 
-An output is a folder with a manifest, which is written last, or one file. A stage that is asked
-again for what is already there finds it and has nothing to do.
+An output is a folder with a manifest, which is written last, or one file. The protocol of a stage:
+1. ``find`` returns the manifest if an output of the same request is complete: the stage is
+   idempotent. Other content is refused, unless ``force`` may replace it.
+2. ``write`` locks and creates a staging folder next to ``path``; all ranks write their files in it.
+3. ``finish`` gathers the entries of all files; rank 0 writes the manifest.
+4. At the end of ``write`` rank 0 renames the staging folder to ``path`` and releases the lock.
+Each phase ends with an all-gather, so an error on one rank is raised on all.
 """
 
 import contextlib
@@ -33,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageOutput:
-    """An output of one request, on a file system that all ranks see.
+    """The output for one request, on a file system shared by all ranks.
 
     Attributes:
         path: the folder or file.
@@ -53,28 +58,28 @@ class StageOutput:
     stored: Callable[[Path], dict[str, Any]] | None = None
 
     def find(self) -> dict[str, Any] | None:
-        """The manifest if the output is already complete; None if it has to be written.
+        """The manifest if the output is already complete, else None: it must be written.
 
         Raises:
             FileExistsError: something else is there that must not be replaced.
 
-        Collectives: one gather of small objects.
+        Collectives: one all-gather of small objects.
         """
         return self._on_first_rank(self._find)
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[Path, Path]]:
-        """A folder for the result, which becomes the output at the end, and one for other files.
+        """Context manager: the staging folder, renamed to ``path`` at the end, and a temporary one.
 
-        A block that fails on one rank must fail on all; then ``path`` is as it was.
+        If the block raises, ``path`` is left as it was; it must then raise on all ranks.
 
         Raises:
             FileExistsError: another process is writing the same output.
             OSError: nothing can be written next to ``path``.
 
-        Collectives: two gathers of small objects.
+        Collectives: two all-gathers of small objects.
         """
-        # Rank 0 locks, makes and renames the folders; the others go on when the output is in place.
+        # Only rank 0 locks, makes and renames folders; the others wait for it.
         with contextlib.ExitStack() as stack:
             folders = staged_folder(self.path, replace=self.force)
             yield self._on_first_rank(lambda: stack.enter_context(folders))
@@ -86,7 +91,7 @@ class StageOutput:
         folder: Path | None = None,
         files: Sequence[FileEntry] = (),
     ) -> dict[str, Any]:
-        """Write the manifest, or the file that is the output, and return it on every rank.
+        """Write the manifest (or the single output file) and return its content on every rank.
 
         Args:
             details: more for the manifest; called on rank 0 when all files are written.
@@ -96,7 +101,7 @@ class StageOutput:
         Raises:
             OSError: it cannot be written.
 
-        Collectives: two gathers of small objects.
+        Collectives: two all-gathers of small objects.
         """
         entries = [entry for part in self._on_all_ranks(lambda: files) for entry in part]
 
@@ -178,7 +183,7 @@ class StageOutput:
 
 
 def read_output(path: Path, format: Format) -> dict[str, Any]:
-    """The manifest of a complete output, or the content of one that is a file.
+    """The manifest of a complete output, or the content if the output is one file.
 
     Raises:
         FileNotFoundError: there is no such output.
@@ -199,6 +204,6 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
         what = "a manifest" if format.is_folder else format.what
         raise ValueError(
             f"{file} must be {what} of format {format.name!r}, version {format.version}, got "
-            f"{found[0]!r}, {found[1]!r}; name one that {maker} of this version wrote"
+            f"{found[0]!r}, {found[1]!r}; choose one that {maker} of this version wrote"
         )
     return require_shape(stored, format.shape, str(file), format.remedy)

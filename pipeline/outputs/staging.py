@@ -1,4 +1,4 @@
-"""Outputs that appear complete or not at all: written under another name, then renamed.
+"""Outputs that are complete or absent: written under another name, then renamed.
 
 A folder is written next to ``output``; what is left of it is removed at the end::
 
@@ -6,6 +6,10 @@ A folder is written next to ``output``; what is left of it is removed at the end
                     result    becomes ``output`` when it is complete
                     work      temporary files
                     former    the folder that ``result`` replaces, where that takes two renames
+
+Replacing a folder is one atomic exchange where the file system has it. Elsewhere it is two renames:
+``output`` to ``former``, then ``result`` to ``output``. A process killed between the two leaves no
+``output``; ``settle``, which every later reader and writer calls first, does the second rename.
 """
 
 import contextlib
@@ -26,7 +30,7 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS)
 
 @contextlib.contextmanager
 def staged_file(output: Path) -> Iterator[Path]:
-    """A name to write a file under, which is renamed to ``output`` at the end.
+    """Context manager: a temporary path, renamed to ``output`` at the end.
 
     The file is removed if the block raises.
     """
@@ -40,7 +44,7 @@ def staged_file(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path, Path]]:
-    """A folder that is renamed to ``output`` at the end, and one for temporary files.
+    """Context manager: a folder that is renamed to ``output`` at the end, and a temporary one.
 
     Both are removed if the block raises. What a killed process left behind is removed by the next
     one; a running process holds a lock and so keeps its folder.
@@ -48,7 +52,7 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
     Args:
         output: where the result will be; must not exist, or be an empty folder.
         replace: whether ``output`` may be an existing folder. It stays until the new one is
-            complete; the two change places in one step where the file system can do that.
+            complete; the two are exchanged atomically where the file system can do that.
 
     Yields:
         The folder that becomes ``output``, and the folder for temporary files.
@@ -62,7 +66,7 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
     if os.path.ismount(output):
         raise ValueError(
             f"output must be a folder below a mount point, got {str(output)!r}, which is one; "
-            f"say {str(output / 'prepared')!r}"
+            f"use {str(output / 'prepared')!r}"
         )
     settle(output)
     partial = partial_of(output)
@@ -80,14 +84,14 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
 
 
 def partial_of(output: Path) -> Path:
-    """The folder next to ``output`` in which it is written."""
+    """The staging folder of ``output``, next to it."""
     output = output.absolute()
     return output.parent / f".{output.name}.partial"
 
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it during the block.
+    """Context manager: create the staging folder and hold its lock.
 
     Raises:
         FileExistsError: another process holds its lock.
@@ -108,10 +112,10 @@ def locked(partial: Path) -> Iterator[None]:
 
 
 def put_in_place(result: Path, output: Path) -> None:
-    """Replace ``output`` by a complete result, and keep what was there in the result's folder.
+    """Replace ``output`` by the complete ``result``; the old folder stays in the staging folder.
 
-    In one step where the file system can; else in two renames, and ``settle`` does the second one
-    if the process is killed between them.
+    Atomic where the file system can exchange two folders; else two renames, and ``settle`` does the
+    second one if the process is killed between them.
     """
     if _exchange(result, output):
         return
@@ -127,11 +131,11 @@ def put_in_place(result: Path, output: Path) -> None:
 
 
 def settle(output: Path) -> bool:
-    """Finish a replacement of ``output`` that was killed between two renames; whether it did.
+    """Finish a replacement that was killed between its two renames; returns whether there was one.
 
-    Then ``output`` is missing, and the former folder and the new one, which is complete, lie next
-    to it: the new one gets the name. Does nothing if there is an output or nothing was left, or
-    while another process is between its two renames.
+    In that state ``output`` is missing, and the staging folder holds the former folder and the new,
+    complete one, which is renamed to ``output``. Does nothing if there is an output, if nothing was
+    left, or while another process holds the lock.
 
     Raises:
         OSError: it cannot be renamed; the message says what to do.
@@ -153,13 +157,13 @@ def settle(output: Path) -> bool:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{output} must be put back where a killed process left it aside, got "
+            f"{output} must be renamed back after a process was killed, got "
             f"{error.strerror}; rename {found} to {output}",
         ) from error
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """A file of an output folder; None if there is none, also after ``settle``."""
+    """The path of a file in an output folder, after ``settle`` if need be; None if missing."""
     path = folder / name
     if not path.is_file():
         settle(folder)
@@ -178,7 +182,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step; False if the file system cannot."""
+    """Exchange two folders atomically; False if the file system cannot."""
     code = _rename_exchange(first, second)
     if code and code not in _NO_EXCHANGE:
         raise OSError(code, os.strerror(code), str(second))

@@ -1,7 +1,7 @@
 """Folders of files on a local disk or in an object store, through ``pyarrow.fs``.
 
-A file is durable when it is closed. Nothing is renamed, because object stores cannot: a folder is
-complete when the file is there that is written last.
+A file is durable when it is closed. Nothing is renamed, because object stores cannot rename: a
+folder is complete once the file that is written last exists.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ["Folder", "open_folder"]
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of a local disk, or a prefix of an object store.
+    """A folder on a local disk, or a prefix in an object store.
 
     Attributes:
         system: the ``pyarrow.fs`` file system.
@@ -35,7 +35,7 @@ class Folder:
         return Folder(self.system, f"{self.path}/{name}", self.scheme)
 
     def __str__(self) -> str:
-        """The path, with its scheme where it is not local; without keys and other settings."""
+        """The path, with its scheme unless local; never shows keys or other settings."""
         return self.path if self.is_local else f"{self.scheme}://{self.path}"
 
     @property
@@ -45,16 +45,16 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on a file system of this machine."""
+        """Whether it is on a local (mounted) file system."""
         return self.scheme == "file"
 
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted; none where it does not exist."""
+        """Sorted names of its subfolders; empty if it does not exist."""
         found = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted(one.base_name for one in found if one.type == fs.FileType.Directory)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is no such file."""
+        """Size of a file in bytes; None if there is no such file."""
         found = self.system.get_file_info(f"{self.path}/{name}")
         return int(found.size) if found.type == fs.FileType.File else None
 
@@ -73,7 +73,7 @@ class Folder:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Any]:
-        """A file, open for writing; durable when the block ends.
+        """Context manager: a file open for writing, durable when the block ends.
 
         Raises:
             OSError: it cannot be written.
@@ -120,7 +120,7 @@ def open_folder(location: str | Path | Folder) -> Folder:
     except (ValueError, OSError) as error:
         shown = text.partition("?")[0]
         raise ValueError(
-            f"folder must be a path or an address that pyarrow opens, got {shown}; say "
+            f"folder must be a path or an address that pyarrow opens, got {shown}; use "
             f"s3://bucket/prefix ({error})"
         ) from error
     return Folder(system, path.rstrip("/"), scheme)

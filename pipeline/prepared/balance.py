@@ -48,7 +48,7 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
 
 
 def loads(counts: Array) -> dict[str, list[float]]:
-    """``load_per_rank`` for 2, 3, 4 and 8 ranks, by the number of ranks."""
+    """``load_per_rank`` for W = 2, 3, 4 and 8; the key is W as text."""
     return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 3, 4, 8)}
 
 
@@ -96,7 +96,7 @@ def describe_uneven_load(counts: Array) -> str | None:
         f"prepare with rebalance would make it {best:.2f} times, and train with init_from follows "
         "the items to their new indices"
         if best < 0.99 * load
-        else "prepare has spread them already, a few items have very many of them"
+        else "prepare has spread the items already, but a few items have very many events"
     )
     return (
         f"the busiest of {ranks} ranks gets {load:.2f} times the mean of the training events, more "

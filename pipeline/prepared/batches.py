@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """Some users of this rank; B may be 0, L is at least 1.
+    """A batch of this rank's evaluation users; B may be 0, L is at least 1.
 
     Attributes:
         items: (B, L) int64, the last L items of each history, padded with 0 on the right.
@@ -143,7 +143,7 @@ def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tenso
 
 
 def gathered(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
-    """The concatenated lists of ``rows``, and their lengths."""
+    """The lists of ``rows``: (T,) concatenated values and (B,) lengths."""
     lengths = offsets[rows + 1] - offsets[rows]
     before = lengths.cumsum(0) - lengths
     shift = torch.repeat_interleave(offsets[rows] - before, lengths)

@@ -1,4 +1,4 @@
-"""The order of the training samples in an epoch: which is in which batch, at any number of ranks.
+"""The order of an epoch: which batch each training sample is in, at any number of ranks.
 
 The phases:
 1. Permute the row groups; the samples of all row groups in this order are the list.
@@ -49,7 +49,7 @@ class Window:
 
     @property
     def full_places(self) -> int:
-        """Number of places in every batch; the last batch of an epoch has only these.
+        """Number of places that every batch of the window fills; the epoch's last has only these.
 
         >>> Window(0, num_steps=3, first_sample=0, num_samples=8, batch_size=3).full_places
         2

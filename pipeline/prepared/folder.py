@@ -1,4 +1,4 @@
-"""A prepared folder, open for reading."""
+"""Open a prepared folder for reading: manifest, training files, item counts and ids."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ class Prepared:
 
     @classmethod
     def open(cls, path: str | Path) -> "Prepared":
-        """Read and check the manifest.
+        """Open a prepared folder, after reading and checking its manifest.
 
         Raises:
             FileNotFoundError, ValueError: the folder is not a complete prepared folder.

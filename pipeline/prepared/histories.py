@@ -23,7 +23,7 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class HistoryChunk:
-    """Some users in the order of the file.
+    """A chunk of users with their histories, in the order of the file.
 
     Attributes:
         user_ids: (n,) ids.

@@ -28,7 +28,7 @@ class ItemIds:
     ids: pa.Array
 
     def __len__(self) -> int:
-        """V."""
+        """V, the number of items."""
         return len(self.ids)
 
     @property

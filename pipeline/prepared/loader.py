@@ -1,8 +1,8 @@
-"""Load prepared data in batches of tensors, deterministic by (seed, epoch) and equal for every W.
+"""Load prepared data as batches of tensors; the order depends on (seed, epoch), not on W.
 
 ``epoch_order`` decides the order of an epoch, ``row_groups`` reads, ``batches`` cuts tensors.
-Without a Python loop over sequences: list columns become one flat tensor and offsets, and a batch
-is index arithmetic on them.
+No Python loop runs over sequences: list columns become one flat tensor and offsets, and a batch is
+index arithmetic on them.
 """
 
 from collections.abc import Iterator
@@ -69,6 +69,7 @@ class TrainingBatches:
     ``for batch in batches`` runs from the current step to the end of the epoch, and the next loop
     is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
     take the same number of steps; in the last, short batch of an epoch some may have no sequences.
+
     Collectives: none.
 
     Attributes:
@@ -95,6 +96,10 @@ class TrainingBatches:
             rank: this process.
             world_size: W.
             seed: of the order; the same on every rank.
+
+        Raises:
+            FileNotFoundError: a training file is missing.
+            ValueError: a number is out of range, or a file is damaged.
         """
         require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
@@ -122,7 +127,7 @@ class TrainingBatches:
         return 1.0 - self._positions / self._slots if self._slots else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, step, and everything the order depends on; the number of ranks is not part."""
+        """Epoch, step, and everything the order depends on (not the number of ranks)."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,7 +149,11 @@ class TrainingBatches:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from (epoch, step) to the end of the epoch."""
+        """Yield the batches from (epoch, step) to the end of the epoch.
+
+        Raises:
+            ValueError: a row group is damaged; the message names file, row group and column.
+        """
         if self.step >= len(self) > 0:
             self.epoch, self.step = self.epoch + 1, 0
         epoch = self.epoch
@@ -259,7 +268,7 @@ class EvaluationBatches:
 
         Args:
             prepared: an open prepared folder.
-            split: which users.
+            split: the users to read.
             batch_size: users of one rank in a batch.
             max_length: largest number of items of a history that the encoder reads.
             rank: this process.
@@ -284,7 +293,11 @@ class EvaluationBatches:
         )
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        """All users of this rank, then empty batches up to the common number."""
+        """Yield all users of this rank, then empty batches up to the common number.
+
+        Raises:
+            ValueError: a row group is damaged; the message names file, row group and column.
+        """
         given = 0
         for piece in self._shares[self.rank]:
             for batch in self._batches(piece):

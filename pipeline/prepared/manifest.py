@@ -1,7 +1,7 @@
-"""The manifest of a prepared folder: what is in it, where it came from, and whether it is complete.
+"""The manifest of a prepared folder: its files, their source, and whether it is complete.
 
-``manifest.json`` is written last, so a folder that has one is whole; sizes and checksums say
-whether it still is.
+``manifest.json`` is written last, so a folder that has one is complete; sizes and checksums show
+later changes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _ENTRY: Shape = {"path": str, "bytes": int, "sha256": str, "rows": int, "row_gro
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a reader may want to know before it opens a file.
+    """The content of ``manifest.json``: options, source, split, counts and files.
 
     Attributes:
         shardrec_version: version that wrote the folder.
@@ -90,7 +90,7 @@ def read_manifest(
 
     Raises:
         FileNotFoundError: the folder has no manifest, or a listed file is gone.
-        ValueError: the manifest is not ours, of another schema version, or a file has changed.
+        ValueError: the manifest has another format or schema version, or a file has changed.
     """
     stored = read_output(folder, PREPARED)
     manifest = parse_manifest(stored, folder)
@@ -100,7 +100,7 @@ def read_manifest(
 
 
 def parse_manifest(stored: dict[str, Any], folder: Path) -> Manifest:
-    """The manifest in the JSON of a prepared folder.
+    """Parse the JSON of a manifest.
 
     Raises:
         ValueError: a part of it is damaged.

@@ -1,4 +1,4 @@
-"""Input files: the Parquet files that a path, a glob or a URI means, and the kind of their ids."""
+"""Find the Parquet files at a path, glob or URI, and check the type of id columns."""
 
 import fnmatch
 import os
@@ -28,7 +28,7 @@ def check_path(name: str, path: str) -> None:
 
 
 def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[str]]:
-    """The file system and the sorted Parquet files that ``source`` means.
+    """The file system and the sorted Parquet files at ``source``.
 
     Args:
         source: a file, a folder (searched recursively, without names that start with "_" or "."),
@@ -80,7 +80,7 @@ def require_ids(dtype: pa.DataType, name: str, path: str) -> str:
 
 
 def value_type(dtype: pa.DataType) -> pa.DataType:
-    """The type of the values, which a dictionary stores once each."""
+    """The value type of a dictionary type; any other type unchanged."""
     return dtype.value_type if pa.types.is_dictionary(dtype) else dtype
 
 

@@ -14,7 +14,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class RowGroups:
-    """The row groups of some files under one running index.
+    """The row groups of several files, numbered consecutively.
 
     Attributes:
         rows: (G,) rows in each row group.

@@ -1,4 +1,4 @@
-"""The report stage: run folders in, one self-contained HTML page out.
+"""Write one self-contained HTML page about run folders (``shardrec report``).
 
 The page loads nothing and runs no script; its drawings use the colours of the page, light or dark.
 Equal runs give an equal page.
@@ -97,7 +97,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _panel(curve: Curve, records: Sequence[RunRecord]) -> tuple[Curve, str] | None:
-    """A curve and its drawing; None where no run has a number for it."""
+    """A curve and its drawing; None if no run has a number for it."""
     lines = []
     for index, record in enumerate(records):
         events = record.validations if curve.is_validation else record.steps

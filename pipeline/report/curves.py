@@ -26,7 +26,7 @@ _NAME = 18  # letters of a run's name at the end of a line
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """What one panel shows.
+    """A panel of the report: the quantity, and how it is drawn.
 
     Attributes:
         title: of the panel.

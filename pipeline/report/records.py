@@ -1,4 +1,4 @@
-"""The files of run folders as records: no model is loaded, nothing is changed."""
+"""Read the files of run folders as records; loads no model and changes nothing."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MOST_RUNS = 12
 
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
-    """One run folder.
+    """The content of one run folder.
 
     Attributes:
         name: printable and unique in the report.

@@ -1,4 +1,4 @@
-"""The tables of a report: runs against runs, by rows or by columns."""
+"""The tables of a report, which compare runs by rows or by columns."""
 
 import math
 import statistics
@@ -29,7 +29,7 @@ _NOT_JUDGED = ("Coverage", "Surprisal")  # more is not always better
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A formatted number.
+    """A table cell: a formatted number, and how it is highlighted.
 
     Attributes:
         text: the number.
@@ -47,7 +47,7 @@ class Cell:
 def compare_runs(
     records: Sequence[RunRecord], metric: str, k: int
 ) -> tuple[list[str], list[list[Cell]]]:
-    """Titles of the columns, and a row of cells for each run.
+    """The comparison table: column titles, and a row of cells for each run.
 
     Args:
         records: the runs.
@@ -84,7 +84,7 @@ def compare_runs(
 
 
 def split_of(records: Sequence[RunRecord]) -> str:
-    """What the runs were evaluated on: "test", unless all say otherwise."""
+    """The split the runs were evaluated on: "test", unless all were on another."""
     splits = {record.evaluation["protocol"]["split"] for record in records if record.evaluation}
     return splits.pop() if len(splits) == 1 else "test"
 

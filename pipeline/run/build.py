@@ -1,4 +1,4 @@
-"""Builds a run from its config: data, model, optimizers, and the run folder, new or resumed."""
+"""Build a run from its config: data, model, optimizers, and the run folder, new or resumed."""
 
 import contextlib
 import functools
@@ -79,7 +79,7 @@ def build_model(
     Args:
         config: of the run.
         num_items: V.
-        encoder: used instead of the one the config describes; rank 0's weights count.
+        encoder: used instead of the one the config describes; rank 0's weights are broadcast.
         group: the ranks that share the catalog; None for one process.
 
     Raises:
@@ -133,10 +133,10 @@ def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means on this rank.
+    """This rank's device for "auto", "cpu" or "cuda".
 
     Raises:
-        ValueError: CUDA is asked for and does not answer.
+        ValueError: CUDA is requested but not available.
     """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: four hooks, and those that come with the trainer.
+"""Callbacks of a training run: the interface (four hooks), and the built-in ones.
 
 Every rank calls its hooks at the same steps with the same numbers. The callbacks below are attached
 to rank 0 only; a callback of yours runs on every rank and may use collectives.
@@ -72,7 +72,16 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """Metrics on the validation users, equal on every rank; ``metric`` is the deciding one."""
+    """Metrics on the validation users, equal on every rank.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: epochs completed, as a fraction.
+        metric: name of the metric that decides which checkpoint is best.
+        metrics: values by name.
+        improved: whether this is the best validation so far.
+        seconds: wall time of the validation.
+    """
 
     step: int
     epoch: float
@@ -184,8 +193,8 @@ class TensorBoard(Callback):
         Args:
             folder: of the event files.
             every: steps between two points.
-            first_step: what files there say of this step and later ones is void; None: they are
-                of no earlier start.
+            first_step: of a resumed run; events of this step and later ones in existing files are
+                discarded. None: the run is new.
         """
         self.folder = folder
         self.every = every
@@ -225,7 +234,7 @@ class TensorBoard(Callback):
         self._try(write)
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Do ``work``; where the disk is full, leave a gap and begin another file after it."""
+        """Do ``work``; if the disk is full, leave a gap and continue in another file."""
         try:
             work()
         except OSError as error:
@@ -258,7 +267,7 @@ class ProgressBar(Callback):
 
 
 class MinuteLines(Callback):
-    """One line a minute, and one for each validation: for logs of a scheduler."""
+    """One line per minute, and one per validation: for the logs of a scheduler."""
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
@@ -305,7 +314,7 @@ def step_scalars(report: StepReport) -> dict[str, float]:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append all of a text or nothing."""
+    """Append a text completely or not at all."""
     with path.open("ab", buffering=0) as file:
         size, content = file.tell(), text.encode()
         try:
@@ -317,7 +326,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and infinities as None: JSON has no word for them."""
+    """``value`` with NaN and infinities as None, because JSON cannot represent them."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

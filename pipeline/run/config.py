@@ -1,4 +1,4 @@
-"""The complete config of a run; loads no TorchRec, so that ``plan`` and ``--help`` are quick."""
+"""The complete config of a run; does not import TorchRec, so ``plan`` and ``--help`` are fast."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
@@ -29,7 +29,7 @@ __all__ = [
     "ValidationConfig",
 ]
 
-LARGEST_SEED = 2**63 - 1  # what the operators of torch take
+LARGEST_SEED = 2**63 - 1  # the largest that torch operators take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +57,12 @@ class LimitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """When the model is measured on the validation users, and what follows.
+    """When the model is measured on the validation users, and when to stop.
 
     Attributes:
         every_epochs: after this many epochs; None: not by epochs.
         every_steps: after this many steps; None: not by steps.
-        metric: the one that decides which checkpoint is best and when to stop; larger is better.
+        metric: decides which checkpoint is best and when to stop; larger is better.
         patience: validations without a better one before the run stops; None: never.
         measure: how the users are ranked.
     """
@@ -157,16 +157,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """What a run starts from (a warm start), and what it takes over from there.
+    """Warm start: the earlier run to start from, and what is taken over from it.
 
     Attributes:
         run: folder of an earlier run; None: random weights.
         checkpoint: which of its weights.
-        prepared: the folder that run was trained on, to match items by their ids; None: as the
-            prepared folder of this run says, and by ids from the folder the run names otherwise.
-        optimizer: "keep" the memory and the step counters of both optimizers, or "reset" them.
+        prepared: prepared folder of the earlier run, to match items by their ids; None: follow the
+            item indices recorded by `prepare --items`, else read the ids in the folder that the
+            earlier run's config names.
+        optimizer: "keep" the state and the step counters of both optimizers, or "reset" them.
         new_rows: vectors of items that the earlier run did not know: "random" as in a new table, or
-            the "mean" of those it did know. Their optimizer memory is that of a new table.
+            the "mean" of those it did know. Their optimizer state is that of a new table.
     """
 
     run: str | None = None
@@ -194,8 +195,8 @@ class MLflowConfig:
 
     Attributes:
         uri: of the tracking store, such as sqlite:///runs.db or a server's address; None: nowhere.
-        experiment: made where it is not there.
-        run_name: None takes the name of the run folder.
+        experiment: name of the experiment; created if missing.
+        run_name: name of the MLflow run; None: the name of the run folder.
     """
 
     uri: str | None = None
@@ -240,7 +241,7 @@ class TrainConfig:
         data: the prepared folder.
         output: the run folder; must not exist or be empty.
         loss: what is minimised.
-        catalog: start and optimizer of the item table.
+        catalog: initialisation and optimizer of the item table.
         encoder: sizes and kind of the encoder; its width is the table's too.
         batches: how sequences become batches.
         optimizer: learning rates of the encoder, clipping, accumulation.
@@ -249,7 +250,7 @@ class TrainConfig:
         checkpoints: when they are written, where to, how many are kept.
         init_from: the earlier run to take weights from (a warm start).
         seed: of all random choices, in [0, 2**63).
-        device: "auto", "cpu" or "cuda"; auto takes CUDA where it is.
+        device: "auto", "cpu" or "cuda"; auto takes CUDA if available.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.

@@ -1,4 +1,4 @@
-"""The folder of a run.
+"""The run folder: its files, and how they are written and read.
 
 ::
 
@@ -46,7 +46,7 @@ _REMEDY = "use the version of shardrec that wrote it, or train again in another 
 
 
 def encoder_name(encoder: nn.Module | None) -> str:
-    """How run.json names the encoder: "shardrec", or the class of a module handed in."""
+    """The encoder's name in run.json: "shardrec", or the class of a user-supplied module."""
     return OWN_ENCODER if encoder is None else type(encoder).__qualname__
 
 
@@ -56,7 +56,7 @@ def start_run(
     encoder: str = OWN_ENCODER,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Make the run folder and write into it what the run is; the folder.
+    """Create the run folder with config.json and run.json; returns its path.
 
     Args:
         config: of the run; ``config.output`` is the folder.
@@ -73,7 +73,7 @@ def start_run(
         "versions": versions(),
     }
     write_config(config, folder)
-    # A folder is a run once it has this file, so it comes last.
+    # A folder is a run folder once it has this file, so it is written last.
     write_atomically(folder / "run.json", json.dumps(details, indent=1))
     return folder
 
@@ -92,7 +92,7 @@ def open_checkpoints(
 
 
 def require_new(folder: Path) -> Path:
-    """The folder, if it does not exist or is empty.
+    """Return the folder after checking that it does not exist or is empty.
 
     Raises:
         FileExistsError: it holds something.
@@ -106,14 +106,14 @@ def require_new(folder: Path) -> Path:
 
 
 def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
-    """The config of a run that belongs to ``prepared``.
+    """Read the config of a run, after checking that it was trained on ``prepared``.
 
     ``own_encoder`` says whether the encoder will be built from the config.
 
     Raises:
         FileNotFoundError: it is not a run folder.
-        ValueError: the run was trained on other data, or with an encoder that was handed in, or a
-            file of it is damaged.
+        ValueError: the run was trained on other data, or with a user-supplied encoder, or a file
+            of it is damaged.
     """
     details, config = read_run(folder)
     data = details["data"]
@@ -132,7 +132,7 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """What run.json of a run folder says, and its config.
+    """The content of run.json in a run folder, and the config.
 
     Raises:
         FileNotFoundError: it is not a run folder.

@@ -1,7 +1,7 @@
-"""How a run that is asked to stop ends; apart, because the command line names it without torch."""
+"""The exception of an interrupted run; in its own file, so that the CLI needs no torch."""
 
 __all__ = ["Preempted"]
 
 
 class Preempted(RuntimeError):
-    """The run stopped because it was asked to; resumed, it goes on from its last checkpoint."""
+    """The run was asked to stop, and can be resumed from its last checkpoint."""

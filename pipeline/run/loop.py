@@ -1,4 +1,15 @@
-"""The training loop: steps, validations, checkpoints, and what ends a run."""
+"""The training loop: steps, validations, checkpoints, and what ends a run.
+
+The phases of a step:
+1. Take it; the micro-batches of the next step are fetched before, so that its look-up can start
+   during the backward pass.
+2. If all ranks have finished writing the checkpoint in flight, report it.
+3. Validate if due, or if a limit ends the run.
+4. Start a checkpoint if due, after a validation, or if the run stops here.
+5. End the run at a limit or out of patience; if interrupted, wait for the checkpoint and raise
+   ``Preempted``.
+All ranks take the same decisions: they depend on step counts and on all-reduced ``StepFlags``.
+"""
 
 import contextlib
 import statistics
@@ -29,17 +40,17 @@ __all__ = ["Loop", "Run"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What ``build`` makes and the loop works on.
+    """The parts of a run, as ``build`` makes them and ``Loop`` uses them.
 
     Attributes:
         config: of the run.
         prepared: the data.
-        batches: at the position where the run begins or goes on.
-        stepper: model and optimizers, likewise.
-        writer: of its checkpoints.
-        progress: the counters, likewise.
-        is_new: whether it did not go on with a run folder.
-        held: releases the run folder and the writer's group when it is closed.
+        batches: data loader, at the position where the run starts or resumes.
+        stepper: model and optimizers, initialised or restored.
+        writer: writes the checkpoints.
+        progress: counters, from 0 or restored.
+        is_new: whether the run is new, and not resumed.
+        held: closing it releases the lock of the run folder and the writer's process group.
     """
 
     config: TrainConfig
@@ -58,22 +69,22 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps in an epoch."""
         return -(-len(self.batches) // self.config.optimizer.accumulate)
 
     @property
     def total_steps(self) -> int | None:
-        """Of the whole run; None where only time or patience end it."""
+        """Optimizer steps of the whole run; None if only time or patience ends it."""
         return self.stepper.total_steps
 
 
 class Loop:
-    """Takes a run from where it stands to its end."""
+    """The training loop: continues a run from its current step to its end."""
 
     def __init__(
         self, run: Run, callbacks: Sequence[Callback], interrupted: Callable[[], bool]
     ) -> None:
-        """Store the run, what to call at its events, and what says to stop early."""
+        """Store the run, its callbacks, and the function that asks to stop early."""
         self.run = run
         self.callbacks = callbacks
         self.interrupted = interrupted
@@ -86,7 +97,15 @@ class Loop:
         self.memory_bytes = 0
 
     def run_to_end(self) -> EndReport:
-        """Train, validate and save until the run ends; how it ended."""
+        """Train, validate and save until the run ends; returns how it ended.
+
+        Raises:
+            Preempted: the run was interrupted; the checkpoint of its last step is complete.
+            FloatingPointError: too many steps in a row were not finite.
+            OSError: the last checkpoint could not be written.
+
+        Collectives: many, on the model's group; every rank must call it.
+        """
         try:
             # A run that was interrupted just before its end takes no more steps.
             reason = self._limit_reached() or self._patience_is_over()
@@ -156,7 +175,7 @@ class Loop:
         return outcome
 
     def _flags(self) -> StepFlags:
-        """Only rank 0's clock counts; the step shares its flags with the others."""
+        """This rank's flags; only rank 0 reads the clock, so all ranks agree on the time."""
         limit = self.run.config.limits.max_minutes
         every = self.run.config.checkpoints.every_minutes
         now, is_first = time.monotonic(), self.run.is_first
@@ -174,11 +193,11 @@ class Loop:
                 f"loss and gradients must be finite, got {limit} steps in a row (up to step "
                 f"{self.at.step}) where they were not; lower the learning rates, set "
                 "optimizer.clip_norm, or look for broken weights in the data. The checkpoints "
-                "written before are whole"
+                "written before are complete"
             )
 
     def _end_step(self, outcome: StepOutcome) -> str | None:
-        """Validate and save where it is time to; why the run ends, or None."""
+        """Validate and save if due; returns why the run ends, or None."""
         reason = "max_minutes reached" if outcome.flags.stop else None
         reason = self._limit_reached() or reason
         validation, improved = self.run.config.validation, False
@@ -202,7 +221,7 @@ class Loop:
         return every is not None and self.at.step % every == 0
 
     def _validate(self) -> bool:
-        """Measure the model; whether it is the best so far."""
+        """Measure the model; returns whether it is the best so far."""
         started = time.monotonic()
         config, model = self.run.config.validation, self.run.stepper.model
         model.encoder.eval()
@@ -267,11 +286,11 @@ class Loop:
         self._finish_checkpoint()
         raise Preempted(
             f"the run stopped after step {self.at.step} as it was asked to, and its checkpoint is "
-            "whole; start it again with --resume=auto and it goes on from there"
+            "complete; start it again with --resume=auto to continue from there"
         )
 
     def _finish_checkpoint(self) -> None:
-        """Wait for the checkpoint in flight; raise what went wrong with it."""
+        """Wait for the checkpoint in flight; raise the error if its write failed."""
         self._report_checkpoints(self.run.writer.collect())
         if self.run.writer.failure is not None:
             raise self.run.writer.failure
@@ -280,7 +299,7 @@ class Loop:
         return self.at.step / max(1, self.run.steps_per_epoch)
 
     def _finish(self, reason: str) -> EndReport:
-        """Wait for the last checkpoint, then say and write that the run has ended."""
+        """Wait for the last checkpoint, call ``on_end`` and write ``end.json``."""
         at = self.at
         self._finish_checkpoint()
         report = EndReport(

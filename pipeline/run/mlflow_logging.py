@@ -32,9 +32,9 @@ _LONGEST_VALUE = 500
 
 
 class MLflow(Callback):
-    """Logs to one MLflow run; a resumed training goes on with the run of its folder.
+    """Logs to one MLflow run; a resumed training continues the MLflow run of its folder.
 
-    Where the store stops answering, one warning is given and training goes on without it.
+    If the store stops responding, one warning is given and training continues without it.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MLflow(Callback):
         self._guarded(lambda client, run_id: client.log_batch(run_id, metrics=metrics, tags=shown))
 
     def _guarded(self, work: Callable[["MlflowClient", str], object]) -> None:
-        """Do ``work``; where the store fails, log nothing more and train on."""
+        """Do ``work``; if the store fails, log nothing more and continue training."""
         from mlflow.exceptions import MlflowException
 
         if self.client is None:
@@ -131,16 +131,18 @@ class MLflow(Callback):
 def open_mlflow(
     config: MLflowConfig, folder: Path, parameters: Mapping[str, Any], every: int = 1
 ) -> MLflow:
-    """The callback for a store that answers; its run begins with the first event.
+    """The MLflow callback, after checking that the store responds.
+
+    Its MLflow run starts with the first event.
 
     Args:
         config: names the store.
-        folder: of the run; says to which MLflow run it belongs once that has begun.
+        folder: run folder; stores the id of its MLflow run once that has started.
         parameters: of the run, by dotted name.
         every: steps between two that are logged.
 
     Raises:
-        ValueError: the store does not answer.
+        ValueError: the store does not respond.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -161,14 +163,14 @@ def open_mlflow(
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:
-    """The id of an experiment, made where it is not there."""
+    """The id of an experiment, which is created if missing."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return client.create_experiment(name)
-        except MlflowException:  # another run was quicker
+        except MlflowException:  # another run has created it meanwhile
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -189,7 +191,7 @@ def _run(client: "MlflowClient", experiment: str, folder: Path, name: str) -> st
 
 
 def _metric_name(name: str) -> str:
-    """A name that every store takes.
+    """The metric's name in characters that every store accepts.
 
     Example:
         >>> _metric_name("NDCG@10/known")

@@ -1,7 +1,7 @@
 """A profile of a few steps: a Chrome trace of every rank, and a table of the parts of a step.
 
-A part is a range that the step names ``step/...``. Collectives are what gloo or NCCL report. On a
-GPU the times are those of the kernels, elsewhere those of the calls.
+A part is a profiler range named ``step/...``. Collectives are the events of gloo or NCCL. On a GPU
+the times are those of the kernels, elsewhere those of the calls.
 """
 
 import time
@@ -22,7 +22,7 @@ __all__ = ["OPERATORS", "Profiler", "Span", "common", "length", "summary", "unio
 
 COLLECTIVES = ("gloo:", "nccl")
 OPERATORS = ("aten::", "mkldnn::")  # the CPU's
-# Start and end, in microseconds.
+# Start and end of a time span, in microseconds.
 Span = tuple[float, float]
 
 
@@ -30,7 +30,7 @@ class Profiler(Callback):
     """Writes ``rank<r>.json.gz``, for chrome://tracing or Perfetto, and ``rank<r>.txt``."""
 
     def __init__(self, folder: Path, config: ProfileConfig, rank: int) -> None:
-        """Stores where to write; nothing is recorded before the warm-up is over."""
+        """Store where to write; nothing is recorded before the warm-up is over."""
         self.folder, self.config, self.rank = folder, config, rank
         self.num_steps = 0
         self.started = 0.0
@@ -69,12 +69,12 @@ class Profiler(Callback):
 
 
 def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> str:
-    """Seconds and share of a step that its parts and its collectives take, as a table.
+    """A table of the time of each part of a step and of its collectives, in s and %.
 
     Args:
         events: of the profiled steps.
-        seconds: they took together.
-        num_steps: how many they were.
+        seconds: wall time of all profiled steps.
+        num_steps: number of profiled steps.
     """
     events = list(events)
     on_gpu = any(event.device_type.name == "CUDA" for event in events)
@@ -83,12 +83,12 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     for event in chosen:
         if event.name.startswith(PART):
             parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
-    travel = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
+    in_flight = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
     work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
     taken = {name: length(union(spans)) for name, spans in parts.items()}
     taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
-    taken["collectives in flight"] = length(travel)
-    taken["  during other work"] = length(common(travel, work))
+    taken["collectives in flight"] = length(in_flight)
+    taken["  during other work"] = length(common(in_flight, work))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
     for name, micros in taken.items():
         lines.append(f"{name:<28}{micros / 1e6 / num_steps:>6.4f} {micros / seconds / 1e6:>7.1%}")
@@ -96,7 +96,7 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """The same time as disjoint spans in order.
+    """Merge overlapping spans: disjoint, sorted spans that cover the same time.
 
     >>> union([(5, 6), (0, 2), (1, 3)])
     [(0, 3), (5, 6)]
@@ -111,7 +111,7 @@ def union(spans: Iterable[Span]) -> list[Span]:
 
 
 def common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
-    """The time that is in both of two lists of disjoint spans in order.
+    """The intersection of two lists of disjoint, sorted spans.
 
     >>> common([(0, 3), (5, 9)], [(2, 6), (8, 10)])
     [(2, 3), (5, 6), (8, 9)]
@@ -129,7 +129,7 @@ def common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
 
 
 def length(spans: Iterable[Span]) -> float:
-    """Sum of the lengths of disjoint spans.
+    """The sum of the lengths of disjoint spans.
 
     >>> length([(0, 3), (5, 6)])
     4

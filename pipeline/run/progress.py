@@ -12,7 +12,7 @@ __all__ = ["Progress"]
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """Counters of a run, over all its starts; the same on every rank but for ``seconds``.
+    """Counters of a run, resumes included; the same on every rank except ``seconds``.
 
     Attributes:
         step: optimizer steps taken.
@@ -40,10 +40,10 @@ class Progress:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Progress":
-        """What ``to_json`` wrote; other keys are left alone.
+        """Read what ``to_json`` wrote; other keys are ignored.
 
         Raises:
-            ValueError: some are missing.
+            ValueError: a counter is missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in stored]

@@ -32,21 +32,21 @@ def check_force(force: bool, resume: Resume) -> None:
     """Refuse ``force`` together with ``resume="yes"``.
 
     Raises:
-        ValueError: both were asked for.
+        ValueError: both are set.
     """
     if force and resume == "yes":
         raise ValueError(
             "--force must come alone or with --resume=auto, got --resume, which starts no new "
-            "run; with --resume=auto a forced run that was interrupted goes on"
+            "run; with --resume=auto an interrupted forced run is resumed"
         )
 
 
 @contextlib.contextmanager
 def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Path]:
-    """Where to train: ``output``, or a staging folder where ``force`` is to replace a run.
+    """Context manager: the folder to train in, ``output`` or, to replace a run, a staging folder.
 
-    Both folders are locked for the length of the ``with``. With "auto" an interrupted run goes on
-    where it is: the one in the staging folder first, then the one in ``output``.
+    Locks both folders. With "auto" an interrupted run is resumed where it is: the one in the
+    staging folder first, then the one in ``output``.
 
     Raises:
         FileExistsError: ``output`` holds more than a run, or another process writes there.
@@ -74,7 +74,7 @@ def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Pa
 
 
 def moved_to(folder: Path, config: TrainConfig) -> TrainConfig:
-    """The config with another output folder; MLflow's name for the run stays what it was."""
+    """The config with another output folder; the name of the MLflow run stays the same."""
     if folder == Path(config.output):
         return config
     name = config.mlflow.run_name or Path(config.output).name
@@ -83,7 +83,14 @@ def moved_to(folder: Path, config: TrainConfig) -> TrainConfig:
 
 
 def replace_run(config: TrainConfig, folder: Path, report: EndReport) -> EndReport:
-    """Put the complete run in ``folder`` in place of the one in ``config.output``; its report."""
+    """Replace the run in ``config.output`` by the finished one in ``folder``.
+
+    Returns:
+        The report, with the final path of the run.
+
+    Raises:
+        OSError: a file cannot be written, or a folder cannot be renamed.
+    """
     output, report = Path(config.output), dataclasses.replace(report, output=config.output)
     write_config(config, folder)
     write_end(folder, report)
@@ -97,7 +104,7 @@ def replace_run(config: TrainConfig, folder: Path, report: EndReport) -> EndRepo
 
 
 def _goes_on_in_place(output: Path, resume: Resume) -> bool:
-    """Whether there is no run to replace, or "auto" goes on with the one in ``output``."""
+    """Whether there is no run to replace, or "auto" resumes the one in ``output``."""
     is_settled = settle(output)
     if not (output / "run.json").is_file():
         return True

@@ -1,8 +1,15 @@
-"""How a run begins and goes on: which folder it may have, and what a checkpoint gives back.
+"""Start or resume a run: check and lock its folder, and restore its last checkpoint.
 
-A run folder is interrupted until ``end.json`` is there. An interrupted run goes on from its last
-whole checkpoint as if nothing had happened, on any number of ranks; without one it starts again. A
-new run that fails before its first step removes what it wrote, so the folder can be used again.
+A run is interrupted until its folder has ``end.json``. An interrupted run resumes from its last
+complete checkpoint as if nothing had happened, on any number of ranks; without one it restarts. The
+phases, in this order:
+1. ``find_end``: a finished run of the same config has nothing left to do.
+2. ``check_folder``: the folder is new, or holds this run; that one is locked.
+3. ``restore``: load the last complete checkpoint into model, optimizers and data loader.
+4. Without a checkpoint, ``started``: lock the folder and write its first files; a new run that
+   fails before its first step removes them. When resuming, ``rewind``: truncate the records to the
+   step of the checkpoint.
+5. ``write_end``: mark the run as finished.
 """
 
 import contextlib
@@ -39,19 +46,20 @@ from shardrec.pipeline.run.step import Stepper
 __all__ = ["Resume", "check_folder", "find_end", "restore", "rewind", "started", "write_end"]
 
 Resume = Literal["no", "yes", "auto"]
-"""What a run folder may hold: nothing; an interrupted run; either, or a finished one."""
+"""What a run folder may hold. "no": nothing; "yes": an interrupted run; "auto": either."""
 
-# Options that change neither the weights nor which of them are the best.
+# Options that a resumed run may change: they affect neither weights nor the choice of the best.
 FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
 FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
-# What a run has written before its first step.
+# The files that a run has written before its first step.
 BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json.partial"}
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
-    """How the run in the folder of ``config`` ended, if it is this run and nothing is left to do.
+    """The end report of the run in ``config.output`` if it is this run, finished; else None.
 
     Raises:
+        FileNotFoundError: the prepared data is gone.
         ValueError: the folder holds a run of another config, data or encoder.
     """
     folder = Path(config.output)
@@ -69,7 +77,7 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
 def check_folder(
     config: TrainConfig, prepared: Prepared, encoder: str, resume: Resume, lock: RunLock
 ) -> bool:
-    """Whether the run is new; where it goes on, the folder is locked.
+    """Whether the run is new; if it is to be resumed, its folder is locked.
 
     Raises:
         FileExistsError: the folder holds something that is not to be continued, or is in use.
@@ -101,7 +109,7 @@ def check_folder(
 def started(
     config: TrainConfig, start: Callable[[], Path], lock: RunLock, at: Progress, *, is_new: bool
 ) -> Iterator[None]:
-    """Lock the run folder and start the run in it; a new run that takes no step is removed.
+    """Context manager: lock the run folder, start the run; removes a new run without a step.
 
     An exception inside the ``with`` removes what a new run wrote if ``at`` is still at step 0, so
     that a command with corrected options finds the folder as this one did.
@@ -118,7 +126,7 @@ def started(
     try:
         start()
         yield
-    except GeneratorExit:  # a run that was built and dropped has not failed
+    except GeneratorExit:  # the run was built but not used: no failure
         raise
     except BaseException:
         if is_new and not at.step:
@@ -129,9 +137,9 @@ def started(
 def restore(
     checkpoints: Checkpoints, stepper: Stepper, batches: TrainingBatches
 ) -> Progress | None:
-    """Load the last whole checkpoint into model, optimizers and data.
+    """Load the last complete checkpoint into model, optimizers and data loader.
 
-    One that another torch or shardrec wrote is taken, and a warning names both versions.
+    If another version of torch or shardrec wrote it, a warning names both versions.
 
     Returns:
         The progress stored with it; None where there is no checkpoint yet.
@@ -155,7 +163,7 @@ def restore(
 
 
 def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:
-    """Cut the records in the run folder back to ``step``, and record that the run goes on."""
+    """Truncate metrics.jsonl after ``step``, remove end.json, and record the resumption."""
     folder = Path(config.output)
     write_config(config, folder)
     (folder / END).unlink(missing_ok=True)
@@ -167,7 +175,7 @@ def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:
 
 
 def write_end(folder: Path, report: EndReport) -> None:
-    """Mark the run as finished."""
+    """Write end.json, which marks the run as finished."""
     write_atomically(folder / END, json.dumps(dataclasses.asdict(report), indent=1))
 
 
@@ -176,12 +184,12 @@ def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> No
     pairs = {name: (str(written_by.get(name)), ours[name]) for name in ("shardrec", "torch")}
     differing = [f"{name} {was}, not {now}" for name, (was, now) in pairs.items() if was != now]
     if differing:
-        message = "%s was written by %s: the run goes on, but its rounding may differ from now on"
+        message = "%s was written by %s: the run continues, but its rounding may differ from now on"
         logging.getLogger(__name__).warning(message, folder, " and ".join(differing))
 
 
 def _read_end(path: Path) -> EndReport:
-    remedy = "remove it, and the run goes on from its last checkpoint to its end"
+    remedy = "remove it, and the run continues from its last checkpoint to its end"
     shape = {"reason": str, "step": int, "best_metrics": dict}
     stored = read_object(path, shape, remedy)
     names = [field.name for field in dataclasses.fields(EndReport)]
@@ -192,7 +200,7 @@ def _read_end(path: Path) -> EndReport:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line of the metrics was written by the steps up to ``step``; half lines are not."""
+    """Whether a line of metrics.jsonl is of a step up to ``step``; a truncated line is not."""
     try:
         event = json.loads(line)
         return bool(event["event"] != "end" and event["step"] <= step)
@@ -211,7 +219,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
         )
     if details["encoder"] != encoder:
         raise ValueError(
-            f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; hand in the "
+            f"the encoder must be {details['encoder']} as in {folder}, got {encoder}; pass the "
             "same module, or start a new run"
         )
     ours, before = dict(flatten(config)), dict(flatten(stored))
@@ -223,21 +231,21 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
     if differing:
         shown = ", ".join(f"{name}={ours.get(name)} for {before.get(name)}" for name in differing)
         raise ValueError(
-            f"config must be that of the run in {folder} to go on with it, got {shown}; restore "
+            f"config must be that of the run in {folder} to resume it, got {shown}; restore "
             "the options, or start a new run in another folder"
         )
     return stored
 
 
 def _is_free(name: str, config: TrainConfig) -> bool:
-    """Whether a run may go on with another value; longer, too, unless decay ends with the run."""
+    """Whether a resumed run may change this option; limits too, unless decay depends on them."""
     longer = name.startswith("limits.") and config.optimizer.decay == "constant"
     return longer or name in FREE or name.startswith(FREE_PARTS)
 
 
 def _undo(folder: Path, was_there: bool) -> None:
     """Remove what a run wrote before its first step, and its folder if it made that."""
-    with contextlib.suppress(OSError):  # what went wrong before is what matters
+    with contextlib.suppress(OSError):  # the first error is the one to report
         for name in sorted(BEGINNING):
             (folder / name).unlink(missing_ok=True)
         if not was_there:
@@ -245,7 +253,7 @@ def _undo(folder: Path, was_there: bool) -> None:
 
 
 def _is_a_beginning(folder: Path) -> bool:
-    """Whether a run was killed in this folder before it wrote run.json."""
+    """Whether the folder holds only what a run killed before writing run.json leaves."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}

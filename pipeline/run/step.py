@@ -58,7 +58,7 @@ class StepOutcome:
 
 
 class Stepper:
-    """Forward, backward, clip, update: the only place that changes the weights."""
+    """Takes optimizer steps: forward, backward, clip, update of encoder and table."""
 
     def __init__(
         self,
@@ -108,14 +108,14 @@ class Stepper:
         flags: StepFlags = NO_FLAGS,
         following: Batch | None = None,
     ) -> StepOutcome:
-        """Take step number ``step``, counted from 1.
+        """Take one optimizer step on ``batches``; a step that is not finite changes no weights.
 
         Args:
             batches: this rank's parts of as many global batches on every rank.
-            step: names the random draws; every step takes another number.
+            step: number of the step, counted from 1; seeds the random draws.
             flags: of this rank.
-            following: the first batch of the next call, on every rank or on none: its ids travel
-                during the backward of this step.
+            following: the first batch of the next call, on every rank or on none; its ids are sent
+                during the backward pass of this step.
 
         Returns:
             The same outcome on every rank.
@@ -146,8 +146,9 @@ class Stepper:
         )
 
     def _reduce_totals(self, batches: Sequence[Batch], flags: StepFlags) -> "_Totals":
-        """All-reduce what every rank must know before the step."""
-        rank, world_size = Communicator(self.model.group).rank, Communicator(self.model.group).size
+        """All-reduce flags, counts and weights of the step."""
+        ranks = Communicator(self.model.group)
+        rank, world_size = ranks.rank, ranks.size
         memory = [0.0] * world_size
         memory[rank] = float(_memory_bytes(self.model.device))
         weights = [_weight(batch) for batch in batches]
@@ -195,7 +196,7 @@ class Stepper:
             batch, vectors = self._in_flight(batch)
             real = batch.real_positions()
             states = self.model.states(batch.items, batch.lengths, vectors)
-            # Backward in two calls, so that a profile tells the loss from the encoder.
+            # Backward in two calls, so that a profile separates the loss from the encoder.
             seen = states.detach().requires_grad_()
             with part("loss"):
                 output = self.loss(
@@ -222,7 +223,7 @@ class Stepper:
         return there, self.model.begin_lookup(there.items, there.lengths)
 
     def _in_flight(self, batch: Batch) -> "_InFlight":
-        """The batch on the device, its ids sent during the backward before or now."""
+        """The batch on the device, with its look-up in flight; started before, or else now."""
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
@@ -257,7 +258,7 @@ class Stepper:
         catalog.zero_grad()
 
     def _dropout_seed(self, step: int) -> int:
-        """Dropout is a function of (seed, step, rank), so that a resumed run repeats it."""
+        """A seed from (seed, step, rank), so that a resumed run repeats its dropout."""
         text = f"dropout {self.seed} {step} {Communicator(self.model.group).rank}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
@@ -274,7 +275,7 @@ class _Totals:
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int | None) -> float:
-    """The share of the full learning rates that step number ``step``, counted from 1, uses.
+    """The factor in [0, 1] on both learning rates at ``step``, counted from 1.
 
     Example:
         >>> config = OptimizerConfig(warmup_steps=2, decay="cosine")
@@ -294,7 +295,7 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _weight(batch: Batch) -> float:
-    """What the loss divides its sum by."""
+    """The sum of weights of a batch, by which the loss is divided."""
     if batch.weights is None:
         return float(batch.lengths.sum())
     return float(batch.weights.reshape(-1)[batch.real_positions()].double().sum())

@@ -1,4 +1,4 @@
-"""A trained run opened for use: its model on the ranks of the default group, and what it is."""
+"""Find a checkpoint of a trained run and load its model on the ranks of the default group."""
 
 import hashlib
 from collections.abc import Mapping
@@ -42,20 +42,20 @@ class Source:
     ) -> "Source":
         """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
 
-        ``encoder`` is the module handed to ``train``, where one was.
+        ``encoder`` is the module given to ``train``, if any.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
             ValueError: the run does not fit the data.
 
-        Collectives: on the default group.
+        Collectives: one all-gather of small objects on the default group.
         """
         return on_first_rank(lambda: _find(Path(run), prepared, which, encoder), default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
-        """The model with the checkpoint's weights.
+        """The model with the checkpoint's weights; raises as ``load_model``.
 
-        Collectives: on the default group.
+        Collectives: on the default group; every rank must call it.
         """
         model, _ = load_model(self.config, self.checkpoint, prepared, encoder)
         return model
@@ -66,7 +66,13 @@ def load_model(
 ) -> tuple[Model, Mapping[str, Any]]:
     """The model of a complete checkpoint, and the progress stored with it.
 
-    Collectives: on the default group.
+    Raises:
+        DamagedCheckpointError: a file is missing or differs from the manifest; on all ranks.
+        ValueError: another version wrote the checkpoint, or the encoder is not causal from
+            (B, L, D) to (B, L, D).
+        RuntimeError: the encoder has other weights than the checkpoint.
+
+    Collectives: on the default group; every rank must call it.
     """
     group = default_group()
     model = build_model(config, prepared.num_items, encoder, group)

@@ -1,6 +1,6 @@
 """Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
 
-Which row of the old table belongs to an item is never guessed. In this order:
+Items are matched to rows of the old table without guessing, by the first of these that applies:
 
 * *same data*: the run was trained on this very prepared folder, so every row is its own;
 * *former items*: this folder was prepared with ``items`` of the very folder that the run was
@@ -47,7 +47,7 @@ Match = Literal["same data", "former items", "item map", "item ids"]
 def start_from(
     config: TrainConfig, prepared: Prepared, stepper: Stepper, encoder: str = OWN_ENCODER
 ) -> dict[str, Any] | None:
-    """Load the weights that ``config.init_from`` names into a model that is new.
+    """Load the weights that ``config.init_from`` names into a new model.
 
     Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
     it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
@@ -152,7 +152,7 @@ def _match(
     if not folder.is_dir():
         raise FileNotFoundError(
             f"the prepared folder of {config.init_from.run} must be there to match items by their "
-            f"ids, got {str(folder)!r}, which is not; say where it is with init_from.prepared, or "
+            f"ids, got {str(folder)!r}, which is not; set init_from.prepared to where it is, or "
             "prepare this data with the items.parquet that the run was trained on"
         )
     # Its sequences may be gone by now; only the ids are needed.
@@ -192,7 +192,7 @@ def _mapped_rows(path: Path, rows: range) -> Tensor:
 
 
 def _pieces(former: Tensor, num_rows: int) -> Iterator[tuple[range, Tensor]]:
-    """Ranges of at most so many old rows, and which of this rank's rows are taken from them."""
+    """Ranges of at most ``num_rows`` old rows, and which of this rank's rows come from them."""
     values, order = former.sort()
     first = int((values < 0).sum())
     while first < len(values):
@@ -237,7 +237,7 @@ def _checked_state(
 
 
 def _copied(catalog: Catalog, keep: bool) -> dict[str, Tensor]:
-    """The live tensors with one entry a row that are taken over."""
+    """The tensors of the new table that are copied from the old one, row by row."""
     state = catalog.state_dict()
     return {name: state[name] for name in state if name == "rows" or (keep and state[name].ndim)}
 
@@ -248,7 +248,7 @@ def _shapes(shapes: Mapping[str, torch.Size]) -> str:
 
 @torch.no_grad()
 def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep: bool) -> None:
-    """Copy what this rank's items had in the old table, wherever its rows were."""
+    """Copy the old rows of this rank's items, whatever rank held them."""
     targets = _copied(catalog, keep)
     for piece, local in _pieces(former, BLOCK_ROWS):
         table = stored.load_rows(piece, targets)

@@ -1,1 +1,1 @@
-"""What serving reads: the pointer to the published export, and indexes over its items."""
+"""Files for serving: the pointer to the published export, and indexes over its items."""

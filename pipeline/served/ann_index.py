@@ -1,7 +1,7 @@
 """A FAISS index over exported item vectors: approximate search where exact search is too slow.
 
-Only the items that training saw are in it. ``faiss`` is imported by the functions that need it: an
-export without an index neither makes nor reads one with it.
+It holds only items with a training event. ``faiss`` is imported by the functions that need it, so
+that exports without an index do not depend on it.
 """
 
 import math
@@ -23,7 +23,7 @@ RECALL_K = 10
 
 @dataclass(frozen=True, slots=True)
 class IndexConfig:
-    """What index to build.
+    """Options of an index.
 
     Attributes:
         factory: a string of ``faiss.index_factory``, such as HNSW32 or IVF1024,Flat.
@@ -50,7 +50,7 @@ class IndexConfig:
             raise ValueError(
                 f"faiss must be an index that FAISS can make for width {width}, got "
                 f"{self.factory!r} with {self.search!r} and {str(error).splitlines()[-1]}; "
-                "say HNSW32 with efSearch=64, or IVF1024,Flat with nprobe=16"
+                "use HNSW32 with efSearch=64, or IVF1024,Flat with nprobe=16"
             ) from error
         return index
 
@@ -62,8 +62,8 @@ def build_index(
 
     Args:
         path: the file to write.
-        config: what index.
-        scored: (V, D) float32, compared with states.
+        config: options of the index.
+        scored: (V, D) float32, scored against states.
         allowed: (V,) bool, items that belong in the index.
         states: (Q, D) float32, queries that the recall is measured on.
 
@@ -97,7 +97,7 @@ def build_index(
 
 
 def open_index(path: Path) -> Any:
-    """The index of a file; open only files that you trust."""
+    """Read an index file; open only files that you trust."""
     import faiss
 
     return faiss.read_index(str(path))

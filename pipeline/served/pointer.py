@@ -4,7 +4,7 @@
 
     current         number of the publication that is served
     publications    one entry each: the export, what it was trained on, how it was measured
-    swaps           when the pointer moved, from which number to which
+    swaps           changes of ``current``: time, action, from which number to which
 
 The file is replaced by a rename, so that readers see it before a change or after it, also on a
 shared file system.
@@ -66,12 +66,12 @@ class Publication:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """What a pointer holds.
+    """The content of a pointer file.
 
     Attributes:
         number: of the publication that is served; None before the first.
-        publications: all there were, by number.
-        swaps: JSON; time, action, number before and after.
+        publications: all publications, in order of their numbers.
+        swaps: changes of ``number`` as JSON: time, action, number before and after.
     """
 
     number: int | None = None
@@ -80,7 +80,7 @@ class Published:
 
     @property
     def current(self) -> Publication | None:
-        """The publication that is served."""
+        """The publication that is served; None before the first."""
         return None if self.number is None else self.find(self.number)
 
     def find(self, number: int) -> Publication:
@@ -93,10 +93,12 @@ class Published:
             if publication.number == number:
                 return publication
         known = ", ".join(str(publication.number) for publication in self.publications) or "none"
-        raise ValueError(f"number must be that of a publication ({known}), got {number}; pick one")
+        raise ValueError(
+            f"number must be that of a publication ({known}), got {number}; choose one of them"
+        )
 
     def moved(self, action: str, publication: Publication) -> "Published":
-        """This pointer after an action that makes it name ``publication``."""
+        """A copy with ``publication`` as the current one, and the change added to ``swaps``."""
         others = [p for p in self.publications if p.number != publication.number]
         step = {
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -113,7 +115,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a pointer names now.
+    """The result of ``publish`` or ``rollback``: the publication that is served now.
 
     Attributes:
         publication: the one that is served.
@@ -125,7 +127,7 @@ class Served:
 
 
 def read_published(path: Path) -> Published:
-    """What a pointer holds; nothing if there is no such file yet.
+    """Read a pointer file; an empty ``Published`` if there is no file yet.
 
     Raises:
         ValueError: the file is no pointer of this version, or it is damaged.
@@ -148,11 +150,15 @@ def read_published(path: Path) -> Published:
 
 
 def update(path: Path, change: Callable[[Published], Published]) -> Served:
-    """Make a pointer name another publication; writers wait for one another.
+    """Apply ``change`` to a pointer file and replace it atomically; concurrent writers wait.
 
     Args:
         path: the pointer; made if there is none.
-        change: from the present content to the new one; if it raises, the pointer stays as it is.
+        change: function from the current content to the new one; if it raises, nothing changes.
+
+    Raises:
+        ValueError: the file is no pointer of this version, or it is damaged.
+        OSError: the file or its lock cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -166,7 +172,7 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
 
 
 def export_folder(path: Path) -> Path:
-    """The export that a pointer names; a path that is not a file is returned as it is.
+    """The export that a pointer file names; any other path is returned as it is.
 
     Raises:
         FileNotFoundError: the pointer names nothing yet, or the export is gone.
@@ -181,7 +187,7 @@ def export_folder(path: Path) -> Path:
 
 
 def require_unchanged(pointer: Path, publication: Publication) -> Path:
-    """The folder of a published export, which must be as it was published.
+    """The folder of a published export, after checking that its manifest is unchanged.
 
     Raises:
         FileNotFoundError: it is gone.

@@ -55,7 +55,7 @@ def dry_run(scheduler: list[str], component: str, *words: str) -> str:
     ("component", "words"),
     [
         ("train", ["-j str", "one worker a GPU", "--max_retries int", "--image str", "--env str"]),
-        ("evaluate", ["-j str", "need not be what the run was trained with"]),
+        ("evaluate", ["-j str", "may differ from those of the training"]),
         ("prepare", ["one process on one node", "--memMB int"]),
     ],
 )

@@ -39,7 +39,7 @@ def test_a_second_pair_of_dashes_belongs_to_the_stage(capsys: pytest.CaptureFixt
         (["train", "--dryrun"], "--dryrun must stand before train, got it behind; move it"),
         (["traim", "-j", "1x2"], "component must be a known name, got 'traim'; did you mean train"),
         (["--dryrn", "train"], "option must be a known name, got '--dryrn'; did you mean --dryrun"),
-        (["train", "-j", "1x0"], "-j must be NODESxWORKERS, both 1 or more, got '1x0'; say 1x2"),
+        (["train", "-j", "1x0"], "-j must be NODESxWORKERS, both 1 or more, got '1x0'; use 1x2"),
         (["train", "-j", "0x2"], "-j must be NODESxWORKERS, both 1 or more, got '0x2'"),
         (["train", "-j", "ax2"], "-j must be NODESxWORKERS, both 1 or more, got 'ax2'"),
         (["-s", "slurm", "--log-dir", "x", "train"], "--log-dir must come with local workers"),

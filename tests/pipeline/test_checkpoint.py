@@ -292,7 +292,7 @@ def test_a_malformed_manifest_is_named_and_the_checkpoint_before_it_is_taken(
         caplog.clear()
         found = checkpoints.find(which)
         assert found.name == "step-00000001"
-        assert "a checkpoint is passed over" in caplog.text and str(path) in caplog.text
+        assert "a checkpoint is skipped" in caplog.text and str(path) in caplog.text
     loaded = checkpoints.load_last(range(NUM_ROWS))
     assert loaded is not None and loaded[0].name == "step-00000001"
 

@@ -153,7 +153,7 @@ def test_publish_needs_a_gate_unless_forced(
     for command in (words, ["launch", "publish", "--", *words[1:]]):
         assert main(command) == 2
         said = capsys.readouterr().err
-        assert "give its report with --gate, or publish unasked with --force" in said
+        assert "give its report with --gate, or publish without it by --force" in said
         assert said.count("\n") == 1
     refusing = write_gate(tmp_path / "g", "wednesday", passed=False, number=2)
     assert main([*words, "--gate", refusing, "--force"]) == 3
