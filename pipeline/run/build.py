@@ -31,7 +31,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
     """Build a run, new or resumed, that is ready for its next step.
 
     Opens the data, checks the run folder, makes the model and its optimizers, and then either
-    loads the last checkpoint or creates the run folder. Arguments and errors are those of ``train``.
+    loads the last checkpoint or creates the run folder. Arguments and errors as in ``train``.
 
     Collectives: on the default group.
     """

@@ -97,7 +97,7 @@ class EndReport:
 
     Attributes:
         output: the run folder.
-        reason: text: which limit stopped it, or that it ran out of patience.
+        reason: why the run ended, as text.
         step: optimizer steps taken.
         epoch: epochs completed, as a fraction.
         seconds: wall time of the run, validation and checkpoints included.
