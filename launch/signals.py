@@ -55,7 +55,7 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
 
     Args:
         asked: value of ``--grace``; None: the longest that the launcher allows.
-        environment: of this process; under torchrun it says when torchrun kills its workers.
+        environment: environment variables, which hold the limit of torchrun, if any.
 
     Raises:
         ValueError: the value is not above 0, or torchrun would kill the worker before.

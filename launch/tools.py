@@ -132,7 +132,7 @@ def check_component_options(
 
     Args:
         component: a function of ``shardrec.launch.components``.
-        words: what stands between its name and ``--``.
+        words: the arguments between its name and ``--``.
         before: options that stand before its name instead.
 
     Raises:

@@ -47,7 +47,7 @@ class Place:
         """The place that ``environment`` gives; None without a launcher.
 
         Raises:
-            ValueError: some of the variables are there and others are not.
+            ValueError: only some of the variables are set.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in environment]

@@ -31,9 +31,9 @@ class CheckpointState:
         optimizer: ``state_dict()`` of the encoder's optimizer.
         table: tensors of the table shard: row-aligned ones, and numbers of shape () among which
             ``first_row`` and ``num_rows`` say which rows these are.
-        progress: JSON; steps, data position, best metric: what else a resumed run needs.
+        progress: JSON; steps, data position and best metric, which a resumed run needs.
         config: JSON; the config of the run.
-        written_by: versions of what wrote it, by name.
+        written_by: versions of the software that wrote it, by name.
     """
 
     encoder: Mapping[str, Tensor]

@@ -74,7 +74,7 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
-        """Write a checkpoint, then delete all but the last ``keep`` and the best; its folder.
+        """Write a checkpoint and return its folder; delete all but the last ``keep`` and the best.
 
         Raises:
             OSError, TypeError: as ``save_checkpoint``; rank 0 then deletes what was written.
@@ -252,7 +252,7 @@ class StoredCheckpoint:
         return {name.removeprefix("table."): value for name, value in tensors.items()}
 
     def _read(self, names: Collection[str], rows: range) -> dict[str, Tensor]:
-        """These tensors; of the table's, these rows only."""
+        """Read tensors by name: ``rows`` of those of the table, all of the others."""
         known = range(rows.start, max(rows.start, min(rows.stop, self.num_rows)))
         whole = {name: range((*self._tensors[name].shape, 1)[0]) for name in names}
         return self._reader.read(
@@ -261,7 +261,7 @@ class StoredCheckpoint:
 
 
 def _write_part(folder: Folder, state: CheckpointState, rank: int) -> _Part | None:
-    """Write this rank's rows, and on rank 0 the replicated tensors; None where that is nothing."""
+    """Write this rank's rows, and on rank 0 the replicated tensors; None if there are none."""
     whole, rows = state.tensors()
     num_rows, name = int(state.table["num_rows"]), f"rank-{rank:05d}.bin"
     pieces = {k: Piece(v, state.rows.start, num_rows) for k, v in rows.items() if v.shape[0]}
@@ -271,7 +271,7 @@ def _write_part(folder: Folder, state: CheckpointState, rank: int) -> _Part | No
 
 
 def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_Part]) -> None:
-    """Write the files that describe the ranks' files, the manifest last."""
+    """Write metadata.json and state.json, then the manifest."""
     files = {name: entry for name, _, entry in parts}
     numbers = json.dumps(state.numbers(), indent=1).encode()
     tensors = metadata_to_json(joined(stored for _, stored, _ in parts))

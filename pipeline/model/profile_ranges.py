@@ -1,4 +1,4 @@
-"""The parts of a training step, by the names that they have in a profile."""
+"""Named profiler ranges for the parts of a training step."""
 
 from typing import Literal
 
@@ -21,5 +21,5 @@ Part = Literal[
 
 
 def part(name: Part) -> record_function:
-    """A context that a running profiler records under this name."""
+    """Context manager: a range that a running profiler records under this name."""
     return record_function(PART + name)

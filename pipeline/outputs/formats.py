@@ -13,7 +13,7 @@ class Format:
 
     Attributes:
         name: value of the manifest's key "format".
-        what: what messages call such an output.
+        what: noun phrase for such an output in messages.
         maker: command that writes it.
         shape: keys that its manifest (a file: itself) must have in addition to format and version.
         is_folder: False for one file.

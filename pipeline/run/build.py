@@ -29,10 +29,10 @@ __all__ = ["build", "build_model", "check_encoder", "pick_device"]
 
 
 def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
-    """A run that is ready for its next step.
+    """Build a run, new or resumed, that is ready for its next step.
 
-    Opens the data, looks at the run folder, makes the model and its optimizers, and then either
-    loads the last checkpoint or starts the run folder. Arguments and errors are those of ``train``.
+    Opens the data, checks the run folder, makes the model and its optimizers, and then either
+    loads the last checkpoint or creates the run folder. Arguments and errors as in ``train``.
 
     Collectives: on the default group.
     """
@@ -110,7 +110,7 @@ def build_model(
 
 @torch.no_grad()
 def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
-    """Refuse an encoder of the wrong shape, or one that looks ahead.
+    """Refuse an encoder of the wrong shape, or one that is not causal.
 
     Raises:
         ValueError: it returns another shape, or its first state changes with the last vector.

@@ -97,7 +97,7 @@ class EndReport:
 
     Attributes:
         output: the run folder.
-        reason: what stopped it, in words.
+        reason: why the run ended, as text.
         step: optimizer steps taken.
         epoch: epochs completed, as a fraction.
         seconds: wall time of the run, validation and checkpoints included.
