@@ -91,7 +91,7 @@ def test_the_metrics_of_popularity_are_a_report_like_others(
     ("words", "message"),
     [
         (["train", "--prepared", "P", "--run", "R", "los=cce"], "did you mean"),
-        (["train", "--prepared", "P", "--run", "R", "loss=cee"], "did you mean sce, cce"),
+        (["train", "--prepared", "P", "--run", "R", "loss=cee"], "did you mean sce, hce, cce"),
         (["train", "--prepared", "P", "--run", "R", "--recipe", "dmeo"], "did you mean demo"),
         (["train", "--prepared", "P", "--run", "R", "--recipe", "demo"], "P"),
         (["train", "--prepare", "P", "--run", "R"], "'--prepare'; did you mean --prepared"),

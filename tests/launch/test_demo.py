@@ -121,7 +121,7 @@ def test_the_printed_commands_start_the_program_that_runs(
     ("words", "message"),
     [
         (["--recipe", "foo"], "recipe must be a known name, got 'foo'"),
-        (["--losses", "ces"], "losses must be a known name, got 'ces'; did you mean sce, cce"),
+        (["--losses", "ces"], "losses must be a known name, got 'ces'; did you mean sce, hce, cce"),
         (["--losses", "sce,sce"], "losses must be named once each, got sce,sce"),
         (["--users", "0"], "users must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be"),

@@ -95,7 +95,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 @pytest.mark.parametrize(
     ("stage", "started"),
-    [("prepare", Path(".out.partial", "work", "events.duckdb")), ("synth", Path("out.partial"))],
+    [("prepare", Path(".out.partial", "work", "events.duckdb")), ("synth", Path(".out.partial"))],
 )
 def test_a_signal_ends_a_stage_without_a_trace(
     number: signal.Signals, stage: str, started: Path, log: str, tmp_path: Path
