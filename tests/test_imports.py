@@ -181,6 +181,7 @@ assert "triton" not in sys.modules, "triton was imported and no kernel launched"
 """
 
 
+@pytest.mark.slow
 def test_the_losses_run_where_nothing_but_torch_is_installed() -> None:
     run = subprocess.run([sys.executable, "-P", "-c", ONLY_TORCH], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -199,6 +200,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LOADS)
 def test_a_stage_loads_only_what_it_needs(module: str) -> None:
     only, without = LOADS[module].get("only"), LOADS[module].get("without", set())

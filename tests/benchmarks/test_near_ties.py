@@ -7,6 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def near_ties(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

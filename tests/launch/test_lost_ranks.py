@@ -23,6 +23,9 @@ from shardrec.launch import cli
 from shardrec.launch.heartbeat import LostRankError
 from shardrec.launch.workers import workers
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 2.0
 
 

@@ -18,6 +18,9 @@ from tests.pipeline.event_logs import write_random_log
 from shardrec.launch.heartbeat import Peers
 from shardrec.launch.signals import exit_on_sigterm, grace_seconds, stop_on_sigterm
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
 
 

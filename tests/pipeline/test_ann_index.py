@@ -22,6 +22,9 @@ from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.served.ann_index import IndexConfig, build_index, index_top_items, open_index
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 HISTORIES = [[3, 9, 4], [], [10_000], list(range(20)), [7]]
 WITHOUT_FAISS = """
 import sys

@@ -82,6 +82,7 @@ def test_epochs_differ_and_a_seed_repeats(folder: Path) -> None:
     assert [sequences(batch) for batch in loader(folder)] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", ["last", "all"])
 @pytest.mark.parametrize("later", [1, 2, 3])
 def test_restoring_at_every_step_gives_the_same_tail_at_any_number_of_ranks(

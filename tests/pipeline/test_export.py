@@ -30,6 +30,9 @@ from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 WITHOUT_THE_TRAINING_STACK = """
 import sys

@@ -35,6 +35,9 @@ from shardrec.pipeline.run.config import (
 from shardrec.pipeline.run.interruption import Preempted
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 STEPS, CUT = 12, 7
 DISK_BYTES = 2 << 20
 OFF = ValidationConfig(every_epochs=None)

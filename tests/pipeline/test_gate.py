@@ -22,6 +22,9 @@ from shardrec.pipeline.run.config import LimitConfig
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 MEASURE = MeasureConfig(ks=(5, 10))
 HISTORIES = [[3, 9, 4], [17], [40, 2]]
 

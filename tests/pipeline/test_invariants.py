@@ -28,6 +28,9 @@ from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.run.config import OptimizerConfig
 from shardrec.pipeline.run.step import Stepper
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 NUM_ITEMS, WIDTH, LENGTH = 307, 8, 6
 SEED = 76  # one with which every choice of sce and rece is certain

@@ -16,6 +16,9 @@ from shardrec.pipeline.run.config import LimitConfig, MLflowConfig, TrainConfig
 from shardrec.pipeline.run.mlflow_logging import open_mlflow
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(plain_data: str) -> str:

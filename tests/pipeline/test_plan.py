@@ -115,6 +115,7 @@ def peaks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
         yield started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case_name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 )

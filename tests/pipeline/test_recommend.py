@@ -26,6 +26,9 @@ from shardrec.pipeline.run.config import LimitConfig
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 UNKNOWN = 10_000
 
 

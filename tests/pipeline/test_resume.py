@@ -31,6 +31,9 @@ from shardrec.pipeline.checkpoint.store import (
 from shardrec.pipeline.run.config import CheckpointConfig, LimitConfig, OptimizerConfig, TrainConfig
 from shardrec.pipeline.train import build, train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(weighted_data: str) -> str:

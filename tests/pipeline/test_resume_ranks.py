@@ -32,6 +32,9 @@ from shardrec.pipeline.run.callbacks import Callback, StepReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import build, train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each rank for itself
 
 

@@ -31,6 +31,9 @@ from shardrec.pipeline.run.config import (
 )
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:

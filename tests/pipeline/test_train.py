@@ -25,6 +25,9 @@ from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 # The gradient of a key's bias is rounding and nothing else: without this Adam would blow it up.
 EPS = 1e-4
 OFF = ValidationConfig(every_epochs=None)

@@ -20,6 +20,9 @@ from shardrec.pipeline.run.callbacks import Callback, StepReport
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 OFF = ValidationConfig(every_epochs=None)
 ONE_STEP = LimitConfig(max_steps=1)
 NEVER = -1

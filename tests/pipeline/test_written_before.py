@@ -23,6 +23,9 @@ from shardrec.pipeline.run.folder import read_run
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
 
+# Runs of several processes: seconds each.
+pytestmark = pytest.mark.slow
+
 WRITTEN = Path(__file__).with_name("written_by_c53ea15")
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text())
 DATA, RUN, EXPORT = (str(WRITTEN / name) for name in ("prepared", "run", "export"))
