@@ -2,7 +2,7 @@
 
 A refactoring must not change a number. Exits with 1 where a loss or a gradient norm differs::
 
-    shardrec synth --events log.parquet && shardrec prepare --events log.parquet --prepared data
+    shardrec synth --output log.parquet && shardrec prepare --events log.parquet --output data
     python benchmarks/same_losses.py data OLD/src NEW/src
 """
 
