@@ -24,7 +24,7 @@ from shardrec.kernels.select import merge_topk, topk_rows
 
 __all__ = [
     "Buckets",
-    "best_of_all_ranks",
+    "best_items",
     "bucket_centres",
     "default_num_buckets",
     "fill_buckets",
@@ -104,22 +104,34 @@ def fill_buckets(
     Collectives: two all-gathers of (n_b, b_x) and two of (n_b, b_y) scores and indices.
     """
     layout = inputs.layout
-    positions = best_of_all_ranks(
+    positions = _best_of_all_ranks(
         topk_rows(centres, inputs.states, positions_per_bucket, inputs.backend),
         layout.first_position,
         min(positions_per_bucket, layout.num_positions),
         inputs.ranks,
     )
-    items = best_of_all_ranks(
+    return Buckets(positions, best_items(inputs, centres, items_per_bucket))
+
+
+def best_items(inputs: Inputs, centres: Tensor, items_per_bucket: int) -> Tensor:
+    """(n_b, b_y) int64 items of largest inner product with each centre, over all ranks.
+
+    Args:
+        inputs: The batch and the table.
+        centres: (n_b, D) float32, the same on every rank.
+        items_per_bucket: b_y; V if that is less.
+
+    Collectives: two all-gathers of (n_b, b_y) scores and items.
+    """
+    return _best_of_all_ranks(
         topk_rows(centres, inputs.scaled_rows(), items_per_bucket, inputs.backend),
         inputs.row_ids.first,
         min(items_per_bucket, inputs.num_items),
         inputs.ranks,
     )
-    return Buckets(positions, items)
 
 
-def best_of_all_ranks(
+def _best_of_all_ranks(
     found: tuple[Tensor, Tensor], first: int, k: int, ranks: Communicator
 ) -> Tensor:
     """(n_b, k) int64 global indices of the k best scores in the lists of all ranks.

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, RowIds, blocks_of_items
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.cost.terms import (
     LossCost,
@@ -241,19 +240,8 @@ class _SampledItems(Plan):
         items = self._sampler.draw(present)
         if items.device.type == "cpu":
             items = items.sort(dim=1).values  # so that targets are found by binary search
-        rows = row_ids.find(items)
-        here = rows >= 0
-        item_ends = here.sum(1).cumsum(0)
-        return Blocks(
-            pair_positions=order,
-            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-            items=rows[here],
-            item_starts=F.pad(item_ends[:-1], (1, 0)),
-            item_ends=item_ends,
-            targets=row_ids.find(targets),
-            num_slots=order.numel(),
-            offsets=self._sampler.log_probability(items[here]),
-        )
+        offsets = self._sampler.log_probability(items)
+        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
 
 
 _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, RowIds, blocks_of_items
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
-from shardrec.kernels.buckets import best_of_all_ranks, bucket_centres, default_num_buckets
+from shardrec.kernels.buckets import best_items, bucket_centres, default_num_buckets
 from shardrec.kernels.cost.terms import (
     LossCost,
     accumulator_bytes,
@@ -44,7 +44,7 @@ from shardrec.kernels.loss.options import Common
 from shardrec.kernels.negatives import STREAM_NEGATIVES, draw_below
 from shardrec.kernels.ranks.chunks import Chunk
 from shardrec.kernels.ranks.traffic import Workload, state_traffic
-from shardrec.kernels.select import best_direction, topk_rows
+from shardrec.kernels.select import best_direction
 from shardrec.kernels.shard import RowShard
 
 __all__ = ["hybrid_cross_entropy", "hybrid_cross_entropy_cost"]
@@ -152,16 +152,11 @@ class HardAndSampled(Candidates):
     def choose(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """(N,) int64 buckets of the positions, and (n_b, b_y) int64 hardest items of each bucket.
 
-        Collectives: those of ``bucket_centres`` and ``best_of_all_ranks``.
+        Collectives: those of ``bucket_centres`` and ``best_items``.
         """
         num_buckets = self._num_buckets(inputs.layout.num_positions)
         centres = bucket_centres(inputs, num_buckets, self.mix, self.seed, self.step)
-        hard = best_of_all_ranks(
-            topk_rows(centres, inputs.scaled_rows(), self.items_per_bucket, inputs.backend),
-            inputs.row_ids.first,
-            min(self.items_per_bucket, inputs.num_items),
-            inputs.ranks,
-        )
+        hard = best_items(inputs, centres, self.items_per_bucket)
         return best_direction(F.normalize(centres), inputs.states), hard
 
     def choice_shapes(
@@ -211,8 +206,9 @@ class _HybridPlan(Plan):
         is_hard = hard.gather(1, place) == drawn
         # Ascending items let a CPU find the targets among them by binary search; -1 is no item.
         self._items, order = torch.cat([hard, drawn.masked_fill(is_hard, -1)], 1).sort(1)
-        self._is_drawn = order >= hard.shape[1]
-        self._log_rate = math.log(drawn.shape[1] / inputs.num_items)
+        # A draw has weight V / K in the sum: log(K / V) is subtracted from its logit.
+        log_rate = math.log(drawn.shape[1] / inputs.num_items)
+        self._offsets = (order >= hard.shape[1]) * log_rate
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
@@ -220,22 +216,8 @@ class _HybridPlan(Plan):
         (buckets,) = per_position
         order = torch.argsort(buckets, stable=True)
         present, sizes = torch.unique_consecutive(buckets[order], return_counts=True)
-        items = self._items[present]
-        rows = torch.where(items >= 0, row_ids.find(items), -1)
-        here = rows >= 0
-        item_ends = here.sum(1).cumsum(0)
-        # A draw has weight V / K in the sum: subtract log(K / V) from its logit.
-        offsets = self._is_drawn[present][here].float() * self._log_rate
-        return Blocks(
-            pair_positions=order,
-            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-            items=rows[here],
-            item_starts=F.pad(item_ends[:-1], (1, 0)),
-            item_ends=item_ends,
-            targets=row_ids.find(targets),
-            num_slots=order.numel(),
-            offsets=offsets,
-        )
+        items, offsets = self._items[present], self._offsets[present]
+        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
 
 
 _hybrid_cross_entropy = Operator("hybrid_cross_entropy", HardAndSampled)

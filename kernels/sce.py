@@ -5,13 +5,12 @@ Item Catalogs", arXiv 2409.18721.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, RowIds, blocks_of_items
 from shardrec.kernels.block_logsumexp.cpu_tiles import cpu_tiles
 from shardrec.kernels.buckets import bucket_centres, default_num_buckets, fill_buckets
 from shardrec.kernels.cost.terms import (
@@ -213,19 +212,9 @@ class _BucketItems(Plan):
         slots = (place >= 0).nonzero()[:, 0]
         order = torch.argsort(self._buckets[slots], stable=True)
         sizes = torch.bincount(self._buckets[slots], minlength=self._items.shape[0])
-        rows = row_ids.find(self._items)
-        here = rows >= 0
-        item_ends = here.sum(1).cumsum(0)
-        return Blocks(
-            pair_positions=place[slots][order],
-            pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-            items=rows[here],
-            item_starts=F.pad(item_ends[:-1], (1, 0)),
-            item_ends=item_ends,
-            targets=row_ids.find(targets),
-            num_slots=slots.numel(),
-            pair_slots=order,
-        )
+        positions = place[slots][order]
+        blocks = blocks_of_items(positions, sizes, self._items, row_ids, targets)
+        return replace(blocks, pair_slots=order)
 
 
 _scalable_cross_entropy = Operator("scalable_cross_entropy", HardBuckets)

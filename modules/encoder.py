@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -223,7 +224,7 @@ class TransformerEncoder(nn.Module):
             )
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, ABC):
     """Causal attention and dropout, for both kinds of block.
 
     Optimizer states are stored by the order of the parameters: keep it.
@@ -236,9 +237,9 @@ class _Block(nn.Module):
         self.attention_dropout = config.resolved_attention_dropout
         self.attention_norm = _build_norm(config)
 
+    @abstractmethod
     def projections(self) -> list[tuple[nn.Linear, int]]:
         """Each linear layer, and the number of projections fused in it."""
-        raise NotImplementedError
 
     def attend(self, projected: Iterable[Tensor], rotation: Tensor | None) -> Tensor:
         """(B, L, D) attention of the (B, L, D) query, key and value."""

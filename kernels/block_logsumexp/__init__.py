@@ -14,8 +14,23 @@ Words of this package:
 - round: blocks of different rounds may repeat a candidate, which then counts once (``Rounds``).
 """
 
-from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds, RowIds, every_pair
+from shardrec.kernels.block_logsumexp.blocks import (
+    Blocks,
+    Rounds,
+    RowIds,
+    blocks_of_items,
+    every_pair,
+)
 from shardrec.kernels.block_logsumexp.dispatch import backward, forward
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 
-__all__ = ["Blocks", "NearbyChunks", "Rounds", "RowIds", "backward", "every_pair", "forward"]
+__all__ = [
+    "Blocks",
+    "NearbyChunks",
+    "Rounds",
+    "RowIds",
+    "backward",
+    "blocks_of_items",
+    "every_pair",
+    "forward",
+]

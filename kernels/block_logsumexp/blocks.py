@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Blocks", "RowIds", "Rounds", "every_pair"]
+__all__ = ["Blocks", "RowIds", "Rounds", "blocks_of_items", "every_pair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,39 @@ class Blocks:
     def num_blocks(self) -> int:
         """Number of blocks T."""
         return self.item_starts.numel()
+
+
+def blocks_of_items(
+    order: Tensor,
+    sizes: Tensor,
+    items: Tensor,
+    row_ids: "RowIds",
+    targets: Tensor,
+    offsets: Tensor | None = None,
+) -> Blocks:
+    """Blocks that compare groups of positions with those of their items that a shard holds.
+
+    Args:
+        order: (P,) int64 positions, group by group.
+        sizes: (T,) int64 positions of each group.
+        items: (T, C) int64 global items of each group; -1 is none.
+        row_ids: Which items the rows of the shard are.
+        targets: (N,) int64 global items.
+        offsets: (T, C) float32 subtracted from the logits of an item; None: zero.
+    """
+    rows = row_ids.find(items)
+    held = rows >= 0
+    item_ends = held.sum(1).cumsum(0)
+    return Blocks(
+        pair_positions=order,
+        pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
+        items=rows[held],
+        item_starts=F.pad(item_ends[:-1], (1, 0)),
+        item_ends=item_ends,
+        targets=row_ids.find(targets),
+        num_slots=order.numel(),
+        offsets=None if offsets is None else offsets[held],
+    )
 
 
 def every_pair(num_rows: int, targets: Tensor) -> Blocks:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shardrec.pipeline.outputs.files import digest
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.outputs.storage import Folder
 
@@ -114,12 +115,10 @@ class Manifest:
                 "use another checkpoint"
             )
         self._check_size(name)
-        digest = hashlib.sha256()
         with self.folder.open(name) as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        if digest.hexdigest() != self.files[name].sha256:
-            raise self._damaged(name, "sha256", self.files[name].sha256, digest.hexdigest())
+            found = digest(file)
+        if found != self.files[name].sha256:
+            raise self._damaged(name, "sha256", self.files[name].sha256, found)
 
     def _check_size(self, name: str) -> None:
         found = self.folder.size(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from shardrec.pipeline.model.config import DEFAULT_METRIC
+from shardrec.pipeline.outputs.staging import staged_file
 from shardrec.pipeline.report.curves import NUM_HUES, Curve, Line, draw
 from shardrec.pipeline.report.records import RunRecord, read_runs
 from shardrec.pipeline.report.tables import (
@@ -52,12 +53,9 @@ def report(runs: Sequence[str | Path], output: str | Path) -> Path:
         )
     page = render(read_runs(runs))
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with staged_file(output) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")
-        return partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    return output
 
 
 def render(records: Sequence[RunRecord]) -> str:
