@@ -158,7 +158,7 @@ def stored_gib(loss: str, name: str, work: Workload, rounds: int = ROUNDS) -> fl
 
 
 def largest_block(loss: str, work: Workload, memory_gib: float, rounds: int = ROUNDS) -> int:
-    """The largest block whose loop stores at most ``memory_gib``; 0 if there is none."""
+    """The largest block size with which the loop stores at most ``memory_gib``; 0 if none fits."""
     one, two = (stored_gib(loss, f"chunked_{block}", work, rounds) for block in (1, 2))
     fit = int((memory_gib - (2 * one - two)) // (two - one))
     return min(max(fit, 0), num_lines(loss, work))

@@ -1,7 +1,7 @@
 """Speed-up of a step with two workers over one, and its share of communication.
 
 One thread a worker and the same global batch, so that half the time is ideal. Seconds per step are
-medians; the share of communication is that of the time in which a collective is under way on rank
+medians; the share of communication is that of the time in which a collective is in flight on rank
 0, waiting for the other rank included, from a profile of the steps after the timed ones.
 
     python benchmarks/scaling.py PREPARED --losses cce cce_minus sce rece --workers 1 2
@@ -67,7 +67,7 @@ class Probe:
         """Nothing to note."""
 
     def communication_seconds(self) -> float:
-        """Time in which at least one collective was under way in the profiled steps."""
+        """Time in which at least one collective was in flight in the profiled steps."""
         spans = sorted(
             (event.time_range.start, event.time_range.end)
             for event in self._profile.events()

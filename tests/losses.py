@@ -6,15 +6,22 @@ random draws and signs, which have their own tests, come from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tests.loss_choices import (
+    chunks_in_order,
+    mixed_centres,
+    negatives,
+    ones,
+    paired_logits,
+    places_by_bucket,
+)
 from tests.loss_entry import (
     DRAWN,
     LARGE,
+    OTHER_CATALOGS,
     REFUSED_DRAWS,
     Choice,
     Compared,
@@ -35,12 +42,6 @@ from shardrec.kernels.hce import HardAndSampled
 from shardrec.kernels.negatives import (
     STREAM_HASH,
     STREAM_MIX,
-    STREAM_NEGATIVES,
-    InBatch,
-    Mixture,
-    Popularity,
-    Uniform,
-    draw_below,
     random_signs,
 )
 from shardrec.kernels.rece import HashedChunks, default_num_buckets
@@ -60,17 +61,8 @@ from shardrec.modules.baselines import (
 from shardrec.modules.losses import BCE, CCE, GBCE, HCE, RECE, SCE, CCEMinus, EagerCE
 
 
-def ones(targets: Tensor) -> Tensor:
-    """Every position is covered."""
-    return torch.ones_like(targets).bool()
-
-
 def cce(states: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return cross_entropy_reference(states, table, targets), ones(targets)
-
-
-def negatives(num_items: int, blocks: Tensor, num_negatives: int) -> Tensor:
-    return draw_below(num_items, blocks, num_negatives, stream=STREAM_NEGATIVES, **DRAWN)
 
 
 def cce_minus(
@@ -178,13 +170,6 @@ def compared_by_buckets(rule: HardBuckets, states: Tensor, rows: Tensor) -> list
     ]
 
 
-def mixed_centres(rule: Any, num_buckets: int, states: Tensor) -> Tensor:
-    """Float64 centres of the buckets of a rule with ``mix``."""
-    draws: dict[str, Any] = {"seed": rule.seed, "step": rule.step}
-    signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **draws)
-    return signs.double().T @ states
-
-
 def compared_by_hashes(rule: HashedChunks, states: Tensor, rows: Tensor) -> list[Compared]:
     vectors, width = torch.cat([states, rows]), states.shape[1]
     draws: dict[str, Any] = {"seed": rule.seed, "step": rule.step}
@@ -196,35 +181,6 @@ def compared_by_hashes(rule: HashedChunks, states: Tensor, rows: Tensor) -> list
         for index in range(rule.num_rounds)
     ]
     return [Compared(vectors @ signs.double().T, 1, is_coarse=False) for signs in hashes]
-
-
-def chunks_in_order(buckets: Sequence[int], num_chunks: int) -> list[int]:
-    """The chunk of each vector: vectors sorted by bucket, cut into equal chunks."""
-    order = sorted(range(len(buckets)), key=lambda one: (buckets[one], one))
-    chunk_of = {one: place * num_chunks // len(order) for place, one in enumerate(order)}
-    return [chunk_of[one] for one in range(len(order))]
-
-
-def places_by_bucket(positions: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """The k-th of P positions of a bucket has the place of item ``k I / P`` of its I items."""
-    starts = [0, *accumulate(sizes)]
-    places = []
-    for index, bucket in enumerate(positions):
-        within = positions[:index].count(bucket)
-        place = starts[bucket] + within * sizes[bucket] // positions.count(bucket)
-        places.append(min(place, starts[-1] - 1))
-    return places
-
-
-def paired_logits(
-    states: Tensor, table: Tensor, targets: Tensor, num_negatives: int
-) -> tuple[Tensor, Tensor]:
-    """(N,) logits of targets and (N, K) of negatives; in place of the target, the next item."""
-    drawn = negatives(len(table), torch.arange(len(states)), num_negatives)
-    collides = drawn == targets[:, None]
-    logits = states @ table.T
-    drawn = torch.where(collides, (drawn + 1) % len(table), drawn)
-    return logits.gather(1, targets[:, None])[:, 0], logits.gather(1, drawn)
 
 
 def bce(
@@ -246,15 +202,6 @@ def gbce(
     positive, negative = paired_logits(states, table, targets, num_negatives)
     power = calibration * (num_negatives / (len(table) - 1) - 1) + 1
     return -power * F.logsigmoid(positive) - F.logsigmoid(-negative).sum(1), ones(targets)
-
-
-# Proposals over another number of items than 30.
-OTHER_CATALOGS = (
-    Uniform(31),
-    Popularity(torch.ones(29).long()),
-    InBatch(torch.tensor([0]), torch.ones(31).long()),
-    Mixture([(Uniform(30), 2), (Uniform(31), 1)]),
-)
 
 
 LOSSES: dict[str, Entry] = {

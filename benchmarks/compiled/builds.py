@@ -88,7 +88,7 @@ def build(
     """The kernel compiled and assembled for one architecture.
 
     Args:
-        kernel: A kernel whose argument names follow our convention, which gives their types.
+        kernel: A kernel of this package; the types of its arguments follow from their names.
         tile: Warps and stages.
         constants: Value of every compile-time argument.
         width: D, whose divisibility by 16 the compiler may use.

@@ -82,8 +82,7 @@ def backward(
 
     ``logsumexp`` may be over several shards, of which ``rows`` is one; the gradients are then the
     contribution of this shard. Logits are recomputed tile by tile. In Triton there are two passes,
-    one whose programs own positions and one whose programs own rows: no atomics, one writer per
-    element.
+    over tiles of positions and over tiles of rows: no atomics, one writer per element.
 
     Args:
         states: (N, D) float.

@@ -19,7 +19,7 @@ GPU_ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class NearbyChunks:
-    """Pairs of positions and rows whose chunks are at most ``reach`` apart in some round.
+    """Pairs of a position and a row with chunks at most ``reach`` apart in some round.
 
     A pair that is near in several rounds counts once. Only the chunk of each row and round is
     stored; rows are sorted by chunk when a list of blocks is made.

@@ -31,7 +31,7 @@ __all__ = [
     "without_idle_pairs",
 ]
 
-# Entries whose gradients Triton holds at a time: this many, or N if that is more.
+# In Triton the gradients of this many entries are in memory at a time, or of N if that is more.
 LEAST_ENTRIES = 1 << 14
 
 
