@@ -60,8 +60,7 @@ class Tree:
     def __init__(self, source: str, threads: int) -> None:
         """Starts it."""
         environment = os.environ | {"PYTHONPATH": str(Path(source).resolve())}
-        command = [sys.executable, "-P", __file__, "--answer", "--threads", str(threads)]
-        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
+        command = [sys.executable, __file__, "--answer", "--threads", str(threads)]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardrec.kernels.loss.candidates import Candidates
+from shardrec.kernels.negatives import InBatch, Mixture, Popularity, Uniform
 from shardrec.modules.losses import Loss
 
 Options = dict[str, Any]
@@ -122,6 +124,14 @@ class Entry:
         sparse = {"sparse": self.options | {"sparse_grad": True}} if self.has_sparse_grad else {}
         return self.shared_variants() | sparse
 
+
+# Proposals over another number of items than 30.
+OTHER_CATALOGS = (
+    Uniform(31),
+    Popularity(torch.ones(29).long()),
+    InBatch(torch.tensor([0]), torch.ones(31).long()),
+    Mixture([(Uniform(30), 2), (Uniform(31), 1)]),
+)
 
 # PyTorch's custom operators raise RuntimeError for anything but a 64-bit integer.
 REFUSED_DRAWS: list[Refusal] = [

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.every_loss import assert_equals_truth, gradients
-from tests.losses import places_by_bucket
+from tests.loss_choices import places_by_bucket
 from torch import Tensor
 
 from shardrec.kernels import (

@@ -17,8 +17,9 @@ from tests.every_loss import (
     names,
     truth,
 )
+from tests.loss_choices import negatives
 from tests.loss_entry import DRAWN
-from tests.losses import LOSSES, negatives
+from tests.losses import LOSSES
 from torch import Tensor
 
 from shardrec.modules.losses import Step
