@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import RESULTS, Results
@@ -30,7 +31,7 @@ def losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     from shardrec import kernels
 
     sampled = partial(kernels.sampled_cross_entropy, seed=1, sparse_grad=True)
-    functions = (
+    functions: tuple[Callable[..., Any], ...] = (
         kernels.cut_cross_entropy,
         partial(sampled, num_negatives=1024, share=128),
         lambda x, w, y: sampled(x[:1024], w, y[:1024], num_negatives=512, share=1),
