@@ -25,4 +25,4 @@ def ranks() -> Iterator[Ranks]:
     """``ranks(W).run(function, *args)``: what the function returned on each of W gloo ranks."""
     pool = Ranks()
     yield pool
-    pool.stop()
+    pool.close()
