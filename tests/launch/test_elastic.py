@@ -60,6 +60,9 @@ def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
                     break
         job.process.send_signal(signal.SIGTERM)
         assert job.end(timeout=40) == 75, job.said()
+    said = job.said().splitlines()
+    assert any("[0]:" in line and "step" in line for line in said), "rank 0's progress is shown"
+    assert not any("PYTHONSAFEPATH" in line for line in said)
     restarts = [line["step"] for line in lines(run, "resume")]
     assert len(restarts) == 2
     for step, name in zip(restarts, killed, strict=True):

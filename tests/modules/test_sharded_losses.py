@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.every_loss import config_cases, config_of, dense
+from tests.losses import LOSSES
+from tests.pipeline.choices import Choice, assert_same_choices, recorded_choices
 from tests.ranks import RankError, Ranks
 
 from shardrec.kernels import RowShard
@@ -25,6 +27,7 @@ class Result:
     statistics: dict[str, float]
     grad_states: torch.Tensor
     grad_rows: torch.Tensor
+    choices: list[Choice]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,15 +52,22 @@ def sharded_loss(case: str, with_group: bool = True) -> Result:
     rows = table[held].clone().requires_grad_()
     group = dist.group.WORLD if with_group else None
     shard = RowShard(rows, held.start, NUM_ITEMS, group)
-    output = config_of(case)(
-        own_states,
-        shard,
-        targets[own],
-        weights=weights[own],
-        step=Step(seed=3, step=7, item_counts=counts),
-    )
+    with recorded_choices() as choices:
+        output = config_of(case)(
+            own_states,
+            shard,
+            targets[own],
+            weights=weights[own],
+            step=Step(seed=3, step=7, item_counts=counts),
+        )
     output.loss.backward()
-    return Result(float(output.loss), output.statistics, dense(own_states.grad), dense(rows.grad))
+    return Result(
+        float(output.loss),
+        output.statistics,
+        dense(own_states.grad),
+        dense(rows.grad),
+        choices,
+    )
 
 
 @pytest.mark.parametrize("case", config_cases())
@@ -66,6 +76,9 @@ def test_ranks_do_not_change_a_loss_or_its_gradients(ranks: Ranks, case: str) ->
     assert alone.loss > 0 and alone.grad_states.abs().sum() > 0 and alone.grad_rows.abs().sum() > 0
     for num_ranks in (1, 2, 3):
         results = ranks(num_ranks).run(sharded_loss, case)
+        if LOSSES[case.partition("-")[0]].chooses:
+            assert len(alone.choices) == 1
+            assert_same_choices([result.choices for result in results], alone.choices)
         for result in results:
             assert result.loss == pytest.approx(alone.loss, rel=2e-6)
             assert result.statistics == alone.statistics
