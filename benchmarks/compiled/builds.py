@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -154,6 +155,7 @@ def _ptxas(architecture: int) -> str:
     return _tool("ptxas-blackwell" if architecture >= 100 else "ptxas")
 
 
+@cache
 def _ptxas_version(architecture: int) -> str:
     run = subprocess.run(
         [_ptxas(architecture), "--version"], capture_output=True, text=True, check=True

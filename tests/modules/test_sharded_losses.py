@@ -16,6 +16,7 @@ from shardrec.kernels import RowShard
 from shardrec.modules.losses import CCE, Step
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
+SEED = 8  # one with which every choice is certain
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
 POSITION_ENDS = {1: (53,), 2: (37, 53), 3: (20, 20, 53)}
 ROW_ENDS = {1: (211,), 2: (106, 211), 3: (120, 211, 211)}
@@ -31,7 +32,7 @@ class Result:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(SEED)
     states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
     table = torch.randn(NUM_ITEMS, WIDTH, generator=generator)
     targets = torch.randint(0, NUM_ITEMS, (NUM_POSITIONS,), generator=generator)
