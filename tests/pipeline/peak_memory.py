@@ -79,9 +79,7 @@ def state_of(stepper: Stepper, config: TrainConfig) -> CheckpointState:
     )
 
 
-def peak_bytes(
-    overrides: Sequence[str], num_items: int, shape: Sequence[int], folder: str
-) -> int:
+def peak_bytes(overrides: Sequence[str], num_items: int, shape: Sequence[int], folder: str) -> int:
     """Bytes that model and steps add to what this rank's process held before.
 
     Args:
