@@ -103,6 +103,7 @@ class Worker:
         return self.template.end(self.pid)
 
     def stop(self) -> int:
+        """Ends it; its exit code."""
         self.connection.close()
         self.stacks.close()
         return self.exit_code
