@@ -154,10 +154,10 @@ def rece(num_items: int) -> tuple[int, int]:
 def test_rece_holds_a_byte_for_each_row_and_round_and_a_part_of_the_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 32)
-    (small, said_small), (large, said_large) = rece(64), rece(128)
+    monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 64)
+    (small, said_small), (large, said_large) = rece(128), rece(256)
     # A list of both rounds at once and chunks in int32 would take 24 bytes for each row.
-    assert large - small <= 6 * 64
-    assert said_large - said_small == 2 * 64
+    assert large - small <= 6 * 128
+    assert said_large - said_small == 2 * 128
     for held, said in ((small, said_small), (large, said_large)):
         assert 0.5 * said < held < 1.5 * said
