@@ -89,7 +89,7 @@ def test_given_variables_win_over_ours() -> None:
 
 def test_slurm_is_asked_for_nodes_that_connect_to_the_first() -> None:
     words = ["-j", "2x8", "--cpu", "96", "--gpu", "8", "--memMB", "500000", "--max_retries", "2"]
-    text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE)
+    text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE, "--resume=auto")
     assert text.count("#SBATCH --job-name=train-") == 2
     assert "--cpus-per-task=96 --mem=500000 --gpus-per-task=8" in text
     assert "--partition=gpu" in text
@@ -104,7 +104,8 @@ def test_kubernetes_is_asked_for_pods_with_image_gpus_and_mounts() -> None:
     pytest.importorskip("kubernetes")
     words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
     mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
-    text = dry_run(["kubernetes", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    stage = [*STAGE, "--resume=auto"]
+    text = dry_run(["kubernetes", "-cfg", "queue=jobs"], "train", *words, *mounts, *stage)
     request = text.partition("=== SCHEDULER REQUEST ===")[2]
     assert request.count("image: me/shardrec:1") == 2
     assert request.count("nvidia.com/gpu: '4'") == 4
@@ -112,6 +113,21 @@ def test_kubernetes_is_asked_for_pods_with_image_gpus_and_mounts() -> None:
     assert "maxRetry: 3" in request
     assert "mountPath: /data" in request
     assert "loss=sce" in request
+
+
+def test_by_default_a_job_asks_for_two_cpus_a_worker_and_no_memory() -> None:
+    text = dry_run(["slurm"], "train", "-j", "1x8", *STAGE)
+    assert "--cpus-per-task=16" in text and "--mem" not in text
+    assert "OMP_NUM_THREADS=2" in text
+
+
+@pytest.mark.parametrize("option", ["--max_retries", "--max_restarts"])
+def test_training_that_may_start_twice_must_resume(option: str) -> None:
+    path = "launch/components.py:train"
+    code, _, errors = torchx(
+        "--dryrun", "-s", "slurm", "--workspace", "", path, option, "2", *STAGE
+    )
+    assert code != 0 and f"{option[2:]}=2" in errors and "--resume=auto must follow" in errors
 
 
 def test_prepare_is_one_process_without_a_rendezvous() -> None:
@@ -124,7 +140,8 @@ def test_prepare_is_one_process_without_a_rendezvous() -> None:
 def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
     words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
     mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
-    text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    stage = [*STAGE, "--resume=auto"]
+    text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *stage)
     request = text.partition("=== SCHEDULER REQUEST ===")[2]
     assert "numNodes: 2" in request and "queue: jobs" in request
     assert "image: me/shardrec:1" in request
