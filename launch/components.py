@@ -11,6 +11,7 @@ so ``_component`` makes them, and a ``def`` holds only what its stage adds to th
 # TorchX reads signatures from the syntax tree and knows `Optional[Dict]`, not `dict | None`.
 # ruff: noqa: UP006, UP035, UP045
 
+import dataclasses
 import inspect
 import re
 import shlex
@@ -79,10 +80,6 @@ def _workers(
         m="shardrec.launch.cli",
         image=image,
         name=name,
-        h=h,
-        cpu=cpu or 2 * workers,
-        gpu=gpu,
-        memMB=memMB,
         j=j,
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
@@ -91,6 +88,7 @@ def _workers(
     )
     (role,) = app.roles
     role.name = stage
+    role.resource = _resource(cpu or 2 * workers, gpu, memMB, h)
     role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
     return app
 
@@ -102,8 +100,8 @@ def _process(
     image: str = IMAGE,
     name: str = "",
     h: Optional[str] = None,
-    cpu: int = 2,
-    memMB: int = 8192,  # noqa: N803
+    cpu: int = 0,
+    memMB: int = 0,  # noqa: N803
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
@@ -115,11 +113,17 @@ def _process(
         entrypoint="shardrec",
         args=[stage, *arguments],
         env=ENVIRONMENT | (env or {}),
-        resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
+        resource=_resource(cpu or 1, 0, memMB, h),
         max_retries=max_retries,
         mounts=specs.parse_mounts(mounts) if mounts else [],
     )
     return AppDef(name=name, roles=[role])
+
+
+def _resource(cpu: int, gpu: int, memory_mb: int, h: Optional[str]) -> specs.Resource:
+    """The resource of a node; ``specs.resource`` would ask for a gigabyte instead of no memory."""
+    found = specs.resource(cpu=cpu, gpu=gpu, memMB=memory_mb, h=h)
+    return found if h else dataclasses.replace(found, memMB=memory_mb)
 
 
 def _component(add: Callable[..., AppDef]) -> Callable[..., AppDef]:

@@ -235,7 +235,7 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
     path = f"{components.__file__}:{job.component}"
     try:
         return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
-    except ValueError as refused:  # by a component, which TorchX runs from its text
+    except (AssertionError, ValueError) as refused:  # by TorchX, or a component run from its text
         raise ValueError(str(refused)) from refused
 
 

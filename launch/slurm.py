@@ -6,7 +6,7 @@
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchx.schedulers.api import DescribeAppResponse
@@ -58,34 +58,39 @@ def sentence(state: str) -> str:
     return f"{state}: {meaning}" if meaning else state
 
 
-@dataclass
+@dataclass(repr=False)
 class Request(SlurmBatchRequest):
-    """A job script in which ``srun`` keeps the CPUs of the job and the commas of variables.
-
-    Since Slurm 22.05 `srun` gives a task one CPU unless it is told the number again, and it cuts
-    the values in `--export` at commas. A job that cannot resume its run is not put back in the
-    queue, where it would only find its own folder and fail.
+    """A job script that sets some variables itself.
 
     Attributes:
-        can_start_again: whether the job may be put back in the queue.
+        exported: their names and values.
     """
 
-    can_start_again: bool = True
+    exported: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, made: SlurmBatchRequest, arguments: Sequence[str]) -> "Request":
+        """TorchX's request for a command with these arguments, made fit for clusters.
+
+        Since Slurm 22.05 `srun` gives a task one CPU unless it is told the number again, and it
+        cuts the values in `--export` at commas. A job that cannot resume its run is not put back
+        in the queue, where it would only find its own folder and fail.
+        """
+        exported: dict[str, str] = {}
+        for replica in made.replicas.values():
+            with_commas = {name: value for name, value in replica.env.items() if "," in value}
+            exported |= with_commas
+            replica.env = {n: value for n, value in replica.env.items() if n not in with_commas}
+            if cpus := replica.sbatch_opts.get("cpus-per-task"):
+                replica.srun_opts["cpus-per-task"] = cpus
+            if not can_start_again(arguments):
+                del replica.sbatch_opts["requeue"]
+                replica.sbatch_opts["no-requeue"] = None
+        return cls(made.cmd, made.replicas, made.job_dir, made.max_retries, exported)
 
     @override
     def materialize(self) -> str:
-        exported: dict[str, str] = {}
-        for replica in self.replicas.values():
-            with_commas = {name: value for name, value in replica.env.items() if "," in value}
-            exported |= with_commas
-            for name in with_commas:
-                del replica.env[name]
-            if cpus := replica.sbatch_opts.get("cpus-per-task"):
-                replica.srun_opts["cpus-per-task"] = cpus
-            if not self.can_start_again and "requeue" in replica.sbatch_opts:
-                del replica.sbatch_opts["requeue"]
-                replica.sbatch_opts["no-requeue"] = None
-        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in exported.items()]
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.exported.items()]
         head, start, rest = super().materialize().partition("set +e\n")
         return "".join([head, *lines, start, rest])
 
@@ -96,13 +101,7 @@ class Scheduler(SlurmScheduler):
     @override
     def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
         made = super()._submit_dryrun(app, cfg).request
-        request = Request(
-            cmd=made.cmd,
-            replicas=made.replicas,
-            job_dir=made.job_dir,
-            max_retries=made.max_retries,
-            can_start_again=can_start_again(app.roles[0].args),
-        )
+        request = Request.of(made, app.roles[0].args)
         return AppDryRunInfo(request, repr)
 
     @override

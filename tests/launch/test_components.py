@@ -123,11 +123,9 @@ def test_by_default_a_job_asks_for_two_cpus_a_worker_and_no_memory() -> None:
 
 @pytest.mark.parametrize("option", ["--max_retries", "--max_restarts"])
 def test_training_that_may_start_twice_must_resume(option: str) -> None:
-    path = "launch/components.py:train"
-    code, _, errors = torchx(
-        "--dryrun", "-s", "slurm", "--workspace", "", path, option, "2", *STAGE
-    )
-    assert code != 0 and f"{option[2:]}=2" in errors and "--resume=auto must follow" in errors
+    words = ["--workspace", "", "launch/components.py:train", option, "2", *STAGE]
+    with pytest.raises(ValueError, match=f"--resume=auto must follow.* {option[2:]}=2;"):
+        torchx("--dryrun", "-s", "slurm", *words)
 
 
 def test_prepare_is_one_process_without_a_rendezvous() -> None:
@@ -138,7 +136,18 @@ def test_prepare_is_one_process_without_a_rendezvous() -> None:
 
 
 def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
-    words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
+    words = [
+        "-j",
+        "2x4",
+        "--gpu",
+        "4",
+        "--image",
+        "me/shardrec:1",
+        "--max_retries",
+        "3",
+        "--memMB",
+        "9000",
+    ]
     mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
     stage = [*STAGE, "--resume=auto"]
     text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *stage)
@@ -172,9 +181,15 @@ def test_the_defaults_of_a_component_are_those_of_its_stage() -> None:
     assert inspect.signature(components.train).parameters["grace"].default == 25
 
 
+def test_aws_batch_needs_the_memory_to_be_named() -> None:
+    with pytest.raises(ValueError, match="memMB to be set to a positive value, got 0"):
+        describe(Job(component="train", arguments=(), scheduler="aws_batch", settings="queue=q"))
+
+
 @pytest.mark.parametrize("scheduler", ["kubernetes", "aws_batch"])
 def test_the_default_image_is_the_one_that_the_dockerfile_is_built_as(scheduler: str) -> None:
-    job = Job(component="train", arguments=(), scheduler=scheduler, settings="queue=jobs")
+    memory = ("--memMB", "9000")  # AWS Batch has no default
+    job = Job(component="train", arguments=memory, scheduler=scheduler, settings="queue=jobs")
     name = f"shardrec:{shardrec.__version__}"
     assert f"image: {name}" in describe(job)
     built = "docker build -t shardrec:$(shardrec --version) ."
