@@ -1,18 +1,14 @@
-"""Peak memory of two training steps in processes of their own: what ``plan`` is held to.
+"""Peak memory of two training steps, measured by a process that does nothing else.
 
-Run with JSON of num_items, overrides of ``tiny_cpu``, the shape of the batch of all ranks, rank,
-num_ranks and an empty folder for rendezvous and checkpoints, such as ``'{"num_items": 50000,
-"overrides": ["loss=cce"], "batch": [64, 20], "rank": 0, "num_ranks": 1, "folder": "peak"}'``;
-prints the bytes that model and steps added to what the process held before. With
-``checkpoints.background`` a checkpoint is written during the second step.
+What ``plan`` is held to. With ``checkpoints.background`` a checkpoint is written during the second
+step.
 """
 
-import json
-import sys
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,27 +79,21 @@ def state_of(stepper: Stepper, config: TrainConfig) -> CheckpointState:
     )
 
 
-def main(case: dict[str, Any]) -> None:
-    config = override(tiny_cpu("none", "none"), case["overrides"])
-    folder = Path(case["folder"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=case["rank"],
-        world_size=case["num_ranks"],
-    )
+def peak_bytes(overrides: Sequence[str], num_items: int, shape: Sequence[int], folder: str) -> int:
+    """Bytes that model and steps add to what this rank's process held before.
+
+    Args:
+        overrides: of ``tiny_cpu``.
+        num_items: of the catalog.
+        shape: of the batch of all ranks: sequences, and their length.
+        folder: an empty one, for checkpoints.
+    """
+    config = override(tiny_cpu("none", "none"), overrides)
     group = default_group()
     with writing_group(group) as writing:
         # Loads the libraries.
-        train_two_steps(config, 500, (8, 4), Ranks(group, writing, folder / "small"))
+        train_two_steps(config, 500, (8, 4), Ranks(group, writing, Path(folder, "small")))
         Path("/proc/self/clear_refs").write_text("5")
         before = status_bytes("VmRSS")
-        at = Ranks(group, writing, folder / "large")
-        train_two_steps(config, case["num_items"], case["batch"], at)
-        print(json.dumps({"before": before, "peak": status_bytes("VmHWM") - before}))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(json.loads(sys.argv[1]))
+        train_two_steps(config, num_items, shape, Ranks(group, writing, Path(folder, "large")))
+        return status_bytes("VmHWM") - before

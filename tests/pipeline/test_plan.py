@@ -1,19 +1,13 @@
 """Plans: within 15 % of the peaks that this machine measures, and sums that can be checked."""
 
-import contextlib
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.side_by_side import asked_for, side_by_side
+from tests.pipeline.peak_memory import peak_bytes
+from tests.ranks import Ranks
 
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
@@ -26,7 +20,7 @@ from shardrec.pipeline.run.config import TrainConfig
 MIB = 1 << 20
 # glibc raises the size from which a block goes back to the system to that of blocks freed before,
 # and keeps what is smaller: what a process holds would depend on its past. Here the size is fixed.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 @dataclass(frozen=True)
@@ -58,51 +52,23 @@ class Case:
 POPULARITY = "loss=cce_minus loss.proposal=popularity loss.num_negatives=256"
 CASES = {
     "fused-softmax": Case(30_000, (64, 20), "loss=cce"),
-    "streamed-softmax": Case(400_000, (64, 20), "loss=cce"),
+    "streamed-softmax": Case(400_000, (16, 20), "loss=cce"),
     "sampled-adam": Case(300_000, (256, 20), "loss=cce_minus catalog.optimizer=adam"),
     "sampled-popularity": Case(1_500_000, (64, 20), POPULARITY),
     "sampled-rowwise": Case(600_000, (256, 40), "loss=cce_minus"),
     "buckets-sparse-adam": Case(300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam"),
-    "hashes-sgd": Case(300_000, (64, 20), "loss=rece catalog.optimizer=sgd"),
+    "hashes-sgd": Case(300_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
     "stored-logits": Case(20_000, (64, 20), "loss=eager_ce"),
     "stored-negatives": Case(20_000, (64, 20), "loss=gbce loss.num_negatives=64"),
     "sasrec": Case(2_000, (768, 50), "loss=cce_minus loss.num_negatives=64"),
     "modern": Case(2_000, (512, 50), "loss=cce_minus loss.num_negatives=64 encoder.kind=modern"),
     "checkpoint": Case(300_000, (128, 20), "loss=cce_minus catalog.optimizer=adam", 1, True),
-    "two-ranks-streamed": Case(400_000, (32, 20), "loss=cce", 2),
+    "two-ranks-streamed": Case(400_000, (8, 20), "loss=cce", 2),
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
-    "two-ranks-hashes": Case(400_000, (64, 20), "loss=rece", 2),
+    "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
-QUICK = ("fused-softmax", "sasrec")
-
-
-def measured_bytes(name: str) -> int:
-    """Peak of the rank that used most."""
-    case = CASES[name]
-    known = {"num_items": case.num_items, "batch": case.batch, "overrides": case.overrides()}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("peak_memory.py"))]
-    with contextlib.ExitStack() as started:
-        folder = started.enter_context(tempfile.TemporaryDirectory())
-        known |= {"num_ranks": case.num_ranks, "folder": folder}
-        processes = [
-            started.enter_context(
-                subprocess.Popen(
-                    [*command, json.dumps(known | {"rank": rank})],
-                    env=os.environ | ENVIRONMENT,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in range(case.num_ranks)
-        ]
-        for process in processes:
-            started.callback(process.kill)
-        printed = [process.communicate(timeout=300) for process in processes]
-    assert not any(process.returncode for process in processes), printed
-    return max(int(json.loads(output)["peak"]) for output, _ in printed)
 
 
 def without_libraries(config: TrainConfig, num_items: int, num_ranks: int = 1) -> Plan:
@@ -110,21 +76,24 @@ def without_libraries(config: TrainConfig, num_items: int, num_ranks: int = 1) -
 
 
 @pytest.fixture(scope="module")
-def peaks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
-    with side_by_side(measured_bytes, asked_for(request, "case_name")) as started:
-        yield started
+def processes() -> Iterator[Ranks]:
+    pool = Ranks(ENVIRONMENT)
+    yield pool
+    pool.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case_name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_the_plan_is_within_15_percent_of_the_measured_peak(
-    case_name: str, peaks: dict[str, Future[int]]
+    case: Case, processes: Ranks, tmp_path: Path
 ) -> None:
-    case = CASES[case_name]
     planned = without_libraries(case.config(), case.num_items, case.num_ranks).peak_bytes
-    measured = peaks[case_name].result()
+    processes.stop()  # each case in fresh ones
+    measured = max(
+        processes(case.num_ranks).run(
+            peak_bytes, case.overrides(), case.num_items, case.batch, str(tmp_path)
+        )
+    )
     assert planned == pytest.approx(measured, rel=0.15), (
         f"planned {planned / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB"
     )
