@@ -108,7 +108,6 @@ class TrainingBatches:
         self.epoch = self.step = 0
         self._columns = ["items", "weights"] if prepared.has_weights else ["items"]
         self._groups = RowGroups(prepared.train_files, [*self._columns, "length"])
-        self._positions = self._slots = 0
         self._samples = self._count_samples()
         self._num_steps = -(-int(self._samples.sum()) // config.batch_size)
 
@@ -120,11 +119,6 @@ class TrainingBatches:
     def bytes_read(self) -> int:
         """Stored bytes of footers and column chunks read by this rank."""
         return int(self._groups.bytes_read)
-
-    @property
-    def padding_share(self) -> float:
-        """Share of padding among all positions of this rank so far; 0 before the first batch."""
-        return 1.0 - self._positions / self._slots if self._slots else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, step, and everything the order depends on (not the number of ranks)."""
@@ -174,19 +168,12 @@ class TrainingBatches:
         """The batches of a window from ``step`` on; ``step`` is advanced before each yield."""
         places = window.places(self.rank, self.world_size)
         run = window.place_start(np.array(places))
-        pieces, start = order.pieces(window, int(run[0]), int(run[1]))
-        samples, random_keys = self._read(order, pieces)
-        sizes = np.array([piece.last - piece.first for piece in pieces], dtype=np.int64)
-        chosen, counts = order.assign(
-            window, start, sizes, samples.length.numpy(), random_keys, places
-        )
+        samples, random_keys = self._read(order, order.pieces(window, int(run[0]), int(run[1])))
+        chosen, counts = order.assign(window, places, random_keys)
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
-            batch = samples.batch(parts[index])
-            self._positions += batch.num_positions
-            self._slots += batch.items.numel()
             self.step = window.first_step + index + 1
-            yield batch
+            yield samples.batch(parts[index])
 
     def _read(
         self, order: EpochOrder, pieces: list[Piece]
