@@ -149,9 +149,9 @@ class TransformerEncoder(nn.Module):
     is needed; the caller must drop the states at padded positions. ``packed`` takes real positions
     only, and pads them in attention alone. Item vectors are multiplied by sqrt(D) first.
 
-    Learned positions are numbered from the first item, or, with "learned_from_last", so that the
-    last item of the sequence has the number ``max_length - 1``: the published SASRec, which pads on
-    the left. A state then still depends on no later item, but on how many there are.
+    Learned positions are numbered from the first item; with "learned_from_last" the last item of
+    the window has the number ``max_length - 1``, as in the published SASRec, which pads on the
+    left: a state then depends on no later item, but on how many there are.
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
@@ -212,9 +212,8 @@ class TransformerEncoder(nn.Module):
         batch, longest = vectors.shape[:2]
         if lengths is None:
             lengths = torch.full((batch,), longest, device=vectors.device)
-        states = self.packed(vectors.flatten(0, 1), LengthGroups.single(lengths, longest))
-        grouped: Tensor = states.unflatten(0, (batch, longest))
-        return grouped
+        groups = LengthGroups.single(lengths, longest)
+        return self.packed(vectors.flatten(0, 1), groups).view(vectors.shape)
 
     def packed(
         self, vectors: Tensor, groups: LengthGroups, keys: PositionKeys | None = None
@@ -225,10 +224,8 @@ class TransformerEncoder(nn.Module):
             vectors: (N, D) float item vectors, sorted as ``groups`` are; N is at least 1.
             groups: of the sequences.
             keys: decide what dropout drops in training on a CPU; None: torch's generator does.
-
-        Collectives: none.
         """
-        if keys is None:
+        if self.training and keys is None:
             keys = PositionKeys.drawn(len(vectors), vectors.device)
         call = _Call(groups, self.rotary, keys if self.training else None)
         x = vectors * math.sqrt(self.config.width)
@@ -240,12 +237,15 @@ class TransformerEncoder(nn.Module):
         states: Tensor = self.final_norm(x)
         return states
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether states depend on the ``lengths`` given to ``forward``."""
+        return self.config.resolved_positions == "learned_from_last"
+
     def _numbers(self, groups: LengthGroups) -> Tensor:
         """(N,) int64 row of ``position_vectors`` for each position."""
-        if self.config.resolved_positions == "learned":
-            return groups.places
-        last = self.config.max_length - 1
-        return (last - groups.lengths + 1 + groups.places).clamp(max=last)  # padding goes beyond
+        first = self.config.max_length - groups.lengths if self.reads_lengths else 0
+        return (first + groups.places).clamp(max=self.config.max_length - 1)  # for padding
 
     def _check(self, vectors: Tensor) -> None:
         config = self.config
@@ -292,21 +292,18 @@ class _Block(nn.Module, ABC):
 
     def attend(self, projected: Tensor, call: _Call) -> Tensor:
         """(N, D) attention of the (N, 3 D) query, key and value."""
-        attention = partial(self._attend_in_group, call.rotary)
-        keys = call.next_keys()
-        if keys is None or self.attention_dropout == 0 or keys.device.type != "cpu":
-            return call.groups.apply(attention, projected)
-        heads = torch.arange(self.num_heads)
-        drawn = random_bytes(keys[:, None] + heads, call.groups.longest)  # (N, heads, L)
-        return call.groups.apply(attention, projected, drawn)
+        values, keys = [projected], call.next_keys()
+        if keys is not None and self.attention_dropout > 0 and keys.device.type == "cpu":
+            of_heads = keys[:, None] + torch.arange(self.num_heads)
+            values.append(random_bytes(of_heads, call.groups.longest))  # (N, heads, L)
+        return call.groups.apply(partial(self._attend_in_group, call.rotary), *values)
 
     def _attend_in_group(
         self, rotary: _Rotary | None, projected: Tensor, drawn: Tensor | None = None
     ) -> Tensor:
         """(b, l, D) attention of the (b, l, 3 D) query, key and value of a group."""
-        length = projected.shape[1]
-        parts = projected.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query, key, value = (part.transpose(1, 2) for part in parts)
+        length, num_heads = projected.shape[1], self.num_heads
+        query, key, value = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         if rotary is not None:
             query, key = _rotate(query, rotary(length)), _rotate(key, rotary(length))
         if drawn is not None:

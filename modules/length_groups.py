@@ -104,7 +104,7 @@ class LengthGroups:
     groups: list[PaddedGroup]
 
     @classmethod
-    def of(cls, lengths: Tensor) -> LengthGroups:
+    def of(cls, lengths: Tensor, least_saved: float = LEAST_SAVED) -> LengthGroups:
         """The groups of ``cut_lengths`` for sequences of (B,) int64 lengths, on their device."""
         given = lengths.cpu()
         ascending, by_length = given.sort(stable=True)
@@ -113,7 +113,7 @@ class LengthGroups:
         order = (given.cumsum(0) - given)[by_length][sequence] + places
         packed = torch.stack((places, ascending[sequence], order, sequence)).to(lengths.device)
         groups, first, start = [], int((given == 0).sum()), 0
-        for number, length in cut_lengths(ascending):
+        for number, length in cut_lengths(ascending, least_saved):
             size = int(ascending[first : first + number].sum())
             own = packed[:, start : start + size]
             slots = None if size == number * length else (own[3] - first) * length + own[0]
@@ -124,9 +124,10 @@ class LengthGroups:
     @classmethod
     def single(cls, lengths: Tensor, longest: int) -> LengthGroups:
         """One group of a (B, ``longest``) batch of (B,) lengths; its padding counts as positions."""
-        places = torch.arange(longest, device=lengths.device).expand(len(lengths), longest)
-        own = lengths[:, None].expand(len(lengths), longest)
-        group = PaddedGroup(len(lengths), longest, None)
+        number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
+        places = torch.arange(longest, device=lengths.device).expand(number, longest)
+        own = lengths[:, None].expand(number, longest)
+        group = PaddedGroup(number, longest, None)
         return cls(places.flatten(), own.flatten(), None, [group])
 
     @property

@@ -5,6 +5,7 @@ No Python loop runs over sequences: list columns become one flat tensor and offs
 index arithmetic on them.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from shardrec.pipeline.prepared.batches import (
     num_windows,
     padded,
 )
-from shardrec.pipeline.prepared.epoch_order import EpochOrder, Piece, Window
+from shardrec.pipeline.prepared.epoch_order import ORDER_VERSION, EpochOrder, Piece, Window
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.row_groups import RowGroups, flat_list
 
@@ -127,11 +128,14 @@ class TrainingBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state, at any number of ranks.
 
+        A state within an epoch that was begun in the order of another version of shardrec goes on
+        at the same step of this version's order, with a warning on rank 0.
+
         Raises:
             ValueError: the state belongs to another order (data, seed, batch size, ...).
         """
         for name, value in self._order_key().items():
-            if state["order"].get(name) != value:
+            if name != "version" and state["order"].get(name) != value:
                 raise ValueError(
                     f"{name} must be {state['order'].get(name)} to go on from this state,"
                     f" got {value}; restore the setting or start a new run"
@@ -141,6 +145,14 @@ class TrainingBatches:
                 f"step must be in [0, {len(self)}], got {state['step']}; load another state"
             )
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        is_other = state["order"].get("version", 1) != ORDER_VERSION
+        if is_other and 0 < self.step < len(self) and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "the first %d of the %d batches of epoch %d came in the order of another version of "
+                "shardrec: the epoch goes on at the same step in the order of this one, so it has "
+                "some sequences twice and others not at all; later epochs are complete",
+                *(self.step, len(self), self.epoch + 1),
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches from (epoch, step) to the end of the epoch.
@@ -231,6 +243,7 @@ class TrainingBatches:
             "windows": self.config.windows,
             "shuffle_row_groups": self.config.shuffle_row_groups,
             "max_length": self.max_length,
+            "version": ORDER_VERSION,
         }
 
 
