@@ -3,7 +3,8 @@
 ::
 
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
-    encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L
+    encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L; also
+                                        takes (B,) lengths if the manifest has reads_lengths
     items.faiss                         if an index is asked for
     manifest.json                       run, data, catalog version, files; written last
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.encoder import TransformerEncoder
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_parquet
 from shardrec.pipeline.outputs.formats import EXPORT
@@ -141,7 +143,8 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
     """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
-        encoder: (B, L, D) to (B, L, D); left as it is.
+        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
+            it is.
         width: D.
         max_length: the longest L.
 
@@ -149,12 +152,13 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
         ValueError: ``torch.export`` cannot trace it.
     """
     alone = copy.deepcopy(encoder).cpu().eval()
-    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    batch = torch.export.Dim("batch", min=1)
+    dims: list[dict[int, Any]] = [{0: batch}, {0: batch}]
     if max_length > 1:
-        dims[1] = torch.export.Dim("length", min=1, max=max_length)
-    example = torch.zeros(3, min(max_length, 5), width)
+        dims[0][1] = torch.export.Dim("length", min=1, max=max_length)
+    example = _inputs(alone, torch.zeros(3, min(max_length, 5), width), torch.ones(3).long())
     try:
-        return torch.export.export(alone, (example,), dynamic_shapes=(dims,))
+        return torch.export.export(alone, example, dynamic_shapes=tuple(dims[: len(example)]))
     except Exception as error:
         raise ValueError(
             f"encoder must be one that torch.export can trace for any number and length of "
@@ -190,6 +194,7 @@ class _Work:
             "width": config.width,
             "max_length": config.max_length,
             "scores": "cosine" if self.model.normalize else "inner product",
+            "reads_lengths": _reads_lengths(self.model.encoder),
             "versions": {"shardrec": __version__, "torch": torch.__version__},
             **self.measured,
         }
@@ -254,8 +259,9 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
     generator, worst = torch.Generator().manual_seed(1), 0.0
     for shape in ((1, 1), (2, max_length), (5, -(-max_length // 2))):
         vectors = torch.randn(*shape, width, generator=generator)
-        expected = alone(vectors)
-        difference = float((program(vectors) - expected).abs().max())
+        lengths = torch.randint(1, shape[1] + 1, shape[:1], generator=generator)
+        expected = alone(*_inputs(alone, vectors, lengths))
+        difference = float((program(*_inputs(alone, vectors, lengths)) - expected).abs().max())
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
@@ -264,6 +270,14 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
                 "from its forward"
             )
     return worst
+
+
+def _reads_lengths(encoder: nn.Module) -> bool:
+    return isinstance(encoder, TransformerEncoder) and encoder.reads_lengths
+
+
+def _inputs(encoder: nn.Module, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    return (vectors, lengths) if _reads_lengths(encoder) else (vectors,)
 
 
 @torch.no_grad()

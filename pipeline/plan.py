@@ -40,7 +40,7 @@ class Machine:
         ranks: W, workers in one sharding group.
         memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
-        filled: share of the positions of a batch that are real and not padding.
+        filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
         libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
             bytes.
     """
@@ -58,7 +58,7 @@ class Machine:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}; choose one")
         if not 0 < self.filled <= 1:
-            raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is no padding")
+            raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is full length")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise ValueError(f"memory_gb must be above 0, got {self.memory_gb}; or none")
 
@@ -150,7 +150,8 @@ class _Planner:
         self.on_cpu = machine.device == "cpu"
         self.width, self.length = config.encoder.width, config.encoder.max_length
         sequences = config.batches.batch_size
-        self.slots = -(-sequences // machine.ranks) * self.length
+        # The encoder sees hardly any padding (``LengthGroups``).
+        self.own_positions = -(-sequences // machine.ranks) * self.length * machine.filled
         self.num_positions = round(sequences * self.length * machine.filled)
         encoder = TransformerEncoder(config.encoder)
         self.parameters = sum(one.numel() for one in encoder.parameters())
@@ -220,13 +221,13 @@ class _Planner:
     def flops(self, num_items: int) -> dict[str, float]:
         """FLOP of matrix products, forward and backward."""
         return {
-            "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
+            "encoder": self.own_positions * encoder_flops(self.config.encoder, self.length),
             "loss": self.config.loss.cost(self.work(num_items)).flops,
         }
 
     def _activations(self) -> int:
         kept = saved_floats(self.config.encoder, self.length, on_cpu=self.on_cpu)
-        return round(4 * self.slots * (kept + PASSING_TENSORS * self.width))
+        return round(4 * self.own_positions * (kept + PASSING_TENSORS * self.width))
 
     def _update(self, cost: LossCost, work: Workload) -> tuple[int, int]:
         """Bytes of the table's gradient, and of merging and applying it."""

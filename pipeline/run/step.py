@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.item_counts import ItemCounts
+from shardrec.modules.length_groups import num_slots
 from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
@@ -152,25 +153,28 @@ class Stepper:
         memory = [0.0] * world_size
         memory[rank] = float(_memory_bytes(self.model.device))
         weights = [_weight(batch) for batch in batches]
-        positions = [float(batch.lengths.sum()) for batch in batches]
-        slots = float(sum(batch.items.numel() for batch in batches))
+        positions = torch.zeros(world_size, len(batches), dtype=torch.float64)
+        positions[rank] = torch.tensor([batch.num_positions for batch in batches])
+        slots = float(sum(num_slots(batch.lengths) for batch in batches))
         raised = [float(one) for one in (flags.stop, flags.save, flags.interrupt, flags.written)]
-        local = [*weights, *positions, slots, *raised, *memory]
+        local = [*weights, slots, *raised, *memory, *positions.flatten().tolist()]
         values = torch.tensor(local, dtype=torch.float64, device=self.model.device)
         Communicator(self.model.group).sum_(values)
         count, total = len(batches), values.tolist()
-        stop, save, interrupt, written = total[2 * count + 1 : 2 * count + 5]
+        stop, save, interrupt, written = total[count + 1 : count + 5]
+        positions = torch.tensor(total[count + 5 + world_size :]).long().view(world_size, count)
         return _Totals(
             weights=total[:count],
-            positions=[int(value) for value in total[count : 2 * count]],
-            slots=int(total[2 * count]),
+            positions=positions.sum(0).tolist(),
+            first=positions[:rank].sum(0).tolist(),
+            slots=int(total[count]),
             flags=StepFlags(
                 stop=stop > 0,
                 save=save > 0,
                 interrupt=interrupt > 0,
                 written=written == world_size,
             ),
-            memory_bytes=int(max(total[2 * count + 5 :])),
+            memory_bytes=int(max(total[count + 5 : count + 5 + world_size])),
         )
 
     def _backward(
@@ -195,7 +199,8 @@ class Stepper:
             )
             batch, vectors = self._in_flight(batch)
             real = batch.real_positions()
-            states = self.model.states(batch.items, batch.lengths, vectors)
+            keys = self._dropout_keys(draw.step, totals.first[index], len(real))
+            states = self.model.states(batch.items, batch.lengths, vectors, keys)
             # Backward in two calls, so that a profile separates the loss from the encoder.
             seen = states.detach().requires_grad_()
             with part("loss"):
@@ -259,16 +264,21 @@ class Stepper:
 
     def _dropout_seed(self, step: int) -> int:
         """A seed from (seed, step, rank), so that a resumed run repeats its dropout."""
-        text = f"dropout {self.seed} {step} {Communicator(self.model.group).rank}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        return _hashed(f"dropout {self.seed} {step} {Communicator(self.model.group).rank}", 4)
+
+    def _dropout_keys(self, draw: int, first: int, number: int) -> Tensor:
+        """(number,) int64 keys of positions, from (seed, draw, index in the global batch)."""
+        start = _hashed(f"dropout {self.seed} {draw}", 7) + first
+        return torch.arange(start, start + number, device=self.model.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Totals:
-    """Sums over the ranks, one entry a micro-batch in the lists."""
+    """Sums over the ranks, one entry a micro-batch in the lists; ``first`` is over those before."""
 
     weights: list[float]
     positions: list[int]
+    first: list[int]
     slots: int
     flags: StepFlags
     memory_bytes: int
@@ -288,6 +298,11 @@ def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int | 
         return 1.0
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _hashed(text: str, num_bytes: int) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _gradient(parameter: Tensor) -> Tensor:
