@@ -20,6 +20,13 @@ from shardrec.launch.options import (
     read_options,
     require_set_once,
 )
+from shardrec.launch.printing import (
+    print_beside,
+    print_counts,
+    print_end,
+    print_metrics,
+    print_protocol,
+)
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import COMMANDS, STAGES, imported
 
@@ -128,12 +135,13 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
     }
     with process_group(options.timeout) as (group, _):
         if options.run is None:
-            metrics = evaluate_popularity(options.prepared, config, **report)
+            found = evaluate_popularity(options.prepared, config, **report)
         else:
             report["checkpoint"] = options.checkpoint or "best"
-            metrics = run_evaluate(options.run, options.prepared, config, **report)["metrics"]
+            found = run_evaluate(options.run, options.prepared, config, **report)
         if Communicator(group).rank == 0:
-            print_metrics(metrics)
+            print_metrics(found["metrics"], found["standard_errors"])
+            print_beside(found)
             if options.output or options.run:
                 print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
     return 0
@@ -149,6 +157,7 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
         done = run_recommend(config)
         if Communicator(group).rank == 0:
             print_counts(done.manifest["counts"])
+            print_protocol(done.manifest["protocol"])
             rate = f"{config.output}: {done.users_per_second:,.0f} users/s"
             print_end(done.is_new, rate if done.is_new else config.output)
     return 0
@@ -356,33 +365,3 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     if options.popularity and options.force and not options.output:
         parser.error("--force must come with --output or --run, got neither; remove it")
     return options, config
-
-
-def print_counts(counts: Mapping[str, int]) -> None:
-    """Print one count per line."""
-    for name, count in counts.items():
-        print(f"{name.replace('_', ' '):<40} {count:>14,}")
-
-
-def print_end(
-    is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
-) -> None:
-    """Print that an output was written, or that it existed already."""
-    print(f"wrote {output}" if is_new else f"{output} {otherwise}")
-
-
-def print_metrics(metrics: Mapping[str, float]) -> None:
-    """Print one metric per line and one list length per column, then user and target counts."""
-    table: dict[str, dict[int, float]] = {}
-    for name, value in metrics.items():
-        kind, at, rest = name.partition("@")
-        if at:
-            length, slash, suffix = rest.partition("/")
-            table.setdefault(kind + slash + suffix, {})[int(length)] = value
-    lengths = sorted({length for row in table.values() for length in row})
-    print(f"{'':<22}" + "".join(f"{f'@{length}':>10}" for length in lengths))
-    for kind, row in table.items():
-        print(f"{kind:<22}" + "".join(f"{row[length]:>10.4f}" for length in lengths))
-    for name in (name for name in metrics if "@" not in name):
-        value = metrics[name]
-        print(f"{name:<22}{value:>10,}" if isinstance(value, int) else f"{name:<22}{value:>10.4f}")

@@ -12,6 +12,7 @@ memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +24,21 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.select import GROUP, TopSearch
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["Blocks", "LocalRows", "Ragged", "Ranks", "real_rows", "rounds", "shard_top"]
+__all__ = [
+    "Blocks",
+    "LocalRows",
+    "Ragged",
+    "Ranks",
+    "real_rows",
+    "rounds",
+    "shard_top",
+    "tie_keys",
+]
 
 Ragged = tuple[Tensor, Tensor]
 """Items of several users: values (sum of lengths,) int64 and lengths (B,) int64."""
 
+_LARGEST = 2**63 - 1
 _LEAST_COLUMNS = 16  # BLAS has another kernel for narrower products, which rounds differently
 
 
@@ -60,23 +71,61 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class LocalRows:
-    """This rank's rows without padding, and which of them must not be recommended."""
+    """This rank's rows without padding, and which of them must not be recommended.
 
-    rows: Tensor  # (R, D)
+    They are scored in the order of their ``tie_keys``: of equal scores, `TopSearch` keeps the first
+    ones. A place is an index in this order.
+    """
+
+    rows: Tensor  # (R, D), in the order of the table
+    items: Tensor  # (R,) int64, the global index of the row in each place
+    place: Tensor  # (R,) int64, the place of each row
     first_row: int
-    blocked: Tensor  # int64 local indices, ascending
+    blocked: Tensor  # int64 places, ascending
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
         """The (R, D) rows, blocked where the (V,) bool ``allowed`` is False; None blocks no row."""
+        items, place = _tie_order(first_row, len(rows), rows.device)
         blocked = torch.empty(0, dtype=torch.int64, device=rows.device)
         if allowed is not None:
-            blocked = (~allowed[first_row : first_row + len(rows)]).nonzero()[:, 0]
-        return cls(rows, first_row, blocked)
+            blocked = (~allowed[items]).nonzero()[:, 0]
+        return cls(rows, items, place, first_row, blocked)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """The float32 rows in places [start, stop)."""
+        return self.rows[self.items[start:stop] - self.first_row].float()
+
+
+def tie_keys(items: Tensor) -> Tensor:
+    """int64 keys of distinct items, distinct and unrelated to the order of the items.
+
+    Of items with equal scores the one with the lower key ranks first. Items are numbered by falling
+    popularity, or nearly so: ranked by index, a model with equal scores would do as well as
+    popularity. The mixing steps (multiplication by an odd number, xor with a shift, modulo 2**63)
+    are those of splitmix64, and each of them is invertible.
+
+    >>> tie_keys(torch.arange(6)).argsort().tolist()
+    [3, 4, 2, 0, 5, 1]
+    """
+    keys = (items + 1) * 0x1E3779B97F4A7C15
+    for multiplier in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        keys = keys & _LARGEST
+        keys = (keys ^ (keys >> 31)) * multiplier
+    keys = keys & _LARGEST
+    return keys ^ (keys >> 31)
+
+
+@functools.lru_cache(maxsize=2)  # a shard is ranked once for every batch of users
+def _tie_order(first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Items [first_row, first_row + num_rows) in the order of their keys, and each one's place."""
+    items = torch.arange(first_row, first_row + num_rows, device=device)
+    order = tie_keys(items).argsort()
+    return items[order], torch.empty_like(order).index_copy_(0, order, items - first_row)
 
 
 class _Hidden:
-    """The (row, state) pairs, and whole rows, with scores to set to -inf; sorted by row."""
+    """The (place, state) pairs, and whole rows, with scores to set to -inf; sorted by place."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked
@@ -84,17 +133,17 @@ class _Hidden:
         items, columns = seen if seen is not None else (local.blocked[:0], local.blocked[:0])
         rows = items - local.first_row
         inside = (rows >= 0) & (rows < len(local.rows))
-        self.rows, order = rows[inside].sort()
+        self.places, order = local.place[rows[inside]].sort()
         self.columns = columns[inside][order]
-        self.bounds = _tile_bounds(self.rows, len(local.rows), tile_rows)
+        self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
 
     def cover(self, scores: Tensor, start: int) -> None:
-        """Set hidden scores to -inf in the (rows, columns) tile that starts at row ``start``."""
+        """Set hidden scores to -inf in the (rows, columns) tile that starts at place ``start``."""
         tile = start // self.tile_rows
         low, high = self.bounds[tile], self.bounds[tile + 1]
         if high > low:
-            places = (self.rows[low:high] - start) * scores.shape[1] + self.columns[low:high]
-            scores.view(-1).index_fill_(0, places, -math.inf)
+            cells = (self.places[low:high] - start) * scores.shape[1] + self.columns[low:high]
+            scores.view(-1).index_fill_(0, cells, -math.inf)
         low, high = self.blocked_bounds[tile], self.blocked_bounds[tile + 1]
         if high > low:
             scores.index_fill_(0, self.blocked[low:high] - start, -math.inf)
@@ -105,8 +154,8 @@ def shard_top(
 ) -> tuple[Tensor, Tensor]:
     """(M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Of equal scores the lower index comes first. A list with fewer than k items ends in -inf; if any
-    score of a state is NaN, its list starts with NaN.
+    Of equal scores the lower of ``tie_keys`` comes first. A list with fewer than k items ends in
+    -inf; if any score of a state is NaN, its list starts with NaN.
     """
     num_states = len(states)
     states = _widen(states)
@@ -115,14 +164,15 @@ def shard_top(
     hidden = _Hidden(local, seen, tile)
     memory = states.new_empty(tile, len(states))  # all tiles share it
     for start in range(0, len(local.rows), tile):
-        rows = local.rows[start : start + tile]
+        rows = local.tile(start, start + tile)
         # Autocast does not apply to a product with ``out``, so scores stay float32.
-        scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
+        scores = torch.mm(rows, states.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
         search.add(scores, start)
-    best, best_rows, not_numbers = search.result()
+    best, places, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
-    return best[:num_states], best_rows[:num_states] + local.first_row
+    items = local.items[places] if len(local.items) else places  # of a shard without rows: unused
+    return best[:num_states], items[:num_states]
 
 
 def _widen(states: Tensor) -> Tensor:

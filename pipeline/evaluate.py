@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.kernels.shard import RowShard
-from shardrec.pipeline.model.config import MeasureConfig
-from shardrec.pipeline.model.measure import Scorer, Split, measure, open_users
+from shardrec.pipeline.model.baseline_ranker import BaselineRanker, by_popularity
+from shardrec.pipeline.model.config import MeasureConfig, describe_lists
+from shardrec.pipeline.model.measure import Measurement, Split, measure, open_users
+from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.model.ranker import Ranker, StateRanker
 from shardrec.pipeline.outputs.formats import METRICS
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
@@ -69,10 +70,12 @@ def evaluate(
     if found is not None:
         return found
     model, progress = load_model(source.config, source.checkpoint, users.prepared, encoder)
-    length = source.config.encoder.max_length
-    metrics = users.measure(model.last_states, model.scored_shard(), length)
+    measured = users.measure(users.ranker(model, source.config.encoder.max_length))
+    beside = {"popularity": users.measure(users.popularity()).metrics}
     which = {"which": checkpoint, "folder": source.checkpoint.name, "step": progress["step"]}
-    return _with_numbers(report.finish(lambda: users.details(metrics) | {"checkpoint": which}))
+    return _with_numbers(
+        report.finish(lambda: users.details(measured, beside) | {"checkpoint": which})
+    )
 
 
 def evaluate_popularity(
@@ -82,10 +85,8 @@ def evaluate_popularity(
     split: Split = "test",
     output: str | None = None,
     force: bool = False,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of ranking every user by training counts alone: a baseline for any model.
-
-    Ranks as for a model, with a table of width 1 (D = 1).
 
     Args:
         data: a prepared folder.
@@ -93,6 +94,9 @@ def evaluate_popularity(
         split: the users to rank for.
         output: the report to write; None writes none.
         force: whether to replace an existing report.
+
+    Returns:
+        The content of the report, written or not.
 
     Raises:
         FileExistsError: a report of other data or options exists.
@@ -106,11 +110,10 @@ def evaluate_popularity(
         report = users.report(output, {"source": source, **users.request}, force)
         found = _find(report)
         if found is not None:
-            return dict(found["metrics"])
-    metrics = users.measure(_same_state, _popularity_shard(users.prepared, users.group), 1)
-    if report is not None:
-        report.finish(lambda: users.details(metrics))
-    return metrics
+            return found
+    measured = users.measure(users.popularity())
+    details = users.details(measured, {})
+    return _with_numbers(details if report is None else report.finish(lambda: details))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,41 +134,50 @@ class _Users:
 
     @property
     def request(self) -> dict[str, Any]:
-        config = self.config
-        return {"split": self.split, "ks": list(config.ks), "filter_seen": config.filter_seen}
+        return {"split": self.split, **self.config.protocol}
 
     def report(self, path: str, request: Mapping[str, Any], force: bool) -> StageOutput:
         return StageOutput(
             path=Path(path), format=METRICS, request=request, force=force, group=self.group
         )
 
-    def measure(self, scorer: Scorer, shard: RowShard, max_length: int) -> dict[str, float]:
-        batches = open_users(self.prepared, self.split, self.config, max_length, self.group)
-        return measure(scorer, shard, batches, self.config, self.prepared)
+    def ranker(self, model: Model, max_length: int) -> Ranker:
+        config = self.config
+        return StateRanker.of(model, max_length, states=config.block_states, rows=config.block_rows)
 
-    def details(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """The report, without its request."""
+    def popularity(self) -> Ranker:
+        counts = on_this_rank(self.prepared.item_counts, self.group)
+        return BaselineRanker.of_order(by_popularity(counts), self.group)
+
+    def measure(self, ranker: Ranker) -> Measurement:
+        batches = open_users(self.prepared, self.split, self.config, ranker.max_length, self.group)
+        return measure(ranker, batches, self.config, self.prepared)
+
+    def details(
+        self, measured: Measurement, beside: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """The report, without its request; ``beside`` has the metrics of baselines."""
         seconds = time.monotonic() - self.started
         return {
-            "metrics": {n: value if math.isfinite(value) else None for n, value in metrics.items()},
+            "metrics": _json(measured.metrics),
+            "standard_errors": _json(measured.standard_errors),
+            "baselines": {name: _json(metrics) for name, metrics in beside.items()},
             "protocol": self.protocol(),
             "seconds": seconds,
-            "users_per_second": metrics["users"] / seconds,
+            "users_per_second": measured.metrics["users"] / seconds,
         }
 
     def protocol(self) -> dict[str, Any]:
         """What the metrics mean, for later readers."""
         prepared, without = self.prepared, f"{self.split}_users_without_history"
-        seen = "removed, targets excepted" if self.config.filter_seen else "not removed"
         return {
             "split": self.split,
             "data": prepared.manifest.split,
             "num_items": prepared.num_items,
-            "candidates": "the whole catalog, items first seen after the split included",
+            **describe_lists(self.config.filter_seen, self.config.min_count),
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
-            "seen_items": seen,
-            "ties": "lower item index first",
+            "standard_errors": "of a mean over users, as a random sample",
             "users_without_history": prepared.manifest.counts.get(without),
             "data_fingerprint": prepared.fingerprint,
         }
@@ -183,20 +195,17 @@ def _find(report: StageOutput) -> dict[str, Any] | None:
 
 
 def _with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored report with its metrics as numbers: NaN where there were no users to average."""
-    metrics = {n: math.nan if value is None else value for n, value in report["metrics"].items()}
-    return {**report, "metrics": metrics}
+    """A report with its metrics as numbers: NaN where there were no users to average."""
+    parts = {
+        part: {
+            name: math.nan if value is None else value
+            for name, value in report.get(part, {}).items()
+        }
+        for part in ("metrics", "standard_errors")
+    }
+    return {**report, **parts}
 
 
-def _popularity_shard(prepared: Prepared, group: dist.ProcessGroup | None) -> RowShard:
-    """A (V, 1) table of training counts, of which this rank holds a block of rows."""
-    counts = on_this_rank(prepared.item_counts, group)
-    block = -(-prepared.num_items // Communicator(group).size)
-    first = min(Communicator(group).rank * block, prepared.num_items)
-    rows = counts[first : first + block].float()[:, None]
-    return RowShard(rows, first, prepared.num_items, group)
-
-
-def _same_state(items: Tensor, lengths: Tensor) -> Tensor:
-    """(B, 1) ones: every user gets the counts as scores."""
-    return torch.ones(items.shape[0], 1, device=items.device)
+def _json(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics without NaN, which JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

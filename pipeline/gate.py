@@ -18,7 +18,7 @@ from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
 from shardrec.pipeline.outputs.formats import GATE, METRICS
-from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import Shape, require_shape
 from shardrec.pipeline.outputs.stage_output import StageOutput, read_output
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import EvaluationBatches
@@ -169,7 +169,10 @@ def measure_export(
 
     Collectives: none; the vectors must fit into this process.
     """
-    from shardrec.pipeline.model.measure import measure  # imported late: loads matplotlib
+    # Imported late: loads matplotlib.
+    from shardrec.modules.ranking import Blocks
+    from shardrec.pipeline.model.measure import measure
+    from shardrec.pipeline.model.ranker import StateRanker
 
     model = Recommender.open(folder, min_count=0)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
@@ -181,7 +184,9 @@ def measure_export(
     length = model.manifest["max_length"]
     batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
     scorer = functools.partial(_states, model, places)
-    return measure(scorer, RowShard(rows, 0, len(rows), None), batches, config, prepared)
+    blocks = Blocks(states=config.block_states, rows=config.block_rows)
+    ranker = StateRanker(scorer, RowShard(rows, 0, len(rows), None), length, blocks)
+    return measure(ranker, batches, config, prepared).metrics
 
 
 def _states(model: Recommender, places: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
@@ -201,12 +206,13 @@ def _read_evaluation(config: GateConfig) -> dict[str, Any]:
     """The run's measurement: its source, the protocol (users and options), and the metrics."""
     path = Path(config.metrics or Path(config.run) / "metrics.json")
     report = read_output(path, METRICS)
-    asked = {"source": dict, "split": str, "ks": list, "filter_seen": bool}
+    asked: Shape = {"source": dict, "split": str, "ks": list, "filter_seen": bool}
+    asked |= {"min_count": int, "ties": str}
     request = require_shape(report["request"], asked, f"'request' in {path}", METRICS.remedy)
     names = [name for name in report["metrics"] if "@" in name]
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
-    protocol = {name: request[name] for name in ("split", "ks", "filter_seen")}
+    protocol = {name: request[name] for name in asked if name != "source"}
     protocol["data"] = request["source"]["data"]
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
@@ -241,6 +247,7 @@ def _published_value(
     if known is not None and known["protocol"] == protocol:
         return known["metrics"][config.metric], "when it was published, on the same users"
     folder = require_unchanged(Path(config.published), current)
-    measure = MeasureConfig(ks=tuple(protocol["ks"]), filter_seen=protocol["filter_seen"])
+    lists = {name: protocol[name] for name in ("filter_seen", "min_count")}
+    measure = MeasureConfig(ks=tuple(protocol["ks"]), **lists)
     value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks, top_items
+from shardrec.pipeline.model.config import TIES, describe_lists
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
@@ -201,6 +202,7 @@ class _Work:
         return {
             "catalog_version": self.histories.catalog.version,
             "scores": "cosine" if source.config.loss.normalize else "inner product",
+            "protocol": describe_lists(self.config.filter_seen, self.config.min_count),
             "counts": {
                 "users": self.histories.num_users,
                 "users_without_history": without,
@@ -362,4 +364,5 @@ def _read_list(name: str, source: str) -> pa.Array:
 def _request(config: RecommendConfig) -> dict[str, Any]:
     """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    return asked | {"ties": TIES}

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardrec.launch.cli import main
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
+from shardrec.modules.ranking import tie_keys
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.item_ids import ItemIds
@@ -66,6 +67,7 @@ def by_brute_force(
     prepared = Prepared.open(data)
     source = Source.find(run, prepared, "best")
     model, ids = source.load(prepared), prepared.item_ids().to_pylist()
+    keys = tie_keys(torch.arange(len(ids))).tolist()
     result: list[list[int]] = []
     for row in pq.read_table(histories).to_pylist():
         known = [ids.index(item) for item in row["what"] or [] if item in ids]
@@ -78,7 +80,7 @@ def by_brute_force(
         scores = (state @ model.scored_shard().rows.T)[0].tolist()
         left = [i for i in range(len(ids)) if ids[i] not in hidden]
         left = [i for i in left if not filter_seen or i not in known]
-        result.append([ids[i] for i in sorted(left, key=lambda i: (-scores[i], i))[:k]])
+        result.append([ids[i] for i in sorted(left, key=lambda i: (-scores[i], keys[i]))[:k]])
     return result
 
 
@@ -163,10 +165,11 @@ def test_memory_is_bounded_by_a_batch_times_a_block_of_rows(tmp_path: Path) -> N
     assert largest.shape.numel() == batch_size * block_rows, largest.shape
 
 
+@pytest.mark.parametrize("options", [{}, {"filter_seen": False, "min_count": 0}], ids=str)
 def test_prepared_users_get_the_lists_that_evaluation_judges(
-    run: str, data: str, tmp_path: Path
+    run: str, data: str, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    recommend(configured(run, data, tmp_path / "out", min_count=0, filter_seen=False))
+    done = recommend(configured(run, data, tmp_path / "out", **options))
     targets = {
         row["user_id"]: set(row["targets"])
         for row in pq.read_table(Path(data) / "test.parquet").to_pylist()
@@ -177,8 +180,9 @@ def test_prepared_users_get_the_lists_that_evaluation_judges(
         for row in rows_of(tmp_path / "out")
     ]
     report = str(tmp_path / "metrics.json")
-    judged = evaluate(run, data, MeasureConfig(ks=(5,)), output=report)["metrics"]
-    assert sum(hits) / len(hits) == pytest.approx(judged["HitRate@5"])
+    judged = evaluate(run, data, MeasureConfig(ks=(5,), **options), output=report)
+    assert sum(hits) / len(hits) == pytest.approx(judged["metrics"]["HitRate@5"])
+    assert done.manifest["protocol"].items() <= judged["protocol"].items()
 
 
 def test_allow_and_deny_lists_restrict_the_candidates(
