@@ -24,6 +24,7 @@ from shardrec.launch.printing import (
     print_beside,
     print_counts,
     print_end,
+    print_lists,
     print_metrics,
     print_protocol,
 )
@@ -31,6 +32,7 @@ from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import COMMANDS, STAGES, imported
 
 if TYPE_CHECKING:
+    from shardrec.pipeline.baseline import BaselineConfig
     from shardrec.pipeline.export import ExportConfig
     from shardrec.pipeline.gate import GateConfig
     from shardrec.pipeline.log.config import PrepareConfig
@@ -109,15 +111,33 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 
 def train(options: Namespace, config: "TrainConfig") -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
+    from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.signals import grace_seconds, stop_on_sigterm
     from shardrec.launch.workers import check_restarts, workers
+    from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
     resume, force = options.resume, options.force
     check_restarts(resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found, stop_on_sigterm(grace_s, found.peers) as interrupted:
-        run_train(config, resume=resume, force=force, interrupted=interrupted)
+        end = run_train(config, resume=resume, force=force, interrupted=interrupted)
+        if end.best_metrics:
+            beside = evaluate_baselines(config.data, config.validation.measure, "validation")
+            if Communicator(found.group).rank == 0:
+                print(f"best validation, step {end.best_step}:")
+                label, metric = Path(config.output).name, config.validation.metric
+                print_beside(end.best_metrics, beside, label, metric)
+    return 0
+
+
+def baseline(_: Namespace, config: "BaselineConfig") -> int:
+    """Count popularity and item-to-item scores, which a model must beat."""
+    from shardrec.pipeline.baseline import baseline as run_baseline
+
+    done = run_baseline(config)
+    print_counts(done.manifest["counts"])
+    print_end(done.is_new, config.folder)
     return 0
 
 
@@ -141,7 +161,9 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
             found = run_evaluate(options.run, options.prepared, config, **report)
         if Communicator(group).rank == 0:
             print_metrics(found["metrics"], found["standard_errors"])
-            print_beside(found)
+            label = Path(options.run).name if options.run else "popularity"
+            print_beside(found["metrics"], found["baselines"], label)
+            print_lists(found)
             if options.output or options.run:
                 print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
     return 0
@@ -219,7 +241,8 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
-    **{"synth": synth, "prepare": prepare, "train": train, "evaluate": evaluate},
+    **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
+    **{"evaluate": evaluate},
     **{"recommend": recommend, "export": export},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
@@ -343,7 +366,7 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     parser = parser_for("evaluate")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--run", metavar="DIR", help="folder of `train`")
+    judged.add_argument("--run", metavar="DIR", help="folder of `train` or `baseline`")
     judged.add_argument(
         "--popularity", action="store_true", help="evaluate the ranking by training counts instead"
     )

@@ -214,6 +214,12 @@ def prepare(app: AppDef) -> AppDef:
 
 
 @_component
+def baseline(app: AppDef) -> AppDef:
+    """Counts popularity and item-to-item scores, in one process on one node."""
+    return app
+
+
+@_component
 def gate(app: AppDef) -> AppDef:
     """Decides whether a run may replace the published model, in one process.
 

@@ -8,6 +8,7 @@ __all__ = [
     "print_beside",
     "print_counts",
     "print_end",
+    "print_lists",
     "print_metrics",
     "print_protocol",
 ]
@@ -47,21 +48,33 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
         print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
 
 
-def print_beside(report: Mapping[str, Any]) -> None:
-    """Print what a model must beat, and what the metrics mean."""
-    metrics, protocol = report["metrics"], report["protocol"]
-    name = default_metric(metrics)
-    for baseline, values in sorted(
-        report.get("baselines", {}).items(), key=lambda pair: pair[1][name] or 0.0
-    ):
-        ours, theirs = metrics[name], values[name] or 0.0
-        verdict = "below the model" if theirs < ours else "not below the model"
-        print(f"{baseline} {name} {theirs:.4f}: {verdict}")
+def print_beside(
+    metrics: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
+    label: str,
+    name: str | None = None,
+) -> None:
+    """Print one metric of a run, and of what it must beat, best first.
+
+    Args:
+        metrics: of the run.
+        baselines: metrics by the baseline's name.
+        label: what the run is called.
+        name: the metric; None takes the one that runs are judged by.
+    """
+    name = name or default_metric(metrics)
+    rows = {**baselines, label: metrics}
+    for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
+        print(f"{name} {rows[row][name] or 0.0:.4f} {row}")
+
+
+def print_lists(report: Mapping[str, Any]) -> None:
+    """Print which items were ranked, and how many targets that loses."""
+    protocol, share = report["protocol"], report["metrics"]["repeated_target_share"]
     print_protocol(protocol)
-    share = metrics["repeated_target_share"]
     if protocol["seen_items"] == "removed" and share > 0.05:
         print(
-            f"{share:.0%} of the targets are in the history and missed: --no-filter-seen keeps them"
+            f"{share:.0%} of the targets are in the history and missed: --no-filter-seen ranks them"
         )
 
 

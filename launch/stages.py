@@ -71,6 +71,18 @@ COMMANDS = {
         config="pipeline.prepare.PrepareConfig",
         cpu=4,
     ),
+    "baseline": Command(
+        kind="single",
+        summary="count what a model must beat: popularity and item-to-item scores",
+        description=(
+            "Counts a baseline from the training sequences: popularity, cosines of items that "
+            "occur together (knn), how often one item follows another (next), or knn + 3 next. "
+            "evaluate, recommend, report and gate take its folder as that of a run. Repeated with "
+            "the same options, it does nothing."
+        ),
+        epilog="example: shardrec baseline --prepared data --kind knn_next",
+        config="pipeline.baseline.BaselineConfig",
+    ),
     "train": Command(
         kind="distributed",
         summary="train on a prepared folder",
@@ -96,7 +108,7 @@ COMMANDS = {
             " out targets that training never saw. Any number of workers may evaluate, whatever "
             "number trained. Repeated with the same options, it does nothing."
         ),
-        epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
+        epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",
     ),
     "recommend": Command(

@@ -134,15 +134,15 @@ class MeanOverUsers(_ListMetric):
 
 
 class _OfTargets(MeanOverUsers):
-    """Mean over the users with targets; `_per_user` of the subclass computes each number."""
+    """Mean over the users with targets; `per_user` of the subclass computes each number."""
 
     def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
         """Adds users, by the (T,) ranks of their targets and (B,) numbers of targets."""
         lengths = _lengths_of(ranks, lengths)
-        self._add(self._per_user(ranks, lengths)[lengths > 0])
+        self._add(self.per_user(ranks, lengths)[lengths > 0])
 
     @abstractmethod
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         """(B,) float64 number of each user; any value for users without targets."""
 
 
@@ -157,7 +157,8 @@ class NDCG(_OfTargets):
     0.4599
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 NDCG of each user."""
         places = torch.arange(2, self.k + 2, dtype=torch.float64, device=ranks.device)
         perfect = places.log2().reciprocal().cumsum(0)  # (k,)
         gains = (ranks.double() + 2).log2().reciprocal().where(ranks < self.k, 0.0)
@@ -173,7 +174,8 @@ class Recall(_OfTargets):
     0.75
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 recall of each user."""
         return _sum_by_user((ranks < self.k).double(), lengths) / lengths
 
 
@@ -186,7 +188,8 @@ class HitRate(_OfTargets):
     0.5
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64, 1 for each user with a hit."""
         return (_sum_by_user((ranks < self.k).double(), lengths) > 0).double()
 
 
@@ -199,7 +202,8 @@ class MRR(_OfTargets):
     0.25
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 reciprocal rank of each user's best target."""
         found = (ranks.double() + 1).reciprocal().where(ranks < self.k, 0.0)
         owners = torch.repeat_interleave(lengths)
         return found.new_zeros(len(lengths)).scatter_reduce(0, owners, found, "amax")

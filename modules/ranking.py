@@ -25,7 +25,7 @@ from shardrec.modules.ranking_shard import (
     tie_keys,
 )
 
-__all__ = ["Blocks", "Ragged", "ranks_in_lists", "tie_keys", "top_items"]
+__all__ = ["Blocks", "Ragged", "by_popularity", "ranks_in_lists", "tie_keys", "top_items"]
 
 
 @torch.no_grad()
@@ -68,8 +68,9 @@ def top_items(
     for start, sizes in rounds(counts, blocks.states):
         chunk = ranks.gather(states, sizes, start).float()
         hidden = None if seen is None else ranks.gather_ragged(seen, sizes, start)
-        found = shard_top(local, chunk, hidden, k, blocks)
-        best, best_items = _merge(*(ranks.send_back(part, sizes) for part in found), k)
+        found_scores, found_items = shard_top(local, chunk, hidden, k, blocks)
+        back = ranks.send_back(found_scores, sizes), ranks.send_back(found_items, sizes)
+        best, best_items = _merge(*back, k)
         scores.append(best)
         items.append(best_items)
     joined = torch.cat([states.new_empty(0, k, dtype=torch.float32), *scores])
@@ -101,6 +102,12 @@ def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
     hits = items[torch.repeat_interleave(lengths)] == values[:, None]  # (T, k)
     place = (hits * torch.arange(items.shape[1], device=items.device)).sum(1)
     return place.masked_fill_(~hits.any(1), missing)
+
+
+def by_popularity(counts: Tensor) -> Tensor:
+    """(V,) int64 items by falling (V,) counts; equal counts by ``tie_keys``."""
+    order = tie_keys(torch.arange(len(counts), device=counts.device)).argsort()
+    return order[counts[order].argsort(descending=True, stable=True)]
 
 
 def _merge(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:

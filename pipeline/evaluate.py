@@ -3,27 +3,35 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.pipeline.model.baseline_ranker import BaselineRanker, by_popularity
+from shardrec.modules.ranking import Blocks, by_popularity
+from shardrec.pipeline.baseline import BASELINES
+from shardrec.pipeline.model.baseline_ranker import BaselineRanker
 from shardrec.pipeline.model.config import MeasureConfig, describe_lists
 from shardrec.pipeline.model.measure import Measurement, Split, measure, open_users
-from shardrec.pipeline.model.model import Model
-from shardrec.pipeline.model.ranker import Ranker, StateRanker
+from shardrec.pipeline.model.ranker import Ranker
+from shardrec.pipeline.outputs.files import sha256
 from shardrec.pipeline.outputs.formats import METRICS
+from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.stage_output import StageOutput
+from shardrec.pipeline.outputs.staging import staged_file
+from shardrec.pipeline.prepared.batches import gathered
 from shardrec.pipeline.prepared.folder import Prepared
-from shardrec.pipeline.ranks import default_group, on_this_rank
-from shardrec.pipeline.run.trained import Source, load_model
+from shardrec.pipeline.ranked import find_ranked
+from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 
-__all__ = ["evaluate", "evaluate_popularity"]
+__all__ = ["evaluate", "evaluate_baselines", "evaluate_popularity"]
 
 
 def evaluate(
@@ -37,15 +45,17 @@ def evaluate(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Rank the whole catalog for every user of a split and write ``metrics.json`` into the run.
+    """Rank the items for every user of a split and write ``metrics.json`` into the run.
+
+    Beside it ``metrics.users.parquet`` has the rank of each target in the list of its user.
 
     Runs on any number of ranks, whatever number trained. If the report of the same weights, users
     and options exists already, logs that and does nothing.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a folder of ``baseline``.
         data: the prepared folder the run was trained on.
-        config: list lengths and the seen filter; None takes the defaults.
+        config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
         checkpoint: the weights to load.
         encoder: the module given to ``train``, if any.
@@ -63,19 +73,23 @@ def evaluate(
     Collectives: on the default group; every rank must call it.
     """
     users = _Users.open(data, split, config)
-    source = Source.find(run, users.prepared, checkpoint, encoder)
-    request = {"source": source.identity, "checkpoint": checkpoint, **users.request}
+    ranked = find_ranked(run, users.prepared, checkpoint, encoder, users.blocks)
+    request = {"source": ranked.identity, "checkpoint": checkpoint, **users.request}
     report = users.report(output or str(Path(run) / "metrics.json"), request, force)
     found = _find(report)
+    counted = on_first_rank(users.baselines, users.group)
     if found is not None:
-        return found
-    model, progress = load_model(source.config, source.checkpoint, users.prepared, encoder)
-    measured = users.measure(users.ranker(model, source.config.encoder.max_length))
-    beside = {"popularity": users.measure(users.popularity()).metrics}
-    which = {"which": checkpoint, "folder": source.checkpoint.name, "step": progress["step"]}
-    return _with_numbers(
-        report.finish(lambda: users.details(measured, beside) | {"checkpoint": which})
-    )
+        return {**found, "baselines": found.get("baselines", {}) | counted}
+    ranker, loaded = ranked.load()
+    measured = users.measure(ranker)
+    beside = {"popularity": users.measure(users.popularity()).metrics} | counted
+    lists = on_all_ranks(lambda: (measured.users, *measured.ranks), users.group)
+
+    def details() -> dict[str, Any]:
+        written = {"checkpoint": loaded, "users": _write_ranks(report.path, lists)}
+        return users.details(measured, beside) | written
+
+    return _with_numbers(report.finish(details))
 
 
 def evaluate_popularity(
@@ -90,7 +104,7 @@ def evaluate_popularity(
 
     Args:
         data: a prepared folder.
-        config: list lengths and the seen filter; None takes the defaults.
+        config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
         output: the report to write; None writes none.
         force: whether to replace an existing report.
@@ -114,6 +128,23 @@ def evaluate_popularity(
     measured = users.measure(users.popularity())
     details = users.details(measured, {})
     return _with_numbers(details if report is None else report.finish(lambda: details))
+
+
+def evaluate_baselines(
+    data: str, config: MeasureConfig, split: Split = "test"
+) -> dict[str, dict[str, float]]:
+    """Metrics of popularity and of the baselines in ``data`` that were evaluated by this protocol.
+
+    Args:
+        data: a prepared folder.
+        config: list lengths and candidates.
+        split: the users to rank for.
+
+    Collectives: on the default group; every rank must call it.
+    """
+    users = _Users.open(data, split, config)
+    popularity = users.measure(users.popularity()).metrics
+    return {"popularity": popularity} | on_first_rank(users.baselines, users.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,9 +172,21 @@ class _Users:
             path=Path(path), format=METRICS, request=request, force=force, group=self.group
         )
 
-    def ranker(self, model: Model, max_length: int) -> Ranker:
-        config = self.config
-        return StateRanker.of(model, max_length, states=config.block_states, rows=config.block_rows)
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(states=self.config.block_states, rows=self.config.block_rows)
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """The metrics of the baselines of this data that were evaluated by the same protocol."""
+        folder = self.prepared.path / BASELINES
+        reports = [read_json(path) for path in sorted(folder.glob("*/metrics.json"))]
+        found = {}
+        for report in (one for one in reports if one.get("format") == METRICS.name):
+            request = report["request"]
+            same = {name: request.get(name) for name in self.request} == self.request
+            if same and request["source"].get("data") == self.prepared.fingerprint:
+                found[request["source"]["baseline"]] = report["metrics"]
+        return found
 
     def popularity(self) -> Ranker:
         counts = on_this_rank(self.prepared.item_counts, self.group)
@@ -204,6 +247,28 @@ def _with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
         for part in ("metrics", "standard_errors")
     }
     return {**report, **parts}
+
+
+def _write_ranks(report: Path, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, str]:
+    """Write the ranks of all users' targets, in the order of the split's file, beside the report.
+
+    Args:
+        report: ``NAME.json``; the ranks are ``NAME.users.parquet``.
+        parts: of each rank: users, ranks of their targets, numbers of targets.
+
+    Returns:
+        JSON: the file's name and checksum.
+    """
+    users, ranks, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    values, lengths = gathered(ranks, offsets, users.argsort())
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    lists = pa.ListArray.from_arrays(offsets.int().numpy(), values.numpy())
+    path = report.with_name(f"{report.stem}.users.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path) as partial:
+        pq.write_table(pa.table({"ranks": lists}), partial, compression="zstd")
+    return {"file": path.name, "sha256": sha256(path)}
 
 
 def _json(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -24,17 +24,22 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The result of ``measure``, the same on every rank.
+    """The result of ``measure``, the same on every rank where nothing else is said.
 
     Attributes:
         metrics: by name; those with the suffix ``/known`` leave out targets that training never
             saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
             was measured.
         standard_errors: of the metrics that are means over users, by the same names.
+        users: of this rank alone: the (U,) rows of its users in the file of the split.
+        ranks: (T,) int32 ranks of their targets, 0 the best, -1 for those in no list, and (U,)
+            numbers of targets.
     """
 
     metrics: dict[str, float]
     standard_errors: dict[str, float]
+    users: Tensor
+    ranks: Ragged
 
 
 def measure(
@@ -104,6 +109,7 @@ class _Meter:
         self.allowed = None if allowed.all() else allowed
         self.all = self._metrics(prepared)
         self.known = self._metrics(prepared)
+        self.own: list[tuple[Tensor, Tensor, Tensor]] = []
         # users, targets, new targets, repeated targets
         self.sums = torch.zeros(4, dtype=torch.int64, device=ranker.device)
 
@@ -114,6 +120,8 @@ class _Meter:
         hidden = seen if self.config.filter_seen else None
         _, items = self.ranker.top(batch.items, batch.lengths, k, hidden, self.allowed)
         ranks = ranks_in_lists(items, targets, missing=self.num_items + k)
+        listed = ranks.where(ranks < k, -1).int()
+        self.own.append((batch.users.cpu(), listed.cpu(), targets[1].cpu()))
         is_new = self.counts[targets[0]] == 0
         is_repeated = _repeated(targets, seen, self.num_items)
         self._update(self.all, ranks, targets, items)
@@ -144,7 +152,10 @@ class _Meter:
             for name, metric in metrics.items()
             if isinstance(metric, MeanOverUsers) and f"{name}{suffix}" in values
         }
-        return Measurement(values, errors)
+        none = torch.zeros(0, dtype=torch.int64)
+        own = [(none, none.int(), none), *self.own]
+        rows, ranks, lengths = (torch.cat(part) for part in zip(*own, strict=True))
+        return Measurement(values, errors, rows, (ranks, lengths))
 
     def _metrics(self, prepared: Prepared) -> MetricCollection:
         return ranking_metrics(

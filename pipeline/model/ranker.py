@@ -67,9 +67,8 @@ class StateRanker:
     blocks: Blocks
 
     @classmethod
-    def of(cls, model: Model, max_length: int, *, states: int, rows: int) -> "StateRanker":
-        """The ranker of a model; ``states`` and ``rows`` are those of `Blocks`."""
-        blocks = Blocks(states=states, rows=rows)
+    def of(cls, model: Model, max_length: int, blocks: Blocks) -> "StateRanker":
+        """The ranker of a model that reads ``max_length`` items."""
         return cls(model.last_states, model.scored_shard(), max_length, blocks)
 
     @property

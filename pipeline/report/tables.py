@@ -132,7 +132,7 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
             "The runs were evaluated under different protocols (split, or items that the user has "
             "seen): do not compare their test metrics."
         )
-    if len({record.config.get("loss.type") for record in records}) > 1:
+    if len({one.config["loss.type"] for one in records if "loss.type" in one.config}) > 1:
         found.append(
             "The runs minimise different losses: their values and gradients are on different "
             "scales."

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.ranking import Blocks
 from shardrec.pipeline.checkpoint.store import CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter
 from shardrec.pipeline.config import to_json
@@ -228,7 +229,8 @@ class Loop:
         model.encoder.eval()
         max_length = self.run.config.encoder.max_length
         how = config.measure
-        ranker = StateRanker.of(model, max_length, states=how.block_states, rows=how.block_rows)
+        blocks = Blocks(states=how.block_states, rows=how.block_rows)
+        ranker = StateRanker.of(model, max_length, blocks)
         batches = open_users(self.run.prepared, "validation", how, max_length, model.group)
         metrics = measure(ranker, batches, how, self.run.prepared).metrics
         best, value = self.at.best, metrics[config.metric]

@@ -165,6 +165,33 @@ def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str
             assert found[1] == pytest.approx(alone[1], nan_ok=True)
 
 
+def ranks_on_ranks(run: str, data: str, folder: str) -> list[list[int]]:
+    """The ranks of all targets that evaluation writes, user by user."""
+    size = Communicator(default_group()).size
+    config = MeasureConfig(ks=(5,), batch_size=9)
+    evaluate(run, data, config, output=f"{folder}/{size}.json")
+    lists: list[list[int]] = pq.read_table(f"{folder}/{size}.users.parquet")["ranks"].to_pylist()
+    return lists
+
+
+def test_the_ranks_of_all_targets_are_written_in_the_order_of_the_users(
+    ranks: Ranks, run: str, data: str, tmp_path: Path
+) -> None:
+    alone = ranks_on_ranks(run, data, str(tmp_path))
+    users = pq.read_table(Path(data) / "test.parquet").to_pylist()
+    assert [len(one) for one in alone] == [len(user["targets"]) for user in users]
+    hits = [any(0 <= rank < 5 for rank in one) for one in alone]
+    stored = json.loads((tmp_path / "1.json").read_text())
+    assert np.mean(hits) == pytest.approx(stored["metrics"]["HitRate@5"])
+    for user, own in zip(users, alone, strict=True):
+        for item, rank in zip(user["targets"], own, strict=True):
+            assert rank == -1 or item not in user["items"]
+    assert len({tuple(one) for one in alone}) > 10
+    for num_ranks in (2, 3):
+        for found in ranks(num_ranks).run(ranks_on_ranks, run, data, str(tmp_path)):
+            assert found == alone
+
+
 def test_metrics_and_protocol_are_written(run: str, data: str) -> None:
     report = evaluate(
         run, data, MeasureConfig(ks=(5,), filter_seen=True), checkpoint="last", force=True
