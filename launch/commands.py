@@ -21,6 +21,7 @@ from shardrec.launch.options import (
     require_set_once,
 )
 from shardrec.launch.printing import (
+    describe_recipes,
     print_beside,
     print_counts,
     print_end,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recipes import Recipe
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
+    from shardrec.pipeline.similar import SimilarConfig
 
 __all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
 
@@ -185,6 +187,20 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
     return 0
 
 
+def similar(options: Namespace, config: "SimilarConfig") -> int:
+    """Write the nearest items of items."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.similar import similar as run_similar
+
+    with process_group(options.timeout) as (group, _):
+        done = run_similar(config)
+        if Communicator(group).rank == 0:
+            print_counts(done.manifest["counts"])
+            print_end(done.is_new, config.output)
+    return 0
+
+
 def export(options: Namespace, config: "ExportConfig") -> int:
     """Write item vectors and the encoder for serving."""
     from shardrec.kernels.ranks.communicator import Communicator
@@ -243,7 +259,7 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
     **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
     **{"evaluate": evaluate},
-    **{"recommend": recommend, "export": export},
+    **{"recommend": recommend, "similar": similar, "export": export},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 
@@ -278,18 +294,6 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
     rest = [f"{name}={value}" for name, value in given.items()]
     return options, override(recipe, [*rest, *options.overrides])
-
-
-def describe_recipes() -> str:
-    """The recipes by name, and all options as the recipe ``demo`` sets them."""
-    from shardrec.pipeline.config import describe
-    from shardrec.pipeline.recipes import RECIPES
-
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    heading = "options, as the recipe `demo` sets them:"
-    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])
 
 
 def recipe_named(name: str) -> "Recipe":

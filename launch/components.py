@@ -196,6 +196,12 @@ def recommend(app: AppDef) -> AppDef:
 
 
 @_component
+def similar(app: AppDef) -> AppDef:
+    """Writes the nearest items of items to Parquet; the same on any number of workers."""
+    return app
+
+
+@_component
 def export(app: AppDef) -> AppDef:
     """Writes item vectors and the encoder of a run for serving; each worker writes its rows."""
     return app

@@ -5,6 +5,7 @@ from typing import Any
 
 __all__ = [
     "default_metric",
+    "describe_recipes",
     "print_beside",
     "print_counts",
     "print_end",
@@ -94,3 +95,15 @@ def default_metric(metrics: Mapping[str, float]) -> str:
     lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
     longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
     return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
+
+
+def describe_recipes() -> str:
+    """The recipes by name, and all options as the recipe ``demo`` sets them."""
+    from shardrec.pipeline.config import describe
+    from shardrec.pipeline.recipes import RECIPES
+
+    lines = [
+        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    ]
+    heading = "options, as the recipe `demo` sets them:"
+    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])

@@ -126,6 +126,17 @@ COMMANDS = {
         ),
         config="pipeline.recommend.RecommendConfig",
     ),
+    "similar": Command(
+        kind="distributed",
+        summary="write the nearest items of items to Parquet",
+        description=(
+            "Compares the item vectors of a run, over all shards, and writes item_id, item_ids "
+            "and scores to Parquet, in the order of the items asked for. Any number of workers "
+            "gives the same lists. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec similar --run run --prepared data --output similar --k 20",
+        config="pipeline.similar.SimilarConfig",
+    ),
     "export": Command(
         kind="distributed",
         summary="write item vectors and the encoder for serving",

@@ -6,14 +6,12 @@ histories; the table stays sharded.
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks, by_popularity
 from shardrec.pipeline.model.baseline_ranker import BaselineRanker
 from shardrec.pipeline.model.config import TIES, describe_lists
+from shardrec.pipeline.model.lists import Lists, list_schema
 from shardrec.pipeline.model.ranker import Ranker
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
@@ -30,7 +29,7 @@ from shardrec.pipeline.prepared.batches import gathered, padded
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.parquet_files import find_files
+from shardrec.pipeline.prepared.parquet_files import read_item_ids
 from shardrec.pipeline.ranked import find_ranked
 from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
 
@@ -184,13 +183,7 @@ class _Work:
     def write(self, folder: Path) -> list[FileEntry]:
         name = f"part-{self.rank:05d}-of-{self.size:05d}.parquet"
         ids = self.histories.catalog.ids.type
-        schema = pa.schema(
-            {
-                "user_id": self.histories.user_type,
-                "item_ids": pa.list_(ids),
-                "scores": pa.list_(pa.float32()),
-            }
-        )
+        schema = list_schema("user_id", self.histories.user_type, ids)
         group = self.ranker.group
         with on_this_rank(lambda: pq.ParquetWriter(folder / name, schema), group) as writer:
             for batch in in_step(self._batches(writer), group, self.ranker.device):
@@ -240,7 +233,7 @@ class _Work:
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
         given, popular = 0, self._popular()
         for chunk in self.histories.chunks(first, last, size * _BATCHES_PER_CHUNK):
-            lists = _Lists.of_everybody(popular, len(chunk.user_ids))
+            lists = Lists.of_everybody(popular, len(chunk.user_ids))
             for rows in torch.argsort(chunk.offsets.diff(), stable=True).split(size):
                 given += 1
                 yield _Batch.of(chunk, rows, lists, self.ranker.max_length)
@@ -250,7 +243,7 @@ class _Work:
         for _ in range(given, -(-most // size)):
             yield _Batch.empty(self.config.k)
 
-    def _count(self, chunk: HistoryChunk, lists: "_Lists") -> None:
+    def _count(self, chunk: HistoryChunk, lists: Lists) -> None:
         lengths = chunk.offsets.diff()
         short = lists.items[:, -1] < 0
         numbers = [
@@ -263,37 +256,6 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lists:
-    """Recommended lists of a chunk: scores and items (n, k); item -1 after the end of a list.
-
-    Users without a known item keep the list of everybody, with scores NaN: written as null.
-    """
-
-    scores: Tensor
-    items: Tensor
-
-    @classmethod
-    def of_everybody(cls, items: Tensor, num_users: int) -> "_Lists":
-        items = items.repeat(num_users, 1)
-        return cls(torch.full(items.shape, math.nan), items)
-
-    def put(self, rows: Tensor, scores: Tensor, items: Tensor) -> None:
-        self.scores[rows], self.items[rows] = scores, items
-
-    def table(self, user_ids: pa.Array, catalog: ItemIds, schema: pa.Schema) -> pa.Table:
-        there = self.items >= 0
-        offsets = torch.zeros(len(there) + 1, dtype=torch.int32)
-        torch.cumsum(there.sum(1), 0, out=offsets[1:])
-        ids, scores = catalog.of(self.items[there].numpy()), pa.array(self.scores[there].numpy())
-        unscored = pa.array(self.scores[:, 0].isnan().numpy())
-        columns = [
-            pa.ListArray.from_arrays(offsets.numpy(), ids),
-            pa.ListArray.from_arrays(offsets.numpy(), scores, mask=unscored),
-        ]
-        return pa.table([user_ids, *columns], schema=schema)
-
-
-@dataclass(frozen=True, slots=True)
 class _Batch:
     """Users of a chunk that have a history; B may be 0."""
 
@@ -301,10 +263,10 @@ class _Batch:
     lengths: Tensor  # (B,)
     seen: tuple[Tensor, Tensor]  # whole histories, values and lengths
     rows: Tensor  # (B,) positions of the users in the chunk
-    lists: _Lists  # of the chunk
+    lists: Lists  # of the chunk
 
     @classmethod
-    def of(cls, chunk: HistoryChunk, rows: Tensor, lists: _Lists, max_length: int) -> "_Batch":
+    def of(cls, chunk: HistoryChunk, rows: Tensor, lists: Lists, max_length: int) -> "_Batch":
         rows = rows[chunk.offsets.diff()[rows] > 0]
         seen = gathered(chunk.items, chunk.offsets, rows)
         lengths = seen[1].clamp(max=max_length)
@@ -314,7 +276,8 @@ class _Batch:
     @classmethod
     def empty(cls, k: int) -> "_Batch":
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(none.new_zeros(0, 1), none, (none, none), none, _Lists.of_everybody(none, 0))
+        lists = Lists.of_everybody(none.new_zeros(k), 0)
+        return cls(none.new_zeros(0, 1), none, (none, none), none, lists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +299,7 @@ class _Candidates:
         catalog = ItemIds(prepared.item_ids())
         for name, path in (("allow", config.allow), ("deny", config.deny)):
             if path is not None:
-                named = catalog.items(_read_list(name, path))
+                named = catalog.items(read_item_ids(name, path))
                 counts[f"{name}_unknown_items"] = int((named < 0).sum())
                 listed = torch.zeros_like(allowed)
                 listed[named[named >= 0]] = True
@@ -357,21 +320,6 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
         return Histories(config.histories, catalog, users=users, items=items)
     path = prepared.path / f"{config.split}.parquet"
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
-
-
-def _read_list(name: str, source: str) -> pa.Array:
-    """The column ``item_id`` of some Parquet files."""
-    filesystem, paths = find_files(source, name)
-    tables = []
-    for path in paths:
-        names = pq.read_schema(path, filesystem=filesystem).names
-        if "item_id" not in names:
-            raise ValueError(
-                f"{name} must be Parquet with a column item_id, got {path!r} with "
-                f"{', '.join(names)}; rename its column"
-            )
-        tables.append(pq.read_table(path, columns=["item_id"], filesystem=filesystem))
-    return pa.concat_tables(tables).column("item_id").combine_chunks()
 
 
 def _request(config: RecommendConfig) -> dict[str, Any]:

@@ -72,6 +72,7 @@ METRICS = Format(
 )
 BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
 RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+SIMILAR = Format("shardrec.similar", "lists of items", "shardrec similar", _FILES)
 EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(

@@ -199,7 +199,7 @@ def test_allow_and_deny_lists_restrict_the_candidates(
     assert done.manifest["counts"]["candidates"] == 4
     assert done.manifest["counts"]["allow_unknown_items"] == 1
     assert done.manifest["counts"]["deny_unknown_items"] == 2
-    assert done.manifest["counts"]["short_lists"] == 36
+    assert done.manifest["counts"]["short_lists"] == 41
     only = {"allow": str(tmp_path / "deny.parquet"), "deny": str(tmp_path / "deny.parquet")}
     with pytest.raises(ValueError, match="must leave at least one item"):
         recommend(configured(run, data, tmp_path / "none", **of_file(histories), **only))
