@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 NEIGHBORS = pa.schema(
     [("item", pa.int32()), ("neighbor", pa.int32()), ("score", pa.float32())],
 )
-_PAIRS_AT_ONCE = 2**23
+_PAIRS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
