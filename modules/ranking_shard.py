@@ -12,10 +12,9 @@ memory.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,28 +72,45 @@ class Blocks:
 class LocalRows:
     """This rank's rows without padding, and which of them must not be recommended.
 
-    They are scored in the order of their ``tie_keys``: of equal scores, `TopSearch` keeps the first
-    ones. A place is an index in this order.
+    A place is an index in the order in which the rows are scored: of equal scores, `TopSearch`
+    keeps those of the first places.
     """
 
-    rows: Tensor  # (R, D), in the order of the table
-    items: Tensor  # (R,) int64, the global index of the row in each place
-    place: Tensor  # (R,) int64, the place of each row
+    rows: Tensor  # (R, D)
     first_row: int
     blocked: Tensor  # int64 places, ascending
+    order: Tensor | None = None  # (R,) int64, the row in each place; None: the order of the rows
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
         """The (R, D) rows, blocked where the (V,) bool ``allowed`` is False; None blocks no row."""
-        items, place = _tie_order(first_row, len(rows), rows.device)
         blocked = torch.empty(0, dtype=torch.int64, device=rows.device)
         if allowed is not None:
-            blocked = (~allowed[items]).nonzero()[:, 0]
-        return cls(rows, items, place, first_row, blocked)
+            blocked = (~allowed[first_row : first_row + len(rows)]).nonzero()[:, 0]
+        return cls(rows, first_row, blocked)
+
+    def by_key(self) -> LocalRows:
+        """The same rows, to be scored in the order of their ``tie_keys``."""
+        rows = torch.arange(len(self.rows), device=self.rows.device)
+        order = tie_keys(self.first_row + rows).argsort()
+        places = torch.empty_like(order).index_copy_(0, order, rows)
+        return replace(self, blocked=places[self.blocked].sort().values, order=order)
 
     def tile(self, start: int, stop: int) -> Tensor:
         """The float32 rows in places [start, stop)."""
-        return self.rows[self.items[start:stop] - self.first_row].float()
+        tile = slice(start, stop)
+        return self.rows[tile if self.order is None else self.order[tile]].float()
+
+    def places(self, rows: Tensor) -> Tensor:
+        """The places of some rows."""
+        if self.order is None:
+            return rows
+        every = torch.arange(len(self.order), device=rows.device)
+        return torch.empty_like(self.order).index_copy_(0, self.order, every)[rows]
+
+    def items(self, places: Tensor) -> Tensor:
+        """The global items in some places."""
+        return self.first_row + (places if self.order is None else self.order[places])
 
 
 def tie_keys(items: Tensor) -> Tensor:
@@ -116,14 +132,6 @@ def tie_keys(items: Tensor) -> Tensor:
     return keys ^ (keys >> 31)
 
 
-@functools.lru_cache(maxsize=2)  # a shard is ranked once for every batch of users
-def _tie_order(first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Items [first_row, first_row + num_rows) in the order of their keys, and each one's place."""
-    items = torch.arange(first_row, first_row + num_rows, device=device)
-    order = tie_keys(items).argsort()
-    return items[order], torch.empty_like(order).index_copy_(0, order, items - first_row)
-
-
 class _Hidden:
     """The (place, state) pairs, and whole rows, with scores to set to -inf; sorted by place."""
 
@@ -133,7 +141,7 @@ class _Hidden:
         items, columns = seen if seen is not None else (local.blocked[:0], local.blocked[:0])
         rows = items - local.first_row
         inside = (rows >= 0) & (rows < len(local.rows))
-        self.places, order = local.place[rows[inside]].sort()
+        self.places, order = local.places(rows[inside]).sort()
         self.columns = columns[inside][order]
         self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
 
@@ -154,25 +162,51 @@ def shard_top(
 ) -> tuple[Tensor, Tensor]:
     """(M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Of equal scores the lower of ``tie_keys`` comes first. A list with fewer than k items ends in
-    -inf; if any score of a state is NaN, its list starts with NaN.
+    Of equal scores those of the lower ``tie_keys`` are in the list, in any order. A list with fewer
+    than k items ends in -inf; if any score of a state is NaN, its list starts with NaN.
     """
+    # One more than k shows where more rows tie with the last one than fit. Models seldom have such
+    # ties, so that only those states pay for reading the rows in another order.
+    best, items = _search(local, states, seen, k + 1, blocks)
+    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
+    if tied.any():
+        hidden = None if seen is None else _of_states(seen, tied)
+        again = _search(local.by_key(), states[tied], hidden, k + 1, blocks)
+        best[tied], items[tied] = again
+    return best[:, :k], items[:, :k]
+
+
+def _search(
+    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """As ``shard_top``, but of equal scores those of the first places are in the list."""
     num_states = len(states)
-    states = _widen(states)
-    tile = blocks.rows_of_tile(states, len(local.rows))
-    search = TopSearch(len(states), k, tile, like=states)
+    widened = _widen(states)
+    tile = blocks.rows_of_tile(widened, len(local.rows))
+    search = TopSearch(num_states, k, tile, like=states)
     hidden = _Hidden(local, seen, tile)
-    memory = states.new_empty(tile, len(states))  # all tiles share it
+    memory = states.new_empty(tile, len(widened))  # all tiles share it
     for start in range(0, len(local.rows), tile):
         rows = local.tile(start, start + tile)
         # Autocast does not apply to a product with ``out``, so scores stay float32.
-        scores = torch.mm(rows, states.T, out=memory[: len(rows)])
+        scores = torch.mm(rows, widened.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
-        search.add(scores, start)
+        # All scores of a padding column are equal, so a search would take all of its rows.
+        search.add(scores[:, :num_states], start)
     best, places, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
-    items = local.items[places] if len(local.items) else places  # of a shard without rows: unused
-    return best[:num_states], items[:num_states]
+    return best, local.items(places)
+
+
+def _of_states(seen: Ragged, chosen: Tensor) -> Ragged:
+    """The items and columns of the states that (M,) bool ``chosen`` names, in new columns.
+
+    >>> _of_states((torch.tensor([7, 8, 9]), torch.tensor([0, 2, 2])), torch.tensor([0, 1, 1]) > 0)
+    (tensor([8, 9]), tensor([1, 1]))
+    """
+    items, columns = seen
+    kept = chosen[columns]
+    return items[kept], (chosen.cumsum(0) - 1)[columns[kept]]
 
 
 def _widen(states: Tensor) -> Tensor:
