@@ -116,9 +116,9 @@ class LocalRows:
 def tie_keys(items: Tensor) -> Tensor:
     """int64 keys of distinct items, distinct and unrelated to the order of the items.
 
-    Of items with equal scores the one with the lower key ranks first. Items are numbered by falling
-    popularity, or nearly so: ranked by index, a model with equal scores would do as well as
-    popularity. The mixing steps (multiplication by an odd number, xor with a shift, modulo 2**63)
+    Of items with equal scores the one with the lower key ranks first. Indices say something of
+    popularity (``prepare`` gives the most popular item index 0): ranked by index, a model whose
+    scores are all equal would do better than chance. The mixing steps (multiplication by an odd number, xor with a shift, modulo 2**63)
     are those of splitmix64, and each of them is invertible.
 
     >>> tie_keys(torch.arange(6)).argsort().tolist()

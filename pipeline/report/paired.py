@@ -35,8 +35,8 @@ def compare_pairs(records: Sequence[RunRecord], k: int) -> list[str]:
 def paired(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Mean of the (U,) differences of the users and its standard error; NaN for one user.
 
-    >>> paired(np.array([0.5, 0.0, 0.5, 0.0]))
-    (0.25, 0.14433756729740646)
+    >>> paired(np.array([1.0, 0.0, 0.0, 0.0, 0.0]))
+    (0.2, 0.2)
     """
     count = len(differences)
     error = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan

@@ -126,11 +126,10 @@ def test_equal_scores_rank_by_a_hash_of_the_item_on_every_number_of_ranks(
 
 
 def test_equal_scores_do_no_better_than_chance(tmp_path: Path) -> None:
-    # Item i is bought with a probability that falls with i, and indices follow popularity: the
-    # first ten items are the targets of a fifth of the users.
+    # One item has a seventh of the events, and the lowest index.
     num_items, num_users, k = 400, 3000, 10
     generator = np.random.default_rng(0)
-    share = 1 / (np.arange(num_items) + 8.0)
+    share = 1 / (np.arange(num_items) + 1.0)
     bought = generator.choice(num_items, (num_users, 6), p=share / share.sum())
     columns = {"user_id": np.repeat(np.arange(num_users), 6), "item_id": bought.ravel()}
     columns["timestamp"] = np.tile(np.arange(6), num_users)
@@ -146,7 +145,7 @@ def test_equal_scores_do_no_better_than_chance(tmp_path: Path) -> None:
     # replacement. Their sum has this variance; the share of hits of the users is that sum.
     variance = k * share.var() * (1 - k / num_items)
     assert abs(hits - k / num_items) < 3 * variance**0.5
-    assert share[:k].sum() > k / num_items + 6 * variance**0.5
+    assert share[:k].sum() > k / num_items + 3 * variance**0.5, "ranked by index it would"
     popular = evaluate_popularity(data, config)["metrics"]["HitRate@10"]
     assert popular == pytest.approx(np.sort(share)[-k:].sum(), rel=0.1)
 
