@@ -118,8 +118,8 @@ def tie_keys(items: Tensor) -> Tensor:
 
     Of items with equal scores the one with the lower key ranks first. Indices say something of
     popularity (``prepare`` gives the most popular item index 0): ranked by index, a model whose
-    scores are all equal would do better than chance. The mixing steps (multiplication by an odd number, xor with a shift, modulo 2**63)
-    are those of splitmix64, and each of them is invertible.
+    scores are all equal would do better than chance. The mixing steps (multiplication by an odd
+    number, xor with a shift, modulo 2**63) are those of splitmix64, and each is invertible.
 
     >>> tie_keys(torch.arange(6)).argsort().tolist()
     [3, 4, 2, 0, 5, 1]

@@ -35,7 +35,8 @@ def compare_pairs(records: Sequence[RunRecord], k: int) -> list[str]:
 def paired(differences: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Mean of the (U,) differences of the users and its standard error; NaN for one user.
 
-    >>> paired(np.array([1.0, 0.0, 0.0, 0.0, 0.0]))
+    >>> mean, error = paired(np.array([1.0, 0.0, 0.0, 0.0, 0.0]))
+    >>> round(mean, 6), round(error, 6)
     (0.2, 0.2)
     """
     count = len(differences)
