@@ -72,6 +72,18 @@ COMMANDS = {
         cpu=4,
         memory_mb=8192,
     ),
+    "baseline": Command(
+        kind="single",
+        summary="count what a model must beat: popularity and item-to-item scores",
+        description=(
+            "Counts a baseline from the training sequences: popularity, cosines of items that "
+            "occur together (knn), how often one item follows another (next), or knn + 3 next. "
+            "evaluate, recommend, report and gate take its folder as that of a run. Repeated with "
+            "the same options, it does nothing."
+        ),
+        epilog="example: shardrec baseline --prepared data --kind knn_next",
+        config="pipeline.baseline.BaselineConfig",
+    ),
     "train": Command(
         kind="distributed",
         summary="train on a prepared folder",
@@ -97,7 +109,7 @@ COMMANDS = {
             " out targets that training never saw. Any number of workers may evaluate, whatever "
             "number trained. Repeated with the same options, it does nothing."
         ),
-        epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
+        epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",
     ),
     "recommend": Command(
@@ -114,6 +126,17 @@ COMMANDS = {
             "--output lists --k 20"
         ),
         config="pipeline.recommend.RecommendConfig",
+    ),
+    "similar": Command(
+        kind="distributed",
+        summary="write the nearest items of items to Parquet",
+        description=(
+            "Compares the item vectors of a run, over all shards, and writes item_id, item_ids "
+            "and scores to Parquet, in the order of the items asked for. Any number of workers "
+            "gives the same lists. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec similar --run run --prepared data --output similar --k 20",
+        config="pipeline.similar.SimilarConfig",
     ),
     "export": Command(
         kind="distributed",

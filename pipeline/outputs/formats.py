@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 from shardrec.pipeline.outputs.json_files import Shape
 
-__all__ = ["EXPORT", "GATE", "METRICS", "POINTER", "PREPARED", "RECOMMENDATIONS", "SYNTH", "Format"]
+__all__ = [
+    "BASELINE",
+    "EXPORT",
+    "GATE",
+    "METRICS",
+    "POINTER",
+    "PREPARED",
+    "RECOMMENDATIONS",
+    "SYNTH",
+    "Format",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,7 @@ _PREPARED: Shape = {
 _EXPORT: Shape = {
     **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
 }
+_BASELINE: Shape = {"kind": str, "data": str, "counts": dict, "versions": dict}
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
@@ -59,7 +70,9 @@ PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", 
 METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
+BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
 RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+SIMILAR = Format("shardrec.similar", "lists of items", "shardrec similar", _FILES)
 EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(
