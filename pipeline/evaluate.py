@@ -164,6 +164,7 @@ class _Users:
             "candidates": "the whole catalog, items first seen after the split included",
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
+            "new": "metrics that end in /new leave out all other targets",
             "seen_items": seen,
             "ties": "lower item index first",
             "users_without_history": prepared.manifest.counts.get(without),

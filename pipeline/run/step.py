@@ -70,7 +70,7 @@ class Stepper:
         total_steps: int | None,
         item_counts: Tensor | None = None,
     ) -> None:
-        """Store the parts and make the encoder's optimizer.
+        """Store the parts and make the optimizer of the encoder and of attributes.
 
         Args:
             model: encoder and catalog.
@@ -92,7 +92,8 @@ class Stepper:
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
         self._ahead: tuple[Batch, _InFlight] | None = None
-        self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
+        replicated = [*model.encoder.parameters(), *model.catalog.attributes.parameters()]
+        self.parameters = [one for one in replicated if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
             lr=config.learning_rate,
@@ -125,6 +126,7 @@ class Stepper:
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
+        self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
         losses, statistics = self._backward(batches, step, totals, following)
         with part("gradients over ranks"):
@@ -228,7 +230,7 @@ class Stepper:
         return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
     def _reduce_gradients(self) -> float:
-        """All-reduce the encoder's gradients; the norm over encoder and table.
+        """All-reduce the gradients of encoder and attributes; the norm over them and the table.
 
         Each rank's gradient belongs to the global mean loss already, so they are summed.
         """
