@@ -118,7 +118,7 @@ class AttributeVectors(nn.Module):
         digest = hashlib.blake2b(f"attributes {seed}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         values = torch.empty(sizes.num_values, width).normal_(0, std, generator=generator)
-        values[list(sizes.missing)] = 0
+        values[torch.tensor(sizes.missing, dtype=torch.int64)] = 0
         projection = torch.empty(sizes.width, width).normal_(0, std, generator=generator)
         self.values = nn.Parameter(values)
         self.projection = nn.Parameter(projection)
@@ -207,6 +207,8 @@ class ComposedRows:
         if gradient is None:
             return None
         for rows, values in chunks(gradient, BLOCK_ROWS):
+            if not rows.numel():
+                continue
             with torch.enable_grad():
                 self.vectors(self._attributes.take(rows)).backward(values)
         if self._ids is None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -79,10 +80,10 @@ class PreparedAttributes:
         return on_this_rank(lambda: self._read(items), self.group)
 
     def _read(self, items: range) -> AttributeRows:
-        names = [column.name for column in self.columns]
-        groups = RowGroups([self.prepared.path / ATTRIBUTES_NAME], names)
+        names, path = [c.name for c in self.columns], self.prepared.path / ATTRIBUTES_NAME
+        groups = RowGroups([path], names)
         ends = np.cumsum(groups.rows)
-        tables = [pa.schema([(c.name, c.arrow_type) for c in self.columns]).empty_table()]
+        tables = [pq.read_schema(path).empty_table().select(names)]
         for index, (end, count) in enumerate(zip(ends, groups.rows, strict=True)):
             start, stop = max(items.start, end - count), min(items.stop, end)
             if start < stop:

@@ -43,7 +43,7 @@ def metrics_by_brute_force(
     """The metrics at 5 of (V,) scores that are a function of the history, written out by hand."""
     users = pq.read_table(Path(data) / "test.parquet").to_pylist()
     counts = Prepared.open(data).item_counts().tolist()
-    ndcg, hits, recall, known, listed = [], [], [], [], set[int]()
+    ndcg, hits, recall, known, new, listed = [], [], [], [], [], set[int]()
     tally = Counter[str]()
     for user in users:
         targets, seen, scores = user["targets"], set(user["items"]), score(user["items"])
@@ -56,6 +56,8 @@ def metrics_by_brute_force(
         recall.append(len(gains) / len(targets))
         kept = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if counts[item]]
         known += [sum(kept) / len(kept)] if kept else []
+        left = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if not counts[item]]
+        new += [sum(left) / len(left)] if left else []
         candidates = [item for item in range(len(scores)) if item not in hidden]
         listed |= set(sorted(candidates, key=lambda item: (-float(scores[item]), item))[:5])
         tally["targets"] += len(targets)
@@ -66,6 +68,7 @@ def metrics_by_brute_force(
         "HitRate@5": sum(hits) / len(users),
         "Recall@5": sum(recall) / len(users),
         "Recall@5/known": sum(known) / len(known),
+        "Recall@5/new": sum(new) / len(new),
         "Coverage@5": len(listed) / len(counts),
         "users": len(users),
         "targets": tally["targets"],
