@@ -29,6 +29,7 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardrec.modules.attributes import AttributeVectors
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import Step
@@ -90,18 +91,26 @@ def kept_ids(step: int) -> Tensor:
     return (catalog.shard.rows.detach()[:, 0] > 500).double()
 
 
-def loss_alone(loss: str, states: Tensor, rows: Tensor, targets: Tensor, draw: int) -> Tensor:
-    """The full softmax in float64, others by their function on plain float32 tensors."""
+def loss_alone(
+    loss: str, states: Tensor, rows: Tensor, targets: Tensor, draw: int
+) -> tuple[Tensor, Tensor]:
+    """The loss, and a leaf for the gradient of the rows.
+
+    The full softmax in float64, others by their function on plain float32 tensors.
+    """
     if loss == "cce":
-        return F.cross_entropy(states @ rows.T, targets)
+        leaf = rows.detach().requires_grad_()
+        return F.cross_entropy(states @ leaf.T, targets), leaf
+    leaf = rows.detach().float().requires_grad_()
     step = Step(seed=SEED, step=draw)
-    return config_of(loss)(states.float(), rows.float(), targets, step=step).loss.double()
+    return config_of(loss)(states.float(), leaf, targets, step=step).loss.double(), leaf
 
 
 def train_alone(attributes: str, loss: str, optimizer: str) -> Outcome:
     catalog = make_catalog(attributes, "sgd", None)
     ids = catalog.state_dict()["rows"].double().clone().requires_grad_()
     vectors = copy.deepcopy(catalog.attributes).double()
+    assert isinstance(vectors, AttributeVectors)
     encoder = make_encoder().double().train()
     replicated = [*encoder.parameters(), *vectors.parameters()]
     adam = torch.optim.AdamW(
@@ -119,12 +128,11 @@ def train_alone(attributes: str, loss: str, optimizer: str) -> Outcome:
             padded = torch.zeros(*batch.items.shape, WIDTH, dtype=torch.float64)
             padded[real] = rows[batch.items[real]]
             states = encoder(padded)[real]
-            # A leaf, whose gradient may be sparse.
-            leaf = rows.detach().requires_grad_()
-            value = loss_alone(loss, states, leaf, batch.targets[real], draw) / 2
+            value, leaf = loss_alone(loss, states, rows, batch.targets[real], draw)
+            value = value / 2
             value.backward(retain_graph=True)
             assert leaf.grad is not None
-            rows.backward(leaf.grad.to_dense(), retain_graph=True)
+            rows.backward(leaf.grad.to_dense().double(), retain_graph=True)
             total += value.detach()
         losses.append(float(total))
         trained = replicated if of_table is None else [*replicated, ids]

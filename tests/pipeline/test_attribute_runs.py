@@ -203,7 +203,7 @@ def test_serving_equals_the_live_model(run: str, data: str, tmp_path: Path) -> N
 def test_new_items_need_attributes(plain_data: str, run: str, data: str, tmp_path: Path) -> None:
     train(config_of(plain_data, tmp_path / "plain", CatalogConfig()))
     path = write_attributes(tmp_path / "newer.parquet", [60])
-    options = {"output": str(tmp_path / "export"), "items": path}
+    options: dict[str, Any] = {"output": str(tmp_path / "export"), "items": path}
     with pytest.raises(ValueError, match=r"train with catalog\.attributes=add"):
         export(ExportConfig(run=str(tmp_path / "plain"), prepared=plain_data, **options))
     table = attribute_table([60])

@@ -143,7 +143,8 @@ def test_a_folder_without_attributes_says_nothing_of_them(plain_data: str) -> No
 
 def test_other_attributes_are_other_data(tmp_path: Path) -> None:
     first = prepare_with(tmp_path / "first")
-    options = {"events": str(tmp_path / "first" / "log.parquet"), "output": str(first)}
+    log = str(tmp_path / "first" / "log.parquet")
+    options: dict[str, Any] = {"events": log, "output": str(first)}
     path = str(tmp_path / "first" / "attributes.parquet")
     settings: dict[str, Any] = {
         "split": "leave_one_out",
