@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ _REMEDY = "prepare the data again"
 Array = npt.NDArray[Any]
 Kind = Literal["category", "list", "number", "vector"]
 Value = str | int | bool
-RawValues = pa.Array | Array
+RawValues: TypeAlias = Any
 """Values of one column: of a category (n,) string, int64 or bool, of a list lists of them, of a
 number (n,) float64 with NaN where it is missing, of a vector fixed-size lists of float32."""
 

@@ -148,7 +148,8 @@ def test_rows_follow_a_change_of_the_parameters() -> None:
     catalog.squared_gradient_norm()
     with torch.no_grad():
         for parameter in catalog.attributes.parameters():
-            parameter -= parameter.grad
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad)
     catalog.step()
     after = catalog.shard.rows.detach()
     assert (after != before).any(1).all()
