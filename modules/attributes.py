@@ -23,9 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardrec.kernels.negatives.draws import STREAM_ID_DROPOUT, draw_below
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.row_updates import chunks
+from shardrec.modules.torchrec_adapter import ShardedTable
 
-__all__ = ["AttributeRows", "AttributeSizes", "AttributeVectors", "ComposedRows"]
+__all__ = [
+    "AttributeRows",
+    "AttributeSizes",
+    "AttributeVectors",
+    "ComposedRows",
+    "ItemAttributes",
+    "check_attributes",
+]
 
 BLOCK_ROWS = 65_536  # rows composed at a time
 _DRAWS = 1 << 30  # resolution of the share of dropped ids
@@ -102,6 +111,15 @@ class ItemAttributes(Protocol):
         """(len(items),) bool: whether an item has a training event."""
 
 
+def check_attributes(config: CatalogConfig, source: ItemAttributes | None) -> None:
+    """Raise ValueError if the config uses attributes and there are none."""
+    if config.attributes != "none" and source is None:
+        raise ValueError(
+            f"catalog.attributes must be none for items without attributes, got "
+            f"{config.attributes}; prepare the data with --item-attributes"
+        )
+
+
 class AttributeVectors(nn.Module):
     """Maps attributes to item vectors; the same parameters on every rank."""
 
@@ -143,7 +161,7 @@ class ComposedRows:
     """The composed rows of one shard, and the way of their gradient back.
 
     Attributes:
-        rows: (R, D) float32, composed when ``compose`` was last called.
+        rows: (R, D) float32; a row holds what it was when ``compose`` last named it.
         vectors: the parameters; their ``grad`` is this rank's part, to be summed over the ranks.
     """
 
@@ -166,34 +184,61 @@ class ComposedRows:
         """
         items = range(first_row, first_row + rows.shape[0])
         self.rows, self.vectors = rows, vectors
-        self._ids = ids
+        self._ids, self._first_row = ids, first_row
         self._attributes = source.rows(items).to(rows.device)
         self._trained = source.trained(items).to(rows.device)
-        self._items = torch.arange(items.start, items.stop, device=rows.device)
-        self._kept = self._trained.to(rows.dtype)
+        self._draw: tuple[float, int, int] | None = None
 
-    @torch.no_grad()
-    def compose(self, dropout: float = 0.0, *, seed: int = 0, step: int = 0) -> None:
-        """Composes all rows from the present parameters.
+    @classmethod
+    def of(
+        cls, config: CatalogConfig, table: ShardedTable, source: ItemAttributes | None, seed: int
+    ) -> ComposedRows | None:
+        """The composed rows of a table, which its look-up then reads; None for no attributes.
 
         Args:
-            dropout: share of the ids that are left out.
-            seed: with ``step`` and the item decides which; not with the rank.
-            step: training step.
+            config: of the catalog.
+            table: its rows are the ids, or, with attributes alone, memory of the composed rows.
+            source: attributes of the catalog.
+            seed: of the parameters.
         """
-        kept = self._trained
-        if dropout:
-            draws = draw_below(
-                _DRAWS, self._items, 1, seed=seed, step=step, stream=STREAM_ID_DROPOUT
-            )
-            kept = kept & (draws[:, 0] >= round(dropout * _DRAWS))
-        self._kept = kept.to(self.rows.dtype)
-        for start in range(0, len(self.rows), BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, len(self.rows))
-            block = self.vectors(self._attributes.slice(start, stop))
-            if self._ids is not None:
-                block.addcmul_(self._ids[start:stop], self._kept[start:stop, None])
-            self.rows[start:stop] = block
+        if config.attributes == "none" or source is None:
+            return None
+        ids = None if config.attributes == "only" else table.rows
+        rows = table.rows if ids is None else torch.empty_like(ids)
+        vectors = AttributeVectors(source.sizes, table.width, std=config.init_std, seed=seed)
+        composed = cls(rows, ids, source, vectors.to(table.device), table.first_row)
+        table.read = composed.read
+        return composed
+
+    def drop_ids(self, share: float, *, seed: int, step: int) -> None:
+        """Leaves ids out from now on: (seed, step, item) decides of which items, not the rank."""
+        self._draw = (share, seed, step) if share else None
+
+    def keep_ids(self) -> None:
+        """Ends ``drop_ids``."""
+        self._draw = None
+
+    @torch.no_grad()
+    def compose(self, rows: Tensor | None = None) -> None:
+        """Composes the (n,) int64 rows, or all of them, from the present parameters."""
+        if rows is None:
+            for start in range(0, len(self.rows), BLOCK_ROWS):
+                part = slice(start, start + BLOCK_ROWS)
+                every = torch.arange(*part.indices(len(self.rows)), device=self.rows.device)
+                attributes = self._attributes.slice(start, start + len(every))
+                self.rows[part] = self._composed(attributes, every)
+            return
+        for part in rows.split(BLOCK_ROWS):
+            self.rows[part] = self._composed(self._attributes.take(part), part)
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> Tensor:
+        """(n, D) the (n,) int64 rows, composed from the present parameters."""
+        different, places = rows.unique(return_inverse=True)
+        found = self.rows.new_empty(len(different), self.rows.shape[1], requires_grad=False)
+        for part, out in zip(different.split(BLOCK_ROWS), found.split(BLOCK_ROWS), strict=True):
+            out.copy_(self._composed(self._attributes.take(part), part))
+        return found[places]
 
     def pull_back(self, gradient: Tensor | None) -> Tensor | None:
         """Adds to the parameters' ``grad``; returns the gradient of the ids, in the same memory.
@@ -211,9 +256,22 @@ class ComposedRows:
                 continue
             with torch.enable_grad():
                 self.vectors(self._attributes.take(rows)).backward(values)
-        if self._ids is None:
-            return None
-        if gradient.is_sparse:
-            gradient.values().mul_(self._kept[gradient.indices()[0], None])
-            return gradient
-        return gradient.mul_(self._kept[:, None])
+            if self._ids is not None:
+                values.mul_(self._kept(rows))  # a view of the gradient
+        return None if self._ids is None else gradient
+
+    def _composed(self, attributes: AttributeRows, rows: Tensor) -> Tensor:
+        composed: Tensor = self.vectors(attributes)
+        if self._ids is not None:
+            composed.addcmul_(self._ids[rows], self._kept(rows))
+        return composed
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """(n, 1) float32, 1 where a row has its id."""
+        kept = self._trained[rows]
+        if self._draw is not None:
+            share, seed, step = self._draw
+            items = rows + self._first_row
+            draws = draw_below(_DRAWS, items, 1, seed=seed, step=step, stream=STREAM_ID_DROPOUT)
+            kept = kept & (draws[:, 0] >= round(share * _DRAWS))
+        return kept.to(self.rows.dtype)[:, None]

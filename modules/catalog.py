@@ -10,8 +10,8 @@ The phases of a training step:
 4. ``step``: one optimizer update for each row.
 
 With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
-the attributes' vectors: ``begin_step`` composes them, and the first ``squared_gradient_norm`` or
-``step`` after the last micro-batch takes their gradient back to both.
+the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
+micro-batch takes their gradient back to both. ``begin_step`` says which rows leave their own out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
-from shardrec.modules.attributes import AttributeVectors, ComposedRows, ItemAttributes
+from shardrec.modules.attributes import ComposedRows, ItemAttributes, check_attributes
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.initial_rows import fill_initial_rows
 from shardrec.modules.row_updates import build_update, empty_gradient, sparse_gradient
@@ -64,7 +64,7 @@ class Catalog:
             attributes: of the items; needed unless ``config.attributes`` is "none".
         """
         _check_shape(num_items, width)
-        _check_attributes(config, attributes)
+        check_attributes(config, attributes)
         self.config = config
         self.device = device
         self.num_items = num_items
@@ -79,10 +79,8 @@ class Catalog:
         )
         fill_initial_rows(self._table.rows, self._table.first_row, seed, config.init_std)
         self._update = build_update(optimizer, config, self._table)
-        self._composed: ComposedRows | None = None
+        self._composed = ComposedRows.of(config, self._table, attributes, seed)
         self._is_fresh = self._is_pulled_back = False
-        if attributes is not None and config.attributes != "none":
-            self._composed = self._compose_from(attributes, seed)
         rows = self._table.rows if self._composed is None else self._composed.rows
         self._rows = rows.requires_grad_()
 
@@ -97,13 +95,10 @@ class Catalog:
 
         With attributes its rows are the composed ones.
         """
-        self._refresh()
-        return RowShard(
-            rows=self._rows,
-            first_row=self._table.first_row,
-            num_rows=self.num_items,
-            group=self.group,
-        )
+        if self._composed is not None and not self._is_fresh:
+            self._composed.compose()
+            self._is_fresh = True
+        return self._as_shard()
 
     @property
     def attributes(self) -> nn.Module:
@@ -115,16 +110,30 @@ class Catalog:
         return nn.Module() if self._composed is None else self._composed.vectors
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Composes the rows of a training step, without the ids that (seed, step, item) drop.
-
-        Does nothing without attributes. After ``step`` or ``zero_grad``, rows are composed again
-        with all ids when they are next read.
+        """Leaves out the ids that (seed, step, item) drop, until ``step`` or ``zero_grad``.
 
         Collectives: none.
         """
         if self._composed is not None:
-            self._composed.compose(self.config.id_dropout, seed=seed, step=step)
-            self._is_fresh = True
+            self._composed.drop_ids(self.config.id_dropout, seed=seed, step=step)
+            self._is_fresh = False
+
+    def shard_for(self, used_rows: Callable[[RowShard], Tensor | None]) -> RowShard:
+        """``shard``, of which only some rows are up to date if composing the others can be saved.
+
+        Args:
+            used_rows: returns the (n,) int64 rows of the shard that will be read, None for all;
+                called if rows are composed.
+
+        Collectives: none but those of ``used_rows``.
+        """
+        shard = self._as_shard()
+        used = None if self._composed is None else used_rows(shard)
+        if self._composed is None or used is None:
+            return self.shard
+        if not self._is_fresh:
+            self._composed.compose(used)
+        return shard
 
     @property
     def row_range(self) -> range:
@@ -173,7 +182,6 @@ class Catalog:
         vectors = self._table.begin_lookup(items.masked_fill(outside, 0))
 
         def checked_vectors() -> Tensor:
-            self._refresh()
             found = vectors()
             if counted is not None:
                 counted.wait()
@@ -289,19 +297,13 @@ class Catalog:
         rows = self._table.rows.detach()
         return {"rows": rows[:, :0] if self.config.attributes == "only" else rows} | optimizer
 
-    def _compose_from(self, source: ItemAttributes, seed: int) -> ComposedRows:
-        std = self.config.init_std
-        vectors = AttributeVectors(source.sizes, self.width, std=std, seed=seed).to(self.device)
-        ids = None if self.config.attributes == "only" else self._table.rows
-        rows = self._table.rows if ids is None else torch.empty_like(ids)
-        self._table.served = rows
-        return ComposedRows(rows, ids, source, vectors, self._table.first_row)
-
-    def _refresh(self) -> None:
-        """Composes the rows, with all ids, if a parameter has changed since."""
-        if self._composed is not None and not self._is_fresh:
-            self._composed.compose()
-            self._is_fresh = True
+    def _as_shard(self) -> RowShard:
+        return RowShard(
+            rows=self._rows,
+            first_row=self._table.first_row,
+            num_rows=self.num_items,
+            group=self.group,
+        )
 
     def _pull_back(self) -> None:
         """Merges the gradient, and with attributes takes it back to the ids, once a step."""
@@ -313,6 +315,8 @@ class Catalog:
     def _end_step(self) -> None:
         self._rows.grad = None
         self._is_fresh = self._is_pulled_back = False
+        if self._composed is not None:
+            self._composed.keep_ids()
 
     def _merge_sparse(self, gradient: Tensor | None) -> Tensor:
         """The recorded pairs and a sparse gradient, summed as one coalesced COO (R, D)."""
@@ -380,11 +384,3 @@ def _single_process_group(device: torch.device) -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
-
-
-def _check_attributes(config: CatalogConfig, attributes: ItemAttributes | None) -> None:
-    if config.attributes != "none" and attributes is None:
-        raise ValueError(
-            f"catalog.attributes must be none for items without attributes, got "
-            f"{config.attributes}; prepare the data with --item-attributes"
-        )

@@ -1,5 +1,6 @@
 """One optimizer step on a list of micro-batches, taken by all ranks together."""
 
+import functools
 import hashlib
 import math
 import resource
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.item_counts import ItemCounts
+from shardrec.modules.loss import Batch as LossBatch
 from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
@@ -200,14 +203,12 @@ class Stepper:
             states = self.model.states(batch.items, batch.lengths, vectors)
             # Backward in two calls, so that a profile separates the loss from the encoder.
             seen = states.detach().requires_grad_()
+            targets = batch.targets.reshape(-1)[real]
+            weights = None if batch.weights is None else batch.weights.reshape(-1)[real]
             with part("loss"):
-                output = self.loss(
-                    seen,
-                    self.model.catalog.shard,
-                    batch.targets.reshape(-1)[real],
-                    weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
-                    step=draw,
-                )
+                asked = functools.partial(self._used_rows, seen, targets, weights, draw)
+                shard = self.model.catalog.shard_for(asked)
+                output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -219,6 +220,12 @@ class Stepper:
             for name, value in output.statistics.items():
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
+
+    def _used_rows(
+        self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard
+    ) -> Tensor | None:
+        """The rows of the shard that the loss will read."""
+        return self.loss.used_rows(LossBatch(states, shard, targets, weights, draw))
 
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)

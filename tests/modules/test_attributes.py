@@ -47,6 +47,25 @@ def test_a_row_is_its_id_and_the_vectors_of_its_attributes(
     torch.testing.assert_close(composed.rows.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [7, 65_536])
+def test_only_the_rows_that_are_asked_for_are_composed(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(under_test, "BLOCK_ROWS", block)
+    composed = make(some_ids())
+    composed.drop_ids(0.4, seed=5, step=9)
+    composed.compose()
+    expected = composed.rows.clone()
+    asked = torch.arange(1, NUM_ITEMS, 3)
+    composed.rows.fill_(torch.nan)
+    composed.compose(asked)
+    torch.testing.assert_close(composed.rows[asked], expected[asked])
+    assert int(composed.rows.isnan().all(1).sum()) == NUM_ITEMS - len(asked)
+    looked_up = torch.tensor([4, 4, 0, 52, 4])
+    torch.testing.assert_close(composed.read(looked_up), expected[looked_up])
+    assert composed.read(looked_up[:0]).shape == (0, WIDTH)
+
+
 def test_an_item_without_training_events_has_attributes_alone() -> None:
     composed = make(some_ids())
     composed.compose()
@@ -62,7 +81,8 @@ def test_ids_are_dropped_by_seed_step_and_item_alone() -> None:
 
     def has_id(first: int, stop: int, seed: int, step: int) -> Tensor:
         composed = make(ids, first, stop)
-        composed.compose(0.5, seed=seed, step=step)
+        composed.drop_ids(0.5, seed=seed, step=step)
+        composed.compose()
         return composed.rows[:, 0] > 50
 
     whole = has_id(0, NUM_ITEMS, seed=2**40 + 1, step=7)
@@ -77,7 +97,8 @@ def test_the_share_of_dropped_ids_is_as_asked() -> None:
     vectors = AttributeVectors(source.sizes, 4, std=0.0, seed=3)
     ids = torch.ones(4000, 4)
     composed = ComposedRows(torch.empty(4000, 4), ids, source, vectors, 0)
-    composed.compose(0.25, seed=1, step=1)
+    composed.drop_ids(0.25, seed=1, step=1)
+    composed.compose()
     kept = composed.rows[source.trained(range(4000)), 0]
     assert kept.unique().tolist() == [0.0, 1.0]
     # 3600 items: the standard deviation of the mean is 0.0072.
@@ -93,10 +114,11 @@ def test_gradients_equal_autograd(
     monkeypatch.setattr(under_test, "BLOCK_ROWS", block)
     ids = some_ids() if with_ids else None
     composed = make(ids)
-    composed.compose(0.4, seed=5, step=9)
+    composed.drop_ids(0.4, seed=5, step=9)
     # What was kept shows in the rows: ids far from zero.
     far = make(torch.full((NUM_ITEMS, WIDTH), 100.0))
-    far.compose(0.4, seed=5, step=9)
+    far.drop_ids(0.4, seed=5, step=9)
+    far.compose()
     kept = far.rows[:, 0] > 50
     assert 5 < int(kept.sum()) < NUM_ITEMS - 10
 

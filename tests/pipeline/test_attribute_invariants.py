@@ -29,9 +29,11 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn import functional as F
 
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.attributes import AttributeVectors
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.loss import Batch as LossBatch
 from shardrec.modules.losses import Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.run.step import Stepper
@@ -69,6 +71,8 @@ def train_on_ranks(attributes: str, loss: str, optimizer: str) -> Outcome:
     stepper = Stepper(
         Model(make_encoder(), catalog), config_of(loss), OPTIMIZER, seed=SEED, total_steps=None
     )
+    # Sampled losses compose the rows that they read: others would make them NaN.
+    catalog.shard.rows.detach().fill_(torch.nan)
     outcomes = [
         stepper.take([own_part(global_batch(2 * step + index)) for index in range(2)], step + 1)
         for step in range(STEPS)
@@ -80,6 +84,25 @@ def train_on_ranks(attributes: str, loss: str, optimizer: str) -> Outcome:
         catalog.state_dict()["rows"].clone(),
         catalog.shard.rows.detach().clone(),
     )
+
+
+def named_rows(loss: str, num_items: int) -> int:
+    """How many rows of a table a loss names."""
+    rows = torch.zeros(num_items, WIDTH)
+    batch = LossBatch(
+        torch.zeros(4, WIDTH),
+        RowShard(rows, 0, num_items),
+        torch.tensor([1, 2, 3, 1]),
+        None,
+        Step(seed=SEED, step=0),
+    )
+    used = config_of(loss).used_rows(batch)
+    return num_items if used is None else len(used)
+
+
+def test_a_sampled_loss_names_fewer_rows_than_all() -> None:
+    assert named_rows("cce", 5000) == 5000
+    assert 3 <= named_rows("cce_minus", 5000) < 2500
 
 
 def kept_ids(step: int) -> Tensor:
