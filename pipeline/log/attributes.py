@@ -118,7 +118,8 @@ class AttributeFile:
             read_ids(self._read(path, self.choice.item), self.item_type, self._place(path))
             for path in self.paths
         ]
-        ids = pa.concat_arrays([chunk for part in parts for chunk in part.chunks])
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        ids = pa.chunked_array(chunks, parts[0].type).combine_chunks()
         counts = pc.value_counts(ids)
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(twice):
