@@ -123,7 +123,7 @@ class LengthGroups:
 
     @classmethod
     def single(cls, lengths: Tensor, longest: int) -> LengthGroups:
-        """One group of a (B, ``longest``) batch of (B,) lengths; its padding counts as positions."""
+        """One group, of a (B, ``longest``) batch of (B,) lengths; padding counts as positions."""
         number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
         places = torch.arange(longest, device=lengths.device).expand(number, longest)
         own = lengths[:, None].expand(number, longest)

@@ -155,7 +155,7 @@ class _Meter:
         }
         errors = {
             f"{name}{suffix}": float(metric.standard_error())
-            for suffix, metrics in (("", self.all), ("/known", self.known))
+            for suffix, metrics in (("", self.all), ("/known", self.known), ("/new", self.new))
             for name, metric in metrics.items()
             if isinstance(metric, MeanOverUsers) and f"{name}{suffix}" in values
         }
