@@ -57,7 +57,7 @@ CASES = {
     "sampled-popularity": Case(1_500_000, (64, 20), POPULARITY),
     "sampled-rowwise": Case(600_000, (256, 40), "loss=cce_minus"),
     "buckets-sparse-adam": Case(300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam"),
-    "hashes-sgd": Case(300_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
+    "hashes-sgd": Case(150_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
     "stored-logits": Case(20_000, (64, 20), "loss=eager_ce"),
     "stored-negatives": Case(20_000, (64, 20), "loss=gbce loss.num_negatives=64"),
     "sasrec": Case(2_000, (768, 50), "loss=cce_minus loss.num_negatives=64"),
@@ -69,7 +69,7 @@ CASES = {
     "two-ranks-streamed": Case(400_000, (8, 20), "loss=cce", 2),
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
-    "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
+    "two-ranks-hashes": Case(200_000, (16, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
 
