@@ -120,10 +120,11 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
     attention weights are saved if attention dropout is used on a CPU.
     """
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
-    is_dropped = config.dropout > 0
+    is_dropped, is_numbered = config.dropout > 0, config.resolved_positions != "rotary"
     stores_weights = on_cpu and config.resolved_attention_dropout > 0
     if config.kind == "sasrec":
-        block = (8 - stores_weights + is_dropped) * width + (1 + 2 * is_dropped) * hidden
+        copied = stores_weights and heads > 1  # the scaled query is one more if not
+        block = (8 - copied + is_dropped) * width + (1 + 2 * is_dropped) * hidden
         first = (1 + is_dropped) * width
     else:
         # The values of one head are a view of the projection, which is then saved whole.
@@ -131,7 +132,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
         block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
         first = (2 + is_dropped) * width
     block += 3 * heads * length if stores_weights else heads
-    return float(first + config.num_blocks * (block + 4) + 2)
+    return float(first + 2 * is_numbered + config.num_blocks * (block + 4) + 2)
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
@@ -209,10 +210,9 @@ class TransformerEncoder(nn.Module):
         self._check(vectors)
         if vectors.numel() == 0:  # attention kernels refuse empty batches on some devices
             return vectors + sum(parameter.sum() * 0 for parameter in self.parameters())
-        batch, longest = vectors.shape[:2]
         if lengths is None:
-            lengths = torch.full((batch,), longest, device=vectors.device)
-        groups = LengthGroups.single(lengths, longest)
+            lengths = torch.ones_like(vectors[..., 0], dtype=torch.int64).sum(1)
+        groups = LengthGroups.single(lengths, vectors.shape[1])
         return self.packed(vectors.flatten(0, 1), groups).view(vectors.shape)
 
     def packed(

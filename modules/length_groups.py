@@ -76,7 +76,7 @@ class PaddedGroup:
         if self.slots is not None:
             empty = values.new_zeros(self.number * self.length, *values.shape[1:])
             values = empty.index_copy(0, self.slots, values)
-        return values.unflatten(0, (self.number, self.length))
+        return values.view(self.number, self.length, *values.shape[1:])
 
     def unpad(self, values: Tensor) -> Tensor:
         """(n, ...) values without padding, from (b, l, ...)."""
@@ -123,7 +123,7 @@ class LengthGroups:
 
     @classmethod
     def single(cls, lengths: Tensor, longest: int) -> LengthGroups:
-        """One group, of a (B, ``longest``) batch of (B,) lengths; padding counts as positions."""
+        """One group of a (B, ``longest``) batch of (B,) lengths; all its padding is positions."""
         number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
         places = torch.arange(longest, device=lengths.device).expand(number, longest)
         own = lengths[:, None].expand(number, longest)

@@ -148,9 +148,9 @@ class TrainingBatches:
         is_other = state["order"].get("version", 1) != ORDER_VERSION
         if is_other and 0 < self.step < len(self) and self.rank == 0:
             logging.getLogger(__name__).warning(
-                "the first %d of the %d batches of epoch %d came in the order of another version: "
-                "the epoch goes on at the same step in the order of this one, so it has "
-                "some sequences twice and others not at all; later epochs are complete",
+                "the first %d of the %d batches of epoch %d came in the order of another version "
+                "of shardrec: the epoch goes on at the same step in the order of this one, so it "
+                "has some sequences twice and others not at all; later epochs are complete",
                 *(self.step, len(self), self.epoch + 1),
             )
 

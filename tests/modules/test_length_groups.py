@@ -53,7 +53,7 @@ def test_sorted_values_come_back_in_their_order() -> None:
     assert list(found) == expected
 
 
-def reversed_sums(values: Tensor, others: Tensor) -> Tensor:
+def running_sums(values: Tensor, others: Tensor) -> Tensor:
     """Causal and not position-wise: running sums of a product."""
     return (values * others[..., None]).cumsum(1)
 
@@ -66,9 +66,9 @@ def test_a_function_of_groups_is_that_of_single_sequences_with_its_gradient() ->
     values = torch.randn(number, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     others = torch.randn(number, generator=generator, dtype=torch.float64)
     weights = torch.randn(number, 4, generator=generator, dtype=torch.float64)
-    found = groups.restore(groups.apply(reversed_sums, groups.sort(values), groups.sort(others)))
+    found = groups.restore(groups.apply(running_sums, groups.sort(values), groups.sort(others)))
     parts = zip(values.split(LENGTHS.tolist()), others.split(LENGTHS.tolist()), strict=True)
-    expected = torch.cat([reversed_sums(one[None], other[None])[0] for one, other in parts])
+    expected = torch.cat([running_sums(one[None], other[None])[0] for one, other in parts])
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad((one * weights).sum(), values)[0] for one in (found, expected)]
     torch.testing.assert_close(*gradients)
@@ -81,16 +81,16 @@ def test_padding_is_zero_and_is_dropped() -> None:
         seen.append(values)
         return values + 1
 
-    groups = LengthGroups.of(torch.tensor([5, 4, 5]))
+    groups = LengthGroups.of(torch.tensor([5, 4, 5]), least_saved=0.5)
     assert torch.equal(groups.apply(note, torch.ones(14)), torch.full((14,), 2.0))
     assert seen[0].tolist() == [[1, 1, 1, 1, 0], [1] * 5, [1] * 5]
 
 
 @pytest.mark.parametrize("spread", [0.6, 0.9])
-def test_padding_is_a_tenth_of_a_random_batch_or_less(spread: float) -> None:
+def test_a_few_groups_leave_little_padding_in_a_random_batch(spread: float) -> None:
     generator = torch.Generator().manual_seed(1)
     for size in (16, 128, 512):
         drawn = torch.randn(size, generator=generator).mul(spread).add(2).exp()
         lengths = drawn.long().clamp(1, 50)
-        assert 1 - int(lengths.sum()) / num_slots(lengths) < 0.12
-        assert len(cut_lengths(lengths)) <= 10
+        assert 1 - int(lengths.sum()) / num_slots(lengths) < 0.15
+        assert len(cut_lengths(lengths)) <= 12

@@ -231,24 +231,12 @@ def test_whether_two_samples_share_a_batch_does_not_depend_on_their_lengths(larg
 
 def test_positions_of_batches_vary_as_those_of_random_draws_do(large: Path) -> None:
     batches = loader(large, batch_size=64, shuffle_row_groups=1000, max_length=50)
-    positions = [batch.num_positions for _ in range(4) for batch in batches][: 4 * 312]
+    positions = [
+        batch.num_positions for _ in range(4) for batch in batches if len(batch.lengths) == 64
+    ]
     batch_of, lengths = batch_of_each_sample(batches)
     ratio = np.var(positions) / (64 * lengths.var())
     assert 0.75 < ratio < 1.25  # batches of like lengths have a ratio of about 64
-
-
-def test_samples_of_a_window_are_in_any_of_its_batches(folder: Path) -> None:
-    """Over many epochs each pair of samples shares a batch as often as every other."""
-    batches = loader(folder, batch_size=8, shuffle_row_groups=1000)
-    pairs, epochs = np.zeros((157, 157)), 600
-    for _ in range(epochs):
-        batch_of, _ = batch_of_each_sample(batches)
-        pairs += batch_of[:, None] == batch_of
-    found = pairs[np.triu_indices(157, 1)] / epochs
-    mean = 7 / 156
-    # Pairs of one row group are in one place, and so in two batches, a little more often.
-    assert found.mean() == pytest.approx(mean, rel=0.02)
-    assert found.min() > 0.2 * mean and found.max() < 2 * mean
 
 
 def test_padding_is_zero_and_real_positions_are_packed_in_order(folder: Path) -> None:
