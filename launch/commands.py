@@ -127,7 +127,7 @@ def train(options: Namespace, config: "TrainConfig") -> int:
         if end.best_metrics:
             beside = evaluate_baselines(config.data, config.validation.measure, "validation")
             if Communicator(found.group).rank == 0:
-                print(f"best validation, step {end.best_step}:")
+                print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric
                 print_beside(end.best_metrics, beside, label, metric)
     return 0

@@ -98,8 +98,7 @@ class Built:
 def baseline(config: BaselineConfig) -> Built:
     """Count a baseline from the training sequences of a prepared folder.
 
-    Memory is about 0.5 GB and 28 bytes for each training event; ``knn`` counts the last
-    ``last_events`` of each sequence only. At most V (2 m) pairs are written, m being ``neighbors``;
+    Memory is that of ``count_neighbors``. At most V (2 m) pairs are written, m being ``neighbors``;
     ranking takes 8 bytes for each of them on every rank.
 
     Raises:

@@ -41,8 +41,9 @@ class Counting:
 def count_neighbors(files: Sequence[Path], order: Ints, how: Counting) -> Iterator[pa.Table]:
     """Tables of the columns item, neighbor, score, of rising items, best neighbours first.
 
-    Memory is 20 bytes for each counted event and 8 for each transition, and half a GB for a range
-    of items. Time is that of sorting all pairs of items of a sequence.
+    Memory is about 20 bytes for each counted event, 8 of which stay, and 8 for each transition; and
+    about 100 bytes for each pair of a range: 4 million pairs, or those of one item if more. Time is
+    that of sorting all pairs of items of a sequence.
 
     Args:
         files: training files of a prepared folder.
