@@ -162,6 +162,8 @@ def test_an_export_holds_the_composed_rows_and_those_of_new_items(
         checkpoint="last",
     )
     ranks(num_ranks).run(run_export, config)
+    with pytest.raises(FileExistsError, match="differs in items"):
+        export(dataclasses.replace(config, items=None))
     ids, vectors = exported(tmp_path / "export")
     prepared = Prepared.open(data)
     known = prepared.item_ids().to_pylist()
