@@ -121,7 +121,8 @@ class CCEMinus(Loss):
             num_negatives=self.num_negatives,
             num_positions=targets.numel(),
             share=self.share or None,
-            **batch.draws,
+            seed=batch.step.seed,
+            step=batch.step.step,
         )
         first = batch.table.first_row
         return sampler.drawn_rows(RowIds(first, batch.table.rows.shape[0]), targets) - first

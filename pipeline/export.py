@@ -127,12 +127,13 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     started, group = time.monotonic(), default_group()
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     source = Source.find(config.run, prepared, config.checkpoint, encoder)
-    index, new = (
-        config.index,
-        on_this_rank(lambda: _open_new_items(config, prepared, source), group),
-    )
-    request = {"source": source.identity, "faiss": index and dataclasses.asdict(index)}
-    request |= {} if new is None else {"items": new.file.describe()}
+    index = config.index
+    new = on_this_rank(lambda: _open_new_items(config, prepared, source), group)
+    request = {
+        "source": source.identity,
+        "faiss": index and dataclasses.asdict(index),
+        "items": new and new.file.describe(),
+    }
     output = StageOutput(
         path=Path(config.output), format=EXPORT, request=request, force=config.force, group=group
     )

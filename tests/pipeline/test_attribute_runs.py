@@ -162,6 +162,8 @@ def test_an_export_holds_the_composed_rows_and_those_of_new_items(
         checkpoint="last",
     )
     ranks(num_ranks).run(run_export, config)
+    with pytest.raises(FileExistsError, match="differs in items"):
+        export(dataclasses.replace(config, items=None))
     ids, vectors = exported(tmp_path / "export")
     prepared = Prepared.open(data)
     known = prepared.item_ids().to_pylist()
@@ -189,7 +191,8 @@ def test_serving_equals_the_live_model(run: str, data: str, tmp_path: Path) -> N
         k=5,
     )
     recommend(config)
-    live = pq.read_table(tmp_path / "lists").to_pylist()
+    (part,) = (tmp_path / "lists").glob("part-*.parquet")
+    live = pq.read_table(part).to_pylist()
     users = pq.read_table(Path(data) / "test.parquet").to_pylist()
     ids = Prepared.open(data).item_ids().to_pylist()
     served = Recommender.open(tmp_path / "export", min_count=0)
