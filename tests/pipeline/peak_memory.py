@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.attributes import AttributeRows, AttributeSizes
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
@@ -32,6 +34,24 @@ class Ranks:
     group: dist.ProcessGroup | None
     writing: dist.ProcessGroup | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Six values of a thousand and 32 numbers for each item."""
+
+    @property
+    def sizes(self) -> AttributeSizes:
+        return AttributeSizes(1000, (0,), 32)
+
+    def rows(self, items: range) -> AttributeRows:
+        count = len(items)
+        codes = torch.arange(6 * count, dtype=torch.int32) % 1000
+        offsets = torch.arange(0, 6 * count + 1, 6)
+        return AttributeRows(codes, torch.ones(6 * count), offsets, torch.ones(count, 32))
+
+    def trained(self, items: range) -> Tensor:
+        return torch.ones(len(items), dtype=torch.bool)
 
 
 def status_bytes(name: str) -> int:
@@ -53,7 +73,8 @@ def batch_of(num_items: int, shape: Sequence[int], group: dist.ProcessGroup | No
 
 
 def train_two_steps(config: TrainConfig, num_items: int, shape: Sequence[int], at: Ranks) -> None:
-    model = build_model(config, num_items, None, at.group)
+    attributes = None if config.catalog.attributes == "none" else Generated()
+    model = build_model(config, num_items, None, at.group, attributes)
     counts = torch.ones(num_items, dtype=torch.int64)
     stepper = Stepper(
         model, config.loss, config.optimizer, seed=1, total_steps=None, item_counts=counts
@@ -76,6 +97,7 @@ def state_of(stepper: Stepper, config: TrainConfig) -> CheckpointState:
         table=stepper.model.catalog.state_dict(),
         progress={},
         config=to_json(config),
+        attributes=stepper.model.catalog.attributes.state_dict(),
     )
 
 

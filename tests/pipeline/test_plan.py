@@ -13,7 +13,7 @@ from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.config import override
-from shardrec.pipeline.plan import Machine, Plan, plan
+from shardrec.pipeline.plan import AttributeCounts, Machine, Plan, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
 from shardrec.pipeline.run.config import TrainConfig
 
@@ -63,6 +63,9 @@ CASES = {
     "sasrec": Case(2_000, (768, 50), "loss=cce_minus loss.num_negatives=64"),
     "modern": Case(2_000, (512, 50), "loss=cce_minus loss.num_negatives=64 encoder.kind=modern"),
     "checkpoint": Case(300_000, (128, 20), "loss=cce_minus catalog.optimizer=adam", 1, True),
+    "attributes": Case(300_000, (128, 20), "loss=cce_minus catalog.attributes=add"),
+    "attributes-alone": Case(400_000, (64, 20), "loss=cce catalog.attributes=only"),
+    "two-ranks-attributes": Case(600_000, (64, 20), "loss=cce_minus catalog.attributes=add", 2),
     "two-ranks-streamed": Case(400_000, (8, 20), "loss=cce", 2),
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
@@ -71,8 +74,13 @@ CASES = {
 }
 
 
+# Those of peak_memory.py.
+ATTRIBUTES = AttributeCounts(attribute_values=1000, attribute_codes=6, attribute_numbers=32)
+
+
 def without_libraries(config: TrainConfig, num_items: int, num_ranks: int = 1) -> Plan:
-    return plan(config, num_items, Machine(libraries_gb=0.0, ranks=num_ranks))
+    attributes = None if config.catalog.attributes == "none" else ATTRIBUTES
+    return plan(config, num_items, Machine(libraries_gb=0.0, ranks=num_ranks), attributes)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +120,31 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     halved = plan(config, 1_000_000, Machine(ranks=2, libraries_gb=0.0))
     assert halved.memory["table"] == 128_000_000
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
+
+
+def test_attributes_are_codes_of_the_shard_and_vectors_on_every_rank() -> None:
+    options = "encoder.width=64 catalog.optimizer=adam checkpoints.background=false".split()
+    plain = without_libraries(override(tiny_cpu("none", "none"), options), 1_000_000)
+    for mode, rows, state in (("add", 256_000_000, 512_000_000), ("only", 0, 0)):
+        config = override(tiny_cpu("none", "none"), [*options, f"catalog.attributes={mode}"])
+        planned = without_libraries(config, 1_000_000, num_ranks=2)
+        assert planned.memory["table"] == 128_000_000
+        assert planned.memory["composed rows"] == rows / 2
+        assert planned.memory["optimizer state"] == state / 2
+        vectors = 1032 * 64 * 4
+        assert planned.memory["attributes"] == 500_000 * (6 * 8 + 32 * 4 + 22) + 5 * vectors
+        assert planned.moved["attribute gradients"] == 2 * vectors / 2
+    assert "attributes" not in plain.memory
+
+
+def test_attributes_and_their_use_go_together() -> None:
+    config = tiny_cpu("none", "none")
+    with pytest.raises(ValueError, match="attribute_values or attribute_numbers must be above 0"):
+        plan(override(config, ["catalog.attributes=add"]), 1000, Machine())
+    with pytest.raises(ValueError, match=r"got 1000 and 32 with catalog\.attributes=none"):
+        plan(config, 1000, Machine(), ATTRIBUTES)
+    with pytest.raises(ValueError, match="attribute_codes must be at least 0"):
+        AttributeCounts(attribute_codes=-1)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

@@ -36,7 +36,8 @@ from shardrec.pipeline.train import build, train
 # Runs of several processes: seconds each.
 pytestmark = pytest.mark.slow
 
-NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)  # drawn by each rank for itself
+NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)
+DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.3)
 SEED = 1  # one with which every choice is certain
 
 
@@ -51,7 +52,7 @@ def data(weighted_data: str) -> str:
 def test_another_number_of_ranks_goes_on_within_tolerance(
     ranks: Ranks, data: str, tmp_path: Path, loss: Any
 ) -> None:
-    config = config_of(data, tmp_path / "whole", loss, "rowwise_adagrad", encoder=NO_DROPOUT)
+    config = config_of(data, tmp_path / "whole", loss, "rowwise_adagrad", encoder=DROPOUT)
     whole = train_and_read(config, "no")
     for before in (1, 2, 3):
         begun = dataclasses.replace(config, output=str(tmp_path / f"{before}"))
