@@ -23,8 +23,8 @@ class Command:
         epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
-        cpu: CPUs that its component asks for by default.
-        memory_mb: memory that it asks for by default.
+        cpu: CPUs that its component asks for by default; 0: two for each worker.
+        memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 
     kind: Literal["distributed", "single", "tool"]
@@ -32,8 +32,8 @@ class Command:
     description: str
     epilog: str = ""
     config: str = ""
-    cpu: int = 2
-    memory_mb: int = 8192
+    cpu: int = 0
+    memory_mb: int = 0
 
 
 COMMANDS = {
@@ -62,7 +62,8 @@ COMMANDS = {
             "evaluation stream: sequences, splits, item counts, and a manifest, written last. "
             "Sorting spills to disk: the log may be larger than memory. Repeated with the same "
             "options, it does nothing; --force prepares again. For a newer log, --items keeps the "
-            "item indices of the earlier folder."
+            "item indices of the earlier folder. --item-attributes reads attributes of the items, "
+            "which train uses with catalog.attributes=add."
         ),
         epilog=(
             "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output "
@@ -70,6 +71,7 @@ COMMANDS = {
         ),
         config="pipeline.prepare.PrepareConfig",
         cpu=4,
+        memory_mb=8192,
     ),
     "baseline": Command(
         kind="single",
@@ -105,8 +107,9 @@ COMMANDS = {
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
             "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
             "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
-            " out targets that training never saw. Any number of workers may evaluate, whatever "
-            "number trained. Repeated with the same options, it does nothing."
+            " out targets that training never saw, those in /new all others. Any number of workers "
+            "may evaluate, whatever number trained. Repeated with the same options, it does "
+            "nothing."
         ),
         epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",
@@ -143,7 +146,8 @@ COMMANDS = {
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
             "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
-            "TorchRec. Repeated with the same options, it does nothing."
+            "TorchRec. --items adds vectors of newer items, from their attributes. Repeated with "
+            "the same options, it does nothing."
         ),
         epilog="example: shardrec export --run run --prepared data --output model",
         config="pipeline.export.ExportConfig",
@@ -163,6 +167,8 @@ COMMANDS = {
             "exit codes: 0 the run may be published, 3 it may not and the report says why"
         ),
         config="pipeline.gate.GateConfig",
+        cpu=2,
+        memory_mb=8192,
     ),
     "publish": Command(
         kind="single",

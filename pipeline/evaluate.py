@@ -220,6 +220,7 @@ class _Users:
             **describe_lists(self.config.filter_seen, self.config.min_count),
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
+            "new": "metrics that end in /new leave out all other targets",
             "standard_errors": "of a mean over users, as a random sample",
             "users_without_history": prepared.manifest.counts.get(without),
             "data_fingerprint": prepared.fingerprint,

@@ -42,7 +42,7 @@ class Recommender:
         scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
         popular: (V,) int64 items, those of most training events first.
-        encoder: (B, L, D) to (B, L, D).
+        encoder: (B, L, D) to (B, L, D); also takes (B,) lengths if ``manifest["reads_lengths"]``.
         index: FAISS index, searched instead of all vectors; None searches exactly.
     """
 
@@ -129,7 +129,9 @@ class Recommender:
         recent = [items[-self.manifest["max_length"] :] for items in histories]
         lengths = torch.tensor([len(items) for items in recent])
         padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)
-        states: Tensor = self.encoder(self.vectors[padded])
+        # Exports of 0.2.0 and before do not say it: none of their encoders did.
+        others = (lengths,) if self.manifest.get("reads_lengths", False) else ()
+        states: Tensor = self.encoder(self.vectors[padded], *others)
         return states[torch.arange(len(recent)), lengths - 1]
 
     def _top(

@@ -28,8 +28,9 @@ class Measurement:
 
     Attributes:
         metrics: by name; those with the suffix ``/known`` leave out targets that training never
-            saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
-            was measured.
+            saw, those with ``/new`` leave out all others and are there if a target is new.
+            ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what was
+            measured.
         standard_errors: of the metrics that are means over users, by the same names.
         users: of this rank alone: the (U,) rows of its users in the file of the split.
         ranks: (T,) int32 ranks of their targets, 0 the best, -1 for those in no list, and (U,)
@@ -110,6 +111,7 @@ class _Meter:
         self.all = self._metrics(prepared)
         self.known = self._metrics(prepared)
         self.own: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.new = self._metrics(prepared)
         # users, targets, new targets, repeated targets
         self.sums = torch.zeros(4, dtype=torch.int64, device=ranker.device)
 
@@ -126,8 +128,9 @@ class _Meter:
         is_repeated = _repeated(targets, seen, self.num_items)
         self._update(self.all, ranks, targets, items)
         owners = torch.repeat_interleave(targets[1])
-        kept = torch.bincount(owners[~is_new], minlength=len(targets[1]))
-        self._update(self.known, ranks[~is_new], (targets[0][~is_new], kept), items)
+        for metrics, chosen in ((self.known, ~is_new), (self.new, is_new)):
+            kept = torch.bincount(owners[chosen], minlength=len(targets[1]))
+            self._update(metrics, ranks[chosen], (targets[0][chosen], kept), items)
         self.sums += torch.stack(
             [(targets[1] > 0).sum(), targets[1].sum(), is_new.sum(), is_repeated.sum()]
         )
@@ -140,6 +143,10 @@ class _Meter:
         for name, value in self.known.compute().items():
             if not name.startswith(("Coverage", "Surprisal")):  # of lists, not of targets
                 values[f"{name}/known"] = float(value)
+        for name, value in self.new.compute().items() if new else ():
+            # New items are all in the tail.
+            if not name.startswith(("Coverage", "Surprisal")) and "/" not in name:
+                values[f"{name}/new"] = float(value)
         values |= {
             "users": users,
             "targets": targets,
@@ -148,7 +155,7 @@ class _Meter:
         }
         errors = {
             f"{name}{suffix}": float(metric.standard_error())
-            for suffix, metrics in (("", self.all), ("/known", self.known))
+            for suffix, metrics in (("", self.all), ("/known", self.known), ("/new", self.new))
             for name, metric in metrics.items()
             if isinstance(metric, MeanOverUsers) and f"{name}{suffix}" in values
         }

@@ -19,7 +19,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An output format: a folder with ``manifest.json`` in it, or one file.
+    """An output format: a folder with a manifest in it, or one file.
 
     Attributes:
         name: value of the manifest's key "format".
@@ -29,6 +29,7 @@ class Format:
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
+        manifest: name of the file; readers of Parquet folders pass over one that begins with "_".
     """
 
     name: str
@@ -38,6 +39,7 @@ class Format:
     is_folder: bool = True
     version: int = 1
     hint: str = ""
+    manifest: str = "manifest.json"
 
     @property
     def remedy(self) -> str:
@@ -71,8 +73,12 @@ METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
 BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
-RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
-SIMILAR = Format("shardrec.similar", "lists of items", "shardrec similar", _FILES)
+RECOMMENDATIONS = Format(
+    "shardrec.recommendations", "lists", "shardrec recommend", _FILES, manifest="_manifest.json"
+)
+SIMILAR = Format(
+    "shardrec.similar", "lists of items", "shardrec similar", _FILES, manifest="_manifest.json"
+)
 EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(

@@ -276,6 +276,7 @@ class Loop:
             encoder=stepper.model.encoder.state_dict(),
             optimizer=stepper.optimizer.state_dict(),
             table=stepper.model.catalog.state_dict(),
+            attributes=stepper.model.catalog.attributes.state_dict(),
             progress=self.at.to_json() | {"data": self.at_data},
             config=to_json(self.run.config),
         )

@@ -54,7 +54,7 @@ def metrics_by_brute_force(
     counts = Prepared.open(data).item_counts().tolist()
     keys = tie_keys(torch.arange(len(counts))).tolist()
     rare = {item for item, count in enumerate(counts) if count < min_count}
-    ndcg, hits, recall, known, listed = [], [], [], [], set[int]()
+    ndcg, hits, recall, known, new, listed = [], [], [], [], [], set[int]()
     tally = Counter[str]()
     for user in users:
         targets, seen, scores = user["targets"], set(user["items"]), score(user["items"])
@@ -67,6 +67,8 @@ def metrics_by_brute_force(
         recall.append(len(gains) / len(targets))
         kept = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if counts[item]]
         known += [sum(kept) / len(kept)] if kept else []
+        left = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if not counts[item]]
+        new += [sum(left) / len(left)] if left else []
         candidates = [item for item in range(len(scores)) if item not in hidden]
         listed |= set(sorted(candidates, key=lambda item: (-float(scores[item]), keys[item]))[:5])
         tally["targets"] += len(targets)
@@ -77,6 +79,7 @@ def metrics_by_brute_force(
         "HitRate@5": sum(hits) / len(users),
         "Recall@5": sum(recall) / len(users),
         "Recall@5/known": sum(known) / len(known),
+        "Recall@5/new": sum(new) / len(new),
         "Coverage@5": len(listed) / len(counts),
         "users": len(users),
         "targets": tally["targets"],

@@ -218,11 +218,15 @@ def test_a_unit_length_loss_is_ranked_by_angle(data: str, histories: str, tmp_pa
 def test_recommend_is_idempotent(run: str, data: str, histories: str, tmp_path: Path) -> None:
     config = configured(run, data, tmp_path / "out", **of_file(histories))
     first = recommend(config)
-    written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    written = (tmp_path / "out" / "_manifest.json").stat().st_mtime_ns
     again = recommend(config)
     assert (first.is_new, again.is_new) == (True, False)
-    assert again.manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == written
+    assert again.manifest == json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert (tmp_path / "out" / "_manifest.json").stat().st_mtime_ns == written
+    assert pq.read_table(tmp_path / "out").num_rows == len(rows_of(tmp_path / "out"))
+    older = (tmp_path / "out" / "_manifest.json").rename(tmp_path / "out" / "manifest.json")
+    assert not recommend(config).is_new
+    older.rename(tmp_path / "out" / "_manifest.json")
     more = of_file(histories, k=6)
     with pytest.raises(FileExistsError, match="other input or options"):
         recommend(configured(run, data, tmp_path / "out", **more))
