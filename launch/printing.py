@@ -71,12 +71,13 @@ def print_beside(
 
 def print_lists(report: Mapping[str, Any]) -> None:
     """Print which items were ranked, and how many targets that loses."""
-    protocol, share = report["protocol"], report["metrics"]["repeated_target_share"]
+    protocol, metrics = report["protocol"], report["metrics"]
     print_protocol(protocol)
-    if protocol["seen_items"] == "removed" and share > 0.05:
-        print(
-            f"{share:.0%} of the targets are in the history and missed: --no-filter-seen ranks them"
-        )
+    seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
+    if protocol["seen_items"] == "removed" and seen > 0.05:
+        print(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
+    if protocol["candidates"] != "the whole catalog" and new > 0.05:
+        print(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
 
 
 def print_protocol(protocol: Mapping[str, str]) -> None:
