@@ -118,8 +118,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 def test_metrics_of_new_targets_are_told_apart(run: str, data: str) -> None:
-    whole = MeasureConfig(min_count=0)
-    metrics = evaluate(run, data, whole, output=str(Path(run) / "new.json"))["metrics"]
+    config = MeasureConfig(ks=(20,), min_count=0)
+    metrics = evaluate(run, data, config, output=str(Path(run) / "new.json"))["metrics"]
     assert 0 < metrics["new_target_share"] < 1
     names = [f"{kind}@20" for kind in ("NDCG", "Recall", "HitRate", "MRR")]
     assert all(0 <= metrics[f"{name}/new"] <= 1 for name in names)
