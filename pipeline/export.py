@@ -5,6 +5,7 @@
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
     encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L
     items.faiss                         if an index is asked for
+    successors.parquet                  if the run has a memory
     manifest.json                       run, data, catalog version, files; written last
 
 ``shardrec.pipeline.serve`` reads it without the training stack.
@@ -12,6 +13,7 @@
 
 import copy
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, 
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
+from shardrec.pipeline.served.memory import SUCCESSORS
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
 
@@ -177,7 +180,7 @@ class _Work:
         group = self.model.group
         written = on_all_ranks(lambda: self._write_rows(folder), group)
         rows = [entry for entries in written for entry in entries]
-        more = on_first_rank(lambda: self._write_encoder(folder) + self._index(folder, rows), group)
+        more = on_first_rank(lambda: self._write_others(folder, rows), group)
         rank = Communicator(group).rank
         return written[rank] + (more if rank == 0 else [])
 
@@ -193,6 +196,9 @@ class _Work:
             "versions": {"shardrec": __version__, "torch": torch.__version__},
             **self.measured,
         }
+
+    def _write_others(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+        return self._write_encoder(folder) + self._index(folder, rows) + self._memory(folder)
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
         rank, size = Communicator(self.model.group).rank, Communicator(self.model.group).size
@@ -241,6 +247,19 @@ class _Work:
         path = folder / INDEX
         self.measured["faiss"] = build_index(path, index, served.scored, served.allowed, states)
         return [describe_file(folder, INDEX)]
+
+    def _memory(self, folder: Path) -> list[FileEntry]:
+        """Copy the successors of the run's memory, if it has one."""
+        memory, source = self.model.memory, self.source.successors
+        if memory is None or source is None:
+            return []
+        shutil.copyfile(source, folder / SUCCESSORS)
+        self.measured["memory"] = {
+            "scale": memory.scale,
+            "ages": memory.ages,
+            "decay": memory.decay,
+        }
+        return [describe_parquet(folder, SUCCESSORS)]
 
 
 @torch.no_grad()

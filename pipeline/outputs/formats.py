@@ -8,6 +8,7 @@ __all__ = [
     "BASELINE",
     "EXPORT",
     "GATE",
+    "MEMORY",
     "METRICS",
     "POINTER",
     "PREPARED",
@@ -61,6 +62,7 @@ _EXPORT: Shape = {
     **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
 }
 _BASELINE: Shape = {"kind": str, "data": str, "counts": dict, "versions": dict}
+_MEMORY: Shape = {"scale": float, "ages": int, "decay": float}
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
@@ -72,6 +74,7 @@ METRICS = Format(
 )
 BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
 RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+MEMORY = Format("shardrec.memory", "a memory", "shardrec memorize", {**_FILES, **_MEMORY})
 SIMILAR = Format("shardrec.similar", "lists of items", "shardrec similar", _FILES)
 EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
