@@ -187,6 +187,12 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
 
 
 @_component
+def memorize(app: AppDef) -> AppDef:
+    """Puts a memory of item pairs beside a trained run, on any number of workers."""
+    return app
+
+
+@_component
 def evaluate(app: AppDef) -> AppDef:
     """Ranks the whole catalog for every test user of a prepared folder and writes the metrics.
 

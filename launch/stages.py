@@ -100,6 +100,18 @@ COMMANDS = {
             "encoder.width=64"
         ),
     ),
+    "memorize": Command(
+        kind="distributed",
+        summary="put a memory of item pairs beside a trained run",
+        description=(
+            "Counts which items follow each item in the training sequences, and chooses on the "
+            "validation users how much these counts add to the scores of the model. It is written "
+            "into the run: evaluate, recommend and export of the run then rank by both. A weight "
+            "of 0 leaves the model alone. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec memorize --prepared data --run run --neighbors 32",
+        config="pipeline.memorize.MemorizeConfig",
+    ),
     "evaluate": Command(
         kind="distributed",
         summary="rank the whole catalog for the test users and write the metrics",

@@ -43,6 +43,7 @@ def plan(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.config import override
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
+    from shardrec.pipeline.recipes import recipe_named
 
     parser = parser_for("plan")
     parser.add_argument(
@@ -53,7 +54,7 @@ def plan(arguments: Sequence[str]) -> int:
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
-    recipe = commands.recipe_named(options.recipe)
+    recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)

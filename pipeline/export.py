@@ -7,6 +7,7 @@
     encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L; also
                                         takes (B,) lengths if the manifest has reads_lengths
     items.faiss                         if an index is asked for
+    successors.parquet                  if the run has a memory
     manifest.json                       run, data, catalog version, files; written last
 
 ``shardrec.pipeline.serve`` reads it without the training stack.
@@ -14,6 +15,7 @@
 
 import copy
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, 
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
+from shardrec.pipeline.served.memory import SUCCESSORS
 from shardrec.pipeline.served.new_items import NewItems
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
@@ -203,7 +206,8 @@ class _Work:
 
     def _write_rest(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
         new = self._write_new_rows(folder)
-        return new + self._write_encoder(folder) + self._index(folder, [*rows, *new])
+        encoder, index = self._write_encoder(folder), self._index(folder, [*rows, *new])
+        return new + encoder + index + self._memory(folder)
 
     def details(self) -> dict[str, Any]:
         """The manifest without its request; complete on rank 0."""
@@ -278,6 +282,19 @@ class _Work:
         path = folder / INDEX
         self.measured["faiss"] = build_index(path, index, served.scored, served.allowed, states)
         return [describe_file(folder, INDEX)]
+
+    def _memory(self, folder: Path) -> list[FileEntry]:
+        """Copy the successors of the run's memory, if it has one."""
+        memory, source = self.model.memory, self.source.successors
+        if memory is None or source is None:
+            return []
+        shutil.copyfile(source, folder / SUCCESSORS)
+        self.measured["memory"] = {
+            "scale": memory.scale,
+            "ages": memory.ages,
+            "decay": memory.decay,
+        }
+        return [describe_parquet(folder, SUCCESSORS)]
 
 
 @torch.no_grad()

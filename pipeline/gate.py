@@ -202,7 +202,9 @@ def measure_export(
     batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
     scorer = functools.partial(_states, model, places)
     blocks = Blocks(states=config.block_states, rows=config.block_rows)
-    ranker = StateRanker(scorer, RowShard(rows, 0, len(rows), None), length, blocks)
+    memory = None if model.memory is None else model.memory.relabeled(places)
+    shard = RowShard(rows, 0, len(rows), None)
+    ranker = StateRanker(scorer, shard, length, blocks, memory, skipped=~is_known)
     return measure(ranker, batches, config, prepared).metrics
 
 

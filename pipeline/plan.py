@@ -14,6 +14,7 @@ from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.catalog_config import CatalogConfig, state_floats
 from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
+from shardrec.modules.memory import memory_bytes
 from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.run.config import TrainConfig
 
@@ -46,6 +47,7 @@ class Machine:
         filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
         libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
             bytes.
+        neighbors: of `memorize`, whose memory is held beside the model in ranking; 0: none.
     """
 
     ranks: int = 1
@@ -53,6 +55,7 @@ class Machine:
     device: str = "cpu"
     filled: float = 1.0
     libraries_gb: float = 0.6
+    neighbors: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -64,6 +67,8 @@ class Machine:
             raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is full length")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise ValueError(f"memory_gb must be above 0, got {self.memory_gb}; or none")
+        if self.neighbors < 0:
+            raise ValueError(f"neighbors must be at least 0, got {self.neighbors}; 0 is none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +120,7 @@ class Plan:
             cache is not moved so often.
         flops: FLOP of matrix products, by part.
         host_bytes: host memory for the copy that a checkpoint is written from; 0 on a CPU.
+        memorized_bytes: of a memory of item pairs beside the model, in ranking, not in training.
         largest_num_items: the largest catalog that fits; None where no memory was given.
     """
 
@@ -126,6 +132,7 @@ class Plan:
     traffic: Mapping[str, float]
     flops: Mapping[str, float]
     host_bytes: int = 0
+    memorized_bytes: int = 0
     largest_num_items: int | None = None
 
     @property
@@ -139,6 +146,8 @@ class Plan:
         rows += [("peak", _bytes(self.peak_bytes)), ("dominated by", self.dominant)]
         if self.host_bytes:
             rows += [("host memory for a checkpoint", _bytes(self.host_bytes))]
+        if self.memorized_bytes:
+            rows += [("item pairs, in ranking only", _bytes(self.memorized_bytes))]
         rows += [("", ""), ("from other ranks in a step", "")]
         rows += [(name, _bytes(value)) for name, value in self.moved.items()]
         rows += [("", ""), ("read and written in a step", "")]
@@ -184,6 +193,7 @@ def plan(
         traffic={"loss": config.loss.cost(made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
         host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
+        memorized_bytes=made.memorized(num_items),
         largest_num_items=largest,
     )
 
@@ -250,6 +260,11 @@ class _Planner:
         encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
         copy = 4 * self.work(num_items).num_rows * floats + encoder
         return copy * self.config.checkpoints.background
+
+    def memorized(self, num_items: int) -> int:
+        """Bytes of the memory beside the model; 0 without one."""
+        neighbors, ranks = self.machine.neighbors, self.machine.ranks
+        return memory_bytes(num_items, neighbors, ranks) if neighbors else 0
 
     def largest(self, memory_bytes: int) -> int:
         """The largest catalog with a peak within ``memory_bytes``, by bisection; 0 for none."""

@@ -19,9 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.memory import Memory, recent_items
 from shardrec.modules.ranking import by_popularity, top_items
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.served.ann_index import INDEX, index_top_items, open_index
+from shardrec.pipeline.served.ann_index import (
+    INDEX,
+    index_top_items,
+    index_top_with,
+    open_index,
+)
+from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 from shardrec.pipeline.served.pointer import export_folder, read_export
 
 __all__ = ["ENCODER", "Recommender", "read_recommender"]
@@ -44,6 +51,7 @@ class Recommender:
         popular: (V,) int64 items, those of most training events first.
         encoder: (B, L, D) to (B, L, D); also takes (B,) lengths if ``manifest["reads_lengths"]``.
         index: FAISS index, searched instead of all vectors; None searches exactly.
+        memory: adds scores to successors of recent items; None adds nothing.
     """
 
     manifest: dict[str, Any]
@@ -54,6 +62,7 @@ class Recommender:
     popular: Tensor
     encoder: nn.Module
     index: Any = None
+    memory: Memory | None = None
 
     @classmethod
     def open(
@@ -115,9 +124,9 @@ class Recommender:
         result: list[list[tuple[ItemId, float]]] = [list(fallback) for _ in histories]
         if not rows:
             return result
-        states = self.states([known[row] for row in rows])
-        seen = torch.cat([known[row] for row in rows]), torch.tensor([len(known[r]) for r in rows])
-        scores, items = self._top(states, k, seen if filter_seen else None)
+        histories = [known[row] for row in rows]
+        seen = torch.cat(histories), torch.tensor([len(items) for items in histories])
+        scores, items = self._top(histories, k, seen if filter_seen else None)
         for row, own_scores, own_items in zip(rows, scores, items, strict=True):
             there = own_items >= 0
             names = self.ids.of(own_items[there].numpy()).to_pylist()
@@ -125,23 +134,48 @@ class Recommender:
         return result
 
     def states(self, histories: Sequence[Tensor]) -> Tensor:
-        """(B, D) float32 states after the last item of each non-empty history of dense indices."""
-        recent = [items[-self.manifest["max_length"] :] for items in histories]
-        lengths = torch.tensor([len(items) for items in recent])
-        padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)
+        """(B, D) float32 states after the last item of each non-empty history of dense indices.
+
+        With a memory and cosine scores they have unit length, as its scores are added to cosines.
+        """
+        padded, lengths = self._padded(histories)
         # Exports of 0.2.0 and before do not say it: none of their encoders did.
         others = (lengths,) if self.manifest.get("reads_lengths", False) else ()
         states: Tensor = self.encoder(self.vectors[padded], *others)
-        return states[torch.arange(len(recent)), lengths - 1]
+        last = states[torch.arange(len(lengths)), lengths - 1]
+        is_cosine = self.manifest["scores"] == "cosine"
+        return F.normalize(last) if is_cosine and self.memory is not None else last
+
+    def _padded(self, histories: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, L) the last items that the encoder reads, padded on the right, and (B,) lengths."""
+        recent = [items[-self.manifest["max_length"] :] for items in histories]
+        lengths = torch.tensor([len(items) for items in recent])
+        return nn.utils.rnn.pad_sequence(recent, batch_first=True), lengths
 
     def _top(
-        self, states: Tensor, k: int, seen: tuple[Tensor, Tensor] | None
+        self, histories: Sequence[Tensor], k: int, seen: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Scores and items (B, k), by the index where there is one."""
-        if self.index is not None:
+        states, recent = self.states(histories), None
+        if self.memory is not None:
+            padded, lengths = self._padded(histories)
+            is_history = torch.arange(padded.shape[1]) < lengths[:, None]
+            recent = recent_items(padded, is_history, self.memory.ages)
+        if self.index is None:
+            return top_items(
+                states,
+                RowShard(self.scored, 0, len(self.ids), None),
+                k,
+                seen=seen,
+                allowed=self.allowed,
+                memory=self.memory,
+                recent=recent,
+            )
+        if self.memory is None or recent is None:
             return index_top_items(self.index, states, k, seen)
-        shard = RowShard(self.scored, 0, len(self.ids), None)
-        return top_items(states, shard, k, seen=seen, allowed=self.allowed)
+        added = self.memory.scores(recent)
+        added = added.where(self.allowed[added.items])
+        return index_top_with(self.index, states, k, seen, added, self.scored)
 
     def _known(self, history: Sequence[ItemId]) -> Tensor:
         items = self.ids.items(pa.array(history, self.ids.ids.type))
@@ -158,8 +192,12 @@ def read_recommender(folder: Path, manifest: dict[str, Any], min_count: int) -> 
     _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
     scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
     encoder = torch.export.load(folder / ENCODER).module()
-    popular = by_popularity(counts)
-    return Recommender(manifest, ids, vectors, scored, counts >= min_count, popular, encoder)
+    popular, allowed, memory = by_popularity(counts), counts >= min_count, None
+    if "memory" in manifest:
+        rows = range(len(ids))
+        path = folder / SUCCESSORS
+        memory = read_memory(path, manifest["memory"], len(ids), rows, vectors.device)
+    return Recommender(manifest, ids, vectors, scored, allowed, popular, encoder, memory=memory)
 
 
 def _read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:

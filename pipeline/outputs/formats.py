@@ -8,6 +8,7 @@ __all__ = [
     "BASELINE",
     "EXPORT",
     "GATE",
+    "MEMORY",
     "METRICS",
     "POINTER",
     "PREPARED",
@@ -63,6 +64,7 @@ _EXPORT: Shape = {
     **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
 }
 _BASELINE: Shape = {"kind": str, "data": str, "counts": dict, "versions": dict}
+_MEMORY: Shape = {"scale": float, "ages": int, "decay": float}
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
@@ -73,6 +75,7 @@ METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
 BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
+MEMORY = Format("shardrec.memory", "a memory", "shardrec memorize", {**_FILES, **_MEMORY})
 RECOMMENDATIONS = Format(
     "shardrec.recommendations", "lists", "shardrec recommend", _FILES, manifest="_manifest.json"
 )

@@ -8,6 +8,7 @@
     metrics.jsonl     steps, validations, checkpoints, end
     tensorboard/      the same as scalars
     checkpoints/      the last few and the best, unless they are elsewhere
+    memory/           what memorize wrote, if it was run
     end.json          how the run ended; until it is there the run is interrupted
 """
 
@@ -30,6 +31,7 @@ from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = [
     "END",
+    "MEMORY",
     "METRICS",
     "OWN_ENCODER",
     "encoder_name",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 END = "end.json"
+MEMORY = "memory"
 METRICS = "metrics.jsonl"
 OWN_ENCODER = "shardrec"
 _REMEDY = "use the version of shardrec that wrote it, or train again in another folder"

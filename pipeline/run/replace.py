@@ -16,15 +16,15 @@ from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
 from shardrec.pipeline.run.callbacks import EndReport
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import END, METRICS, write_config
+from shardrec.pipeline.run.folder import END, MEMORY, METRICS, write_config
 from shardrec.pipeline.run.resume import Resume, write_end
 
 __all__ = ["check_force", "moved_to", "replace_run", "training_folder"]
 
-# What train, evaluate and gate write into a run folder.
+# What train, memorize, evaluate and gate write into a run folder.
 RUN_FILES = {
     *("config.json", "run.json", "mlflow.json", "checkpoints", "tensorboard", "profile"),
-    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json"),
+    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json", MEMORY),
 }
 
 

@@ -1,6 +1,9 @@
 """Find a checkpoint of a trained run and load its model on the ranks of the default group."""
 
+import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,9 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build_model, open_attributes
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import open_checkpoints, open_run
+from shardrec.pipeline.run.folder import MEMORY, open_checkpoints, open_run
+from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
 __all__ = ["Source", "load_model"]
 
@@ -25,12 +30,16 @@ __all__ = ["Source", "load_model"]
 class Source:
     """A checkpoint of a run, found but not loaded.
 
-    ``identity`` is JSON: run id, checkpoint, its weights' hash, and the data's fingerprint.
+    ``identity`` is JSON: run id, checkpoint, its weights' hash, the data's fingerprint, and the
+    memory's hash if there is one. ``memory`` is the manifest of the run's memory, and
+    ``successors`` its file.
     """
 
     config: TrainConfig
     checkpoint: Folder
     identity: dict[str, Any]
+    memory: dict[str, Any] | None = None
+    successors: Path | None = None
 
     @classmethod
     def find(
@@ -46,10 +55,24 @@ class Source:
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
-            ValueError: the run does not fit the data.
+            ValueError: the run does not fit the data, or its memory does not fit the weights.
 
         Collectives: one all-gather of small objects on the default group.
         """
+        return on_first_rank(
+            lambda: _with_memory(Path(run), _find(Path(run), prepared, which, encoder)),
+            default_group(),
+        )
+
+    @classmethod
+    def find_alone(
+        cls,
+        run: str,
+        prepared: Prepared,
+        which: Literal["best", "last"],
+        encoder: nn.Module | None = None,
+    ) -> "Source":
+        """As ``find``, without the run's memory."""
         return on_first_rank(lambda: _find(Path(run), prepared, which, encoder), default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
@@ -57,8 +80,28 @@ class Source:
 
         Collectives: on the default group; every rank must call it.
         """
-        model, _ = load_model(self.config, self.checkpoint, prepared, encoder)
+        model, _ = self.load_with_progress(prepared, encoder)
         return model
+
+    def load_with_progress(
+        self, prepared: Prepared, encoder: nn.Module | None = None
+    ) -> tuple[Model, Mapping[str, Any]]:
+        """As ``load``, and the progress stored with the checkpoint."""
+        model, progress = load_model(self.config, self.checkpoint, prepared, encoder)
+        if self.memory is None or self.successors is None or not self.memory["scale"]:
+            return model, progress
+        memory = on_this_rank(
+            functools.partial(
+                read_memory,
+                self.successors,
+                self.memory,
+                prepared.num_items,
+                model.catalog.row_range,
+                model.device,
+            ),
+            default_group(),
+        )
+        return dataclasses.replace(model, memory=memory), progress
 
 
 def load_model(
@@ -95,6 +138,16 @@ def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder
         "data": prepared.fingerprint,
     }
     return Source(config, checkpoint, identity)
+
+
+def _with_memory(run: Path, source: Source) -> Source:
+    memory = find_memory(run, source.identity)
+    if memory is None:
+        return source
+    identity = source.identity | {"memory": _digest(json.dumps(memory, sort_keys=True).encode())}
+    return dataclasses.replace(
+        source, identity=identity, memory=memory, successors=run / MEMORY / SUCCESSORS
+    )
 
 
 def _digest(content: bytes) -> str:

@@ -248,3 +248,16 @@ def test_the_command_prints_terms_and_the_largest_catalog(
     assert "MALLOC_MMAP_THRESHOLD_=1000000" in capsys.readouterr().out
     assert main([*words, "--ranks", "0"]) == 2
     assert main([*words, "loss=ccee"]) == 2
+
+
+def test_a_memory_is_counted_apart_because_training_holds_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_cpu("none", "none")
+    alone, with_memory = (plan(config, 1_000_000, Machine(neighbors=n)) for n in (0, 32))
+    assert (alone.memorized_bytes, with_memory.memorized_bytes) == (0, 8 * 33_000_001)
+    assert with_memory.peak_bytes == alone.peak_bytes
+    shown = "item pairs, in ranking only"
+    assert shown in with_memory.describe() and shown not in alone.describe()
+    assert main(["plan", "--num-items", "1000", "--neighbors", "-1"]) == 2
+    assert "neighbors must be at least 0" in capsys.readouterr().err
