@@ -126,7 +126,7 @@ class LengthGroups:
         """One group of a (B, ``longest``) batch of (B,) lengths; all its padding is positions."""
         number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
         places = torch.arange(longest, device=lengths.device).expand(number, longest)
-        own = lengths[:, None].expand(number, longest)
+        own = lengths[:, None] + torch.zeros_like(places)
         group = PaddedGroup(number, longest, None)
         return cls(places.flatten(), own.flatten(), None, [group])
 
