@@ -45,7 +45,7 @@ class Model:
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share the catalog; None for one process."""
-        return self.catalog.shard.group
+        return self.catalog.group
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
         """Start the look-up of item vectors; returns the function that waits for them.

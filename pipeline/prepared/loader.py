@@ -305,7 +305,7 @@ class EvaluationBatches:
                 yield batch
         for _ in range(given, len(self)):
             none = torch.zeros(0, dtype=torch.int64)
-            yield EvaluationBatch(none.new_zeros(0, 1), none, (none, none), (none, none))
+            yield EvaluationBatch(none.new_zeros(0, 1), none, (none, none), (none, none), none)
 
     def _share(self, rank: int, world_size: int) -> list[Piece]:
         """The parts of row groups that belong to a rank."""
@@ -330,13 +330,15 @@ class EvaluationBatches:
             _check_items(values, self.prepared.num_items, f"{name}, column {column}")
             columns.append((torch.from_numpy(values.copy()), torch.from_numpy(offsets)))
         (items, item_offsets), (targets, target_offsets) = columns
+        before = int(self._groups.rows[: piece.row_group].sum())
         users = torch.arange(piece.first, piece.last)
         users = users[torch.argsort(item_offsets.diff()[users], stable=True)]
         for chosen in users.split(self.batch_size):
             seen = gathered(items, item_offsets, chosen)
             length = seen[1].clamp(max=self.max_length)
             last, _, _ = padded(items, item_offsets[chosen + 1] - length, length)
-            yield EvaluationBatch(last, length, gathered(targets, target_offsets, chosen), seen)
+            wanted = gathered(targets, target_offsets, chosen)
+            yield EvaluationBatch(last, length, wanted, seen, before + chosen)
 
 
 def _check_items(values: npt.NDArray[Any], num_items: int, name: str) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step on a list of micro-batches, taken by all ranks together."""
 
+import functools
 import hashlib
 import math
 import resource
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.length_groups import num_slots
+from shardrec.modules.loss import Batch as LossBatch
 from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
@@ -71,7 +74,7 @@ class Stepper:
         total_steps: int | None,
         item_counts: Tensor | None = None,
     ) -> None:
-        """Store the parts and make the encoder's optimizer.
+        """Store the parts and make the optimizer of the encoder and of attributes.
 
         Args:
             model: encoder and catalog.
@@ -93,7 +96,8 @@ class Stepper:
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
         self._ahead: tuple[Batch, _InFlight] | None = None
-        self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
+        replicated = [*model.encoder.parameters(), *model.catalog.attributes.parameters()]
+        self.parameters = [one for one in replicated if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
             lr=config.learning_rate,
@@ -126,6 +130,7 @@ class Stepper:
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
+        self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
         losses, statistics = self._backward(batches, step, totals, following)
         with part("gradients over ranks"):
@@ -203,14 +208,12 @@ class Stepper:
             states = self.model.states(batch.items, batch.lengths, vectors, keys)
             # Backward in two calls, so that a profile separates the loss from the encoder.
             seen = states.detach().requires_grad_()
+            targets = batch.targets.reshape(-1)[real]
+            weights = None if batch.weights is None else batch.weights.reshape(-1)[real]
             with part("loss"):
-                output = self.loss(
-                    seen,
-                    self.model.catalog.shard,
-                    batch.targets.reshape(-1)[real],
-                    weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
-                    step=draw,
-                )
+                asked = functools.partial(self._used_rows, seen, targets, weights, draw)
+                shard = self.model.catalog.shard_for(asked)
+                output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -223,6 +226,12 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
+    def _used_rows(
+        self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard
+    ) -> Tensor | None:
+        """The rows of the shard that the loss will read."""
+        return self.loss.used_rows(LossBatch(states, shard, targets, weights, draw))
+
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
         return there, self.model.begin_lookup(there.items, there.lengths)
@@ -233,7 +242,7 @@ class Stepper:
         return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
     def _reduce_gradients(self) -> float:
-        """All-reduce the encoder's gradients; the norm over encoder and table.
+        """All-reduce the gradients of encoder and attributes; the norm over them and the table.
 
         Each rank's gradient belongs to the global mean loss already, so they are summed.
         """
