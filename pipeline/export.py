@@ -31,6 +31,7 @@ from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_p
 from shardrec.pipeline.outputs.formats import EXPORT
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 from shardrec.pipeline.run.trained import Source
@@ -201,7 +202,7 @@ class _Work:
         shard, block_rows = self.model.catalog.shard, self.config.block_rows
         schema = pa.schema(
             {
-                "item_id": self.ids.ids.type,
+                "item_id": stored_type(self.ids.ids.type),
                 "item": pa.int64(),
                 "count": pa.int64(),
                 "vector": pa.list_(pa.float32(), shard.rows.shape[1]),
@@ -218,7 +219,9 @@ class _Work:
         values = pa.array(rows.contiguous().view(-1).numpy())
         vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
         block = self.counts[first : first + len(rows)].numpy()
-        return pa.table([self.ids.of(items), items, block, vectors], schema=schema)
+        wide = schema.set(0, pa.field("item_id", self.ids.ids.type))
+        table = pa.table([self.ids.of(items), items, block, vectors], schema=wide)
+        return stored(table, schema)
 
     def _write_encoder(self, folder: Path) -> list[FileEntry]:
         """Write the encoder's program, load it again, and compare it with the live encoder."""

@@ -16,7 +16,7 @@ Targets are the user's ``last`` held-out event, with all events before it as his
 them, with the events before the split as history. Items first seen after the split stay in the
 catalog with count 0 (unless ``min_item_events`` requires training events), and users without
 history before it are counted and left out. Events of one user at one time keep the order of the
-log.
+log, unless ``ties`` says to shuffle them.
 
 To prepare a newer log, pass the ``items.parquet`` of the earlier folder as ``items``: its items
 keep their indices (``log/item_indices.py``).
@@ -159,6 +159,8 @@ def _sort_options(config: PrepareConfig) -> SortOptions:
         threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
         seed=config.seed,
         keep_duplicates=config.keep_duplicates,
+        drop_repeats=config.drop_repeats,
+        shuffle_ties=config.ties == "shuffle",
     )
 
 
@@ -211,13 +213,17 @@ def _check_written(config: PrepareConfig, written: Written) -> None:
 
 
 def _counts(log: EventLog, events: SortedLog, cuts: Cuts, counts: Array) -> dict[str, int]:
-    unique = events.num_events
+    unique, repetition = events.num_events, events.repetition
+    dropped = repetition.duplicates_dropped + repetition.repeats_dropped
     in_catalog = int(cuts.total.sum())
     catalog_counts = counts[cuts.item_kept]
     return _former_counts(events, cuts, counts) | {
+        "files_read": len(log.files),
+        "files_passed_over": len(log.passed_over),
         "events_read": log.events_read,
-        "events_other_type": log.events_read - unique - events.duplicates,
-        "duplicates_dropped": events.duplicates,
+        "events_other_type": log.events_read - unique - dropped,
+        "duplicates_dropped": repetition.duplicates_dropped,
+        **repetition.counts(),
         "events_of_dropped_items": unique - in_catalog,
         "events_of_dropped_users": int(cuts.total[~cuts.kept].sum()),
         "users": int(cuts.kept.sum()),
@@ -258,7 +264,8 @@ def _source(log: EventLog, former: FormerItems | None) -> dict[str, Any]:
 
 
 def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:
-    weight = {"name": config.weight_column, "type": "float"} if config.weight_column else None
+    source = config.weight_column or (config.event_column if config.event_weights else None)
+    weight = {"name": source, "type": "float"} if source else None
     return {
         "user": {"name": config.user_column, "type": log.user_type},
         "item": {"name": config.item_column, "type": log.item_type},

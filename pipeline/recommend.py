@@ -25,10 +25,11 @@ from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.batches import gathered, padded
+from shardrec.pipeline.prepared.data_files import find_files
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
+from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.parquet_files import find_files
 from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
 from shardrec.pipeline.run.trained import Source
 
@@ -179,10 +180,10 @@ class _Work:
 
     def write(self, folder: Path) -> list[FileEntry]:
         name = f"part-{self.rank:05d}-of-{self.size:05d}.parquet"
-        ids = self.histories.catalog.ids.type
+        ids = stored_type(self.histories.catalog.ids.type)
         schema = pa.schema(
             {
-                "user_id": self.histories.user_type,
+                "user_id": stored_type(self.histories.user_type),
                 "item_ids": pa.list_(ids),
                 "scores": pa.list_(pa.float32()),
             }
@@ -275,7 +276,7 @@ class _Lists:
         torch.cumsum(there.sum(1), 0, out=offsets[1:])
         ids, scores = catalog.of(self.items[there].numpy()), pa.array(self.scores[there].numpy())
         columns = [pa.ListArray.from_arrays(offsets.numpy(), values) for values in (ids, scores)]
-        return pa.table([user_ids, *columns], schema=schema)
+        return stored(pa.table([user_ids, *columns], names=schema.names), schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +322,7 @@ class _Candidates:
         catalog = ItemIds(prepared.item_ids())
         for name, path in (("allow", config.allow), ("deny", config.deny)):
             if path is not None:
-                named = catalog.items(_read_list(name, path))
+                named = torch.cat([catalog.items(ids) for ids in _read_lists(name, path)])
                 counts[f"{name}_unknown_items"] = int((named < 0).sum())
                 listed = torch.zeros_like(allowed)
                 listed[named[named >= 0]] = True
@@ -344,19 +345,18 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
 
 
-def _read_list(name: str, source: str) -> pa.Array:
-    """The column ``item_id`` of some Parquet files."""
-    filesystem, paths = find_files(source, name)
-    tables = []
-    for path in paths:
-        names = pq.read_schema(path, filesystem=filesystem).names
-        if "item_id" not in names:
-            raise ValueError(
-                f"{name} must be Parquet with a column item_id, got {path!r} with "
-                f"{', '.join(names)}; rename its column"
-            )
-        tables.append(pq.read_table(path, columns=["item_id"], filesystem=filesystem))
-    return pa.concat_tables(tables).column("item_id").combine_chunks()
+def _read_lists(name: str, source: str) -> Iterator[pa.ChunkedArray]:
+    """The column ``item_id`` of each of some Parquet files."""
+    found = find_files(source, name)
+    for path in found.parquet_paths(name):
+        with found.filesystem.open_input_file(path) as stream:
+            names = pq.ParquetFile(stream).schema_arrow.names
+            if "item_id" not in names:
+                raise ValueError(
+                    f"{name} must be Parquet with a column item_id, got {path!r} with "
+                    f"{', '.join(names)}; rename its column"
+                )
+            yield pq.ParquetFile(stream).read(["item_id"]).column("item_id")
 
 
 def _request(config: RecommendConfig) -> dict[str, Any]:
