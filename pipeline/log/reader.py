@@ -7,7 +7,7 @@ index into the kept event types; 0 without a filter) and ``weight`` (float32, on
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -212,14 +212,29 @@ class EventLog:
 
 def _open_files(found: Found, columns: EventColumns) -> list[LogFile]:
     """The files with their schemas; columns that only their folders' names hold are added."""
-    files: list[LogFile] = []
-    for path, kind in found.kinds.items():
-        if kind.format == "csv":
-            numbers = [] if columns.weight is None else [columns.weight]
-            names = columns.names()
-            files.append(CsvLog.open(found.filesystem, path, kind, names, numbers))
-        elif kind.format == "json":
-            files.append(JsonLog.open(found.filesystem, path, kind))
-        else:
-            files.append(ParquetLog.open(found.filesystem, path))
+    kinds = found.kinds.items()
+    if all(kind.format == "csv" for _, kind in kinds):
+        texts = [CsvLog.open(found.filesystem, path, kind, columns) for path, kind in kinds]
+        files = _with_common_types(texts, columns.names())
+    else:
+        files = [
+            ParquetLog.open(found.filesystem, path)
+            if kind.format == "parquet"
+            else JsonLog.open(found.filesystem, path, kind)
+            for path, kind in kinds
+        ]
     return WithFolderValues.add(files, columns.names())
+
+
+def _with_common_types(files: Sequence[CsvLog], names: Sequence[str]) -> list[LogFile]:
+    """The files with text wherever one of them has text; those without rows have no say."""
+    schemas = [file.schema for file in files if file.source.rows]
+    texts = [
+        name
+        for name in names
+        if any(
+            schema.names.count(name) == 1 and schema.field(name).type == pa.string()
+            for schema in schemas
+        )
+    ]
+    return [file.with_texts(texts) for file in files]

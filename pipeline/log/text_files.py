@@ -1,8 +1,8 @@
 """CSV and JSON lines as files of a log, compressed or not.
 
-CSV has no types, so a first pass over the columns finds them: whole numbers in all rows are int64,
-whatever else is text, as it stands in the file. JSON lines has the types of its first megabytes; a
-later value of another type is an error.
+CSV has no types, so a first pass over the columns finds them: whole numbers in all rows of all
+files are int64, whatever else is text, as it stands in the file. JSON lines has the types of its
+first megabytes; a later value of another type is an error.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import pyarrow.csv as csv
 import pyarrow.fs as fs
 import pyarrow.json as json
 
+from shardrec.pipeline.log.columns import EventColumns
 from shardrec.pipeline.log.files import SourceFile, tail_of
 from shardrec.pipeline.prepared.data_files import FileKind
 from shardrec.pipeline.prepared.ids import short_message
@@ -48,17 +49,15 @@ class CsvLog:
         filesystem: fs.FileSystem,
         path: str,
         kind: FileKind,
-        names: Sequence[str],
-        numbers: Collection[str],
+        columns: EventColumns,
     ) -> "CsvLog":
-        """Read the file once, to find the types of its columns ``names``.
+        """Read the file once, to find the types of the columns to read.
 
         Args:
             filesystem: holds the file.
             path: of the file.
             kind: says its codec.
-            names: the columns to read; the schema's others are text.
-            numbers: those of ``names`` that hold numbers, with fractions.
+            columns: the columns to read; the schema's others are text.
 
         Raises:
             ValueError: it cannot be read.
@@ -78,12 +77,18 @@ class CsvLog:
         )
         with _errors_of(path), file._reader() as reader:
             header_names = reader.schema.names
-        present = [name for name in dict.fromkeys(names) if header_names.count(name) == 1]
-        rows, types = file._types(present, numbers)
+        rows, types = file._types(columns, header_names)
         fields = [pa.field(name, types.get(name, pa.string())) for name in header_names]
         return dataclasses.replace(
             file, source=dataclasses.replace(source, rows=rows), schema=pa.schema(fields)
         )
+
+    def with_texts(self, names: Collection[str]) -> "CsvLog":
+        """The file with text in these columns, which hold numbers alone here but not elsewhere."""
+        fields = [
+            field.with_type(pa.string()) if field.name in names else field for field in self.schema
+        ]
+        return dataclasses.replace(self, schema=pa.schema(fields))
 
     def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Batches of at most ``rows`` rows; see ``LogFile``."""
@@ -95,20 +100,20 @@ class CsvLog:
                 yield place, pa.RecordBatch.from_arrays(columns, list(names))
 
     def _types(
-        self, names: Sequence[str], numbers: Collection[str]
+        self, columns: EventColumns, header: Sequence[str]
     ) -> tuple[int, Mapping[str, pa.DataType]]:
-        """The number of rows, and the type of each column."""
+        """The number of rows, and the types of the columns that are not text."""
+        names = [name for name in columns.names() if header.count(name) == 1]
+        numbers = {columns.weight} & set(names)
         rows, whole, floats = 0, set(names), set(names)
-        for batch in self._texts(names or self._first_name()):
+        if columns.event not in numbers:  # an event type is text, even 01
+            whole, floats = whole - {columns.event}, floats - {columns.event}
+        for batch in self._texts(names or header[:1]):
             rows += batch.num_rows
             for kept, pattern in ((whole, _WHOLE), (floats, _WHOLE_FLOAT)):
                 kept -= {name for name in kept if not _all_match(batch.column(name), pattern)}
         types = dict.fromkeys(floats, pa.float64()) | dict.fromkeys(numbers, pa.float64())
         return rows, types | dict.fromkeys(whole, pa.int64())
-
-    def _first_name(self) -> list[str]:
-        with _errors_of(self.source.path), self._reader() as reader:
-            return list(reader.schema.names[:1])
 
     def _texts(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with _errors_of(self.source.path), self._reader(names) as reader:
