@@ -132,7 +132,8 @@ class _Users:
     @property
     def request(self) -> dict[str, Any]:
         config = self.config
-        return {"split": self.split, "ks": list(config.ks), "filter_seen": config.filter_seen}
+        asked = {"split": self.split, "ks": list(config.ks), "filter_seen": config.filter_seen}
+        return asked | {"sample_users": config.sample_users}
 
     def report(self, path: str, request: Mapping[str, Any], force: bool) -> StageOutput:
         return StageOutput(
@@ -153,6 +154,15 @@ class _Users:
             "users_per_second": metrics["users"] / seconds,
         }
 
+    def describe_users(self) -> str:
+        """Which users of the split were ranked."""
+        total, sample = self.prepared.manifest.file(f"{self.split}.parquet").rows, self.config
+        if sample.sample_users is None or sample.sample_users >= total:
+            return f"all {total} of the split"
+        return (
+            f"{sample.sample_users} of {total}, the first in the order by a hash of user and seed"
+        )
+
     def protocol(self) -> dict[str, Any]:
         """What the metrics mean, for later readers."""
         prepared, without = self.prepared, f"{self.split}_users_without_history"
@@ -165,6 +175,7 @@ class _Users:
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
             "seen_items": seen,
+            "users": self.describe_users(),
             "ties": "lower item index first",
             "users_without_history": prepared.manifest.counts.get(without),
             "data_fingerprint": prepared.fingerprint,

@@ -179,7 +179,13 @@ def measure_export(
     rows[is_known, :-1] = model.scored[places[is_known]]
     rows[~is_known, -1] = _NEVER
     length = model.manifest["max_length"]
-    batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
+    batches = EvaluationBatches(
+        prepared,
+        split,
+        batch_size=config.batch_size,
+        max_length=length,
+        sample_users=config.sample_users,
+    )
     scorer = functools.partial(_states, model, places)
     return measure(scorer, RowShard(rows, 0, len(rows), None), batches, config, prepared)
 
@@ -207,6 +213,8 @@ def _read_evaluation(config: GateConfig) -> dict[str, Any]:
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
     protocol = {name: request[name] for name in ("split", "ks", "filter_seen")}
+    if request.get("sample_users") is not None:
+        protocol["sample_users"] = request["sample_users"]
     protocol["data"] = request["source"]["data"]
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
@@ -241,6 +249,10 @@ def _published_value(
     if known is not None and known["protocol"] == protocol:
         return known["metrics"][config.metric], "when it was published, on the same users"
     folder = require_unchanged(Path(config.published), current)
-    measure = MeasureConfig(ks=tuple(protocol["ks"]), filter_seen=protocol["filter_seen"])
+    measure = MeasureConfig(
+        ks=tuple(protocol["ks"]),
+        filter_seen=protocol["filter_seen"],
+        sample_users=protocol.get("sample_users"),
+    )
     value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

@@ -20,6 +20,8 @@ class MeasureConfig:
     Attributes:
         ks: list lengths of the metrics.
         filter_seen: leave out items of the history; never the targets themselves.
+        sample_users: rank for so many users only: the first ones of the prepared data, whose order
+            is by a hash of user and seed. A random sample, the same for every run on this data.
         batch_size: users at a time on each rank.
         block_states: states of all ranks that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
@@ -27,6 +29,7 @@ class MeasureConfig:
 
     ks: tuple[int, ...] = (5, 10, 20)
     filter_seen: bool = False
+    sample_users: int | None = None
     batch_size: int = 256
     block_states: int = 256
     block_rows: int = 65_536
@@ -35,7 +38,7 @@ class MeasureConfig:
         """Refuse list lengths and sizes below 1."""
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; use 5,10")
-        for name in ("batch_size", "block_states", "block_rows"):
+        for name in ("batch_size", "block_states", "block_rows", "sample_users"):
             require_at_least(name, getattr(self, name), 1)
 
     def metric_names(self) -> list[str]:
