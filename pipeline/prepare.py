@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ import numpy.typing as npt
 
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.log.config import MAX_THREADS, PrepareConfig
+from shardrec.pipeline.log.config import PrepareConfig, sort_threads
 from shardrec.pipeline.log.item_indices import FormerItems, index_order
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
@@ -156,7 +155,7 @@ def _explain_full_disk(output: str) -> Iterator[None]:
 def _sort_options(config: PrepareConfig) -> SortOptions:
     return SortOptions(
         memory_limit=config.memory_limit,
-        threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
+        threads=sort_threads(config.threads),
         seed=config.seed,
         keep_duplicates=config.keep_duplicates,
         drop_repeats=config.drop_repeats,

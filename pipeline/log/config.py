@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 import re
 from typing import Literal
 
@@ -129,6 +130,11 @@ class PrepareConfig:
             weight=self.weight_column,
             is_lists=self.layout == "sequences",
         )
+
+
+def sort_threads(threads: int | None) -> int:
+    """Threads of DuckDB: as asked, or all CPUs available to this process, at most 256."""
+    return threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

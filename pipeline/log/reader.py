@@ -27,7 +27,7 @@ from shardrec.pipeline.log.files import LogFile, ParquetLog, SourceFile, WithFol
 from shardrec.pipeline.log.lists import exploded
 from shardrec.pipeline.log.text_files import CsvLog, JsonLog
 from shardrec.pipeline.log.times import read_times, time_kind
-from shardrec.pipeline.prepared.data_files import Found, find_files
+from shardrec.pipeline.prepared.data_files import Found, find_files, partition_values
 from shardrec.pipeline.prepared.ids import require_ids
 
 __all__ = ["EventLog", "SourceFile"]
@@ -139,9 +139,8 @@ class EventLog:
         if self.columns.event is None:
             columns["event"] = pa.repeat(pa.scalar(0, pa.int32()), batch.num_rows)
             return pa.table(columns)
-        text = read_event_types(
-            batch.column(self.columns.event), f"{place}, column {self.columns.event!r}"
-        )
+        kinds = pa.chunked_array([batch.column(self.columns.event)])
+        text = read_event_types(kinds, f"{place}, column {self.columns.event!r}")
         self._note_event_types(text)
         columns["event"] = pc.index_in(text, pa.array(self.columns.event_types, text.type))
         return pa.table(columns).filter(pc.is_valid(columns["event"]))
@@ -152,7 +151,7 @@ class EventLog:
         roles |= {} if columns.time is None else {"time": columns.time}
         return roles | ({} if columns.weight is None else {"weight": columns.weight})
 
-    def _note_event_types(self, text: pa.Array) -> None:
+    def _note_event_types(self, text: pa.ChunkedArray) -> None:
         if len(self.event_types_seen) <= _TYPES_SHOWN:
             kinds = [kind for kind in pc.unique(text).to_pylist() if kind]
             self.event_types_seen |= set(kinds[: _TYPES_SHOWN + 1])
@@ -208,6 +207,24 @@ class EventLog:
                 len(self.passed_over),
                 ", ".join(names) + (", …" if len(self.passed_over) > _NAMES_SHOWN else ""),
             )
+
+
+def read_schema(source: str) -> pa.Schema:
+    """All columns of a log: of its first file with rows, and of the folders' names in its path.
+
+    Raises:
+        FileNotFoundError: there is no file of a log.
+        ValueError: the file cannot be read.
+    """
+    found = find_files(source)
+    nothing = EventColumns(user="", item="", time=None)
+    for path in found.paths:
+        one = dataclasses.replace(found, kinds={path: found.kinds[path]})
+        (file,) = _open_files(one, nothing)
+        if file.source.rows or path == found.paths[-1]:
+            break
+    named = [key for key in partition_values(path) if key not in file.schema.names]
+    return WithFolderValues.add([file], named)[0].schema
 
 
 def _open_files(found: Found, columns: EventColumns) -> list[LogFile]:
