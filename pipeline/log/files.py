@@ -54,7 +54,14 @@ class LogFile(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetLog:
-    """A Parquet file; timestamps stored as INT96 are read in microseconds."""
+    """A Parquet file; timestamps stored as INT96 are read in microseconds.
+
+    Attributes:
+        filesystem: holds the file.
+        source: see ``LogFile``.
+        schema: see ``LogFile``.
+        int96: paths of the columns that are stored so.
+    """
 
     filesystem: fs.FileSystem
     source: SourceFile
@@ -90,7 +97,7 @@ class ParquetLog:
 
     def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Batches of at most ``rows`` rows; see ``LogFile``."""
-        int96 = [name for name in names if name in self.int96]
+        int96 = [name for name in names if any(_is_in(path, name) for path in self.int96)]
         with self.filesystem.open_input_file(self.source.path) as stream:
             file, coarse = _parquet(stream), _parquet(stream, "ms")
             for group in range(file.num_row_groups):
@@ -173,6 +180,11 @@ def decoding_remedy(error: Exception) -> str:
     return "the file is corrupt or truncated: copy it again"
 
 
+def _is_in(path: str, name: str) -> bool:
+    """Whether a column of Parquet is the column ``name``, or the values of its lists."""
+    return path == name or path.startswith(f"{name}.")
+
+
 def _parquet(stream: Any, int96_unit: str = "us") -> pq.ParquetFile:
     return pq.ParquetFile(stream, coerce_int96_timestamp_unit=int96_unit)
 
@@ -201,6 +213,8 @@ def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:
 
 def _require_same_times(fine: pa.Array, coarse: pa.Array, place: str, name: str) -> None:
     """Refuse INT96 times that wrapped in microseconds: the milliseconds then differ."""
+    if pa.types.is_nested(fine.type):
+        fine, coarse = pc.list_flatten(fine), pc.list_flatten(coarse)
     floored = pc.floor_temporal(fine, unit="millisecond")
     if not pc.cast(floored, coarse.type).equals(coarse):
         raise ValueError(

@@ -29,6 +29,20 @@ def test_int96_times_beyond_nanoseconds_keep_their_order(tmp_path: Path) -> None
     assert read(log, tmp_path / "out") == expected()
 
 
+def test_int96_times_in_lists_are_checked_too(tmp_path: Path) -> None:
+    for base, log in ((253_402_300_000, tmp_path / "a.parquet"), (10**13, tmp_path / "b.parquet")):
+        times = (columns()["timestamp"] + base).reshape(30, 6).tolist()
+        lists = {
+            "user_id": range(30),
+            "item_id": columns()["item_id"].reshape(30, 6).tolist(),
+            "timestamp": pa.array(times, pa.list_(pa.timestamp("s"))),
+        }
+        pq.write_table(pa.table(lists), log, use_deprecated_int96_timestamps=True)
+    assert read(tmp_path / "a.parquet", tmp_path / "out", layout="sequences") == expected()
+    with pytest.raises(ValueError, match="'timestamp' must hold times that fit into microseconds"):
+        prepared(tmp_path / "b.parquet", tmp_path / "no", layout="sequences")
+
+
 def test_int96_times_beyond_microseconds_are_refused(tmp_path: Path) -> None:
     times = pa.array(columns()["timestamp"] + 10**13, pa.timestamp("s"))
     table = pa.table(columns() | {"timestamp": times})
