@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.serve import _read_items
 
 NUMBERS = ItemIds(pa.array([10, 20, 30]))
 TEXTS = ItemIds(pa.array(["a", "b", "ü"], pa.large_string()))
@@ -112,3 +114,33 @@ def test_histories_in_a_text_file_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "h.csv").write_text("user,items\n1,10\n")
     with pytest.raises(ValueError, match="histories must be Parquet, got csv in .*h.csv'"):
         read(tmp_path, NUMBERS)
+
+
+def refuse_small_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joins of ``string`` arrays fail, as they do beyond 2 GiB."""
+    join = pa.concat_arrays
+
+    def concat_arrays(arrays: Any, *rest: Any) -> Any:
+        assert not any(pa.types.is_string(array.type) for array in arrays), "offset overflow"
+        return join(arrays, *rest)
+
+    monkeypatch.setattr(pa, "concat_arrays", concat_arrays)
+
+
+def test_ids_of_a_catalog_are_joined_beyond_2_gib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"item_id": ["b", "a", "ü"], "item": [0, 1, 2], "count": [3, 2, 1]}
+    table["vector"] = pa.array([[1.0, 0.0]] * 3, pa.list_(pa.float32(), 2))  # type: ignore[assignment]
+    (tmp_path / "items").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "items" / "part.parquet", row_group_size=2)
+    pq.write_table(pa.table(table), tmp_path / "items.parquet", row_group_size=2)
+    refuse_small_offsets(monkeypatch)
+    manifest: Any = {"num_items": 3, "width": 2, "files": [{"path": "items/part.parquet"}]}
+    served, counts, _ = _read_items(tmp_path, manifest)
+    assert served.items(pa.array(["ü", "?", "b"])).tolist() == [2, -1, 0]
+    assert counts.tolist() == [3, 2, 1]
+    assert Prepared(tmp_path, manifest).item_ids().to_pylist() == ["b", "a", "ü"]
+    plain = ItemIds(pa.array(["b", "a", "ü"]))
+    assert served.version == plain.version
+    assert served.items(pa.array(["a"], pa.large_string()).dictionary_encode()).tolist() == [1]

@@ -1,6 +1,7 @@
 """Logs that look right and would be read wrongly: read exactly, or refused with the reason."""
 
 import datetime
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from tests.pipeline.logs_as_written import columns, expected, prepared, read, sequences, write
 
 from shardrec.launch.cli import main
+from shardrec.pipeline.log.files import decoding_remedy
 from shardrec.pipeline.prepared.data_files import find_files, natural_order
 
+ORDER: Any = "little"  # of the bytes of DuckDB's md5_number
 NO_END = datetime.datetime(9999, 12, 31)
 
 
@@ -235,3 +238,45 @@ def test_text_columns_are_joined_where_32_bit_offsets_end(
     for name in (file.path for file in whole.files):
         assert pq.read_table(tmp_path / "parts" / name) == pq.read_table(tmp_path / "whole" / name)
         assert pq.read_schema(tmp_path / "parts" / name).field(0).type == pa.string()
+
+
+@pytest.mark.parametrize("kind", ["integers", "text"])
+def test_the_order_of_users_is_the_same_under_every_release_of_the_engine(
+    tmp_path: Path, kind: str
+) -> None:
+    """What md5 gives in Python; the order of the sequences decides the fingerprint."""
+    users = [f"ü{user}" if kind == "text" else int(user) for user in columns()["user_id"]]
+    found = read(write(tmp_path / "a.parquet", user_id=users), tmp_path / "out", seed=3)
+    digests = {user: hashlib.md5(f"3:{user}".encode()).digest() for user in users}
+    assert list(found) == sorted(digests, key=lambda user: int.from_bytes(digests[user], ORDER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["12MB", "30MB", "100MB"])
+def test_many_users_under_a_small_limit_are_prepared_or_refused_in_one_line(
+    tmp_path: Path, limit: str
+) -> None:
+    users = [f"{user:032d}" for user in range(60_000) for _ in range(2)]
+    table = {"user_id": users, "item_id": np.arange(120_000) % 97, "timestamp": range(120_000)}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    try:
+        manifest = prepared(tmp_path / "log.parquet", tmp_path / "out", memory_limit=limit)
+    except MemoryError as error:
+        assert str(error).startswith("memory_limit must be large enough to sort the log, got")
+        assert limit != "100MB" and os.listdir(tmp_path) == ["log.parquet"]
+    else:
+        assert manifest.counts["users"] == 60_000
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("NotImplemented: Support for codec 'lzo' not built", "with another codec"),
+        ("Cannot decrypt ColumnMetadata", "is encrypted"),
+        ("Corrupt snappy compressed data", "corrupt or truncated"),
+    ],
+)
+def test_a_codec_or_a_key_that_is_missing_is_not_called_a_corrupt_file(
+    said: str, remedy: str
+) -> None:
+    assert remedy in decoding_remedy(OSError(said))

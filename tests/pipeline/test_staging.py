@@ -19,7 +19,9 @@ from tests.pipeline.event_logs import write_random_log
 
 from shardrec.launch import cli
 from shardrec.pipeline.outputs import staging
+from shardrec.pipeline.outputs.formats import METRICS
 from shardrec.pipeline.outputs.json_files import write_atomically
+from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.outputs.staging import locked, partial_of, settle, staged_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.prepared.manifest import read_manifest
@@ -85,6 +87,13 @@ def test_a_disk_that_cannot_be_written_is_said_and_kept(
         assert "Read-only file system" in said
     assert read_manifest(disk / "out", verify_checksums=True) == old
     assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_work(disk: Path) -> None:
+    mount(disk, "-o", "remount,ro")
+    report = StageOutput(path=disk / "deep" / "metrics.json", format=METRICS, request={})
+    with pytest.raises(PermissionError, match="output must be in a folder that can be written"):
+        report.find()
 
 
 def test_a_mount_point_is_refused_before_the_work(disk: Path, tmp_path: Path) -> None:
