@@ -1,8 +1,8 @@
 """CSV and JSON lines as files of a log, compressed or not.
 
 CSV has no types, so a first pass over the columns finds them: whole numbers in all rows of all
-files are int64, whatever else is text, as it stands in the file. JSON lines has the types of its
-first megabytes; a later value of another type is an error.
+files, or such numbers that all end in .0, are int64; whatever else is text, as it stands. JSON
+lines has the types of its first megabytes; a later value of another type is an error.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _DELIMITERS = ",;\t|"
 _NULLS = ["", "NULL", "null", r"\N"]
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _WHOLE = r"^\s*(0|-?[1-9][0-9]{0,17})\s*$"
-_WHOLE_FLOAT = r"^\s*-?[0-9]{1,15}(\.0*)?\s*$"
+_WHOLE_FLOAT = r"^\s*(0|-?[1-9][0-9]{0,14})\.0+\s*$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,7 +131,7 @@ def test_ids_of_a_catalog_are_joined_beyond_2_gib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = {"item_id": ["b", "a", "ü"], "item": [0, 1, 2], "count": [3, 2, 1]}
-    table["vector"] = pa.array([[1.0, 0.0]] * 3, pa.list_(pa.float32(), 2))  # type: ignore[assignment]
+    table["vector"] = pa.array([[1.0, 0.0]] * 3, pa.list_(pa.float32(), 2))
     (tmp_path / "items").mkdir()
     pq.write_table(pa.table(table), tmp_path / "items" / "part.parquet", row_group_size=2)
     pq.write_table(pa.table(table), tmp_path / "items.parquet", row_group_size=2)

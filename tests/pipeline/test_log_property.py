@@ -5,6 +5,7 @@ import datetime
 import decimal
 import io
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -131,20 +132,13 @@ def require_exact_or_refused(
 
 
 def _typed(value: Any, events: list[tuple[Any, Any, int]], place: int) -> Any:
-    """CSV has no types: a column of whole numbers alone is numbers."""
+    """CSV has no types: a column of whole numbers alone, all with .0 or none, is numbers."""
     column = [str(event[place]) for event in events]
-    canonical = all(
-        part.strip() and part.strip().lstrip("-").isascii() and _is_whole(part) for part in column
-    )
-    return int(str(value).rstrip("0").rstrip(".") if "." in str(value) else value) if canonical \
-        else str(value)  # fmt: skip
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        return str(int(text)) == text.strip() and len(text.strip()) <= 18
-    except ValueError:
-        return False
+    for zeros in ("", r"\.0+"):
+        whole = re.compile(rf"[ \t\n\r\f]*(0|-?[1-9][0-9]{{0,14}}){zeros}[ \t\n\r\f]*")
+        if all(whole.fullmatch(text) for text in column):
+            return int(float(value))
+    return str(value)
 
 
 @pytest.mark.slow

@@ -90,6 +90,10 @@ def test_text_and_parquet_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_ids_with_zeros_commas_lines_and_quotes_are_text_as_it_stands(tmp_path: Path) -> None:
+    zeros = as_csv(lambda row: (f"{row[0]:02d}", *row[1:]))
+    (tmp_path / "zeros.csv").write_text(zeros)
+    found = read(tmp_path / "zeros.csv", tmp_path / "zeros")
+    assert found == {f"{user:02d}": items for user, items in expected().items()}
     names = ["007", "a,b", "one\ntwo", 'say "hi"', "ü", "1e5", "12345678901234567890", " x "]
     quoted = [f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names]
     text = as_csv(lambda row: (row[0], quoted[row[1] % 8], row[2]))
