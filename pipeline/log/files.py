@@ -99,7 +99,8 @@ class ParquetLog:
         """Batches of at most ``rows`` rows; see ``LogFile``."""
         int96 = [name for name in names if any(_is_in(path, name) for path in self.int96)]
         with self.filesystem.open_input_file(self.source.path) as stream:
-            file, coarse = _parquet(stream), _parquet(stream, "ms")
+            file = _parquet(stream)
+            coarse = _parquet(stream, "ms") if int96 else file
             for group in range(file.num_row_groups):
                 place = f"{self.source.path!r}, row group {group}"
                 decoded = _decoded(file, group, names, rows, place)
