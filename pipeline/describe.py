@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
-from shardrec.pipeline.log.columns import EventColumns
+from shardrec.pipeline.log.columns import EventColumns, is_list
 from shardrec.pipeline.log.config import PrepareConfig, sort_threads
 from shardrec.pipeline.log.reader import EventLog, read_schema
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
@@ -24,6 +25,7 @@ from shardrec.pipeline.log.times import as_date
 __all__ = ["DescribeConfig", "Description", "describe"]
 
 Array = npt.NDArray[Any]
+_BATCH_ROWS = 65_536
 _QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 _SHARES = (0.001, 0.01, 0.1, 0.5)
 # Names of columns as logs have them, without case and punctuation, the likeliest first.
@@ -105,10 +107,20 @@ def describe(events: str, config: DescribeConfig | None = None) -> Description:
         seed=0,
         keep_duplicates=False,
     )
+    nulls = _nulls(log)
+    if any(nulls.values()):
+        rows = sum(file.rows for file in log.files)
+        facts = {"files": len(log.files), "rows": rows, "nulls": nulls, "columns": roles}
+        warnings = [
+            f"{count:,} values of {name!r} are null: prepare refuses them; drop those rows"
+            for name, count in nulls.items()
+            if count
+        ]
+        return Description(facts=facts, warnings=warnings)
     with tempfile.TemporaryDirectory(prefix="shardrec-describe-") as folder:
         found = sort_log(log, Path(folder), options)
         counts = _item_counts(found)
-        facts = _facts(log, found, counts) | {"columns": roles}
+        facts = _facts(log, found, counts) | {"nulls": nulls, "columns": roles}
         facts["splits"] = {split: _split(found, log, split) for split in _splits(found)}
     return Description(facts=facts, warnings=list(_warnings(facts)))
 
@@ -142,6 +154,20 @@ def _guess(role: str, names: Sequence[str]) -> str:
         f"--{role}-column must be set where no column has a usual name, got {', '.join(names)}; "
         "name one of them"
     )
+
+
+def _nulls(log: EventLog) -> dict[str, int]:
+    """The number of nulls in each column that prepare reads and that may have none."""
+    names = [name for name in log.columns.names() if name != log.columns.event]
+    counts = dict.fromkeys(names, 0)
+    for file in log.inputs:
+        for _, batch in file.batches(names, _BATCH_ROWS) if file.source.rows else ():
+            for name in names:
+                column = batch.column(name)
+                counts[name] += (
+                    pc.list_flatten(column) if is_list(column.type) else column
+                ).null_count
+    return counts
 
 
 def _item_counts(log: SortedLog) -> Array:

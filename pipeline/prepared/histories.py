@@ -162,7 +162,11 @@ class Histories:
             users = plain_ids(users, f"{place}, column {self.columns[0]!r}")
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
         offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
-        values = plain_ids(pc.list_flatten(lists), f"{place}, column {self.columns[1]!r}")
+        values = pc.list_flatten(lists)
+        if values.type == pa.null():  # of empty lists alone
+            is_text = self.catalog.kind == "string" and not self.dense
+            values = values.cast(pa.large_string() if is_text else pa.int64())
+        values = plain_ids(values, f"{place}, column {self.columns[1]!r}")
         plain = pa.LargeListArray.from_arrays(offsets, values.combine_chunks())
         return pa.table([users.cast(self.user_type), plain], names=list(self.columns))
 

@@ -109,6 +109,14 @@ def test_columns_are_guessed_by_their_names_or_asked_for(
     )
 
 
+def test_nulls_are_counted_where_prepare_would_refuse_them(tmp_path: Path) -> None:
+    items = pa.array([None, 1, None, *columns()["item_id"][3:].tolist()])
+    found = describe(write(tmp_path / "log.parquet", item_id=items))
+    assert found.facts["nulls"] == {"user_id": 0, "item_id": 2, "timestamp": 0}
+    assert "2 values of 'item_id' are null" in found.as_text()
+    assert describe(write(tmp_path / "plain.parquet")).facts["nulls"]["item_id"] == 0
+
+
 def test_lists_and_event_types_are_described_as_they_are_prepared(tmp_path: Path) -> None:
     lists = {"user": [1, 2], "item": [[1, 2, 3], [4, 5]], "time": [[1, 2, 3], [1, 2]]}
     pq.write_table(pa.table(lists), tmp_path / "lists.parquet")

@@ -80,6 +80,12 @@ def test_items_of_this_type_are_found(tmp_path: Path, case: str) -> None:
     assert read(tmp_path, catalog)[1:] == ([[1], [], [2, 0]], pa.int64(), 1)
 
 
+def test_empty_lists_alone_need_no_type(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [1, 2], pa.array([[], None], pa.list_(pa.null())))
+    write(tmp_path / "b.parquet", [3], [["b"]])
+    assert read(tmp_path, TEXTS)[1:] == ([[], [], [1]], pa.int64(), 0)
+
+
 def test_files_may_differ_in_width_and_names_but_not_in_kind(tmp_path: Path) -> None:
     write(tmp_path / "h" / "part-2", pa.array([1], pa.int8()), pa.array([[10]]))
     items = pa.array([[30, 20]], pa.list_(pa.int16()))
