@@ -52,6 +52,7 @@ class EventLog:
         passed_over: visible files next to the log's that hold no events.
         events_read: events read so far, before the event-type filter.
         event_types_seen: some of the event types read so far, for messages.
+        event_types_found: indices of the kept event types that were read so far.
         times_cut: whether a time read so far was finer than a microsecond.
     """
 
@@ -63,6 +64,7 @@ class EventLog:
     passed_over: tuple[str, ...] = ()
     events_read: int = 0
     event_types_seen: set[str] = dataclasses.field(default_factory=set)
+    event_types_found: set[int] = dataclasses.field(default_factory=set)
     times_cut: bool = False
 
     @classmethod
@@ -116,6 +118,7 @@ class EventLog:
                     pending = []
         if pending:
             yield pa.concat_tables(pending)
+        self._report_missing_types()
 
     def describe_event_types(self) -> str:
         """Some of the event types read so far, for messages."""
@@ -143,6 +146,7 @@ class EventLog:
         text = read_event_types(kinds, f"{place}, column {self.columns.event!r}")
         self._note_event_types(text)
         columns["event"] = pc.index_in(text, pa.array(self.columns.event_types, text.type))
+        self.event_types_found.update(pc.unique(columns["event"].drop_null()).to_pylist())
         return pa.table(columns).filter(pc.is_valid(columns["event"]))
 
     def _roles(self) -> dict[str, str]:
@@ -198,6 +202,16 @@ class EventLog:
                 place,
             )
         return times
+
+    def _report_missing_types(self) -> None:
+        kinds = enumerate(self.columns.event_types)
+        missing = [kind for index, kind in kinds if index not in self.event_types_found]
+        if missing and self.event_types_found:  # none at all is an error
+            logging.getLogger(__name__).warning(
+                "no event is of type %s, where the log has %s",
+                ", ".join(map(repr, missing)),
+                self.describe_event_types(),
+            )
 
     def _report_passed_over(self) -> None:
         if self.passed_over:

@@ -246,6 +246,14 @@ def test_event_types_may_weigh_their_events(tmp_path: Path) -> None:
     assert {tuple(row["weights"]) for row in train} == {(0.5, 1.5, 2.5, 0.0)}
 
 
+def test_an_event_type_that_never_occurs_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = write(tmp_path / "a.parquet", kind=["buy", "view"] * 90)
+    prepared(log, tmp_path / "out", event_column="kind", event_types=("view", "purchse"))
+    assert "no event is of type 'purchse', where the log has 'buy', 'view'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
