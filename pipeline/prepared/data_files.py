@@ -165,8 +165,8 @@ def _find_below(
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda path: _kind(filesystem, by_path[path]), wanted)
         kinds = dict(zip(wanted, found, strict=True))
-    taken = {path: kind for path, kind in kinds.items() if kind is not None}
-    passed_over = tuple(path for path, kind in kinds.items() if kind is None)
+    taken = _without_descriptions({path: kind for path, kind in kinds.items() if kind})
+    passed_over = tuple(path for path in kinds if path not in taken)
     if not taken:
         others = f", {len(passed_over)} other files" if passed_over else ""
         raise FileNotFoundError(
@@ -177,6 +177,12 @@ def _find_below(
         check_path(name, path)
     _require_one_format(taken, name)
     return Found(filesystem=filesystem, kinds=taken, passed_over=passed_over)
+
+
+def _without_descriptions(kinds: Mapping[str, FileKind]) -> dict[str, FileKind]:
+    """The files without those named .json, where there are others: a manifest is no log."""
+    others = {path: kind for path, kind in kinds.items() if not path.lower().endswith(".json")}
+    return others or dict(kinds)
 
 
 def _require_one_format(kinds: Mapping[str, FileKind], name: str) -> None:

@@ -61,12 +61,13 @@ def test_parquet_is_known_by_its_first_bytes_and_the_rest_is_counted(
     for number, name in enumerate(names):
         write(tmp_path / "log" / name, slice(number * 36, (number + 1) * 36))
     (tmp_path / "log" / "README.md").write_text("what this is")
+    (tmp_path / "log" / "manifest.json").write_text("{}")
     for marker in ("_SUCCESS", ".part-0.parquet.crc", "done"):
         (tmp_path / "log" / marker).touch()
     manifest = prepared(tmp_path / "log", tmp_path / "out")
     assert sequences(tmp_path / "out") == expected()
-    assert (manifest.counts["files_read"], manifest.counts["files_passed_over"]) == (5, 1)
-    assert "1 file(s) without events passed over: README.md" in caplog.text
+    assert (manifest.counts["files_read"], manifest.counts["files_passed_over"]) == (5, 2)
+    assert "2 file(s) without events passed over: README.md, manifest.json" in caplog.text
 
 
 def test_an_empty_file_that_should_be_parquet_is_refused(tmp_path: Path) -> None:
