@@ -23,8 +23,8 @@ class Command:
         epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
-        cpu: CPUs that its component asks for by default.
-        memory_mb: memory that it asks for by default.
+        cpu: CPUs that its component asks for by default; 0: two for each worker.
+        memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 
     kind: Literal["distributed", "single", "tool"]
@@ -32,8 +32,8 @@ class Command:
     description: str
     epilog: str = ""
     config: str = ""
-    cpu: int = 2
-    memory_mb: int = 8192
+    cpu: int = 0
+    memory_mb: int = 0
 
 
 COMMANDS = {
@@ -70,6 +70,7 @@ COMMANDS = {
         ),
         config="pipeline.prepare.PrepareConfig",
         cpu=4,
+        memory_mb=8192,
     ),
     "describe": Command(
         kind="tool",
@@ -152,6 +153,8 @@ COMMANDS = {
             "exit codes: 0 the run may be published, 3 it may not and the report says why"
         ),
         config="pipeline.gate.GateConfig",
+        cpu=2,
+        memory_mb=8192,
     ),
     "publish": Command(
         kind="single",

@@ -207,11 +207,10 @@ def submit(job: "Job", *, wait: bool) -> int:
     print(handle, flush=True)
     if not wait:
         return 0
-    state = runner.wait(handle)
-    if state == "SUCCEEDED":
-        return 0
-    print(f"shardrec launch: {job.component} ended as {state}; see its logs", file=sys.stderr)
-    return 1
+    failure = runner.wait(handle)
+    if failure:
+        print(f"shardrec launch: {job.component} ended as {failure}; see its logs", file=sys.stderr)
+    return 1 if failure else 0
 
 
 def doctor(arguments: Sequence[str]) -> int:
