@@ -202,6 +202,12 @@ def recommend(app: AppDef) -> AppDef:
 
 
 @_component
+def similar(app: AppDef) -> AppDef:
+    """Writes the nearest items of items to Parquet; the same on any number of workers."""
+    return app
+
+
+@_component
 def export(app: AppDef) -> AppDef:
     """Writes item vectors and the encoder of a run for serving; each worker writes its rows."""
     return app
@@ -216,6 +222,12 @@ def synth(app: AppDef) -> AppDef:
 @_component
 def prepare(app: AppDef) -> AppDef:
     """Turns an event log into a prepared folder, in one process on one node."""
+    return app
+
+
+@_component
+def baseline(app: AppDef) -> AppDef:
+    """Counts popularity and item-to-item scores, in one process on one node."""
     return app
 
 

@@ -62,7 +62,8 @@ COMMANDS = {
             "evaluation stream: sequences, splits, item counts, and a manifest, written last. "
             "Sorting spills to disk: the log may be larger than memory. Repeated with the same "
             "options, it does nothing; --force prepares again. For a newer log, --items keeps the "
-            "item indices of the earlier folder."
+            "item indices of the earlier folder. --item-attributes reads attributes of the items, "
+            "which train uses with catalog.attributes=add."
         ),
         epilog=(
             "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output "
@@ -83,6 +84,18 @@ COMMANDS = {
         ),
         epilog="example: shardrec describe 'logs/*.parquet' --user-column customer",
         config="pipeline.describe.DescribeConfig",
+    ),
+    "baseline": Command(
+        kind="single",
+        summary="count what a model must beat: popularity and item-to-item scores",
+        description=(
+            "Counts a baseline from the training sequences: popularity, cosines of items that "
+            "occur together (knn), how often one item follows another (next), or knn + 3 next. "
+            "evaluate, recommend, report and gate take its folder as that of a run. Repeated with "
+            "the same options, it does nothing."
+        ),
+        epilog="example: shardrec baseline --prepared data --kind knn_next",
+        config="pipeline.baseline.BaselineConfig",
     ),
     "train": Command(
         kind="distributed",
@@ -106,10 +119,11 @@ COMMANDS = {
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
             "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
             "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
-            " out targets that training never saw. Any number of workers may evaluate, whatever "
-            "number trained. Repeated with the same options, it does nothing."
+            " out targets that training never saw, those in /new all others. Any number of workers "
+            "may evaluate, whatever number trained. Repeated with the same options, it does "
+            "nothing."
         ),
-        epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
+        epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",
     ),
     "recommend": Command(
@@ -127,13 +141,25 @@ COMMANDS = {
         ),
         config="pipeline.recommend.RecommendConfig",
     ),
+    "similar": Command(
+        kind="distributed",
+        summary="write the nearest items of items to Parquet",
+        description=(
+            "Compares the item vectors of a run, over all shards, and writes item_id, item_ids "
+            "and scores to Parquet, in the order of the items asked for. Any number of workers "
+            "gives the same lists. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec similar --run run --prepared data --output similar --k 20",
+        config="pipeline.similar.SimilarConfig",
+    ),
     "export": Command(
         kind="distributed",
         summary="write item vectors and the encoder for serving",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
             "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
-            "TorchRec. Repeated with the same options, it does nothing."
+            "TorchRec. --items adds vectors of newer items, from their attributes. Repeated with "
+            "the same options, it does nothing."
         ),
         epilog="example: shardrec export --run run --prepared data --output model",
         config="pipeline.export.ExportConfig",

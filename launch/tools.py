@@ -56,7 +56,7 @@ def describe(arguments: Sequence[str]) -> int:
 def plan(arguments: Sequence[str]) -> int:
     """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
-    from shardrec.pipeline.plan import Machine
+    from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
 
     parser = parser_for("plan")
@@ -64,13 +64,15 @@ def plan(arguments: Sequence[str]) -> int:
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
     parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
-    add_options(parser, Machine)
+    for options_of in (Machine, AttributeCounts):
+        add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
     recipe = commands.recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
-    print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
+    parts = read_options(Machine, options), read_options(AttributeCounts, options)
+    print(run_plan(config, options.num_items, *parts).describe())
     return 0
 
 

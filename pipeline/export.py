@@ -2,8 +2,10 @@
 
 ::
 
-    items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
-    encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L
+    items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows,
+                                        and rank 0 one part more for items after training
+    encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L; also
+                                        takes (B,) lengths if the manifest has reads_lengths
     items.faiss                         if an index is asked for
     manifest.json                       run, data, catalog version, files; written last
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.encoder import TransformerEncoder
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_parquet
 from shardrec.pipeline.outputs.formats import EXPORT
@@ -37,6 +40,7 @@ from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, 
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
+from shardrec.pipeline.served.new_items import NewItems
 
 __all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
 
@@ -51,6 +55,8 @@ class ExportConfig:
         run: run folder of train.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
+        items: Parquet with attributes of items, in the columns that `prepare --item-attributes`
+            read; those that the catalog does not have are added, with 0 training events.
         checkpoint: the weights to export.
         faiss: a FAISS factory string, such as HNSW32 or IVF1024,Flat, for an index of the items
             that training saw, built on one rank that holds all vectors; none: no index.
@@ -62,6 +68,7 @@ class ExportConfig:
     run: str
     prepared: str
     output: str
+    items: str | None = None
     checkpoint: Literal["best", "last"] = "best"
     faiss: str | None = None
     faiss_search: str | None = None
@@ -122,7 +129,12 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     source = Source.find(config.run, prepared, config.checkpoint, encoder)
     index = config.index
-    request = {"source": source.identity, "faiss": index and dataclasses.asdict(index)}
+    new = on_this_rank(lambda: _open_new_items(config, prepared, source), group)
+    request = {
+        "source": source.identity,
+        "faiss": index and dataclasses.asdict(index),
+        "items": new and new.file.describe(),
+    }
     output = StageOutput(
         path=Path(config.output), format=EXPORT, request=request, force=config.force, group=group
     )
@@ -131,7 +143,7 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
         return Exported(found, False, time.monotonic() - started)
     on_first_rank(lambda: _check_index(index, source), group)
     model = source.load(prepared, encoder)
-    work = on_this_rank(lambda: _Work(config, model, source, prepared), group)
+    work = on_this_rank(lambda: _Work(config, model, source, prepared, new), group)
     with output.write() as (folder, _):
         files = work.write(folder)
         manifest = output.finish(work.details, folder, files)
@@ -142,7 +154,8 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
     """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
-        encoder: (B, L, D) to (B, L, D); left as it is.
+        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
+            it is.
         width: D.
         max_length: the longest L.
 
@@ -150,12 +163,13 @@ def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.exp
         ValueError: ``torch.export`` cannot trace it.
     """
     alone = copy.deepcopy(encoder).cpu().eval()
-    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    batch = torch.export.Dim("batch", min=1)
+    dims: list[dict[int, Any]] = [{0: batch}, {0: batch}]
     if max_length > 1:
-        dims[1] = torch.export.Dim("length", min=1, max=max_length)
-    example = torch.zeros(3, min(max_length, 5), width)
+        dims[0][1] = torch.export.Dim("length", min=1, max=max_length)
+    example = _inputs(alone, torch.zeros(3, min(max_length, 5), width), torch.ones(3).long())
     try:
-        return torch.export.export(alone, (example,), dynamic_shapes=(dims,))
+        return torch.export.export(alone, example, dynamic_shapes=tuple(dims[: len(example)]))
     except Exception as error:
         raise ValueError(
             f"encoder must be one that torch.export can trace for any number and length of "
@@ -168,19 +182,29 @@ class _Work:
     """Writes this rank's rows, and on rank 0 the encoder and the index."""
 
     def __init__(
-        self, config: ExportConfig, model: Model, source: Source, prepared: Prepared
+        self,
+        config: ExportConfig,
+        model: Model,
+        source: Source,
+        prepared: Prepared,
+        new: NewItems | None,
     ) -> None:
         self.config, self.model, self.source, self.prepared = config, model, source, prepared
         self.ids, self.counts = ItemIds(prepared.item_ids()), prepared.item_counts()
+        self.new = new
         self.measured: dict[str, Any] = {}
 
     def write(self, folder: Path) -> list[FileEntry]:
         group = self.model.group
         written = on_all_ranks(lambda: self._write_rows(folder), group)
         rows = [entry for entries in written for entry in entries]
-        more = on_first_rank(lambda: self._write_encoder(folder) + self._index(folder, rows), group)
+        more = on_first_rank(lambda: self._write_rest(folder, rows), group)
         rank = Communicator(group).rank
         return written[rank] + (more if rank == 0 else [])
+
+    def _write_rest(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+        new = self._write_new_rows(folder)
+        return new + self._write_encoder(folder) + self._index(folder, [*rows, *new])
 
     def details(self) -> dict[str, Any]:
         """The manifest without its request; complete on rank 0."""
@@ -191,37 +215,50 @@ class _Work:
             "width": config.width,
             "max_length": config.max_length,
             "scores": "cosine" if self.model.normalize else "inner product",
+            "reads_lengths": _reads_lengths(self.model.encoder),
             "versions": {"shardrec": __version__, "torch": torch.__version__},
             **self.measured,
         }
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
-        rank, size = Communicator(self.model.group).rank, Communicator(self.model.group).size
-        name = f"items/part-{rank:05d}-of-{size:05d}.parquet"
+        """Write this rank's rows."""
         (folder / "items").mkdir(exist_ok=True)
-        shard, block_rows = self.model.catalog.shard, self.config.block_rows
-        schema = pa.schema(
-            {
-                "item_id": stored_type(self.ids.ids.type),
-                "item": pa.int64(),
-                "count": pa.int64(),
-                "vector": pa.list_(pa.float32(), shard.rows.shape[1]),
-            }
-        )
-        with pq.ParquetWriter(folder / name, schema) as writer:
-            for start in range(0, shard.rows.shape[0], block_rows):
-                rows = shard.rows.detach()[start : start + block_rows].cpu()
-                writer.write_table(self._table(rows, shard.first_row + start, schema))
+        shard, name = self.model.catalog.shard, self._part(Communicator(self.model.group).rank)
+        with pq.ParquetWriter(folder / name, self._schema()) as writer:
+            for start in range(0, shard.rows.shape[0], self.config.block_rows):
+                rows = shard.rows.detach()[start : start + self.config.block_rows].cpu()
+                writer.write_table(self._table(rows, shard.first_row + start))
         return [describe_parquet(folder, name)]
 
-    def _table(self, rows: Tensor, first: int, schema: pa.Schema) -> pa.Table:
+    def _write_new_rows(self, folder: Path) -> list[FileEntry]:
+        """Write the items that came after training, after those of the catalog; on rank 0."""
+        if self.new is None:
+            return []
+        name, first = self._part(Communicator(self.model.group).size), len(self.ids)
+        ids, rows = self.new.vectors(self.ids.ids, self.model.catalog.attributes)
+        self.ids = ItemIds(pa.concat_arrays([self.ids.ids, ids.cast(self.ids.ids.type)]))
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(ids))])
+        self.measured["items_after_training"] = len(ids)
+        pq.write_table(self._table(rows, first), folder / name)
+        return [describe_parquet(folder, name)]
+
+    def _part(self, index: int) -> str:
+        total = Communicator(self.model.group).size + (self.new is not None)
+        return f"items/part-{index:05d}-of-{total:05d}.parquet"
+
+    def _schema(self) -> pa.Schema:
+        vector = pa.list_(pa.float32(), self.source.config.encoder.width)
+        columns = {"item": pa.int64(), "count": pa.int64(), "vector": vector}
+        return pa.schema({"item_id": stored_type(self.ids.ids.type), **columns})
+
+    def _table(self, rows: Tensor, first: int) -> pa.Table:
         items = np.arange(first, first + len(rows))
         values = pa.array(rows.contiguous().view(-1).numpy())
         vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
         block = self.counts[first : first + len(rows)].numpy()
+        schema = self._schema()
         wide = schema.set(0, pa.field("item_id", self.ids.ids.type))
-        table = pa.table([self.ids.of(items), items, block, vectors], schema=wide)
-        return stored(table, schema)
+        return stored(pa.table([self.ids.of(items), items, block, vectors], schema=wide), schema)
 
     def _write_encoder(self, folder: Path) -> list[FileEntry]:
         """Write the encoder's program, load it again, and compare it with the live encoder."""
@@ -257,8 +294,9 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
     generator, worst = torch.Generator().manual_seed(1), 0.0
     for shape in ((1, 1), (2, max_length), (5, -(-max_length // 2))):
         vectors = torch.randn(*shape, width, generator=generator)
-        expected = alone(vectors)
-        difference = float((program(vectors) - expected).abs().max())
+        lengths = torch.randint(1, shape[1] + 1, shape[:1], generator=generator)
+        expected = alone(*_inputs(alone, vectors, lengths))
+        difference = float((program(*_inputs(alone, vectors, lengths)) - expected).abs().max())
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
@@ -269,6 +307,14 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
     return worst
 
 
+def _reads_lengths(encoder: nn.Module) -> bool:
+    return isinstance(encoder, TransformerEncoder) and encoder.reads_lengths
+
+
+def _inputs(encoder: nn.Module, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    return (vectors, lengths) if _reads_lengths(encoder) else (vectors,)
+
+
 @torch.no_grad()
 def _example_states(served: Recommender, prepared: Prepared) -> Tensor:
     """(Q, D) states after training sequences, as queries for the index."""
@@ -277,6 +323,17 @@ def _example_states(served: Recommender, prepared: Prepared) -> Tensor:
     histories = [torch.tensor(items) for items in batch.column("items").to_pylist()]
     parts = [histories[first : first + 100] for first in range(0, len(histories), 100)]
     return torch.cat([served.states(part) for part in parts])
+
+
+def _open_new_items(config: ExportConfig, prepared: Prepared, source: Source) -> NewItems | None:
+    if config.items is None:
+        return None
+    if source.config.catalog.attributes == "none":
+        raise ValueError(
+            f"items must come with a run that uses attributes, got {config.run} with "
+            "catalog.attributes=none; train with catalog.attributes=add"
+        )
+    return NewItems.open(config.items, prepared)
 
 
 def _check_index(index: IndexConfig | None, source: Source) -> None:

@@ -9,11 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
+import pyarrow as pa
 import pyarrow.fs as fs
+import pyarrow.parquet as pq
 
 from shardrec.pipeline.outputs.addresses import SETTINGS, open_address
+from shardrec.pipeline.prepared.ids import plain_ids, require_ids
 
-__all__ = ["FileKind", "Found", "check_path", "find_files", "natural_order", "partition_values"]
+__all__ = [
+    "FileKind",
+    "Found",
+    "check_path",
+    "find_files",
+    "natural_order",
+    "partition_values",
+    "read_item_ids",
+]
 
 _GLOB_CHARACTERS = "*?["
 _TABLES = ("_delta_log", ".hoodie")
@@ -132,6 +143,38 @@ def partition_values(path: str) -> dict[str, str | None]:
     """
     pairs = (part.partition("=") for part in path.split("/")[:-1] if "=" in part[1:])
     return {unquote(key): None if value == _NO_VALUE else unquote(value) for key, _, value in pairs}
+
+
+def read_item_ids(name: str, source: str) -> pa.Array:
+    """The column ``item_id`` of some Parquet files, as int64 or large_string.
+
+    Args:
+        name: of the option, for messages.
+        source: a file, a folder, a glob or a URI.
+
+    Raises:
+        FileNotFoundError: there is no Parquet file.
+        ValueError: a file has no such column, or its ids are of another kind than in the first.
+    """
+    found, chunks = find_files(source, name), []
+    for path in found.parquet_paths(name):
+        with found.filesystem.open_input_file(path) as stream:
+            schema = pq.ParquetFile(stream).schema_arrow
+            if "item_id" not in schema.names:
+                raise ValueError(
+                    f"{name} must be Parquet with a column item_id, got {path!r} with "
+                    f"{', '.join(schema.names)}; rename its column"
+                )
+            column = pq.ParquetFile(stream).read(["item_id"]).column("item_id")
+        if len(column):
+            require_ids(column.type, "item_id", path)
+            chunks += plain_ids(column, f"{path!r}, column 'item_id'").chunks
+        if len({chunk.type for chunk in chunks}) > 1:
+            raise ValueError(
+                f"{name} must have one type of ids in all files, got another in {path!r}; "
+                "convert them"
+            )
+    return pa.chunked_array(chunks, chunks[0].type if chunks else pa.null()).combine_chunks()
 
 
 def natural_order(paths: Iterable[str]) -> list[str]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.files import MANIFEST_NAME
+from shardrec.pipeline.outputs.formats import BASELINE
+from shardrec.pipeline.outputs.json_files import read_json, require_shape
 
 __all__ = ["RunRecord", "read_record", "read_runs"]
 
@@ -30,6 +32,7 @@ class RunRecord:
         evaluation: metrics.json; None before ``evaluate``.
         num_resumes: how often the run was resumed.
         num_unreadable: lines of metrics.jsonl cut off by a crash.
+        folder: of the run; None for a record that was not read from one.
     """
 
     name: str
@@ -42,6 +45,7 @@ class RunRecord:
     evaluation: Mapping[str, Any] | None = None
     num_resumes: int = 0
     num_unreadable: int = 0
+    folder: Path | None = None
 
     @property
     def test_metrics(self) -> Mapping[str, float | None]:
@@ -91,14 +95,18 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def read_record(folder: Path, name: str) -> RunRecord:
-    """The record of one run folder, finished or in progress; raises as `read_runs` does."""
-    config, details = (_required(folder, file) for file in ("config.json", "run.json"))
+    """The record of one run folder, finished or in progress; raises as `read_runs` does.
+
+    A folder of ``baseline`` has its options, and metrics where it was evaluated.
+    """
+    config, details = _config_and_details(folder)
     if not {"data", "encoder", "versions"} <= details.keys():
         raise ValueError(
             f"{folder / 'run.json'} must have data, encoder and versions, got "
             f"{', '.join(details) or 'nothing'}; leave this run out"
         )
     record = RunRecord(name=_printable(name), config=dict(flatten(config)), details=details)
+    record.folder = folder
     if (folder / "metrics.json").is_file():
         record.evaluation = _required(folder, "metrics.json")
         shape = {"metrics": dict}
@@ -112,6 +120,16 @@ def read_record(folder: Path, name: str) -> RunRecord:
         record.add(event or {})
     record.add(_event(being_written) or {})
     return record
+
+
+def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    manifest = read_json(folder / MANIFEST_NAME)
+    if manifest.get("format") != BASELINE.name:
+        return _required(folder, "config.json"), _required(folder, "run.json")
+    request = require_shape(manifest, BASELINE.shape, str(folder), BASELINE.remedy)["request"]
+    config = {"baseline": {name: value for name, value in request.items() if name != "data"}}
+    data = {"fingerprint": manifest["data"], "num_items": manifest["counts"]["items"]}
+    return config, {"data": data, "encoder": "none", "versions": manifest["versions"]}
 
 
 def _event(line: str) -> Mapping[str, Any] | None:
