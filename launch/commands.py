@@ -102,12 +102,14 @@ def synth(options: Namespace, config: "SynthConfig") -> int:
 
 def prepare(_: Namespace, config: "PrepareConfig") -> int:
     """Turn an event log into a prepared folder."""
+    from shardrec.pipeline.log.repetition import describe_repetition
     from shardrec.pipeline.prepare import prepare_once
     from shardrec.pipeline.prepared.balance import describe_loads
 
     done = prepare_once(config)
     print_counts(done.manifest.counts)
-    print("\n".join(describe_loads(done.manifest.load_per_rank)))
+    lines = describe_repetition(done.manifest.counts) + describe_loads(done.manifest.load_per_rank)
+    print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")
     return 0
 

@@ -73,6 +73,18 @@ COMMANDS = {
         cpu=4,
         memory_mb=8192,
     ),
+    "describe": Command(
+        kind="tool",
+        summary="describe an event log before it is prepared",
+        description=(
+            "Reads an event log as prepare would and prints what is in it: columns and their "
+            "roles, guessed by name where no option says, users, items, times, ties, repeats, "
+            "duplicates, popularity, what each split would leave, and warnings with the option "
+            "that answers each. Writes nothing."
+        ),
+        epilog="example: shardrec describe 'logs/*.parquet' --user-column customer",
+        config="pipeline.describe.DescribeConfig",
+    ),
     "baseline": Command(
         kind="single",
         summary="count what a model must beat: popularity and item-to-item scores",

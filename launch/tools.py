@@ -1,4 +1,4 @@
-"""The commands that are not stages: report, plan, launch, doctor, demo."""
+"""The commands that are not stages: describe, report, plan, launch, doctor, demo."""
 
 import inspect
 import re
@@ -35,6 +35,21 @@ def report(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.report import report as run_report
 
     print(f"wrote {run_report(options.runs, options.output)}")
+    return 0
+
+
+def describe(arguments: Sequence[str]) -> int:
+    """Print what is in an event log, and which options it asks for."""
+    from shardrec.pipeline.describe import DescribeConfig
+    from shardrec.pipeline.describe import describe as run_describe
+
+    parser = parser_for("describe")
+    parser.add_argument("events", metavar="LOG", help="file, folder, glob or URI, as for prepare")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_options(parser, DescribeConfig)
+    options = parser.parse(arguments)
+    found = run_describe(options.events, read_options(DescribeConfig, options))
+    print(found.as_json() if options.json else found.as_text())
     return 0
 
 
@@ -222,5 +237,5 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (report, plan, launch, doctor, demo)
+    function.__name__: function for function in (report, describe, plan, launch, doctor, demo)
 }

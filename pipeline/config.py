@@ -323,11 +323,31 @@ def _parse_literal(kind: Any, text: str) -> Any:
 
 
 def _parse_tuple(kind: Any, text: str, name: str) -> tuple[Any, ...]:
-    parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+    parts = _split_texts(text) if str in typing.get_args(kind) else _split_values(text)
     items = _items(kind, len(parts))
     if len(items) != len(parts):
         raise ValueError(text)
     return tuple(parse(item, part, name) for item, part in zip(items, parts, strict=True))
+
+
+def _split_values(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+
+
+def _split_texts(text: str) -> list[str]:
+    """Texts between commas without outer blanks; those in double quotes exactly as they are.
+
+    Example:
+        >>> _split_texts('buy, [click],"add,to,cart"," view "')
+        ['buy', '[click]', 'add,to,cart', ' view ']
+    """
+    quoted = r'"(?:[^"]|"")*"'
+    parts = re.findall(rf"\s*({quoted}|[^,]*)\s*(?:,|$)", text)
+    words = (
+        part[1:-1].replace('""', '"') if re.fullmatch(quoted, part) else part.strip()
+        for part in parts
+    )
+    return [word for word in words if word]
 
 
 def _allowed(annotation: Any) -> str:

@@ -36,6 +36,7 @@ from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_p
 from shardrec.pipeline.outputs.formats import EXPORT
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 from shardrec.pipeline.run.trained import Source
@@ -252,14 +253,16 @@ class _Work:
     def _schema(self) -> pa.Schema:
         vector = pa.list_(pa.float32(), self.source.config.encoder.width)
         columns = {"item": pa.int64(), "count": pa.int64(), "vector": vector}
-        return pa.schema({"item_id": self.ids.ids.type, **columns})
+        return pa.schema({"item_id": stored_type(self.ids.ids.type), **columns})
 
     def _table(self, rows: Tensor, first: int) -> pa.Table:
         items = np.arange(first, first + len(rows))
         values = pa.array(rows.contiguous().view(-1).numpy())
         vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
         block = self.counts[first : first + len(rows)].numpy()
-        return pa.table([self.ids.of(items), items, block, vectors], schema=self._schema())
+        schema = self._schema()
+        wide = schema.set(0, pa.field("item_id", self.ids.ids.type))
+        return stored(pa.table([self.ids.of(items), items, block, vectors], schema=wide), schema)
 
     def _write_encoder(self, folder: Path) -> list[FileEntry]:
         """Write the encoder's program, load it again, and compare it with the live encoder."""

@@ -199,7 +199,13 @@ def measure_export(
     rows[is_known, -2] = -model.popular.argsort()[places[is_known]].float()
     rows[~is_known, -1] = _NEVER
     length = model.manifest["max_length"]
-    batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
+    batches = EvaluationBatches(
+        prepared,
+        split,
+        batch_size=config.batch_size,
+        max_length=length,
+        sample_users=config.sample_users,
+    )
     scorer = functools.partial(_states, model, places)
     blocks = Blocks(states=config.block_states, rows=config.block_rows)
     memory = None if model.memory is None else model.memory.relabeled(places)
@@ -229,7 +235,7 @@ def _read_floor(config: GateConfig, evaluation: dict[str, Any]) -> dict[str, Any
     path = Path(config.at_least)
     floor = _read_evaluation(config, path / "metrics.json" if path.is_dir() else path)
     ours, theirs = evaluation["protocol"], floor["protocol"]
-    names = [name for name in ours if ours[name] != theirs[name]]
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if names:
         raise ValueError(
             f"at_least must be measured as the run was, got {path}, which differs in "
@@ -250,6 +256,8 @@ def _read_evaluation(config: GateConfig, path: Path) -> dict[str, Any]:
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
     protocol = {name: request[name] for name in asked if name != "source"}
+    if request.get("sample_users") is not None:
+        protocol["sample_users"] = request["sample_users"]
     protocol["data"] = request["source"]["data"]
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
@@ -285,6 +293,7 @@ def _published_value(
         return known["metrics"][config.metric], "when it was published, on the same users"
     folder = require_unchanged(Path(config.published), current)
     lists = {name: protocol[name] for name in ("filter_seen", "min_count")}
+    lists["sample_users"] = protocol.get("sample_users")
     measure = MeasureConfig(ks=tuple(protocol["ks"]), **lists)
     value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

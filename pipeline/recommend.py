@@ -26,10 +26,10 @@ from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.prepared.batches import gathered, padded
+from shardrec.pipeline.prepared.data_files import read_item_ids
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.parquet_files import read_item_ids
 from shardrec.pipeline.ranked import find_ranked
 from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.memory import Memory, recent_items
 from shardrec.modules.ranking import by_popularity, top_items
+from shardrec.pipeline.prepared.ids import wide
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.served.ann_index import (
     INDEX,
@@ -208,7 +209,7 @@ def _read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor
         for batch in pq.ParquetFile(folder / name).iter_batches(65_536):
             values = batch.column("vector").flatten().to_numpy()
             vectors[first : first + len(batch)].view(-1).numpy()[:] = values
-            ids.append(batch.column("item_id"))
+            ids.append(wide(batch.column("item_id")))
             counts.append(batch.column("count").to_numpy())
             first += len(batch)
     return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors

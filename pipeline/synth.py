@@ -29,7 +29,7 @@ from shardrec.pipeline.log.generator import (
 from shardrec.pipeline.outputs.formats import SYNTH
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.outputs.staging import staged_file
-from shardrec.pipeline.prepared.parquet_files import check_path
+from shardrec.pipeline.prepared.data_files import check_path
 
 __all__ = ["SynthConfig", "SynthReport", "generate"]
 

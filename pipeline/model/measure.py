@@ -90,6 +90,7 @@ def open_users(
             split,
             batch_size=config.batch_size,
             max_length=max_length,
+            sample_users=config.sample_users,
             rank=Communicator(group).rank,
             world_size=Communicator(group).size,
         ),

@@ -26,7 +26,14 @@ from shardrec.pipeline.outputs.json_files import (
     require_shape,
     write_atomically,
 )
-from shardrec.pipeline.outputs.staging import find_file, settle, staged_folder
+from shardrec.pipeline.outputs.staging import (
+    find_file,
+    place_of,
+    require_place,
+    require_writable,
+    settle,
+    staged_folder,
+)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -122,8 +129,17 @@ class StageOutput:
         return version | {"request": dict(self.request)}
 
     def _find(self) -> dict[str, Any] | None:
-        settle(self.path)
-        if self._is_free():
+        found = self._find_result()
+        if found is None:
+            require_place(self.path)
+            if not self.format.is_folder:  # where it is one, the staging folder shows it
+                require_writable(self.path)
+        return found
+
+    def _find_result(self) -> dict[str, Any] | None:
+        place = place_of(self.path)
+        settle(place)
+        if self._is_free(place):
             return None
         stored = self._read()
         if stored.get("format") != self.format.name:
@@ -139,11 +155,11 @@ class StageOutput:
             raise self._refusal(f"hold this very result, got {found}", "replace it with --force")
         return stored
 
-    def _is_free(self) -> bool:
+    def _is_free(self, place: Path) -> bool:
         """Whether nothing is there, or an empty folder where a folder is wanted."""
-        if not os.path.lexists(self.path):
+        if not os.path.lexists(place):
             return True
-        return self.format.is_folder and self.path.is_dir() and not any(self.path.iterdir())
+        return self.format.is_folder and place.is_dir() and not any(place.iterdir())
 
     def _read(self) -> dict[str, Any]:
         if self.stored is not None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from pyarrow import fs
 
+from shardrec.pipeline.outputs.addresses import open_address
+
 __all__ = ["Folder", "open_folder"]
 
 
@@ -116,7 +118,7 @@ def open_folder(location: str | Path | Folder) -> Folder:
     if not colon:
         return Folder(fs.LocalFileSystem(), str(Path(text).absolute()))
     try:
-        system, path = fs.FileSystem.from_uri(text)
+        system, path = open_address(text, "folder")
     except (ValueError, OSError) as error:
         shown = text.partition("?")[0]
         raise ValueError(

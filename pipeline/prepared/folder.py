@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from shardrec.pipeline.prepared.ids import wide
 from shardrec.pipeline.prepared.manifest import Manifest, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 
@@ -57,7 +58,7 @@ class Prepared:
         return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
 
     def item_ids(self) -> pa.Array:
-        """(V,) the log's item ids (int64 or string) by item."""
+        """(V,) the log's item ids (int64 or large_string) by item."""
         return self._items("item_id")
 
     def _items(self, name: str) -> pa.Array:
@@ -66,5 +67,5 @@ class Prepared:
         columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
         empty = pq.read_schema(path).field(name).type
         return pa.concat_arrays(
-            [c for column in columns for c in column.chunks] or [pa.array([], empty)]
+            [wide(c) for column in columns for c in column.chunks] or [wide(pa.array([], empty))]
         )
