@@ -125,9 +125,9 @@ class Recommender:
         result: list[list[tuple[ItemId, float]]] = [list(fallback) for _ in histories]
         if not rows:
             return result
-        histories = [known[row] for row in rows]
-        seen = torch.cat(histories), torch.tensor([len(items) for items in histories])
-        scores, items = self._top(histories, k, seen if filter_seen else None)
+        asked = [known[row] for row in rows]
+        seen = torch.cat(asked), torch.tensor([len(items) for items in asked])
+        scores, items = self._top(asked, k, seen if filter_seen else None)
         for row, own_scores, own_items in zip(rows, scores, items, strict=True):
             there = own_items >= 0
             names = self.ids.of(own_items[there].numpy()).to_pylist()
