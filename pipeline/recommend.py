@@ -355,7 +355,12 @@ def _read_list(name: str, source: str) -> pa.Array:
                 f"{name} must be Parquet with a column item_id, got {path!r} with "
                 f"{', '.join(names)}; rename its column"
             )
-        tables.append(pq.read_table(path, columns=["item_id"], filesystem=filesystem))
+        tables.append(pq.read_table(
+                path,
+                columns=["item_id"],
+                filesystem=filesystem,
+                page_checksum_verification=True,
+            ))
     return pa.concat_tables(tables).column("item_id").combine_chunks()
 
 

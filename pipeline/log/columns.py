@@ -12,6 +12,7 @@ from shardrec.pipeline.prepared.parquet_files import is_text, value_type
 _MICROSECONDS = pa.timestamp("us")
 _ZONE = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
 _FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
+LARGEST_WEIGHT = 1e30  # sums of a batch must fit float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,15 +215,17 @@ def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """The weights as float32.
 
     Raises:
-        ValueError: a weight is null, negative or not finite.
+        ValueError: a weight is null, negative, not finite, or so large that sums would not be.
     """
     _check_no_nulls(column, place)
     weights = pc.cast(column, pa.float32(), safe=False)
-    wrong = pc.invert(pc.and_(pc.is_finite(weights), pc.greater_equal(weights, 0.0)))
+    small = pc.and_(pc.is_finite(weights), pc.less_equal(weights, LARGEST_WEIGHT))
+    wrong = pc.invert(pc.and_(small, pc.greater_equal(weights, 0.0)))
     if pc.any(wrong).as_py():
         value = weights.filter(wrong)[0].as_py()
         raise ValueError(
-            f"{place} must hold finite weights of 0 or more, got {value}; fix or drop those rows"
+            f"{place} must hold finite weights from 0 to {LARGEST_WEIGHT:g}, got {value}; fix or drop "
+            "those rows"
         )
     return weights
 

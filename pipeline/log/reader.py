@@ -102,12 +102,12 @@ class EventLog:
         """Tables of about half a million events in the order of the log.
 
         Raises:
-            ValueError: a value is invalid, or a file cannot be decoded; the message names file, row
-                group and column.
+            ValueError: a value is invalid, or a file cannot be decoded or has changed since ``open``;
+                the message names file, row group and column.
         """
         pending: list[pa.Table] = []
         for file in self.files:
-            for table in self._file_tables(file.path):
+            for table in self._file_tables(file):
                 pending.append(table)
                 if sum(part.num_rows for part in pending) >= _CHUNK_ROWS:
                     yield pa.concat_tables(pending)
@@ -121,14 +121,19 @@ class EventLog:
         shown = ", ".join(repr(kind) for kind in seen[:_TYPES_SHOWN])
         return (shown or "nulls only") + (", …" if len(seen) > _TYPES_SHOWN else "")
 
-    def _file_tables(self, path: str) -> Iterator[pa.Table]:
-        with self.filesystem.open_input_file(path) as stream:
-            file = pq.ParquetFile(stream)
+    def _file_tables(self, source: SourceFile) -> Iterator[pa.Table]:
+        _require_unchanged(self.filesystem, source)
+        began = self.filesystem.get_file_info(source.path).mtime_ns
+        with self.filesystem.open_input_file(source.path) as stream:
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
             for group in range(file.num_row_groups):
-                place = f"{path!r}, row group {group}"
+                place = f"{source.path!r}, row group {group}"
                 for batch in _batches(file, group, self.columns.names(), place):
                     yield self._clean(self._select(batch, place), place)
                     self.events_read += batch.num_rows
+        _require_unchanged(self.filesystem, source)
+        if self.filesystem.get_file_info(source.path).mtime_ns != began:
+            raise _changed(source.path)
 
     def _select(self, batch: pa.RecordBatch, place: str) -> pa.Table:
         """The columns, named by role, for events of the wanted types."""
@@ -178,6 +183,23 @@ class EventLog:
                 place,
             )
         return times
+
+
+def _require_unchanged(filesystem: fs.FileSystem, source: SourceFile) -> None:
+    """Refuse a file that is no longer the one that was described when the log was opened."""
+    try:
+        found, _ = _describe(filesystem, source.path)
+    except (OSError, ValueError) as error:
+        raise _changed(source.path) from error
+    if found != source:
+        raise _changed(source.path)
+
+
+def _changed(path: str) -> ValueError:
+    return ValueError(
+        f"{path!r} must stay as it is while it is read, got another file in its place or other "
+        "content; prepare again when nothing writes to the log"
+    )
 
 
 def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Schema]:

@@ -13,6 +13,7 @@ Events of one user at one time keep the order of the log: files by path, then ro
 import contextlib
 import dataclasses
 import errno
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -32,6 +33,7 @@ _BLOCK_EVENTS = 1 << 20
 _ARROW_ROWS = 131_072
 _DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "max_temp_directory_size")
 _INTERRUPT_EVERY_S = 0.1
+_NOT_IN_PATHS = "?\\"  # DuckDB puts ".wal" before the first, and takes the second for a slash
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
@@ -208,6 +210,11 @@ def _sort(
 @contextlib.contextmanager
 def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     path = folder / "events.duckdb"
+    if any(sign in os.path.realpath(path) for sign in _NOT_IN_PATHS):
+        raise ValueError(
+            f"output must be in a folder without ? and \\ in its path, which DuckDB cannot sort in, "
+            f"got {os.path.realpath(folder.parent)!r}; choose another"
+        )
     settings = {
         "memory_limit": options.memory_limit,
         "threads": options.threads,

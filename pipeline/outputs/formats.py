@@ -19,6 +19,7 @@ class Format:
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
+        is_signed: whether it is signed while there is a key (``outputs/signing.py``).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Format:
     is_folder: bool = True
     version: int = 1
     hint: str = ""
+    is_signed: bool = False
 
     @property
     def remedy(self) -> str:
@@ -60,7 +62,9 @@ METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
 RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
-EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
+EXPORT = Format(
+    "shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT}, is_signed=True
+)
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(
     "shardrec.published",
@@ -69,4 +73,5 @@ POINTER = Format(
     _POINTER,
     is_folder=False,
     hint="restore it from a copy, or remove it and publish an export again",
+    is_signed=True,
 )

@@ -7,6 +7,8 @@ import re
 import pyarrow as pa
 import pyarrow.fs as fs
 
+from shardrec.pipeline.outputs.addresses import warn_of_keys, without_keys
+
 __all__ = ["check_path", "find_files", "id_kind", "is_text", "require_ids", "value_type"]
 
 _GLOB_CHARACTERS = "*?["
@@ -40,17 +42,19 @@ def find_files(source: str, name: str = "events") -> tuple[fs.FileSystem, list[s
         ValueError: the path is invalid, the URI has an unknown scheme, or a file name is not UTF-8.
     """
     check_path(name, source)
+    warn_of_keys(name, source)
+    shown = without_keys(source)
     folder, pattern = _split_glob(source)
     filesystem, root = _open(folder or ".", name)
     info = filesystem.get_file_info(root)
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"{name} must be an existing path, got {source!r}; check the path")
+        raise FileNotFoundError(f"{name} must be an existing path, got {shown!r}; check the path")
     if info.type == fs.FileType.File:
         return filesystem, [root]
     paths = _below(filesystem, root, pattern)
     if not paths:
         raise FileNotFoundError(
-            f"{name} must name at least one .parquet file, got {source!r} with none; check the path"
+            f"{name} must name at least one .parquet file, got {shown!r} with none; check the path"
         )
     for path in paths:
         check_path(name, path)
@@ -123,9 +127,9 @@ def _open(text: str, name: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), text
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(
-            f"{name} must be a path or a URI that pyarrow opens, got {text!r} ({error}); "
-            "use s3://, gs://, hdfs:// or file://"
-        ) from error
+            f"{name} must be a path or a URI that pyarrow opens, got {without_keys(text)!r} "
+            f"({without_keys(str(error))}); use s3://, gs://, hdfs:// or file://"
+        ) from None  # the error of pyarrow quotes keys
 
 
 def _below(filesystem: fs.FileSystem, root: str, pattern: str) -> list[str]:

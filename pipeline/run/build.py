@@ -18,7 +18,7 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, start_run
+from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
 from shardrec.pipeline.run.loop import Run
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started
@@ -55,6 +55,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
             on_first_rank(lambda: held.enter_context(begun), group)
         if not is_new:
             on_first_rank(lambda: rewind(config, progress.step, Communicator(group).size), group)
+        checkpoints.run = on_first_rank(lambda: run_id(folder), group)
         checkpoints.group = held.enter_context(writing_group(group))
         return Run(
             config=config,
@@ -150,7 +151,7 @@ def pick_device(name: str) -> torch.device:
 def _open_batches(
     config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
 ) -> TrainingBatches:
-    return TrainingBatches(
+    batches = TrainingBatches(
         prepared,
         config.batches,
         max_length=config.encoder.max_length,
@@ -158,6 +159,11 @@ def _open_batches(
         world_size=Communicator(group).size,
         seed=config.seed,
     )
+    if not prepared.train_files or not len(batches):
+        raise ValueError(
+            f"data must have training sequences, got none in {prepared.path}; prepare it again"
+        )
+    return batches
 
 
 def _build_stepper(

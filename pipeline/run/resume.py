@@ -25,7 +25,7 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.json_files import read_object, write_atomically
+from shardrec.pipeline.outputs.json_files import parse_json, read_object, write_atomically
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
@@ -35,6 +35,7 @@ from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import (
     END,
     METRICS,
+    is_free,
     open_checkpoints,
     read_run,
     require_new,
@@ -48,9 +49,6 @@ __all__ = ["Resume", "check_folder", "find_end", "restore", "rewind", "started",
 Resume = Literal["no", "yes", "auto"]
 """What a run folder may hold. "no": nothing; "yes": an interrupted run; "auto": either."""
 
-# Options that a resumed run may change: they affect neither weights nor the choice of the best.
-FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
-FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
 # The files that a run has written before its first step.
 BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json.partial"}
 
@@ -202,7 +200,7 @@ def _read_end(path: Path) -> EndReport:
 def _is_before(line: str, step: int) -> bool:
     """Whether a line of metrics.jsonl is of a step up to ``step``; a truncated line is not."""
     try:
-        event = json.loads(line)
+        event = parse_json(line)
         return bool(event["event"] != "end" and event["step"] <= step)
     except (ValueError, TypeError, KeyError):
         return False
@@ -240,7 +238,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
 def _is_free(name: str, config: TrainConfig) -> bool:
     """Whether a resumed run may change this option; limits too, unless decay depends on them."""
     longer = name.startswith("limits.") and config.optimizer.decay == "constant"
-    return longer or name in FREE or name.startswith(FREE_PARTS)
+    return longer or is_free(name)
 
 
 def _undo(folder: Path, was_there: bool) -> None:

@@ -1,6 +1,7 @@
 """Find a checkpoint of a trained run and load its model on the ranks of the default group."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import nn
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build_model
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import open_checkpoints, open_run
+from shardrec.pipeline.run.folder import END, open_checkpoints, open_run
 
 __all__ = ["Source", "load_model"]
 
@@ -86,6 +88,8 @@ def load_model(
 def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder: Any) -> Source:
     config = open_run(run, prepared, own_encoder=encoder is None)
     checkpoint = open_checkpoints(run, config).find(which)
+    if which == "best":
+        _warn_of_missing_best(run, checkpoint)
     identity = {
         "run": _digest((run / "run.json").read_bytes() + (run / "config.json").read_bytes()),
         "checkpoint": checkpoint.name,
@@ -93,6 +97,18 @@ def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder
         "data": prepared.fingerprint,
     }
     return Source(config, checkpoint, identity)
+
+
+def _warn_of_missing_best(run: Path, found: Folder) -> None:
+    """Say so where the best checkpoint is not the one that the run's end names."""
+    step = read_json(run / END).get("best_step")
+    if type(step) is int and found.name != f"step-{step:08d}":
+        logging.getLogger(__name__).warning(
+            "the best checkpoint of %s, of step %d, is gone or damaged: %s is used instead",
+            run,
+            step,
+            found,
+        )
 
 
 def _digest(content: bytes) -> str:
