@@ -171,6 +171,7 @@ class _Work:
         self.config, self.model, self.histories = config, model, histories
         self.candidates, self.max_length = candidates, max_length
         self.shard = model.scored_shard()
+        self.k = min(config.k, self.shard.num_rows)  # no list is longer
         self.allowed = None if candidates.allowed.all() else candidates.allowed.to(model.device)
         self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
         self.rank, self.size = Communicator(model.group).rank, Communicator(model.group).size
@@ -219,7 +220,7 @@ class _Work:
         scores, items = top_items(
             states,
             self.shard,
-            self.config.k,
+            self.k,
             seen=seen if self.config.filter_seen else None,
             allowed=self.allowed,
             blocks=self.blocks,
@@ -232,7 +233,7 @@ class _Work:
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
         given = 0
         for chunk in self.histories.chunks(first, last, size * _BATCHES_PER_CHUNK):
-            lists = _Lists.empty(len(chunk.user_ids), self.config.k)
+            lists = _Lists.empty(len(chunk.user_ids), self.k)
             for rows in torch.argsort(chunk.offsets.diff(), stable=True).split(size):
                 given += 1
                 yield _Batch.of(chunk, rows, lists, self.max_length)
@@ -240,11 +241,11 @@ class _Work:
             writer.write_table(lists.table(chunk.user_ids, self.histories.catalog, writer.schema))
         most = -(-num_users // self.size)
         for _ in range(given, -(-most // size)):
-            yield _Batch.empty(self.config.k)
+            yield _Batch.empty(self.k)
 
     def _count(self, chunk: HistoryChunk, lists: "_Lists") -> None:
         lengths = chunk.offsets.diff()
-        short = (lists.items[:, -1] < 0) & (lengths > 0)
+        short = ((lists.items[:, -1] < 0) | (self.k < self.config.k)) & (lengths > 0)
         numbers = [
             int((lengths == 0).sum()),
             len(chunk.items) + chunk.num_unknown,
@@ -355,12 +356,14 @@ def _read_list(name: str, source: str) -> pa.Array:
                 f"{name} must be Parquet with a column item_id, got {path!r} with "
                 f"{', '.join(names)}; rename its column"
             )
-        tables.append(pq.read_table(
+        tables.append(
+            pq.read_table(
                 path,
                 columns=["item_id"],
                 filesystem=filesystem,
                 page_checksum_verification=True,
-            ))
+            )
+        )
     return pa.concat_tables(tables).column("item_id").combine_chunks()
 
 

@@ -179,7 +179,9 @@ def metadata_from_json(text: bytes, sizes: Mapping[str, int]) -> dict[str, Store
     for name, stored in require_shape(parse_json(text), {}, "the metadata", remedy).items():
         shape = {"dtype": str, "shape": list, "chunks": list}
         known = require_shape(stored, shape, name, remedy)
-        chunks = [require_shape(one, _CHUNK, f"a chunk of {name}", remedy) for one in known["chunks"]]
+        chunks = [
+            require_shape(one, _CHUNK, f"a chunk of {name}", remedy) for one in known["chunks"]
+        ]
         tensor = StoredTensor(
             known["dtype"],
             tuple(known["shape"]),

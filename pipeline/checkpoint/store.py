@@ -303,7 +303,7 @@ class StoredCheckpoint:
 
     def _damaged(self, what: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(
-            f"{self._reader.manifest.folder}/{METADATA} must describe {what}; use another checkpoint"
+            f"{self._reader.manifest.folder}/{METADATA} must describe {what}; use another one"
         )
 
 

@@ -224,8 +224,8 @@ def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     if pc.any(wrong).as_py():
         value = weights.filter(wrong)[0].as_py()
         raise ValueError(
-            f"{place} must hold finite weights from 0 to {LARGEST_WEIGHT:g}, got {value}; fix or drop "
-            "those rows"
+            f"{place} must hold finite weights of 0 or more, and at most {LARGEST_WEIGHT:g}, got "
+            f"{value}; fix or drop those rows"
         )
     return weights
 

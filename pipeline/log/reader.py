@@ -102,8 +102,8 @@ class EventLog:
         """Tables of about half a million events in the order of the log.
 
         Raises:
-            ValueError: a value is invalid, or a file cannot be decoded or has changed since ``open``;
-                the message names file, row group and column.
+            ValueError: a value is invalid, or a file cannot be decoded or has changed since
+                ``open``; the message names file, row group and column.
         """
         pending: list[pa.Table] = []
         for file in self.files:

@@ -212,7 +212,7 @@ def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyCon
     path = folder / "events.duckdb"
     if any(sign in os.path.realpath(path) for sign in _NOT_IN_PATHS):
         raise ValueError(
-            f"output must be in a folder without ? and \\ in its path, which DuckDB cannot sort in, "
+            "output must be in a folder without ? and \\ in its path, where DuckDB cannot sort, "
             f"got {os.path.realpath(folder.parent)!r}; choose another"
         )
     settings = {

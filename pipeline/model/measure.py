@@ -102,10 +102,10 @@ class _Meter:
     def add(self, batch: EvaluationBatch, states: Tensor) -> None:
         """Rank one batch and count its users."""
         targets, seen = batch.targets, batch.seen
-        k = max(self.config.ks)
+        k = min(max(self.config.ks), self.shard.num_rows)
         hidden = seen if self.config.filter_seen else None
         _, items = top_items(states, self.shard, k, seen=hidden, keep=targets, blocks=self.blocks)
-        ranks = ranks_in_lists(items, targets, missing=self.shard.num_rows + k)
+        ranks = ranks_in_lists(items, targets, missing=self.shard.num_rows + max(self.config.ks))
         is_new = self.counts[targets[0]] == 0
         is_repeated = _repeated(targets, seen, self.shard.num_rows)
         self._update(self.all, ranks, targets, items)

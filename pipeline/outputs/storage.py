@@ -57,7 +57,7 @@ class Folder:
         return sorted(one.base_name for one in found if one.type == fs.FileType.Directory)
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes; None if there is none, or a link that leads out of the folder."""
+        """Size of a file in bytes; None if there is none, or a link that leads elsewhere."""
         if self.is_local and not _is_inside(self.path, name):
             return None
         found = self.system.get_file_info(f"{self.path}/{name}")

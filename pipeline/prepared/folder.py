@@ -1,6 +1,6 @@
 """Open a prepared folder for reading: manifest, training files, item counts and ids."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from shardrec.pipeline.prepared.manifest import Manifest, read_manifest
+from shardrec.pipeline.outputs.files import check_files
+from shardrec.pipeline.outputs.formats import PREPARED
+from shardrec.pipeline.prepared.manifest import ITEMS_NAME, Manifest, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 
 __all__ = ["Prepared"]
@@ -61,7 +63,10 @@ class Prepared:
         return self._items("item_id")
 
     def _items(self, name: str) -> pa.Array:
-        path = self.path / "items.parquet"
+        path = self.path / ITEMS_NAME
+        # Its footer has no checksum of its own, and another id or count would go unnoticed.
+        entries = [one for one in self.manifest.files if one.path == ITEMS_NAME]
+        check_files(self.path, map(asdict, entries), PREPARED.remedy, verify=True)
         groups = RowGroups([path], ["item_id", "item", "count"])
         columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
         empty = pq.read_schema(path).field(name).type

@@ -21,6 +21,7 @@ from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationCon
 from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
 from shardrec.pipeline.run.loop import Run
 from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.reasonable import require_reasonable
 from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started
 from shardrec.pipeline.run.step import Stepper
 from shardrec.pipeline.run.warm_start import start_from
@@ -44,6 +45,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
         is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
         batches = on_this_rank(lambda: _open_batches(config, prepared, group), group)
         _check_validation(config.validation, prepared)
+        on_this_rank(lambda: _require_reasonable(config, prepared, encoder, group), group)
         stepper = _build_stepper(config, prepared, encoder, len(batches))
         checkpoints = open_checkpoints(folder, config, group)
         found = None if is_new else restore(checkpoints, stepper, batches)
@@ -146,6 +148,17 @@ def pick_device(name: str) -> torch.device:
         )
     use_cuda = found and name != "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def _require_reasonable(
+    config: TrainConfig,
+    prepared: Prepared,
+    encoder: nn.Module | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    if encoder is None:  # of another module nothing is known
+        size, device = Communicator(group).size, pick_device(config.device)
+        require_reasonable(config, prepared, size, device)
 
 
 def _open_batches(

@@ -49,9 +49,7 @@ def write_encoder(
     if type(encoder) is not TransformerEncoder:
         torch.export.save(export_program(encoder, width, max_length), folder / PROGRAM)
         return PROGRAM, None
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in _tensors(encoder).items()
-    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(encoder).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
     return WEIGHTS, to_json(encoder.config)
 

@@ -1,4 +1,4 @@
-"""Exports that somebody has tampered with: files replaced, and the manifest's checksums with them."""
+"""Exports that somebody has tampered with: files, and the manifest's checksums with them."""
 
 import hashlib
 import json
@@ -8,6 +8,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
+from shardrec.pipeline.served.encoder_file import write_encoder
 
 OLD_EXPORT = Path(__file__).with_name("written_by_c53ea15") / "export"
 
@@ -22,6 +25,19 @@ class Touch:
         return open, (self.path, "w")
 
 
+def own_export(folder: Path) -> Path:
+    """An export of an encoder of this package, made from the stored one."""
+    shutil.copytree(OLD_EXPORT, folder)
+    (folder / "encoder.pt2").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    width, length = manifest["width"], manifest["max_length"]
+    encoder = TransformerEncoder(EncoderConfig(width=width, max_length=length, kind="modern"))
+    name, config = write_encoder(folder, encoder, width, length)
+    files = [e for e in manifest["files"] if e["path"] != "encoder.pt2"] + [{"path": name}]
+    reseal(folder, files=files, encoder=config)
+    return folder
+
+
 def reseal(folder: Path, **changes: Any) -> None:
     """Make the manifest fit the files again, as an attacker does; ``changes`` are keys of it."""
     path = folder / "manifest.json"
@@ -32,7 +48,9 @@ def reseal(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def change_archive(path: Path, change: Callable[[str, bytes], bytes], more: Mapping[str, bytes]):
+def change_archive(
+    path: Path, change: Callable[[str, bytes], bytes], more: Mapping[str, bytes]
+) -> None:
     """Rewrite a zip archive: ``change`` of every file, and ``more`` files."""
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -89,7 +107,9 @@ def expression(path: Path, marker: Path) -> None:
     change_archive(path, change, {})
 
 
-ATTACKS = {one.__name__: one for one in (pickled_inputs, pickled_weight, opaque_constant, expression)}
+ATTACKS = {
+    one.__name__: one for one in (pickled_inputs, pickled_weight, opaque_constant, expression)
+}
 
 
 def attacked(attack: str, base: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Keys in addresses reach the store and nothing else: no file, message, report or tracking store."""
+"""Keys in addresses reach the store alone: no file, message, report or tracking store."""
 
 import dataclasses
 import logging
@@ -102,7 +102,9 @@ def test_a_run_with_keys_in_its_addresses_writes_and_prints_none_of_them(
     words = ["train", "--prepared", data, "--run", str(tmp_path / "run"), "--recipe", "tiny_cpu"]
     options = ["limits.max_steps=4", f"checkpoints.folder={where}", "log_every=1"]
     assert main([*words, *options, f"mlflow.uri={store}"]) in (0, 2)
-    assert main([*words, *options, f"mlflow.uri=sqlite:///{tmp_path}/runs.db", "--resume=auto"]) == 0
+    assert (
+        main([*words, *options, f"mlflow.uri=sqlite:///{tmp_path}/runs.db", "--resume=auto"]) == 0
+    )
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "r.html")]) == 0
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")

@@ -12,15 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from tests.pipeline.exports import ATTACKS, OLD_EXPORT, attacked, reseal
+from tests.pipeline.exports import ATTACKS, OLD_EXPORT, attacked, own_export, reseal
 
 from shardrec.launch.cli import main
-from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.pipeline.gate import measure_export
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.serve import Recommender
-from shardrec.pipeline.served.encoder_file import write_encoder
 
 DATA = OLD_EXPORT.parent / "prepared"
 HISTORIES = [[3], [5, 1, 4]]
@@ -29,15 +27,7 @@ HISTORIES = [[3], [5, 1, 4]]
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     """An export of an encoder of this package, made from the stored one."""
-    folder = tmp_path / "ours"
-    shutil.copytree(OLD_EXPORT, folder)
-    (folder / "encoder.pt2").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    width, length = manifest["width"], manifest["max_length"]
-    encoder = TransformerEncoder(EncoderConfig(width=width, max_length=length, kind="modern"))
-    name, config = write_encoder(folder, encoder, width, length)
-    files = [e for e in manifest["files"] if e["path"] != "encoder.pt2"] + [{"path": name}]
-    reseal(folder, files=files, encoder=config)
+    folder = own_export(tmp_path / "ours")
     assert Recommender.open(folder).recommend(HISTORIES, k=2)[0]
     return folder
 
@@ -49,7 +39,9 @@ def test_no_way_of_opening_an_export_runs_its_code(attack: str, tmp_path: Path) 
         Recommender.open(folder)
     with pytest.raises(ValueError, match="must be trusted"):
         measure_export(folder, Prepared.open(DATA), MeasureConfig(ks=(5,)), "test")
-    assert main(["publish", "--export", str(folder), "--published", f"{tmp_path}/p", "--force"]) == 0
+    assert (
+        main(["publish", "--export", str(folder), "--published", f"{tmp_path}/p", "--force"]) == 0
+    )
     with pytest.raises(ValueError, match="must be trusted"):
         Recommender.open(tmp_path / "p")
     assert not marker.exists()
