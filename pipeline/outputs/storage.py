@@ -88,11 +88,17 @@ class Folder:
         """
         if self.is_local:
             os.makedirs(self.path, exist_ok=True)
-        with self.system.open_output_stream(f"{self.path}/{name}") as file:
-            yield file
-        if self.is_local:
-            _sync(f"{self.path}/{name}")
-            _sync(self.path)
+        try:
+            with self.system.open_output_stream(f"{self.path}/{name}") as file:
+                yield file
+            if self.is_local:
+                _sync(f"{self.path}/{name}")
+                _sync(self.path)
+        except OSError as error:
+            if error.errno is None or self.path in str(error):
+                raise
+            # A full disk says nothing of a path when it is written to.
+            raise OSError(error.errno, os.strerror(error.errno), f"{self}/{name}") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""

@@ -153,11 +153,16 @@ def restore(
     folder, state = found
     if Communicator(checkpoints.group).rank == 0:
         _warn_of_other_versions(folder, state.written_by)
-    stepper.model.encoder.load_state_dict(dict(state.encoder))
-    stepper.optimizer.load_state_dict(dict(state.optimizer))
-    stepper.model.catalog.load_state_dict(state.table)
-    batches.load_state_dict(state.progress["data"])
-    return Progress.from_json(state.progress)
+    try:
+        stepper.model.encoder.load_state_dict(dict(state.encoder))
+        stepper.optimizer.load_state_dict(dict(state.optimizer))
+        stepper.model.catalog.load_state_dict(state.table)
+        batches.load_state_dict(state.progress["data"])
+        return Progress.from_json(state.progress)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} must hold the state of this run, got {error!r}; use the checkpoint before"
+        ) from error
 
 
 def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:

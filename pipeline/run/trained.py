@@ -79,8 +79,14 @@ def load_model(
     group = default_group()
     model = build_model(config, prepared.num_items, encoder, group)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
-    model.encoder.load_state_dict(state.encoder)
-    model.catalog.load_state_dict(state.table)
+    try:
+        model.encoder.load_state_dict(state.encoder)
+        model.catalog.load_state_dict(state.table)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise RuntimeError(
+            f"{checkpoint} must hold the weights of this model, got {error}; give the encoder that "
+            "was trained, or use another checkpoint"
+        ) from error
     model.encoder.eval()
     return model, state.progress
 

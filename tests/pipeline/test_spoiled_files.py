@@ -40,7 +40,7 @@ from shardrec.pipeline.served.pointer import read_published
 WRITTEN = OLD_EXPORT.parent
 MOST_BYTES, MOST_SECONDS = 600 << 20, 20
 SECRET = "what stands outside of the folder"
-# Without checksums: another value there is another option, which nobody can tell from the right one.
+# Without checksums: another value there is another option, which looks as right as the first.
 UNSEALED = ("run", "metrics", "pointer")
 RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
