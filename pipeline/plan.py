@@ -146,10 +146,20 @@ def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
 
 
 def count_parameters(config: EncoderConfig) -> int:
-    """Number of weights of an encoder, counted without memory for them."""
+    """Number of weights of an encoder, counted without memory for them.
+
+    Raises:
+        ValueError: they are more than 64 bits count.
+    """
     block = dataclasses.replace(config, num_blocks=1)
-    with torch.device("meta"):
-        sizes = {n: one.numel() for n, one in TransformerEncoder(block).named_parameters()}
+    try:
+        with torch.device("meta"):
+            sizes = {n: one.numel() for n, one in TransformerEncoder(block).named_parameters()}
+    except RuntimeError as error:
+        raise ValueError(
+            f"encoder must be of sizes that a machine can hold, got width {config.width}, "
+            f"max_length {config.max_length} and hidden {config.resolved_hidden}; lower them"
+        ) from error
     of_block = sum(size for name, size in sizes.items() if name.startswith("blocks."))
     return sum(sizes.values()) + (config.num_blocks - 1) * of_block
 

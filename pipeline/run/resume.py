@@ -160,7 +160,7 @@ def restore(
         batches.load_state_dict(state.progress["data"])
         return Progress.from_json(state.progress)
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise RuntimeError(
             f"{folder} must hold the state of this run, got {error!r}; use the checkpoint before"
         ) from error
 

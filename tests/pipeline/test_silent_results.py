@@ -80,10 +80,11 @@ def test_a_run_that_diverges_later_keeps_what_was_good(data: str, tmp_path: Path
 def test_checkpoints_of_another_run_or_name_are_refused(
     data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"limits": LimitConfig(max_epochs=None, max_steps=4)}
-    options |= {"validation": ValidationConfig(every_epochs=None, every_steps=2)}
+    limits = LimitConfig(max_epochs=None, max_steps=4)
+    often = ValidationConfig(every_epochs=None, every_steps=2)
     ours, other = (
-        small_config(data, tmp_path / str(seed), seed=seed, **options) for seed in (1, 2)
+        small_config(data, tmp_path / str(seed), seed=seed, limits=limits, validation=often)
+        for seed in (1, 2)
     )
     train(ours)
     train(other)
@@ -94,7 +95,10 @@ def test_checkpoints_of_another_run_or_name_are_refused(
     with pytest.raises(ValueError, match=r"step-00000009 must be of this run, \w+, got one of run"):
         evaluate(ours.output, data, output=str(tmp_path / "b.json"))
     with pytest.raises(ValueError, match="must be of this run"):
-        train(dataclasses.replace(ours, limits=LimitConfig(max_steps=5)), resume="yes")
+        train(
+            dataclasses.replace(ours, limits=LimitConfig(max_epochs=None, max_steps=5)),
+            resume="yes",
+        )
     shutil.rmtree(folder / "step-00000009")
 
     shutil.copytree(folder / "step-00000004", folder / "step-99999999")
