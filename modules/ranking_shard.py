@@ -109,20 +109,21 @@ def shard_top(
     score of a state is NaN, its list starts with NaN.
     """
     num_states = len(states)
-    states = _widen(states)
-    tile = blocks.rows_of_tile(states, len(local.rows))
-    search = TopSearch(len(states), k, tile, like=states)
+    widened = _widen(states)
+    tile = blocks.rows_of_tile(widened, len(local.rows))
+    search = TopSearch(num_states, k, tile, like=states)
     hidden = _Hidden(local, seen, tile)
-    memory = states.new_empty(tile, len(states))  # all tiles share it
+    memory = states.new_empty(tile, len(widened))  # all tiles share it
     for start in range(0, len(local.rows), tile):
         rows = local.rows[start : start + tile]
         # Autocast does not apply to a product with ``out``, so scores stay float32.
-        scores = torch.mm(rows.float(), states.T, out=memory[: len(rows)])
+        scores = torch.mm(rows.float(), widened.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
-        search.add(scores, start)
+        # All scores of a padding column are equal, so a search would take all of its rows.
+        search.add(scores[:, :num_states], start)
     best, best_rows, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
-    return best[:num_states], best_rows[:num_states] + local.first_row
+    return best, best_rows + local.first_row
 
 
 def _widen(states: Tensor) -> Tensor:

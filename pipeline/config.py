@@ -104,6 +104,12 @@ def describe(config: Any) -> str:
     return "\n".join(f"{name} = {json.dumps(value)}" for name, value in flatten(config))
 
 
+def describe_changes(config: Any) -> str:
+    """The options that are not defaults, and those without one, one a line as in ``describe``."""
+    lines = (f"{name} = {json.dumps(value)}" for name, value in _changes(config))
+    return without_keys("\n".join(lines))
+
+
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     """The message for a name that does not exist, with near matches.
 
@@ -182,6 +188,30 @@ def parse(annotation: Any, text: str, name: str) -> Any:
         except ValueError:
             continue
     raise ValueError(f"{name} must be {_allowed(annotation)}, got {text!r}; fix it")
+
+
+def _changes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    stored = to_json(config)
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        is_made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if is_made else field.default  # type: ignore[misc]
+        if not dataclasses.is_dataclass(value):
+            if value != default:
+                yield name, stored[field.name]
+        elif type(value) is type(default):
+            yield from _differences(value, default, f"{name}.")
+        else:
+            if "type" in stored[field.name]:
+                yield name, stored[field.name]["type"]
+            yield from _changes(value, f"{name}.")
+
+
+def _differences(config: Any, default: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    before = dict(flatten(default))
+    for name, value in flatten(config):
+        if value != before.get(name):
+            yield prefix + name, value
 
 
 def _split(assignment: str) -> tuple[str, str]:

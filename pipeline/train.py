@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.pipeline.config import describe, flatten
+from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.addresses import warn_of_keys
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build
@@ -24,6 +24,7 @@ from shardrec.pipeline.run.mlflow_logging import open_mlflow
 from shardrec.pipeline.run.profiler import Profiler
 from shardrec.pipeline.run.replace import check_force, moved_to, replace_run, training_folder
 from shardrec.pipeline.run.resume import Resume, find_end
+from shardrec.pipeline.run.screen import ending, opening
 
 __all__ = ["LimitConfig", "Run", "TrainConfig", "ValidationConfig", "build", "train"]
 
@@ -85,18 +86,20 @@ def train(
             tracking = on_this_rank(lambda: _tracking(placed), group)
             run = build(placed, encoder=encoder, resume=resume)
             with run.held:
-                _show(run)
+                catalog = run.stepper.model.catalog
+                _show(run.config, lambda: opening(run.config, catalog.describe()))
                 own = [*_own_callbacks(run), *_profiling(placed), *tracking]
                 report = Loop(run, [*own, *callbacks], interrupted).run_to_end()
-        replace = functools.partial(replace_run, config, folder, report)
-        return report if folder == output else on_first_rank(replace, group)
+        if folder != output:
+            report = on_first_rank(functools.partial(replace_run, config, folder, report), group)
+        _show(config, lambda: ending(report, config))
+        return report
 
 
-def _show(run: Run) -> None:
-    """Print the complete config and the sharding plan."""
-    if run.config.show_progress and run.is_first:
-        plan = run.stepper.model.catalog.describe()
-        print(describe(run.config), plan, sep="\n", file=sys.stderr, flush=True)
+def _show(config: TrainConfig, text: Callable[[], str]) -> None:
+    """Print a text on rank 0, if the run shows its progress."""
+    if config.show_progress and Communicator(default_group()).rank == 0:
+        print(text(), file=sys.stderr, flush=True)
 
 
 def _own_callbacks(run: Run) -> list[Callback]:

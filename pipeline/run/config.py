@@ -39,7 +39,8 @@ class LimitConfig:
     Attributes:
         max_epochs: passes over the training sequences.
         max_steps: optimizer steps.
-        max_minutes: wall time of the run on rank 0's clock.
+        max_minutes: wall time of the run on rank 0's clock, with a last validation as long as the
+            one before; the last checkpoint comes on top.
     """
 
     max_epochs: int | None = 20

@@ -12,6 +12,7 @@ All ranks take the same decisions: they depend on step counts and on all-reduced
 """
 
 import contextlib
+import math
 import statistics
 import time
 from array import array
@@ -96,6 +97,7 @@ class Loop:
         self.seconds = array("d")
         self.at_data = run.batches.state_dict()
         self.memory_bytes = 0
+        self.validation_seconds = 0.0
 
     def run_to_end(self) -> EndReport:
         """Train, validate and save until the run ends; returns how it ended.
@@ -178,15 +180,30 @@ class Loop:
 
     def _flags(self) -> StepFlags:
         """This rank's flags; only rank 0 reads the clock, so all ranks agree on the time."""
-        limit = self.run.config.limits.max_minutes
         every = self.run.config.checkpoints.every_minutes
         now, is_first = time.monotonic(), self.run.is_first
         return StepFlags(
-            stop=is_first and limit is not None and now - self.started >= 60 * limit,
+            stop=is_first and self._minutes_left() <= 0,
             save=is_first and every is not None and now - self.saved_at >= 60 * every,
             interrupt=self.interrupted(),
             written=self.run.writer.is_over,
         )
+
+    def _minutes_left(self) -> float:
+        """Until the time limit, less the time that the last validation took."""
+        limit = self.run.config.limits.max_minutes
+        used = time.monotonic() - self.started + self.validation_seconds
+        return math.inf if limit is None else limit - used / 60
+
+    def _time_is_up(self) -> str | None:
+        """Whether the run ends with the validation just made; rank 0's clock decides.
+
+        Otherwise a limit that passes in a validation would cost a step and another validation.
+        """
+        if self.run.config.limits.max_minutes is None:
+            return None
+        left = on_first_rank(self._minutes_left, self.run.stepper.model.group)
+        return "max_minutes reached" if left <= 0 else None
 
     def _require_progress(self) -> None:
         limit = self.run.config.optimizer.max_skipped
@@ -206,6 +223,7 @@ class Loop:
         is_validated = self._validation_is_due() or (reason is not None and validation.is_on)
         if is_validated:
             improved = self._validate()
+            reason = reason or self._time_is_up()
         reason = reason or self._patience_is_over()
         asked = outcome.flags.save or outcome.flags.interrupt
         if reason is not None or is_validated or asked or self._checkpoint_is_due():
@@ -246,6 +264,7 @@ class Loop:
             improved=improved,
             seconds=time.monotonic() - started,
         )
+        self.validation_seconds = report.seconds
         self.at.validations_since_best = 0 if improved else self.at.validations_since_best + 1
         self.at.best = report if improved else best
         for callback in self.callbacks:

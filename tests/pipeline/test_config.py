@@ -1,12 +1,21 @@
 """Configs survive JSON, and a misspelt option is never ignored."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from shardrec.pipeline.config import describe, flatten, from_json, override, parse, to_json
+from shardrec.pipeline.config import (
+    describe,
+    describe_changes,
+    flatten,
+    from_json,
+    override,
+    parse,
+    to_json,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +130,18 @@ def test_every_leaf_is_described() -> None:
     lines = describe(Run(data="x")).splitlines()
     assert 'loss.type = "full"' in lines and "optimizer.betas = [0.9, 0.98]" in lines
     assert dict(flatten(Run(data="x")))["optimizer.kind"] == "adam"
+
+
+def test_only_changes_are_described() -> None:
+    changed = Run(data="x", loss=FullMinus(), optimizer=Optimizer(ks=(5,)), shuffle=False)
+    assert describe_changes(changed).splitlines() == [
+        'data = "x"',
+        'loss = "full_minus"',
+        "optimizer.ks = [5]",
+        "shuffle = false",
+    ]
+    same_kind = dataclasses.replace(changed, loss=Full(temperature=0.5))
+    assert "loss.temperature = 0.5" in describe_changes(same_kind)
 
 
 def test_strings_keep_their_text() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
+from shardrec.pipeline.model.measure import measure
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
@@ -115,3 +116,24 @@ def test_all_ranks_stop_together_when_time_is_up(ranks: Ranks, data: str, tmp_pa
     config = small_config(data, tmp_path / "run", limits=limits, validation=OFF)
     first, second = ranks(2).run(step_at_the_end, config)
     assert first == second > 1
+
+
+def test_a_limit_that_passes_in_a_validation_ends_the_run_there(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+
+    def measured(*arguments: Any) -> dict[str, float]:
+        seconds[0] += 40.0
+        return measure(*arguments)
+
+    monkeypatch.setattr("shardrec.pipeline.run.loop.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("shardrec.pipeline.run.loop.measure", measured)
+    recorder = Recorder()
+    limits = LimitConfig(max_epochs=None, max_minutes=1.0)
+    validation = ValidationConfig(every_epochs=None, every_steps=5)
+    config = small_config(data, tmp_path / "run", limits=limits, validation=validation)
+    report = train(config, callbacks=[recorder])
+    # Another validation would end after 80 seconds.
+    assert [one.step for one in recorder.validations] == [5]
+    assert (report.reason, report.step, report.seconds) == ("max_minutes reached", 5, 40.0)

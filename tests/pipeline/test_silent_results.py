@@ -95,10 +95,8 @@ def test_checkpoints_of_another_run_or_name_are_refused(
     with pytest.raises(ValueError, match=r"step-00000009 must be of this run, \w+, got one of run"):
         evaluate(ours.output, data, output=str(tmp_path / "b.json"))
     with pytest.raises(ValueError, match="must be of this run"):
-        train(
-            dataclasses.replace(ours, limits=LimitConfig(max_epochs=None, max_steps=5)),
-            resume="yes",
-        )
+        longer = LimitConfig(max_epochs=None, max_steps=5)
+        train(dataclasses.replace(ours, limits=longer), resume="yes")
     shutil.rmtree(folder / "step-00000009")
 
     shutil.copytree(folder / "step-00000004", folder / "step-99999999")

@@ -1,0 +1,41 @@
+"""What a run prints at its start and at its end."""
+
+from collections.abc import Iterator
+
+from shardrec.pipeline.config import describe_changes
+from shardrec.pipeline.run.callbacks import EndReport
+from shardrec.pipeline.run.config import TrainConfig
+
+__all__ = ["ending", "opening"]
+
+
+def opening(config: TrainConfig, plan: str) -> str:
+    """The options that are not defaults, and how the table is sharded.
+
+    Args:
+        config: of the run.
+        plan: the description of the sharded table.
+    """
+    heading = f"options other than the defaults (all of them: {config.output}/config.json):"
+    changes = [f"  {line}" for line in describe_changes(config).splitlines()]
+    return "\n".join([heading, *changes, plan])
+
+
+def ending(report: EndReport, config: TrainConfig) -> str:
+    """The best validation, whether training longer is likely to help, and the next command."""
+    return "\n".join(_ending(report, config))
+
+
+def _ending(report: EndReport, config: TrainConfig) -> Iterator[str]:
+    if report.best_step is not None:
+        metric = config.validation.metric
+        best = f"best {metric} {report.best_metrics[metric]:.4f} at step {report.best_step:,}"
+        yield f"{best} of {report.step:,}, {report.seconds:,.0f} s in all"
+    limit = report.reason.partition(" ")[0]
+    if report.best_step == report.step and hasattr(config.limits, limit):
+        yield (
+            "the last validation is the best: quality was still rising; raise "
+            f"limits.{limit} (now {getattr(config.limits, limit):g}) to train longer"
+        )
+    data, run = config.data, config.output
+    yield f"run folder {run}; next: shardrec evaluate --prepared {data} --run {run}"
