@@ -81,9 +81,9 @@ class Manifest:
             )
         try:
             shape: Shape = {"format": int, "best": bool, "files": dict}
-            texts = {key: (str, type(None)) for key in ("run", "name") if key in stored}
-            require_shape(stored, texts, where, ANOTHER)
             known = require_shape(stored, shape, where, ANOTHER)
+            texts = {key: (str, type(None)) for key in ("run", "name") if key in known}
+            require_shape(known, texts, where, ANOTHER)
             files = {name: _entry(name, one, where) for name, one in known["files"].items()}
         except ValueError as error:
             raise DamagedCheckpointError(str(error)) from None

@@ -104,7 +104,7 @@ class Checkpoints:
             raise
         try:
             on_first_rank(lambda: self._prune(step), self.group)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             message = "old checkpoints in %s could not be deleted: %s"
             logging.getLogger(__name__).warning(message, self.folder, error)
         return folder

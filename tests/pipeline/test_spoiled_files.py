@@ -7,6 +7,7 @@ the spoiled file: then other data may come out, and everything else still holds.
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -16,11 +17,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.pipeline.exports import OLD_EXPORT, own_export
 from tests.pipeline.spoiling import spoil
 
@@ -81,9 +82,19 @@ def read_metrics(folder: Path) -> Any:
 Reader = Callable[[Path], Any]
 
 
+READERS: dict[str, Reader] = {
+    "export": read_export,
+    "pointer": read_pointer,
+    "metrics": read_metrics,
+    "checkpoint": read_checkpoint,
+    "run": read_run_folder,
+    "prepared": read_prepared,
+}
+
+
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Reader]]:
-    """A sound folder of each kind, and its reader."""
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sound folder of each kind."""
     base = tmp_path_factory.mktemp("sound")
     own_export(base / "export")
     (base / "pointer").mkdir()
@@ -94,12 +105,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Rea
     (base / "metrics").mkdir()
     (base / "metrics/metrics.json").write_text(json.dumps(head | metrics))
     return {
-        "export": (base / "export", read_export),
-        "pointer": (base / "pointer", read_pointer),
-        "metrics": (base / "metrics", read_metrics),
-        "checkpoint": (WRITTEN / "run/checkpoints/step-00000005", read_checkpoint),
-        "run": (WRITTEN / "run", read_run_folder),
-        "prepared": (WRITTEN / "prepared", read_prepared),
+        **{name: base / name for name in ("export", "pointer", "metrics")},
+        "checkpoint": WRITTEN / "run/checkpoints/step-00000005",
+        "run": WRITTEN / "run",
+        "prepared": WRITTEN / "prepared",
     }
 
 
@@ -181,35 +190,48 @@ def complaint(
     ],
 )
 def test_a_spoiled_file_gives_right_data_or_one_line_that_names_it(
-    tries: int, sound: dict[str, tuple[Path, Reader]], tmp_path: Path
+    tries: int, sound: dict[str, Path], tmp_path: Path
 ) -> None:
-    torch.set_num_threads(1)
-    outside = tmp_path / "outside"
-    outside.write_text(json.dumps({"format": SECRET, SECRET: SECRET}))
-    before = {name: outcome(read, folder) for name, (folder, read) in sound.items()}
-    assert {kind for kind, _ in before.values()} == {"data"}, before
-    wrong = []
-    for number in range(tries):
-        chance = random.Random(number)
-        name = chance.choice(list(sound))
-        folder, read = sound[name]
-        spoiled = tmp_path / "spoiled"
-        shutil.copytree(folder, spoiled)
-        files = sorted(p for p in spoiled.rglob("*") if p.is_file() and _is_read(name, p))
-        file = chance.choice(files)
-        how = spoil(file, outside, chance)
-        is_sealed = chance.random() < 0.5
-        if is_sealed:
-            seal(spoiled)
-        may_differ = is_sealed or name in UNSEALED or file.name == "manifest.json"
-        names = [file.name, str(spoiled)]
-        kind, text = outcome(read, spoiled)
-        problem = complaint(kind, text, before[name][1], names, may_differ=may_differ)
-        if problem is not None:
-            wrong.append(f"{number}: {name}, {file.name}, {how}, {is_sealed}: {problem}\n{text}")
-        shutil.rmtree(spoiled)
+    # A process that has read no Parquet itself: its children inherit no threads of Arrow.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        wrong = pool.submit(problems, sound, tries, tmp_path).result()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside"]
     assert not wrong, f"{len(wrong)} of {tries}:\n" + "\n".join(one[-1500:] for one in wrong[:12])
+
+
+def problems(sound: dict[str, Path], tries: int, folder: Path) -> list[str]:
+    """What went wrong in ``tries`` tries, one text each."""
+    outside = folder / "outside"
+    outside.write_text(json.dumps({"format": SECRET, SECRET: SECRET}))
+    before = {name: outcome(READERS[name], path) for name, path in sound.items()}
+    assert {kind for kind, _ in before.values()} == {"data"}, before
+    found = [
+        _one_try(number, sound, folder / "spoiled", {k: v for k, (_, v) in before.items()})
+        for number in range(tries)
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def _one_try(
+    number: int, sound: dict[str, Path], spoiled: Path, before: dict[str, str]
+) -> str | None:
+    chance = random.Random(number)
+    name = chance.choice(list(sound))
+    shutil.copytree(sound[name], spoiled)
+    files = sorted(p for p in spoiled.rglob("*") if p.is_file() and _is_read(name, p))
+    file = chance.choice(files)
+    how = spoil(file, spoiled.with_name("outside"), chance)
+    is_sealed = chance.random() < 0.5
+    if is_sealed:
+        seal(spoiled)
+    may_differ = is_sealed or name in UNSEALED or file.name == "manifest.json"
+    kind, text = outcome(READERS[name], spoiled)
+    names = [file.name, str(spoiled)]
+    problem = complaint(kind, text, before[name], names, may_differ=may_differ)
+    shutil.rmtree(spoiled)
+    if problem is None:
+        return None
+    return f"{number}: {name}, {file.name}, {how}, sealed {is_sealed}: {problem}\n{text}"
 
 
 def _is_read(name: str, path: Path) -> bool:
