@@ -341,7 +341,7 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
     if config.histories is not None:
         users, items = config.user_column, config.items_column
         return Histories(config.histories, catalog, users=users, items=items)
-    path = prepared.path / f"{config.split}.parquet"
+    path = prepared.file(f"{config.split}.parquet")
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
 
 
