@@ -75,5 +75,5 @@ def _as_the_data_allows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
 def _memory_bytes(device: torch.device) -> int:
     """Memory of this rank's GPU, or of the whole machine."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,6 @@ def _places(value: Any) -> Any:
 
 def _text(value: Any) -> bytes:
     """JSON, with whole numbers of any length."""
-    import sys
-
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
