@@ -126,7 +126,7 @@ def _read_weights(path: Path, manifest: Mapping[str, Any]) -> TransformerEncoder
     try:
         stored = safetensors.torch.load(path.read_bytes())
         encoder = _empty_encoder(manifest, stored)
-    except (SafetensorError, ValueError, TypeError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} must hold the weights of the encoder in its manifest, got {error}; {_REMEDY}"
         ) from error
