@@ -17,7 +17,7 @@ from shardrec.pipeline.run.config import TrainConfig
 __all__ = ["require_reasonable"]
 
 # A sampled loss is for less work than the exact one; small catalogs cost little either way.
-_MOST_TIMES_EXACT, _SMALL_FLOPS = 20, 1e12
+_MOST_TIMES_EXACT, _SMALL_FLOPS = 20, 1e10
 
 
 def require_reasonable(

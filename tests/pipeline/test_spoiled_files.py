@@ -133,10 +133,14 @@ def outcome(read: Reader, folder: Path) -> tuple[str, str]:
     ends, begins = os.pipe()
     child = os.fork()
     if not child:
-        os.close(ends)
-        with os.fdopen(begins, "wb") as answer:
-            pickle.dump(_read_under_limits(read, folder), answer)
-        os._exit(0)
+        try:
+            os.close(ends)
+            with os.fdopen(begins, "wb") as answer:
+                pickle.dump(_read_under_limits(read, folder), answer)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(begins)
     with os.fdopen(ends, "rb") as answer:
         content = answer.read()
