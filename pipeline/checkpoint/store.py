@@ -282,7 +282,7 @@ class StoredCheckpoint:
         tensors = self._read(self._tensors, wanted)
         try:
             return join_state(tensors, self.numbers, wanted.start)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             raise self._damaged(f"a state, got {error!r}") from error
 
     def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ __all__ = ["RunRecord", "read_record", "read_runs"]
 
 MOST_RUNS = 12
 _MOST_LOG_BYTES = 1 << 30  # of metrics.jsonl: three million lines
+_LATEST = 2.5e11  # seconds since 1970 of the year 9892; later ones are no dates
 _REMEDY = "leave this run out"
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 _TIMES: Shape = {"seconds": _NUMBER, "padding_share": _NUMBER, "memory_bytes": _NUMBER}
@@ -158,13 +159,14 @@ def _event(line: str) -> Mapping[str, Any] | None:
         return None
     numbers = {name: one for name, one in event.items() if type(one) in _NUMBER}
     is_sound = _are_numbers(numbers) and _are_numbers(event.get("metrics", {}))
+    is_sound &= 0 <= event["time"] < _LATEST
     return event if is_sound else None
 
 
 def _are_numbers(values: Mapping[str, Any]) -> bool:
     """Whether all are None or finite numbers of a size that can be drawn."""
     known = [one for one in values.values() if one is not None]
-    return all(type(one) in _NUMBER and -1e300 < one < 1e300 for one in known)
+    return all(type(one) in _NUMBER and -1e60 < one < 1e60 for one in known)
 
 
 def _required(folder: Path, name: str) -> dict[str, Any]:

@@ -156,6 +156,8 @@ def _empty_encoder(manifest: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
         raise ValueError(f"{len(stored)} tensors with {num_values} values, too few for its config")
     with torch.device("meta"):
         encoder = TransformerEncoder(config)
+    if not all(value.isfinite().all() for value in stored.values()):
+        raise ValueError("weights that are not finite")
     wanted, found = (_shapes(tensors) for tensors in (_tensors(encoder), stored))
     if wanted != found:
         differing = sorted(dict(wanted.items() ^ found.items()))[:3]

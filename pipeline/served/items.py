@@ -1,5 +1,6 @@
 """The items of an export: ids, training counts and vectors; and ids that a service is asked for."""
 
+import math
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardrec.pipeline.prepared.item_ids import ItemIds
+from shardrec.pipeline.prepared.parquet_files import require_ids
 
 __all__ = ["known_ids", "read_items"]
 
@@ -52,6 +54,8 @@ def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor,
         raise ValueError(
             f"items of {folder} must be {num_items} with ids of one type, got {first}; {_REMEDY}"
         )
+    if not math.isfinite(torch.linalg.vector_norm(vectors)):
+        raise ValueError(f"vectors of {folder} must be finite, got others; {_REMEDY}")
     return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
 
 
@@ -66,6 +70,7 @@ def _batches(path: Path, width: int) -> Iterator[pa.RecordBatch]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         found = {name: file.schema_arrow.field(name).type for name in names}
+        require_ids(found["item_id"], "item_id", str(path))
         if found != wanted | {"item_id": found["item_id"]}:
             raise ValueError(f"columns of other types: {found}")
         for batch in file.iter_batches(_BATCH_ROWS, columns=names):

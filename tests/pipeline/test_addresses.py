@@ -98,7 +98,7 @@ def test_a_run_with_keys_in_its_addresses_writes_and_prints_none_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = prepare_small(tmp_path / "data")
-    where, store = inside(bucket, "run"), f"sqlite:///{tmp_path}/runs.db?token=wJalrXUtnFEMI"
+    where, store = inside(bucket, "keys"), f"sqlite:///{tmp_path}/runs.db?token=wJalrXUtnFEMI"
     words = ["train", "--prepared", data, "--run", str(tmp_path / "run"), "--recipe", "tiny_cpu"]
     options = ["limits.max_steps=4", f"checkpoints.folder={where}", "log_every=1"]
     assert main([*words, *options, f"mlflow.uri={store}"]) in (0, 2)
@@ -114,7 +114,7 @@ def test_a_run_with_keys_in_its_addresses_writes_and_prints_none_of_them(
     assert main(other) != 0
     assert main(["prepare", "--events", missing, "--output", str(tmp_path / "p")]) != 0
     printed = "".join(capfd.readouterr()) + caplog.text
-    assert "checkpoints.folder holds keys" in printed and "s3://runs/run" in printed
+    assert "checkpoints.folder holds keys" in printed and "s3://runs/keys" in printed
     stored = open_folder(where)
     for name in stored.folders():
         for file in ("state.json", "manifest.json", "metadata.json"):
