@@ -23,6 +23,9 @@ export PYTHONSAFEPATH := 1
 
 # Tests start several processes; more than one thread in each only makes them wait for one another.
 TEST_THREADS := OMP_NUM_THREADS=1
+# The files of tests are shared out among this many processes; 0 runs them in pytest's own.
+TEST_PROCESSES ?= 2
+SHARED_OUT := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup install demo test test-quick test-slow test-slurm test-image lint format docs lock bench bench-compile clean
@@ -39,10 +42,10 @@ demo: setup  ## generate, prepare, train on 2 workers, evaluate, compare (EVENTS
 	@$(BIN)/shardrec demo $${SHARDREC_EVENTS:+--events "$$SHARDREC_EVENTS"} $(ARGS)
 
 test: setup  ## all tests that need no GPU
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m "not gpu and not soak and not slurm and not image" $(ARGS)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not soak and not slurm and not image" $(ARGS)
 
 test-quick: setup  ## the tests that take seconds
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m "not gpu and not slow and not soak and not slurm and not image" $(ARGS)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image" $(ARGS)
 
 test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m soak tests/launch/test_elastic.py \

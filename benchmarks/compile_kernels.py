@@ -165,8 +165,9 @@ def work_of(case: Case, tile: Tile, build: Build, least: LeastWork) -> tuple[str
         work = build.multiply_adds / least.multiply_adds
         each = build.multiply_adds / build.num_products
     instructions = least.instructions(tile.num_warps, each)
-    over = build.loop_instructions / instructions
-    return f"{work:.2f}", str(build.loop_instructions), f"{instructions:.0f}", f"{over:.1f}"
+    found = build.loop_instructions
+    over = found / instructions
+    return f"{work:.2f}", str(found), f"{instructions:.0f}", f"{over:.1f}"
 
 
 def faults(case: Case, dtype: str, architecture: int, build: Build) -> list[str]:

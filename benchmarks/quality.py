@@ -27,7 +27,10 @@ from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.prepared.loader import Prepared
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
-PROTOCOLS = {"test": [], "test_unseen": ["--filter-seen"]}
+PROTOCOLS = {
+    "test": ["--no-filter-seen", "--min-count", "0"],
+    "test_unseen": ["--filter-seen", "--min-count", "0"],
+}
 
 
 def cut_table_gradient() -> None:

@@ -34,6 +34,7 @@ from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.prepared.manifest import read_manifest
 
 METRICS = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
+ALL_ITEMS = ("--no-filter-seen", "--min-count", "0")
 FROZEN = ("limits.max_steps=1", "optimizer.learning_rate=0", "catalog.learning_rate=0")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "cold": (),
@@ -81,7 +82,7 @@ def chosen(options: argparse.Namespace) -> str:
 
 def judged(options: argparse.Namespace, data: Path, run: Path) -> dict[str, Any]:
     """Metrics of a run on the test events of day 2, and the counts of items taken over."""
-    shardrec(options, "evaluate", "--prepared", str(data), "--run", str(run))
+    shardrec(options, "evaluate", "--prepared", str(data), "--run", str(run), *ALL_ITEMS)
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
     taken = json.loads((run / "run.json").read_text())["init_from"] or {}
     return {

@@ -20,10 +20,20 @@ from shardrec.launch.options import (
     read_options,
     require_set_once,
 )
+from shardrec.launch.printing import (
+    describe_recipes,
+    print_beside,
+    print_counts,
+    print_end,
+    print_lists,
+    print_metrics,
+    print_protocol,
+)
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import COMMANDS, STAGES, imported
 
 if TYPE_CHECKING:
+    from shardrec.pipeline.baseline import BaselineConfig
     from shardrec.pipeline.export import ExportConfig
     from shardrec.pipeline.gate import GateConfig
     from shardrec.pipeline.log.config import PrepareConfig
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recipes import Recipe
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
+    from shardrec.pipeline.similar import SimilarConfig
 
 __all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
 
@@ -102,15 +113,33 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 
 def train(options: Namespace, config: "TrainConfig") -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
+    from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.signals import grace_seconds, stop_on_sigterm
     from shardrec.launch.workers import check_restarts, workers
+    from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
     resume, force = options.resume, options.force
     check_restarts(resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found, stop_on_sigterm(grace_s, found.peers) as interrupted:
-        run_train(config, resume=resume, force=force, interrupted=interrupted)
+        end = run_train(config, resume=resume, force=force, interrupted=interrupted)
+        if end.best_metrics:
+            beside = evaluate_baselines(config.data, config.validation.measure, "validation")
+            if Communicator(found.group).rank == 0:
+                print("on the validation users, beside what a model must beat:")
+                label, metric = Path(config.output).name, config.validation.metric
+                print_beside(end.best_metrics, beside, label, metric)
+    return 0
+
+
+def baseline(_: Namespace, config: "BaselineConfig") -> int:
+    """Count popularity and item-to-item scores, which a model must beat."""
+    from shardrec.pipeline.baseline import baseline as run_baseline
+
+    done = run_baseline(config)
+    print_counts(done.manifest["counts"])
+    print_end(done.is_new, config.folder)
     return 0
 
 
@@ -128,12 +157,15 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
     }
     with process_group(options.timeout) as (group, _):
         if options.run is None:
-            metrics = evaluate_popularity(options.prepared, config, **report)
+            found = evaluate_popularity(options.prepared, config, **report)
         else:
             report["checkpoint"] = options.checkpoint or "best"
-            metrics = run_evaluate(options.run, options.prepared, config, **report)["metrics"]
+            found = run_evaluate(options.run, options.prepared, config, **report)
         if Communicator(group).rank == 0:
-            print_metrics(metrics)
+            print_metrics(found["metrics"], found["standard_errors"])
+            label = Path(options.run).name if options.run else "popularity"
+            print_beside(found["metrics"], found["baselines"], label)
+            print_lists(found)
             if options.output or options.run:
                 print(f"metrics in {options.output or Path(options.run) / 'metrics.json'}")
     return 0
@@ -149,8 +181,23 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
         done = run_recommend(config)
         if Communicator(group).rank == 0:
             print_counts(done.manifest["counts"])
+            print_protocol(done.manifest["protocol"])
             rate = f"{config.output}: {done.users_per_second:,.0f} users/s"
             print_end(done.is_new, rate if done.is_new else config.output)
+    return 0
+
+
+def similar(options: Namespace, config: "SimilarConfig") -> int:
+    """Write the nearest items of items."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.similar import similar as run_similar
+
+    with process_group(options.timeout) as (group, _):
+        done = run_similar(config)
+        if Communicator(group).rank == 0:
+            print_counts(done.manifest["counts"])
+            print_end(done.is_new, config.output)
     return 0
 
 
@@ -210,8 +257,9 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
-    **{"synth": synth, "prepare": prepare, "train": train, "evaluate": evaluate},
-    **{"recommend": recommend, "export": export},
+    **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
+    **{"evaluate": evaluate},
+    **{"recommend": recommend, "similar": similar, "export": export},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 
@@ -246,18 +294,6 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
     rest = [f"{name}={value}" for name, value in given.items()]
     return options, override(recipe, [*rest, *options.overrides])
-
-
-def describe_recipes() -> str:
-    """The recipes by name, and all options as the recipe ``demo`` sets them."""
-    from shardrec.pipeline.config import describe
-    from shardrec.pipeline.recipes import RECIPES
-
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    heading = "options, as the recipe `demo` sets them:"
-    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])
 
 
 def recipe_named(name: str) -> "Recipe":
@@ -334,7 +370,7 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     parser = parser_for("evaluate")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
     judged = parser.add_mutually_exclusive_group(required=True)
-    judged.add_argument("--run", metavar="DIR", help="folder of `train`")
+    judged.add_argument("--run", metavar="DIR", help="folder of `train` or `baseline`")
     judged.add_argument(
         "--popularity", action="store_true", help="evaluate the ranking by training counts instead"
     )
@@ -356,33 +392,3 @@ def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]"
     if options.popularity and options.force and not options.output:
         parser.error("--force must come with --output or --run, got neither; remove it")
     return options, config
-
-
-def print_counts(counts: Mapping[str, int]) -> None:
-    """Print one count per line."""
-    for name, count in counts.items():
-        print(f"{name.replace('_', ' '):<40} {count:>14,}")
-
-
-def print_end(
-    is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
-) -> None:
-    """Print that an output was written, or that it existed already."""
-    print(f"wrote {output}" if is_new else f"{output} {otherwise}")
-
-
-def print_metrics(metrics: Mapping[str, float]) -> None:
-    """Print one metric per line and one list length per column, then user and target counts."""
-    table: dict[str, dict[int, float]] = {}
-    for name, value in metrics.items():
-        kind, at, rest = name.partition("@")
-        if at:
-            length, slash, suffix = rest.partition("/")
-            table.setdefault(kind + slash + suffix, {})[int(length)] = value
-    lengths = sorted({length for row in table.values() for length in row})
-    print(f"{'':<22}" + "".join(f"{f'@{length}':>10}" for length in lengths))
-    for kind, row in table.items():
-        print(f"{kind:<22}" + "".join(f"{row[length]:>10.4f}" for length in lengths))
-    for name in (name for name in metrics if "@" not in name):
-        value = metrics[name]
-        print(f"{name:<22}{value:>10,}" if isinstance(value, int) else f"{name:<22}{value:>10.4f}")

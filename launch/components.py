@@ -11,6 +11,7 @@ so ``_component`` makes them, and a ``def`` holds only what its stage adds to th
 # TorchX reads signatures from the syntax tree and knows `Optional[Dict]`, not `dict | None`.
 # ruff: noqa: UP006, UP035, UP045
 
+import dataclasses
 import inspect
 import re
 import shlex
@@ -41,9 +42,9 @@ HELP = {
     "image": "container image that has shardrec installed (local_cwd and slurm use no image)",
     "name": "name of the job; for workers, experiment/job or /job",
     "h": "named resource of the scheduler; replaces cpu, gpu and memMB",
-    "cpu": "CPUs for each node, divided among its workers",
+    "cpu": "CPUs for each node, divided among its workers; 0: two for each worker",
     "gpu": "GPUs for each node",
-    "memMB": "memory for each node, in MB",
+    "memMB": "memory for each node, in MB; 0: the scheduler's default (`shardrec plan` counts it)",
     "env": "variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO",
     "max_retries": "how often the scheduler restarts a failed job (local_cwd does not)",
     "max_restarts": "how often the workers are restarted within the job after one has died",
@@ -61,9 +62,9 @@ def _workers(
     image: str = IMAGE,
     name: str = "",
     h: Optional[str] = None,
-    cpu: int = 2,
+    cpu: int = 0,
     gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803 (TorchX's own spelling of this option)
+    memMB: int = 0,  # noqa: N803 (TorchX's own spelling of this option)
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
@@ -74,7 +75,8 @@ def _workers(
         raise ValueError(
             f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
         )
-    if int(j.rpartition("x")[2]) > MOST_WORKERS:
+    workers = int(j.rpartition("x")[2])
+    if workers > MOST_WORKERS:
         raise ValueError(
             f"-j must ask for at most {MOST_WORKERS} workers on a node, got {j!r}; take one for "
             "each GPU, or for a few CPUs"
@@ -86,10 +88,6 @@ def _workers(
         m="shardrec.launch.cli",
         image=image,
         name=name,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
         j=j,
         env=ENVIRONMENT | (env or {}),
         max_retries=max_retries,
@@ -98,7 +96,7 @@ def _workers(
     )
     (role,) = app.roles
     role.name = stage
-    workers = int(j.rpartition("x")[2])
+    role.resource = _resource(cpu or 2 * workers, gpu, memMB, h)
     role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
     return app
 
@@ -110,8 +108,8 @@ def _process(
     image: str = IMAGE,
     name: str = "",
     h: Optional[str] = None,
-    cpu: int = 2,
-    memMB: int = 8192,  # noqa: N803
+    cpu: int = 0,
+    memMB: int = 0,  # noqa: N803
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
@@ -123,11 +121,17 @@ def _process(
         entrypoint="shardrec",
         args=[stage, *arguments],
         env=ENVIRONMENT | (env or {}),
-        resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
+        resource=_resource(cpu or 1, 0, memMB, h),
         max_retries=max_retries,
         mounts=specs.parse_mounts(mounts) if mounts else [],
     )
     return AppDef(name=name, roles=[role])
+
+
+def _resource(cpu: int, gpu: int, memory_mb: int, h: Optional[str]) -> specs.Resource:
+    """The resource of a node; ``specs.resource`` would ask for a gigabyte instead of no memory."""
+    found = specs.resource(cpu=cpu, gpu=gpu, memMB=memory_mb, h=h)
+    return found if h else dataclasses.replace(found, memMB=memory_mb)
 
 
 def _component(add: Callable[..., AppDef]) -> Callable[..., AppDef]:
@@ -174,10 +178,12 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
     """
     words = shlex.split(app.roles[0].args[-1])
-    if max_restarts and not any(word.startswith("--resume") for word in words):
+    again = {"max_restarts": max_restarts, "max_retries": app.roles[0].max_retries}
+    given = ", ".join(f"{name}={value}" for name, value in again.items() if value)
+    if given and not any(word.startswith("--resume") for word in words):
         raise ValueError(
-            "--resume=auto must follow the -- where workers are restarted, got none with "
-            f"max_restarts={max_restarts}; without it restarted workers refuse the existing run"
+            "--resume=auto must follow the -- where training may be started again, got none with "
+            f"{given}; without it the second start refuses the existing run"
         )
     app.roles[0].env |= {
         "PET_MAX_RESTARTS": str(max_restarts),  # how torchrun names its options in variables
@@ -204,6 +210,12 @@ def recommend(app: AppDef) -> AppDef:
 
 
 @_component
+def similar(app: AppDef) -> AppDef:
+    """Writes the nearest items of items to Parquet; the same on any number of workers."""
+    return app
+
+
+@_component
 def export(app: AppDef) -> AppDef:
     """Writes item vectors and the encoder of a run for serving; each worker writes its rows."""
     return app
@@ -218,6 +230,12 @@ def synth(app: AppDef) -> AppDef:
 @_component
 def prepare(app: AppDef) -> AppDef:
     """Turns an event log into a prepared folder, in one process on one node."""
+    return app
+
+
+@_component
+def baseline(app: AppDef) -> AppDef:
+    """Counts popularity and item-to-item scores, in one process on one node."""
     return app
 
 

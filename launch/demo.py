@@ -1,6 +1,6 @@
 """``shardrec demo``: the whole pipeline, from an event log to a table that compares the losses.
 
-generate (or the user's own log) → prepare → popularity, then each loss for the same number of steps
+generate (or the user's own log) → prepare → baselines, then each loss for the same number of steps
 on TorchX workers → evaluate over the whole catalog → a table, and the commands to go on with.
 """
 
@@ -23,6 +23,7 @@ from shardrec.launch.commands import read_train
 from shardrec.launch.runner import Job, run_here
 from shardrec.modules.losses import LOSSES
 from shardrec.modules.option_checks import require_at_least
+from shardrec.pipeline.baseline import BaselineConfig, Kind, baseline
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
@@ -31,7 +32,8 @@ from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
 METRICS = (DEFAULT_METRIC, "Recall@10", "MRR@10", "Coverage@10")
-MEASURE = MeasureConfig(ks=(10,))
+MEASURE = MeasureConfig(ks=(10,), filter_seen=False, min_count=0)  # as the ceiling is measured
+BASELINE: Kind = "knn_next"
 MARK, LOG = ".shardrec-demo", "events.parquet"
 CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
 
@@ -127,7 +129,7 @@ class DemoConfig:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; for popularity, time and memory are None."""
+    """One line of the table; for baselines, time and memory are None."""
 
     name: str
     metrics: Mapping[str, float]
@@ -153,7 +155,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
     start_folder(config.folder)
     log, ceiling = (config.events, None) if config.events else generate_log(config, console)
     prepared = prepare_log(config, log, console)
-    rows = [Row("popularity", evaluate_popularity(str(prepared), MEASURE))]
+    rows = count_baselines(prepared, console)
     for loss in config.losses:
         rows.append(train_and_evaluate(config, prepared, loss, console))
     console.print(table(rows, config, ceiling))
@@ -250,6 +252,16 @@ def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
     )
 
 
+def count_baselines(prepared: Path, console: Console) -> list[Row]:
+    """What the losses must beat: popularity, and items that occur together or in sequence."""
+    console.rule("baselines")
+    config = BaselineConfig(prepared=str(prepared), kind=BASELINE)
+    console.print(f"{BASELINE}: {baseline(config).manifest['counts']['pairs']:,} pairs of items")
+    popular = evaluate_popularity(str(prepared), MEASURE)["metrics"]
+    neighbors = evaluate(str(config.folder), str(prepared), MEASURE)["metrics"]
+    return [Row("popularity", popular), Row(BASELINE, neighbors)]
+
+
 def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
     """Train with ``loss`` on the workers, then rank the catalog for the test users."""
     console.rule(f"train: {loss}")
@@ -294,7 +306,7 @@ def read_end(run: Path) -> dict[str, Any]:
 
 
 def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
-    """The comparison, popularity first; the best of each metric is bold.
+    """The comparison, baselines first; the best of each metric is bold.
 
     ``ceiling`` is the NDCG@10 of the true model on a sample of users, None if unknown.
     """

@@ -14,12 +14,13 @@ from pathlib import Path
 from pprint import pformat
 from subprocess import CalledProcessError
 
-from torchx.runner import Runner, get_runner
+from torchx.runner import Runner
+from torchx.schedulers import get_scheduler_factories
 from torchx.schedulers.api import Stream
 from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import AppDef, AppDryRunInfo, AppState
 
-from shardrec.launch import components
+from shardrec.launch import components, slurm
 from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
 from shardrec.launch.stages import STAGES
 from shardrec.pipeline.outputs.addresses import without_keys
@@ -74,7 +75,7 @@ class Failure:
 
 def describe(job: Job) -> str:
     """The request to the scheduler, as text without keys in addresses; nothing is submitted."""
-    with get_runner() as runner:
+    with _open_runner() as runner:
         request = _request(runner, job)
         return without_keys(f"{pformat(request._app)}\n\n{request}")
 
@@ -82,12 +83,12 @@ def describe(job: Job) -> str:
 def submit(job: Job) -> str:
     """Submit ``job`` and return its TorchX handle; Slurm passes our PATH on to the workers."""
     _find_our_programs()
-    with get_runner() as runner:
+    with _open_runner() as runner:
         return str(runner.schedule(_request(runner, job)))
 
 
 def wait(handle: str, interval_s: float = 5.0) -> str:
-    """Wait for a submitted job; returns the name of its final TorchX state, such as SUCCEEDED.
+    """Wait for a submitted job; returns how it failed, such as "TIMEOUT: …", or "" for success.
 
     Args:
         handle: what ``submit`` returned.
@@ -96,7 +97,7 @@ def wait(handle: str, interval_s: float = 5.0) -> str:
     Raises:
         RuntimeError: the scheduler does not report the state of its jobs.
     """
-    with get_runner() as runner:
+    with _open_runner() as runner:
         try:
             status = runner.wait(handle, wait_interval=interval_s)
         except CalledProcessError as error:
@@ -104,7 +105,11 @@ def wait(handle: str, interval_s: float = 5.0) -> str:
                 f"the scheduler must report the state of jobs, got an error of {error.cmd[0]}; on "
                 "Slurm, set up job accounting (slurmdbd)"
             ) from error
-    return "UNKNOWN" if status is None else status.state.name
+    if status is None:
+        return "UNKNOWN: the scheduler does not know it any more"
+    if status.state == AppState.SUCCEEDED:
+        return ""
+    return slurm.sentence(status.msg or status.state.name)
 
 
 def print_line(line: str) -> None:
@@ -125,9 +130,10 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
         Preempted: the job ended because of SIGTERM; the message is that of a worker.
     """
     _find_our_programs()
-    with _interrupts_as_usual(), get_runner() as runner:
+    with _interrupts_as_usual(), _open_runner() as runner:
         request = _request(runner, job)
         app: AppDef = request._app
+        _share_cores(request, job)
         handle = runner.schedule(request)
         sigterm_came = _pass_on_sigterm()
         role = app.roles[0]
@@ -146,6 +152,11 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
     if sigterm_came():
         raise Preempted(complaint or "the job ended after SIGTERM; start it again")
     return Failure(complaint, next((code for code in codes if code in TELLING), FAILED))
+
+
+def _open_runner() -> Runner:
+    """TorchX's runner, with our Slurm scheduler."""
+    return Runner("torchx", {**get_scheduler_factories(), "slurm": slurm.create_scheduler})
 
 
 def _complaint(nodes: "Sequence[_Node]", was_restarted: bool) -> str:
@@ -182,6 +193,26 @@ def _pass_on_sigterm() -> Callable[[], bool]:
     return came.is_set
 
 
+def _share_cores(request: AppDryRunInfo, job: Job) -> None:
+    """Give each local worker its share of this machine's cores, unless the user chose a number."""
+    own, _ = split(job.arguments)
+    words = " ".join(own)
+    if "--cpu" in words or "OMP_NUM_THREADS" in words or re.search(r"(^| )-h\b", words):
+        return
+    replicas = [one for group in request.request.role_params.values() for one in group]
+    workers = sum(_num_workers(one.args) for one in replicas)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    for one in replicas:
+        one.env["OMP_NUM_THREADS"] = str(threads)
+
+
+def _num_workers(command: Sequence[str]) -> int:
+    """Workers that a torchrun command starts; 1 for another command."""
+    text = " ".join(command)
+    found = re.search(r"--nproc_per_node (\d+)", text)
+    return int(found[1]) if found else 1
+
+
 @contextmanager
 def _interrupts_as_usual() -> Iterator[None]:
     """Context manager: undo TorchX's signal handlers; an interrupt raises KeyboardInterrupt."""
@@ -205,7 +236,7 @@ def _request(runner: Runner, job: Job) -> AppDryRunInfo:
     path = f"{components.__file__}:{job.component}"
     try:
         return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
-    except ValueError as refused:  # by a component, which TorchX runs from its text
+    except (AssertionError, ValueError) as refused:  # by TorchX, or a component run from its text
         raise ValueError(str(refused)) from refused
 
 

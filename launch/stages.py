@@ -23,8 +23,8 @@ class Command:
         epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
-        cpu: CPUs that its component asks for by default.
-        memory_mb: memory that it asks for by default.
+        cpu: CPUs that its component asks for by default; 0: two for each worker.
+        memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 
     kind: Literal["distributed", "single", "tool"]
@@ -32,8 +32,8 @@ class Command:
     description: str
     epilog: str = ""
     config: str = ""
-    cpu: int = 2
-    memory_mb: int = 8192
+    cpu: int = 0
+    memory_mb: int = 0
 
 
 COMMANDS = {
@@ -62,7 +62,8 @@ COMMANDS = {
             "evaluation stream: sequences, splits, item counts, and a manifest, written last. "
             "Sorting spills to disk: the log may be larger than memory. Repeated with the same "
             "options, it does nothing; --force prepares again. For a newer log, --items keeps the "
-            "item indices of the earlier folder."
+            "item indices of the earlier folder. --item-attributes reads attributes of the items, "
+            "which train uses with catalog.attributes=add."
         ),
         epilog=(
             "example: shardrec prepare --events 'logs/*.parquet' --user-column customer --output "
@@ -70,6 +71,19 @@ COMMANDS = {
         ),
         config="pipeline.prepare.PrepareConfig",
         cpu=4,
+        memory_mb=8192,
+    ),
+    "baseline": Command(
+        kind="single",
+        summary="count what a model must beat: popularity and item-to-item scores",
+        description=(
+            "Counts a baseline from the training sequences: popularity, cosines of items that "
+            "occur together (knn), how often one item follows another (next), or knn + 3 next. "
+            "evaluate, recommend, report and gate take its folder as that of a run. Repeated with "
+            "the same options, it does nothing."
+        ),
+        epilog="example: shardrec baseline --prepared data --kind knn_next",
+        config="pipeline.baseline.BaselineConfig",
     ),
     "train": Command(
         kind="distributed",
@@ -93,10 +107,11 @@ COMMANDS = {
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
             "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
             "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
-            " out targets that training never saw. Any number of workers may evaluate, whatever "
-            "number trained. Repeated with the same options, it does nothing."
+            " out targets that training never saw, those in /new all others. Any number of workers "
+            "may evaluate, whatever number trained. Repeated with the same options, it does "
+            "nothing."
         ),
-        epilog="example: shardrec evaluate --prepared data --run run --filter-seen",
+        epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",
     ),
     "recommend": Command(
@@ -114,13 +129,25 @@ COMMANDS = {
         ),
         config="pipeline.recommend.RecommendConfig",
     ),
+    "similar": Command(
+        kind="distributed",
+        summary="write the nearest items of items to Parquet",
+        description=(
+            "Compares the item vectors of a run, over all shards, and writes item_id, item_ids "
+            "and scores to Parquet, in the order of the items asked for. Any number of workers "
+            "gives the same lists. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec similar --run run --prepared data --output similar --k 20",
+        config="pipeline.similar.SimilarConfig",
+    ),
     "export": Command(
         kind="distributed",
         summary="write item vectors and the encoder for serving",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
             "encoder's weights as safetensors. shardrec.pipeline.serve reads both without "
-            "TorchRec. Repeated with the same options, it does nothing."
+            "TorchRec. --items adds vectors of newer items, from their attributes. Repeated with "
+            "the same options, it does nothing."
         ),
         epilog="example: shardrec export --run run --prepared data --output model",
         config="pipeline.export.ExportConfig",
@@ -140,6 +167,8 @@ COMMANDS = {
             "exit codes: 0 the run may be published, 3 it may not and the report says why"
         ),
         config="pipeline.gate.GateConfig",
+        cpu=2,
+        memory_mb=8192,
     ),
     "publish": Command(
         kind="single",

@@ -41,7 +41,7 @@ def report(arguments: Sequence[str]) -> int:
 def plan(arguments: Sequence[str]) -> int:
     """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
-    from shardrec.pipeline.plan import Machine
+    from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
 
     parser = parser_for("plan")
@@ -49,13 +49,15 @@ def plan(arguments: Sequence[str]) -> int:
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
     parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
-    add_options(parser, Machine)
+    for options_of in (Machine, AttributeCounts):
+        add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
     recipe = commands.recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
-    print(run_plan(config, options.num_items, read_options(Machine, options)).describe())
+    parts = read_options(Machine, options), read_options(AttributeCounts, options)
+    print(run_plan(config, options.num_items, *parts).describe())
     return 0
 
 
@@ -192,11 +194,10 @@ def submit(job: "Job", *, wait: bool) -> int:
     print(handle, flush=True)
     if not wait:
         return 0
-    state = runner.wait(handle)
-    if state == "SUCCEEDED":
-        return 0
-    print(f"shardrec launch: {job.component} ended as {state}; see its logs", file=sys.stderr)
-    return 1
+    failure = runner.wait(handle)
+    if failure:
+        print(f"shardrec launch: {job.component} ended as {failure}; see its logs", file=sys.stderr)
+    return 1 if failure else 0
 
 
 def doctor(arguments: Sequence[str]) -> int:

@@ -8,25 +8,28 @@ The phases of a training step:
 3. ``merge_gradients``: both are summed on the rank that owns the row, and
    ``squared_gradient_norm`` gives its part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
+
+With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
+the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
+micro-batch takes their gradient back to both. ``begin_step`` says which rows leave their own out.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.attributes import ComposedRows, ItemAttributes, check_attributes
 from shardrec.modules.catalog_config import CatalogConfig
-from shardrec.modules.row_updates import AdamUpdate, FusedUpdate, RowUpdate, SparseAdamUpdate
+from shardrec.modules.initial_rows import fill_initial_rows
+from shardrec.modules.row_updates import build_update, empty_gradient, sparse_gradient
 from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
 
 __all__ = ["Catalog"]
-
-INITIAL_BLOCK = 8_192  # rows per seed; another number would change the rows of every seed
 
 
 class Catalog:
@@ -46,6 +49,7 @@ class Catalog:
         group: dist.ProcessGroup | None,
         device: torch.device,
         seed: int,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         """Creates this rank's rows; initial values depend on (seed, item), not on the rank.
 
@@ -57,8 +61,10 @@ class Catalog:
                 launcher (a default process group of one rank is made if there is none).
             device: device of the rows.
             seed: seed of the initial rows.
+            attributes: of the items; needed unless ``config.attributes`` is "none".
         """
         _check_shape(num_items, width)
+        check_attributes(config, attributes)
         self.config = config
         self.device = device
         self.num_items = num_items
@@ -66,24 +72,68 @@ class Catalog:
         self.num_steps = 0
         self.learning_rate = config.learning_rate
         self._group = _single_process_group(device) if group is None else group
-        fused = config.optimizer if config.optimizer in FUSED_OPTIMIZERS else "sgd"
+        optimizer = "sgd" if config.attributes == "only" else config.optimizer
+        fused = optimizer if optimizer in FUSED_OPTIMIZERS else "sgd"
         self._table = ShardedTable(
             num_items, width, optimizer=fused, eps=config.eps, group=self._group, device=device
         )
-        _fill_initial_rows(self._table.rows, self._table.first_row, seed, config.init_std)
-        self._rows = self._table.rows.requires_grad_()
-        self._update = _build_update(config, self._table)
+        fill_initial_rows(self._table.rows, self._table.first_row, seed, config.init_std)
+        self._update = build_update(optimizer, config, self._table)
+        self._composed = ComposedRows.of(config, self._table, attributes, seed)
+        self._is_fresh = self._is_pulled_back = False
+        rows = self._table.rows if self._composed is None else self._composed.rows
+        self._rows = rows.requires_grad_()
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the table; None for one process."""
+        return None if dist.get_world_size(self._group) == 1 else self._group
 
     @property
     def shard(self) -> RowShard:
-        """This rank's rows as input of a loss: a leaf that aliases the table and gets gradients."""
-        alone = dist.get_world_size(self._group) == 1
-        return RowShard(
-            rows=self._rows,
-            first_row=self._table.first_row,
-            num_rows=self.num_items,
-            group=None if alone else self._group,
-        )
+        """This rank's rows as input of a loss: a leaf that aliases the table and gets gradients.
+
+        With attributes its rows are the composed ones.
+        """
+        if self._composed is not None and not self._is_fresh:
+            self._composed.compose()
+            self._is_fresh = True
+        return self._as_shard()
+
+    @property
+    def attributes(self) -> nn.Module:
+        """The vectors of attributes, the same on every rank; a module without parameters if none.
+
+        Who owns their optimizer sums their gradients over the ranks, after
+        ``squared_gradient_norm``.
+        """
+        return nn.Module() if self._composed is None else self._composed.vectors
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Leaves out the ids that (seed, step, item) drop, until ``step`` or ``zero_grad``.
+
+        Collectives: none.
+        """
+        if self._composed is not None:
+            self._composed.drop_ids(self.config.id_dropout, seed=seed, step=step)
+            self._is_fresh = False
+
+    def shard_for(self, used_rows: Callable[[RowShard], Tensor | None]) -> RowShard:
+        """``shard``, of which only some rows are up to date if composing the others can be saved.
+
+        Args:
+            used_rows: returns the (n,) int64 rows of the shard that will be read, None for all;
+                called if rows are composed.
+
+        Collectives: none but those of ``used_rows``.
+        """
+        shard = self._as_shard()
+        used = None if self._composed is None else used_rows(shard)
+        if self._composed is None or used is None:
+            return self.shard
+        if not self._is_fresh:
+            self._composed.compose(used)
+        return shard
 
     @property
     def row_range(self) -> range:
@@ -163,11 +213,13 @@ class Catalog:
     def squared_gradient_norm(self) -> Tensor:
         """() float32 squared L2 norm of this rank's merged gradient; 0 if there is none.
 
-        The sum over the ranks of the group is the squared norm of the whole table's gradient.
+        The sum over the ranks of the group is the squared norm of the whole table's gradient. With
+        attributes this is of the ids; the gradient of ``attributes`` is complete on this rank, and
+        no micro-batch may follow.
 
         Collectives: none.
         """
-        self.merge_gradients()
+        self._pull_back()
         gradient = self._rows.grad
         if gradient is None:
             return torch.zeros((), device=self.device)
@@ -183,13 +235,13 @@ class Catalog:
 
         Collectives: none.
         """
-        self.merge_gradients()
+        self._pull_back()
         if learning_rate is not None:
             self.learning_rate = learning_rate
         gradient = self._rows.grad
         if gradient is None:
-            gradient = _empty_gradient(self._rows)
-        self._rows.grad = None
+            gradient = empty_gradient(self._rows)
+        self._end_step()
         self.num_steps += 1
         with torch.no_grad():
             if isinstance(scale, Tensor) or scale != 1.0:
@@ -199,14 +251,15 @@ class Catalog:
     def zero_grad(self) -> None:
         """Drops all gradients since the last step, recorded pairs too."""
         self._table.pairs.clear()
-        self._rows.grad = None
+        self._end_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state, as plain tensors that alias the live ones.
 
-        Keys: ``rows`` (R, D), ``optimizer.<name>`` (R,) or (R, D), and () int64 or float64 numbers
-        ``first_row``, ``num_rows``, ``num_steps``, ``learning_rate``. The first two, concatenated
-        over consecutive ranks, are the state of a table on fewer ranks.
+        Keys: ``rows`` (R, D), or (R, 0) if there are attributes alone, ``optimizer.<name>`` (R,) or
+        (R, D), and () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps``,
+        ``learning_rate``. The first two, concatenated over consecutive ranks, are the state of a
+        table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -233,6 +286,7 @@ class Catalog:
                 target[:count].copy_(state[name][first - start : first - start + count])
         self.num_steps = int(state["num_steps"])
         self.learning_rate = float(state["learning_rate"])
+        self._is_fresh = False
 
     def describe(self) -> str:
         """The sharding plan as text: kernel, ranks, rows and bytes."""
@@ -240,7 +294,29 @@ class Catalog:
 
     def _row_states(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": value for name, value in self._update.states().items()}
-        return {"rows": self._rows.detach()} | optimizer
+        rows = self._table.rows.detach()
+        return {"rows": rows[:, :0] if self.config.attributes == "only" else rows} | optimizer
+
+    def _as_shard(self) -> RowShard:
+        return RowShard(
+            rows=self._rows,
+            first_row=self._table.first_row,
+            num_rows=self.num_items,
+            group=self.group,
+        )
+
+    def _pull_back(self) -> None:
+        """Merges the gradient, and with attributes takes it back to the ids, once a step."""
+        self.merge_gradients()
+        if self._composed is not None and not self._is_pulled_back:
+            self._rows.grad = self._composed.pull_back(self._rows.grad)
+            self._is_pulled_back = True
+
+    def _end_step(self) -> None:
+        self._rows.grad = None
+        self._is_fresh = self._is_pulled_back = False
+        if self._composed is not None:
+            self._composed.keep_ids()
 
     def _merge_sparse(self, gradient: Tensor | None) -> Tensor:
         """The recorded pairs and a sparse gradient, summed as one coalesced COO (R, D)."""
@@ -254,7 +330,7 @@ class Catalog:
         for part, gradients in pairs:
             values.index_add_(0, positions[start : start + part.numel()], gradients)
             start += part.numel()
-        return _sparse_gradient(rows, values, self._rows.shape[0])
+        return sparse_gradient(rows, values, self._rows.shape[0])
 
     def _describe_outside(self, local: Tensor) -> str:
         found = f"{local[0].item()} on this rank" if local.numel() else "an item on another rank"
@@ -308,43 +384,3 @@ def _single_process_group(device: torch.device) -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
-
-
-def _fill_initial_rows(rows: Tensor, first_row: int, seed: int, std: float) -> None:
-    """Draws rows [first_row, ...) of the table that (seed, width, std) define."""
-    digest = hashlib.blake2b(f"item rows {seed}".encode(), digest_size=4).digest()
-    base = int.from_bytes(digest, "little")
-    generator = torch.Generator()
-    last_row = first_row + rows.shape[0]
-    for block in range(first_row // INITIAL_BLOCK, -(-last_row // INITIAL_BLOCK)):
-        generator.manual_seed((base + block) % 2**32)  # torch's CPU generator reads 32 bits
-        values = torch.empty(INITIAL_BLOCK, rows.shape[1]).normal_(0, std, generator=generator)
-        base_row = block * INITIAL_BLOCK
-        start, stop = max(first_row, base_row), min(last_row, base_row + INITIAL_BLOCK)
-        if start < stop:
-            rows[start - first_row : stop - first_row] = values[start - base_row : stop - base_row]
-
-
-def _build_update(config: CatalogConfig, table: ShardedTable) -> RowUpdate:
-    if config.optimizer == "adam":
-        return AdamUpdate(table.rows, config.betas, config.eps)
-    if config.optimizer == "sparse_adam":
-        return SparseAdamUpdate(table.rows, config.betas, config.eps)
-    return FusedUpdate(table)
-
-
-def _empty_gradient(rows: Tensor) -> Tensor:
-    """A sparse gradient without entries."""
-    none = torch.empty(0, dtype=torch.int64, device=rows.device)
-    return _sparse_gradient(none, rows.new_empty((0, rows.shape[1])), rows.shape[0])
-
-
-def _sparse_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
-    """Coalesced COO tensor from distinct sorted rows and their values, without a copy."""
-    return torch.sparse_coo_tensor(
-        rows[None],
-        values,
-        (num_rows, values.shape[1]),
-        is_coalesced=True,
-        check_invariants=False,
-    )

@@ -7,6 +7,7 @@ from shardrec.modules.option_checks import (
     require_above_zero,
     require_at_least,
     require_betas,
+    require_choice,
     require_within,
 )
 
@@ -27,6 +28,12 @@ class CatalogConfig:
         eps: added to the denominator of the update, the square root of the second moment.
         betas: decay of the two moments of adam and sparse_adam.
         init_std: standard deviation of the normal that initial rows are drawn from.
+        attributes: "none" learns a vector for each item; "add" adds vectors of the item's
+            attributes (`prepare --item-attributes`), and items without training events have these
+            alone; "only" learns no vectors of items at all. The encoder's optimizer updates
+            the vectors of attributes.
+        id_dropout: share of the items whose own vector is left out of a training step, so that
+            attributes learn to stand alone; with "add".
     """
 
     optimizer: str = "rowwise_adagrad"
@@ -34,6 +41,8 @@ class CatalogConfig:
     eps: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.999)
     init_std: float = 0.02
+    attributes: str = "none"
+    id_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for an option that would fail later or have no effect."""
@@ -49,6 +58,13 @@ class CatalogConfig:
         # With eps = 0, a gradient of 0 would give 0 / 0.
         require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
         require_betas("catalog.betas", self.betas)
+        require_choice("catalog.attributes", self.attributes, ("none", "add", "only"))
+        if self.id_dropout and self.attributes != "add":
+            raise ValueError(
+                f"catalog.id_dropout must be 0 with catalog.attributes={self.attributes}, got "
+                f"{self.id_dropout}; set catalog.attributes=add"
+            )
+        require_within("catalog.id_dropout", self.id_dropout, 0, 0.99, "give e.g. 0.1")
 
 
 def state_floats(optimizer: str, width: int) -> int:

@@ -1,7 +1,10 @@
-"""Dropout and causal attention, with a faster random mask on the CPU.
+"""Dropout and causal attention, with a mask that is a function of the position on the CPU.
 
-On a CPU torch draws one random number for each value: at B = 128, L = 50, D = 64 that took a fifth
-of a training step. This implementation uses one byte of a random int64 for each value.
+On a CPU torch draws one random number for each value, from one sequence: at B = 128, L = 50, D = 64
+that took a fifth of a training step, and the mask depended on the order of the values in memory.
+This implementation hashes a key of the position (the finaliser of SplitMix64; Steele, Lea and
+Flood, OOPSLA 2014) and takes one byte for each value. Equal keys give equal masks, wherever the
+position lies and however it is padded.
 """
 
 import math
@@ -10,30 +13,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["causal_attention", "dropout"]
+__all__ = ["PositionKeys", "causal_attention", "dropout", "random_bytes"]
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
-def dropout(values: Tensor, share: float, *, training: bool) -> Tensor:
+class PositionKeys:
+    """Keys of positions; each call of ``next`` gives them anew, for the next use of a mask."""
+
+    def __init__(self, keys: Tensor) -> None:
+        """Stores the keys.
+
+        Args:
+            keys: (N,) int64, a different one for each position.
+        """
+        self._keys = _mixed(keys.clone()) if keys.device.type == "cpu" else keys
+        self._uses = 0
+
+    @classmethod
+    def drawn(cls, num_positions: int, device: torch.device) -> "PositionKeys":
+        """Keys from torch's global generator."""
+        keys = torch.empty(num_positions, dtype=torch.int64, device=device)
+        return cls(keys.random_(-(2**63), None))
+
+    def next(self) -> Tensor:
+        """(N,) int64 keys, independent of those of the calls before; on a CPU, where they count."""
+        if self._keys.device.type != "cpu":
+            return self._keys
+        self._uses += 1
+        return _mixed(self._keys + self._uses)
+
+
+def random_bytes(keys: Tensor, number: int) -> Tensor:
+    """(..., number) uint8, uniform and independent; a longer row begins like a shorter one.
+
+    Args:
+        keys: (...) int64.
+        number: of bytes for each key.
+    """
+    # Hashed twice, so that keys one step apart share no words.
+    words = torch.arange(1, -(-number // 8) + 1, device=keys.device).mul_(_GOLDEN)
+    return _mixed(keys[..., None] + words).view(torch.uint8)[..., :number]
+
+
+def dropout(values: Tensor, share: float, keys: Tensor | None) -> Tensor:
     """``values`` with a random share set to zero and the others scaled to keep the expectation.
 
     Args:
-        values: float tensor of any shape.
+        values: (..., C) float.
         share: probability of zero, in [0, 1). On a CPU it is rounded to a multiple of 1/256 in
             [1/256, 255/256], and the scale follows the rounded share.
-        training: False returns ``values`` unchanged.
+        keys: (...) int64; None returns ``values`` unchanged. On other devices than a CPU the mask
+            is drawn by torch instead.
     """
-    if not training or share == 0:
+    if keys is None or share == 0:
         return values
     if values.device.type != "cpu":
         return F.dropout(values, share)
-    dropped = min(max(round(share * 256), 1), 255)
-    words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= dropped
-    # Multiplying by a float mask takes a third of the time of a boolean mask.
-    return values * kept.to(values.dtype).mul_(256 / (256 - dropped))
+    return _dropped(values, share, random_bytes(keys, values.shape[-1]))
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, share: float) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, share: float, drawn: Tensor | None = None
+) -> Tensor:
     """(B, heads, L, D / heads) scaled dot-product attention over earlier and equal positions.
 
     Args:
@@ -41,11 +84,33 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, share: float) ->
         key: as query.
         value: as query.
         share: dropout of the attention weights. Above 0 the CPU stores (L, L) weights.
+        drawn: (B, heads, L, L) uint8, the random bytes that a CPU compares with ``share``.
     """
     if share == 0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)
+    assert drawn is not None
     length = query.shape[2]
     future = torch.ones(length, length, dtype=torch.bool).triu_(1)
     scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)
     weights = scores.masked_fill_(future, -torch.inf).softmax(3)
-    return dropout(weights, share, training=True) @ value
+    return _dropped(weights, share, drawn) @ value
+
+
+def _dropped(values: Tensor, share: float, drawn: Tensor) -> Tensor:
+    least = min(max(round(share * 256), 1), 255)
+    # Multiplying by a float mask takes a third of the time of a boolean mask.
+    return values * (drawn >= least).to(values.dtype).mul_(256 / (256 - least))
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in place; a bijection of int64."""
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        words ^= _shifted(words, shift)
+        words *= factor
+    words ^= _shifted(words, 31)
+    return words
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Shifted right with zeros from the left; ``>>`` would repeat the sign."""
+    return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)

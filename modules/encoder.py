@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardrec.modules.dropout import causal_attention, dropout
+from shardrec.modules.dropout import PositionKeys, causal_attention, dropout, random_bytes
+from shardrec.modules.length_groups import LengthGroups
 from shardrec.modules.option_checks import require_at_least, require_choice
 
 __all__ = ["EncoderConfig", "TransformerEncoder", "encoder_flops", "saved_floats"]
+
+
+Positions = Literal["learned", "learned_from_last", "rotary"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +40,9 @@ class EncoderConfig:
         attention_dropout: share of attention weights dropped in training. None means ``dropout``
             for "sasrec" (as published) and 0 for "modern". Above 0 the CPU stores (L, L) weights.
         norm: "layer" or "rms"; None means "layer" for "sasrec" (the only choice) and "rms".
-        positions: "learned" or "rotary"; None means "learned" for "sasrec" (the only choice)
-            and "rotary".
+        positions: "learned" numbers the items of a sequence from its first, "learned_from_last"
+            from its last, as left padding does, and "rotary" rotates queries and keys; None means
+            "learned" for "sasrec" (which cannot be "rotary") and "rotary".
         hidden: hidden units of the feed-forward; None means ``width`` for "sasrec" and 8/3 of it,
             rounded up to a multiple of 16, for "modern".
     """
@@ -50,7 +55,7 @@ class EncoderConfig:
     dropout: float = 0.2
     attention_dropout: float | None = None
     norm: Literal["layer", "rms"] | None = None
-    positions: Literal["learned", "rotary"] | None = None
+    positions: Positions | None = None
     hidden: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class EncoderConfig:
         if self.norm is not None:
             require_choice("encoder.norm", self.norm, ("layer", "rms"))
         if self.positions is not None:
-            require_choice("encoder.positions", self.positions, ("learned", "rotary"))
+            require_choice("encoder.positions", self.positions, get_args(Positions))
         for name in ("dropout", "attention_dropout"):
             _require_share(f"encoder.{name}", getattr(self, name))
         self._check_combination()
@@ -74,7 +79,7 @@ class EncoderConfig:
             )
         if self.kind == "sasrec" and (self.norm == "rms" or self.positions == "rotary"):
             raise ValueError(
-                "encoder.norm and encoder.positions must be 'layer' and 'learned' for kind "
+                "encoder.norm and encoder.positions must be 'layer' and not 'rotary' for kind "
                 f"'sasrec', got {self.norm!r} and {self.positions!r}; use kind 'modern'"
             )
         if self.resolved_positions == "rotary" and (self.width // self.num_heads) % 2:
@@ -92,7 +97,7 @@ class EncoderConfig:
 
     @property
     def resolved_positions(self) -> str:
-        """The kind of positions, learned or rotary, with the default filled in."""
+        """The kind of positions, with the default filled in."""
         return self.positions or ("learned" if self.kind == "sasrec" else "rotary")
 
     @property
@@ -109,16 +114,17 @@ class EncoderConfig:
 
 
 def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
-    """Number of float32 values saved for backward per position, padding included.
+    """Number of float32 values saved for backward per position of sequences of one length.
 
     The formula was fitted to counts by saved-tensor hooks. Dropout saves a mask and its input;
     attention weights are saved if attention dropout is used on a CPU.
     """
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
-    is_dropped = config.dropout > 0
+    is_dropped, is_numbered = config.dropout > 0, config.resolved_positions != "rotary"
     stores_weights = on_cpu and config.resolved_attention_dropout > 0
     if config.kind == "sasrec":
-        block = (8 - stores_weights + is_dropped) * width + (1 + 2 * is_dropped) * hidden
+        copied = stores_weights and heads > 1  # the scaled query is one more if not
+        block = (8 - copied + is_dropped) * width + (1 + 2 * is_dropped) * hidden
         first = (1 + is_dropped) * width
     else:
         # The values of one head are a view of the projection, which is then saved whole.
@@ -126,7 +132,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
         block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
         first = (2 + is_dropped) * width
     block += 3 * heads * length if stores_weights else heads
-    return float(first + config.num_blocks * (block + 4) + 2)
+    return float(first + 2 * is_numbered + config.num_blocks * (block + 4) + 2)
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
@@ -141,9 +147,12 @@ class TransformerEncoder(nn.Module):
     """A causal transformer from item vectors to states: (B, L, D) -> (B, L, D).
 
     Sequences are padded on the right. A real position then never attends to padding, so no key mask
-    is needed; the caller must drop the states at padded positions. Item vectors are multiplied by
-    sqrt(D) first. Learned positions are numbered from the first item (the published SASRec pads on
-    the left and so numbers them from the last).
+    is needed; the caller must drop the states at padded positions. ``packed`` takes real positions
+    only, and pads them in attention alone. Item vectors are multiplied by sqrt(D) first.
+
+    Learned positions are numbered from the first item; with "learned_from_last" the last item of
+    the window has the number ``max_length - 1``, as in the published SASRec, which pads on the
+    left: a state then depends on no later item, but on how many there are.
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
@@ -157,7 +166,7 @@ class TransformerEncoder(nn.Module):
         self.config = config
         width = config.width
         self.position_vectors: nn.Parameter | None = None
-        if config.resolved_positions == "learned":
+        if config.resolved_positions != "rotary":
             self.position_vectors = nn.Parameter(torch.empty(config.max_length, width))
         self.rotary = _Rotary(config) if config.resolved_positions == "rotary" else None
         block = _SASRecBlock if config.kind == "sasrec" else _ModernBlock
@@ -181,12 +190,14 @@ class TransformerEncoder(nn.Module):
         if self.position_vectors is not None:
             nn.init.xavier_uniform_(self.position_vectors, generator=generator)
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, L, D) states of all positions.
 
         Args:
             vectors: (B, L, D) float item vectors in time order, padded on the right; L is at most
                 ``max_length``, B may be 0.
+            lengths: (B,) int64 real positions of each sequence, which only "learned_from_last"
+                reads; None: all L.
 
         Returns:
             (B, L, D); gradients flow to ``vectors``. Float32 under autocast.
@@ -199,16 +210,42 @@ class TransformerEncoder(nn.Module):
         self._check(vectors)
         if vectors.numel() == 0:  # attention kernels refuse empty batches on some devices
             return vectors + sum(parameter.sum() * 0 for parameter in self.parameters())
-        length = vectors.shape[1]
+        if lengths is None:
+            lengths = torch.ones_like(vectors[..., 0], dtype=torch.int64).sum(1)
+        groups = LengthGroups.single(lengths, vectors.shape[1])
+        return self.packed(vectors.flatten(0, 1), groups).view(vectors.shape)
+
+    def packed(
+        self, vectors: Tensor, groups: LengthGroups, keys: PositionKeys | None = None
+    ) -> Tensor:
+        """(N, D) states of packed positions; attention alone works on padded groups.
+
+        Args:
+            vectors: (N, D) float item vectors, sorted as ``groups`` are; N is at least 1.
+            groups: of the sequences.
+            keys: decide what dropout drops in training on a CPU; None: torch's generator does.
+        """
+        if self.training and keys is None:
+            keys = PositionKeys.drawn(len(vectors), vectors.device)
+        call = _Call(groups, self.rotary, keys if self.training else None)
         x = vectors * math.sqrt(self.config.width)
         if self.position_vectors is not None:
-            x = x + self.position_vectors[:length]
-        x = dropout(x, self.config.dropout, training=self.training)
-        rotation = self.rotary(length) if self.rotary is not None else None
+            x = x + F.embedding(self._numbers(groups), self.position_vectors)
+        x = dropout(x, self.config.dropout, call.next_keys())
         for block in self.blocks:
-            x = block(x, rotation)
+            x = block(x, call)
         states: Tensor = self.final_norm(x)
         return states
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether states depend on the ``lengths`` given to ``forward``."""
+        return self.config.resolved_positions == "learned_from_last"
+
+    def _numbers(self, groups: LengthGroups) -> Tensor:
+        """(N,) int64 row of ``position_vectors`` for each position."""
+        first = self.config.max_length - groups.lengths if self.reads_lengths else 0
+        return (first + groups.places).clamp(max=self.config.max_length - 1)  # for padding
 
     def _check(self, vectors: Tensor) -> None:
         config = self.config
@@ -222,6 +259,18 @@ class TransformerEncoder(nn.Module):
                 f"sequences must have at most {config.max_length} positions, got "
                 f"{vectors.shape[1]}; cut them or raise encoder.max_length"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the blocks share in one call of the encoder; ``keys`` is None outside training."""
+
+    groups: LengthGroups
+    rotary: _Rotary | None
+    keys: PositionKeys | None
+
+    def next_keys(self) -> Tensor | None:
+        return None if self.keys is None else self.keys.next()
 
 
 class _Block(nn.Module, ABC):
@@ -241,17 +290,29 @@ class _Block(nn.Module, ABC):
     def projections(self) -> list[tuple[nn.Linear, int]]:
         """Each linear layer, and the number of projections fused in it."""
 
-    def attend(self, projected: Iterable[Tensor], rotation: Tensor | None) -> Tensor:
-        """(B, L, D) attention of the (B, L, D) query, key and value."""
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)) for part in projected)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
-        share = self.attention_dropout if self.training else 0.0
-        return causal_attention(query, key, value, share).transpose(1, 2).flatten(2)
+    def attend(self, projected: Tensor, call: _Call) -> Tensor:
+        """(N, D) attention of the (N, 3 D) query, key and value."""
+        values, keys = [projected], call.next_keys()
+        if keys is not None and self.attention_dropout > 0 and keys.device.type == "cpu":
+            of_heads = keys[:, None] + torch.arange(self.num_heads)
+            values.append(random_bytes(of_heads, call.groups.longest))  # (N, heads, L)
+        return call.groups.apply(partial(self._attend_in_group, call.rotary), *values)
 
-    def dropped(self, values: Tensor) -> Tensor:
-        return dropout(values, self.dropout, training=self.training)
+    def _attend_in_group(
+        self, rotary: _Rotary | None, projected: Tensor, drawn: Tensor | None = None
+    ) -> Tensor:
+        """(b, l, D) attention of the (b, l, 3 D) query, key and value of a group."""
+        length, num_heads = projected.shape[1], self.num_heads
+        query, key, value = projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if rotary is not None:
+            query, key = _rotate(query, rotary(length)), _rotate(key, rotary(length))
+        if drawn is not None:
+            drawn = drawn[..., :length].transpose(1, 2)
+        share = self.attention_dropout if self.training else 0.0
+        return causal_attention(query, key, value, share, drawn).transpose(1, 2).flatten(2)
+
+    def dropped(self, values: Tensor, call: _Call) -> Tensor:
+        return dropout(values, self.dropout, call.next_keys())
 
 
 class _SASRecBlock(_Block):
@@ -270,12 +331,12 @@ class _SASRecBlock(_Block):
         single = (self.query, self.feed_forward_in, self.feed_forward_out)
         return [(self.key_value, 2), *((linear, 1) for linear in single)]
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, call: _Call) -> Tensor:
         normed = self.attention_norm(x)
-        query, (key, value) = self.query(normed), self.key_value(x).chunk(2, dim=-1)
-        normed = self.feed_forward_norm(normed + self.attend((query, key, value), rotation))
-        inner = self.dropped(F.relu(self.feed_forward_in(normed)))
-        added: Tensor = normed + self.dropped(self.feed_forward_out(inner))
+        projected = torch.cat((self.query(normed), self.key_value(x)), dim=-1)
+        normed = self.feed_forward_norm(normed + self.attend(projected, call))
+        inner = self.dropped(F.relu(self.feed_forward_in(normed)), call)
+        added: Tensor = normed + self.dropped(self.feed_forward_out(inner), call)
         return added
 
 
@@ -296,11 +357,11 @@ class _ModernBlock(_Block):
         fused = [(self.query_key_value, 3), (self.feed_forward_in, 2)]
         return [*fused, *((linear, 1) for linear in single)]
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        projected = self.query_key_value(self.attention_norm(x)).chunk(3, dim=-1)
-        x = x + self.dropped(self.attention_out(self.attend(projected, rotation)))
+    def forward(self, x: Tensor, call: _Call) -> Tensor:
+        projected = self.query_key_value(self.attention_norm(x))
+        x = x + self.dropped(self.attention_out(self.attend(projected, call)), call)
         gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        return x + self.dropped(self.feed_forward_out(F.silu(gate) * inner))
+        return x + self.dropped(self.feed_forward_out(F.silu(gate) * inner), call)
 
 
 class _Rotary(nn.Module):

@@ -171,6 +171,10 @@ class Loss(ABC):
         """The mean loss over the positions of all ranks, and statistics."""
         return LossOutput(self.evaluate(batch))
 
+    def used_rows(self, batch: Batch) -> Tensor | None:
+        """(n,) int64 rows of this rank's shard that the loss will read; None for all rows."""
+        return None
+
     def evaluate(self, batch: Batch, **more: Any) -> Any:
         """The result of ``function`` with these options and the keyword arguments ``more``."""
         return type(self).function(

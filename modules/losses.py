@@ -11,17 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels import (
+    RowShard,
     cut_cross_entropy,
     hybrid_cross_entropy,
     reduced_cross_entropy,
     sampled_cross_entropy,
     scalable_cross_entropy,
 )
+from shardrec.kernels.block_logsumexp import RowIds
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.hce import hybrid_cross_entropy_cost
 from shardrec.kernels.negatives import Mixture, Proposal, Uniform
+from shardrec.kernels.negatives.sampler import Sampler
 from shardrec.kernels.ranks.chunks import Layout
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.ranks.traffic import Workload
@@ -105,6 +108,24 @@ class CCEMinus(Loss):
             "sparse_grad": True,
             **batch.draws,
         }
+
+    def used_rows(self, batch: Batch) -> Tensor:
+        """(n,) int64 rows of this rank's shard that are drawn or a target on any rank.
+
+        Collectives: an all-gather of the targets.
+        """
+        assert isinstance(batch.table, RowShard)
+        targets = _targets_of_all_ranks(batch.targets, batch.group)
+        sampler = Sampler(
+            proposal=self._proposal(batch),
+            num_negatives=self.num_negatives,
+            num_positions=targets.numel(),
+            share=self.share or None,
+            seed=batch.step.seed,
+            step=batch.step.step,
+        )
+        first = batch.table.first_row
+        return sampler.drawn_rows(RowIds(first, batch.table.rows.shape[0]), targets) - first
 
     def cost(self, work: Workload) -> LossCost:
         """Cost of one training step on one rank."""

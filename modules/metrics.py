@@ -26,6 +26,7 @@ __all__ = [
     "NDCG",
     "Coverage",
     "HitRate",
+    "MeanOverUsers",
     "PopularityRecall",
     "Recall",
     "Surprisal",
@@ -94,37 +95,58 @@ class _ListMetric(Metric):
         return items[:, : self.k]
 
 
-class _Mean(_ListMetric):
-    """Mean of one number per user."""
+class MeanOverUsers(_ListMetric):
+    """Mean of one number per user, and its standard error."""
 
     total: Tensor
+    squares: Tensor
     num_users: Tensor
 
     def __init__(self, k: int, process_group: dist.ProcessGroup | None = None) -> None:
+        """Starts with no users."""
         super().__init__(k, process_group)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("total", "squares"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_users", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
         """() float64 mean over users; NaN before the first user."""
         return self.total / self.num_users
 
+    def standard_error(self) -> Tensor:
+        """() float64: the standard deviation of the users' numbers over the root of their count.
 
-class _MeanOverUsers(_Mean):
-    """Mean over the users with targets; `_per_user` of the subclass computes each number."""
+        It is the error of the mean as an estimate for all users of whom these are a random sample.
+        NaN for fewer than two users.
+
+        Collectives: as `compute`, all-gathers of the sums.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            users = self.num_users.double()
+            spread = (self.squares - self.total**2 / users).clamp(min=0)
+            return (spread / (users * (users - 1))).sqrt()
+
+    def _add(self, numbers: Tensor) -> None:
+        """Adds users by their (n,) float64 numbers."""
+        self.total += numbers.sum()
+        self.squares += numbers.square().sum()
+        self.num_users += len(numbers)
+
+
+class _OfTargets(MeanOverUsers):
+    """Mean over the users with targets; `per_user` of the subclass computes each number."""
 
     def update(self, ranks: Tensor, lengths: Tensor | None = None) -> None:
         """Adds users, by the (T,) ranks of their targets and (B,) numbers of targets."""
         lengths = _lengths_of(ranks, lengths)
-        self.total += self._per_user(ranks, lengths)[lengths > 0].sum()
-        self.num_users += (lengths > 0).sum()
+        self._add(self.per_user(ranks, lengths)[lengths > 0])
 
     @abstractmethod
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
         """(B,) float64 number of each user; any value for users without targets."""
 
 
-class NDCG(_MeanOverUsers):
+class NDCG(_OfTargets):
     """Discounted cumulative gain of the list, divided by that of a perfect list.
 
     A target at rank r < k gains 1 / log2(r + 2); a perfect list starts with the targets, at most k.
@@ -135,14 +157,15 @@ class NDCG(_MeanOverUsers):
     0.4599
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 NDCG of each user."""
         places = torch.arange(2, self.k + 2, dtype=torch.float64, device=ranks.device)
         perfect = places.log2().reciprocal().cumsum(0)  # (k,)
         gains = (ranks.double() + 2).log2().reciprocal().where(ranks < self.k, 0.0)
         return _sum_by_user(gains, lengths) / perfect[lengths.clamp(1, self.k) - 1]
 
 
-class Recall(_MeanOverUsers):
+class Recall(_OfTargets):
     """Share of a user's targets in the list; equal to `HitRate` with one target a user.
 
     >>> metric = Recall(k=3)
@@ -151,11 +174,12 @@ class Recall(_MeanOverUsers):
     0.75
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 recall of each user."""
         return _sum_by_user((ranks < self.k).double(), lengths) / lengths
 
 
-class HitRate(_MeanOverUsers):
+class HitRate(_OfTargets):
     """Share of users with at least one target in the list.
 
     >>> metric = HitRate(k=3)
@@ -164,11 +188,12 @@ class HitRate(_MeanOverUsers):
     0.5
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64, 1 for each user with a hit."""
         return (_sum_by_user((ranks < self.k).double(), lengths) > 0).double()
 
 
-class MRR(_MeanOverUsers):
+class MRR(_OfTargets):
     """Mean of 1 / (1 + rank) of a user's best target, 0 if it is not in the list.
 
     >>> metric = MRR(k=3)
@@ -177,7 +202,8 @@ class MRR(_MeanOverUsers):
     0.25
     """
 
-    def _per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+    def per_user(self, ranks: Tensor, lengths: Tensor) -> Tensor:
+        """(B,) float64 reciprocal rank of each user's best target."""
         found = (ranks.double() + 1).reciprocal().where(ranks < self.k, 0.0)
         owners = torch.repeat_interleave(lengths)
         return found.new_zeros(len(lengths)).scatter_reduce(0, owners, found, "amax")
@@ -216,7 +242,7 @@ class Coverage(_ListMetric):
         return self.recommended.count_nonzero().double() / self.num_items
 
 
-class Surprisal(_Mean):
+class Surprisal(MeanOverUsers):
     """Rarity of the recommended items: 0 if all users know them, 1 if one or none does.
 
     As in RePlay, the self-information of an item that u of U training users know is
@@ -260,8 +286,8 @@ class Surprisal(_Mean):
     def update(self, items: Tensor) -> None:
         """Adds users by their (B, >= k) lists of items; item -1 counts as rarity 0."""
         listed = self._lists(items)
-        self.total += self.surprise[listed[listed >= 0]].sum() / self.k
-        self.num_users += len(listed)
+        rarity = self.surprise[listed.clamp(min=0)].where(listed >= 0, 0.0)
+        self._add(rarity.sum(1) / self.k)
 
 
 class PopularityRecall(_ListMetric):

@@ -2,7 +2,7 @@
 
 States are all-gathered in chunks, each rank scores its own rows in tiles, and the candidates return
 to the rank that owns the state: no (B, V) scores are stored. Scores are float32, and equal scores
-rank by the lower item index.
+rank by a hash of the item (``tie_keys``), the same on any number of ranks and any device.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from shardrec.modules.ranking_shard import (
     real_rows,
     rounds,
     shard_top,
+    tie_keys,
 )
 
-__all__ = ["Blocks", "Ragged", "ranks_in_lists", "top_items"]
+__all__ = ["Blocks", "Ragged", "by_popularity", "ranks_in_lists", "tie_keys", "top_items"]
 
 
 @torch.no_grad()
@@ -34,7 +35,6 @@ def top_items(
     k: int,
     *,
     seen: Ragged | None = None,
-    keep: Ragged | None = None,
     allowed: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,6 @@ def top_items(
         shard: the table; rows beyond ``shard.num_rows`` are padding and never returned.
         k: length of the lists, the same on every rank.
         seen: items of each state that must not be returned.
-        keep: items of each state that may be returned although ``seen`` lists them (the targets of
-            an evaluation).
         allowed: (V,) bool, the same on every rank; False excludes an item from every list.
         blocks: block sizes, the same on every rank.
 
@@ -63,18 +61,18 @@ def top_items(
     """
     ranks = Ranks(shard.group)
     blocks = blocks or Blocks()
-    refusal = _refusal(states, shard, k, {"seen": seen, "keep": keep}, allowed)
+    refusal = _refusal(states, shard, k, seen, allowed)
     counts = ranks.agree(states, shard, refusal, (k, seen is None, blocks.states))
     local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
-    pairs = _without(seen, keep, shard.num_rows)
     scores, items = [], []
     for start, sizes in rounds(counts, blocks.states):
         chunk = ranks.gather(states, sizes, start).float()
-        seen_pairs = None if pairs is None else ranks.gather_ragged(pairs, sizes, start)
-        found_scores, found_items = shard_top(local, chunk, seen_pairs, k, blocks)
-        best, order = top_lowest(ranks.send_back(found_scores, sizes), k)
+        hidden = None if seen is None else ranks.gather_ragged(seen, sizes, start)
+        found_scores, found_items = shard_top(local, chunk, hidden, k, blocks)
+        back = ranks.send_back(found_scores, sizes), ranks.send_back(found_items, sizes)
+        best, best_items = _merge(*back, k)
         scores.append(best)
-        items.append(ranks.send_back(found_items, sizes).gather(1, order))
+        items.append(best_items)
     joined = torch.cat([states.new_empty(0, k, dtype=torch.float32), *scores])
     joined_items = torch.cat([states.new_empty(0, k, dtype=torch.int64), *items])
     ranks.require_numbers(joined)
@@ -87,7 +85,7 @@ def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
     Lists of k items are enough for all metrics at k or less.
 
     Args:
-        items: (B, k) int64 from `top_items` (with ``keep=targets`` where seen items are hidden).
+        items: (B, k) int64 from `top_items`.
         targets: values (T,) and lengths (B,).
         missing: rank of a target that is not in its list, such as the number of items.
 
@@ -106,26 +104,24 @@ def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
     return place.masked_fill_(~hits.any(1), missing)
 
 
-def _without(seen: Ragged | None, keep: Ragged | None, num_rows: int) -> Ragged | None:
-    """``seen`` without the (state, item) pairs that are also in ``keep``.
+def by_popularity(counts: Tensor) -> Tensor:
+    """(V,) int64 items by falling (V,) counts; equal counts by ``tie_keys``."""
+    order = tie_keys(torch.arange(len(counts), device=counts.device)).argsort()
+    return order[counts[order].argsort(descending=True, stable=True)]
 
-    >>> seen = torch.tensor([5, 7, 5]), torch.tensor([2, 1])
-    >>> _without(seen, (torch.tensor([7, 7]), torch.tensor([1, 1])), num_rows=10)
-    (tensor([5, 5]), tensor([1, 1]))
-    """
-    if seen is None or keep is None:
-        return seen
-    owners, kept_owners = (torch.repeat_interleave(lengths) for _, lengths in (seen, keep))
-    pairs, kept = owners * num_rows + seen[0], kept_owners * num_rows + keep[0]
-    left = ~torch.isin(pairs, kept)
-    return seen[0][left], torch.bincount(owners[left], minlength=len(seen[1]))
+
+def _merge(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(B, k) best scores and items of the lists of all shards, joined: (B, W * k)."""
+    by_key = tie_keys(items).argsort(1)
+    best, order = top_lowest(scores.gather(1, by_key), k)
+    return best, items.gather(1, by_key.gather(1, order))
 
 
 def _refusal(
     states: Tensor,
     shard: RowShard,
     k: int,
-    ragged: dict[str, Ragged | None],
+    seen: Ragged | None,
     allowed: Tensor | None,
 ) -> str | None:
     """The error message for the arguments; None if they are valid."""
@@ -141,27 +137,22 @@ def _refusal(
             f"allowed must be bool of length {shard.num_rows}, got {allowed.dtype} of length "
             f"{len(allowed)}; pass one value for each item"
         )
-    messages = (_ragged_refusal(name, pair, states, shard) for name, pair in ragged.items())
-    return next((message for message in messages if message), None)
+    return None if seen is None else _seen_refusal(seen, states, shard)
 
 
-def _ragged_refusal(
-    name: str, ragged: Ragged | None, states: Tensor, shard: RowShard
-) -> str | None:
-    if ragged is None:
-        return None
-    values, lengths = ragged
+def _seen_refusal(seen: Ragged, states: Tensor, shard: RowShard) -> str | None:
+    values, lengths = seen
     if values.dtype != torch.int64 or lengths.dtype != torch.int64:
-        return f"{name} must be int64, got {values.dtype} and {lengths.dtype}; convert them"
+        return f"seen must be int64, got {values.dtype} and {lengths.dtype}; convert them"
     if len(lengths) != len(states) or int(lengths.sum()) != len(values):
         return (
-            f"{name} must have one length for each of {len(states)} states, adding up to its "
+            f"seen must have one length for each of {len(states)} states, adding up to its "
             f"{len(values)} values, got {len(lengths)} lengths that add up to {int(lengths.sum())}"
             "; pass (values, lengths)"
         )
     if len(values) and not (0 <= int(values.min()) and int(values.max()) < shard.num_rows):
         return (
-            f"{name} must be items in [0, {shard.num_rows}), got {int(values.min())} to "
+            f"seen must be items in [0, {shard.num_rows}), got {int(values.min())} to "
             f"{int(values.max())}; pass dense indices, not item ids"
         )
     return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +23,21 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.select import GROUP, TopSearch
 from shardrec.kernels.shard import RowShard
 
-__all__ = ["Blocks", "LocalRows", "Ragged", "Ranks", "real_rows", "rounds", "shard_top"]
+__all__ = [
+    "Blocks",
+    "LocalRows",
+    "Ragged",
+    "Ranks",
+    "real_rows",
+    "rounds",
+    "shard_top",
+    "tie_keys",
+]
 
 Ragged = tuple[Tensor, Tensor]
 """Items of several users: values (sum of lengths,) int64 and lengths (B,) int64."""
 
+_LARGEST = 2**63 - 1
 _LEAST_COLUMNS = 16  # BLAS has another kernel for narrower products, which rounds differently
 
 
@@ -60,11 +70,16 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class LocalRows:
-    """This rank's rows without padding, and which of them must not be recommended."""
+    """This rank's rows without padding, and which of them must not be recommended.
+
+    A place is an index in the order in which the rows are scored: of equal scores, `TopSearch`
+    keeps those of the first places.
+    """
 
     rows: Tensor  # (R, D)
     first_row: int
-    blocked: Tensor  # int64 local indices, ascending
+    blocked: Tensor  # int64 places, ascending
+    order: Tensor | None = None  # (R,) int64, the row in each place; None: the order of the rows
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
@@ -74,9 +89,51 @@ class LocalRows:
             blocked = (~allowed[first_row : first_row + len(rows)]).nonzero()[:, 0]
         return cls(rows, first_row, blocked)
 
+    def by_key(self) -> LocalRows:
+        """The same rows, to be scored in the order of their ``tie_keys``."""
+        rows = torch.arange(len(self.rows), device=self.rows.device)
+        order = tie_keys(self.first_row + rows).argsort()
+        places = torch.empty_like(order).index_copy_(0, order, rows)
+        return replace(self, blocked=places[self.blocked].sort().values, order=order)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """The float32 rows in places [start, stop)."""
+        tile = slice(start, stop)
+        return self.rows[tile if self.order is None else self.order[tile]].float()
+
+    def places(self, rows: Tensor) -> Tensor:
+        """The places of some rows."""
+        if self.order is None:
+            return rows
+        every = torch.arange(len(self.order), device=rows.device)
+        return torch.empty_like(self.order).index_copy_(0, self.order, every)[rows]
+
+    def items(self, places: Tensor) -> Tensor:
+        """The global items in some places."""
+        return self.first_row + (places if self.order is None else self.order[places])
+
+
+def tie_keys(items: Tensor) -> Tensor:
+    """int64 keys of distinct items, distinct and unrelated to the order of the items.
+
+    Of items with equal scores the one with the lower key ranks first. Indices say something of
+    popularity (``prepare`` gives the most popular item index 0): ranked by index, a model whose
+    scores are all equal would do better than chance. The mixing steps (multiplication by an odd
+    number, xor with a shift, modulo 2**63) are those of splitmix64, and each is invertible.
+
+    >>> tie_keys(torch.arange(6)).argsort().tolist()
+    [3, 4, 2, 0, 5, 1]
+    """
+    keys = (items + 1) * 0x1E3779B97F4A7C15
+    for multiplier in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        keys = keys & _LARGEST
+        keys = (keys ^ (keys >> 31)) * multiplier
+    keys = keys & _LARGEST
+    return keys ^ (keys >> 31)
+
 
 class _Hidden:
-    """The (row, state) pairs, and whole rows, with scores to set to -inf; sorted by row."""
+    """The (place, state) pairs, and whole rows, with scores to set to -inf; sorted by place."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked
@@ -84,17 +141,17 @@ class _Hidden:
         items, columns = seen if seen is not None else (local.blocked[:0], local.blocked[:0])
         rows = items - local.first_row
         inside = (rows >= 0) & (rows < len(local.rows))
-        self.rows, order = rows[inside].sort()
+        self.places, order = local.places(rows[inside]).sort()
         self.columns = columns[inside][order]
-        self.bounds = _tile_bounds(self.rows, len(local.rows), tile_rows)
+        self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
 
     def cover(self, scores: Tensor, start: int) -> None:
-        """Set hidden scores to -inf in the (rows, columns) tile that starts at row ``start``."""
+        """Set hidden scores to -inf in the (rows, columns) tile that starts at place ``start``."""
         tile = start // self.tile_rows
         low, high = self.bounds[tile], self.bounds[tile + 1]
         if high > low:
-            places = (self.rows[low:high] - start) * scores.shape[1] + self.columns[low:high]
-            scores.view(-1).index_fill_(0, places, -math.inf)
+            cells = (self.places[low:high] - start) * scores.shape[1] + self.columns[low:high]
+            scores.view(-1).index_fill_(0, cells, -math.inf)
         low, high = self.blocked_bounds[tile], self.blocked_bounds[tile + 1]
         if high > low:
             scores.index_fill_(0, self.blocked[low:high] - start, -math.inf)
@@ -105,9 +162,24 @@ def shard_top(
 ) -> tuple[Tensor, Tensor]:
     """(M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Of equal scores the lower index comes first. A list with fewer than k items ends in -inf; if any
-    score of a state is NaN, its list starts with NaN.
+    Of equal scores those of the lower ``tie_keys`` are in the list, in any order. A list with fewer
+    than k items ends in -inf; if any score of a state is NaN, its list starts with NaN.
     """
+    # One more than k shows where more rows tie with the last one than fit. Models seldom have such
+    # ties, so that only those states pay for reading the rows in another order.
+    best, items = _search(local, states, seen, k + 1, blocks)
+    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
+    if tied.any():
+        hidden = None if seen is None else _of_states(seen, tied)
+        again = _search(local.by_key(), states[tied], hidden, k + 1, blocks)
+        best[tied], items[tied] = again
+    return best[:, :k], items[:, :k]
+
+
+def _search(
+    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """As ``shard_top``, but of equal scores those of the first places are in the list."""
     num_states = len(states)
     widened = _widen(states)
     tile = blocks.rows_of_tile(widened, len(local.rows))
@@ -115,15 +187,26 @@ def shard_top(
     hidden = _Hidden(local, seen, tile)
     memory = states.new_empty(tile, len(widened))  # all tiles share it
     for start in range(0, len(local.rows), tile):
-        rows = local.rows[start : start + tile]
+        rows = local.tile(start, start + tile)
         # Autocast does not apply to a product with ``out``, so scores stay float32.
-        scores = torch.mm(rows.float(), widened.T, out=memory[: len(rows)])
+        scores = torch.mm(rows, widened.T, out=memory[: len(rows)])
         hidden.cover(scores, start)
         # All scores of a padding column are equal, so a search would take all of its rows.
         search.add(scores[:, :num_states], start)
-    best, best_rows, not_numbers = search.result()
+    best, places, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
-    return best, best_rows + local.first_row
+    return best, local.items(places)
+
+
+def _of_states(seen: Ragged, chosen: Tensor) -> Ragged:
+    """The items and columns of the states that (M,) bool ``chosen`` names, in new columns.
+
+    >>> _of_states((torch.tensor([7, 8, 9]), torch.tensor([0, 2, 2])), torch.tensor([0, 1, 1]) > 0)
+    (tensor([8, 9]), tensor([1, 1]))
+    """
+    items, columns = seen
+    kept = chosen[columns]
+    return items[kept], (chosen.cumsum(0) - 1)[columns[kept]]
 
 
 def _widen(states: Tensor) -> Tensor:

@@ -14,9 +14,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.torchrec_adapter import ShardedTable
 
-__all__ = ["AdamUpdate", "FusedUpdate", "RowUpdate", "SparseAdamUpdate", "range_size"]
+__all__ = [
+    "AdamUpdate",
+    "FusedUpdate",
+    "RowUpdate",
+    "SparseAdamUpdate",
+    "build_update",
+    "chunks",
+    "empty_gradient",
+    "range_size",
+    "sparse_gradient",
+]
 
 # Larger ranges do not fit in the cache: 65,536 rows of 64 floats took twice the time per row of
 # 2,048 rows.
@@ -45,7 +56,7 @@ class FusedUpdate:
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
         """Updates the rows with an entry in the gradient."""
         self.table.set_learning_rate(learning_rate)
-        for rows, values in _chunks(gradient, self.range):
+        for rows, values in chunks(gradient, self.range):
             self.table.update_rows(rows, values)
 
     def states(self) -> dict[str, Tensor]:
@@ -121,6 +132,15 @@ class SparseAdamUpdate:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
+def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> RowUpdate:
+    """The update of a table by ``optimizer``, with the other options of ``config``."""
+    if optimizer == "adam":
+        return AdamUpdate(table.rows, config.betas, config.eps)
+    if optimizer == "sparse_adam":
+        return SparseAdamUpdate(table.rows, config.betas, config.eps)
+    return FusedUpdate(table)
+
+
 def range_size(rows: Tensor) -> int:
     """Rows per range: 1 % of the shard, within limits that depend on the device.
 
@@ -130,8 +150,13 @@ def range_size(rows: Tensor) -> int:
     return max(MIN_RANGE, min(MAX_RANGE[rows.device.type], rows.shape[0] // 100))
 
 
-def _chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The gradient in parts of at most ``size`` rows: (M,) int64 rows and (M, D) values."""
+def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The gradient in parts of at most ``size`` rows: (M,) int64 rows and (M, D) values.
+
+    Args:
+        gradient: dense (R, D) or coalesced COO.
+        size: rows.
+    """
     if gradient.is_sparse:
         rows, values = gradient.indices()[0], gradient.values()
         yield from zip(rows.split(size), values.split(size), strict=True)
@@ -150,7 +175,21 @@ def _rows_between(gradient: Tensor, start: int, stop: int) -> Tensor:
         local, values = rows[first:last] - start, gradient.values()[first:last]
     else:
         local, values = torch.arange(stop - start, device=gradient.device), gradient[start:stop]
-    shape = (stop - start, gradient.shape[1])
+    return sparse_gradient(local, values, stop - start)
+
+
+def empty_gradient(rows: Tensor) -> Tensor:
+    """A sparse gradient without entries."""
+    none = torch.empty(0, dtype=torch.int64, device=rows.device)
+    return sparse_gradient(none, rows.new_empty((0, rows.shape[1])), rows.shape[0])
+
+
+def sparse_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:
+    """Coalesced COO tensor from distinct sorted rows and their values, without a copy."""
     return torch.sparse_coo_tensor(
-        local[None], values, shape, is_coalesced=True, check_invariants=False
+        rows[None],
+        values,
+        (num_rows, values.shape[1]),
+        is_coalesced=True,
+        check_invariants=False,
     )

@@ -57,6 +57,7 @@ class ShardedTable:
     Attributes:
         rows: (R, D) float32 on ``device``; aliases the storage that the look-up reads.
         first_row: global index of ``rows[0]``.
+        read: what the look-up returns for (M,) int64 local rows; None: those of ``rows``.
         pairs: (rows (M,) int64 local, gradients (M, D)) recorded by backward, in order. The
             gradients are sums over all ranks' look-ups, never divided by the number of ranks.
     """
@@ -80,6 +81,7 @@ class ShardedTable:
         self.num_rows = num_rows
         self.width = width
         self.num_ranks = dist.get_world_size(group)
+        self.read: Callable[[Tensor], Tensor] | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
         table = EmbeddingConfig(
             name=TABLE, num_embeddings=num_rows, embedding_dim=width, feature_names=[FEATURE]
@@ -184,6 +186,8 @@ class ShardedTable:
         return _DeferredLookup.apply(self._handle, self, indices)
 
     def _read(self, indices: Tensor) -> Tensor:
+        if self.read is not None:
+            return self.read(indices)
         if not self.rows.shape[0]:  # fbgemm's CPU kernel fails for a table without rows
             return self.rows.new_empty((0, self.rows.shape[1]))
         return self._tbe_forward(indices, _one_row_bags(indices))

@@ -3,26 +3,35 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.kernels.shard import RowShard
-from shardrec.pipeline.model.config import MeasureConfig
-from shardrec.pipeline.model.measure import Scorer, Split, measure, open_users
+from shardrec.modules.ranking import Blocks, by_popularity
+from shardrec.pipeline.baseline import BASELINES
+from shardrec.pipeline.model.baseline_ranker import BaselineRanker
+from shardrec.pipeline.model.config import MeasureConfig, describe_lists
+from shardrec.pipeline.model.measure import Measurement, Split, measure, open_users
+from shardrec.pipeline.model.ranker import Ranker
+from shardrec.pipeline.outputs.files import sha256
 from shardrec.pipeline.outputs.formats import METRICS
+from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.stage_output import StageOutput
+from shardrec.pipeline.outputs.staging import staged_file
+from shardrec.pipeline.prepared.batches import gathered
 from shardrec.pipeline.prepared.folder import Prepared
-from shardrec.pipeline.ranks import default_group, on_this_rank
-from shardrec.pipeline.run.trained import Source, load_model
+from shardrec.pipeline.ranked import find_ranked
+from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 
-__all__ = ["evaluate", "evaluate_popularity"]
+__all__ = ["evaluate", "evaluate_baselines", "evaluate_popularity"]
 
 
 def evaluate(
@@ -36,15 +45,17 @@ def evaluate(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Rank the whole catalog for every user of a split and write ``metrics.json`` into the run.
+    """Rank the items for every user of a split and write ``metrics.json`` into the run.
+
+    Beside it ``metrics.users.parquet`` has the rank of each target in the list of its user.
 
     Runs on any number of ranks, whatever number trained. If the report of the same weights, users
     and options exists already, logs that and does nothing.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a folder of ``baseline``.
         data: the prepared folder the run was trained on.
-        config: list lengths and the seen filter; None takes the defaults.
+        config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
         checkpoint: the weights to load.
         encoder: the module given to ``train``, if any.
@@ -62,17 +73,23 @@ def evaluate(
     Collectives: on the default group; every rank must call it.
     """
     users = _Users.open(data, split, config)
-    source = Source.find(run, users.prepared, checkpoint, encoder)
-    request = {"source": source.identity, "checkpoint": checkpoint, **users.request}
+    ranked = find_ranked(run, users.prepared, checkpoint, encoder, users.blocks)
+    request = {"source": ranked.identity, "checkpoint": checkpoint, **users.request}
     report = users.report(output or str(Path(run) / "metrics.json"), request, force)
     found = _find(report)
+    counted = on_first_rank(users.baselines, users.group)
     if found is not None:
-        return found
-    model, progress = load_model(source.config, source.checkpoint, users.prepared, encoder)
-    length = source.config.encoder.max_length
-    metrics = users.measure(model.last_states, model.scored_shard(), length)
-    which = {"which": checkpoint, "folder": source.checkpoint.name, "step": progress["step"]}
-    return _with_numbers(report.finish(lambda: users.details(metrics) | {"checkpoint": which}))
+        return {**found, "baselines": found.get("baselines", {}) | counted}
+    ranker, loaded = ranked.load()
+    measured = users.measure(ranker)
+    beside = {"popularity": users.measure(users.popularity()).metrics} | counted
+    lists = on_all_ranks(lambda: (measured.users, *measured.ranks), users.group)
+
+    def details() -> dict[str, Any]:
+        written = {"checkpoint": loaded, "users": _write_ranks(report.path, lists)}
+        return users.details(measured, beside) | written
+
+    return _with_numbers(report.finish(details))
 
 
 def evaluate_popularity(
@@ -82,17 +99,18 @@ def evaluate_popularity(
     split: Split = "test",
     output: str | None = None,
     force: bool = False,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics of ranking every user by training counts alone: a baseline for any model.
-
-    Ranks as for a model, with a table of width 1 (D = 1).
 
     Args:
         data: a prepared folder.
-        config: list lengths and the seen filter; None takes the defaults.
+        config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
         output: the report to write; None writes none.
         force: whether to replace an existing report.
+
+    Returns:
+        The content of the report, written or not.
 
     Raises:
         FileExistsError: a report of other data or options exists.
@@ -106,11 +124,27 @@ def evaluate_popularity(
         report = users.report(output, {"source": source, **users.request}, force)
         found = _find(report)
         if found is not None:
-            return dict(found["metrics"])
-    metrics = users.measure(_same_state, _popularity_shard(users.prepared, users.group), 1)
-    if report is not None:
-        report.finish(lambda: users.details(metrics))
-    return metrics
+            return found
+    measured = users.measure(users.popularity())
+    details = users.details(measured, {})
+    return _with_numbers(details if report is None else report.finish(lambda: details))
+
+
+def evaluate_baselines(
+    data: str, config: MeasureConfig, split: Split = "test"
+) -> dict[str, dict[str, float]]:
+    """Metrics of popularity and of the baselines in ``data`` that were evaluated by this protocol.
+
+    Args:
+        data: a prepared folder.
+        config: list lengths and candidates.
+        split: the users to rank for.
+
+    Collectives: on the default group; every rank must call it.
+    """
+    users = _Users.open(data, split, config)
+    popularity = users.measure(users.popularity()).metrics
+    return {"popularity": popularity} | on_first_rank(users.baselines, users.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,41 +165,63 @@ class _Users:
 
     @property
     def request(self) -> dict[str, Any]:
-        config = self.config
-        return {"split": self.split, "ks": list(config.ks), "filter_seen": config.filter_seen}
+        return {"split": self.split, **self.config.protocol}
 
     def report(self, path: str, request: Mapping[str, Any], force: bool) -> StageOutput:
         return StageOutput(
             path=Path(path), format=METRICS, request=request, force=force, group=self.group
         )
 
-    def measure(self, scorer: Scorer, shard: RowShard, max_length: int) -> dict[str, float]:
-        batches = open_users(self.prepared, self.split, self.config, max_length, self.group)
-        return measure(scorer, shard, batches, self.config, self.prepared)
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(states=self.config.block_states, rows=self.config.block_rows)
 
-    def details(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """The report, without its request."""
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """The metrics of the baselines of this data that were evaluated by the same protocol."""
+        folder = self.prepared.path / BASELINES
+        reports = [read_json(path) for path in sorted(folder.glob("*/metrics.json"))]
+        found = {}
+        for report in (one for one in reports if one.get("format") == METRICS.name):
+            request = report["request"]
+            same = {name: request.get(name) for name in self.request} == self.request
+            if same and request["source"].get("data") == self.prepared.fingerprint:
+                found[request["source"]["baseline"]] = report["metrics"]
+        return found
+
+    def popularity(self) -> Ranker:
+        counts = on_this_rank(self.prepared.item_counts, self.group)
+        return BaselineRanker.of_order(by_popularity(counts), self.group)
+
+    def measure(self, ranker: Ranker) -> Measurement:
+        batches = open_users(self.prepared, self.split, self.config, ranker.max_length, self.group)
+        return measure(ranker, batches, self.config, self.prepared)
+
+    def details(
+        self, measured: Measurement, beside: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """The report, without its request; ``beside`` has the metrics of baselines."""
         seconds = time.monotonic() - self.started
         return {
-            "metrics": {n: value if math.isfinite(value) else None for n, value in metrics.items()},
+            "metrics": _json(measured.metrics),
+            "standard_errors": _json(measured.standard_errors),
+            "baselines": {name: _json(metrics) for name, metrics in beside.items()},
             "protocol": self.protocol(),
             "seconds": seconds,
-            "users_per_second": metrics["users"] / seconds,
+            "users_per_second": measured.metrics["users"] / seconds,
         }
 
     def protocol(self) -> dict[str, Any]:
         """What the metrics mean, for later readers."""
         prepared, without = self.prepared, f"{self.split}_users_without_history"
-        seen = "removed, targets excepted" if self.config.filter_seen else "not removed"
         return {
             "split": self.split,
             "data": prepared.manifest.split,
             "num_items": prepared.num_items,
-            "candidates": "the whole catalog, items first seen after the split included",
+            **describe_lists(self.config.filter_seen, self.config.min_count),
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
-            "seen_items": seen,
-            "ties": "lower item index first",
+            "new": "metrics that end in /new leave out all other targets",
+            "standard_errors": "of a mean over users, as a random sample",
             "users_without_history": prepared.manifest.counts.get(without),
             "data_fingerprint": prepared.fingerprint,
         }
@@ -183,20 +239,39 @@ def _find(report: StageOutput) -> dict[str, Any] | None:
 
 
 def _with_numbers(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored report with its metrics as numbers: NaN where there were no users to average."""
-    metrics = {n: math.nan if value is None else value for n, value in report["metrics"].items()}
-    return {**report, "metrics": metrics}
+    """A report with its metrics as numbers: NaN where there were no users to average."""
+    parts = {
+        part: {
+            name: math.nan if value is None else value
+            for name, value in report.get(part, {}).items()
+        }
+        for part in ("metrics", "standard_errors")
+    }
+    return {**report, **parts}
 
 
-def _popularity_shard(prepared: Prepared, group: dist.ProcessGroup | None) -> RowShard:
-    """A (V, 1) table of training counts, of which this rank holds a block of rows."""
-    counts = on_this_rank(prepared.item_counts, group)
-    block = -(-prepared.num_items // Communicator(group).size)
-    first = min(Communicator(group).rank * block, prepared.num_items)
-    rows = counts[first : first + block].float()[:, None]
-    return RowShard(rows, first, prepared.num_items, group)
+def _write_ranks(report: Path, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, str]:
+    """Write the ranks of all users' targets, in the order of the split's file, beside the report.
+
+    Args:
+        report: ``NAME.json``; the ranks are ``NAME.users.parquet``.
+        parts: of each rank: users, ranks of their targets, numbers of targets.
+
+    Returns:
+        JSON: the file's name and checksum.
+    """
+    users, ranks, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    values, lengths = gathered(ranks, offsets, users.argsort())
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    lists = pa.ListArray.from_arrays(offsets.int().numpy(), values.numpy())
+    path = report.with_name(f"{report.stem}.users.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path) as partial:
+        pq.write_table(pa.table({"ranks": lists}), partial, compression="zstd")
+    return {"file": path.name, "sha256": sha256(path)}
 
 
-def _same_state(items: Tensor, lengths: Tensor) -> Tensor:
-    """(B, 1) ones: every user gets the counts as scores."""
-    return torch.ones(items.shape[0], 1, device=items.device)
+def _json(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics without NaN, which JSON lacks."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -2,7 +2,8 @@
 
 ::
 
-    items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows
+    items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows,
+                                        and rank 0 one part more for items after training
     encoder.safetensors                 its weights; encoder.pt2, a program, if it is not ours
     items.faiss                         if an index is asked for
     manifest.json                       run, data, catalog version, files; written last
@@ -36,7 +37,8 @@ from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, 
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
-from shardrec.pipeline.served.encoder_file import read_encoder, write_encoder
+from shardrec.pipeline.served.encoder_file import inputs, read_encoder, reads_lengths, write_encoder
+from shardrec.pipeline.served.new_items import NewItems
 
 __all__ = ["ExportConfig", "Exported", "encoder_difference", "export"]
 
@@ -51,6 +53,8 @@ class ExportConfig:
         run: run folder of train.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
+        items: Parquet with attributes of items, in the columns that `prepare --item-attributes`
+            read; those that the catalog does not have are added, with 0 training events.
         checkpoint: the weights to export.
         faiss: a FAISS factory string, such as HNSW32 or IVF1024,Flat, for an index of the items
             that training saw, built on one rank that holds all vectors; none: no index.
@@ -62,6 +66,7 @@ class ExportConfig:
     run: str
     prepared: str
     output: str
+    items: str | None = None
     checkpoint: Literal["best", "last"] = "best"
     faiss: str | None = None
     faiss_search: str | None = None
@@ -122,7 +127,12 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     source = Source.find(config.run, prepared, config.checkpoint, encoder)
     index = config.index
-    request = {"source": source.identity, "faiss": index and dataclasses.asdict(index)}
+    new = on_this_rank(lambda: _open_new_items(config, prepared, source), group)
+    request = {
+        "source": source.identity,
+        "faiss": index and dataclasses.asdict(index),
+        "items": new and new.file.describe(),
+    }
     output = StageOutput(
         path=Path(config.output), format=EXPORT, request=request, force=config.force, group=group
     )
@@ -131,7 +141,7 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
         return Exported(found, False, time.monotonic() - started)
     on_first_rank(lambda: _check_index(index, source), group)
     model = source.load(prepared, encoder)
-    work = on_this_rank(lambda: _Work(config, model, source, prepared), group)
+    work = on_this_rank(lambda: _Work(config, model, source, prepared, new), group)
     with output.write() as (folder, _):
         files = work.write(folder)
         manifest = output.finish(work.details, folder, files)
@@ -142,19 +152,29 @@ class _Work:
     """Writes this rank's rows, and on rank 0 the encoder and the index."""
 
     def __init__(
-        self, config: ExportConfig, model: Model, source: Source, prepared: Prepared
+        self,
+        config: ExportConfig,
+        model: Model,
+        source: Source,
+        prepared: Prepared,
+        new: NewItems | None,
     ) -> None:
         self.config, self.model, self.source, self.prepared = config, model, source, prepared
         self.ids, self.counts = ItemIds(prepared.item_ids()), prepared.item_counts()
+        self.new = new
         self.measured: dict[str, Any] = {}
 
     def write(self, folder: Path) -> list[FileEntry]:
         group = self.model.group
         written = on_all_ranks(lambda: self._write_rows(folder), group)
         rows = [entry for entries in written for entry in entries]
-        more = on_first_rank(lambda: self._write_served(folder, rows), group)
+        more = on_first_rank(lambda: self._write_rest(folder, rows), group)
         rank = Communicator(group).rank
         return written[rank] + (more if rank == 0 else [])
+
+    def _write_rest(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+        new = self._write_new_rows(folder)
+        return new + self._write_served(folder, [*rows, *new])
 
     def details(self) -> dict[str, Any]:
         """The manifest without its request; complete on rank 0."""
@@ -165,35 +185,48 @@ class _Work:
             "width": config.width,
             "max_length": config.max_length,
             "scores": "cosine" if self.model.normalize else "inner product",
+            "reads_lengths": reads_lengths(self.model.encoder),
             "versions": {"shardrec": __version__, "torch": torch.__version__},
             **self.measured,
         }
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
-        rank, size = Communicator(self.model.group).rank, Communicator(self.model.group).size
-        name = f"items/part-{rank:05d}-of-{size:05d}.parquet"
+        """Write this rank's rows."""
         (folder / "items").mkdir(exist_ok=True)
-        shard, block_rows = self.model.catalog.shard, self.config.block_rows
-        schema = pa.schema(
-            {
-                "item_id": self.ids.ids.type,
-                "item": pa.int64(),
-                "count": pa.int64(),
-                "vector": pa.list_(pa.float32(), shard.rows.shape[1]),
-            }
-        )
-        with pq.ParquetWriter(folder / name, schema) as writer:
-            for start in range(0, shard.rows.shape[0], block_rows):
-                rows = shard.rows.detach()[start : start + block_rows].cpu()
-                writer.write_table(self._table(rows, shard.first_row + start, schema))
+        shard, name = self.model.catalog.shard, self._part(Communicator(self.model.group).rank)
+        with pq.ParquetWriter(folder / name, self._schema()) as writer:
+            for start in range(0, shard.rows.shape[0], self.config.block_rows):
+                rows = shard.rows.detach()[start : start + self.config.block_rows].cpu()
+                writer.write_table(self._table(rows, shard.first_row + start))
         return [describe_parquet(folder, name)]
 
-    def _table(self, rows: Tensor, first: int, schema: pa.Schema) -> pa.Table:
+    def _write_new_rows(self, folder: Path) -> list[FileEntry]:
+        """Write the items that came after training, after those of the catalog; on rank 0."""
+        if self.new is None:
+            return []
+        name, first = self._part(Communicator(self.model.group).size), len(self.ids)
+        ids, rows = self.new.vectors(self.ids.ids, self.model.catalog.attributes)
+        self.ids = ItemIds(pa.concat_arrays([self.ids.ids, ids.cast(self.ids.ids.type)]))
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(ids))])
+        self.measured["items_after_training"] = len(ids)
+        pq.write_table(self._table(rows, first), folder / name)
+        return [describe_parquet(folder, name)]
+
+    def _part(self, index: int) -> str:
+        total = Communicator(self.model.group).size + (self.new is not None)
+        return f"items/part-{index:05d}-of-{total:05d}.parquet"
+
+    def _schema(self) -> pa.Schema:
+        vector = pa.list_(pa.float32(), self.source.config.encoder.width)
+        columns = {"item": pa.int64(), "count": pa.int64(), "vector": vector}
+        return pa.schema({"item_id": self.ids.ids.type, **columns})
+
+    def _table(self, rows: Tensor, first: int) -> pa.Table:
         items = np.arange(first, first + len(rows))
         values = pa.array(rows.contiguous().view(-1).numpy())
         vectors = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
         block = self.counts[first : first + len(rows)].numpy()
-        return pa.table([self.ids.of(items), items, block, vectors], schema=schema)
+        return pa.table([self.ids.of(items), items, block, vectors], schema=self._schema())
 
     def _write_served(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
         """Write the encoder, compare it with the live one, and build the index if asked for."""
@@ -233,8 +266,10 @@ def encoder_difference(
     generator, worst = torch.Generator().manual_seed(1), 0.0
     for shape in ((1, 1), (2, max_length), (5, -(-max_length // 2))):
         vectors = torch.randn(*shape, width, generator=generator)
-        expected = alone(vectors)
-        difference = float((written(vectors) - expected).abs().max())
+        lengths = torch.randint(1, shape[1] + 1, shape[:1], generator=generator)
+        given = inputs(alone, vectors, lengths)
+        expected = alone(*given)
+        difference = float((written(*given) - expected).abs().max())
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
@@ -253,6 +288,17 @@ def _example_states(served: Recommender, prepared: Prepared) -> Tensor:
     histories = [torch.tensor(items) for items in batch.column("items").to_pylist()]
     parts = [histories[first : first + 100] for first in range(0, len(histories), 100)]
     return torch.cat([served.states(part) for part in parts])
+
+
+def _open_new_items(config: ExportConfig, prepared: Prepared, source: Source) -> NewItems | None:
+    if config.items is None:
+        return None
+    if source.config.catalog.attributes == "none":
+        raise ValueError(
+            f"items must come with a run that uses attributes, got {config.run} with "
+            "catalog.attributes=none; train with catalog.attributes=add"
+        )
+    return NewItems.open(config.items, prepared)
 
 
 def _check_index(index: IndexConfig | None, source: Source) -> None:

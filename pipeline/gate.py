@@ -18,7 +18,7 @@ from shardrec.kernels.shard import RowShard
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
 from shardrec.pipeline.outputs.formats import GATE, METRICS
-from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import Shape, require_shape
 from shardrec.pipeline.outputs.stage_output import StageOutput, read_output
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import EvaluationBatches
@@ -44,6 +44,8 @@ class GateConfig:
         metric: the metric to compare; larger is better.
         tolerance: accepted loss, as a share of the published model's value.
         minimum: value that the run must reach in any case.
+        at_least: folder of an evaluated baseline, or its report; the run must reach its value on
+            the same users by the same protocol.
         metrics: report of evaluate; none: metrics.json in the run.
         output: report to write; none: gate.json in the run.
         force: decide again, or replace a report of other options.
@@ -57,6 +59,7 @@ class GateConfig:
     metric: str = DEFAULT_METRIC
     tolerance: float = 0.02
     minimum: float | None = None
+    at_least: str | None = None
     metrics: str | None = None
     output: str | None = None
     force: bool = False
@@ -103,7 +106,8 @@ def gate(config: GateConfig) -> Verdict:
 
     Collectives: none; one process holds all published vectors, as a serving process does.
     """
-    evaluation = _read_evaluation(config)
+    evaluation = _read_evaluation(config, Path(config.metrics or Path(config.run) / "metrics.json"))
+    floor = _read_floor(config, evaluation)
     prepared = Prepared.open(config.prepared)
     _check_data(config, prepared, evaluation)
     current = read_published(Path(config.published)).current
@@ -112,25 +116,33 @@ def gate(config: GateConfig) -> Verdict:
         "metric": config.metric,
         "tolerance": config.tolerance,
         "minimum": config.minimum,
+        "at_least": floor and floor["source"],
     }
     output = StageOutput(path=config.report, format=GATE, request=request, force=config.force)
     found = output.find()
     if found is not None and _still_holds(found, current):
         return Verdict(found["passed"], found["reason"], False, found)
     value, how = _published_value(config, prepared, evaluation, current)
-    passed, reason = judge(config, evaluation["metrics"][config.metric], value)
+    least = None if floor is None else floor["metrics"][config.metric]
+    passed, reason = judge(config, evaluation["metrics"][config.metric], value, least)
     published = {"number": current and current.number, "value": value, "measured": how}
     verdict = {"passed": passed, "reason": reason, "evaluation": evaluation, "published": published}
     return Verdict(passed, reason, True, output.finish(lambda: verdict))
 
 
-def judge(config: GateConfig, value: float | None, published: float | None) -> tuple[bool, str]:
+def judge(
+    config: GateConfig,
+    value: float | None,
+    published: float | None,
+    baseline: float | None = None,
+) -> tuple[bool, str]:
     """Whether a run's value passes, and why.
 
     Args:
         config: metric, tolerance and minimum.
         value: of the run; None if it is not a number.
         published: of the published model; None if there is none.
+        baseline: of the baseline that the run must reach; None if there is none.
 
     Example:
         >>> rule = GateConfig(run="run", prepared="data", published="p.json", tolerance=0.1)
@@ -144,6 +156,8 @@ def judge(config: GateConfig, value: float | None, published: float | None) -> t
         return False, f"{name} is not a number"
     if config.minimum is not None and value < config.minimum:
         return False, f"{name} {value:.4f} is below the minimum {config.minimum:.4f}"
+    if baseline is not None and value < baseline:
+        return False, f"{name} {value:.4f} is below the baseline's {baseline:.4f}"
     if published is None:
         return True, f"{name} {value:.4f}, and no published value to compare with"
     needed = (1 - config.tolerance) * published
@@ -179,44 +193,71 @@ def measure_export(
 
     Collectives: none; the vectors must fit into this process.
     """
-    from shardrec.pipeline.model.measure import measure  # imported late: loads matplotlib
+    # Imported late: loads matplotlib.
+    from shardrec.modules.ranking import Blocks
+    from shardrec.pipeline.model.measure import measure
+    from shardrec.pipeline.model.ranker import StateRanker
 
     model = Recommender.open(folder, min_count=0, trust_code=trust_code)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
     is_known = places >= 0
-    # An extra column, 1 in every state: rows hold 0 there, or _NEVER for an unknown item.
-    rows = torch.zeros(len(places), model.scored.shape[1] + 1)
-    rows[is_known, :-1] = model.scored[places[is_known]]
+    # Two more columns. The last is 1 in every state: rows hold 0 there, or _NEVER for an unknown
+    # item. The one before it is 1 in a state without history: rows hold minus the place by
+    # popularity.
+    rows = torch.zeros(len(places), model.scored.shape[1] + 2)
+    rows[is_known, :-2] = model.scored[places[is_known]]
+    rows[is_known, -2] = -model.popular.argsort()[places[is_known]].float()
     rows[~is_known, -1] = _NEVER
     length = model.manifest["max_length"]
     batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
     scorer = functools.partial(_states, model, places)
-    return measure(scorer, RowShard(rows, 0, len(rows), None), batches, config, prepared)
+    blocks = Blocks(states=config.block_states, rows=config.block_rows)
+    ranker = StateRanker(scorer, RowShard(rows, 0, len(rows), None), length, blocks)
+    return measure(ranker, batches, config, prepared).metrics
 
 
 def _states(model: Recommender, places: Tensor, items: Tensor, lengths: Tensor) -> Tensor:
-    """(B, D + 1) states after the last known item; zeros and a 1 if none is known."""
+    """(B, D + 2) states after the last known item, and the columns of ``measure_export``."""
     rows = places[items]  # (B, L)
     is_real = torch.arange(items.shape[1]) < lengths[:, None]
     histories = [row[kept] for row, kept in zip(rows, is_real & (rows >= 0), strict=True)]
     known = [index for index, history in enumerate(histories) if len(history)]
-    states = torch.zeros(len(items), model.scored.shape[1] + 1)
-    states[:, -1] = 1
+    states = torch.zeros(len(items), model.scored.shape[1] + 2)
+    states[:, -2:] = 1
     if known:
-        states[known, :-1] = model.states([histories[index] for index in known])
+        states[known, -2] = 0
+        states[known, :-2] = model.states([histories[index] for index in known])
     return states
 
 
-def _read_evaluation(config: GateConfig) -> dict[str, Any]:
-    """The run's measurement: its source, the protocol (users and options), and the metrics."""
-    path = Path(config.metrics or Path(config.run) / "metrics.json")
+def _read_floor(config: GateConfig, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """The measurement of the baseline, if one is asked for; it must be comparable."""
+    if config.at_least is None:
+        return None
+    path = Path(config.at_least)
+    floor = _read_evaluation(config, path / "metrics.json" if path.is_dir() else path)
+    ours, theirs = evaluation["protocol"], floor["protocol"]
+    names = [name for name in ours if ours[name] != theirs[name]]
+    if names:
+        raise ValueError(
+            f"at_least must be measured as the run was, got {path}, which differs in "
+            f"{', '.join(names)}; evaluate both by the same options"
+        )
+    return floor
+
+
+def _read_evaluation(config: GateConfig, path: Path) -> dict[str, Any]:
+    """A measurement: its source, the protocol (users and options), and the metrics."""
     report = read_output(path, METRICS)
-    asked = {"source": dict, "split": str, "ks": list, "filter_seen": bool}
+    asked: Shape = {
+        **{"source": dict, "split": str, "ks": list},
+        **{"filter_seen": bool, "min_count": int, "ties": str},
+    }
     request = require_shape(report["request"], asked, f"'request' in {path}", METRICS.remedy)
     names = [name for name in report["metrics"] if "@" in name]
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
-    protocol = {name: request[name] for name in ("split", "ks", "filter_seen")}
+    protocol = {name: request[name] for name in asked if name != "source"}
     protocol["data"] = request["source"]["data"]
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
@@ -251,7 +292,8 @@ def _published_value(
     if known is not None and known["protocol"] == protocol:
         return known["metrics"][config.metric], "when it was published, on the same users"
     folder = require_unchanged(Path(config.published), current)
-    measure = MeasureConfig(ks=tuple(protocol["ks"]), filter_seen=protocol["filter_seen"])
+    lists = {name: protocol[name] for name in ("filter_seen", "min_count")}
+    measure = MeasureConfig(ks=tuple(protocol["ks"]), **lists)
     metrics = measure_export(
         folder, prepared, measure, protocol["split"], trust_code=config.trust_code
     )

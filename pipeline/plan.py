@@ -15,16 +15,19 @@ import torch
 
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
-from shardrec.modules.catalog_config import state_floats
+from shardrec.modules.catalog_config import CatalogConfig, state_floats
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, encoder_flops, saved_floats
+from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.run.config import TrainConfig
 
-__all__ = ["Machine", "Plan", "count_parameters", "plan", "readable_bytes"]
+__all__ = ["AttributeCounts", "Machine", "Plan", "count_parameters", "plan", "readable_bytes"]
 
 # (N, D) tensors in addition to those saved for backward: states, gradients of two layers, masks.
 PASSING_TENSORS = 8
 # Bytes of libraries that the first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
+# Rows composed of attributes at a time, and copies of them.
+COMPOSED_ROWS, COMPOSED_COPIES = 65_536, 4
 # Printed with a peak: it counts tensors, and an allocator keeps some of what was freed.
 CONDITION = {
     "cpu": "The peak holds where freed blocks go back to the system, as with\n"
@@ -43,7 +46,7 @@ class Machine:
         ranks: W, workers in one sharding group.
         memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
-        filled: share of the positions of a batch that are real and not padding.
+        filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
         libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
             bytes.
     """
@@ -61,9 +64,44 @@ class Machine:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}; choose one")
         if not 0 < self.filled <= 1:
-            raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is no padding")
+            raise ValueError(f"filled must be in (0, 1], got {self.filled}; 1 is full length")
         if self.memory_gb is not None and not self.memory_gb > 0:
             raise ValueError(f"memory_gb must be above 0, got {self.memory_gb}; or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttributeCounts:
+    """The attributes of the items, for catalog.attributes=add or only.
+
+    Attributes:
+        attribute_values: different values of all columns; `prepare` prints them.
+        attribute_codes: values of an item on average: its columns of single values, and the lengths
+            of its lists.
+        attribute_numbers: numbers in all vectors of an item.
+    """
+
+    attribute_values: int = 0
+    attribute_codes: float = 0.0
+    attribute_numbers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("attribute_values", "attribute_codes", "attribute_numbers"):
+            require_at_least(name, getattr(self, name), 0)
+
+    def check(self, config: CatalogConfig) -> None:
+        """Raise ValueError unless there are attributes where the config uses them, and only there.
+
+        Raises:
+            ValueError: there are none, or they are not used.
+        """
+        there = bool(self.attribute_values or self.attribute_numbers)
+        if there != (config.attributes != "none"):
+            raise ValueError(
+                "attribute_values or attribute_numbers must be above 0 where attributes are used, "
+                f"and only there, got {self.attribute_values} and {self.attribute_numbers} with "
+                f"catalog.attributes={config.attributes}; set both or none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,20 +154,28 @@ class Plan:
         return f"{table}\n\n{self.condition}"
 
 
-def plan(config: TrainConfig, num_items: int, machine: Machine) -> Plan:
+def plan(
+    config: TrainConfig,
+    num_items: int,
+    machine: Machine,
+    attributes: AttributeCounts | None = None,
+) -> Plan:
     """Costs of ``config`` over a catalog of ``num_items`` on ``machine``.
 
     Args:
         config: of the run; data and output are not looked at.
         num_items: V.
         machine: ranks and memory.
+        attributes: of the items; None for none.
 
     Raises:
-        ValueError: the catalog is empty.
+        ValueError: the catalog is empty, or ``attributes`` does not go with the config.
     """
     if num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
-    made = _Planner(config, machine)
+    attributes = attributes or AttributeCounts()
+    attributes.check(config.catalog)
+    made = _Planner(config, machine, attributes)
     largest = None if machine.memory_gb is None else made.largest(int(machine.memory_gb * 1e9))
     memory, peak = made.memory(num_items)
     return Plan(
@@ -165,16 +211,25 @@ def count_parameters(config: EncoderConfig) -> int:
 
 
 class _Planner:
-    """The sums, for a config and a machine."""
+    """The sums, for a config, a machine and attributes."""
 
-    def __init__(self, config: TrainConfig, machine: Machine) -> None:
-        self.config, self.machine = config, machine
+    def __init__(self, config: TrainConfig, machine: Machine, attributes: AttributeCounts) -> None:
+        self.config, self.machine, self.attributes = config, machine, attributes
         self.on_cpu = machine.device == "cpu"
         self.width, self.length = config.encoder.width, config.encoder.max_length
         sequences = config.batches.batch_size
-        self.slots = -(-sequences // machine.ranks) * self.length
+        # The encoder sees hardly any padding (``LengthGroups``).
+        self.own_positions = -(-sequences // machine.ranks) * self.length * machine.filled
         self.num_positions = round(sequences * self.length * machine.filled)
+        vectors = attributes.attribute_values + attributes.attribute_numbers
+        self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
+
+    @property
+    def state_floats(self) -> int:
+        """Floats of optimizer state a row; rows composed of attributes alone have none."""
+        config = self.config.catalog
+        return 0 if config.attributes == "only" else state_floats(config.optimizer, self.width)
 
     def work(self, num_items: int) -> Workload:
         return Workload(
@@ -189,8 +244,7 @@ class _Planner:
         """Bytes by term, and the most at once: in the loss, or in the update."""
         work = self.work(num_items)
         cost = self.config.loss.cost(work)
-        floats = state_floats(self.config.catalog.optimizer, self.width)
-        table, state = 4 * work.num_rows * self.width, 4 * work.num_rows * floats
+        table, state = 4 * work.num_rows * self.width, 4 * work.num_rows * self.state_floats
         gradient, update = self._update(cost, work)
         terms = {
             "libraries": int(self.machine.libraries_gb * 1e9) + FIRST_STEP_BYTES,
@@ -198,6 +252,7 @@ class _Planner:
             "optimizer state": state,
             "gradient": gradient,
             "encoder": 5 * 4 * self.parameters,  # weights, gradients twice, two moments
+            **self._attributes(work),
             # An int64 of the whole catalog on every rank, whatever its shard.
             "item counts": 8 * num_items + cost.table_bytes,
             "activations": self._activations(),
@@ -205,14 +260,15 @@ class _Planner:
             "update workspace": update,
             "checkpoint copy": self.checkpoint_copy(num_items) * self.on_cpu,
         }
-        either = {"activations", "loss workspace"}, {"update workspace"}
+        either = {"activations", "loss workspace"}, {"update workspace", "composing"}
         always = sum(value for name, value in terms.items() if name not in either[0] | either[1])
         return terms, always + max(sum(terms[name] for name in names) for names in either)
 
     def checkpoint_copy(self, num_items: int) -> int:
         """Bytes of host memory for the copy that a background checkpoint is written from."""
-        floats = self.width + state_floats(self.config.catalog.optimizer, self.width)
-        encoder = 3 * 4 * self.parameters  # weights, two moments
+        has_ids = self.config.catalog.attributes != "only"
+        floats = self.width * has_ids + self.state_floats
+        encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
         copy = 4 * self.work(num_items).num_rows * floats + encoder
         return copy * self.config.checkpoints.background
 
@@ -236,18 +292,37 @@ class _Planner:
             "gradients of vectors": vectors,
             **self.config.loss.cost(self.work(num_items)).received,
             "encoder gradients": 2 * 4.0 * self.parameters * others,
+            **self._attribute_gradients(others),
         }
 
     def flops(self, num_items: int) -> dict[str, float]:
         """FLOP of matrix products, forward and backward."""
         return {
-            "encoder": self.slots * encoder_flops(self.config.encoder, self.length),
+            "encoder": self.own_positions * encoder_flops(self.config.encoder, self.length),
             "loss": self.config.loss.cost(self.work(num_items)).flops,
         }
 
+    def _attributes(self, work: Workload) -> dict[str, int]:
+        """Bytes of codes and vectors, of composed rows, and of composing them."""
+        mode, counts, row = self.config.catalog.attributes, self.attributes, 4 * self.width
+        if mode == "none":
+            return {}
+        # Codes with their shares, offsets, items, and which ids are kept, with a copy.
+        item = 8 * counts.attribute_codes + 4 * counts.attribute_numbers + 8 + 8 + 6
+        block = min(work.num_rows, COMPOSED_ROWS)
+        return {
+            "attributes": round(item * work.num_rows) + 5 * 4 * self.of_attributes,
+            "composed rows": work.num_rows * row * (mode == "add"),
+            "composing": block * round(item + COMPOSED_COPIES * row) + 4 * self.of_attributes,
+        }
+
+    def _attribute_gradients(self, others: float) -> dict[str, float]:
+        moved = 2 * 4.0 * self.of_attributes * others
+        return {"attribute gradients": moved} if self.of_attributes else {}
+
     def _activations(self) -> int:
         kept = saved_floats(self.config.encoder, self.length, on_cpu=self.on_cpu)
-        return round(4 * self.slots * (kept + PASSING_TENSORS * self.width))
+        return round(4 * self.own_positions * (kept + PASSING_TENSORS * self.width))
 
     def _update(self, cost: LossCost, work: Workload) -> tuple[int, int]:
         """Bytes of the table's gradient, and of merging and applying it."""

@@ -1,7 +1,8 @@
 """The prepare stage: turn an event log into a folder of sequences, splits and a manifest.
 
 The phases: sort the log; find the cut times; choose the catalog; find each user's cuts; count the
-training events; assign the item indices; write items and sequences; write the manifest.
+training events; assign the item indices; join the items' attributes, if there are any; write items
+and sequences; write the manifest.
 
 Splits:
 
@@ -17,6 +18,8 @@ them, with the events before the split as history. Items first seen after the sp
 catalog with count 0 (unless ``min_item_events`` requires training events), and users without
 history before it are counted and left out. Events of one user at one time keep the order of the
 log.
+
+Items that only ``item_attributes`` has get the next indices after those of the log.
 
 To prepare a newer log, pass the ``items.parquet`` of the earlier folder as ``items``: its items
 keep their indices (``log/item_indices.py``).
@@ -34,10 +37,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.log.config import MAX_THREADS, PrepareConfig
+from shardrec.pipeline.log.config import ATTRIBUTES, MAX_THREADS, PrepareConfig
+from shardrec.pipeline.log.item_attributes import ItemAttributes
 from shardrec.pipeline.log.item_indices import FormerItems, index_order
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
@@ -54,7 +59,10 @@ __all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
 
 Array = npt.NDArray[Any]
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-_WITHOUT_EFFECT = ("events", "output", "items", "memory_limit", "threads", "force")
+_WITHOUT_EFFECT = (
+    *("events", "output", "items", "item_attributes"),
+    *("memory_limit", "threads", "force"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,10 +98,10 @@ def prepare_once(config: PrepareConfig) -> Preparation:
         The manifest of ``config.output``, and whether it is new.
 
     Raises:
-        FileNotFoundError: there is no log, or no file of earlier items.
+        FileNotFoundError: there is no log, or no file of earlier items or of attributes.
         FileExistsError: the output folder holds something else.
-        ValueError: the log or the earlier items are invalid; the message names file, row group and
-            column.
+        ValueError: the log, the earlier items or the attributes are invalid; the message names
+            file, row group and column.
         MemoryError: ``memory_limit`` is too low.
         OSError: the disk is full.
         PermissionError: the folder above the output is not writable.
@@ -101,7 +109,8 @@ def prepare_once(config: PrepareConfig) -> Preparation:
     started = time.monotonic()
     log = EventLog.open(config.events, config.columns())
     former = None if config.items is None else FormerItems.open(config.items, log.item_type)
-    source = _source(log, former)
+    attributes = ItemAttributes.open(config, log.item_type)
+    source = _source(log, former, attributes)
     output = _stage_output(config, source)
     found = output.find()
     if found is not None:
@@ -110,7 +119,7 @@ def prepare_once(config: PrepareConfig) -> Preparation:
         return Preparation(manifest, False, time.monotonic() - started)
     with _explain_full_disk(config.output), output.write() as (folder, work):
         events = sort_log(log, work, _sort_options(config), former)
-        manifest = _write(config, source, log, events, folder)
+        manifest = _write(config, source, log, events, attributes, folder)
         write_manifest(folder, manifest)
     return Preparation(manifest, True, time.monotonic() - started)
 
@@ -126,7 +135,8 @@ def _stage_output(config: PrepareConfig, source: dict[str, Any]) -> StageOutput:
 
 
 def _request(config: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    return config | {"the log's files": source.get("files"), "items": source.get("items")}
+    parts = {name: source.get(name) for name in ("items", "item_attributes")}
+    return config | {"the log's files": source.get("files")} | parts
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -163,7 +173,12 @@ def _sort_options(config: PrepareConfig) -> SortOptions:
 
 
 def _write(
-    config: PrepareConfig, source: dict[str, Any], log: EventLog, events: SortedLog, folder: Path
+    config: PrepareConfig,
+    source: dict[str, Any],
+    log: EventLog,
+    events: SortedLog,
+    attributes: ItemAttributes | None,
+    folder: Path,
 ) -> Manifest:
     cuts = split_log(events, config, log.time_type)
     counts = training_counts(events, cuts)
@@ -171,12 +186,18 @@ def _write(
     order = index_order(counts, catalog, events.former, config.rebalance)
     item_index = np.zeros(len(counts), np.int64)
     item_index[order] = np.arange(len(order))
-    files = [write_items(folder, events.item_ids, order, counts)]
+    item_ids, catalog_counts = events.item_ids.take(pa.array(order)), counts[order]
+    joined = None
+    if attributes is not None:
+        joined = attributes.write(folder, item_ids, events.item_ids)
+        item_ids, new = joined.item_ids, len(joined.item_ids) - len(order)
+        catalog_counts = np.append(catalog_counts, np.zeros(new, np.int64))
+    files = [write_items(folder, item_ids, catalog_counts), *(joined.files if joined else ())]
     if config.rebalance and events.former is not None:
         files.append(write_item_map(folder, events.former, item_index))
     written = write_sequences(folder, events, cuts, item_index, counts, config)
     _check_written(config, written)
-    uneven = describe_uneven_load(counts[order])
+    uneven = describe_uneven_load(catalog_counts)
     if uneven:
         logging.getLogger(__name__).warning(uneven)
     return Manifest(
@@ -191,12 +212,14 @@ def _write(
             "test_time": cuts.test_time,
             "validation_time": cuts.validation_time,
         },
-        counts=_counts(log, events, cuts, counts) | written.counts,
+        counts=_counts(log, events, cuts, counts, catalog_counts)
+        | written.counts
+        | (joined.counts if joined else {}),
         quantiles={
             "train_sequence_length": _quantiles(written.lengths),
-            "item_count": _quantiles(counts[order]),
+            "item_count": _quantiles(catalog_counts),
         },
-        load_per_rank=loads(counts[order]),
+        load_per_rank=loads(catalog_counts),
         files=(*files, *written.files),
     )
 
@@ -210,10 +233,11 @@ def _check_written(config: PrepareConfig, written: Written) -> None:
         )
 
 
-def _counts(log: EventLog, events: SortedLog, cuts: Cuts, counts: Array) -> dict[str, int]:
+def _counts(
+    log: EventLog, events: SortedLog, cuts: Cuts, counts: Array, catalog_counts: Array
+) -> dict[str, int]:
     unique = events.num_events
     in_catalog = int(cuts.total.sum())
-    catalog_counts = counts[cuts.item_kept]
     return _former_counts(events, cuts, counts) | {
         "events_read": log.events_read,
         "events_other_type": log.events_read - unique - events.duplicates,
@@ -249,12 +273,17 @@ def _quantiles(values: Array) -> dict[str, int]:
 
 def _stored_config(config: PrepareConfig) -> dict[str, Any]:
     data: dict[str, Any] = to_json(config)
-    return {name: value for name, value in data.items() if name not in _WITHOUT_EFFECT}
+    unused = {*ATTRIBUTES, "admit_items"} if config.item_attributes is None else set()
+    left_out = {*_WITHOUT_EFFECT, *unused}
+    return {name: value for name, value in data.items() if name not in left_out}
 
 
-def _source(log: EventLog, former: FormerItems | None) -> dict[str, Any]:
-    files = [dataclasses.asdict(file) for file in log.files]
-    return {"files": files} | ({} if former is None else {"items": former.describe()})
+def _source(
+    log: EventLog, former: FormerItems | None, attributes: ItemAttributes | None
+) -> dict[str, Any]:
+    source: dict[str, Any] = {"files": [dataclasses.asdict(file) for file in log.files]}
+    source |= {} if former is None else {"items": former.describe()}
+    return source | ({} if attributes is None else {"item_attributes": attributes.describe()})
 
 
 def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from shardrec.pipeline.outputs.files import MANIFEST_NAME, sha256
 from shardrec.pipeline.outputs.formats import GATE, RECOMMENDATIONS
 from shardrec.pipeline.outputs.json_files import require_shape
 from shardrec.pipeline.outputs.stage_output import read_output
-from shardrec.pipeline.outputs.staging import find_file
 from shardrec.pipeline.served.pointer import (
     Publication,
     Published,
@@ -150,10 +149,6 @@ def _publication(config: PublishConfig) -> Publication:
 
 
 def _check_lists(folder: Path, source: dict[str, Any]) -> None:
-    if find_file(folder, MANIFEST_NAME) is None:
-        raise FileNotFoundError(
-            f"lists must be a folder of `shardrec recommend`, got {folder} without {MANIFEST_NAME}"
-        )
     found = read_output(folder, RECOMMENDATIONS)["request"].get("source")
     if found != source:
         raise ValueError(

@@ -6,21 +6,22 @@ histories; the table stays sharded.
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.modules.ranking import Blocks, top_items
-from shardrec.pipeline.model.model import Model
+from shardrec.modules.ranking import Blocks, by_popularity
+from shardrec.pipeline.model.baseline_ranker import BaselineRanker
+from shardrec.pipeline.model.config import TIES, describe_lists
+from shardrec.pipeline.model.lists import Lists, list_schema
+from shardrec.pipeline.model.ranker import Ranker
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
 from shardrec.pipeline.outputs.stage_output import StageOutput
@@ -28,9 +29,9 @@ from shardrec.pipeline.prepared.batches import gathered, padded
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.parquet_files import find_files
+from shardrec.pipeline.prepared.parquet_files import read_item_ids
+from shardrec.pipeline.ranked import find_ranked
 from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
-from shardrec.pipeline.run.trained import Source
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]
 
@@ -42,7 +43,7 @@ class RecommendConfig:
     """Options of ``recommend``: users, candidates and list length.
 
     Attributes:
-        run: run folder of train.
+        run: run folder of train, or folder of baseline.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
         histories: Parquet of users and lists of item ids, most recent last; none: the users of
@@ -112,7 +113,8 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
 
     Every history has one row; the part files, read in order of their names, keep the input order.
     Items that the catalog does not have are counted and skipped; a user without a known item gets
-    empty lists. A list is shorter than ``k`` if fewer items are left.
+    the most popular items, with null instead of scores. A list is shorter than ``k`` if fewer items
+    are left.
 
     Args:
         config: users and options; the same on every rank.
@@ -130,12 +132,13 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     """
     started, group = time.monotonic(), default_group()
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
-    source = Source.find(config.run, prepared, config.checkpoint, encoder)
+    blocks = Blocks(states=config.block_states, rows=config.block_rows)
+    ranked = find_ranked(config.run, prepared, config.checkpoint, encoder, blocks)
     histories, candidates = on_this_rank(
         lambda: (_open_histories(config, prepared), _Candidates.read(config, prepared)), group
     )
     request = _request(config) | {
-        "source": source.identity,
+        "source": ranked.identity,
         "histories": histories.files,
         "candidates": candidates.digest,
     }
@@ -146,12 +149,14 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     found = output.find()
     if found is not None:
         return Recommendations(found, False, time.monotonic() - started, 0.0)
-    model = source.load(prepared, encoder)
-    work = _Work(config, model, histories, candidates, source.config.encoder.max_length)
+    ranker, _ = ranked.load()
+    counts = on_this_rank(prepared.item_counts, group)
+    fallback = BaselineRanker.of_order(by_popularity(counts), group)
+    work = _Work(config, ranker, fallback, histories, candidates)
     loaded = time.monotonic()
     with output.write() as (folder, _):
         files = work.write(folder)
-        manifest = output.finish(lambda: work.details(source), folder, files)
+        manifest = output.finish(lambda: work.details(ranked.scores), folder, files)
     done = time.monotonic()
     rate = histories.num_users / max(1e-9, done - loaded)
     return Recommendations(manifest, True, done - started, rate)
@@ -163,45 +168,38 @@ class _Work:
     def __init__(
         self,
         config: RecommendConfig,
-        model: Model,
+        ranker: Ranker,
+        fallback: Ranker,
         histories: Histories,
         candidates: "_Candidates",
-        max_length: int,
     ) -> None:
-        self.config, self.model, self.histories = config, model, histories
-        self.candidates, self.max_length = candidates, max_length
-        self.shard = model.scored_shard()
-        self.k = min(config.k, self.shard.num_rows)  # no list is longer
-        self.allowed = None if candidates.allowed.all() else candidates.allowed.to(model.device)
-        self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
-        self.rank, self.size = Communicator(model.group).rank, Communicator(model.group).size
+        self.config, self.ranker, self.fallback = config, ranker, fallback
+        self.histories, self.candidates = histories, candidates
+        self.k = min(config.k, len(candidates.allowed))  # no list is longer
+        self.allowed = None if candidates.allowed.all() else candidates.allowed
+        self.rank, self.size = Communicator(ranker.group).rank, Communicator(ranker.group).size
         # users without history, items of histories, unknown items, lists shorter than k
-        self.sums = torch.zeros(4, dtype=torch.int64, device=model.device)
+        self.sums = torch.zeros(4, dtype=torch.int64, device=ranker.device)
 
     def write(self, folder: Path) -> list[FileEntry]:
         name = f"part-{self.rank:05d}-of-{self.size:05d}.parquet"
         ids = self.histories.catalog.ids.type
-        schema = pa.schema(
-            {
-                "user_id": self.histories.user_type,
-                "item_ids": pa.list_(ids),
-                "scores": pa.list_(pa.float32()),
-            }
-        )
-        group = self.model.group
+        schema = list_schema("user_id", self.histories.user_type, ids)
+        group = self.ranker.group
         with on_this_rank(lambda: pq.ParquetWriter(folder / name, schema), group) as writer:
-            for batch in in_step(self._batches(writer), group, self.model.device):
+            for batch in in_step(self._batches(writer), group, self.ranker.device):
                 batch.lists.put(batch.rows, *self._rank(batch))
             on_this_rank(writer.close, group)  # writes the footer
         Communicator(group).sum_(self.sums)
         return on_this_rank(lambda: [describe_parquet(folder, name)], group)
 
-    def details(self, source: Source) -> dict[str, Any]:
+    def details(self, scores: str) -> dict[str, Any]:
         """The manifest without its request."""
         without, items, unknown, short = self.sums.tolist()
         return {
             "catalog_version": self.histories.catalog.version,
-            "scores": "cosine" if source.config.loss.normalize else "inner product",
+            "scores": scores,
+            "protocol": describe_lists(self.config.filter_seen, self.config.min_count),
             "counts": {
                 "users": self.histories.num_users,
                 "users_without_history": without,
@@ -214,38 +212,41 @@ class _Work:
 
     def _rank(self, batch: "_Batch") -> tuple[Tensor, Tensor]:
         """Scores and items (B, k) of a batch, on the CPU."""
-        device = self.model.device
-        states = self.model.last_states(batch.items.to(device), batch.lengths.to(device))
+        device = self.ranker.device
         seen = (batch.seen[0].to(device), batch.seen[1].to(device))
-        scores, items = top_items(
-            states,
-            self.shard,
+        scores, items = self.ranker.top(
+            batch.items.to(device),
+            batch.lengths.to(device),
             self.k,
-            seen=seen if self.config.filter_seen else None,
-            allowed=self.allowed,
-            blocks=self.blocks,
+            seen if self.config.filter_seen else None,
+            None if self.allowed is None else self.allowed.to(device),
         )
         return scores.cpu(), items.cpu()
+
+    def _popular(self) -> Tensor:
+        """(k,) the list of a user without history; -1 at the end of a short one."""
+        none = torch.zeros(1, dtype=torch.int64)
+        return self.fallback.top(none[:, None], none, self.config.k, None, self.allowed)[1][0]
 
     def _batches(self, writer: pq.ParquetWriter) -> Iterator["_Batch"]:
         """This rank's batches, equally many on every rank; writes a chunk after its last batch."""
         num_users, size = self.histories.num_users, self.config.batch_size
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
-        given = 0
+        given, popular = 0, self._popular()
         for chunk in self.histories.chunks(first, last, size * _BATCHES_PER_CHUNK):
-            lists = _Lists.empty(len(chunk.user_ids), self.k)
+            lists = Lists.of_everybody(popular, len(chunk.user_ids))
             for rows in torch.argsort(chunk.offsets.diff(), stable=True).split(size):
                 given += 1
-                yield _Batch.of(chunk, rows, lists, self.max_length)
+                yield _Batch.of(chunk, rows, lists, self.ranker.max_length)
             self._count(chunk, lists)
             writer.write_table(lists.table(chunk.user_ids, self.histories.catalog, writer.schema))
         most = -(-num_users // self.size)
         for _ in range(given, -(-most // size)):
             yield _Batch.empty(self.k)
 
-    def _count(self, chunk: HistoryChunk, lists: "_Lists") -> None:
+    def _count(self, chunk: HistoryChunk, lists: Lists) -> None:
         lengths = chunk.offsets.diff()
-        short = ((lists.items[:, -1] < 0) | (self.k < self.config.k)) & (lengths > 0)
+        short = (lists.items[:, -1] < 0) | (self.k < self.config.k)
         numbers = [
             int((lengths == 0).sum()),
             len(chunk.items) + chunk.num_unknown,
@@ -256,30 +257,6 @@ class _Work:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lists:
-    """Recommended lists of a chunk: scores and items (n, k); item -1 after the end of a list."""
-
-    scores: Tensor
-    items: Tensor
-
-    @classmethod
-    def empty(cls, num_users: int, k: int) -> "_Lists":
-        items = torch.full((num_users, k), -1)
-        return cls(torch.full((num_users, k), -math.inf), items)
-
-    def put(self, rows: Tensor, scores: Tensor, items: Tensor) -> None:
-        self.scores[rows], self.items[rows] = scores, items
-
-    def table(self, user_ids: pa.Array, catalog: ItemIds, schema: pa.Schema) -> pa.Table:
-        there = self.items >= 0
-        offsets = torch.zeros(len(there) + 1, dtype=torch.int32)
-        torch.cumsum(there.sum(1), 0, out=offsets[1:])
-        ids, scores = catalog.of(self.items[there].numpy()), pa.array(self.scores[there].numpy())
-        columns = [pa.ListArray.from_arrays(offsets.numpy(), values) for values in (ids, scores)]
-        return pa.table([user_ids, *columns], schema=schema)
-
-
-@dataclass(frozen=True, slots=True)
 class _Batch:
     """Users of a chunk that have a history; B may be 0."""
 
@@ -287,10 +264,10 @@ class _Batch:
     lengths: Tensor  # (B,)
     seen: tuple[Tensor, Tensor]  # whole histories, values and lengths
     rows: Tensor  # (B,) positions of the users in the chunk
-    lists: _Lists  # of the chunk
+    lists: Lists  # of the chunk
 
     @classmethod
-    def of(cls, chunk: HistoryChunk, rows: Tensor, lists: _Lists, max_length: int) -> "_Batch":
+    def of(cls, chunk: HistoryChunk, rows: Tensor, lists: Lists, max_length: int) -> "_Batch":
         rows = rows[chunk.offsets.diff()[rows] > 0]
         seen = gathered(chunk.items, chunk.offsets, rows)
         lengths = seen[1].clamp(max=max_length)
@@ -300,7 +277,8 @@ class _Batch:
     @classmethod
     def empty(cls, k: int) -> "_Batch":
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(none.new_zeros(0, 1), none, (none, none), none, _Lists.empty(0, k))
+        lists = Lists.of_everybody(none.new_zeros(k), 0)
+        return cls(none.new_zeros(0, 1), none, (none, none), none, lists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +300,7 @@ class _Candidates:
         catalog = ItemIds(prepared.item_ids())
         for name, path in (("allow", config.allow), ("deny", config.deny)):
             if path is not None:
-                named = catalog.items(_read_list(name, path))
+                named = catalog.items(read_item_ids(name, path))
                 counts[f"{name}_unknown_items"] = int((named < 0).sum())
                 listed = torch.zeros_like(allowed)
                 listed[named[named >= 0]] = True
@@ -345,29 +323,8 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
 
 
-def _read_list(name: str, source: str) -> pa.Array:
-    """The column ``item_id`` of some Parquet files."""
-    filesystem, paths = find_files(source, name)
-    tables = []
-    for path in paths:
-        names = pq.read_schema(path, filesystem=filesystem).names
-        if "item_id" not in names:
-            raise ValueError(
-                f"{name} must be Parquet with a column item_id, got {path!r} with "
-                f"{', '.join(names)}; rename its column"
-            )
-        tables.append(
-            pq.read_table(
-                path,
-                columns=["item_id"],
-                filesystem=filesystem,
-                page_checksum_verification=True,
-            )
-        )
-    return pa.concat_tables(tables).column("item_id").combine_chunks()
-
-
 def _request(config: RecommendConfig) -> dict[str, Any]:
     """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    return asked | {"ties": TIES}

@@ -5,6 +5,7 @@ for approximate search.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.option_checks import require_at_least, require_choice
-from shardrec.modules.ranking import top_items
+from shardrec.modules.ranking import by_popularity, top_items
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.served.ann_index import INDEX, index_top_items, open_index
 from shardrec.pipeline.served.encoder_file import read_encoder, require_trust
@@ -38,7 +39,8 @@ class Recommender:
         vectors: (V, D) float32, the encoder's input.
         scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
-        encoder: (B, L, D) to (B, L, D).
+        popular: (V,) int64 items, those of most training events first.
+        encoder: (B, L, D) to (B, L, D); also takes (B,) lengths if ``manifest["reads_lengths"]``.
         index: FAISS index, searched instead of all vectors; None searches exactly.
     """
 
@@ -47,6 +49,7 @@ class Recommender:
     vectors: Tensor
     scored: Tensor
     allowed: Tensor
+    popular: Tensor
     encoder: nn.Module
     index: Any = None
 
@@ -102,8 +105,8 @@ class Recommender:
             filter_seen: leave out items of the history.
 
         Returns:
-            One list of at most ``k`` (id, score) for each history, best first; empty if no item
-            of the history is known.
+            One list of at most ``k`` (id, score) for each history, best first. If no item of the
+            history is known, the most popular items, with NaN for scores.
 
         Raises:
             TypeError: an id is not of the catalog's type; the message says which.
@@ -114,7 +117,9 @@ class Recommender:
         known = [items[items >= 0] for items in known]
         k = min(k, len(self.ids))
         rows = [index for index, items in enumerate(known) if len(items)]
-        result: list[list[tuple[ItemId, float]]] = [[] for _ in histories]
+        popular = self.popular[self.allowed[self.popular]][:k]
+        fallback = [(name, math.nan) for name in self.ids.of(popular.numpy()).to_pylist()]
+        result: list[list[tuple[ItemId, float]]] = [list(fallback) for _ in histories]
         if not rows:
             return result
         states = self.states([known[row] for row in rows])
@@ -131,7 +136,9 @@ class Recommender:
         recent = [items[-self.manifest["max_length"] :] for items in histories]
         lengths = torch.tensor([len(items) for items in recent])
         padded = nn.utils.rnn.pad_sequence(recent, batch_first=True)  # (B, L)
-        states: Tensor = self.encoder(self.vectors[padded])
+        # Exports of 0.2.0 and before do not say it: none of their encoders did.
+        others = (lengths,) if self.manifest.get("reads_lengths", False) else ()
+        states: Tensor = self.encoder(self.vectors[padded], *others)
         return states[torch.arange(len(recent)), lengths - 1]
 
     def _top(
@@ -158,7 +165,8 @@ def read_recommender(
     _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
     scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
     encoder = read_encoder(folder, manifest, trust_code=trust_code)
-    return Recommender(manifest, ids, vectors, scored, counts >= min_count, encoder)
+    popular = by_popularity(counts)
+    return Recommender(manifest, ids, vectors, scored, counts >= min_count, popular, encoder)
 
 
 def _require_index(folder: Path, manifest: dict[str, Any], min_count: int) -> None:

@@ -25,4 +25,10 @@ def ranks() -> Iterator[Ranks]:
     """``ranks(W).run(function, *args)``: what the function returned on each of W gloo ranks."""
     pool = Ranks()
     yield pool
-    pool.stop()
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: where files are shared out, short ones fill the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -22,11 +22,12 @@ def negatives(num_items: int, blocks: Tensor, num_negatives: int) -> Tensor:
     return draw_below(num_items, blocks, num_negatives, stream=STREAM_NEGATIVES, **DRAWN)
 
 
-def mixed_centres(rule: Any, num_buckets: int, states: Tensor) -> Tensor:
-    """Float64 centres of the buckets of a rule with ``mix``."""
-    draws: dict[str, Any] = {"seed": rule.seed, "step": rule.step}
-    signs = random_signs(0, len(states), num_buckets, stream=STREAM_MIX, **draws)
-    return signs.double().T @ states
+def bucket_centres(rule: Any, num_buckets: int, states: Tensor) -> Tensor:
+    """(n_b, D) float64: signed sums of the states, or with ``mix=False`` signs alone."""
+    draws: dict[str, Any] = {"stream": STREAM_MIX, "seed": rule.seed, "step": rule.step}
+    if not rule.mix:
+        return random_signs(0, num_buckets, states.shape[1], **draws).double()
+    return random_signs(0, len(states), num_buckets, **draws).double().T @ states
 
 
 def chunks_in_order(buckets: Sequence[int], num_chunks: int) -> list[int]:

@@ -21,7 +21,7 @@ Refusal = tuple[Options, type[Exception], str]
 
 DRAWN: Options = {"seed": 3, "step": 2}
 # N, V and D at which peak memory is measured.
-LARGE = (4096, 60_000, 64)
+LARGE = (2048, 60_000, 64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tests.loss_choices import (
+    bucket_centres,
     chunks_in_order,
-    mixed_centres,
     negatives,
     ones,
     paired_logits,
@@ -152,7 +152,7 @@ def compared_by_nearest_bucket(
     rule: HardAndSampled, states: Tensor, rows: Tensor
 ) -> list[Compared]:
     _, ((num_buckets, num_hard), _) = rule.choice_shapes(len(states), len(rows))
-    centres = mixed_centres(rule, int(num_buckets), states)
+    centres = bucket_centres(rule, int(num_buckets), states)
     return [
         Compared(states @ F.normalize(centres).T, 1, is_coarse=False),
         Compared(centres @ rows.T, int(num_hard), is_coarse=True),
@@ -162,7 +162,7 @@ def compared_by_nearest_bucket(
 def compared_by_buckets(rule: HardBuckets, states: Tensor, rows: Tensor) -> list[Compared]:
     pairs, _, (items, _) = rule.choice_shapes(len(states), len(rows))
     num_buckets, items_per_bucket = items
-    centres = mixed_centres(rule, int(num_buckets), states)
+    centres = bucket_centres(rule, int(num_buckets), states)
     positions_per_bucket = int(pairs[0][0]) // int(num_buckets)
     return [
         Compared(centres @ states.T, positions_per_bucket, is_coarse=True),

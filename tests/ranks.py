@@ -15,11 +15,15 @@ The processes are started once and shared by all W. Each run gets a process grou
 a new rendezvous file, so that nothing leaks from one run to the next. Functions are found again in
 the workers by file and name; arguments and results are pickled. A function that raises on one rank
 would leave the others waiting in a collective: they get a few seconds, then all are replaced.
+
+Loading PyTorch and TorchRec takes a process six seconds. One process, the template, does it and
+forks the workers, so that a fresh one costs nothing.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import pickle
 import signal
@@ -31,7 +35,9 @@ import traceback
 import types
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from socket import socketpair
 from typing import Any
@@ -47,30 +53,60 @@ class RankError(AssertionError):
     """Some ranks raised, died or ran out of time; the message holds their tracebacks."""
 
 
-class Worker:
-    """One process that runs functions on request."""
+class Template:
+    """A process that forks others: what they all import is loaded once."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         ours, theirs = socketpair()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}
-        self.stacks = tempfile.NamedTemporaryFile("r")
-        files = [str(theirs.fileno()), self.stacks.name]
-        command = [sys.executable, "-P", str(TESTS / "ranks.py"), *files]
+        command = [sys.executable, "-P", str(TESTS / "ranks.py"), str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def fork(self, handle: int, stacks: str) -> int:
+        """Id of a new process that answers on a socket and writes its stacks into a file."""
+        self.connection.send(stacks)
+        send_handle(self.connection, handle, self.process.pid)
+        return int(self.connection.recv())
+
+    def end(self, pid: int) -> int:
+        """Exit code of a process that has ended, or is killed now."""
+        self.connection.send(pid)
+        return int(self.connection.recv())
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.wait()
+
+
+class Worker:
+    """One process that runs functions on request."""
+
+    def __init__(self, template: Template) -> None:
+        ours, theirs = socketpair()
+        self.template = template
+        self.stacks = tempfile.NamedTemporaryFile("r")
+        self.pid = template.fork(theirs.fileno(), self.stacks.name)
         theirs.close()
         self.connection = Connection(ours.detach())
 
     def where(self) -> str:
         """The Python stacks of a process that does not answer."""
-        self.process.send_signal(signal.SIGUSR1)
+        os.kill(self.pid, signal.SIGUSR1)
         time.sleep(0.2)
         return self.stacks.read()
 
-    def stop(self) -> None:
+    @cached_property
+    def exit_code(self) -> int:
+        """Of the process, which is killed if it has not ended."""
+        return self.template.end(self.pid)
+
+    def stop(self) -> int:
+        """Ends it; its exit code."""
         self.connection.close()
-        self.process.kill()
-        self.process.wait()
         self.stacks.close()
+        return self.exit_code
 
 
 class Ranks:
@@ -83,14 +119,25 @@ class Ranks:
         self.variables = variables or {}
         self.workers: list[Worker] = []
 
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.variables)
+
     def __call__(self, num_ranks: int) -> Pool:
         while len(self.workers) < num_ranks:
-            self.workers.append(Worker(self.variables))
+            self.workers.append(Worker(self.template))
         return Pool(self, num_ranks)
 
     def stop(self) -> None:
+        """Ends the processes; the next ones are fresh."""
         while self.workers:
             self.workers.pop().stop()
+
+    def close(self) -> None:
+        """Ends everything that was started."""
+        self.stop()
+        if "template" in vars(self):
+            self.template.stop()
 
 
 class Pool:
@@ -119,9 +166,8 @@ class Pool:
         failures = {rank: text for rank, (ok, text) in answers.items() if not ok}
         for rank in set(range(self.num_ranks)) - answers.keys():
             failures[rank] = f"no answer in {timeout} s, it was here:\n{workers[rank].where()}"
-        if len(answers) < self.num_ranks or any(
-            worker.process.poll() is not None for worker in workers
-        ):
+        # A connection that has more to read after the answer is closed on the other side.
+        if len(answers) < self.num_ranks or any(worker.connection.poll() for worker in workers):
             self.ranks.stop()
         if failures:
             raise RankError(_report(failures, self.num_ranks))
@@ -146,7 +192,7 @@ def _collect(workers: list[Worker], deadline: float) -> dict[int, tuple[bool, An
             try:
                 answers[rank] = pickle.loads(connection.recv_bytes())
             except EOFError:
-                answers[rank] = False, f"the process ended with code {workers[rank].process.wait()}"
+                answers[rank] = False, f"the process ended with code {workers[rank].exit_code}"
             if not answers[rank][0]:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     return answers
@@ -208,6 +254,28 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(reply)
 
 
+def fork_on_request(connection: Connection) -> None:
+    """Forks a worker for the name of a file, ends one for its id."""
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        if isinstance(request, int):
+            os.kill(request, signal.SIGKILL)  # does nothing to one that has ended
+            connection.send(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]))
+            continue
+        handle = recv_handle(connection)
+        pid = os.fork()
+        if not pid:
+            connection.close()
+            faulthandler.register(signal.SIGUSR1, file=open(request, "w"))
+            serve(Connection(handle))
+            os._exit(0)
+        os.close(handle)
+        connection.send(pid)
+
+
 if __name__ == "__main__":
-    faulthandler.register(signal.SIGUSR1, file=open(sys.argv[2], "w"))
-    serve(Connection(int(sys.argv[1])))
+    importlib.import_module("shardrec.pipeline.train")
+    fork_on_request(Connection(int(sys.argv[1])))

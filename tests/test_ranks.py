@@ -43,9 +43,9 @@ def test_ranks_add_up(ranks: Ranks, num_ranks: int) -> None:
 
 def test_processes_are_kept_between_runs(ranks: Ranks) -> None:
     ranks(2).run(threads)
-    before = [worker.process.pid for worker in ranks.workers[:2]]
+    before = [worker.pid for worker in ranks.workers[:2]]
     ranks(2).run(total, Number(1))
-    assert [worker.process.pid for worker in ranks.workers[:2]] == before
+    assert [worker.pid for worker in ranks.workers[:2]] == before
 
 
 def test_workers_use_one_thread(ranks: Ranks) -> None:

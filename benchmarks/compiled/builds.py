@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,9 +60,9 @@ class Build:
         num_products: Instructions that do them, of a warp; of one thread for the whole program
             where it starts a product alone (tcgen05).
         bytes_read: From global memory by a program in one turn of its loops.
-        loop_instructions: Machine instructions of the longest loop, of a thread.
         ptxas: Version of the assembler.
         ptx: The code itself.
+        machine_code: What the assembler made of it.
     """
 
     registers: int
@@ -71,9 +72,19 @@ class Build:
     multiply_adds: int
     num_products: int
     bytes_read: int
-    loop_instructions: int
     ptxas: str
     ptx: str
+    machine_code: bytes
+
+    @property
+    def loop_instructions(self) -> int:
+        """Machine instructions of the longest loop, of a thread; disassembles the code."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.machine_code)
+            file.flush()
+            command = [_tool("cuobjdump"), "-sass", file.name]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return main_loop(run.stdout)
 
 
 def build(
@@ -114,7 +125,7 @@ def build(
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
-    registers, spilled, assembly = _assemble(ptx, architecture)
+    registers, spilled, machine_code = _assemble(ptx, architecture)
     kind = next((name for name in _MATRIX_INSTRUCTIONS if name in ptx), "")
     turn = loop_code(ptx)
     products = scalar_products(turn, tile.num_warps)
@@ -128,9 +139,9 @@ def build(
         multiply_adds=products[0],
         num_products=products[1],
         bytes_read=bytes_read(turn, tile.num_warps),
-        loop_instructions=main_loop(assembly),
         ptxas=_ptxas_version(architecture),
         ptx=ptx,
+        machine_code=machine_code,
     )
 
 
@@ -154,6 +165,7 @@ def _ptxas(architecture: int) -> str:
     return _tool("ptxas-blackwell" if architecture >= 100 else "ptxas")
 
 
+@cache
 def _ptxas_version(architecture: int) -> str:
     run = subprocess.run(
         [_ptxas(architecture), "--version"], capture_output=True, text=True, check=True
@@ -162,8 +174,8 @@ def _ptxas_version(architecture: int) -> str:
     return match.group(1) if match else "unknown"
 
 
-def _assemble(ptx: str, architecture: int) -> tuple[int, int, str]:
-    """Registers of a thread, bytes it spills, and the machine code as text."""
+def _assemble(ptx: str, architecture: int) -> tuple[int, int, bytes]:
+    """Registers of a thread, bytes it spills, and the machine code."""
     match = re.search(r"\.target (sm_\w+)", ptx)
     assert match, "PTX without a target"
     with tempfile.TemporaryDirectory() as folder:
@@ -172,12 +184,11 @@ def _assemble(ptx: str, architecture: int) -> tuple[int, int, str]:
         command = [_ptxas(architecture), "-v", f"--gpu-name={match.group(1)}", str(path)]
         command += ["-o", str(path.with_suffix(".cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [_tool("cuobjdump"), "-sass", str(path.with_suffix(".cubin"))]
-        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        machine_code = path.with_suffix(".cubin").read_bytes()
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores", report)
     assert registers and spills, f"ptxas says nothing of registers: {report}"
-    return int(registers.group(1)), int(spills.group(1)), assembly
+    return int(registers.group(1)), int(spills.group(1)), machine_code
 
 
 @dataclass(frozen=True, slots=True)

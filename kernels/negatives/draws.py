@@ -8,6 +8,7 @@ from shardrec.kernels.negatives.reference import philox
 
 __all__ = [
     "STREAM_HASH",
+    "STREAM_ID_DROPOUT",
     "STREAM_MIX",
     "STREAM_NEGATIVES",
     "draw_below",
@@ -22,6 +23,7 @@ _MIX_SIGNS = 1 << 18
 STREAM_NEGATIVES = 0
 STREAM_MIX = 1 << 8
 STREAM_HASH = 1 << 16
+STREAM_ID_DROPOUT = 1 << 24
 
 
 def draw_below(

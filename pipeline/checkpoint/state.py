@@ -33,6 +33,8 @@ class CheckpointState:
             ``first_row`` and ``num_rows`` say which rows these are.
         progress: JSON; steps, data position and best metric, which a resumed run needs.
         config: JSON; the config of the run.
+        attributes: ``state_dict()`` of the vectors of attributes, equal on all ranks; empty if the
+            run has none.
         written_by: versions of the software that wrote it, by name.
     """
 
@@ -41,6 +43,7 @@ class CheckpointState:
     table: Mapping[str, Tensor]
     progress: Mapping[str, Any]
     config: Mapping[str, Any]
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=versions)
 
     @property
@@ -65,6 +68,7 @@ class CheckpointState:
             TypeError: the encoder's or the optimizer's state holds something other than tensors.
         """
         whole = {f"encoder.{name}": value for name, value in self.encoder.items()}
+        whole |= {f"attributes.{name}": value for name, value in self.attributes.items()}
         for index, memory in self.optimizer["state"].items():
             whole |= {f"optimizer.{index}.{name}": value for name, value in memory.items()}
         for name, value in whole.items():
@@ -97,11 +101,14 @@ def join_state(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
 ) -> CheckpointState:
     """Rebuild a state from ``CheckpointState.tensors`` and ``numbers``."""
-    encoder, memory, table = dict[str, Tensor](), dict[int, dict[str, Tensor]](), {}
+    encoder, attributes, table = dict[str, Tensor](), dict[str, Tensor](), {}
+    memory = dict[int, dict[str, Tensor]]()
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         if part == "encoder":
             encoder[rest] = value
+        elif part == "attributes":
+            attributes[rest] = value
         elif part == "optimizer":
             index, _, key = rest.partition(".")
             memory.setdefault(int(index), {})[key] = value
@@ -116,6 +123,7 @@ def join_state(
         table=table,
         progress=numbers["progress"],
         config=numbers["config"],
+        attributes=attributes,
         written_by=numbers["versions"],
     )
 

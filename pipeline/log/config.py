@@ -10,6 +10,8 @@ from shardrec.pipeline.prepared.parquet_files import check_path
 
 MAX_THREADS = 256
 MAX_GROUP_ROWS = 1 << 30
+# Options that do nothing without item_attributes.
+ATTRIBUTES = ("attribute_item_column", "attributes", "attribute_numbers", "attribute_buckets")
 _COLUMN_OPTIONS = ("user_column", "item_column", "time_column", "event_column", "weight_column")
 
 
@@ -42,6 +44,14 @@ class PrepareConfig:
         keep_duplicates: keep events that equal another one in every column read.
         items: items.parquet of an earlier prepared folder: its items keep their indices, even if
             this log or min_item_events would leave them out; new items get the next indices.
+        item_attributes: Parquet with one row an item (file, folder, glob, or URI), for
+            catalog.attributes of train. Text, integers, booleans and lists of them are categories,
+            floats and times are numbers in buckets, lists of floats are vectors.
+        attribute_item_column: column of the item ids there; none: as item_column.
+        attributes: columns to take; by default all others.
+        attribute_numbers: integer columns that are numbers and not categories.
+        attribute_buckets: most buckets of a number, of about equally many items (16).
+        admit_items: items that only the attributes have enter the catalog, with 0 training events.
         rebalance: with items, give every item a new index that spreads popular items evenly, and
             write item_map.parquet (former_item, item), which train --init-from applies.
         sequences_per_row_group: rows of a row group in train, validation and test.
@@ -72,6 +82,12 @@ class PrepareConfig:
     min_item_events: int = 0
     keep_duplicates: bool = False
     items: str | None = None
+    item_attributes: str | None = None
+    attribute_item_column: str | None = None
+    attributes: tuple[str, ...] = ()
+    attribute_numbers: tuple[str, ...] = ()
+    attribute_buckets: int | None = None
+    admit_items: bool = True
     rebalance: bool = False
     sequences_per_row_group: int = 2048
     seed: int = 0
@@ -84,7 +100,7 @@ class PrepareConfig:
         _check_choice("split", self.split, ("temporal", "leave_one_out"))
         _check_choice("validation", self.validation, ("users", "time", "none"))
         _check_choice("targets", self.targets, ("last", "all"))
-        for name in ("events", "output", "items"):
+        for name in ("events", "output", "items", "item_attributes"):
             path = getattr(self, name)
             if path is not None:
                 check_path(name, path)
@@ -130,7 +146,7 @@ def _check_columns(config: PrepareConfig) -> None:
 
 def _check_numbers(config: PrepareConfig) -> None:
     least = {"min_user_events": 1, "min_item_events": 0, "sequences_per_row_group": 1, "seed": 0}
-    least |= {"threads": 1, "validation_users": 1}
+    least |= {"threads": 1, "validation_users": 1, "attribute_buckets": 2}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -159,6 +175,7 @@ def _check_used(config: PrepareConfig) -> None:
         ("event_column", bool(config.event_types), "event_types"),
         ("event_types", config.event_column is not None, "event_column"),
         ("rebalance", config.items is not None, "items"),
+        *((name, config.item_attributes is not None, "item_attributes") for name in ATTRIBUTES),
     ]
     for name, used, needs in rules:
         value = getattr(config, name)
@@ -166,6 +183,11 @@ def _check_used(config: PrepareConfig) -> None:
             raise ValueError(
                 f"{name} must come with {needs}, got {value!r} without; remove one or set the other"
             )
+    if not config.admit_items and config.item_attributes is None:
+        raise ValueError(
+            "admit_items must come with item_attributes, got False without; remove one or set the "
+            "other"
+        )
     if by_time and not temporal:
         raise ValueError(
             "validation must be users or none with split=leave_one_out, got 'time'; choose one"

@@ -98,15 +98,10 @@ class Written:
     lengths: Array
 
 
-def write_items(folder: Path, item_ids: pa.Array, order: Array, counts: Array) -> FileEntry:
+def write_items(folder: Path, item_ids: pa.Array, counts: Array) -> FileEntry:
     """Write ``items.parquet`` with item_id, item and count, in the order of ``item``."""
-    table = pa.table(
-        {
-            "item_id": item_ids.take(pa.array(order)),
-            "item": np.arange(len(order), dtype=np.int64),
-            "count": counts[order],
-        }
-    )
+    items = np.arange(len(counts), dtype=np.int64)
+    table = pa.table({"item_id": item_ids, "item": items, "count": counts})
     writer = RowGroupWriter(folder, ITEMS_NAME, table.schema, _ITEM_GROUP_ROWS)
     writer.write(table)
     return writer.close()[0]

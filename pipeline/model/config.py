@@ -1,14 +1,15 @@
 """Precision and evaluation options of a model; imports neither TorchRec nor torchmetrics."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from shardrec.modules.option_checks import require_at_least
 
-__all__ = ["DEFAULT_METRIC", "MeasureConfig", "Precision"]
+__all__ = ["DEFAULT_METRIC", "TIES", "MeasureConfig", "Precision", "describe_lists"]
 
 # What checkpoints, gates, reports and the demo are judged by, where nothing else is chosen.
 DEFAULT_METRIC = "NDCG@10"
+TIES = "by a hash of the item"
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -19,14 +20,17 @@ class MeasureConfig:
 
     Attributes:
         ks: list lengths of the metrics.
-        filter_seen: leave out items of the history; never the targets themselves.
+        filter_seen: leave out items of the history; a target among them counts as missed.
+        min_count: training events an item must have to be ranked; a target with fewer counts as
+            missed. 0 ranks all.
         batch_size: users at a time on each rank.
         block_states: states of all ranks that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
     """
 
     ks: tuple[int, ...] = (5, 10, 20)
-    filter_seen: bool = False
+    filter_seen: bool = True
+    min_count: int = 1
     batch_size: int = 256
     block_states: int = 256
     block_rows: int = 65_536
@@ -37,6 +41,13 @@ class MeasureConfig:
             raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; use 5,10")
         for name in ("batch_size", "block_states", "block_rows"):
             require_at_least(name, getattr(self, name), 1)
+        require_at_least("min_count", self.min_count, 0)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """JSON: all that decides which lists the users get; measurements differ where it does."""
+        lists = {"ks": list(self.ks), "filter_seen": self.filter_seen, "min_count": self.min_count}
+        return {**lists, "ties": TIES}
 
     def metric_names(self) -> list[str]:
         """The metrics a best checkpoint can be chosen by."""
@@ -44,3 +55,17 @@ class MeasureConfig:
         names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
         coverage = [f"Coverage@{k}" for k in self.ks]
         return names + coverage + [f"{name}/known" for name in names]
+
+
+def describe_lists(filter_seen: bool, min_count: int) -> dict[str, str]:
+    """Which items may be in a list, and the order of equal ones, for readers.
+
+    >>> describe_lists(True, 1)["candidates"]
+    'items with a training event'
+    """
+    candidates = {0: "the whole catalog", 1: "items with a training event"}
+    return {
+        "candidates": candidates.get(min_count, f"items with {min_count} training events or more"),
+        "seen_items": "removed" if filter_seen else "not removed",
+        "ties": TIES,
+    }

@@ -1,6 +1,7 @@
 """Metrics of a model, or of popularity, over evaluation users and the whole catalog, at any W."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,52 +10,63 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.kernels.shard import RowShard
-from shardrec.modules.metrics import ranking_metrics
-from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
+from shardrec.modules.metrics import MeanOverUsers, ranking_metrics
+from shardrec.modules.ranking import Ragged, ranks_in_lists
 from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.model.ranker import Ranker
 from shardrec.pipeline.prepared.loader import EvaluationBatch, EvaluationBatches, Prepared
 from shardrec.pipeline.ranks import in_step, on_this_rank
 
-__all__ = ["Scorer", "Split", "measure", "open_users"]
+__all__ = ["Measurement", "Split", "measure", "open_users"]
 
 Split = Literal["validation", "test"]
-Scorer = Callable[[Tensor, Tensor], Tensor]
-"""From items (B, L) int64 and lengths (B,) int64 to states (B, D); collectives allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The result of ``measure``, the same on every rank where nothing else is said.
+
+    Attributes:
+        metrics: by name; those with the suffix ``/known`` leave out targets that training never
+            saw, those with ``/new`` leave out all others and are there if a target is new.
+            ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what was
+            measured.
+        standard_errors: of the metrics that are means over users, by the same names.
+        users: of this rank alone: the (U,) rows of its users in the file of the split.
+        ranks: (T,) int32 ranks of their targets, 0 the best, -1 for those in no list, and (U,)
+            numbers of targets.
+    """
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    users: Tensor
+    ranks: Ragged
 
 
 def measure(
-    scorer: Scorer,
-    shard: RowShard,
+    ranker: Ranker,
     batches: Iterable[EvaluationBatch],
     config: MeasureConfig,
     prepared: Prepared,
-) -> dict[str, float]:
-    """Metrics over all users of ``batches``, the same on every rank.
+) -> Measurement:
+    """Metrics over all users of ``batches``.
 
     Args:
-        scorer: makes the states that are scored against the rows.
-        shard: this rank's rows.
+        ranker: makes the lists.
         batches: this rank's users; the same number of batches on every rank.
-        config: list lengths and the seen filter.
+        config: list lengths and candidates.
         prepared: the data; training counts define popularity and what is new.
-
-    Returns:
-        Metrics by name; those with the suffix ``/known`` leave out targets that training never
-        saw. ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what
-        was measured.
 
     Raises:
         ValueError: a row group is damaged; raised on all ranks.
 
     Collectives: an all-gather of small objects; for each batch an all-reduce of one number and the
-    collectives of the scorer and of the ranking; at the end an all-reduce and those of the metrics.
+    collectives of the ranker; at the end an all-reduce and those of the metrics.
     """
-    meter = _Meter(shard, config, prepared)
+    meter = _Meter(ranker, config, prepared)
     with torch.no_grad():
-        for batch in in_step(batches, shard.group, shard.rows.device):
-            batch = batch.to(shard.rows.device)
-            meter.add(batch, scorer(batch.items, batch.lengths))
+        for batch in in_step(batches, ranker.group, ranker.device):
+            meter.add(batch.to(ranker.device))
     return meter.result()
 
 
@@ -88,48 +100,70 @@ def open_users(
 class _Meter:
     """Sums over users."""
 
-    def __init__(self, shard: RowShard, config: MeasureConfig, prepared: Prepared) -> None:
-        self.shard = shard
+    def __init__(self, ranker: Ranker, config: MeasureConfig, prepared: Prepared) -> None:
+        self.ranker = ranker
         self.config = config
-        counts = on_this_rank(prepared.item_counts, shard.group)
-        self.counts = counts.to(shard.rows.device)
-        self.blocks = Blocks(states=config.block_states, rows=config.block_rows)
+        self.num_items = prepared.num_items
+        counts = on_this_rank(prepared.item_counts, ranker.group)
+        self.counts = counts.to(ranker.device)
+        allowed = self.counts >= config.min_count
+        self.allowed = None if allowed.all() else allowed
         self.all = self._metrics(prepared)
         self.known = self._metrics(prepared)
+        self.own: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.new = self._metrics(prepared)
         # users, targets, new targets, repeated targets
-        self.sums = torch.zeros(4, dtype=torch.int64, device=shard.rows.device)
+        self.sums = torch.zeros(4, dtype=torch.int64, device=ranker.device)
 
-    def add(self, batch: EvaluationBatch, states: Tensor) -> None:
+    def add(self, batch: EvaluationBatch) -> None:
         """Rank one batch and count its users."""
         targets, seen = batch.targets, batch.seen
-        k = min(max(self.config.ks), self.shard.num_rows)
+        k = min(max(self.config.ks), self.num_items)
         hidden = seen if self.config.filter_seen else None
-        _, items = top_items(states, self.shard, k, seen=hidden, keep=targets, blocks=self.blocks)
-        ranks = ranks_in_lists(items, targets, missing=self.shard.num_rows + max(self.config.ks))
+        _, items = self.ranker.top(batch.items, batch.lengths, k, hidden, self.allowed)
+        longest = max(self.config.ks)
+        ranks = ranks_in_lists(items, targets, missing=self.num_items + longest)
+        listed = ranks.where(ranks < longest, -1).int()
+        self.own.append((batch.users.cpu(), listed.cpu(), targets[1].cpu()))
         is_new = self.counts[targets[0]] == 0
-        is_repeated = _repeated(targets, seen, self.shard.num_rows)
+        is_repeated = _repeated(targets, seen, self.num_items)
         self._update(self.all, ranks, targets, items)
         owners = torch.repeat_interleave(targets[1])
-        kept = torch.bincount(owners[~is_new], minlength=len(targets[1]))
-        self._update(self.known, ranks[~is_new], (targets[0][~is_new], kept), items)
+        for metrics, chosen in ((self.known, ~is_new), (self.new, is_new)):
+            kept = torch.bincount(owners[chosen], minlength=len(targets[1]))
+            self._update(metrics, ranks[chosen], (targets[0][chosen], kept), items)
         self.sums += torch.stack(
             [(targets[1] > 0).sum(), targets[1].sum(), is_new.sum(), is_repeated.sum()]
         )
 
-    def result(self) -> dict[str, float]:
+    def result(self) -> Measurement:
         """The numbers of all ranks."""
-        Communicator(self.shard.group).sum_(self.sums)
+        Communicator(self.ranker.group).sum_(self.sums)
         users, targets, new, repeated = self.sums.tolist()
         values = {name: float(value) for name, value in self.all.compute().items()}
         for name, value in self.known.compute().items():
             if not name.startswith(("Coverage", "Surprisal")):  # of lists, not of targets
                 values[f"{name}/known"] = float(value)
-        return values | {
+        for name, value in self.new.compute().items() if new else ():
+            # New items are all in the tail.
+            if not name.startswith(("Coverage", "Surprisal")) and "/" not in name:
+                values[f"{name}/new"] = float(value)
+        values |= {
             "users": users,
             "targets": targets,
             "new_target_share": new / max(1, targets),
             "repeated_target_share": repeated / max(1, targets),
         }
+        errors = {
+            f"{name}{suffix}": float(metric.standard_error())
+            for suffix, metrics in (("", self.all), ("/known", self.known), ("/new", self.new))
+            for name, metric in metrics.items()
+            if isinstance(metric, MeanOverUsers) and f"{name}{suffix}" in values
+        }
+        none = torch.zeros(0, dtype=torch.int64)
+        own = [(none, none.int(), none), *self.own]
+        rows, ranks, lengths = (torch.cat(part) for part in zip(*own, strict=True))
+        return Measurement(values, errors, rows, (ranks, lengths))
 
     def _metrics(self, prepared: Prepared) -> MetricCollection:
         return ranking_metrics(
@@ -137,8 +171,8 @@ class _Meter:
             num_items=prepared.num_items,
             item_counts=self.counts,
             num_users=max(2, prepared.manifest.counts["train_users"]),
-            process_group=self.shard.group,
-        ).to(self.shard.rows.device)
+            process_group=self.ranker.group,
+        ).to(self.ranker.device)
 
     def _update(
         self, metrics: MetricCollection, ranks: Tensor, targets: Ragged, items: Tensor

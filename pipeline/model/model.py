@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog import Catalog
+from shardrec.modules.dropout import PositionKeys
+from shardrec.modules.encoder import TransformerEncoder
+from shardrec.modules.length_groups import LengthGroups
 from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
@@ -42,7 +45,7 @@ class Model:
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share the catalog; None for one process."""
-        return self.catalog.shard.group
+        return self.catalog.group
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
         """Start the look-up of item vectors; returns the function that waits for them.
@@ -54,27 +57,35 @@ class Model:
         return self.catalog.begin_lookup(items.reshape(-1)[real_positions(lengths, items.shape[1])])
 
     def states(
-        self, items: Tensor, lengths: Tensor, vectors: Callable[[], Tensor] | None = None
+        self,
+        items: Tensor,
+        lengths: Tensor,
+        vectors: Callable[[], Tensor] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """States at the real positions of this rank's sequences.
+
+        The encoder works on groups of sequences of like lengths (``LengthGroups``); the states
+        come back in the order of the sequences.
 
         Args:
             items: (B, L) int64, right padded; B may be 0 and differ by rank.
             lengths: (B,) int64 in [1, L].
             vectors: what ``begin_lookup`` returned for the same sequences; None: begin it now.
+            keys: (N,) int64, which decide what dropout drops on a CPU, so that it depends neither
+                on groups nor on ranks; None: drawn from torch's generator.
 
         Returns:
             (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
 
         Collectives: as ``Catalog.lookup``, forward and backward.
         """
-        positions = real_positions(lengths, items.shape[1])
         with part("look-up"):
             found = (vectors or self.begin_lookup(items, lengths))()
-        if not positions.numel():
+        if not len(found):
             return found  # still part of the graph: the look-up's backward needs every rank
         with part("encoder"):
-            return self._encode(found, positions, items.shape)
+            return self._encode(found, lengths, keys)
 
     def scored_shard(self) -> RowShard:
         """The rows that states are scored against; a normalised copy if ``normalize``."""
@@ -89,12 +100,16 @@ class Model:
         """
         return self.states(items, lengths)[lengths.cumsum(0) - 1]
 
-    def _encode(self, vectors: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-        padded = vectors.new_zeros(shape.numel(), vectors.shape[1])
-        padded = padded.index_copy(0, positions, vectors).view(*shape, -1)  # (B, L, D)
+    def _encode(self, vectors: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
+        groups = LengthGroups.of(lengths)
+        ordered = groups.sort(vectors)
         with self._autocast():
-            states: Tensor = self.encoder(padded)
-        return states.to(vectors.dtype).reshape(-1, vectors.shape[1])[positions]
+            if isinstance(self.encoder, TransformerEncoder):
+                own = None if keys is None else PositionKeys(groups.sort(keys))
+                states = self.encoder.packed(ordered, groups, own)
+            else:
+                states = groups.apply(self.encoder, ordered)
+        return groups.restore(states.to(vectors.dtype))
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         wanted = self.precision == "bfloat16" or (

@@ -4,12 +4,22 @@ from dataclasses import dataclass
 
 from shardrec.pipeline.outputs.json_files import Shape
 
-__all__ = ["EXPORT", "GATE", "METRICS", "POINTER", "PREPARED", "RECOMMENDATIONS", "SYNTH", "Format"]
+__all__ = [
+    "BASELINE",
+    "EXPORT",
+    "GATE",
+    "METRICS",
+    "POINTER",
+    "PREPARED",
+    "RECOMMENDATIONS",
+    "SYNTH",
+    "Format",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An output format: a folder with ``manifest.json`` in it, or one file.
+    """An output format: a folder with a manifest in it, or one file.
 
     Attributes:
         name: value of the manifest's key "format".
@@ -20,6 +30,7 @@ class Format:
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
         is_signed: whether it is signed while there is a key (``outputs/signing.py``).
+        manifest: name of the file; readers of Parquet folders pass over one that begins with "_".
     """
 
     name: str
@@ -30,6 +41,7 @@ class Format:
     version: int = 1
     hint: str = ""
     is_signed: bool = False
+    manifest: str = "manifest.json"
 
     @property
     def remedy(self) -> str:
@@ -52,6 +64,7 @@ _PREPARED: Shape = {
 _EXPORT: Shape = {
     **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
 }
+_BASELINE: Shape = {"kind": str, "data": str, "counts": dict, "versions": dict}
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
@@ -61,7 +74,13 @@ PREPARED = Format("shardrec.prepared", "a prepared folder", "shardrec prepare", 
 METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
-RECOMMENDATIONS = Format("shardrec.recommendations", "lists", "shardrec recommend", _FILES)
+BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
+RECOMMENDATIONS = Format(
+    "shardrec.recommendations", "lists", "shardrec recommend", _FILES, manifest="_manifest.json"
+)
+SIMILAR = Format(
+    "shardrec.similar", "lists of items", "shardrec similar", _FILES, manifest="_manifest.json"
+)
 EXPORT = Format(
     "shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT}, is_signed=True
 )

@@ -27,7 +27,7 @@ __all__ = [
 Shape = Mapping[str, type | tuple[type, ...]]
 """Keys that an object must have, and the types that their values may have."""
 
-LARGEST_BYTES = 32 << 20  # of a JSON file; the manifest of 100,000 files has 25 MB
+LARGEST_BYTES = 256 << 20  # of a JSON file; the manifest of 100,000 files has 25 MB
 _DEEPEST = 50
 
 

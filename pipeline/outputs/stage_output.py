@@ -112,7 +112,7 @@ class StageOutput:
             if folder is not None:
                 manifest["files"] = [dataclasses.asdict(entry) for entry in entries]
             manifest = signed(manifest) if self.format.is_signed else manifest
-            path = self.path if folder is None else folder / MANIFEST_NAME
+            path = self.path if folder is None else folder / self.format.manifest
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(manifest, indent=1, allow_nan=folder is not None)
             write_atomically(path, text)
@@ -152,7 +152,9 @@ class StageOutput:
     def _read(self) -> dict[str, Any]:
         if self.stored is not None:
             return self.stored(self.path)
-        return read_json(self.path / MANIFEST_NAME if self.format.is_folder else self.path)
+        if not self.format.is_folder:
+            return read_json(self.path)
+        return read_json(_find_manifest(self.path, self.format) or self.path / MANIFEST_NAME)
 
     def _require_whole(self, stored: dict[str, Any]) -> None:
         try:
@@ -197,10 +199,10 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
             file and key.
     """
     maker = f"`{format.maker}`"
-    file = find_file(path, MANIFEST_NAME) if format.is_folder else path
+    file = _find_manifest(path, format) if format.is_folder else path
     if file is None or not file.is_file():
         raise FileNotFoundError(
-            f"{format.what} must hold {MANIFEST_NAME}, got {path}; run {maker} to make one"
+            f"{format.what} must hold {format.manifest}, got {path}; run {maker} to make one"
             if format.is_folder
             else f"there must be {format.what} {path}, got none; run {maker} first"
         )
@@ -215,3 +217,8 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
     if format.is_signed:
         require_signature(stored, file)
     return require_shape(stored, format.shape, str(file), format.remedy)
+
+
+def _find_manifest(folder: Path, format: Format) -> Path | None:
+    """The manifest of a folder; lists of version 0.2.0 have one named like those of the others."""
+    return find_file(folder, format.manifest) or find_file(folder, MANIFEST_NAME)

@@ -67,12 +67,14 @@ class EvaluationBatch:
         lengths: (B,) int64.
         targets: values (T,) and lengths (B,): the next items of each user, oldest first.
         seen: values (S,) and lengths (B,): the whole history of each user.
+        users: (B,) int64 row of each user in the file of the split.
     """
 
     items: Tensor
     lengths: Tensor
     targets: Ragged
     seen: Ragged
+    users: Tensor
 
     def to(self, device: torch.device | str) -> "EvaluationBatch":
         """The batch on another device."""
@@ -81,6 +83,7 @@ class EvaluationBatch:
             self.lengths.to(device),
             (self.targets[0].to(device), self.targets[1].to(device)),
             (self.seen[0].to(device), self.seen[1].to(device)),
+            self.users.to(device),
         )
 
 

@@ -6,8 +6,15 @@ The phases:
 3. A window is a matrix of batches x places, filled place by place: place p of all its batches is a
    contiguous range of the list, in one or two row groups. A rank takes a contiguous range of places
    of every batch, so a contiguous range of the list (`Window.places`, `EpochOrder.pieces`).
-4. Inside a row group, assign places so that each place gets short and long samples evenly, and
-   batches so that the samples of one batch have similar lengths (`EpochOrder.assign`).
+4. Samples are shuffled inside their row group, and each place's samples over its batches
+   (`EpochOrder.assign`): a batch is a random draw of the window, one sample from each place.
+   Lengths play no part. Batches of like lengths would hold little padding, but were measured to
+   cost NDCG, as a step of few positions then counts as much as one of many; the encoder avoids
+   padding inside a batch.
+
+A rank's positions in a batch are therefore a sum of random lengths: even over an epoch, and in a
+single step the more even the more sequences a rank has (the table is sharded by items, so what the
+loss costs a rank does not depend on it).
 
 All ranks together open at most W - 1 row groups twice inside a window, and one more at the border
 of two windows: with G row groups and w in a window, at most G * (1 + W / w). Only the range of
@@ -19,13 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EpochOrder", "Piece", "Window"]
+__all__ = ["ORDER_VERSION", "EpochOrder", "Piece", "Window"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Lengths within this ratio are ordered at random, so that batches differ from epoch to epoch.
-LENGTH_JITTER = 0.1
+# Raise it when equal seeds give another order than before. Up to 0.2.0 it was 1.
+ORDER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +108,18 @@ class EpochOrder:
         stop = min(last * self.batch_size, self.num_samples)
         return Window(first, last - first, start, stop - start, self.batch_size)
 
-    def pieces(self, window: Window, start: int, stop: int) -> tuple[list[Piece], int]:
-        """The parts of row groups that hold samples ``start .. stop`` of the window.
-
-        Each part is everything the window has of a row group, even if the range needs less. Also
-        returns the position in the window of the first sample of the first part.
-        """
+    def pieces(self, window: Window, start: int, stop: int) -> list[Piece]:
+        """The parts of row groups that hold samples ``start .. stop`` of the window."""
         if start >= stop:
-            return [], 0
-        opening = window.first_sample
-        closing = opening + window.num_samples
-        first = int(np.searchsorted(self.ends, opening + start, side="right"))
-        last = int(np.searchsorted(self.ends, opening + stop, side="left"))
+            return []
+        opening, closing = window.first_sample + start, window.first_sample + stop
+        first = int(np.searchsorted(self.ends, opening, side="right"))
+        last = int(np.searchsorted(self.ends, closing, side="left"))
         begins = np.append(0, self.ends)[first : last + 1]
         firsts = np.maximum(opening, begins) - begins
         lasts = np.minimum(closing, self.ends[first : last + 1]) - begins
         parts = zip(self.row_groups[first : last + 1], firsts, lasts, strict=True)
-        pieces = [Piece(*map(int, part)) for part in parts]
-        return pieces, int(begins[0]) + pieces[0].first - opening
+        return [Piece(*map(int, part)) for part in parts]
 
     def shuffled(self, row_group: int, num_samples: int) -> tuple[Ints, Floats]:
         """The epoch's order inside a row group, and a random key in [0, 1) for each sample."""
@@ -126,56 +127,27 @@ class EpochOrder:
         return generator.permutation(num_samples), generator.random(num_samples)
 
     def assign(
-        self,
-        window: Window,
-        start: int,
-        sizes: Ints,
-        lengths: Ints,
-        random_keys: Floats,
-        places: tuple[int, int],
+        self, window: Window, places: tuple[int, int], random_keys: Floats
     ) -> tuple[Ints, Ints]:
         """Assign the samples of a range of places to the batches of a window.
 
         Args:
             window: the window.
-            start: position in the window of the first sample.
-            sizes: (P,) number of samples in each piece, in the order of the list.
-            lengths: (S,) positions in each sample, piece after piece.
-            random_keys: (S,) random keys of the samples.
-            places: the range; its samples are all in the pieces.
+            places: the range.
+            random_keys: (T,) random keys of its samples, in the order of the list.
 
         Returns:
-            (T,) indices of the range's samples, batch by batch and by place inside a batch, and
+            (T,) indices of the samples, batch by batch and by place inside a batch, and
             (num_steps,) how many of them are in each batch.
         """
-        key = lengths * (1.0 + LENGTH_JITTER * (random_keys - 0.5))
-        place = self._place(window, start, sizes, key)
-        taken = np.flatnonzero((place >= places[0]) & (place < places[1]))
-        taken = taken[np.lexsort((random_keys[taken], key[taken], place[taken]))]
-        place = place[taken]
-        # Inside a place the shortest sample goes to the first batch of the permutation, and so on;
-        # the last batch of an epoch has fewer places.
-        offset = np.arange(len(taken)) + window.place_start(places[0]) - window.place_start(place)
-        step_of = self._generator(2, window.first_step).permutation(window.num_steps)
-        short = int(np.argmax(step_of))
-        offset += (place >= window.full_places) & (offset >= short)
-        step = step_of[offset]
-        by_batch = np.lexsort((place, step))
-        return taken[by_batch], np.bincount(step, minlength=window.num_steps)
-
-    def _place(self, window: Window, start: int, sizes: Ints, key: Floats) -> Ints:
-        """(S,) the place of each sample: every place gets short and long ones of a piece evenly."""
-        piece = np.repeat(np.arange(len(sizes)), sizes)
-        # The place of each position, and its relative depth in the place's part of the piece.
-        position = np.arange(start, start + len(key))
-        starts = window.place_start(np.arange(window.batch_size + 1))
-        place = np.searchsorted(starts, position, side="right") - 1
-        share = piece * (window.batch_size + 1) + place
-        _, first, count = np.unique(share, return_index=True, return_counts=True)
-        depth = (np.arange(len(key)) - np.repeat(first, count) + 0.5) / np.repeat(count, count)
-        result = np.empty(len(key), dtype=np.int64)
-        result[np.lexsort((key, piece))] = place[np.lexsort((place, depth, piece))]
-        return result
+        starts = window.place_start(np.arange(places[0], places[1] + 1))
+        index = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        # The samples of a place by their keys; the first goes to the window's first batch, and so
+        # on. The last batch of an epoch has fewer places: they are one sample shorter.
+        by_place = np.lexsort((random_keys, index))
+        step = np.arange(len(index)) + starts[0] - starts[index]
+        by_batch = np.argsort(step, kind="stable")
+        return by_place[by_batch], np.bincount(step, minlength=window.num_steps)
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(

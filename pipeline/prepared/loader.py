@@ -5,6 +5,7 @@ No Python loop runs over sequences: list columns become one flat tensor and offs
 index arithmetic on them.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from shardrec.pipeline.prepared.batches import (
     num_windows,
     padded,
 )
-from shardrec.pipeline.prepared.epoch_order import EpochOrder, Piece, Window
+from shardrec.pipeline.prepared.epoch_order import ORDER_VERSION, EpochOrder, Piece, Window
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.row_groups import RowGroups, flat_list
 
@@ -108,7 +109,6 @@ class TrainingBatches:
         self.epoch = self.step = 0
         self._columns = ["items", "weights"] if prepared.has_weights else ["items"]
         self._groups = RowGroups(prepared.train_files, [*self._columns, "length"])
-        self._positions = self._slots = 0
         self._samples = self._count_samples()
         self._num_steps = -(-int(self._samples.sum()) // config.batch_size)
 
@@ -121,11 +121,6 @@ class TrainingBatches:
         """Stored bytes of footers and column chunks read by this rank."""
         return int(self._groups.bytes_read)
 
-    @property
-    def padding_share(self) -> float:
-        """Share of padding among all positions of this rank so far; 0 before the first batch."""
-        return 1.0 - self._positions / self._slots if self._slots else 0.0
-
     def state_dict(self) -> dict[str, Any]:
         """Epoch, step, and everything the order depends on (not the number of ranks)."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
@@ -133,11 +128,14 @@ class TrainingBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state, at any number of ranks.
 
+        A state within an epoch that was begun in the order of another version of shardrec goes on
+        at the same step of this version's order, with a warning on rank 0.
+
         Raises:
             ValueError: the state belongs to another order (data, seed, batch size, ...).
         """
         for name, value in self._order_key().items():
-            if state["order"].get(name) != value:
+            if name != "version" and state["order"].get(name) != value:
                 raise ValueError(
                     f"{name} must be {state['order'].get(name)} to go on from this state,"
                     f" got {value}; restore the setting or start a new run"
@@ -147,6 +145,14 @@ class TrainingBatches:
                 f"step must be in [0, {len(self)}], got {state['step']}; load another state"
             )
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        is_other = state["order"].get("version", 1) != ORDER_VERSION
+        if is_other and 0 < self.step < len(self) and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "the first %d of the %d batches of epoch %d came in the order of another version "
+                "of shardrec: the epoch goes on at the same step in the order of this one, so it "
+                "has some sequences twice and others not at all; later epochs are complete",
+                *(self.step, len(self), self.epoch + 1),
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches from (epoch, step) to the end of the epoch.
@@ -174,19 +180,12 @@ class TrainingBatches:
         """The batches of a window from ``step`` on; ``step`` is advanced before each yield."""
         places = window.places(self.rank, self.world_size)
         run = window.place_start(np.array(places))
-        pieces, start = order.pieces(window, int(run[0]), int(run[1]))
-        samples, random_keys = self._read(order, pieces)
-        sizes = np.array([piece.last - piece.first for piece in pieces], dtype=np.int64)
-        chosen, counts = order.assign(
-            window, start, sizes, samples.length.numpy(), random_keys, places
-        )
+        samples, random_keys = self._read(order, order.pieces(window, int(run[0]), int(run[1])))
+        chosen, counts = order.assign(window, places, random_keys)
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
-            batch = samples.batch(parts[index])
-            self._positions += batch.num_positions
-            self._slots += batch.items.numel()
             self.step = window.first_step + index + 1
-            yield batch
+            yield samples.batch(parts[index])
 
     def _read(
         self, order: EpochOrder, pieces: list[Piece]
@@ -244,6 +243,7 @@ class TrainingBatches:
             "windows": self.config.windows,
             "shuffle_row_groups": self.config.shuffle_row_groups,
             "max_length": self.max_length,
+            "version": ORDER_VERSION,
         }
 
 
@@ -305,7 +305,7 @@ class EvaluationBatches:
                 yield batch
         for _ in range(given, len(self)):
             none = torch.zeros(0, dtype=torch.int64)
-            yield EvaluationBatch(none.new_zeros(0, 1), none, (none, none), (none, none))
+            yield EvaluationBatch(none.new_zeros(0, 1), none, (none, none), (none, none), none)
 
     def _share(self, rank: int, world_size: int) -> list[Piece]:
         """The parts of row groups that belong to a rank."""
@@ -330,13 +330,15 @@ class EvaluationBatches:
             _check_items(values, self.prepared.num_items, f"{name}, column {column}")
             columns.append((torch.from_numpy(values.copy()), torch.from_numpy(offsets)))
         (items, item_offsets), (targets, target_offsets) = columns
+        before = int(self._groups.rows[: piece.row_group].sum())
         users = torch.arange(piece.first, piece.last)
         users = users[torch.argsort(item_offsets.diff()[users], stable=True)]
         for chosen in users.split(self.batch_size):
             seen = gathered(items, item_offsets, chosen)
             length = seen[1].clamp(max=self.max_length)
             last, _, _ = padded(items, item_offsets[chosen + 1] - length, length)
-            yield EvaluationBatch(last, length, gathered(targets, target_offsets, chosen), seen)
+            wanted = gathered(targets, target_offsets, chosen)
+            yield EvaluationBatch(last, length, wanted, seen, before + chosen)
 
 
 def _check_items(values: npt.NDArray[Any], num_items: int, name: str) -> None:

@@ -34,13 +34,14 @@ class Manifest:
         shardrec_version: version that wrote the folder.
         config: the options of ``prepare`` that change its output.
         source: ``{"files": [{path, bytes, rows, footer_sha256}]}`` of the event log, and ``items``,
-            ``{path, rows, sha256, fingerprint}``, where the items of a former folder were kept.
+            ``{path, rows, sha256, fingerprint}``, where the items of a former folder were kept, and
+            ``item_attributes``, ``{files}``, where the items have attributes.
         columns: name and type of user, item, time and weight (None without weights).
         split: kind, targets, validation, and the cuts in the log's own time unit.
         counts: events, users, items, sequences and targets, kept and dropped.
         quantiles: of the training sequences' lengths and of the items' counts.
         load_per_rank: for 2, 3, 4 and 8 ranks, each rank's share of the training events.
-        files: every Parquet file of the folder.
+        files: every file of the folder but this one.
     """
 
     shardrec_version: str

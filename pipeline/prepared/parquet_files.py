@@ -6,10 +6,19 @@ import re
 
 import pyarrow as pa
 import pyarrow.fs as fs
+import pyarrow.parquet as pq
 
 from shardrec.pipeline.outputs.addresses import warn_of_keys, without_keys
 
-__all__ = ["check_path", "find_files", "id_kind", "is_text", "require_ids", "value_type"]
+__all__ = [
+    "check_path",
+    "find_files",
+    "id_kind",
+    "is_text",
+    "read_item_ids",
+    "require_ids",
+    "value_type",
+]
 
 _GLOB_CHARACTERS = "*?["
 _SETTINGS = re.compile(r"\?\w+=[^/?&]*(&\w+=[^/?&]*)*$")
@@ -159,3 +168,27 @@ def _matches(path: str, pattern: str) -> bool:
         return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
     pairs = zip(parts, wanted, strict=False)
     return len(parts) == len(wanted) and all(fnmatch.fnmatchcase(a, b) for a, b in pairs)
+
+
+def read_item_ids(name: str, source: str) -> pa.Array:
+    """The column ``item_id`` of some Parquet files.
+
+    Args:
+        name: of the option, for messages.
+        source: a file, a folder, a glob or a URI.
+
+    Raises:
+        FileNotFoundError: there is no Parquet file.
+        ValueError: a file has no such column.
+    """
+    filesystem, paths = find_files(source, name)
+    tables = []
+    for path in paths:
+        names = pq.read_schema(path, filesystem=filesystem).names
+        if "item_id" not in names:
+            raise ValueError(
+                f"{name} must be Parquet with a column item_id, got {path!r} with "
+                f"{', '.join(names)}; rename its column"
+            )
+        tables.append(pq.read_table(path, columns=["item_id"], filesystem=filesystem))
+    return pa.concat_tables(tables).column("item_id").combine_chunks()

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from shardrec.pipeline.model.config import DEFAULT_METRIC
 from shardrec.pipeline.outputs.staging import staged_file
 from shardrec.pipeline.report.curves import NUM_HUES, Curve, Line, draw
+from shardrec.pipeline.report.paired import compare_pairs
 from shardrec.pipeline.report.records import RunRecord, read_runs
 from shardrec.pipeline.report.tables import (
     all_metrics,
@@ -80,6 +81,7 @@ def render(records: Sequence[RunRecord]) -> str:
         differences=differences(records),
         all_metrics=all_metrics(records),
         remarks=remarks(records),
+        comparisons=compare_pairs(records, k),
         num_hues=NUM_HUES,
         state_of=state_of,
         format_option=format_option,

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.config import flatten
+from shardrec.pipeline.outputs.files import MANIFEST_NAME
+from shardrec.pipeline.outputs.formats import BASELINE
 from shardrec.pipeline.outputs.json_files import (
     Shape,
     parse_json,
+    read_json,
     read_object,
     read_text,
     require_shape,
@@ -55,6 +58,7 @@ class RunRecord:
         evaluation: metrics.json; None before ``evaluate``.
         num_resumes: how often the run was resumed.
         num_unreadable: lines of metrics.jsonl cut off by a crash.
+        folder: of the run; None for a record that was not read from one.
     """
 
     name: str
@@ -67,6 +71,7 @@ class RunRecord:
     evaluation: Mapping[str, Any] | None = None
     num_resumes: int = 0
     num_unreadable: int = 0
+    folder: Path | None = None
 
     @property
     def test_metrics(self) -> Mapping[str, float | None]:
@@ -116,14 +121,18 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def read_record(folder: Path, name: str) -> RunRecord:
-    """The record of one run folder, finished or in progress; raises as `read_runs` does."""
-    config, details = (_required(folder, file) for file in ("config.json", "run.json"))
+    """The record of one run folder, finished or in progress; raises as `read_runs` does.
+
+    A folder of ``baseline`` has its options, and metrics where it was evaluated.
+    """
+    config, details = _config_and_details(folder)
     where = str(folder / "run.json")
     require_shape(details, {"data": dict, "encoder": str, "versions": dict}, where, _REMEDY)
     data: Shape = {"fingerprint": str, "num_items": int}
     require_shape(details["data"], data, f"'data' in {where}", _REMEDY)
     require_shape(details["versions"], {"shardrec": str}, f"'versions' in {where}", _REMEDY)
     record = RunRecord(name=_printable(name), config=dict(flatten(config)), details=details)
+    record.folder = folder
     if (folder / "metrics.json").is_file():
         record.evaluation = _evaluation(folder)
     log = folder / "metrics.jsonl"
@@ -148,6 +157,16 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     if not _are_numbers(stored["metrics"]):
         raise ValueError(f"'metrics' in {where} must be numbers, got other values; {remedy}")
     return stored
+
+
+def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    manifest = read_json(folder / MANIFEST_NAME)
+    if manifest.get("format") != BASELINE.name:
+        return _required(folder, "config.json"), _required(folder, "run.json")
+    request = require_shape(manifest, BASELINE.shape, str(folder), BASELINE.remedy)["request"]
+    config = {"baseline": {name: value for name, value in request.items() if name != "data"}}
+    data = {"fingerprint": manifest["data"], "num_items": manifest["counts"]["items"]}
+    return config, {"data": data, "encoder": "none", "versions": manifest["versions"]}
 
 
 def _event(line: str) -> Mapping[str, Any] | None:

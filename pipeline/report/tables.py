@@ -126,12 +126,13 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
     if len({record.details.get("data", {}).get("fingerprint") for record in records}) > 1:
         found.append("The runs were trained on different data: do not compare their metrics.")
     protocols = [record.evaluation["protocol"] for record in records if record.evaluation]
-    if len({(one["split"], one["seen_items"]) for one in protocols}) > 1:
+    compared = ("split", "candidates", "seen_items", "ties")
+    if len({tuple(one.get(name) for name in compared) for one in protocols}) > 1:
         found.append(
             "The runs were evaluated under different protocols (split, or items that the user has "
             "seen): do not compare their test metrics."
         )
-    if len({record.config.get("loss.type") for record in records}) > 1:
+    if len({one.config["loss.type"] for one in records if "loss.type" in one.config}) > 1:
         found.append(
             "The runs minimise different losses: their values and gradients are on different "
             "scales."

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from torch import nn
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.attributes import ItemAttributes
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import TransformerEncoder
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.lock import RunLock
+from shardrec.pipeline.prepared.attribute_rows import PreparedAttributes
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
@@ -26,7 +28,7 @@ from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, 
 from shardrec.pipeline.run.step import Stepper
 from shardrec.pipeline.run.warm_start import start_from
 
-__all__ = ["build", "build_model", "check_encoder", "pick_device"]
+__all__ = ["build", "build_model", "check_encoder", "open_attributes", "pick_device"]
 
 
 def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
@@ -76,6 +78,7 @@ def build_model(
     num_items: int,
     encoder: nn.Module | None,
     group: dist.ProcessGroup | None,
+    attributes: ItemAttributes | None = None,
 ) -> Model:
     """An untrained model: the same encoder on every rank, and this rank's rows.
 
@@ -84,6 +87,7 @@ def build_model(
         num_items: V.
         encoder: used instead of the one the config describes; rank 0's weights are broadcast.
         group: the ranks that share the catalog; None for one process.
+        attributes: of the items, for ``catalog.attributes``.
 
     Raises:
         ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
@@ -107,8 +111,21 @@ def build_model(
         group=group,
         device=device,
         seed=config.seed,
+        attributes=attributes,
     )
     return Model(own, catalog, config.precision, normalize=config.loss.normalize)
+
+
+def open_attributes(
+    config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
+) -> PreparedAttributes | None:
+    """The attributes of the items, if the config uses any and the data has some.
+
+    Collectives: as ``PreparedAttributes.open``.
+    """
+    if config.catalog.attributes == "none":
+        return None
+    return PreparedAttributes.open(prepared, group)
 
 
 @torch.no_grad()
@@ -184,7 +201,9 @@ def _build_stepper(
 ) -> Stepper:
     group = default_group()
     counts = on_this_rank(prepared.item_counts, group)
-    model = build_model(config, prepared.num_items, encoder, group)
+    model = build_model(
+        config, prepared.num_items, encoder, group, open_attributes(config, prepared, group)
+    )
     return Stepper(
         model,
         config.loss,

@@ -48,7 +48,8 @@ class StepReport:
         learning_rate: of the encoder, after warm-up and decay.
         gradient_norm: over encoder and table, before clipping.
         positions: N, real positions in the global batch.
-        padding_share: share of the encoder's positions that were padding.
+        padding_share: share of attention's positions that were padding; the encoder's other layers
+            see none.
         seconds: wall time of the step, data loading included.
         skipped: whether the step was skipped because loss or gradients were not finite.
         num_skipped: steps skipped so far.
@@ -103,7 +104,7 @@ class EndReport:
         seconds: wall time of the run, validation and checkpoints included.
         seconds_per_step: median over the steps, the first one left out.
         positions_per_second: real positions trained per second of step time, over all ranks.
-        padding_share: share of the encoder's positions that were padding, over the run.
+        padding_share: share of attention's positions that were padding, over the run.
         memory_bytes: highest memory use of the process (or of its GPU) that used most.
         num_skipped: steps skipped because loss or gradients were not finite.
         best_step: the step of the best validation; None when there was none.

@@ -4,6 +4,7 @@
 
     config.json       the complete config
     run.json          which data it belongs to, which encoder it trains, versions
+    item_attributes.json    what the codes of the items' attributes mean, if it uses any
     metrics.jsonl     steps, validations, checkpoints, end
     tensorboard/      the same as scalars
     checkpoints/      the last few and the best, unless they are elsewhere
@@ -31,6 +32,7 @@ from shardrec.pipeline.outputs.json_files import (
     write_atomically,
 )
 from shardrec.pipeline.outputs.staging import settle
+from shardrec.pipeline.prepared.attributes import read_columns, write_columns
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.run.config import TrainConfig
 
@@ -93,6 +95,8 @@ def start_run(
         "versions": versions(),
     }
     write_config(config, folder)
+    if config.catalog.attributes != "none":
+        write_columns(folder, read_columns(prepared.path))
     # A folder is a run folder once it has this file, so it is written last.
     write_atomically(folder / "run.json", json.dumps(details, indent=1))
     return folder

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.ranking import Blocks
 from shardrec.pipeline.checkpoint.store import CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWriter
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.model.measure import measure, open_users
+from shardrec.pipeline.model.ranker import StateRanker
 from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.ranks import in_step, on_first_rank
@@ -245,15 +247,12 @@ class Loop:
         started = time.monotonic()
         config, model = self.run.config.validation, self.run.stepper.model
         model.encoder.eval()
-        batches = open_users(
-            self.run.prepared,
-            "validation",
-            config.measure,
-            self.run.config.encoder.max_length,
-            model.group,
-        )
-        shard = model.scored_shard()
-        metrics = measure(model.last_states, shard, batches, config.measure, self.run.prepared)
+        max_length = self.run.config.encoder.max_length
+        how = config.measure
+        blocks = Blocks(states=how.block_states, rows=how.block_rows)
+        ranker = StateRanker.of(model, max_length, blocks)
+        batches = open_users(self.run.prepared, "validation", how, max_length, model.group)
+        metrics = measure(ranker, batches, how, self.run.prepared).metrics
         best, value = self.at.best, metrics[config.metric]
         improved = best is None or value > best.metrics[config.metric]
         report = ValidationReport(
@@ -290,6 +289,7 @@ class Loop:
             encoder=stepper.model.encoder.state_dict(),
             optimizer=stepper.optimizer.state_dict(),
             table=stepper.model.catalog.state_dict(),
+            attributes=stepper.model.catalog.attributes.state_dict(),
             progress=self.at.to_json() | {"data": self.at_data},
             config=stored_without_keys(to_json(self.run.config)),
         )

@@ -21,7 +21,7 @@ class Progress:
         best: the best validation; None before the first.
         validations_since_best: how many were not better.
         positions: real positions trained.
-        slots: positions of the encoder, padding included.
+        slots: positions of attention, padding included.
         seconds: wall time.
     """
 

@@ -69,7 +69,9 @@ def _as_the_data_allows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
     )
     size = max(1, min(config.batches.batch_size, prepared.manifest.counts["train_sequences"]))
     batches = dataclasses.replace(config.batches, batch_size=size)
-    return dataclasses.replace(config, encoder=encoder, batches=batches)
+    # The vectors of attributes are few beside the rows that they compose.
+    catalog = dataclasses.replace(config.catalog, attributes="none", id_dropout=0.0)
+    return dataclasses.replace(config, encoder=encoder, batches=batches, catalog=catalog)
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ __all__ = ["check_force", "moved_to", "replace_run", "training_folder"]
 # What train, evaluate and gate write into a run folder.
 RUN_FILES = {
     *("config.json", "run.json", "mlflow.json", "checkpoints", "tensorboard", "profile"),
-    *(METRICS, END, "metrics.json", "gate.json"),
+    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json"),
 }
 
 

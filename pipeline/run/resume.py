@@ -28,6 +28,7 @@ from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.json_files import parse_json, read_object, write_atomically
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
+from shardrec.pipeline.prepared.attributes import COLUMNS_NAME
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.run.callbacks import EndReport
@@ -50,7 +51,8 @@ Resume = Literal["no", "yes", "auto"]
 """What a run folder may hold. "no": nothing; "yes": an interrupted run; "auto": either."""
 
 # The files that a run has written before its first step.
-BEGINNING = {LOCK, "config.json", ".config.json.partial", "run.json", ".run.json.partial"}
+_JSON = ("config.json", "run.json", COLUMNS_NAME)
+BEGINNING = {LOCK, *_JSON, *(f".{name}.partial" for name in _JSON)}
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
@@ -156,6 +158,7 @@ def restore(
     try:
         stepper.model.encoder.load_state_dict(dict(state.encoder))
         stepper.optimizer.load_state_dict(dict(state.optimizer))
+        stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
         stepper.model.catalog.load_state_dict(state.table)
         batches.load_state_dict(state.progress["data"])
         return Progress.from_json(state.progress)

@@ -1,5 +1,6 @@
 """One optimizer step on a list of micro-batches, taken by all ranks together."""
 
+import functools
 import hashlib
 import math
 import resource
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.kernels.shard import RowShard
 from shardrec.modules.item_counts import ItemCounts
+from shardrec.modules.length_groups import num_slots
+from shardrec.modules.loss import Batch as LossBatch
 from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
@@ -71,7 +75,7 @@ class Stepper:
         total_steps: int | None,
         item_counts: Tensor | None = None,
     ) -> None:
-        """Store the parts and make the encoder's optimizer.
+        """Store the parts and make the optimizer of the encoder and of attributes.
 
         Args:
             model: encoder and catalog.
@@ -93,7 +97,8 @@ class Stepper:
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
         self._ahead: tuple[Batch, _InFlight] | None = None
-        self.parameters = [one for one in model.encoder.parameters() if one.requires_grad]
+        replicated = [*model.encoder.parameters(), *model.catalog.attributes.parameters()]
+        self.parameters = [one for one in replicated if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [{"params": self.parameters}],
             lr=config.learning_rate,
@@ -126,6 +131,7 @@ class Stepper:
         """
         self.model.encoder.train()
         torch.manual_seed(self._dropout_seed(step))
+        self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
         losses, statistics = self._backward(batches, step, totals, following)
         with part("gradients over ranks"):
@@ -151,7 +157,7 @@ class Stepper:
 
         Collectives: an all-reduce of one number.
         """
-        weights = [self.model.catalog.shard.rows, *self.model.encoder.parameters()]
+        weights = [self.model.catalog.state_dict()["rows"], *self.parameters]
         norms = [torch.linalg.vector_norm(one.detach()) for one in weights]
         total = torch.stack([norm.float() for norm in norms]).sum().reshape(1)
         Communicator(self.model.group).sum_(total)
@@ -164,25 +170,28 @@ class Stepper:
         memory = [0.0] * world_size
         memory[rank] = float(_memory_bytes(self.model.device))
         weights = [_weight(batch) for batch in batches]
-        positions = [float(batch.lengths.sum()) for batch in batches]
-        slots = float(sum(batch.items.numel() for batch in batches))
+        positions = torch.zeros(world_size, len(batches), dtype=torch.float64)
+        positions[rank] = torch.tensor([batch.num_positions for batch in batches])
+        slots = float(sum(num_slots(batch.lengths) for batch in batches))
         raised = [float(one) for one in (flags.stop, flags.save, flags.interrupt, flags.written)]
-        local = [*weights, *positions, slots, *raised, *memory]
+        local = [*weights, slots, *raised, *memory, *positions.flatten().tolist()]
         values = torch.tensor(local, dtype=torch.float64, device=self.model.device)
         Communicator(self.model.group).sum_(values)
         count, total = len(batches), values.tolist()
-        stop, save, interrupt, written = total[2 * count + 1 : 2 * count + 5]
+        stop, save, interrupt, written = total[count + 1 : count + 5]
+        positions = torch.tensor(total[count + 5 + world_size :]).long().view(world_size, count)
         return _Totals(
             weights=total[:count],
-            positions=[int(value) for value in total[count : 2 * count]],
-            slots=int(total[2 * count]),
+            positions=positions.sum(0).tolist(),
+            first=positions[:rank].sum(0).tolist(),
+            slots=int(total[count]),
             flags=StepFlags(
                 stop=stop > 0,
                 save=save > 0,
                 interrupt=interrupt > 0,
                 written=written == world_size,
             ),
-            memory_bytes=int(max(total[2 * count + 5 :])),
+            memory_bytes=int(max(total[count + 5 : count + 5 + world_size])),
         )
 
     def _backward(
@@ -208,17 +217,16 @@ class Stepper:
             )
             batch, vectors = self._in_flight(batch)
             real = batch.real_positions()
-            states = self.model.states(batch.items, batch.lengths, vectors)
+            keys = self._dropout_keys(draw.step, totals.first[index], len(real))
+            states = self.model.states(batch.items, batch.lengths, vectors, keys)
             # Backward in two calls, so that a profile separates the loss from the encoder.
             seen = states.detach().requires_grad_()
+            targets = batch.targets.reshape(-1)[real]
+            weights = None if batch.weights is None else batch.weights.reshape(-1)[real]
             with part("loss"):
-                output = self.loss(
-                    seen,
-                    self.model.catalog.shard,
-                    batch.targets.reshape(-1)[real],
-                    weights=None if batch.weights is None else batch.weights.reshape(-1)[real],
-                    step=draw,
-                )
+                asked = functools.partial(self._used_rows, seen, targets, weights, draw)
+                shard = self.model.catalog.shard_for(asked)
+                output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -231,6 +239,12 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
+    def _used_rows(
+        self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard
+    ) -> Tensor | None:
+        """The rows of the shard that the loss will read."""
+        return self.loss.used_rows(LossBatch(states, shard, targets, weights, draw))
+
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
         return there, self.model.begin_lookup(there.items, there.lengths)
@@ -241,7 +255,7 @@ class Stepper:
         return ahead[1] if ahead is not None and ahead[0] is batch else self._start_lookup(batch)
 
     def _reduce_gradients(self) -> float:
-        """All-reduce the encoder's gradients; the norm over encoder and table.
+        """All-reduce the gradients of encoder and attributes; the norm over them and the table.
 
         Each rank's gradient belongs to the global mean loss already, so they are summed.
         """
@@ -272,16 +286,21 @@ class Stepper:
 
     def _dropout_seed(self, step: int) -> int:
         """A seed from (seed, step, rank), so that a resumed run repeats its dropout."""
-        text = f"dropout {self.seed} {step} {Communicator(self.model.group).rank}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        return _hashed(f"dropout {self.seed} {step} {Communicator(self.model.group).rank}", 4)
+
+    def _dropout_keys(self, draw: int, first: int, number: int) -> Tensor:
+        """(number,) int64 keys of positions, from (seed, draw, index in the global batch)."""
+        start = _hashed(f"dropout {self.seed} {draw}", 7) + first
+        return torch.arange(start, start + number, device=self.model.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Totals:
-    """Sums over the ranks, one entry a micro-batch in the lists."""
+    """Sums over the ranks, one entry a micro-batch in the lists; ``first`` is over those before."""
 
     weights: list[float]
     positions: list[int]
+    first: list[int]
     slots: int
     flags: StepFlags
     memory_bytes: int
@@ -301,6 +320,11 @@ def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int | 
         return 1.0
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _hashed(text: str, num_bytes: int) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.build import build_model
+from shardrec.pipeline.run.build import build_model, open_attributes
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, open_checkpoints, open_run
 
@@ -77,10 +77,12 @@ def load_model(
     Collectives: on the default group; every rank must call it.
     """
     group = default_group()
-    model = build_model(config, prepared.num_items, encoder, group)
+    attributes = open_attributes(config, prepared, group)
+    model = build_model(config, prepared.num_items, encoder, group, attributes)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
     try:
         model.encoder.load_state_dict(state.encoder)
+        model.catalog.attributes.load_state_dict(state.attributes)
         model.catalog.load_state_dict(state.table)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RuntimeError(

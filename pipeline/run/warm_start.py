@@ -35,6 +35,7 @@ from shardrec.pipeline.ranks import on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import OWN_ENCODER, open_checkpoints, read_run
 from shardrec.pipeline.run.step import Stepper
+from shardrec.pipeline.run.warm_attributes import CarriedAttributes
 
 __all__ = ["start_from"]
 
@@ -78,13 +79,15 @@ def start_from(
     keep = config.init_from.optimizer == "keep"
     stored = on_this_rank(lambda: StoredCheckpoint(origin.checkpoint), group)
     first = on_this_rank(lambda: _checked_state(origin, stored, stepper, keep), group)
+    attributes = on_this_rank(lambda: _carried_attributes(config, prepared, first), group)
     on_this_rank(lambda: _copy_rows(stored, former, catalog, keep), group)
     if config.init_from.new_rows == "mean":
         _fill_new_rows(catalog, former, int(carried), group)
-    _load_encoder(first, stepper, keep)
+    _load_replicated(first, stepper, attributes, keep)
     if keep:
         catalog.num_steps = int(first.table["num_steps"])
     report = _report(config, origin, first, prepared.num_items, int(carried))
+    report |= {} if attributes is None else attributes.counts
     if config.show_progress and Communicator(group).rank == 0:
         print(_describe(report), file=sys.stderr, flush=True)
     return report
@@ -104,7 +107,7 @@ def _find(config: TrainConfig, prepared: Prepared, encoder: str) -> _Origin:
     run = Path(config.init_from.run or "")
     details, former = read_run(run)
     _check_encoder(config, former, encoder, details["encoder"])
-    _check_optimizer(config, former)
+    _check_table(config, former)
     match, folder = _match(config, prepared, details["data"], former.data)
     checkpoint = open_checkpoints(run, former).find(config.init_from.checkpoint)
     return _Origin(checkpoint, details["data"]["num_items"], match, folder)
@@ -127,13 +130,29 @@ def _check_encoder(config: TrainConfig, former: TrainConfig, encoder: str, train
             )
 
 
-def _check_optimizer(config: TrainConfig, former: TrainConfig) -> None:
+def _check_table(config: TrainConfig, former: TrainConfig) -> None:
     ours, wanted = config.catalog.optimizer, former.catalog.optimizer
     if config.init_from.optimizer == "keep" and ours != wanted:
         raise ValueError(
             f"catalog.optimizer must be {wanted} as in {config.init_from.run}, got {ours}, which "
             "cannot use its memory; set the same, or init_from.optimizer=reset"
         )
+    ours, wanted = config.catalog.attributes, former.catalog.attributes
+    if ours != wanted:
+        raise ValueError(
+            f"catalog.attributes must be {wanted} as in {config.init_from.run}, got {ours}; its "
+            "vectors mean something else: set the same, or train anew"
+        )
+
+
+def _carried_attributes(
+    config: TrainConfig, prepared: Prepared, state: CheckpointState
+) -> CarriedAttributes | None:
+    if config.catalog.attributes == "none":
+        return None
+    found = CarriedAttributes.find(Path(config.init_from.run or ""), prepared)
+    found.check(state)
+    return found
 
 
 def _match(
@@ -262,7 +281,7 @@ def _fill_new_rows(
     catalog: Catalog, former: Tensor, num_carried: int, group: dist.ProcessGroup | None
 ) -> None:
     """Give new items the mean of all rows that were carried over."""
-    rows = catalog.shard.rows.detach()
+    rows = catalog.state_dict()["rows"]
     is_new = (former < 0).to(rows.device)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[0], BLOCK_ROWS):
@@ -272,14 +291,21 @@ def _fill_new_rows(
     rows[is_new] = (total / num_carried).to(rows)
 
 
-def _load_encoder(state: CheckpointState, stepper: Stepper, keep: bool) -> None:
-    stepper.model.encoder.load_state_dict(dict(state.encoder))
+def _load_replicated(
+    state: CheckpointState, stepper: Stepper, attributes: CarriedAttributes | None, keep: bool
+) -> None:
+    """Load encoder and vectors of attributes, and the state of their optimizer."""
+    model, memory = stepper.model, state.optimizer["state"]
+    model.encoder.load_state_dict(dict(state.encoder))
+    if attributes is not None:
+        vectors = model.catalog.attributes
+        attributes.load(vectors, state)
+        first = len(stepper.parameters) - len(list(vectors.parameters()))
+        memory = attributes.memory(state, vectors, first)
     if keep:
         # Learning rate, betas and decay come from the new run.
         groups = stepper.optimizer.state_dict()["param_groups"]
-        stepper.optimizer.load_state_dict(
-            {"state": state.optimizer["state"], "param_groups": groups}
-        )
+        stepper.optimizer.load_state_dict({"state": memory, "param_groups": groups})
 
 
 def _report(

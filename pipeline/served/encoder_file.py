@@ -23,7 +23,9 @@ __all__ = [
     "PROGRAM",
     "WEIGHTS",
     "export_program",
+    "inputs",
     "read_encoder",
+    "reads_lengths",
     "require_trust",
     "write_encoder",
 ]
@@ -58,7 +60,8 @@ def export_program(encoder: nn.Module, width: int, max_length: int) -> torch.exp
     """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
-        encoder: (B, L, D) to (B, L, D); left as it is.
+        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
+            it is.
         width: D.
         max_length: the longest L.
 
@@ -66,18 +69,29 @@ def export_program(encoder: nn.Module, width: int, max_length: int) -> torch.exp
         ValueError: ``torch.export`` cannot trace it.
     """
     alone = copy.deepcopy(encoder).cpu().eval()
-    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    batch = torch.export.Dim("batch", min=1)
+    dims: list[dict[int, Any]] = [{0: batch}, {0: batch}]
     if max_length > 1:
-        dims[1] = torch.export.Dim("length", min=1, max=max_length)
-    example = torch.zeros(3, min(max_length, 5), width)
+        dims[0][1] = torch.export.Dim("length", min=1, max=max_length)
+    example = inputs(alone, torch.zeros(3, min(max_length, 5), width), torch.ones(3).long())
     try:
-        return torch.export.export(alone, (example,), dynamic_shapes=(dims,))
+        return torch.export.export(alone, example, dynamic_shapes=tuple(dims[: len(example)]))
     except Exception as error:
         raise ValueError(
             f"encoder must be one that torch.export can trace for any number and length of "
             f"sequences, got {type(encoder).__name__} and {type(error).__name__}: {error}; "
             "remove branches on values and fixed sizes from its forward"
         ) from error
+
+
+def reads_lengths(encoder: nn.Module) -> bool:
+    """Whether an encoder takes the (B,) lengths of its sequences too."""
+    return isinstance(encoder, TransformerEncoder) and encoder.reads_lengths
+
+
+def inputs(encoder: nn.Module, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """What an encoder is called with: (B, L, D) vectors, and (B,) lengths if it reads them."""
+    return (vectors, lengths) if reads_lengths(encoder) else (vectors,)
 
 
 def read_encoder(folder: Path, manifest: Mapping[str, Any], *, trust_code: bool) -> nn.Module:

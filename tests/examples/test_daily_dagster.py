@@ -16,6 +16,9 @@ from shardrec.launch.cli import main
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.served.pointer import read_published
 
+# An orchestrator that runs whole days.
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "daily_dagster.py"
 SMALL = ["--recipe", "tiny_cpu", "show_progress=false", "encoder.max_length=8"]
 GOOD = [*SMALL, "limits.max_steps=60", "catalog.learning_rate=0.5", "validation.every_steps=20"]
@@ -140,7 +143,6 @@ def rows_of(folder: Path, num_parts: int) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-@pytest.mark.slow
 def test_jobs_of_two_workers_write_what_one_process_does(on_two_workers: Path, root: Path) -> None:
     alone = root / "days" / "2026-11-19"
     ours, theirs = rows_of(on_two_workers / "lists", 2), rows_of(alone / "lists", 1)
@@ -150,7 +152,6 @@ def test_jobs_of_two_workers_write_what_one_process_does(on_two_workers: Path, r
     assert rows_of(on_two_workers / "export/items", 2) == rows_of(alone / "export/items", 1)
 
 
-@pytest.mark.slow
 def test_gate_publish_and_rollback_run_as_jobs(
     on_two_workers: Path, root: Path, tmp_path: Path
 ) -> None:

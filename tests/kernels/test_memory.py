@@ -22,12 +22,19 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def process() -> Iterator[Ranks]:
-    """A fresh process that returns every block at once: what allocators keep is not measured."""
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Ranks]:
+    """They return every block at once: what allocators keep is not measured."""
     pool = Ranks({"MALLOC_MMAP_THRESHOLD_": "65536"})
     yield pool
-    pool.stop()
+    pool.close()
+
+
+@pytest.fixture
+def process(processes: Ranks) -> Ranks:
+    """A fresh one."""
+    processes.stop()
+    return processes
 
 
 @pytest.mark.parametrize("case", CASES)

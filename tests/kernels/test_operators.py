@@ -66,7 +66,9 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "mean")) for form in FORMS]
+)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_passes(name: str, form: str) -> None:
     dtype, options = FORMS[form]

@@ -23,6 +23,7 @@ def run_python(code: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_kernels_are_imported_only_where_one_runs() -> None:
     # PyTorch itself imports triton, where it is installed, when an operator is first called.
     run_python(

@@ -79,6 +79,7 @@ def until(seconds: float, what: str, job: Job) -> Iterator[None]:
     while time.monotonic() < deadline:
         assert job.process.poll() is None, f"ended before {what}:\n{job.said()[-4000:]}"
         yield
+        time.sleep(0.005)  # the workers need the core
     raise AssertionError(f"no {what} in {seconds} s:\n{job.said()[-4000:]}")
 
 
@@ -96,7 +97,6 @@ def kill_during_a_write(run: Path, job: Job, rank: int, after_step: int = 0) -> 
             if not (checkpoints / name / "manifest.json").exists():
                 workers[rank].kill()
                 return name
-        time.sleep(0.005)
     raise AssertionError
 
 
@@ -204,14 +204,12 @@ def kill_at_random(run: Path, job: Job, luck: random.Random) -> Kill:
         for _ in until(60, f"step {target}", job) if moment == "step" else ():
             if last_step(run) >= target:
                 break
-            time.sleep(0.002)
         time.sleep(luck.uniform(0, 0.05 if moment == "step" else 6))
         workers[rank].kill()
     killed_at, step, whole = time.time(), last_step(run), last_whole(run)
     for _ in until(120, "step after a restart", job):
         if len(lines(run, "resume")) > starts and lines(run, "step")[-1]["time"] > killed_at:
             break
-        time.sleep(0.02)
     resumed = int(lines(run, "resume")[-1]["step"])
     seconds = lines(run, "step")[-1]["time"] - killed_at
     return Kill(rank, moment, step, whole, resumed, seconds)

@@ -82,7 +82,7 @@ def test_the_metrics_of_popularity_are_a_report_like_others(
     written = path.stat().st_ino
     assert cli.main(words) == 0 and path.stat().st_ino == written
     assert "nothing to do" in caplog.text and "NDCG" in capsys.readouterr().out
-    assert cli.main([*words, "--filter-seen"]) == 2
+    assert cli.main([*words, "--no-filter-seen"]) == 2
     assert "differs in filter_seen" in capsys.readouterr().err
     assert cli.main([*words, "--force"]) == 0 and path.stat().st_ino != written
 

@@ -89,7 +89,7 @@ def test_given_variables_win_over_ours() -> None:
 
 def test_slurm_is_asked_for_nodes_that_connect_to_the_first() -> None:
     words = ["-j", "2x8", "--cpu", "96", "--gpu", "8", "--memMB", "500000", "--max_retries", "2"]
-    text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE)
+    text = dry_run(["slurm", "-cfg", "partition=gpu"], "train", *words, *STAGE, "--resume=auto")
     assert text.count("#SBATCH --job-name=train-") == 2
     assert "--cpus-per-task=96 --mem=500000 --gpus-per-task=8" in text
     assert "--partition=gpu" in text
@@ -104,7 +104,8 @@ def test_kubernetes_is_asked_for_pods_with_image_gpus_and_mounts() -> None:
     pytest.importorskip("kubernetes")
     words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
     mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
-    text = dry_run(["kubernetes", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    stage = [*STAGE, "--resume=auto"]
+    text = dry_run(["kubernetes", "-cfg", "queue=jobs"], "train", *words, *mounts, *stage)
     request = text.partition("=== SCHEDULER REQUEST ===")[2]
     assert request.count("image: me/shardrec:1") == 2
     assert request.count("nvidia.com/gpu: '4'") == 4
@@ -112,6 +113,19 @@ def test_kubernetes_is_asked_for_pods_with_image_gpus_and_mounts() -> None:
     assert "maxRetry: 3" in request
     assert "mountPath: /data" in request
     assert "loss=sce" in request
+
+
+def test_by_default_a_job_asks_for_two_cpus_a_worker_and_no_memory() -> None:
+    text = dry_run(["slurm"], "train", "-j", "1x8", *STAGE)
+    assert "--cpus-per-task=16" in text and "--mem" not in text
+    assert "OMP_NUM_THREADS=2" in text
+
+
+@pytest.mark.parametrize("option", ["--max_retries", "--max_restarts"])
+def test_training_that_may_start_twice_must_resume(option: str) -> None:
+    words = ["--workspace", "", "launch/components.py:train", option, "2", *STAGE]
+    with pytest.raises(ValueError, match=f"--resume=auto must follow.* {option[2:]}=2;"):
+        torchx("--dryrun", "-s", "slurm", *words)
 
 
 def test_prepare_is_one_process_without_a_rendezvous() -> None:
@@ -122,9 +136,21 @@ def test_prepare_is_one_process_without_a_rendezvous() -> None:
 
 
 def test_aws_batch_is_asked_for_nodes_with_image_gpus_and_mounts() -> None:
-    words = ["-j", "2x4", "--gpu", "4", "--image", "me/shardrec:1", "--max_retries", "3"]
+    words = [
+        "-j",
+        "2x4",
+        "--gpu",
+        "4",
+        "--image",
+        "me/shardrec:1",
+        "--max_retries",
+        "3",
+        "--memMB",
+        "9000",
+    ]
     mounts = ["--mounts", "type=bind,src=/disks,dst=/data"]
-    text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *STAGE)
+    stage = [*STAGE, "--resume=auto"]
+    text = dry_run(["aws_batch", "-cfg", "queue=jobs"], "train", *words, *mounts, *stage)
     request = text.partition("=== SCHEDULER REQUEST ===")[2]
     assert "numNodes: 2" in request and "queue: jobs" in request
     assert "image: me/shardrec:1" in request
@@ -155,9 +181,15 @@ def test_the_defaults_of_a_component_are_those_of_its_stage() -> None:
     assert inspect.signature(components.train).parameters["grace"].default == 25
 
 
+def test_aws_batch_needs_the_memory_to_be_named() -> None:
+    with pytest.raises(ValueError, match="memMB to be set to a positive value, got 0"):
+        describe(Job(component="train", arguments=(), scheduler="aws_batch", settings="queue=q"))
+
+
 @pytest.mark.parametrize("scheduler", ["kubernetes", "aws_batch"])
 def test_the_default_image_is_the_one_that_the_dockerfile_is_built_as(scheduler: str) -> None:
-    job = Job(component="train", arguments=(), scheduler=scheduler, settings="queue=jobs")
+    memory = ("--memMB", "9000")  # AWS Batch has no default
+    job = Job(component="train", arguments=memory, scheduler=scheduler, settings="queue=jobs")
     name = f"shardrec:{shardrec.__version__}"
     assert f"image: {name}" in describe(job)
     built = "docker build -t shardrec:$(shardrec --version) ."

@@ -75,7 +75,7 @@ def test_the_demo_generates_trains_and_shows_a_table(
     words = ["--output", str(folder), *SMALL, "--losses", "cce_minus", "--workers", "1"]
     assert cli.main(["demo", *words]) == 0, capfd.readouterr().err
     shown = capfd.readouterr().out
-    for name in ("popularity", "cce_minus", "true model", "NDCG@10"):
+    for name in ("popularity", "knn_next", "cce_minus", "true model", "NDCG@10"):
         assert name in shown
     assert (folder / "runs" / "cce_minus" / "metrics.json").is_file()
     assert "stopped at step 3" in (folder / "logs" / "cce_minus.log").read_text()

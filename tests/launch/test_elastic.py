@@ -26,7 +26,7 @@ from tests.ranks import Ranks
 
 from shardrec.launch import cli, components
 
-STEPS, KILLS = 120, 20
+STEPS, KILLS = 90, 20
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,15 @@ def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
     killed = []
     with Job(words, tmp_path / "log", max_restarts=2) as job:
         for number, rank in enumerate((1, 0)):
-            killed.append(kill_during_a_write(run, job, rank, after_step=20 + 30 * number))
+            killed.append(kill_during_a_write(run, job, rank, after_step=10 + 16 * number))
             for _ in until(60, "step after the restart", job):
-                if len(lines(run, "resume")) > number and last_step(run) > 30 + 30 * number:
+                if len(lines(run, "resume")) > number and last_step(run) > 16 + 16 * number:
                     break
         job.process.send_signal(signal.SIGTERM)
         assert job.end(timeout=40) == 75, job.said()
+    said = job.said().splitlines()
+    assert any("[0]:" in line and "step" in line for line in said), "rank 0's progress is shown"
+    assert not any("PYTHONSAFEPATH" in line for line in said)
     restarts = [line["step"] for line in lines(run, "resume")]
     assert len(restarts) == 2
     for step, name in zip(restarts, killed, strict=True):

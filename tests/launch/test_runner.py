@@ -45,13 +45,13 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+# Two workers on one node: the next test, and tests/launch/test_elastic.py.
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["1x2", "2x1"])
-def test_two_workers_on_one_node_or_on_two_train_as_one_process_does(
-    layout: str, prepared: Path, trained: Path, tmp_path: Path
+def test_workers_on_two_nodes_train_as_one_process_does(
+    prepared: Path, trained: Path, tmp_path: Path
 ) -> None:
     run, lines = tmp_path / "run", list[str]()
-    component = ("-j", layout, "--rdzv_port", str(free_port()), "--cpu", "2")
+    component = ("-j", "2x1", "--rdzv_port", str(free_port()), "--cpu", "2")
     stage = ("--prepared", str(prepared), "--run", str(run), *SMALL)
     failure = run_here(Job(component="train", arguments=(*component, "--", *stage)), lines.append)
     assert failure is None, "\n".join(lines)

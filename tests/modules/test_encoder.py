@@ -1,20 +1,26 @@
 """The encoder: causal, blind to padding, differentiable, and SASRec as published."""
 
+import dataclasses
 import math
 from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from shardrec.modules.dropout import PositionKeys
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, saved_floats
+from shardrec.modules.length_groups import LengthGroups
 
 CONFIGS = {
     "sasrec": EncoderConfig(width=8, max_length=7, num_heads=2),
     "modern-rms-rotary": EncoderConfig(width=8, max_length=7, num_heads=2, kind="modern"),
     "modern-layer-learned": EncoderConfig(
         width=8, max_length=7, num_heads=2, kind="modern", norm="layer", positions="learned"
+    ),
+    "sasrec-from-last": EncoderConfig(
+        width=8, max_length=7, num_heads=2, positions="learned_from_last"
     ),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -30,15 +36,68 @@ def test_padding_never_changes_a_real_position(config: EncoderConfig) -> None:
     vectors = vectors_of(3, 7, 8)
     padded = vectors.clone()
     padded[:, 4:] = 1e4
-    torch.testing.assert_close(encoder(padded)[:, :4], encoder(vectors)[:, :4])
-    torch.testing.assert_close(encoder(vectors[:, :4]), encoder(vectors)[:, :4])
+    lengths = torch.full((3,), 4)
+    expected = encoder(vectors[:, :4])
+    torch.testing.assert_close(encoder(padded, lengths)[:, :4], expected)
+    torch.testing.assert_close(encoder(vectors, lengths)[:, :4], expected)
+    if not encoder.reads_lengths:
+        torch.testing.assert_close(encoder(padded)[:, :4], expected)
+
+
+LENGTHS = torch.tensor([3, 7, 1, 0, 7, 2, 2, 3, 6, 1])
+
+
+def grouped(encoder: TransformerEncoder, vectors: Tensor, groups: LengthGroups) -> Tensor:
+    keys = PositionKeys(groups.sort(torch.arange(len(vectors))))
+    return groups.restore(encoder.packed(groups.sort(vectors), groups, keys))
+
+
+@each_config
+@pytest.mark.parametrize("training", [False, True])
+def test_states_and_gradients_do_not_depend_on_the_groups(
+    config: EncoderConfig, training: bool
+) -> None:
+    """With dropout too: what it drops depends on the key of a position alone."""
+    config = dataclasses.replace(config, dropout=0.3, attention_dropout=0.3)
+    encoder = TransformerEncoder(config).double().train(training)
+    vectors = vectors_of(int(LENGTHS.sum()), 8).double().requires_grad_()
+    together = LengthGroups.of(LENGTHS)
+    assert 1 < len(together.groups) < (LENGTHS > 0).sum()
+    alone = LengthGroups.of(LENGTHS, least_saved=0)
+    one_padded = LengthGroups.of(LENGTHS, least_saved=10)
+    assert len(one_padded.groups) == 1
+    weights = vectors_of(*vectors.shape, seed=1).double()
+    expected = grouped(encoder, vectors, alone)
+    wanted = torch.autograd.grad((expected * weights).sum(), [vectors, *encoder.parameters()])
+    for groups in (together, one_padded):
+        states = grouped(encoder, vectors, groups)
+        torch.testing.assert_close(states, expected)
+        found = torch.autograd.grad((states * weights).sum(), [vectors, *encoder.parameters()])
+        torch.testing.assert_close(found, wanted)
+    if not training:
+        padded = nn.utils.rnn.pad_sequence(vectors.split(LENGTHS.tolist()), batch_first=True)
+        real = torch.arange(7) < LENGTHS[:, None]
+        torch.testing.assert_close(encoder(padded, LENGTHS)[real], expected)
+
+
+def test_positions_from_the_last_are_those_of_left_padding() -> None:
+    """And so a state depends on the number of later items, but not on which they are."""
+    encoder = TransformerEncoder(CONFIGS["sasrec-from-last"]).double().eval()
+    state = encoder.state_dict()
+    vectors = vectors_of(1, 5, 8).double()
+    first = dict(state, position_vectors=state["position_vectors"][2:])
+    torch.testing.assert_close(encoder(vectors), published_sasrec(vectors, first, num_heads=2))
+    longer = torch.cat((vectors, vectors_of(1, 2, 8, seed=1).double()), 1)
+    other = torch.cat((vectors, vectors_of(1, 2, 8, seed=2).double()), 1)
+    torch.testing.assert_close(encoder(longer)[:, :5], encoder(other)[:, :5])
+    assert (encoder(longer)[:, :5] - encoder(vectors)).abs().max() > 1e-3
 
 
 @each_config
 def test_padding_gets_no_gradient_from_real_positions(config: EncoderConfig) -> None:
     encoder = TransformerEncoder(config)
     vectors = vectors_of(2, 7, 8).requires_grad_()
-    encoder(vectors)[:, :4].square().sum().backward()
+    encoder(vectors, torch.full((2,), 4))[:, :4].square().sum().backward()
     assert vectors.grad is not None
     assert not vectors.grad[:, 4:].any()
     assert vectors.grad[:, :4].abs().sum() > 0
@@ -242,7 +301,7 @@ def test_attention_runs_through_the_fused_operator(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     for config in CONFIGS.values():
         TransformerEncoder(config).eval()(torch.zeros(1, 2, 8))
-    assert calls == [{"dropout_p": 0.0, "is_causal": True}] * 6
+    assert calls == [{"dropout_p": 0.0, "is_causal": True}] * 8
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])

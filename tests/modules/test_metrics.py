@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from shardrec.modules.metrics import (
     popularity_buckets,
     ranking_metrics,
 )
-from shardrec.modules.ranking import Ragged, ranks_in_lists, top_items
+from shardrec.modules.ranking import Ragged, ranks_in_lists, tie_keys, top_items
 
 KS = (1, 3, 10)
 NUM_TRAIN_USERS = 12
@@ -62,7 +63,8 @@ def brute_force(world: World, k: int) -> dict[str, float]:
     asking = 0
     for user, targets in enumerate(world.targets[0].split(world.targets[1].tolist())):
         scores = (world.table @ world.states[user]).tolist()
-        listed = sorted(range(num_items), key=lambda item: (-scores[item], item))[:k]
+        keys = tie_keys(torch.arange(num_items)).tolist()
+        listed = sorted(range(num_items), key=lambda item: (-scores[item], keys[item]))[:k]
         covered |= set(listed)
         known = [min(max(counts[item], 1), NUM_TRAIN_USERS) for item in listed]
         sums["Surprisal"] += sum(math.log(NUM_TRAIN_USERS / u, NUM_TRAIN_USERS) for u in known) / k
@@ -130,6 +132,32 @@ def test_metrics_equal_brute_force_on_every_number_of_ranks(
     expected = {name: value for k in KS for name, value in brute_force(world, k).items()}
     for reported in ranks(len(row_edges) - 1).run(measure, world, row_edges, user_edges):
         assert reported == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def standard_errors(ranks_of_targets: list[list[int]]) -> list[float]:
+    """Of every metric of targets, when the ranks of a group have these users."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own = torch.tensor(ranks_of_targets[rank], dtype=torch.int64)
+    metrics = [kind(3) for kind in (NDCG, Recall, HitRate, MRR)]
+    for metric in metrics:
+        metric.update(own)
+    return [metric.standard_error().item() for metric in metrics]
+
+
+def test_standard_errors_are_those_of_numpy_on_every_number_of_ranks(ranks: Ranks) -> None:
+    users = [0, 2, 7, 1, 9, 9, 0, 1]
+    gains = [1 / math.log2(rank + 2) if rank < 3 else 0.0 for rank in users]
+    hits = [float(rank < 3) for rank in users]
+    inverse = [1 / (rank + 1) if rank < 3 else 0.0 for rank in users]
+    expected = [
+        np.std(values, ddof=1) / math.sqrt(len(users)) for values in (gains, hits, hits, inverse)
+    ]
+    assert standard_errors([users]) == pytest.approx(expected)
+    for found in ranks(2).run(standard_errors, [users[:7], users[7:]]):
+        assert found == pytest.approx(expected)
+    for found in ranks(3).run(standard_errors, [users[:3], [], users[3:]]):
+        assert found == pytest.approx(expected)
+    assert all(math.isnan(error) for error in standard_errors([[0]]))
 
 
 def test_metrics_work_without_a_process_group() -> None:

@@ -11,7 +11,7 @@ from tests.ranks import Ranks
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
-from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, top_items
+from shardrec.modules.ranking import Blocks, Ragged, ranks_in_lists, tie_keys, top_items
 
 
 @dataclass(frozen=True)
@@ -50,38 +50,40 @@ def rows_of(pairs: Ragged) -> list[list[int]]:
     return [part.tolist() for part in pairs[0].split(pairs[1].tolist())]
 
 
-def sorted_catalog(problem: Problem, user: int, hidden: set[int]) -> list[tuple[float, int]]:
+def sorted_catalog(
+    problem: Problem, user: int, hidden: set[int], first_item: int = 0
+) -> list[tuple[float, int]]:
+    """Pairs of negative score and item, best first; ties by the key of ``first_item`` + item."""
     scores = (problem.states[user].double() @ problem.table.double().T).tolist()
     pairs = [(-score, item) for item, score in enumerate(scores) if item not in hidden]
-    return sorted(pairs)
+    keys = tie_keys(torch.arange(first_item, first_item + len(scores))).tolist()
+    return sorted(pairs, key=lambda pair: (pair[0], keys[pair[1]]))
 
 
 def expected_top(
-    problem: Problem, k: int, *, hide: bool
+    problem: Problem, k: int, *, hide: bool, first_item: int = 0
 ) -> tuple[list[list[float]], list[list[int]]]:
     scores, items = [], []
     blocked = set((~problem.allowed).nonzero()[:, 0].tolist()) if hide else set()
-    for user, (seen, targets) in enumerate(
-        zip(rows_of(problem.seen), rows_of(problem.targets), strict=True)
-    ):
-        hidden = (set(seen) - set(targets)) | blocked if hide else set()
-        best = sorted_catalog(problem, user, hidden)[:k]
+    for user, seen in enumerate(rows_of(problem.seen)):
+        hidden = set(seen) | blocked if hide else set()
+        best = sorted_catalog(problem, user, hidden, first_item)[:k]
         missing = k - len(best)
         scores.append([-score for score, _ in best] + [float("-inf")] * missing)
         items.append([item for _, item in best] + [-1] * missing)
     return scores, items
 
 
-def expected_ranks(problem: Problem, *, hide: bool) -> list[int]:
-    """Places in the sorted catalog; its size for a target that is not allowed."""
+def expected_ranks(problem: Problem, *, hide: bool, first_item: int = 0) -> list[int]:
+    """Places in the sorted catalog; its size for a target that is hidden."""
     ranks = []
     blocked = set((~problem.allowed).nonzero()[:, 0].tolist()) if hide else set()
     for user, (seen, targets) in enumerate(
         zip(rows_of(problem.seen), rows_of(problem.targets), strict=True)
     ):
         for target in targets:
-            hidden = (set(seen) - set(targets)) | blocked if hide else set()
-            order = [item for _, item in sorted_catalog(problem, user, hidden)]
+            hidden = set(seen) | blocked if hide else set()
+            order = [item for _, item in sorted_catalog(problem, user, hidden, first_item)]
             ranks.append(order.index(target) if target in order else len(problem.table))
     return ranks
 
@@ -106,12 +108,10 @@ def rank_a_share(
     seen, targets = (own_part(pairs, first, last) for pairs in (problem.seen, problem.targets))
     allowed = problem.allowed if hide else None
     seen_or_none = seen if hide else None
-    scores, items = top_items(
-        states, shard, k, seen=seen_or_none, keep=targets, allowed=allowed, blocks=blocks
-    )
+    scores, items = top_items(states, shard, k, seen=seen_or_none, allowed=allowed, blocks=blocks)
     num_items = len(problem.table)
     _, everything = top_items(
-        states, shard, num_items, seen=seen_or_none, keep=targets, allowed=allowed, blocks=blocks
+        states, shard, num_items, seen=seen_or_none, allowed=allowed, blocks=blocks
     )
     return scores, items, ranks_in_lists(everything, targets, missing=num_items)
 
@@ -152,7 +152,6 @@ def test_block_sizes_change_nothing(num_users: int, num_items: int, blocks: Bloc
         whole(problem),
         k,
         seen=problem.seen,
-        keep=problem.targets,
         allowed=problem.allowed,
         blocks=blocks,
     )
@@ -200,12 +199,12 @@ def test_indices_above_two_to_the_24_stay_exact() -> None:
     seen, targets = shift(problem.seen), shift(problem.targets)
     allowed = torch.ones(first_row + 37, dtype=torch.bool)
     allowed[first_row:] = problem.allowed
-    _, items = top_items(problem.states, shard, 5, seen=seen, keep=targets, allowed=allowed)
-    expected = torch.tensor(expected_top(problem, 5, hide=True)[1])
+    _, items = top_items(problem.states, shard, 5, seen=seen, allowed=allowed)
+    expected = torch.tensor(expected_top(problem, 5, hide=True, first_item=first_row)[1])
     assert torch.equal(items, torch.where(expected < 0, -1, expected + first_row))
-    _, everything = top_items(problem.states, shard, 37, seen=seen, keep=targets, allowed=allowed)
+    _, everything = top_items(problem.states, shard, 37, seen=seen, allowed=allowed)
     places = ranks_in_lists(everything, targets, missing=37)
-    assert places.tolist() == expected_ranks(problem, hide=True)
+    assert places.tolist() == expected_ranks(problem, hide=True, first_item=first_row)
 
 
 def test_padding_rows_are_never_returned_or_counted() -> None:
@@ -221,10 +220,6 @@ def test_repeated_and_shared_pairs_of_seen_items_are_handled() -> None:
     shard = RowShard(table, 0, 4, None)
     seen = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 1])
     assert top_items(states, shard, 2, seen=seen)[1].tolist() == [[2, 3], [0, 2]]
-    keep = torch.tensor([1, 1]), torch.tensor([1, 1])
-    assert top_items(states, shard, 2, seen=seen, keep=keep)[1].tolist() == [[1, 2], [0, 1]]
-    kept = top_items(states, shard, 4, seen=seen, keep=keep)[1]
-    assert ranks_in_lists(kept, keep, missing=4).tolist() == [0, 1]
 
 
 def test_half_precision_tables_are_scored_in_float32() -> None:
@@ -246,7 +241,7 @@ def test_no_gradient_and_no_change_of_inputs() -> None:
 def test_ranks_in_lists_equal_exact_ranks_within_the_list() -> None:
     problem = problem_of(30, 60)
     shard = whole(problem)
-    _, items = top_items(problem.states, shard, 20, seen=problem.seen, keep=problem.targets)
+    _, items = top_items(problem.states, shard, 20, seen=problem.seen)
     everything = replace(problem, allowed=torch.ones(60, dtype=torch.bool))
     exact = torch.tensor(expected_ranks(everything, hide=True))
     found = ranks_in_lists(items, problem.targets, missing=60)
@@ -356,8 +351,8 @@ def test_ranks_that_disagree_are_stopped(ranks: Ranks, case: str, message: str) 
             r"seen must be items in \[0, 4\), got 4 to 4",
         ),
         (
-            {"keep": (torch.tensor([0.0]), torch.tensor([1, 0, 0]))},
-            "keep must be int64, got torch.float32",
+            {"seen": (torch.tensor([0.0]), torch.tensor([1, 0, 0]))},
+            "seen must be int64, got torch.float32",
         ),
     ],
 )
@@ -368,6 +363,16 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], messa
         top_items(shard=shard, **arguments)  # type: ignore[arg-type]
 
 
+def test_tie_keys_are_distinct_and_far_from_the_order_of_the_items() -> None:
+    for first in (0, 2**31 - 50_000, 2**40):
+        keys = tie_keys(torch.arange(first, first + 100_000))
+        assert keys.min() >= 0 and len(keys.unique()) == 100_000
+        # The mean place of the first thousand items, in units of its standard deviation.
+        place = keys.argsort().argsort()[:1000].double().mean() / 100_000
+        assert abs(place - 0.5) < 4 * (1 / 12 / 1000) ** 0.5
+        assert torch.equal(tie_keys(torch.tensor([first + 7])), keys[7:8])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_ranks_as_the_cpu_does() -> None:
@@ -376,8 +381,8 @@ def test_a_gpu_ranks_as_the_cpu_does() -> None:
     shard = RowShard(problem.table.cuda(), 0, 3000, None)
     states, seen, targets = problem.states.cuda(), move(problem.seen), move(problem.targets)
     allowed = problem.allowed.cuda()
-    scores, items = top_items(states, shard, 20, seen=seen, keep=targets, allowed=allowed)
+    scores, items = top_items(states, shard, 20, seen=seen, allowed=allowed)
     assert (scores.tolist(), items.tolist()) == expected_top(problem, 20, hide=True)
-    _, everything = top_items(states, shard, 3000, seen=seen, keep=targets, allowed=allowed)
+    _, everything = top_items(states, shard, 3000, seen=seen, allowed=allowed)
     places = ranks_in_lists(everything, targets, missing=3000)
     assert places.tolist() == expected_ranks(problem, hide=True)

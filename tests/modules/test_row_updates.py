@@ -26,10 +26,10 @@ def test_rows_without_a_gradient_stay_as_they_are(optimizer: str) -> None:
 def step_memory(optimizer: str, dense: bool) -> tuple[int, int]:
     """(extra bytes at the peak of step(), bytes of the shard) in a fresh heap."""
     config = CatalogConfig(optimizer=optimizer)
-    catalog = Catalog(200_000, 64, config, group=None, device=CPU, seed=1)
+    catalog = Catalog(100_000, 64, config, group=None, device=CPU, seed=1)
     extra = 0
     for _ in range(2):
-        catalog.lookup(torch.randint(200_000, (20_000,))).sum().backward()
+        catalog.lookup(torch.randint(100_000, (10_000,))).sum().backward()
         if dense:
             catalog.shard.rows.sum().backward()
         catalog.merge_gradients()

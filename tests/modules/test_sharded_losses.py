@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.every_loss import config_cases, config_of, dense
+from tests.losses import LOSSES
+from tests.pipeline.choices import Choice, assert_same_choices, recorded_choices
 from tests.ranks import RankError, Ranks
 
 from shardrec.kernels import RowShard
 from shardrec.modules.losses import CCE, Step
 
 NUM_POSITIONS, NUM_ITEMS, WIDTH = 53, 211, 12
+SEED = 8  # one with which every choice is certain
 # Ends of the ranks' positions and rows: uneven, one rank without positions, one without rows.
 POSITION_ENDS = {1: (53,), 2: (37, 53), 3: (20, 20, 53)}
 ROW_ENDS = {1: (211,), 2: (106, 211), 3: (120, 211, 211)}
@@ -25,10 +28,11 @@ class Result:
     statistics: dict[str, float]
     grad_states: torch.Tensor
     grad_rows: torch.Tensor
+    choices: list[Choice]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(SEED)
     states = torch.randn(NUM_POSITIONS, WIDTH, generator=generator)
     table = torch.randn(NUM_ITEMS, WIDTH, generator=generator)
     targets = torch.randint(0, NUM_ITEMS, (NUM_POSITIONS,), generator=generator)
@@ -49,15 +53,22 @@ def sharded_loss(case: str, with_group: bool = True) -> Result:
     rows = table[held].clone().requires_grad_()
     group = dist.group.WORLD if with_group else None
     shard = RowShard(rows, held.start, NUM_ITEMS, group)
-    output = config_of(case)(
-        own_states,
-        shard,
-        targets[own],
-        weights=weights[own],
-        step=Step(seed=3, step=7, item_counts=counts),
-    )
+    with recorded_choices() as choices:
+        output = config_of(case)(
+            own_states,
+            shard,
+            targets[own],
+            weights=weights[own],
+            step=Step(seed=3, step=7, item_counts=counts),
+        )
     output.loss.backward()
-    return Result(float(output.loss), output.statistics, dense(own_states.grad), dense(rows.grad))
+    return Result(
+        float(output.loss),
+        output.statistics,
+        dense(own_states.grad),
+        dense(rows.grad),
+        choices,
+    )
 
 
 @pytest.mark.parametrize("case", config_cases())
@@ -66,6 +77,9 @@ def test_ranks_do_not_change_a_loss_or_its_gradients(ranks: Ranks, case: str) ->
     assert alone.loss > 0 and alone.grad_states.abs().sum() > 0 and alone.grad_rows.abs().sum() > 0
     for num_ranks in (1, 2, 3):
         results = ranks(num_ranks).run(sharded_loss, case)
+        if LOSSES[case.partition("-")[0]].chooses:
+            assert len(alone.choices) == 1
+            assert_same_choices([result.choices for result in results], alone.choices)
         for result in results:
             assert result.loss == pytest.approx(alone.loss, rel=2e-6)
             assert result.statistics == alone.statistics

@@ -1,23 +1,21 @@
-"""Peak memory of two training steps in processes of their own: what ``plan`` is held to.
+"""Peak memory of two training steps, measured by a process that does nothing else.
 
-Run with JSON of num_items, overrides of ``tiny_cpu``, the shape of the batch of all ranks, rank,
-num_ranks and an empty folder for rendezvous and checkpoints, such as ``'{"num_items": 50000,
-"overrides": ["loss=cce"], "batch": [64, 20], "rank": 0, "num_ranks": 1, "folder": "peak"}'``;
-prints the bytes that model and steps added to what the process held before. With
-``checkpoints.background`` a checkpoint is written during the second step.
+What ``plan`` is held to. With ``checkpoints.background`` a checkpoint is written during the second
+step.
 """
 
-import json
-import sys
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.attributes import AttributeRows, AttributeSizes
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.config import override, to_json
@@ -36,6 +34,24 @@ class Ranks:
     group: dist.ProcessGroup | None
     writing: dist.ProcessGroup | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Six values of a thousand and 32 numbers for each item."""
+
+    @property
+    def sizes(self) -> AttributeSizes:
+        return AttributeSizes(1000, (0,), 32)
+
+    def rows(self, items: range) -> AttributeRows:
+        count = len(items)
+        codes = torch.arange(6 * count, dtype=torch.int32) % 1000
+        offsets = torch.arange(0, 6 * count + 1, 6)
+        return AttributeRows(codes, torch.ones(6 * count), offsets, torch.ones(count, 32))
+
+    def trained(self, items: range) -> Tensor:
+        return torch.ones(len(items), dtype=torch.bool)
 
 
 def status_bytes(name: str) -> int:
@@ -57,7 +73,8 @@ def batch_of(num_items: int, shape: Sequence[int], group: dist.ProcessGroup | No
 
 
 def train_two_steps(config: TrainConfig, num_items: int, shape: Sequence[int], at: Ranks) -> None:
-    model = build_model(config, num_items, None, at.group)
+    attributes = None if config.catalog.attributes == "none" else Generated()
+    model = build_model(config, num_items, None, at.group, attributes)
     counts = torch.ones(num_items, dtype=torch.int64)
     stepper = Stepper(
         model, config.loss, config.optimizer, seed=1, total_steps=None, item_counts=counts
@@ -80,30 +97,25 @@ def state_of(stepper: Stepper, config: TrainConfig) -> CheckpointState:
         table=stepper.model.catalog.state_dict(),
         progress={},
         config=to_json(config),
+        attributes=stepper.model.catalog.attributes.state_dict(),
     )
 
 
-def main(case: dict[str, Any]) -> None:
-    config = override(tiny_cpu("none", "none"), case["overrides"])
-    folder = Path(case["folder"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=case["rank"],
-        world_size=case["num_ranks"],
-    )
+def peak_bytes(overrides: Sequence[str], num_items: int, shape: Sequence[int], folder: str) -> int:
+    """Bytes that model and steps add to what this rank's process held before.
+
+    Args:
+        overrides: of ``tiny_cpu``.
+        num_items: of the catalog.
+        shape: of the batch of all ranks: sequences, and their length.
+        folder: an empty one, for checkpoints.
+    """
+    config = override(tiny_cpu("none", "none"), overrides)
     group = default_group()
     with writing_group(group) as writing:
         # Loads the libraries.
-        train_two_steps(config, 500, (8, 4), Ranks(group, writing, folder / "small"))
+        train_two_steps(config, 500, (8, 4), Ranks(group, writing, Path(folder, "small")))
         Path("/proc/self/clear_refs").write_text("5")
         before = status_bytes("VmRSS")
-        at = Ranks(group, writing, folder / "large")
-        train_two_steps(config, case["num_items"], case["batch"], at)
-        print(json.dumps({"before": before, "peak": status_bytes("VmHWM") - before}))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(json.loads(sys.argv[1]))
+        train_two_steps(config, num_items, shape, Ranks(group, writing, Path(folder, "large")))
+        return status_bytes("VmHWM") - before

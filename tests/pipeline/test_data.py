@@ -120,6 +120,26 @@ def test_a_state_of_another_order_is_refused(folder: Path) -> None:
         loader(folder).load_state_dict(state)
 
 
+@pytest.mark.parametrize("step", [0, 5, 16])
+def test_a_state_of_an_earlier_order_goes_on_at_its_step_and_says_so(
+    folder: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = list(loader(folder))
+    state = loader(folder).state_dict()
+    del state["order"]["version"]  # as up to 0.2.0
+    state["step"] = step
+    parts = [loader(folder, rank, 2) for rank in range(2)]
+    for batches in parts:
+        batches.load_state_dict(state)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (step == 5)  # at the border of two epochs nothing is lost
+    if told:
+        assert told[0].startswith("the first 5 of the 16 batches of epoch 1 came in the order of")
+    if step < 16:
+        rest = [sequences(batch) for batch in parts[0]]
+        assert rest == [sequences(batch)[:5] for batch in whole[step:]]
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spread = np.random.default_rng(1).lognormal(2.5, 0.8, size=20_000)
@@ -182,16 +202,41 @@ def test_counted_bytes_are_what_the_process_reads(large: Path) -> None:
     assert counted <= really < 1.02 * counted + 20_000
 
 
-@pytest.mark.parametrize(("batch_size", "limit"), [(64, 0.15), (512, 0.25)])
-def test_length_buckets_keep_padding_low(large: Path, batch_size: int, limit: float) -> None:
-    batches = loader(large, batch_size=batch_size, shuffle_row_groups=32, max_length=50)
-    slots = real = 0
-    for batch in batches:
-        slots += batch.items.numel()
-        real += batch.num_positions
-    assert batches.padding_share == pytest.approx(1 - real / slots)
-    # Without buckets it is above one half.
-    assert batches.padding_share < limit
+def batch_of_each_sample(batches: TrainingBatches) -> tuple[np.ndarray, np.ndarray]:
+    """Of the samples in the order of the log: the batch of an epoch, and the length."""
+    first, batch_of, lengths = [], [], []
+    for index, batch in enumerate(batches):
+        first += batch.items[:, 0].tolist()
+        batch_of += [index] * len(batch.lengths)
+        lengths += batch.lengths.tolist()
+    order = np.argsort(first)
+    return np.array(batch_of)[order], np.array(lengths)[order]
+
+
+def test_whether_two_samples_share_a_batch_does_not_depend_on_their_lengths(large: Path) -> None:
+    batches = loader(large, batch_size=64, shuffle_row_groups=1000, max_length=50)
+    shared, alike, epochs = 0.0, 0.0, 6
+    for _ in range(epochs):
+        batch_of, lengths = batch_of_each_sample(batches)
+        table = np.zeros((len(batches), 51))
+        np.add.at(table, (batch_of, lengths), 1)
+        shared += (table.sum(1) * (table.sum(1) - 1)).sum()
+        alike += (table * (table - 1)).sum()
+    counts = np.bincount(lengths, minlength=51).astype(float)
+    expected = (counts * (counts - 1)).sum() / (len(lengths) * (len(lengths) - 1.0))
+    # The share of pairs of equal length, among all pairs of a batch; they come twice in the sums.
+    error = (expected * (1 - expected) / (shared / 2)) ** 0.5
+    assert abs(alike / shared - expected) < 5 * error
+
+
+def test_positions_of_batches_vary_as_those_of_random_draws_do(large: Path) -> None:
+    batches = loader(large, batch_size=64, shuffle_row_groups=1000, max_length=50)
+    positions = [
+        batch.num_positions for _ in range(4) for batch in batches if len(batch.lengths) == 64
+    ]
+    batch_of, lengths = batch_of_each_sample(batches)
+    ratio = np.var(positions) / (64 * lengths.var())
+    assert 0.75 < ratio < 1.25  # batches of like lengths have a ratio of about 64
 
 
 def test_padding_is_zero_and_real_positions_are_packed_in_order(folder: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,38 +18,47 @@ from tests.ranks import Ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCE
+from shardrec.modules.ranking import Blocks, tie_keys
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.model.config import MeasureConfig
-from shardrec.pipeline.model.measure import measure
-from shardrec.pipeline.prepared.loader import EvaluationBatches, Prepared
+from shardrec.pipeline.model.measure import measure, open_users
+from shardrec.pipeline.model.ranker import StateRanker
+from shardrec.pipeline.prepare import PrepareConfig, prepare
+from shardrec.pipeline.prepared.loader import Prepared
+from shardrec.pipeline.ranks import default_group
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
 
 
 def rank_by_brute_force(scores: Tensor, hidden: set[int], target: int) -> int:
-    """Items that stand before the target: a higher score, or an equal one and a lower index."""
-    ours = float(scores[target])
-    before = 0
-    for item, score in enumerate(scores.tolist()):
-        if item != target and item not in hidden:
-            before += score > ours or (score == ours and item < target)
-    return before
+    """Items that stand before the target: a higher score, or an equal one and a lower key."""
+    if target in hidden:
+        return len(scores)
+    keys = tie_keys(torch.arange(len(scores))).tolist()
+    ours = float(scores[target]), -keys[target]
+    others = zip(scores.tolist(), keys, strict=True)
+    return sum(
+        (score, -key) > ours for item, (score, key) in enumerate(others) if item not in hidden
+    )
 
 
 def metrics_by_brute_force(
-    data: str, score: Callable[[list[int]], Tensor], *, filter_seen: bool
+    data: str, score: Callable[[list[int]], Tensor], *, filter_seen: bool, min_count: int = 1
 ) -> dict[str, float]:
     """The metrics at 5 of (V,) scores that are a function of the history, written out by hand."""
     users = pq.read_table(Path(data) / "test.parquet").to_pylist()
     counts = Prepared.open(data).item_counts().tolist()
-    ndcg, hits, recall, known, listed = [], [], [], [], set[int]()
+    keys = tie_keys(torch.arange(len(counts))).tolist()
+    rare = {item for item, count in enumerate(counts) if count < min_count}
+    ndcg, hits, recall, known, new, listed = [], [], [], [], [], set[int]()
     tally = Counter[str]()
     for user in users:
         targets, seen, scores = user["targets"], set(user["items"]), score(user["items"])
-        hidden = seen - set(targets) if filter_seen else set()
+        hidden = rare | (seen if filter_seen else set())
         ranks = [rank_by_brute_force(scores, hidden, target) for target in targets]
         gains = [1 / math.log2(rank + 2) for rank in ranks if rank < 5]
         perfect = sum(1 / math.log2(place + 2) for place in range(min(5, len(targets))))
@@ -56,8 +67,10 @@ def metrics_by_brute_force(
         recall.append(len(gains) / len(targets))
         kept = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if counts[item]]
         known += [sum(kept) / len(kept)] if kept else []
+        left = [rank < 5 for rank, item in zip(ranks, targets, strict=True) if not counts[item]]
+        new += [sum(left) / len(left)] if left else []
         candidates = [item for item in range(len(scores)) if item not in hidden]
-        listed |= set(sorted(candidates, key=lambda item: (-float(scores[item]), item))[:5])
+        listed |= set(sorted(candidates, key=lambda item: (-float(scores[item]), keys[item]))[:5])
         tally["targets"] += len(targets)
         tally["new"] += sum(counts[item] == 0 for item in targets)
         tally["repeated"] += sum(item in seen for item in targets)
@@ -66,6 +79,7 @@ def metrics_by_brute_force(
         "HitRate@5": sum(hits) / len(users),
         "Recall@5": sum(recall) / len(users),
         "Recall@5/known": sum(known) / len(known),
+        "Recall@5/new": sum(new) / len(new),
         "Coverage@5": len(listed) / len(counts),
         "users": len(users),
         "targets": tally["targets"],
@@ -74,31 +88,75 @@ def metrics_by_brute_force(
     }
 
 
+@pytest.mark.parametrize("min_count", [0, 1, 4])
 @pytest.mark.parametrize("filter_seen", [False, True], ids=["all-items", "seen-hidden"])
-def test_popularity_gets_the_metrics_of_brute_force(data: str, filter_seen: bool) -> None:
-    found = evaluate_popularity(data, MeasureConfig(ks=(5,), filter_seen=filter_seen))
+def test_popularity_gets_the_metrics_of_brute_force(
+    data: str, filter_seen: bool, min_count: int
+) -> None:
+    candidates: dict[str, Any] = {"filter_seen": filter_seen, "min_count": min_count}
+    found = evaluate_popularity(data, MeasureConfig(ks=(5,), **candidates))["metrics"]
     counts = Prepared.open(data).item_counts().float()
-    expected = metrics_by_brute_force(data, lambda _: counts, filter_seen=filter_seen)
+    expected = metrics_by_brute_force(data, lambda _: counts, **candidates)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert 0 < expected["repeated_target_share"] < 1
     assert 0 < expected["new_target_share"] < 1
     assert expected["targets"] > expected["users"] > 40
 
 
-def test_ties_go_to_the_lower_item(data: str) -> None:
-    prepared = Prepared.open(data)
-    shard = RowShard(torch.zeros(prepared.num_items, 1), 0, prepared.num_items, None)
-    batches = EvaluationBatches(prepared, "test", batch_size=7, max_length=4)
-    config = MeasureConfig(ks=(5,))
-    found = measure(lambda items, _: torch.ones(len(items), 1), shard, batches, config, prepared)
-    zeros = torch.zeros(prepared.num_items)
-    expected = metrics_by_brute_force(data, lambda _: zeros, filter_seen=False)
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+def measure_equal_scores(data: str, config: MeasureConfig) -> dict[str, float]:
+    """The metrics of a model that gives the same score to every item, on the default group."""
+    prepared, group = Prepared.open(data), default_group()
+    edges = [prepared.num_items * rank // 3 for rank in range(4)]  # uneven, and 3 ranks at most
+    rank, size = Communicator(group).rank, Communicator(group).size
+    low, high = edges[rank], edges[rank + 1] if rank < size - 1 else prepared.num_items
+    shard = RowShard(torch.zeros(high - low, 1), low, prepared.num_items, group)
+    batches = open_users(prepared, "test", config, 4, group)
+    scorer = lambda items, _: torch.ones(len(items), 1)  # noqa: E731
+    ranker = StateRanker(scorer, shard, 4, Blocks())
+    return measure(ranker, batches, config, prepared).metrics
+
+
+def test_equal_scores_rank_by_a_hash_of_the_item_on_every_number_of_ranks(
+    ranks: Ranks, data: str
+) -> None:
+    config, zeros = MeasureConfig(ks=(5,)), torch.zeros(Prepared.open(data).num_items)
+    expected = metrics_by_brute_force(data, lambda _: zeros, filter_seen=True)
+    alone = measure_equal_scores(data, config)
+    assert {name: alone[name] for name in expected} == pytest.approx(expected)
+    for num_ranks in (2, 3):
+        for found in ranks(num_ranks).run(measure_equal_scores, data, config):
+            assert found == pytest.approx(alone, nan_ok=True)
+
+
+def test_equal_scores_do_no_better_than_chance(tmp_path: Path) -> None:
+    # One item has a seventh of the events, and the lowest index.
+    num_items, num_users, k = 400, 3000, 10
+    generator = np.random.default_rng(0)
+    share = 1 / (np.arange(num_items) + 1.0)
+    bought = generator.choice(num_items, (num_users, 6), p=share / share.sum())
+    columns = {"user_id": np.repeat(np.arange(num_users), 6), "item_id": bought.ravel()}
+    columns["timestamp"] = np.tile(np.arange(6), num_users)
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    data = str(tmp_path / "prepared")
+    options: dict[str, Any] = {"split": "leave_one_out", "threads": 1}
+    prepare(PrepareConfig(events=str(tmp_path / "log.parquet"), output=data, **options))
+    config = MeasureConfig(ks=(k,), filter_seen=False, min_count=0)
+    hits = measure_equal_scores(data, config)["HitRate@10"]
+    targets = pq.read_table(Path(data) / "test.parquet")["targets"].combine_chunks().flatten()
+    share = np.bincount(targets.to_numpy(), minlength=num_items) / num_users
+    # All users get the same k items, drawn by the hash: k draws from the targets' shares, without
+    # replacement. Their sum has this variance; the share of hits of the users is that sum.
+    variance = k * share.var() * (1 - k / num_items)
+    assert abs(hits - k / num_items) < 3 * variance**0.5
+    assert share[:k].sum() > k / num_items + 3 * variance**0.5, "ranked by index it would"
+    popular = evaluate_popularity(data, config)["metrics"]["HitRate@10"]
+    assert popular == pytest.approx(np.sort(share)[-k:].sum(), rel=0.1)
 
 
 def measure_on_ranks(run: str, data: str) -> tuple[dict[str, float], dict[str, float]]:
     config = MeasureConfig(ks=(5, 10), filter_seen=True, batch_size=9, block_rows=7)
-    return evaluate(run, data, config, force=True)["metrics"], evaluate_popularity(data, config)
+    popularity = evaluate_popularity(data, config)
+    return evaluate(run, data, config, force=True)["metrics"], popularity["metrics"]
 
 
 def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str) -> None:
@@ -109,6 +167,33 @@ def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str
             assert found[1] == pytest.approx(alone[1], nan_ok=True)
 
 
+def ranks_on_ranks(run: str, data: str, folder: str) -> list[list[int]]:
+    """The ranks of all targets that evaluation writes, user by user."""
+    size = Communicator(default_group()).size
+    config = MeasureConfig(ks=(5,), batch_size=9)
+    evaluate(run, data, config, output=f"{folder}/{size}.json")
+    lists: list[list[int]] = pq.read_table(f"{folder}/{size}.users.parquet")["ranks"].to_pylist()
+    return lists
+
+
+def test_the_ranks_of_all_targets_are_written_in_the_order_of_the_users(
+    ranks: Ranks, run: str, data: str, tmp_path: Path
+) -> None:
+    alone = ranks_on_ranks(run, data, str(tmp_path))
+    users = pq.read_table(Path(data) / "test.parquet").to_pylist()
+    assert [len(one) for one in alone] == [len(user["targets"]) for user in users]
+    hits = [any(0 <= rank < 5 for rank in one) for one in alone]
+    stored = json.loads((tmp_path / "1.json").read_text())
+    assert np.mean(hits) == pytest.approx(stored["metrics"]["HitRate@5"])
+    for user, own in zip(users, alone, strict=True):
+        for item, rank in zip(user["targets"], own, strict=True):
+            assert rank == -1 or item not in user["items"]
+    assert len({tuple(one) for one in alone}) > 10
+    for num_ranks in (2, 3):
+        for found in ranks(num_ranks).run(ranks_on_ranks, run, data, str(tmp_path)):
+            assert found == alone
+
+
 def test_metrics_and_protocol_are_written(run: str, data: str) -> None:
     report = evaluate(
         run, data, MeasureConfig(ks=(5,), filter_seen=True), checkpoint="last", force=True
@@ -116,8 +201,12 @@ def test_metrics_and_protocol_are_written(run: str, data: str) -> None:
     stored = json.loads((Path(run) / "metrics.json").read_text())
     assert stored["metrics"]["NDCG@5"] == report["metrics"]["NDCG@5"] > 0
     assert stored["protocol"]["split"] == "test"
-    assert stored["protocol"]["seen_items"] == "removed, targets excepted"
+    assert stored["protocol"]["seen_items"] == "removed"
     assert stored["protocol"]["data"]["kind"] == "temporal"
+    assert 0 < stored["standard_errors"]["NDCG@5"] < stored["metrics"]["NDCG@5"]
+    assert stored["baselines"]["popularity"]["NDCG@5"] == pytest.approx(
+        evaluate_popularity(data, MeasureConfig(ks=(5,)))["metrics"]["NDCG@5"]
+    )
     assert stored["checkpoint"]["which"] == "last" and stored["checkpoint"]["step"] > 0
     assert not list(Path(run).glob(".metrics*"))
 
@@ -130,7 +219,7 @@ def test_a_trained_model_beats_popularity_and_validates_as_it_evaluates(
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").open()]
     validations = [line["metrics"]["NDCG@10"] for line in lines if line["event"] == "validation"]
     assert best == pytest.approx(max(validations))
-    assert best > evaluate_popularity(data, config, split="validation")["NDCG@10"]
+    assert best > evaluate_popularity(data, config, split="validation")["metrics"]["NDCG@10"]
 
 
 def test_normalised_losses_are_ranked_by_angle(data: str, tmp_path: Path) -> None:
@@ -152,9 +241,9 @@ def test_normalised_losses_are_ranked_by_angle(data: str, tmp_path: Path) -> Non
         return inner_products(history, normalize(table))
 
     found = evaluate(config.output, data, MeasureConfig(ks=(5,)))["metrics"]
-    expected = metrics_by_brute_force(data, cosines, filter_seen=False)
+    expected = metrics_by_brute_force(data, cosines, filter_seen=True)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    others = metrics_by_brute_force(data, inner_products, filter_seen=False)
+    others = metrics_by_brute_force(data, inner_products, filter_seen=True)
     assert others["NDCG@5"] != pytest.approx(expected["NDCG@5"], rel=0.01)
 
 
@@ -191,6 +280,7 @@ def test_bad_measures_are_refused() -> None:
         ({"ks": ()}, "ks must be list lengths"),
         ({"ks": (0, 5)}, "ks must be list lengths"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"min_count": -1}, "min_count must be at least 0"),
     ]
     for changes, message in options:
         with pytest.raises(ValueError, match=message):
@@ -198,7 +288,8 @@ def test_bad_measures_are_refused() -> None:
 
 
 def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
-    found = evaluate(run, data, MeasureConfig(ks=(100,)), force=True)["metrics"]
+    config = MeasureConfig(ks=(100,), filter_seen=False, min_count=0)
+    found = evaluate(run, data, config, force=True)["metrics"]
     assert found["Recall@100"] == 1.0
 
 
@@ -211,7 +302,7 @@ def test_evaluate_is_idempotent_and_refuses_another_report(
     assert str(evaluate(run, data, config, output=str(output))) == str(first)
     assert "nothing to do" in caplog.text and output.stat().st_mtime_ns == written
     with pytest.raises(FileExistsError, match="which differs in filter_seen"):
-        changed = dataclasses.replace(config, filter_seen=True)
+        changed = dataclasses.replace(config, filter_seen=False)
         evaluate(run, data, changed, output=str(output))
     evaluate(run, data, config, output=str(output), force=True)
     assert output.stat().st_mtime_ns > written

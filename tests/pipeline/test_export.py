@@ -1,6 +1,7 @@
 """Exports: the vectors and the encoder of the live model, usable without the training stack."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -50,14 +51,8 @@ sys.meta_path.insert(0, Absent())
 """
 SERVE = f"""{WITHOUT_THE_TRAINING_STACK}
 import json
+import math
 from shardrec.pipeline.serve import Recommender
-from shardrec.pipeline.served.encoder_file import (
-    PROGRAM,
-    WEIGHTS,
-    export_program,
-    read_encoder,
-    write_encoder,
-)
 served = Recommender.open(sys.argv[1])
 print(json.dumps(served.recommend(json.loads(sys.argv[2]), k=4)))
 """
@@ -90,11 +85,19 @@ class Foreign(TransformerEncoder):
 @pytest.mark.parametrize(
     ("encoder_class", "file"), [(TransformerEncoder, WEIGHTS), (Foreign, PROGRAM)]
 )
-@pytest.mark.parametrize("kind", ["sasrec", "modern"])
+@pytest.mark.parametrize(
+    ("kind", "positions"), [("sasrec", None), ("modern", None), ("sasrec", "learned_from_last")]
+)
 def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
-    kind: Any, encoder_class: type[TransformerEncoder], file: str, tmp_path: Path
+    kind: Any,
+    positions: Any,
+    encoder_class: type[TransformerEncoder],
+    file: str,
+    tmp_path: Path,
 ) -> None:
-    config = EncoderConfig(width=16, max_length=9, kind=kind, num_heads=2, dropout=0.3)
+    config = EncoderConfig(
+        width=16, max_length=9, kind=kind, num_heads=2, dropout=0.3, positions=positions
+    )
     encoder = encoder_class(config, seed=3)
     name, stored = write_encoder(tmp_path, encoder, 16, 9)
     assert name == file
@@ -102,8 +105,29 @@ def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
     loaded = read_encoder(tmp_path, manifest, trust_code=file == PROGRAM)
     encoder.eval()
     for shape in [(1, 1), (1, 9), (2, 3), (7, 5), (300, 1)]:
-        vectors = torch.randn(*shape, 16)
-        torch.testing.assert_close(loaded(vectors), encoder(vectors), atol=1e-6, rtol=1e-5)
+        inputs = [torch.randn(*shape, 16)]
+        if encoder.reads_lengths:
+            inputs.append(torch.randint(1, shape[1] + 1, shape[:1]))
+        torch.testing.assert_close(loaded(*inputs), encoder(*inputs), atol=1e-6, rtol=1e-5)
+
+
+def test_positions_from_the_last_item_are_served_as_they_were_trained(
+    data: str, tmp_path: Path
+) -> None:
+    encoder = EncoderConfig(width=16, max_length=8, positions="learned_from_last")
+    config = small_config(data, tmp_path / "run", encoder=encoder)
+    train(config)
+    export(configured(config.output, data, tmp_path / "out"))
+    served = Recommender.open(tmp_path / "out")
+    assert served.manifest["reads_lengths"]
+    model = Source.find(config.output, Prepared.open(data), "best").load(Prepared.open(data))
+    histories = [torch.tensor([5]), torch.tensor([2, 8, 1, 9]), torch.tensor([7, 3])]
+    items = torch.nn.utils.rnn.pad_sequence(histories, batch_first=True)
+    with torch.no_grad():
+        live = model.last_states(items, torch.tensor([1, 4, 2]))
+        torch.testing.assert_close(served.states(histories), live)
+        alone = [served.states([one]) for one in histories]
+    torch.testing.assert_close(torch.cat(alone), live)
 
 
 def test_vectors_and_ids_are_those_of_the_model(run: str, data: str, exported: Path) -> None:
@@ -158,8 +182,9 @@ def test_serving_needs_no_training_stack_and_agrees_with_recommend(
     expected = lists_of(run, data, histories, tmp_path / "lists")
     assert [[item for item, _ in row] for row in served] == [row["item_ids"] for row in expected]
     for row, other in zip(served, expected, strict=True):
-        assert [score for _, score in row] == pytest.approx(other["scores"], abs=1e-5)
-    assert [len(row) for row in served] == [4, 0, 0, 4, 4]
+        scores = other["scores"] or [math.nan] * 4
+        assert [score for _, score in row] == pytest.approx(scores, abs=1e-5, nan_ok=True)
+    assert [row["scores"] is None for row in expected] == [False, True, True, False, False]
 
 
 def readme_example() -> str:

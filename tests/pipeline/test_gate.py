@@ -122,7 +122,8 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_measured_export_on_newer_data_has_the_hits_of_serving(good: Day, newer: str) -> None:
     prepared = Prepared.open(newer)
-    found = measure_export(Path(good.export), prepared, MeasureConfig(ks=(5,)), "test")
+    config = MeasureConfig(ks=(5,), filter_seen=False, min_count=0)
+    found = measure_export(Path(good.export), prepared, config, "test")
     served = Recommender.open(good.export, min_count=0)
     ids = prepared.item_ids().to_pylist()
     hits, users = 0, pq.read_table(Path(newer) / "test.parquet").to_pylist()

@@ -1,32 +1,26 @@
 """Plans: within 15 % of the peaks that this machine measures, and sums that can be checked."""
 
-import contextlib
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.side_by_side import asked_for, side_by_side
+from tests.pipeline.peak_memory import peak_bytes
+from tests.ranks import Ranks
 
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.config import override
-from shardrec.pipeline.plan import Machine, Plan, plan
+from shardrec.pipeline.plan import AttributeCounts, Machine, Plan, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
 from shardrec.pipeline.run.config import TrainConfig
 
 MIB = 1 << 20
 # glibc raises the size from which a block goes back to the system to that of blocks freed before,
 # and keeps what is smaller: what a process holds would depend on its past. Here the size is fixed.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 @dataclass(frozen=True)
@@ -58,73 +52,56 @@ class Case:
 POPULARITY = "loss=cce_minus loss.proposal=popularity loss.num_negatives=256"
 CASES = {
     "fused-softmax": Case(30_000, (64, 20), "loss=cce"),
-    "streamed-softmax": Case(400_000, (64, 20), "loss=cce"),
+    "streamed-softmax": Case(400_000, (16, 20), "loss=cce"),
     "sampled-adam": Case(300_000, (256, 20), "loss=cce_minus catalog.optimizer=adam"),
     "sampled-popularity": Case(1_500_000, (64, 20), POPULARITY),
     "sampled-rowwise": Case(600_000, (256, 40), "loss=cce_minus"),
     "buckets-sparse-adam": Case(300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam"),
-    "hashes-sgd": Case(300_000, (64, 20), "loss=rece catalog.optimizer=sgd"),
+    "hashes-sgd": Case(150_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
     "stored-logits": Case(20_000, (64, 20), "loss=eager_ce"),
     "stored-negatives": Case(20_000, (64, 20), "loss=gbce loss.num_negatives=64"),
     "sasrec": Case(2_000, (768, 50), "loss=cce_minus loss.num_negatives=64"),
     "modern": Case(2_000, (512, 50), "loss=cce_minus loss.num_negatives=64 encoder.kind=modern"),
     "checkpoint": Case(300_000, (128, 20), "loss=cce_minus catalog.optimizer=adam", 1, True),
-    "two-ranks-streamed": Case(400_000, (32, 20), "loss=cce", 2),
+    "attributes": Case(300_000, (128, 20), "loss=cce_minus catalog.attributes=add"),
+    "attributes-alone": Case(400_000, (64, 20), "loss=cce catalog.attributes=only"),
+    "two-ranks-attributes": Case(600_000, (64, 20), "loss=cce_minus catalog.attributes=add", 2),
+    "two-ranks-streamed": Case(400_000, (8, 20), "loss=cce", 2),
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
-    "two-ranks-hashes": Case(400_000, (64, 20), "loss=rece", 2),
+    "two-ranks-hashes": Case(200_000, (16, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
-QUICK = ("fused-softmax", "sasrec")
 
 
-def measured_bytes(name: str) -> int:
-    """Peak of the rank that used most."""
-    case = CASES[name]
-    known = {"num_items": case.num_items, "batch": case.batch, "overrides": case.overrides()}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("peak_memory.py"))]
-    with contextlib.ExitStack() as started:
-        folder = started.enter_context(tempfile.TemporaryDirectory())
-        known |= {"num_ranks": case.num_ranks, "folder": folder}
-        processes = [
-            started.enter_context(
-                subprocess.Popen(
-                    [*command, json.dumps(known | {"rank": rank})],
-                    env=os.environ | ENVIRONMENT,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in range(case.num_ranks)
-        ]
-        for process in processes:
-            started.callback(process.kill)
-        printed = [process.communicate(timeout=300) for process in processes]
-    assert not any(process.returncode for process in processes), printed
-    return max(int(json.loads(output)["peak"]) for output, _ in printed)
+# Those of peak_memory.py.
+ATTRIBUTES = AttributeCounts(attribute_values=1000, attribute_codes=6, attribute_numbers=32)
 
 
 def without_libraries(config: TrainConfig, num_items: int, num_ranks: int = 1) -> Plan:
-    return plan(config, num_items, Machine(libraries_gb=0.0, ranks=num_ranks))
+    attributes = None if config.catalog.attributes == "none" else ATTRIBUTES
+    return plan(config, num_items, Machine(libraries_gb=0.0, ranks=num_ranks), attributes)
 
 
 @pytest.fixture(scope="module")
-def peaks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[int]]]:
-    with side_by_side(measured_bytes, asked_for(request, "case_name")) as started:
-        yield started
+def processes() -> Iterator[Ranks]:
+    pool = Ranks(ENVIRONMENT)
+    yield pool
+    pool.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case_name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_the_plan_is_within_15_percent_of_the_measured_peak(
-    case_name: str, peaks: dict[str, Future[int]]
+    case: Case, processes: Ranks, tmp_path: Path
 ) -> None:
-    case = CASES[case_name]
     planned = without_libraries(case.config(), case.num_items, case.num_ranks).peak_bytes
-    measured = peaks[case_name].result()
+    processes.stop()  # each case in fresh ones
+    measured = max(
+        processes(case.num_ranks).run(
+            peak_bytes, case.overrides(), case.num_items, case.batch, str(tmp_path)
+        )
+    )
     assert planned == pytest.approx(measured, rel=0.15), (
         f"planned {planned / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB"
     )
@@ -143,6 +120,31 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     halved = plan(config, 1_000_000, Machine(ranks=2, libraries_gb=0.0))
     assert halved.memory["table"] == 128_000_000
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
+
+
+def test_attributes_are_codes_of_the_shard_and_vectors_on_every_rank() -> None:
+    options = "encoder.width=64 catalog.optimizer=adam checkpoints.background=false".split()
+    plain = without_libraries(override(tiny_cpu("none", "none"), options), 1_000_000)
+    for mode, rows, state in (("add", 256_000_000, 512_000_000), ("only", 0, 0)):
+        config = override(tiny_cpu("none", "none"), [*options, f"catalog.attributes={mode}"])
+        planned = without_libraries(config, 1_000_000, num_ranks=2)
+        assert planned.memory["table"] == 128_000_000
+        assert planned.memory["composed rows"] == rows / 2
+        assert planned.memory["optimizer state"] == state / 2
+        vectors = 1032 * 64 * 4
+        assert planned.memory["attributes"] == 500_000 * (6 * 8 + 32 * 4 + 22) + 5 * vectors
+        assert planned.moved["attribute gradients"] == 2 * vectors / 2
+    assert "attributes" not in plain.memory
+
+
+def test_attributes_and_their_use_go_together() -> None:
+    config = tiny_cpu("none", "none")
+    with pytest.raises(ValueError, match="attribute_values or attribute_numbers must be above 0"):
+        plan(override(config, ["catalog.attributes=add"]), 1000, Machine())
+    with pytest.raises(ValueError, match=r"got 1000 and 32 with catalog\.attributes=none"):
+        plan(config, 1000, Machine(), ATTRIBUTES)
+    with pytest.raises(ValueError, match="attribute_codes must be at least 0"):
+        AttributeCounts(attribute_codes=-1)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

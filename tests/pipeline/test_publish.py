@@ -190,7 +190,7 @@ def test_publish_refuses_lists_of_other_weights(pointer: Path, tmp_path: Path) -
     lists = tmp_path / "lists"
     lists.mkdir()
     config = unasked(export, pointer, lists=str(lists))
-    with pytest.raises(FileNotFoundError, match="lists must be a folder of `shardrec recommend`"):
+    with pytest.raises(FileNotFoundError, match="lists must hold _manifest.json"):
         publish(config)
     for weights, message in [("other", "lists must come from the weights"), ("wednesday", "")]:
         written = {"request": {"source": source_of(weights)}, "files": []}

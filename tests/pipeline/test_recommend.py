@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardrec.launch.cli import main
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
+from shardrec.modules.ranking import by_popularity, tie_keys
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.item_ids import ItemIds
@@ -66,11 +67,13 @@ def by_brute_force(
     prepared = Prepared.open(data)
     source = Source.find(run, prepared, "best")
     model, ids = source.load(prepared), prepared.item_ids().to_pylist()
+    keys = tie_keys(torch.arange(len(ids))).tolist()
     result: list[list[int]] = []
     for row in pq.read_table(histories).to_pylist():
         known = [ids.index(item) for item in row["what"] or [] if item in ids]
         if not known:
-            result.append([])
+            popular = by_popularity(prepared.item_counts()).tolist()
+            result.append([ids[i] for i in popular if ids[i] not in hidden][:k])
             continue
         last = torch.tensor([known[-source.config.encoder.max_length :]])
         with torch.no_grad():
@@ -78,7 +81,7 @@ def by_brute_force(
         scores = (state @ model.scored_shard().rows.T)[0].tolist()
         left = [i for i in range(len(ids)) if ids[i] not in hidden]
         left = [i for i in left if not filter_seen or i not in known]
-        result.append([ids[i] for i in sorted(left, key=lambda i: (-scores[i], i))[:k]])
+        result.append([ids[i] for i in sorted(left, key=lambda i: (-scores[i], keys[i]))[:k]])
     return result
 
 
@@ -97,12 +100,13 @@ def test_lists_are_those_of_brute_force(
     assert [row["user_id"] for row in rows] == [
         row["who"] for row in pq.read_table(histories).to_pylist()
     ]
-    for row in rows:
+    scored = [row for row in rows if row["scores"] is not None]
+    for row in scored:
         assert row["scores"] == sorted(row["scores"], reverse=True)
         assert len(row["scores"]) == len(row["item_ids"])
     counts = done.manifest["counts"]
     assert counts["users"] == len(rows) == 41
-    assert counts["users_without_history"] == sum(not items for items in expected) == 5
+    assert counts["users_without_history"] == len(rows) - len(scored) == 5
     assert counts["unknown_items"] == 3  # two unknown ids and a null
     assert counts["untrained_items"] == len(untrained) > 0
 
@@ -163,10 +167,11 @@ def test_memory_is_bounded_by_a_batch_times_a_block_of_rows(tmp_path: Path) -> N
     assert largest.shape.numel() == batch_size * block_rows, largest.shape
 
 
+@pytest.mark.parametrize("options", [{}, {"filter_seen": False, "min_count": 0}], ids=str)
 def test_prepared_users_get_the_lists_that_evaluation_judges(
-    run: str, data: str, tmp_path: Path
+    run: str, data: str, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    recommend(configured(run, data, tmp_path / "out", min_count=0, filter_seen=False))
+    done = recommend(configured(run, data, tmp_path / "out", **options))
     targets = {
         row["user_id"]: set(row["targets"])
         for row in pq.read_table(Path(data) / "test.parquet").to_pylist()
@@ -177,8 +182,9 @@ def test_prepared_users_get_the_lists_that_evaluation_judges(
         for row in rows_of(tmp_path / "out")
     ]
     report = str(tmp_path / "metrics.json")
-    judged = evaluate(run, data, MeasureConfig(ks=(5,)), output=report)["metrics"]
-    assert sum(hits) / len(hits) == pytest.approx(judged["HitRate@5"])
+    judged = evaluate(run, data, MeasureConfig(ks=(5,), **options), output=report)
+    assert sum(hits) / len(hits) == pytest.approx(judged["metrics"]["HitRate@5"])
+    assert done.manifest["protocol"].items() <= judged["protocol"].items()
 
 
 def test_allow_and_deny_lists_restrict_the_candidates(
@@ -193,7 +199,7 @@ def test_allow_and_deny_lists_restrict_the_candidates(
     assert done.manifest["counts"]["candidates"] == 4
     assert done.manifest["counts"]["allow_unknown_items"] == 1
     assert done.manifest["counts"]["deny_unknown_items"] == 2
-    assert done.manifest["counts"]["short_lists"] == 36
+    assert done.manifest["counts"]["short_lists"] == 41
     only = {"allow": str(tmp_path / "deny.parquet"), "deny": str(tmp_path / "deny.parquet")}
     with pytest.raises(ValueError, match="must leave at least one item"):
         recommend(configured(run, data, tmp_path / "none", **of_file(histories), **only))
@@ -212,11 +218,15 @@ def test_a_unit_length_loss_is_ranked_by_angle(data: str, histories: str, tmp_pa
 def test_recommend_is_idempotent(run: str, data: str, histories: str, tmp_path: Path) -> None:
     config = configured(run, data, tmp_path / "out", **of_file(histories))
     first = recommend(config)
-    written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    written = (tmp_path / "out" / "_manifest.json").stat().st_mtime_ns
     again = recommend(config)
     assert (first.is_new, again.is_new) == (True, False)
-    assert again.manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == written
+    assert again.manifest == json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert (tmp_path / "out" / "_manifest.json").stat().st_mtime_ns == written
+    assert pq.read_table(tmp_path / "out").num_rows == len(rows_of(tmp_path / "out"))
+    older = (tmp_path / "out" / "_manifest.json").rename(tmp_path / "out" / "manifest.json")
+    assert not recommend(config).is_new
+    older.rename(tmp_path / "out" / "_manifest.json")
     more = of_file(histories, k=6)
     with pytest.raises(FileExistsError, match="other input or options"):
         recommend(configured(run, data, tmp_path / "out", **more))

@@ -32,7 +32,7 @@ def test_a_complete_folder_is_found_by_the_same_request(tmp_path: Path) -> None:
     assert lists(tmp_path / "out").find() == manifest
     assert read_output(tmp_path / "out", RECOMMENDATIONS) == manifest
     assert manifest["counts"] == {"users": 1} and manifest["files"][0]["bytes"] == 4
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["manifest.json", "out", "part"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_manifest.json", "out", "part"]
 
 
 def test_another_request_is_refused_by_name_and_replaced_by_force(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_damaged_folder_is_named_and_replaced_by_force(tmp_path: Path, name: s
         (tmp_path / "out" / "part").write_text("p")
     else:
         changed = {"schema_version": 2} if name == "the version" else {"files": 1}
-        (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | changed))
+        (tmp_path / "out" / "_manifest.json").write_text(json.dumps(manifest | changed))
     with pytest.raises(FileExistsError, match="a complete result, got .* replace it with --force"):
         lists(tmp_path / "out").find()
     assert lists(tmp_path / "out", force=True).find() is None

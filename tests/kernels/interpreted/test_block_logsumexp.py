@@ -38,11 +38,24 @@ def check(states: Tensor, rows: Tensor, blocks: Blocks, slack: float = 0.0) -> N
     assert_as_close_as_definition(by_triton, states, rows, blocks, slack)
 
 
+def by_triton_twice(
+    states: Tensor, rows: Tensor, blocks: Blocks, grads: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    """The same inputs give the same bits."""
+    first, second = (by_triton(states, rows, blocks, grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return first
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("d", [20, 132], ids=lambda d: f"D{d}")
-def test_values_and_gradients_equal_the_definition(kind: str, d: int) -> None:
-    states, rows = draw(37, 33, d, torch.float32)
-    check(states, rows, blocks_of(kind, 37, 33))
+def test_values_and_gradients_equal_the_definition_and_repeat_their_bits(kind: str) -> None:
+    states, rows = draw(37, 33, 20, torch.float32)
+    assert_as_close_as_definition(by_triton_twice, states, rows, blocks_of(kind, 37, 33))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_wider_than_a_tile(kind: str) -> None:
+    check(*draw(9, 35, 132, torch.float32), blocks_of(kind, 9, 35))
 
 
 @pytest.mark.parametrize("d", [8, 16, 64], ids=lambda d: f"D{d}")
@@ -56,15 +69,14 @@ def test_widths_that_fill_their_tile(d: int) -> None:
 def test_half_precision_is_no_further_from_the_truth_than_eager(
     kind: str, dtype: torch.dtype
 ) -> None:
-    states, rows = draw(17, 35, 36, dtype)
-    check(states, rows, blocks_of(kind, 17, 35))
+    check(*draw(9, 19, 36, dtype), blocks_of(kind, 9, 19))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_that_saturate(kind: str) -> None:
     # A log-sum-exp near 400 kept in float32 is uncertain by 1.5e-5, and so is each share.
-    states, rows = draw(33, 40, 12, torch.float32, scale=12.0)
-    check(states, rows, blocks_of(kind, 33, 40), slack=3e-5)
+    states, rows = draw(9, 20, 12, torch.float32, scale=12.0)
+    check(states, rows, blocks_of(kind, 9, 20), slack=3e-5)
 
 
 @pytest.mark.parametrize("n,r", [(1, 1), (1, 70), (70, 1), (5, 0), (0, 5), (0, 0)])
@@ -106,16 +118,6 @@ def test_a_float16_gradient_far_below_its_smallest_number_survives() -> None:
     truth = by_autograd(states, rows, blocks, torch.float64, grads)
     for ours, true in zip(by_triton(states, rows, blocks, grads)[2:], truth[2:], strict=True):
         torch.testing.assert_close(ours.double(), true, rtol=2e-2, atol=2e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_inputs_give_the_same_bits(kind: str) -> None:
-    states, rows = draw(20, 41, 24, torch.float32)
-    blocks = blocks_of(kind, 20, 41)
-    grads = (torch.ones(blocks.num_slots), torch.ones(20))
-    first = by_triton(states, rows, blocks, grads)
-    second = by_triton(states, rows, blocks, grads)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_gradients_of_rows_add_to_what_is_there() -> None:

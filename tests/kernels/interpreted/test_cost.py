@@ -47,7 +47,7 @@ LOSSES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "cce": ({}, (64, 256, D)),
     "cce-wide": ({}, (32, 64, 192)),
     "cce_minus": ({"num_negatives": 64, "share": 32}, (64, 1000, D)),
-    "cce_minus-each": ({"num_negatives": 32, "share": 1}, (16, 1000, D)),
+    "cce_minus-each": ({"num_negatives": 32, "share": 1}, (8, 1000, D)),
 }
 
 

@@ -7,7 +7,7 @@ from compiled.tile_search import Size, neighbours, search
 
 from shardrec.kernels.device.tiles import KERNELS, Tile, tile_for, trial
 
-TOY = Size(positions=9, items=20, width=16, dtype=torch.float32, negatives=5, queries=9, repeats=1)
+TOY = Size(positions=4, items=9, width=16, dtype=torch.float32, negatives=3, queries=4, repeats=1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

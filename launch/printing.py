@@ -1,0 +1,109 @@
+"""What the stages print when they are done."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = [
+    "default_metric",
+    "describe_recipes",
+    "print_beside",
+    "print_counts",
+    "print_end",
+    "print_lists",
+    "print_metrics",
+    "print_protocol",
+]
+
+
+def print_counts(counts: Mapping[str, int]) -> None:
+    """Print one count per line."""
+    for name, count in counts.items():
+        print(f"{name.replace('_', ' '):<40} {count:>14,}")
+
+
+def print_end(
+    is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
+) -> None:
+    """Print that an output was written, or that it existed already."""
+    print(f"wrote {output}" if is_new else f"{output} {otherwise}")
+
+
+def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
+    """Print one metric per line and one list length per column, then user and target counts.
+
+    Means over users have their standard error behind them.
+    """
+    table: dict[str, dict[int, str]] = {}
+    for name, value in metrics.items():
+        kind, at, rest = name.partition("@")
+        if at:
+            length, slash, suffix = rest.partition("/")
+            error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
+            table.setdefault(kind + slash + suffix, {})[int(length)] = f"{value:.4f}{error}"
+    lengths = sorted({length for row in table.values() for length in row})
+    print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
+    for kind, row in table.items():
+        print(f"{kind:<22}" + "".join(f"{row[length]:>16}" for length in lengths).rstrip())
+    for name in (name for name in metrics if "@" not in name):
+        value = metrics[name]
+        print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+
+
+def print_beside(
+    metrics: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
+    label: str,
+    name: str | None = None,
+) -> None:
+    """Print one metric of a run, and of what it must beat, best first.
+
+    Args:
+        metrics: of the run.
+        baselines: metrics by the baseline's name.
+        label: what the run is called.
+        name: the metric; None takes the one that runs are judged by.
+    """
+    name = name or default_metric(metrics)
+    rows = {**baselines, label: metrics}
+    for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
+        print(f"{name} {rows[row][name] or 0.0:.4f} {row}")
+
+
+def print_lists(report: Mapping[str, Any]) -> None:
+    """Print which items were ranked, and how many targets that loses."""
+    protocol, share = report["protocol"], report["metrics"]["repeated_target_share"]
+    print_protocol(protocol)
+    if protocol["seen_items"] == "removed" and share > 0.05:
+        print(
+            f"{share:.0%} of the targets are in the history and missed: --no-filter-seen ranks them"
+        )
+
+
+def print_protocol(protocol: Mapping[str, str]) -> None:
+    """Print in one line which items may be in the lists."""
+    print(
+        f"candidates: {protocol['candidates']}; seen items: {protocol['seen_items']}; ties: "
+        f"{protocol['ties']}"
+    )
+
+
+def default_metric(metrics: Mapping[str, float]) -> str:
+    """The metric that models are judged by, or the same kind at the greatest length there is."""
+    from shardrec.pipeline.model.config import DEFAULT_METRIC
+
+    kind = DEFAULT_METRIC.partition("@")[0]
+    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
+    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
+    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
+
+
+def describe_recipes() -> str:
+    """The recipes by name, and all options as the recipe ``demo`` sets them."""
+    from shardrec.pipeline.config import describe
+    from shardrec.pipeline.recipes import RECIPES
+
+    lines = [
+        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    ]
+    heading = "options, as the recipe `demo` sets them:"
+    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])

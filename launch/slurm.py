@@ -1,0 +1,140 @@
+"""TorchX's Slurm scheduler, with what its release 0.7.0 lacks on clusters as they are.
+
+`shardrec launch -s slurm` uses it; `torchx run -s slurm` uses TorchX's own.
+"""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchx.schedulers.api import DescribeAppResponse
+from torchx.schedulers.slurm_scheduler import (
+    SLURM_STATES,
+    SlurmBatchRequest,
+    SlurmOpts,
+    SlurmScheduler,
+)
+from torchx.specs import AppDef, AppDryRunInfo, AppState
+from typing_extensions import override
+
+__all__ = ["Request", "Scheduler", "create_scheduler", "sentence"]
+
+# What TorchX's table of states lacks; a state that neither knows is not final.
+MORE_STATES = {
+    "COMPLETING": AppState.RUNNING,
+    "CONFIGURING": AppState.PENDING,
+    "LAUNCH_FAILED": AppState.FAILED,
+    "RECONFIG_FAIL": AppState.FAILED,
+    "SPECIAL_EXIT": AppState.FAILED,
+    "STOPPED": AppState.PENDING,
+}
+ORDER = (
+    AppState.UNKNOWN,
+    AppState.RUNNING,
+    AppState.PENDING,
+    AppState.FAILED,
+    AppState.CANCELLED,
+)
+SENTENCES = {
+    "BOOT_FAIL": "a node did not start; submit the job again",
+    "CANCELLED": "it was cancelled",
+    "DEADLINE": "it could not end before its deadline",
+    "NODE_FAIL": "a node failed; submit it again, with --resume=auto to go on",
+    "OUT_OF_MEMORY": "it was killed for its memory; ask for more with --memMB",
+    "PREEMPTED": "another job took its place; submit it again, with --resume=auto to go on",
+    "TIMEOUT": "it reached its time limit; ask for more with -cfg time=…, and use --resume=auto",
+}
+
+
+def sentence(state: str) -> str:
+    """What a state of ``sacct`` means for the user; the state itself where it says enough.
+
+    >>> sentence("CANCELLED by 1000")
+    'CANCELLED by 1000: it was cancelled'
+    """
+    meaning = SENTENCES.get(state.partition(" ")[0])
+    return f"{state}: {meaning}" if meaning else state
+
+
+@dataclass(repr=False)
+class Request(SlurmBatchRequest):
+    """A job script that sets some variables itself.
+
+    Attributes:
+        exported: their names and values.
+    """
+
+    exported: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, made: SlurmBatchRequest, arguments: Sequence[str]) -> "Request":
+        """TorchX's request for a command with these arguments, made fit for clusters.
+
+        Since Slurm 22.05 `srun` gives a task one CPU unless it is told the number again, and it
+        cuts the values in `--export` at commas. A job that cannot resume its run is not put back
+        in the queue, where it would only find its own folder and fail.
+        """
+        exported: dict[str, str] = {}
+        for replica in made.replicas.values():
+            with_commas = {name: value for name, value in replica.env.items() if "," in value}
+            exported |= with_commas
+            replica.env = {n: value for n, value in replica.env.items() if n not in with_commas}
+            if cpus := replica.sbatch_opts.get("cpus-per-task"):
+                replica.srun_opts["cpus-per-task"] = cpus
+            if not can_start_again(arguments):
+                del replica.sbatch_opts["requeue"]
+                replica.sbatch_opts["no-requeue"] = None
+        return cls(made.cmd, made.replicas, made.job_dir, made.max_retries, exported)
+
+    @override
+    def materialize(self) -> str:
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.exported.items()]
+        head, start, rest = super().materialize().partition("set +e\n")
+        return "".join([head, *lines, start, rest])
+
+
+class Scheduler(SlurmScheduler):
+    """Submits a ``Request``, and takes every state that ``sacct`` reports."""
+
+    @override
+    def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
+        made = super()._submit_dryrun(app, cfg).request
+        request = Request.of(made, app.roles[0].args)
+        return AppDryRunInfo(request, repr)
+
+    @override
+    def describe(self, app_id: str) -> DescribeAppResponse:
+        # Accounting is late by some seconds: a job that it does not know yet is waiting.
+        states = _sacct(app_id) or ["PENDING"]
+        found = [_state(state) for state in states]
+        # One command on several nodes: it runs while a part of it does, and fails with a part.
+        decides = next((state for state in ORDER if state in found), AppState.SUCCEEDED)
+        message = states[found.index(decides)]
+        return DescribeAppResponse(app_id=app_id, state=decides, msg=message)
+
+
+def can_start_again(arguments: Sequence[str]) -> bool:
+    """Whether a command may be started twice: all stages may, but training only to resume."""
+    words = shlex.split(" ".join(arguments))
+    return "train" not in words or any(word.startswith("--resume") for word in words)
+
+
+def create_scheduler(session_name: str, **_: Any) -> Scheduler:
+    """The scheduler, as TorchX's runner makes it."""
+    return Scheduler(session_name=session_name)
+
+
+def _sacct(job: str) -> list[str]:
+    """The state of each part of a job."""
+    words = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "-j", job]
+    found = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
+    return found.stdout.split("\n")[:-1]
+
+
+def _state(state: str) -> AppState:
+    """The TorchX state for one of ``sacct``, such as "CANCELLED by 1000"."""
+    word = state.partition(" ")[0]
+    known: AppState = SLURM_STATES.get(word) or MORE_STATES.get(word, AppState.UNKNOWN)
+    return known

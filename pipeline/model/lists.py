@@ -1,0 +1,52 @@
+"""Lists of items as rows of Parquet."""
+
+import math
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from shardrec.pipeline.prepared.item_ids import ItemIds
+
+__all__ = ["Lists", "list_schema"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """Scores and items (n, k) of a chunk of rows; item -1 after the end of a list.
+
+    A list that was never put has NaN for scores, which are written as null.
+    """
+
+    scores: Tensor
+    items: Tensor
+
+    @classmethod
+    def of_everybody(cls, items: Tensor, num_rows: int) -> "Lists":
+        """The same (k,) items without scores in every row."""
+        items = items.repeat(num_rows, 1)
+        return cls(torch.full(items.shape, math.nan), items)
+
+    def put(self, rows: Tensor, scores: Tensor, items: Tensor) -> None:
+        """Set the lists of some rows."""
+        self.scores[rows], self.items[rows] = scores, items
+
+    def table(self, keys: pa.Array, catalog: ItemIds, schema: pa.Schema) -> pa.Table:
+        """The lists with the log's item ids, one row for each of ``keys``."""
+        there = self.items >= 0
+        offsets = torch.zeros(len(there) + 1, dtype=torch.int32)
+        torch.cumsum(there.sum(1), 0, out=offsets[1:])
+        ids, scores = catalog.of(self.items[there].numpy()), pa.array(self.scores[there].numpy())
+        unscored = pa.array(self.scores[:, 0].isnan().numpy())
+        columns = [
+            pa.ListArray.from_arrays(offsets.numpy(), ids),
+            pa.ListArray.from_arrays(offsets.numpy(), scores, mask=unscored),
+        ]
+        return pa.table([keys, *columns], schema=schema)
+
+
+def list_schema(name: str, key: pa.DataType, ids: pa.DataType) -> pa.Schema:
+    """The columns of a file of lists: a key of that name, item_ids and scores."""
+    columns = {name: key, "item_ids": pa.list_(ids), "scores": pa.list_(pa.float32())}
+    return pa.schema(columns)

@@ -1,0 +1,89 @@
+"""What makes lists: a model over its sharded rows. Baselines are in ``baseline_ranker``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardrec.kernels.shard import RowShard
+from shardrec.modules.ranking import Blocks, Ragged, top_items
+from shardrec.pipeline.model.model import Model
+
+__all__ = ["Ranker", "Scorer", "StateRanker"]
+
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+"""From items (B, L) int64 and lengths (B,) int64 to states (B, D); collectives allowed."""
+
+
+class Ranker(Protocol):
+    """Makes the lists that ``evaluate`` measures and ``recommend`` writes."""
+
+    @property
+    def max_length(self) -> int:
+        """How many of a user's last items it reads."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that call it together."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors that it takes and returns are."""
+
+    def top(
+        self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and items (B, k), best first; -inf and -1 at the end of a short list.
+
+        Args:
+            items: (B, L) int64, the last items of each history, padded on the right.
+            lengths: (B,) int64 in [1, L].
+            k: length of the lists.
+            seen: items of each user that must not be returned.
+            allowed: (V,) bool, the items that may be returned; None allows all.
+
+        Collectives: on ``group``; every rank must call it, with B = 0 where it has no users.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StateRanker:
+    """Ranks the rows of a sharded table by their inner products with the users' states.
+
+    Attributes:
+        scorer: makes the states.
+        shard: this rank's rows.
+        max_length: how many of a user's last items the scorer reads.
+        blocks: block sizes of the ranking.
+    """
+
+    scorer: Scorer
+    shard: RowShard
+    max_length: int
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, model: Model, max_length: int, blocks: Blocks) -> "StateRanker":
+        """The ranker of a model that reads ``max_length`` items."""
+        return cls(model.last_states, model.scored_shard(), max_length, blocks)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the table."""
+        return self.shard.group
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.shard.rows.device
+
+    def top(
+        self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Ranker.top``; scores are inner products. Collectives: scorer and ``top_items``."""
+        states = self.scorer(items, lengths)
+        return top_items(states, self.shard, k, seen=seen, allowed=allowed, blocks=self.blocks)
