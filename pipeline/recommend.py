@@ -226,7 +226,7 @@ class _Work:
     def _popular(self) -> Tensor:
         """(k,) the list of a user without history; -1 at the end of a short one."""
         none = torch.zeros(1, dtype=torch.int64)
-        return self.fallback.top(none[:, None], none, self.config.k, None, self.allowed)[1][0]
+        return self.fallback.top(none[:, None], none, self.k, None, self.allowed)[1][0]
 
     def _batches(self, writer: pq.ParquetWriter) -> Iterator["_Batch"]:
         """This rank's batches, equally many on every rank; writes a chunk after its last batch."""

@@ -33,7 +33,6 @@ _BLOCK_EVENTS = 1 << 20
 _ARROW_ROWS = 131_072
 _DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "max_temp_directory_size")
 _INTERRUPT_EVERY_S = 0.1
-_NOT_IN_PATHS = "?\\"  # DuckDB puts ".wal" before the first, and takes the second for a slash
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
@@ -210,11 +209,9 @@ def _sort(
 @contextlib.contextmanager
 def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     path = folder / "events.duckdb"
-    if any(sign in os.path.realpath(path) for sign in _NOT_IN_PATHS):
-        raise ValueError(
-            "output must be in a folder without ? and \\ in its path, where DuckDB cannot sort, "
-            f"got {os.path.realpath(folder.parent)!r}; choose another"
-        )
+    if set(os.path.realpath(path)) & set("?\\"):  # it puts ".wal" before ?, and takes \ for a slash
+        found = os.path.realpath(folder.parent)
+        raise ValueError(f"output must be in a folder without ? and \\, got {found!r}; move it")
     settings = {
         "memory_limit": options.memory_limit,
         "threads": options.threads,

@@ -190,5 +190,6 @@ def read_item_ids(name: str, source: str) -> pa.Array:
                 f"{name} must be Parquet with a column item_id, got {path!r} with "
                 f"{', '.join(names)}; rename its column"
             )
-        tables.append(pq.read_table(path, columns=["item_id"], filesystem=filesystem))
+        options = {"filesystem": filesystem, "page_checksum_verification": True}
+        tables.append(pq.read_table(path, columns=["item_id"], **options))
     return pa.concat_tables(tables).column("item_id").combine_chunks()
