@@ -152,7 +152,8 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     stored = require_shape(
         _required(folder, "metrics.json"), {"metrics": dict, "protocol": dict}, where, remedy
     )
-    protocol: Shape = {"split": str, "seen_items": str}
+    newer = [name for name in ("candidates", "ties") if name in stored["protocol"]]
+    protocol: Shape = dict.fromkeys(("split", "seen_items", *newer), str)
     require_shape(stored["protocol"], protocol, f"'protocol' in {where}", remedy)
     if not _are_numbers(stored["metrics"]):
         raise ValueError(f"'metrics' in {where} must be numbers, got other values; {remedy}")

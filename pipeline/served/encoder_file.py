@@ -170,6 +170,8 @@ def _empty_encoder(manifest: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
         raise ValueError(f"{len(stored)} tensors with {num_values} values, too few for its config")
     with torch.device("meta"):
         encoder = TransformerEncoder(config)
+    if manifest.get("reads_lengths", False) != encoder.reads_lengths:
+        raise ValueError("another reads_lengths than the config has")
     if not all(value.isfinite().all() for value in stored.values()):
         raise ValueError("weights that are not finite")
     wanted, found = (_shapes(tensors) for tensors in (_tensors(encoder), stored))

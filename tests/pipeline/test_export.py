@@ -102,6 +102,7 @@ def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
     name, stored = write_encoder(tmp_path, encoder, 16, 9)
     assert name == file
     manifest = {"files": [{"path": name}], "encoder": stored, "width": 16, "max_length": 9}
+    manifest["reads_lengths"] = encoder.reads_lengths
     loaded = read_encoder(tmp_path, manifest, trust_code=file == PROGRAM)
     encoder.eval()
     for shape in [(1, 1), (1, 9), (2, 3), (7, 5), (300, 1)]:
