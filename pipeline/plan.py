@@ -272,7 +272,7 @@ class _Planner:
         }
         either = {"activations", "loss workspace"}, {"update workspace", "composing"}
         always = sum(value for name, value in terms.items() if name not in either[0] | either[1])
-        return terms, always + max(sum(terms[name] for name in names) for names in either)
+        return terms, always + max(sum(terms.get(name, 0) for name in names) for names in either)
 
     def checkpoint_copy(self, num_items: int) -> int:
         """Bytes of host memory for the copy that a background checkpoint is written from."""
