@@ -1,4 +1,4 @@
-"""Addresses such as ``s3://bucket/folder``: what they open, and how keys stay out of files.
+"""Keys in addresses, and how they stay out of files and messages.
 
 An address such as ``s3://KEY:SECRET@bucket/run`` opens a store, and would otherwise be stored with
 the run, shown in its report and quoted by errors.
@@ -7,70 +7,15 @@ the run, shown in its report and quoted by errors.
 import logging
 import re
 from typing import Any
-from urllib.parse import quote
 
-import pyarrow as pa
-from pyarrow import fs
+__all__ = ["stored_without_keys", "warn_of_keys", "without_keys"]
 
-__all__ = ["SETTINGS", "open_address", "stored_without_keys", "warn_of_keys", "without_keys"]
-
-SETTINGS = re.compile(r"\?\w+=[^/?&]*(&\w+=[^/?&]*)*$")
-_SPELLINGS = {"s3a": "s3", "s3n": "s3"}  # Hadoop's names of S3
-_RESERVED = "/:@!$&'()*+,;=~"
 # All between "://" and "@": up to the first slash, or, after a colon, a secret with slashes in it.
 _USER_INFO = re.compile(
     r"(?<=://)(?:[^\s/?#'\"@]*|[^\s/?#'\"@:]+:(?!\d+[/?#])[^\s'\"@]*)@(?=[^\s'\"])"
 )
 _QUERY = re.compile(r"\?[^\s'\"#?]+=[^\s'\"#?]*")
 _SECRET_NAME = re.compile("secret|token|passw|pwd|key|sig|sas|credential|auth", re.IGNORECASE)
-
-
-def open_address(text: str, name: str) -> tuple[Any, str]:
-    """The ``pyarrow.fs`` file system, and the path in it.
-
-    Blanks and other characters that a URI cannot hold may be typed as they are. A percent sign
-    starts an escape where that names something that exists, else it stands for itself.
-
-    Args:
-        text: a local path, or an address; settings may follow, as in ``s3://bucket/x?region=eu``.
-        name: what it is, for messages.
-
-    Raises:
-        ValueError: pyarrow has no file system for the address.
-    """
-    scheme, colon, rest = text.partition("://")
-    if not colon:
-        return fs.LocalFileSystem(), text
-    found = SETTINGS.search(rest)
-    settings = found[0] if found else ""
-    place, slash, path = rest.removesuffix(settings).partition("/")
-    scheme = _SPELLINGS.get(scheme.lower(), scheme.lower())
-    head, shown = f"{scheme}://{place}{slash}", without_keys(text)
-
-    def opened(safe: str) -> tuple[Any, str]:
-        return _from_uri(head + quote(path, safe=safe) + settings, shown, name)
-
-    escaped = opened(f"{_RESERVED}%")
-    if "%" not in path or _exists(*escaped):
-        return escaped
-    literal = opened(_RESERVED)
-    return literal if _exists(*literal) else escaped
-
-
-def _exists(system: Any, path: str) -> bool:
-    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
-
-
-def _from_uri(uri: str, shown: str, name: str) -> tuple[Any, str]:
-    try:
-        system, path = fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        reason = without_keys(str(error).replace(uri, shown))
-        raise ValueError(
-            f"{name} must be a path or a URI that pyarrow opens, got {shown!r} ({reason}); "
-            "use s3://, gs://, hdfs:// or file://"
-        ) from None  # the error of pyarrow quotes keys
-    return system, path
 
 
 def without_keys(text: str) -> str:

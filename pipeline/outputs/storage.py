@@ -13,7 +13,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from shardrec.pipeline.outputs.addresses import open_address, without_keys
+from shardrec.pipeline.outputs.addresses import without_keys
+from shardrec.pipeline.outputs.file_systems import open_address
 from shardrec.pipeline.outputs.json_files import LARGEST_BYTES
 
 __all__ = ["Folder", "open_folder"]

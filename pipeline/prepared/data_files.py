@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.outputs.addresses import SETTINGS, open_address, warn_of_keys, without_keys
+from shardrec.pipeline.outputs.addresses import warn_of_keys, without_keys
+from shardrec.pipeline.outputs.file_systems import SETTINGS, open_address
 from shardrec.pipeline.prepared.ids import plain_ids, require_ids
 
 __all__ = [

@@ -212,7 +212,7 @@ def test_an_index_finds_what_exact_search_finds(memorized: str, log: str, tmp_pa
     options: dict[str, Any] = {"output": str(tmp_path / "export"), "faiss": "Flat"}
     export(ExportConfig(run=memorized, prepared=log, **options))
     exact = Recommender.open(tmp_path / "export")
-    approximate = Recommender.open(tmp_path / "export", approximate=True)
+    approximate = Recommender.open(tmp_path / "export", approximate=True, trust_code=True)
     ids = exact.ids.ids.to_pylist()
     users = pq.read_table(Path(log) / "test.parquet")["items"].to_pylist()
     histories = [[ids[item] for item in user] for user in users]
