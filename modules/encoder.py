@@ -230,7 +230,7 @@ class TransformerEncoder(nn.Module):
         call = _Call(groups, self.rotary, keys if self.training else None)
         x = vectors * math.sqrt(self.config.width)
         if self.position_vectors is not None:
-            x = x + F.embedding(self._numbers(groups), self.position_vectors)
+            x = x + F.embedding(self._numbers(groups), self.position_vectors).flatten(0, -2)
         x = dropout(x, self.config.dropout, call.next_keys())
         for block in self.blocks:
             x = block(x, call)
@@ -243,7 +243,7 @@ class TransformerEncoder(nn.Module):
         return self.config.resolved_positions == "learned_from_last"
 
     def _numbers(self, groups: LengthGroups) -> Tensor:
-        """(N,) int64 row of ``position_vectors`` for each position."""
+        """(N,) or (B, L) int64 row of ``position_vectors`` for each position."""
         first = self.config.max_length - groups.lengths if self.reads_lengths else 0
         return (first + groups.places).clamp(max=self.config.max_length - 1)  # for padding
 

@@ -92,8 +92,8 @@ class LengthGroups:
     sequences, or sorted by their lengths.
 
     Attributes:
-        places: (N,) int64 index of each sorted position in its sequence.
-        lengths: (N,) int64 length of the sequence of each sorted position.
+        places: (N,) int64 index of each sorted position in its sequence; (B, L) of ``single``.
+        lengths: (N,) int64 length of the sequence of each sorted position; (B, 1) of ``single``.
         order: (N,) int64 index, as given, of each sorted position; None: they are the same.
         groups: of the sorted positions.
     """
@@ -126,9 +126,8 @@ class LengthGroups:
         """One group of a (B, ``longest``) batch of (B,) lengths; all its padding is positions."""
         number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
         places = torch.arange(longest, device=lengths.device).expand(number, longest)
-        own = lengths[:, None] + torch.zeros_like(places)
         group = PaddedGroup(number, longest, None)
-        return cls(places.flatten(), own.flatten(), None, [group])
+        return cls(places, lengths[:, None], None, [group])
 
     @property
     def longest(self) -> int:
