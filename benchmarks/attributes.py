@@ -78,9 +78,9 @@ def train(options: argparse.Namespace, data: Path, key: dict[str, Any]) -> tuple
 
 
 def evaluate(options: argparse.Namespace, data: Path, run: Path, split: str) -> dict[str, Any]:
-    """The metrics of a run, items of the history left out."""
+    """The metrics of a run, with all items as candidates but those of the history."""
     stage = ["evaluate", "--prepared", str(data), "--run", str(run), "--checkpoint", "last"]
-    more = ["--split", split, "--filter-seen", "--force"]
+    more = ["--split", split, "--filter-seen", "--min-count", "0", "--force"]
     run_logged([*SHARDREC, *stage, *more], 1, options.work / "evaluate.log")
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
     found = {name: round(metrics[name], 5) for name in METRICS if metrics.get(name) is not None}

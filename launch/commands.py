@@ -28,6 +28,7 @@ from shardrec.launch.printing import (
     print_lists,
     print_metrics,
     print_protocol,
+    print_tried,
 )
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import COMMANDS, STAGES, imported
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
     from shardrec.pipeline.gate import GateConfig
     from shardrec.pipeline.log.config import PrepareConfig
     from shardrec.pipeline.log.generator import SynthConfig
+    from shardrec.pipeline.memorize import MemorizeConfig
     from shardrec.pipeline.model.config import MeasureConfig
     from shardrec.pipeline.publish import PublishConfig, RollbackConfig
-    from shardrec.pipeline.recipes import Recipe
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
     from shardrec.pipeline.similar import SimilarConfig
 
-__all__ = ["parser_for", "read", "read_train", "recipe_named", "run"]
+__all__ = ["parser_for", "read", "read_train", "run"]
 
 # Config fields that `train` sets by an option with another name.
 OWN_OPTIONS = {
@@ -101,12 +102,14 @@ def synth(options: Namespace, config: "SynthConfig") -> int:
 
 def prepare(_: Namespace, config: "PrepareConfig") -> int:
     """Turn an event log into a prepared folder."""
+    from shardrec.pipeline.log.repetition import describe_repetition
     from shardrec.pipeline.prepare import prepare_once
     from shardrec.pipeline.prepared.balance import describe_loads
 
     done = prepare_once(config)
     print_counts(done.manifest.counts)
-    print("\n".join(describe_loads(done.manifest.load_per_rank)))
+    lines = describe_repetition(done.manifest.counts) + describe_loads(done.manifest.load_per_rank)
+    print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")
     return 0
 
@@ -140,6 +143,20 @@ def baseline(_: Namespace, config: "BaselineConfig") -> int:
     done = run_baseline(config)
     print_counts(done.manifest["counts"])
     print_end(done.is_new, config.folder)
+    return 0
+
+
+def memorize(options: Namespace, config: "MemorizeConfig") -> int:
+    """Count what followed each item, and choose how much that weighs in ranking."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.workers import process_group
+    from shardrec.pipeline.memorize import memorize as run_memorize
+
+    with process_group(options.timeout) as (group, _):
+        done = run_memorize(config)
+        if Communicator(group).rank == 0:
+            print_tried(done.manifest["tried"], config.metric)
+            print_end(done.is_new, Path(config.run) / "memory")
     return 0
 
 
@@ -258,8 +275,8 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
     **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
-    **{"evaluate": evaluate},
-    **{"recommend": recommend, "similar": similar, "export": export},
+    **{"memorize": memorize, "evaluate": evaluate, "recommend": recommend},
+    **{"similar": similar, "export": export},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 
@@ -275,6 +292,7 @@ def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
 def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     """The options of ``train`` and the config of its recipe with the overrides applied."""
     from shardrec.pipeline.config import override
+    from shardrec.pipeline.recipes import recipe_named
 
     parser = parser_for("train")
     add_train_options(parser)
@@ -294,20 +312,6 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
     recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
     rest = [f"{name}={value}" for name, value in given.items()]
     return options, override(recipe, [*rest, *options.overrides])
-
-
-def recipe_named(name: str) -> "Recipe":
-    """The recipe with this name.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    from shardrec.pipeline.config import unknown_name
-    from shardrec.pipeline.recipes import RECIPES
-
-    if name not in RECIPES:
-        raise ValueError(unknown_name("recipe", name, list(RECIPES)))
-    return RECIPES[name]
 
 
 def add_train_options(parser: Parser) -> None:

@@ -1,6 +1,6 @@
 """What the stages print when they are done."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "print_lists",
     "print_metrics",
     "print_protocol",
+    "print_tried",
 ]
 
 
@@ -71,12 +72,13 @@ def print_beside(
 
 def print_lists(report: Mapping[str, Any]) -> None:
     """Print which items were ranked, and how many targets that loses."""
-    protocol, share = report["protocol"], report["metrics"]["repeated_target_share"]
+    protocol, metrics = report["protocol"], report["metrics"]
     print_protocol(protocol)
-    if protocol["seen_items"] == "removed" and share > 0.05:
-        print(
-            f"{share:.0%} of the targets are in the history and missed: --no-filter-seen ranks them"
-        )
+    seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
+    if protocol["seen_items"] == "removed" and seen > 0.05:
+        print(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
+    if protocol["candidates"] != "the whole catalog" and new > 0.05:
+        print(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
 
 
 def print_protocol(protocol: Mapping[str, str]) -> None:
@@ -95,6 +97,14 @@ def default_metric(metrics: Mapping[str, float]) -> str:
     lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
     longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
     return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
+
+
+def print_tried(tried: Sequence[Mapping[str, float]], metric: str) -> None:
+    """Print the metric of the validation users for each scale of a memory, and the best one."""
+    best = max(row[metric] for row in tried)
+    print(f"{'scale':<22}{metric + ', validation':>22}")
+    for row in tried:
+        print(f"{row['scale']:<22g}{row[metric]:>22.4f}{' best' * (row[metric] == best)}")
 
 
 def describe_recipes() -> str:

@@ -73,6 +73,18 @@ COMMANDS = {
         cpu=4,
         memory_mb=8192,
     ),
+    "describe": Command(
+        kind="tool",
+        summary="describe an event log before it is prepared",
+        description=(
+            "Reads an event log as prepare would and prints what is in it: columns and their "
+            "roles, guessed by name where no option says, users, items, times, ties, repeats, "
+            "duplicates, popularity, what each split would leave, and warnings with the option "
+            "that answers each. Writes nothing."
+        ),
+        epilog="example: shardrec describe 'logs/*.parquet' --user-column customer",
+        config="pipeline.describe.DescribeConfig",
+    ),
     "baseline": Command(
         kind="single",
         summary="count what a model must beat: popularity and item-to-item scores",
@@ -99,6 +111,18 @@ COMMANDS = {
             "example: shardrec train --prepared data --run run --recipe demo loss=cce_minus "
             "encoder.width=64"
         ),
+    ),
+    "memorize": Command(
+        kind="distributed",
+        summary="put a memory of item pairs beside a trained run",
+        description=(
+            "Counts which items follow each item in the training sequences, and chooses on the "
+            "validation users how much these counts add to the scores of the model. It is written "
+            "into the run: evaluate, recommend and export of the run then rank by both. A weight "
+            "of 0 leaves the model alone. Repeated with the same options, it does nothing."
+        ),
+        epilog="example: shardrec memorize --prepared data --run run --neighbors 32",
+        config="pipeline.memorize.MemorizeConfig",
     ),
     "evaluate": Command(
         kind="distributed",
@@ -145,7 +169,7 @@ COMMANDS = {
         summary="write item vectors and the encoder for serving",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
-            "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
+            "encoder's weights as safetensors. shardrec.pipeline.serve reads both without "
             "TorchRec. --items adds vectors of newer items, from their attributes. Repeated with "
             "the same options, it does nothing."
         ),

@@ -1,4 +1,4 @@
-"""The commands that are not stages: report, plan, launch, doctor, demo."""
+"""The commands that are not stages: describe, report, plan, launch, doctor, demo."""
 
 import inspect
 import re
@@ -38,11 +38,27 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def describe(arguments: Sequence[str]) -> int:
+    """Print what is in an event log, and which options it asks for."""
+    from shardrec.pipeline.describe import DescribeConfig
+    from shardrec.pipeline.describe import describe as run_describe
+
+    parser = parser_for("describe")
+    parser.add_argument("events", metavar="LOG", help="file, folder, glob or URI, as for prepare")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_options(parser, DescribeConfig)
+    options = parser.parse(arguments)
+    found = run_describe(options.events, read_options(DescribeConfig, options))
+    print(found.as_json() if options.json else found.as_text())
+    return 0
+
+
 def plan(arguments: Sequence[str]) -> int:
     """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
+    from shardrec.pipeline.recipes import recipe_named
 
     parser = parser_for("plan")
     parser.add_argument(
@@ -53,7 +69,7 @@ def plan(arguments: Sequence[str]) -> int:
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     options = parser.parse(arguments)
-    recipe = commands.recipe_named(options.recipe)
+    recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
@@ -221,5 +237,5 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (report, plan, launch, doctor, demo)
+    function.__name__: function for function in (report, describe, plan, launch, doctor, demo)
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardrec.kernels.select import top_lowest
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.memory import Memory
 from shardrec.modules.ranking_shard import (
     Blocks,
     LocalRows,
@@ -36,6 +37,8 @@ def top_items(
     *,
     seen: Ragged | None = None,
     allowed: Tensor | None = None,
+    memory: Memory | None = None,
+    recent: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, k) scores and (B, k) items of largest score for each state, best first.
@@ -46,6 +49,9 @@ def top_items(
         k: length of the lists, the same on every rank.
         seen: items of each state that must not be returned.
         allowed: (V,) bool, the same on every rank; False excludes an item from every list.
+        memory: adds scores to successors of recent items; on a rank those among its rows.
+        recent: (B, ``memory.ages``) int64 last items of each state, the most recent first; -1 for
+            none. Given if there is a memory.
         blocks: block sizes, the same on every rank.
 
     Returns:
@@ -56,19 +62,23 @@ def top_items(
         ValueError: an argument is invalid, or a score is NaN, on any rank; raised on every rank.
 
     Collectives: on ``shard.group`` one all-gather of sizes; per chunk of states all-gathers of
-    states and of seen items, and two all-to-alls of (states, k) candidates; at the end one
-    all-reduce. Ranks without states must call it too.
+    states, of seen items and of recent items, and two all-to-alls of (states, k) candidates; at
+    the end one all-reduce. Ranks without states must call it too.
     """
     ranks = Ranks(shard.group)
     blocks = blocks or Blocks()
-    refusal = _refusal(states, shard, k, seen, allowed)
-    counts = ranks.agree(states, shard, refusal, (k, seen is None, blocks.states))
+    refusal = _refusal(states, shard, k, seen, allowed) or _recent_refusal(memory, recent, states)
+    form = (k, seen is None, recent is None, blocks.states)
+    counts = ranks.agree(states, shard, refusal, form)
     local = LocalRows.of(real_rows(shard), shard.first_row, allowed)
     scores, items = [], []
     for start, sizes in rounds(counts, blocks.states):
         chunk = ranks.gather(states, sizes, start).float()
         hidden = None if seen is None else ranks.gather_ragged(seen, sizes, start)
-        found_scores, found_items = shard_top(local, chunk, hidden, k, blocks)
+        added = None
+        if memory is not None and recent is not None:
+            added = memory.scores(ranks.gather(recent, sizes, start))
+        found_scores, found_items = shard_top(local, chunk, hidden, k, blocks, added)
         back = ranks.send_back(found_scores, sizes), ranks.send_back(found_items, sizes)
         best, best_items = _merge(*back, k)
         scores.append(best)
@@ -138,6 +148,25 @@ def _refusal(
             f"{len(allowed)}; pass one value for each item"
         )
     return None if seen is None else _seen_refusal(seen, states, shard)
+
+
+def _recent_refusal(memory: Memory | None, recent: Tensor | None, states: Tensor) -> str | None:
+    if memory is None and recent is None:
+        return None
+    if memory is None or recent is None:
+        return "memory and recent items must come together, got one of them; pass both"
+    num_items, shape = len(memory.offsets) - 1, (len(states), memory.ages)
+    if recent.dtype != torch.int64 or recent.shape != shape:
+        return (
+            f"recent must be int64 of shape {shape}, got {recent.dtype} of shape "
+            f"{tuple(recent.shape)}; pass the last items of each state"
+        )
+    if recent.numel() and not (-1 <= int(recent.min()) and int(recent.max()) < num_items):
+        return (
+            f"recent must be items in [0, {num_items}), or -1, got {int(recent.min())} to "
+            f"{int(recent.max())}; pass dense indices, not item ids"
+        )
+    return None
 
 
 def _seen_refusal(seen: Ragged, states: Tensor, shard: RowShard) -> str | None:

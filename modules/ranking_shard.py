@@ -22,6 +22,7 @@ from torch import Tensor
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.select import GROUP, TopSearch
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.memory import PairScores
 
 __all__ = [
     "Blocks",
@@ -157,27 +158,56 @@ class _Hidden:
             scores.index_fill_(0, self.blocked[low:high] - start, -math.inf)
 
 
+class _Added:
+    """What is added to the scores of some (place, state) pairs, each once; sorted by place."""
+
+    def __init__(self, local: LocalRows, pairs: PairScores, tile_rows: int) -> None:
+        self.tile_rows = tile_rows
+        self.places, order = local.places(pairs.items - local.first_row).sort()
+        self.columns, self.values = pairs.states[order], pairs.scores[order]
+        self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
+
+    def add(self, scores: Tensor, start: int) -> None:
+        """Add to the (rows, columns) tile that starts at place ``start``."""
+        tile = start // self.tile_rows
+        low, high = self.bounds[tile], self.bounds[tile + 1]
+        cells = (self.places[low:high] - start) * scores.shape[1] + self.columns[low:high]
+        scores.view(-1).index_add_(0, cells, self.values[low:high])
+
+
 def shard_top(
-    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
+    local: LocalRows,
+    states: Tensor,
+    seen: Ragged | None,
+    k: int,
+    blocks: Blocks,
+    added: PairScores | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(M, k) best scores and global items of this shard for (M, D) float32 states.
 
-    Of equal scores those of the lower ``tie_keys`` are in the list, in any order. A list with fewer
-    than k items ends in -inf; if any score of a state is NaN, its list starts with NaN.
+    ``added`` are scores of this shard's rows that come on top of the inner products. Of equal
+    scores those of the lower ``tie_keys`` are in the list, in any order. A list with fewer than k
+    items ends in -inf; if any score of a state is NaN, its list starts with NaN.
     """
     # One more than k shows where more rows tie with the last one than fit. Models seldom have such
     # ties, so that only those states pay for reading the rows in another order.
-    best, items = _search(local, states, seen, k + 1, blocks)
+    best, items = _search(local, states, seen, k + 1, blocks, added)
     tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
     if tied.any():
         hidden = None if seen is None else _of_states(seen, tied)
-        again = _search(local.by_key(), states[tied], hidden, k + 1, blocks)
+        more = None if added is None else added.of_states(tied)
+        again = _search(local.by_key(), states[tied], hidden, k + 1, blocks, more)
         best[tied], items[tied] = again
     return best[:, :k], items[:, :k]
 
 
 def _search(
-    local: LocalRows, states: Tensor, seen: Ragged | None, k: int, blocks: Blocks
+    local: LocalRows,
+    states: Tensor,
+    seen: Ragged | None,
+    k: int,
+    blocks: Blocks,
+    added: PairScores | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``shard_top``, but of equal scores those of the first places are in the list."""
     num_states = len(states)
@@ -185,11 +215,14 @@ def _search(
     tile = blocks.rows_of_tile(widened, len(local.rows))
     search = TopSearch(num_states, k, tile, like=states)
     hidden = _Hidden(local, seen, tile)
+    more = None if added is None else _Added(local, added, tile)
     memory = states.new_empty(tile, len(widened))  # all tiles share it
     for start in range(0, len(local.rows), tile):
         rows = local.tile(start, start + tile)
         # Autocast does not apply to a product with ``out``, so scores stay float32.
         scores = torch.mm(rows, widened.T, out=memory[: len(rows)])
+        if more is not None:
+            more.add(scores, start)
         hidden.cover(scores, start)
         # All scores of a padding column are equal, so a search would take all of its rows.
         search.add(scores[:, :num_states], start)
@@ -249,8 +282,8 @@ class Ranks(Communicator):
             )
         if (table[:, 3:] != table[0, 3:]).any():
             raise ValueError(
-                "k, the presence of seen items and blocks must be the same on every rank, got "
-                f"{table[:, 3:].tolist()}; pass the same options everywhere"
+                "k, blocks, and the presence of seen items and of a memory must be the same on "
+                f"every rank, got {table[:, 3:].tolist()}; pass the same options everywhere"
             )
         if self.group is not None and int(table[:, 1].sum()) != shard.num_rows:
             raise ValueError(

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from shardrec.pipeline.outputs.addresses import without_keys
+
 Config = TypeVar("Config")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -86,12 +88,15 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and value, one for every leaf, in the order of declaration."""
+    """Pairs of dotted name and value, one for every leaf, in the order of declaration.
+
+    For people: keys in addresses are left out.
+    """
     for name, value in to_json(config).items() if not isinstance(config, dict) else config.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, without_keys(value) if isinstance(value, str) else value
 
 
 def describe(config: Any) -> str:
@@ -101,7 +106,8 @@ def describe(config: Any) -> str:
 
 def describe_changes(config: Any) -> str:
     """The options that are not defaults, and those without one, one a line as in ``describe``."""
-    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in _changes(config))
+    lines = (f"{name} = {json.dumps(value)}" for name, value in _changes(config))
+    return without_keys("\n".join(lines))
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
@@ -323,11 +329,31 @@ def _parse_literal(kind: Any, text: str) -> Any:
 
 
 def _parse_tuple(kind: Any, text: str, name: str) -> tuple[Any, ...]:
-    parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+    parts = _split_texts(text) if str in typing.get_args(kind) else _split_values(text)
     items = _items(kind, len(parts))
     if len(items) != len(parts):
         raise ValueError(text)
     return tuple(parse(item, part, name) for item, part in zip(items, parts, strict=True))
+
+
+def _split_values(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+
+
+def _split_texts(text: str) -> list[str]:
+    """Texts between commas without outer blanks; those in double quotes exactly as they are.
+
+    Example:
+        >>> _split_texts('buy, [click],"add,to,cart"," view "')
+        ['buy', '[click]', 'add,to,cart', ' view ']
+    """
+    quoted = r'"(?:[^"]|"")*"'
+    parts = re.findall(rf"\s*({quoted}|[^,]*)\s*(?:,|$)", text)
+    words = (
+        part[1:-1].replace('""', '"') if re.fullmatch(quoted, part) else part.strip()
+        for part in parts
+    )
+    return [word for word in words if word]
 
 
 def _allowed(annotation: Any) -> str:

@@ -210,6 +210,14 @@ class _Users:
             "users_per_second": measured.metrics["users"] / seconds,
         }
 
+    def sample(self) -> dict[str, str]:
+        """Which users of the split were ranked, if not all."""
+        total, asked = self.prepared.manifest.file(f"{self.split}.parquet").rows, self.config
+        if asked.sample_users is None or asked.sample_users >= total:
+            return {}
+        order = "the first in the order by a hash of user and seed"
+        return {"users": f"{asked.sample_users} of {total}, {order}"}
+
     def protocol(self) -> dict[str, Any]:
         """What the metrics mean, for later readers."""
         prepared, without = self.prepared, f"{self.split}_users_without_history"
@@ -220,6 +228,7 @@ class _Users:
             **describe_lists(self.config.filter_seen, self.config.min_count),
             "popularity": "training events only",
             "known": "metrics that end in /known leave out targets without training events",
+            **self.sample(),
             "new": "metrics that end in /new leave out all other targets",
             "standard_errors": "of a mean over users, as a random sample",
             "users_without_history": prepared.manifest.counts.get(without),

@@ -49,6 +49,8 @@ class GateConfig:
         metrics: report of evaluate; none: metrics.json in the run.
         output: report to write; none: gate.json in the run.
         force: decide again, or replace a report of other options.
+        trust_code: open a published export whose encoder is a program (encoder.pt2), which can run
+            any code; only if you made it or trust who did.
     """
 
     run: str
@@ -61,6 +63,7 @@ class GateConfig:
     metrics: str | None = None
     output: str | None = None
     force: bool = False
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a tolerance outside [0, 1)."""
@@ -164,7 +167,12 @@ def judge(
 
 
 def measure_export(
-    folder: Path, prepared: Prepared, config: "MeasureConfig", split: "Split"
+    folder: Path,
+    prepared: Prepared,
+    config: "MeasureConfig",
+    split: "Split",
+    *,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Metrics of an export on the users of any prepared folder, even a newer one.
 
@@ -177,9 +185,11 @@ def measure_export(
         prepared: data of the users that are ranked.
         config: list lengths and the seen filter.
         split: which users.
+        trust_code: as in ``Recommender.open``.
 
     Raises:
-        FileNotFoundError, ValueError: the export is incomplete, or its ids are of another type.
+        FileNotFoundError, ValueError: the export is incomplete, its ids are of another type, or its
+            encoder is a program that is not trusted.
 
     Collectives: none; the vectors must fit into this process.
     """
@@ -188,7 +198,7 @@ def measure_export(
     from shardrec.pipeline.model.measure import measure
     from shardrec.pipeline.model.ranker import StateRanker
 
-    model = Recommender.open(folder, min_count=0)
+    model = Recommender.open(folder, min_count=0, trust_code=trust_code)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
     is_known = places >= 0
     # Two more columns. The last is 1 in every state: rows hold 0 there, or _NEVER for an unknown
@@ -199,10 +209,18 @@ def measure_export(
     rows[is_known, -2] = -model.popular.argsort()[places[is_known]].float()
     rows[~is_known, -1] = _NEVER
     length = model.manifest["max_length"]
-    batches = EvaluationBatches(prepared, split, batch_size=config.batch_size, max_length=length)
+    batches = EvaluationBatches(
+        prepared,
+        split,
+        batch_size=config.batch_size,
+        max_length=length,
+        sample_users=config.sample_users,
+    )
     scorer = functools.partial(_states, model, places)
     blocks = Blocks(states=config.block_states, rows=config.block_rows)
-    ranker = StateRanker(scorer, RowShard(rows, 0, len(rows), None), length, blocks)
+    memory = None if model.memory is None else model.memory.relabeled(places)
+    shard = RowShard(rows, 0, len(rows), None)
+    ranker = StateRanker(scorer, shard, length, blocks, memory, skipped=~is_known)
     return measure(ranker, batches, config, prepared).metrics
 
 
@@ -227,7 +245,7 @@ def _read_floor(config: GateConfig, evaluation: dict[str, Any]) -> dict[str, Any
     path = Path(config.at_least)
     floor = _read_evaluation(config, path / "metrics.json" if path.is_dir() else path)
     ours, theirs = evaluation["protocol"], floor["protocol"]
-    names = [name for name in ours if ours[name] != theirs[name]]
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if names:
         raise ValueError(
             f"at_least must be measured as the run was, got {path}, which differs in "
@@ -248,6 +266,8 @@ def _read_evaluation(config: GateConfig, path: Path) -> dict[str, Any]:
     if config.metric not in names:
         raise ValueError(unknown_name("metric", config.metric, names))
     protocol = {name: request[name] for name in asked if name != "source"}
+    if request.get("sample_users") is not None:
+        protocol["sample_users"] = request["sample_users"]
     protocol["data"] = request["source"]["data"]
     return {"source": request["source"], "protocol": protocol, "metrics": report["metrics"]}
 
@@ -283,6 +303,10 @@ def _published_value(
         return known["metrics"][config.metric], "when it was published, on the same users"
     folder = require_unchanged(Path(config.published), current)
     lists = {name: protocol[name] for name in ("filter_seen", "min_count")}
+    lists["sample_users"] = protocol.get("sample_users")
     measure = MeasureConfig(ks=tuple(protocol["ks"]), **lists)
-    value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
+    metrics = measure_export(
+        folder, prepared, measure, protocol["split"], trust_code=config.trust_code
+    )
+    value = metrics[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

@@ -17,7 +17,7 @@ Targets are the user's ``last`` held-out event, with all events before it as his
 them, with the events before the split as history. Items first seen after the split stay in the
 catalog with count 0 (unless ``min_item_events`` requires training events), and users without
 history before it are counted and left out. Events of one user at one time keep the order of the
-log.
+log, unless ``ties`` says to shuffle them.
 
 Items that only ``item_attributes`` has get the next indices after those of the log.
 
@@ -29,7 +29,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ import pyarrow as pa
 
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.log.config import ATTRIBUTES, MAX_THREADS, PrepareConfig
+from shardrec.pipeline.log.config import ATTRIBUTES, PrepareConfig, sort_threads
 from shardrec.pipeline.log.item_attributes import ItemAttributes
 from shardrec.pipeline.log.item_indices import FormerItems, index_order
 from shardrec.pipeline.log.reader import EventLog
@@ -166,9 +165,11 @@ def _explain_full_disk(output: str) -> Iterator[None]:
 def _sort_options(config: PrepareConfig) -> SortOptions:
     return SortOptions(
         memory_limit=config.memory_limit,
-        threads=config.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS),
+        threads=sort_threads(config.threads),
         seed=config.seed,
         keep_duplicates=config.keep_duplicates,
+        drop_repeats=config.drop_repeats,
+        shuffle_ties=config.ties == "shuffle",
     )
 
 
@@ -236,12 +237,16 @@ def _check_written(config: PrepareConfig, written: Written) -> None:
 def _counts(
     log: EventLog, events: SortedLog, cuts: Cuts, counts: Array, catalog_counts: Array
 ) -> dict[str, int]:
-    unique = events.num_events
+    unique, repetition = events.num_events, events.repetition
+    dropped = repetition.duplicates_dropped + repetition.repeats_dropped
     in_catalog = int(cuts.total.sum())
     return _former_counts(events, cuts, counts) | {
+        "files_read": len(log.files),
+        "files_passed_over": len(log.passed_over),
         "events_read": log.events_read,
-        "events_other_type": log.events_read - unique - events.duplicates,
-        "duplicates_dropped": events.duplicates,
+        "events_other_type": log.events_read - unique - dropped,
+        "duplicates_dropped": repetition.duplicates_dropped,
+        **repetition.counts(),
         "events_of_dropped_items": unique - in_catalog,
         "events_of_dropped_users": int(cuts.total[~cuts.kept].sum()),
         "users": int(cuts.kept.sum()),
@@ -287,7 +292,8 @@ def _source(
 
 
 def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:
-    weight = {"name": config.weight_column, "type": "float"} if config.weight_column else None
+    source = config.weight_column or (config.event_column if config.event_weights else None)
+    weight = {"name": source, "type": "float"} if source else None
     return {
         "user": {"name": config.user_column, "type": log.user_type},
         "item": {"name": config.item_column, "type": log.item_type},

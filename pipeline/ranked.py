@@ -16,7 +16,7 @@ from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.stage_output import read_output
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.trained import Source, load_model
+from shardrec.pipeline.run.trained import Source
 
 __all__ = ["Ranked", "find_ranked", "is_baseline"]
 
@@ -63,11 +63,12 @@ def find_ranked(
     source = Source.find(run, prepared, which, encoder)
 
     def load() -> tuple[Ranker, dict[str, Any]]:
-        model, progress = load_model(source.config, source.checkpoint, prepared, encoder)
+        model, progress = source.load_with_progress(prepared, encoder)
         loaded = {"which": which, "folder": source.checkpoint.name, "step": progress["step"]}
         return StateRanker.of(model, source.config.encoder.max_length, blocks), loaded
 
     scores = "cosine" if source.config.loss.normalize else "inner product"
+    scores += " plus memory" if source.memory is not None and source.memory["scale"] else ""
     return Ranked(identity=source.identity, scores=scores, load=load)
 
 

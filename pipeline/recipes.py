@@ -11,11 +11,21 @@ from typing import Protocol
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
+from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 
-__all__ = ["RECIPES", "Recipe", "beauty", "demo", "epinions", "large_catalog", "tiny_cpu"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "beauty",
+    "demo",
+    "epinions",
+    "large_catalog",
+    "recipe_named",
+    "tiny_cpu",
+]
 
 
 class Recipe(Protocol):
@@ -112,3 +122,14 @@ def large_catalog(data: str, output: str) -> TrainConfig:
 
 _ALL: tuple[Recipe, ...] = (demo, tiny_cpu, beauty, epinions, large_catalog)
 RECIPES: dict[str, Recipe] = {recipe.__name__: recipe for recipe in _ALL}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe with this name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(unknown_name("recipe", name, list(RECIPES)))
+    return RECIPES[name]

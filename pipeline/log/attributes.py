@@ -16,10 +16,17 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.log.columns import read_ids, read_text, same_kind, short_message
+from shardrec.pipeline.log.columns import read_ids, same_kind
 from shardrec.pipeline.outputs.files import digest
 from shardrec.pipeline.prepared.attributes import AttributeColumn, Kind, RawValues
-from shardrec.pipeline.prepared.parquet_files import find_files, is_text, require_ids, value_type
+from shardrec.pipeline.prepared.data_files import find_files
+from shardrec.pipeline.prepared.ids import (
+    is_text,
+    plain_text,
+    require_ids,
+    short_message,
+    value_type,
+)
 
 __all__ = ["MOST_VALUES", "AttributeChoice", "AttributeFile", "fit_column"]
 
@@ -76,7 +83,9 @@ class AttributeFile:
             FileNotFoundError: there is no Parquet file.
             ValueError: a footer cannot be read, or a column is missing or of an unsuitable type.
         """
-        filesystem, paths = find_files(source, "item_attributes")
+        found_files = find_files(source, "item_attributes")
+        filesystem = found_files.filesystem
+        paths = found_files.parquet_paths("item_attributes")
         schemas = {path: _schema(filesystem, path) for path in paths}
         first = next(iter(schemas.values()))
         names = choice.columns or tuple(name for name in first.names if name != choice.item)
@@ -115,8 +124,7 @@ class AttributeFile:
             ValueError: an id is null, invalid, or comes twice.
         """
         parts = [
-            read_ids(self._read(path, self.choice.item), self.item_type, self._place(path))
-            for path in self.paths
+            read_ids(self._read(path, self.choice.item), self._place(path)) for path in self.paths
         ]
         chunks = [chunk for part in parts for chunk in part.chunks]
         ids = pa.chunked_array(chunks, parts[0].type).combine_chunks()
@@ -285,7 +293,7 @@ def _plain(column: pa.Array, kind: Kind, place: str) -> pa.Array:
 
 def _plain_values(values: pa.Array, place: str) -> pa.Array:
     if is_text(values.type):
-        return read_text(values, place)
+        return plain_text(values, place).cast(pa.string())
     return pc.cast(values, pa.int64() if pa.types.is_integer(values.type) else pa.bool_())
 
 

@@ -7,11 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardrec.pipeline.config import unknown_name
-from shardrec.pipeline.prepared.parquet_files import is_text, value_type
+from shardrec.pipeline.prepared.ids import id_kind, plain_ids, plain_text, value_type
 
-_MICROSECONDS = pa.timestamp("us")
-_ZONE = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
-_FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
+LARGEST_WEIGHT = 1e30  # sums of a batch must fit float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,33 +19,46 @@ class EventColumns:
     Attributes:
         user: user ids.
         item: item ids.
-        time: event times.
+        time: event times; None where the order in the lists is all there is.
         event: event types; None reads every row.
         event_types: values of ``event`` to keep.
+        type_weights: weight of each of ``event_types``; empty if they have none.
         weight: weights of the targets, or None.
+        is_lists: whether a row is a user, with lists in all columns but ``user``.
     """
 
     user: str
     item: str
-    time: str
+    time: str | None
     event: str | None = None
     event_types: tuple[str, ...] = ()
+    type_weights: tuple[float, ...] = ()
     weight: str | None = None
+    is_lists: bool = False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether events have weights."""
+        return self.weight is not None or bool(self.type_weights)
 
     def options(self) -> dict[str, str]:
         """The column names by the option that sets each, in a fixed order."""
         asked = {"user": self.user, "item": self.item, "time": self.time}
-        asked |= {} if self.event is None else {"event": self.event}
-        asked |= {} if self.weight is None else {"weight": self.weight}
-        return {f"--{role}-column": name for role, name in asked.items()}
+        asked |= {"event": self.event, "weight": self.weight}
+        return {f"--{role}-column": name for role, name in asked.items() if name is not None}
 
     def names(self) -> list[str]:
         """The column names without repetition, in a fixed order."""
         return list(dict.fromkeys(self.options().values()))
 
 
-def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
-    """Raise ValueError for a missing column, a repeated one, or event types of a nested type."""
+def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> pa.Schema:
+    """The schema of the events in a file, after checking that it has every column once.
+
+    Raises:
+        ValueError: a column is missing, there twice, or of a nested type where it may not be, or no
+            list where it must be.
+    """
     for option, name in columns.options().items():
         count = schema.names.count(name)
         if not count:
@@ -56,8 +67,34 @@ def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> None:
             raise ValueError(
                 f"{path!r} must have one column {name!r}, got {count}; rename all but one"
             )
+    fields = [schema.field(name) for name in columns.names()]
+    if columns.is_lists:
+        fields = [one if one.name == columns.user else _element(one, path) for one in fields]
+    elif is_list(schema.field(columns.item).type):
+        raise ValueError(
+            f"column {columns.item!r} of {path!r} must hold one id, got "
+            f"{schema.field(columns.item).type}; for one row a user add --layout sequences"
+        )
+    events = pa.schema(fields)
     if columns.event is not None:
-        _check_event_type(schema.field(columns.event).type, columns.event, path)
+        _check_event_type(events.field(columns.event).type, columns.event, path)
+    return events
+
+
+def is_list(dtype: pa.DataType) -> bool:
+    """Whether the type is one of Arrow's list types."""
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    checks = (getattr(pa.types, f"is_{kind}", None) for kind in kinds)
+    return any(check(dtype) for check in checks if check is not None)
+
+
+def _element(field: pa.Field, path: str) -> pa.Field:
+    if not is_list(field.type):
+        raise ValueError(
+            f"column {field.name!r} of {path!r} must be a list for --layout sequences, got "
+            f"{field.type}; write one list a user, or prepare with --layout events"
+        )
+    return pa.field(field.name, field.type.value_type)
 
 
 def same_kind(
@@ -65,11 +102,16 @@ def same_kind(
 ) -> str:
     """The kind of a column, after checking that it is the same in all files.
 
+    A column of nulls alone has the kind of the others.
+
     Raises:
         ValueError: two files differ, or ``kind`` refuses the type in one of them.
     """
-    kinds = {path: kind(schema.field(name).type, name, path) for path, schema in schemas.items()}
-    first = next(iter(kinds))
+    types = {path: schema.field(name).type for path, schema in schemas.items()}
+    kinds = {path: kind(dtype, name, path) for path, dtype in types.items() if dtype != pa.null()}
+    first = next(iter(kinds), None)
+    if first is None:
+        return "int64"
     for path, found in kinds.items():
         if found != kinds[first]:
             raise ValueError(
@@ -79,22 +121,10 @@ def same_kind(
     return kinds[first]
 
 
-def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    """The kind of times: "int64", of an unknown unit, or "timestamp[us]"."""
-    value = value_type(dtype)
-    if pa.types.is_integer(value) or pa.types.is_floating(value):
-        return "int64"
-    if pa.types.is_timestamp(value) or pa.types.is_date(value) or is_text(value):
-        return "timestamp[us]"
-    raise ValueError(
-        f"column {name!r} of {path!r} must be integer, timestamp, date or ISO text, got {dtype}; "
-        "convert the times"
-    )
-
-
 def weight_kind(dtype: pa.DataType, name: str, path: str) -> str:
     """The kind of weights: "float" for every numeric type."""
-    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
+    value = value_type(dtype)
+    if pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_decimal(value):
         return "float"
     raise ValueError(
         f"column {name!r} of {path!r} must be numeric, got {dtype}; convert the weights"
@@ -111,129 +141,58 @@ def _check_event_type(dtype: pa.DataType, name: str, path: str) -> None:
         ) from error
 
 
-def read_ids(column: pa.ChunkedArray, kind: str, place: str) -> pa.ChunkedArray:
-    """The ids as non-negative int64 or as strings, by ``kind`` ("int64" or "string").
+def read_ids(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+    """The ids as non-negative int64 or as large_string, by their kind.
 
     Raises:
-        ValueError: an id is null, negative, beyond int64, or not UTF-8; the message starts with
-            ``place``.
+        ValueError: an id is null, negative, a fraction, beyond int64, or not UTF-8; the message
+            starts with ``place``.
     """
-    _check_no_nulls(column, place)
-    if kind == "string":
-        return read_text(column, place)
-    try:
-        column = pc.cast(column, pa.int64())
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{place} must fit into int64, got {short_message(error)}; store such ids as strings"
-        ) from error
-    low = pc.min(column).as_py()
+    require_no_nulls(column, place)
+    ids = plain_ids(column, place)
+    low = pc.min(ids).as_py() if pa.types.is_integer(ids.type) else None
     if low is not None and low < 0:
         raise ValueError(
             f"{place} must hold ids of 0 or more, got {low}; "
             "drop rows with placeholder ids, or store the ids as strings"
         )
-    return column
+    return ids
 
 
-def read_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """The values as strings; nulls stay nulls.
-
-    Raises:
-        ValueError: a value is not UTF-8, which Parquet does not guarantee.
-    """
-    unchecked = pc.CastOptions(target_type=pa.string(), allow_invalid_utf8=True)
-    text = pc.cast(column, options=unchecked)
-    try:
-        text.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{place} must hold text in UTF-8, got {_first_invalid(text)!r}; decode such "
-            "values in their own encoding, or drop the rows"
-        ) from error
-    return text
-
-
-def _first_invalid(text: pa.ChunkedArray) -> bytes | None:
-    for value in pc.cast(text, pa.binary()).to_pylist():
-        try:
-            (value or b"").decode()
-        except UnicodeDecodeError:
-            return bytes(value)
-    return None
-
-
-def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bool]:
-    """The times as int64, and whether any was rounded down to microseconds.
-
-    Numbers stay as they are; timestamps, dates and text become microseconds since 1970. Without a
-    zone or offset they are in UTC.
+def read_event_types(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+    """The event types as text; nulls stay nulls.
 
     Raises:
-        ValueError: a time is null, a fraction, out of range, or cannot be parsed.
+        ValueError: a value is not UTF-8.
     """
-    _check_no_nulls(column, place)
-    dtype = value_type(column.type)
-    try:
-        plain = pc.cast(column, dtype)
-        if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
-            return pc.cast(plain, pa.int64()), False
-        return _parse(read_text(plain, place)) if is_text(dtype) else _whole_microseconds(plain)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{place} must hold times, got {short_message(error)}; use whole numbers, timestamps, "
-            "dates or text such as 2024-01-31T08:00:00 (Z or +02:00 may follow)"
-        ) from error
-
-
-def _parse(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
-    try:
-        return pc.cast(pc.cast(text, _MICROSECONDS), pa.int64()), False
-    except pa.ArrowInvalid:  # Arrow parses neither offsets nor more than six decimals here.
-        short = pc.replace_substring_regex(text, _FINER_THAN_MICROSECONDS, r"\1")
-    has_zone, null = pc.match_substring_regex(short, _ZONE), pa.scalar(None, pa.string())
-    zoned = pc.cast(pc.if_else(has_zone, short, null), pa.timestamp("us", tz="UTC"))
-    plain = pc.cast(pc.if_else(has_zone, null, short), _MICROSECONDS)
-    times = pc.coalesce(pc.cast(zoned, pa.int64()), pc.cast(plain, pa.int64()))
-    return times, not short.equals(text)
-
-
-def _whole_microseconds(stamps: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
-    """Timestamps and dates in microseconds since 1970, rounded down."""
-    if not pa.types.is_timestamp(stamps.type):
-        return pc.cast(pc.cast(stamps, _MICROSECONDS), pa.int64()), False
-    counts = pc.cast(stamps, pa.int64())  # in UTC, whatever the zone
-    given = pc.cast(counts, pa.timestamp(stamps.type.unit))
-    floored = given
-    if stamps.type.unit == "ns":
-        floored = pc.floor_temporal(given, unit="microsecond")
-    return pc.cast(pc.cast(floored, _MICROSECONDS), pa.int64()), not floored.equals(given)
+    if id_kind(column.type) == "string":
+        return plain_ids(column, place)
+    return plain_text(column, place)
 
 
 def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """The weights as float32.
 
     Raises:
-        ValueError: a weight is null, negative or not finite.
+        ValueError: a weight is null, negative, not finite, or so large that sums would not be.
     """
-    _check_no_nulls(column, place)
-    weights = pc.cast(column, pa.float32(), safe=False)
-    wrong = pc.invert(pc.and_(pc.is_finite(weights), pc.greater_equal(weights, 0.0)))
+    require_no_nulls(column, place)
+    weights = pc.cast(column, value_type(column.type))
+    weights = pc.cast(pc.cast(weights, pa.float64(), safe=False), pa.float32(), safe=False)
+    small = pc.and_(pc.is_finite(weights), pc.less_equal(weights, LARGEST_WEIGHT))
+    wrong = pc.invert(pc.and_(small, pc.greater_equal(weights, 0.0)))
     if pc.any(wrong).as_py():
         value = weights.filter(wrong)[0].as_py()
         raise ValueError(
-            f"{place} must hold finite weights of 0 or more, got {value}; fix or drop those rows"
+            f"{place} must hold finite weights of 0 or more, and at most {LARGEST_WEIGHT:g}, got "
+            f"{value}; fix or drop those rows"
         )
     return weights
 
 
-def _check_no_nulls(column: pa.ChunkedArray, place: str) -> None:
+def require_no_nulls(column: pa.ChunkedArray, place: str) -> None:
+    """Raise ValueError, which starts with ``place``, if a value is null."""
     if column.null_count:
         raise ValueError(
             f"{place} must have no nulls, got {column.null_count}; drop those rows or fill them"
         )
-
-
-def short_message(error: Exception) -> str:
-    """The first line of the error's message."""
-    return str(error).split("\n", 1)[0]

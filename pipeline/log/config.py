@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import math
+import os
 import re
 from typing import Literal
 
 from shardrec.pipeline.log.columns import EventColumns
-from shardrec.pipeline.prepared.parquet_files import check_path
+from shardrec.pipeline.prepared.data_files import check_path
 
 MAX_THREADS = 256
 MAX_GROUP_ROWS = 1 << 30
@@ -20,13 +22,18 @@ class PrepareConfig:
     """Options of ``prepare``.
 
     Attributes:
-        events: Parquet file, folder, glob, or URI that pyarrow opens.
+        events: file, folder, glob, or URI that pyarrow opens, of Parquet, CSV or JSON lines.
         output: folder to write; it must be new, or hold the same result.
+        layout: "events", or "sequences": a row is a user, and the other columns hold lists.
         user_column, item_column, time_column: names in the log. Ids are non-negative integers or
             strings; times are whole numbers, timestamps, dates or ISO text, in UTC unless they have
-            an offset, and rounded down to microseconds.
-        event_column: column that ``event_types`` selects from.
-        event_types: values of ``event_column`` to keep; other events are counted and left out.
+            an offset, and rounded down to microseconds. With layout=sequences the time column may
+            be none: the order of the lists is all there is, and split must be leave_one_out.
+        event_column: column that ``event_types`` or ``event_weights`` selects from.
+        event_types: values of ``event_column`` to keep; other events are counted and left out. In
+            double quotes a value may hold commas and outer blanks.
+        event_weights: instead of event_types, values to keep with a weight for each, such as
+            view=1,cart=3,buy=5; multiplies the weight of weight_column, if there is one.
         weight_column: non-negative numbers that multiply the loss of the event as a target.
         split: "temporal" or "leave_one_out".
         test_quantile: share of the events, in global time order, before the test part (0.9).
@@ -42,6 +49,9 @@ class PrepareConfig:
         min_item_events: events an item needs before the test part (leave_one_out: in all); counted
             before users are dropped.
         keep_duplicates: keep events that equal another one in every column read.
+        ties: events of a user at one time are in the order of the "log", or "shuffle": in one that
+            depends on user, item, time and seed alone, because the log's own may tell the future.
+        drop_repeats: of consecutive events of a user with one item, keep the first.
         items: items.parquet of an earlier prepared folder: its items keep their indices, even if
             this log or min_item_events would leave them out; new items get the next indices.
         item_attributes: Parquet with one row an item (file, folder, glob, or URI), for
@@ -55,7 +65,7 @@ class PrepareConfig:
         rebalance: with items, give every item a new index that spreads popular items evenly, and
             write item_map.parquet (former_item, item), which train --init-from applies.
         sequences_per_row_group: rows of a row group in train, validation and test.
-        seed: of the users' order.
+        seed: of the users' order, and of ties=shuffle.
         memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
         threads: of DuckDB, at most 256; by default all CPUs available to this process.
         force: prepare again; a prepared folder in output is replaced as a whole once the new one is
@@ -64,11 +74,13 @@ class PrepareConfig:
 
     events: str
     output: str
+    layout: Literal["events", "sequences"] = "events"
     user_column: str = "user_id"
     item_column: str = "item_id"
-    time_column: str = "timestamp"
+    time_column: str | None = "timestamp"
     event_column: str | None = None
     event_types: tuple[str, ...] = ()
+    event_weights: tuple[str, ...] = ()
     weight_column: str | None = None
     split: Literal["temporal", "leave_one_out"] = "temporal"
     test_quantile: float | None = None
@@ -81,6 +93,8 @@ class PrepareConfig:
     min_user_events: int = 2
     min_item_events: int = 0
     keep_duplicates: bool = False
+    ties: Literal["log", "shuffle"] = "log"
+    drop_repeats: bool = False
     items: str | None = None
     item_attributes: str | None = None
     attribute_item_column: str | None = None
@@ -100,6 +114,8 @@ class PrepareConfig:
         _check_choice("split", self.split, ("temporal", "leave_one_out"))
         _check_choice("validation", self.validation, ("users", "time", "none"))
         _check_choice("targets", self.targets, ("last", "all"))
+        _check_choice("layout", self.layout, ("events", "sequences"))
+        _check_choice("ties", self.ties, ("log", "shuffle"))
         for name in ("events", "output", "items", "item_attributes"):
             path = getattr(self, name)
             if path is not None:
@@ -107,6 +123,7 @@ class PrepareConfig:
         _check_columns(self)
         _check_numbers(self)
         _check_used(self)
+        _check_event_weights(self)
         if "://" in self.output:
             raise ValueError(
                 f"output must be a local folder, got {self.output!r}; prepare here and copy it"
@@ -118,14 +135,22 @@ class PrepareConfig:
 
     def columns(self) -> EventColumns:
         """The columns of the log to read."""
+        weights = [_parse_weight(text) for text in self.event_weights]
         return EventColumns(
             user=self.user_column,
             item=self.item_column,
             time=self.time_column,
             event=self.event_column,
-            event_types=self.event_types,
+            event_types=self.event_types or tuple(kind for kind, _ in weights),
+            type_weights=tuple(weight for _, weight in weights),
             weight=self.weight_column,
+            is_lists=self.layout == "sequences",
         )
+
+
+def sort_threads(threads: int | None) -> int:
+    """Threads of DuckDB: as asked, or all CPUs available to this process, at most 256."""
+    return threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -142,6 +167,33 @@ def _check_columns(config: PrepareConfig) -> None:
             raise ValueError(
                 f"{second} must be another column than {first}, got {name!r} for both; change one"
             )
+
+
+def _parse_weight(text: str) -> tuple[str, float]:
+    """An event type and its weight.
+
+    Example:
+        >>> _parse_weight("buy=5")
+        ('buy', 5.0)
+    """
+    kind, equals, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not equals or not 0 <= weight < math.inf:
+        raise ValueError(
+            f"event_weights must be type=weight with weights of 0 or more, got {text!r}; "
+            "write view=1,cart=3,buy=5"
+        )
+    return kind, weight
+
+
+def _check_event_weights(config: PrepareConfig) -> None:
+    kinds = [_parse_weight(text)[0] for text in config.event_weights]
+    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise ValueError(f"event_weights must name a type once, got {twice!r} twice; remove one")
 
 
 def _check_numbers(config: PrepareConfig) -> None:
@@ -172,8 +224,14 @@ def _check_used(config: PrepareConfig) -> None:
         ("validation_time", by_time, "validation=time"),
         ("validation_quantile", config.validation_time is None, "no validation_time"),
         ("validation_users", config.validation == "users", "validation=users"),
-        ("event_column", bool(config.event_types), "event_types"),
+        (
+            "event_column",
+            bool(config.event_types or config.event_weights),
+            "event_types or event_weights",
+        ),
         ("event_types", config.event_column is not None, "event_column"),
+        ("event_weights", config.event_column is not None, "event_column"),
+        ("event_weights", not config.event_types, "no event_types"),
         ("rebalance", config.items is not None, "items"),
         *((name, config.item_attributes is not None, "item_attributes") for name in ATTRIBUTES),
     ]
@@ -183,6 +241,12 @@ def _check_used(config: PrepareConfig) -> None:
             raise ValueError(
                 f"{name} must come with {needs}, got {value!r} without; remove one or set the other"
             )
+    has_order = config.layout == "sequences" and not temporal
+    if config.time_column is None and not has_order:
+        raise ValueError(
+            "time_column must be set unless layout=sequences and split=leave_one_out, got none; "
+            "name the column of times"
+        )
     if not config.admit_items and config.item_attributes is None:
         raise ValueError(
             "admit_items must come with item_attributes, got False without; remove one or set the "

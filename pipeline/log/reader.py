@@ -1,51 +1,48 @@
-"""Read an event log: find its Parquet files, check every value, return tables of one schema.
+"""Read an event log: find its files, check every value, return tables of one schema.
 
-The tables have the columns ``user_id`` and ``item_id`` (int64 or string), ``time`` (int64), ``row``
-(int64, position in the log: files in path order, rows in file order), ``event`` (int32, index into
-the kept event types; 0 without a filter) and ``weight`` (float32, only with a weight column).
+The tables have the columns ``user_id`` and ``item_id`` (int64 or large_string), ``time`` (int64),
+``row`` (int64, position in the log: files in natural order, rows in file order), ``event`` (int32,
+index into the kept event types; 0 without a filter) and ``weight`` (float32, only with weights).
 """
 
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as fs
-import pyarrow.parquet as pq
 
 from shardrec.pipeline.log.columns import (
     EventColumns,
     check_columns,
+    read_event_types,
     read_ids,
-    read_text,
-    read_times,
     read_weights,
+    require_no_nulls,
     same_kind,
-    short_message,
-    time_kind,
     weight_kind,
 )
-from shardrec.pipeline.prepared.parquet_files import find_files, require_ids
+from shardrec.pipeline.log.files import (
+    LogFile,
+    ParquetLog,
+    SourceFile,
+    WithFolderValues,
+    unchanged,
+)
+from shardrec.pipeline.log.lists import exploded
+from shardrec.pipeline.log.text_files import CsvLog, JsonLog
+from shardrec.pipeline.log.times import read_times, time_kind
+from shardrec.pipeline.prepared.data_files import Found, find_files, partition_values
+from shardrec.pipeline.prepared.ids import require_ids
 
 __all__ = ["EventLog", "SourceFile"]
 
 _BATCH_ROWS = 65_536
+_BATCH_LISTS = 1024
 _CHUNK_ROWS = 491_520
-_FOOTER_BYTES = 65_536
 _TYPES_SHOWN = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SourceFile:
-    """One Parquet file of the log; ``footer_sha256`` digests its last 64 KiB."""
-
-    path: str
-    bytes: int
-    rows: int
-    footer_sha256: str
+_NAMES_SHOWN = 3
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -53,67 +50,81 @@ class EventLog:
     """An event log with checked column types; ``tables()`` reads it.
 
     Attributes:
-        filesystem: holds the files.
-        files: the Parquet files, in path order.
+        inputs: the files, in natural order.
         columns: the columns to read.
         user_type: kind of the user ids, "int64" or "string".
         item_type: kind of the item ids, "int64" or "string".
         time_type: "int64", or "timestamp[us]" when the log holds timestamps, dates or ISO text.
-        events_read: rows read so far, before the event-type filter.
+        passed_over: visible files next to the log's that hold no events.
+        events_read: events read so far, before the event-type filter.
         event_types_seen: some of the event types read so far, for messages.
+        event_types_found: indices of the kept event types that were read so far.
         times_cut: whether a time read so far was finer than a microsecond.
     """
 
-    filesystem: fs.FileSystem
-    files: tuple[SourceFile, ...]
+    inputs: tuple[LogFile, ...]
     columns: EventColumns
     user_type: str
     item_type: str
     time_type: str
+    passed_over: tuple[str, ...] = ()
     events_read: int = 0
     event_types_seen: set[str] = dataclasses.field(default_factory=set)
+    event_types_found: set[int] = dataclasses.field(default_factory=set)
     times_cut: bool = False
 
     @classmethod
     def open(cls, source: str, columns: EventColumns) -> "EventLog":
-        """Find the files of ``source`` and check their footers and column types.
+        """Find the files of ``source`` and check their column types; those of CSV are read for it.
 
         Raises:
-            FileNotFoundError: there is no Parquet file.
-            ValueError: a footer cannot be read, or a column is missing or of an unsuitable type.
+            FileNotFoundError: there is no file of a log.
+            ValueError: a file cannot be read, or a column is missing or of an unsuitable type.
         """
-        filesystem, paths = find_files(source)
-        described = [_describe(filesystem, path) for path in paths]
-        schemas = {file.path: schema for file, schema in described}
-        for path, schema in schemas.items():
-            check_columns(path, schema, columns)
+        found = find_files(source)
+        inputs = _open_files(found, columns)
+        # A writer without rows may not know its types.
+        with_rows = [file for file in inputs if file.source.rows]
+        schemas = {
+            file.source.path: check_columns(file.source.path, file.schema, columns)
+            for file in with_rows
+        }
         if columns.weight is not None:
             same_kind(schemas, columns.weight, weight_kind)
-        return cls(
-            filesystem=filesystem,
-            files=tuple(file for file, _ in described),
+        time = columns.time
+        log = cls(
+            inputs=tuple(inputs),
             columns=columns,
             user_type=same_kind(schemas, columns.user, require_ids),
             item_type=same_kind(schemas, columns.item, require_ids),
-            time_type=same_kind(schemas, columns.time, time_kind),
+            time_type="int64" if time is None else same_kind(schemas, time, time_kind),
+            passed_over=found.passed_over,
         )
+        log._report_passed_over()
+        return log
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """What is known of each file, in natural order."""
+        return tuple(file.source for file in self.inputs)
 
     def tables(self) -> Iterator[pa.Table]:
         """Tables of about half a million events in the order of the log.
 
         Raises:
-            ValueError: a value is invalid, or a file cannot be decoded; the message names file, row
-                group and column.
+            ValueError: a value is invalid, or a file cannot be decoded or has changed since
+                ``open``; the message names file, row group and column.
         """
         pending: list[pa.Table] = []
-        for file in self.files:
-            for table in self._file_tables(file.path):
+        for file in self.inputs:
+            for table in self._file_tables(file) if file.source.rows else ():
                 pending.append(table)
                 if sum(part.num_rows for part in pending) >= _CHUNK_ROWS:
                     yield pa.concat_tables(pending)
                     pending = []
         if pending:
             yield pa.concat_tables(pending)
+        self._report_missing_types()
 
     def describe_event_types(self) -> str:
         """Some of the event types read so far, for messages."""
@@ -121,14 +132,14 @@ class EventLog:
         shown = ", ".join(repr(kind) for kind in seen[:_TYPES_SHOWN])
         return (shown or "nulls only") + (", …" if len(seen) > _TYPES_SHOWN else "")
 
-    def _file_tables(self, path: str) -> Iterator[pa.Table]:
-        with self.filesystem.open_input_file(path) as stream:
-            file = pq.ParquetFile(stream)
-            for group in range(file.num_row_groups):
-                place = f"{path!r}, row group {group}"
-                for batch in _batches(file, group, self.columns.names(), place):
-                    yield self._clean(self._select(batch, place), place)
-                    self.events_read += batch.num_rows
+    def _file_tables(self, file: LogFile) -> Iterator[pa.Table]:
+        rows = _BATCH_LISTS if self.columns.is_lists else _BATCH_ROWS
+        with unchanged(file):
+            for place, batch in file.batches(self.columns.names(), rows):
+                if self.columns.is_lists:
+                    batch = exploded(batch, self.columns.user, place)
+                yield self._clean(self._select(batch, place), place)
+                self.events_read += batch.num_rows
 
     def _select(self, batch: pa.RecordBatch, place: str) -> pa.Table:
         """The columns, named by role, for events of the wanted types."""
@@ -138,38 +149,58 @@ class EventLog:
         if self.columns.event is None:
             columns["event"] = pa.repeat(pa.scalar(0, pa.int32()), batch.num_rows)
             return pa.table(columns)
-        text = read_text(
-            batch.column(self.columns.event), f"{place}, column {self.columns.event!r}"
-        )
+        kinds = pa.chunked_array([batch.column(self.columns.event)])
+        text = read_event_types(kinds, f"{place}, column {self.columns.event!r}")
         self._note_event_types(text)
-        columns["event"] = pc.index_in(text, pa.array(self.columns.event_types, pa.string()))
+        columns["event"] = pc.index_in(text, pa.array(self.columns.event_types, text.type))
+        self.event_types_found.update(pc.unique(columns["event"].drop_null()).to_pylist())
         return pa.table(columns).filter(pc.is_valid(columns["event"]))
 
     def _roles(self) -> dict[str, str]:
         columns = self.columns
-        roles = {"user_id": columns.user, "item_id": columns.item, "time": columns.time}
+        roles = {"user_id": columns.user, "item_id": columns.item}
+        roles |= {} if columns.time is None else {"time": columns.time}
         return roles | ({} if columns.weight is None else {"weight": columns.weight})
 
-    def _note_event_types(self, text: pa.Array) -> None:
+    def _note_event_types(self, text: pa.ChunkedArray) -> None:
         if len(self.event_types_seen) <= _TYPES_SHOWN:
             kinds = [kind for kind in pc.unique(text).to_pylist() if kind]
             self.event_types_seen |= set(kinds[: _TYPES_SHOWN + 1])
 
     def _clean(self, table: pa.Table, place: str) -> pa.Table:
+        if not table.num_rows:
+            return self._schema().empty_table()
         places = {role: f"{place}, column {name!r}" for role, name in self._roles().items()}
         clean = {
-            "user_id": read_ids(table["user_id"], self.user_type, places["user_id"]),
-            "item_id": read_ids(table["item_id"], self.item_type, places["item_id"]),
-            "time": self._times(table["time"], places["time"]),
+            "user_id": read_ids(table["user_id"], places["user_id"]),
+            "item_id": read_ids(table["item_id"], places["item_id"]),
+            "time": table["row"] if self.columns.time is None else self._times(table, places),
             "row": table["row"],
             "event": table["event"],
         }
-        if self.columns.weight is not None:
-            clean["weight"] = read_weights(table["weight"], places["weight"])
+        if self.columns.has_weights:
+            clean["weight"] = self._weights(table, places)
         return pa.table(clean)
 
-    def _times(self, column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-        times, cut = read_times(column, place)
+    def _schema(self) -> pa.Schema:
+        ids = {"int64": pa.int64(), "string": pa.large_string()}
+        fields = {"user_id": ids[self.user_type], "item_id": ids[self.item_type]}
+        fields |= {"time": pa.int64(), "row": pa.int64(), "event": pa.int32()}
+        return pa.schema(fields | ({"weight": pa.float32()} if self.columns.has_weights else {}))
+
+    def _weights(self, table: pa.Table, places: Mapping[str, str]) -> pa.ChunkedArray:
+        """The weights (float32): of the column, of the event types, or the product of both."""
+        if not self.columns.type_weights:
+            return read_weights(table["weight"], places["weight"])
+        of_types = pa.array(self.columns.type_weights, pa.float32()).take(table["event"])
+        if self.columns.weight is None:
+            return of_types
+        return pc.multiply(of_types, read_weights(table["weight"], places["weight"]))
+
+    def _times(self, table: pa.Table, places: Mapping[str, str]) -> pa.ChunkedArray:
+        place = places["time"]
+        require_no_nulls(table["time"], place)
+        times, cut = read_times(table["time"], place)
         if cut and not self.times_cut:
             self.times_cut = True
             logging.getLogger(__name__).warning(
@@ -179,40 +210,69 @@ class EventLog:
             )
         return times
 
+    def _report_missing_types(self) -> None:
+        kinds = enumerate(self.columns.event_types)
+        missing = [kind for index, kind in kinds if index not in self.event_types_found]
+        if missing and self.event_types_found:  # none at all is an error
+            logging.getLogger(__name__).warning(
+                "no event is of type %s, where the log has %s",
+                ", ".join(map(repr, missing)),
+                self.describe_event_types(),
+            )
 
-def _describe(filesystem: fs.FileSystem, path: str) -> tuple[SourceFile, pa.Schema]:
-    with filesystem.open_input_file(path) as stream:
-        size = stream.size()
-        tail = stream.read_at(min(size, _FOOTER_BYTES), size - min(size, _FOOTER_BYTES))
-        try:
-            file = pq.ParquetFile(stream)
-            rows, schema = file.metadata.num_rows, file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path!r} must be a complete Parquet file, got an unreadable footer "
-                f"({short_message(error)}); it may be truncated: copy it again"
-            ) from error
-    digest = hashlib.sha256(tail).hexdigest()
-    return SourceFile(path=path, bytes=size, rows=rows, footer_sha256=digest), schema
-
-
-def _batches(
-    file: pq.ParquetFile, group: int, names: Sequence[str], place: str
-) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(names))
-    except (pa.ArrowException, OSError) as error:
-        column = next((name for name in names if not _decodes(file, group, name)), names[0])
-        raise ValueError(
-            f"{place}, column {column!r} must be valid Parquet data, got {short_message(error)}; "
-            "the file is corrupt or truncated: copy it again"
-        ) from error
+    def _report_passed_over(self) -> None:
+        if self.passed_over:
+            names = [path.rpartition("/")[2] for path in self.passed_over[:_NAMES_SHOWN]]
+            logging.getLogger(__name__).warning(
+                "%d file(s) without events passed over: %s",
+                len(self.passed_over),
+                ", ".join(names) + (", …" if len(self.passed_over) > _NAMES_SHOWN else ""),
+            )
 
 
-def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:
-    try:
-        for _ in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[name]):
-            pass
-    except (pa.ArrowException, OSError):
-        return False
-    return True
+def read_schema(source: str) -> pa.Schema:
+    """All columns of a log: of its first file with rows, and of the folders' names in its path.
+
+    Raises:
+        FileNotFoundError: there is no file of a log.
+        ValueError: the file cannot be read.
+    """
+    found = find_files(source)
+    nothing = EventColumns(user="", item="", time=None)
+    for path in found.paths:
+        one = dataclasses.replace(found, kinds={path: found.kinds[path]})
+        (file,) = _open_files(one, nothing)
+        if file.source.rows or path == found.paths[-1]:
+            break
+    named = [key for key in partition_values(path) if key not in file.schema.names]
+    return WithFolderValues.add([file], named)[0].schema
+
+
+def _open_files(found: Found, columns: EventColumns) -> list[LogFile]:
+    """The files with their schemas; columns that only their folders' names hold are added."""
+    kinds = found.kinds.items()
+    if all(kind.format == "csv" for _, kind in kinds):
+        texts = [CsvLog.open(found.filesystem, path, kind, columns) for path, kind in kinds]
+        files = _with_common_types(texts, columns.names())
+    else:
+        files = [
+            ParquetLog.open(found.filesystem, path)
+            if kind.format == "parquet"
+            else JsonLog.open(found.filesystem, path, kind)
+            for path, kind in kinds
+        ]
+    return WithFolderValues.add(files, columns.names())
+
+
+def _with_common_types(files: Sequence[CsvLog], names: Sequence[str]) -> list[LogFile]:
+    """The files with text wherever one of them has text; those without rows have no say."""
+    schemas = [file.schema for file in files if file.source.rows]
+    texts = [
+        name
+        for name in names
+        if any(
+            schema.names.count(name) == 1 and schema.field(name).type == pa.string()
+            for schema in schemas
+        )
+    ]
+    return [file.with_texts(texts) for file in files]

@@ -5,14 +5,16 @@ The phases; DuckDB does 1 to 3 and spills to disk at its memory limit:
 2. `_number` numbers the users in a seeded hash order, which becomes the order of the sequences, and
    the items by id.
 3. `_write_columns` joins the numbers to the events and streams them in sorted order.
-4. The stream is cut where user or time changes (`_tie_aligned`), exact duplicates are dropped in
-   each tie (`_drop_duplicates`), and each column is appended to a file of its own.
-Events of one user at one time keep the order of the log: files by path, then rows.
+4. The stream is cut where user or time changes (`tie_aligned`), exact duplicates are dropped in
+   each tie, repeats if asked, and each column is appended to a file of its own.
+Events of one user at one time keep the order of the log, files in natural order and then rows, or
+are in an order by a hash of user, item, time and seed, which does not depend on the log's.
 """
 
 import contextlib
 import dataclasses
 import errno
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shardrec.pipeline.log.columns import short_message
 from shardrec.pipeline.log.item_indices import FormerItems
 from shardrec.pipeline.log.reader import EventLog
+from shardrec.pipeline.log.repetition import Repetition, Repetitions, tie_aligned
+from shardrec.pipeline.prepared.ids import short_message
 
 Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20
@@ -43,6 +46,8 @@ class SortOptions:
     threads: int
     seed: int
     keep_duplicates: bool
+    drop_repeats: bool = False
+    shuffle_ties: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +73,7 @@ class SortedLog:
         former: (items,) int64 earlier index of each item, -1 for a new one; None without former
             items.
         user_events: (users,) int64 events of each user.
-        duplicates: exact duplicates that were dropped.
+        repetition: numbers of events that tie, repeat or duplicate another one.
         has_weight: whether there is a weight column.
         time_range: the first and the last time.
     """
@@ -78,7 +83,7 @@ class SortedLog:
     item_ids: pa.Array
     former: Array | None
     user_events: Array
-    duplicates: int
+    repetition: Repetition
     has_weight: bool
     time_range: tuple[int, int]
 
@@ -192,15 +197,15 @@ def _sort(
     seeded = f"md5_number(concat('{options.seed}:', id)), id"
     user_ids = _number(database, "user", seeded)
     item_ids, former_index = _number_items(database, former)
-    columns = _write_columns(database, folder, len(user_ids), options.keep_duplicates, log)
+    columns = _write_columns(database, folder, len(user_ids), options, log)
     return SortedLog(
         folder=folder,
         user_ids=user_ids,
         item_ids=item_ids,
         former=former_index,
         user_events=columns.user_events,
-        duplicates=columns.num_read - int(columns.user_events.sum()),
-        has_weight=log.columns.weight is not None,
+        repetition=columns.repetition,
+        has_weight=log.columns.has_weights,
         time_range=columns.time_range,
     )
 
@@ -208,11 +213,15 @@ def _sort(
 @contextlib.contextmanager
 def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     path = folder / "events.duckdb"
+    if set(os.path.realpath(path)) & set("?\\"):  # it puts ".wal" before ?, and takes \ for a slash
+        found = os.path.realpath(folder.parent)
+        raise ValueError(f"output must be in a folder without ? and \\, got {found!r}; move it")
     settings = {
         "memory_limit": options.memory_limit,
         "threads": options.threads,
         "temp_directory": str(folder / "spill"),
         "preserve_insertion_order": False,
+        "arrow_large_buffer_size": True,  # text columns may be larger than 2 GiB
     }
     try:
         database = duckdb.connect(str(path), config=settings)
@@ -248,7 +257,7 @@ def _explained(error: duckdb.Error, options: SortOptions) -> Exception | None:
 
 def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
     user, item = _SQL_TYPES[log.user_type], _SQL_TYPES[log.item_type]
-    weight = ", weight FLOAT" if log.columns.weight is not None else ""
+    weight = ", weight FLOAT" if log.columns.has_weights else ""
     database.execute(
         f"CREATE TABLE events (user_id {user}, item_id {item}, time BIGINT, row BIGINT, "
         f"event INTEGER{weight})"
@@ -319,7 +328,7 @@ class _Columns:
     """Totals over the columns written so far."""
 
     user_events: Array
-    num_read: int = 0
+    repetition: Repetition = dataclasses.field(default_factory=Repetition)
     time_range: tuple[int, int] = (2**63 - 1, -(2**63))
 
     def add(self, user: Array, time: Array) -> None:
@@ -333,63 +342,30 @@ def _write_columns(
     database: duckdb.DuckDBPyConnection,
     folder: Path,
     num_users: int,
-    keep_duplicates: bool,
+    options: SortOptions,
     log: EventLog,
 ) -> _Columns:
-    weight = ", e.weight" if log.columns.weight is not None else ""
+    weight = ", e.weight" if log.columns.has_weights else ""
+    ties = "e.row"
+    if options.shuffle_ties:
+        ties = f"md5_number(concat_ws(':', '{options.seed}', u.id, i.id, e.time)), e.event, e.row"
     events = database.sql(
         f"SELECT u.number, i.number, e.time, e.event{weight} FROM events e "
         "JOIN user_numbers u ON e.user_id = u.id JOIN item_numbers i ON e.item_id = i.id "
-        "ORDER BY u.number, e.time, e.row"
+        f"ORDER BY u.number, e.time, {ties}"
     ).to_arrow_reader(_ARROW_ROWS)
     written = _Columns(np.zeros(num_users, np.int64))
+    repetitions = Repetitions(options.keep_duplicates, options.drop_repeats)
     names = ["item", "time"] + (["weight"] if weight else [])
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
-        for columns in _tie_aligned(events):
-            written.num_read += len(columns[0])
-            kept = columns if keep_duplicates else _drop_duplicates(columns)
+        for columns in tie_aligned(events):
+            kept = repetitions.reduce(columns)
+            if not len(kept[0]):
+                continue
             written.add(kept[0], kept[2])
             parts = dict(zip(["user", "item", "time", "event", "weight"], kept, strict=False))
             for name, file in files.items():
                 file.write(parts[name].data)  # unlike tofile, raises the OSError of the system
+    written.repetition = repetitions.total
     return written
-
-
-def _tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
-    """The columns (user, item, time, event[, weight]) in parts cut where user or time changes."""
-    rest: list[Array] = []
-    for batch in reader:
-        columns = [column.to_numpy() for column in batch.columns]
-        if rest:
-            columns = [np.concatenate(pair) for pair in zip(rest, columns, strict=True)]
-        changes = np.flatnonzero(~_ties(columns[0], columns[2]))
-        cut = int(changes[-1]) + 1 if len(changes) else 0
-        if cut:
-            yield [column[:cut] for column in columns]
-        rest = [column[cut:] for column in columns]
-    if rest:
-        yield rest
-
-
-def _ties(user: Array, time: Array) -> Array:
-    """(E - 1,) bool: event k + 1 has the user and the time of event k."""
-    same: Array = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
-    return same
-
-
-def _drop_duplicates(columns: list[Array]) -> list[Array]:
-    """The columns without the events that equal an earlier one in every column."""
-    tie = _ties(columns[0], columns[2])
-    in_tie = np.flatnonzero(np.append(tie, False) | np.append(False, tie))
-    if not len(in_tie):
-        return columns
-    group = np.append(0, np.cumsum(~tie))[in_tie]
-    keys = [group, columns[1][in_tie]] + [column[in_tie] for column in columns[3:]]
-    order = np.lexsort(keys[::-1])
-    repeats = np.ones(len(order) - 1, bool)
-    for key in keys:
-        repeats &= key[order][1:] == key[order][:-1]
-    keep = np.ones(len(columns[0]), bool)
-    keep[in_tie[order[1:][repeats]]] = False
-    return [column[keep] for column in columns]

@@ -5,7 +5,6 @@ and the rest for the test. Each split of ``prepare`` is a way to choose these tw
 """
 
 import dataclasses
-import datetime
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from shardrec.pipeline.log.config import PrepareConfig
 from shardrec.pipeline.log.sort import SortedLog, UserBlock
+from shardrec.pipeline.log.times import as_date, date_of_digits, parse_time
 
 Array = npt.NDArray[Any]
 
@@ -89,10 +89,11 @@ def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[i
     first, last = log.time_range
     test = _parse_time("test_time", config.test_time, time_type)
     test = log.time_at(config.test_quantile or 0.9) if test is None else test
+    shown = [_shown(time, time_type) for time in (first, last, test)]
     if not first < test <= last:
         raise ValueError(
             f"the test part must start after the first and not after the last time of the log "
-            f"({first} to {last}), got {test}; set test_time or test_quantile, or use "
+            f"({shown[0]} to {shown[1]}), got {shown[2]}; set test_time or test_quantile, or use "
             "split=leave_one_out if the times only give an order"
         )
     if config.validation != "time":
@@ -102,29 +103,35 @@ def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[i
         validation = log.time_at(config.validation_quantile or 0.8)
     if not first < validation < test:
         raise ValueError(
-            f"the validation part must start after {first} and before the test part at {test}, "
-            f"got {validation}; set validation_time or validation_quantile"
+            f"the validation part must start after {shown[0]} and before the test part at "
+            f"{shown[2]}, got {_shown(validation, time_type)}; set validation_time or "
+            "validation_quantile"
         )
     return test, validation
 
 
+def _shown(time: int, time_type: str) -> str:
+    return as_date(time) if time_type == "timestamp[us]" else str(time)
+
+
 def _parse_time(name: str, time: int | str | None, time_type: str) -> int | None:
-    if time is None or isinstance(time, int):
-        return time
+    """The time in the log's unit; a number such as 20240131 is a date where the log has dates."""
+    if time is None:
+        return None
+    if isinstance(time, int):
+        date = date_of_digits(time) if time_type == "timestamp[us]" else None
+        return time if date is None else date
     if time_type != "timestamp[us]":
         raise ValueError(
             f"{name} must be a number because the log's times are, got {time!r}; "
             "give it in the log's unit"
         )
     try:
-        moment = datetime.datetime.fromisoformat(time)
+        return parse_time(time)
     except ValueError as error:
         raise ValueError(
             f"{name} must be ISO text or a number, got {time!r}; write 2024-01-31"
         ) from error
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(microseconds=1)
 
 
 def _kept_items(log: SortedLog, config: PrepareConfig, test_time: int | None) -> Array:

@@ -13,6 +13,7 @@ from shardrec.pipeline.log.config import PrepareConfig
 from shardrec.pipeline.log.sort import SortedLog, UserBlock
 from shardrec.pipeline.log.split import Cuts, positions
 from shardrec.pipeline.outputs.files import FileEntry, describe_file
+from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME
 
 Array = npt.NDArray[Any]
@@ -26,7 +27,7 @@ class RowGroupWriter:
     Args:
         folder: of the prepared data.
         pattern: file name in ``folder``; with "{part:05d}" a new file starts every 256 row groups.
-        schema: of the tables.
+        schema: of the files; text may be large_string in the tables where it is string here.
         group_rows: rows of a row group.
     """
 
@@ -34,14 +35,14 @@ class RowGroupWriter:
         """Store the arguments; files are opened with the first rows."""
         self.folder, self.pattern, self.schema = folder, pattern, schema
         self.group_rows = group_rows
-        self.pending = schema.empty_table()
+        self.pending: pa.Table | None = None
         self.file: pq.ParquetWriter | None = None
         self.rows = self.groups = 0
         self.entries: list[FileEntry] = []
 
     def write(self, table: pa.Table) -> None:
         """Add rows; full row groups are written."""
-        self.pending = pa.concat_tables([self.pending, table])
+        self.pending = table if self.pending is None else pa.concat_tables([self.pending, table])
         whole = self.pending.num_rows // self.group_rows * self.group_rows
         for start in range(0, whole, self.group_rows):
             self._write_group(self.pending.slice(start, self.group_rows))
@@ -49,8 +50,9 @@ class RowGroupWriter:
 
     def close(self) -> list[FileEntry]:
         """Write the last row group (an empty file if there were no rows); returns all entries."""
-        if self.pending.num_rows or not (self.entries or self.file):
-            self._write_group(self.pending)
+        pending = self.schema.empty_table() if self.pending is None else self.pending
+        if pending.num_rows or not (self.entries or self.file):
+            self._write_group(pending)
         self._finish_file()
         return self.entries
 
@@ -66,7 +68,7 @@ class RowGroupWriter:
                 use_dictionary=False,
                 write_page_checksum=True,
             )
-        self.file.write_table(table, row_group_size=self.group_rows)
+        self.file.write_table(stored(table, self.schema), row_group_size=self.group_rows)
         self.rows += table.num_rows
         self.groups += 1 if table.num_rows else 0
         if self.groups == _GROUPS_PER_PART and "{" in self.pattern:
@@ -102,7 +104,8 @@ def write_items(folder: Path, item_ids: pa.Array, counts: Array) -> FileEntry:
     """Write ``items.parquet`` with item_id, item and count, in the order of ``item``."""
     items = np.arange(len(counts), dtype=np.int64)
     table = pa.table({"item_id": item_ids, "item": items, "count": counts})
-    writer = RowGroupWriter(folder, ITEMS_NAME, table.schema, _ITEM_GROUP_ROWS)
+    schema = table.schema.set(0, pa.field("item_id", stored_type(item_ids.type)))
+    writer = RowGroupWriter(folder, ITEMS_NAME, schema, _ITEM_GROUP_ROWS)
     writer.write(table)
     return writer.close()[0]
 
@@ -203,8 +206,9 @@ class _Sequences:
         )
 
 
-def _schemas(log: SortedLog) -> tuple[pa.Schema, pa.Schema]:
-    user = pa.field("user_id", log.user_ids.type, nullable=False)
+def _schemas(log: SortedLog, user_type: pa.DataType | None = None) -> tuple[pa.Schema, pa.Schema]:
+    """Of the training sequences, and of histories with targets; by default as in the files."""
+    user = pa.field("user_id", user_type or stored_type(log.user_ids.type), nullable=False)
     items = pa.list_(pa.field("element", pa.int64(), nullable=False))
     weights = pa.list_(pa.field("element", pa.float32(), nullable=False))
     length = pa.field("length", pa.int32(), nullable=False)
@@ -216,7 +220,7 @@ def _schemas(log: SortedLog) -> tuple[pa.Schema, pa.Schema]:
 
 
 def _train_table(log: SortedLog, sequences: _Sequences) -> pa.Table:
-    schema = _schemas(log)[0]
+    schema = _schemas(log, log.user_ids.type)[0]
     rows = np.flatnonzero(sequences.train_end >= 2)
     starts, lengths = sequences.starts[rows], sequences.train_end[rows]
     columns = [
@@ -232,7 +236,7 @@ def _train_table(log: SortedLog, sequences: _Sequences) -> pa.Table:
 def _evaluation_table(
     log: SortedLog, sequences: _Sequences, start: Array, stop: Array, last_only: bool
 ) -> pa.Table:
-    schema = _schemas(log)[1]
+    schema = _schemas(log, log.user_ids.type)[1]
     first = np.maximum(start, stop - 1) if last_only else start
     rows = np.flatnonzero((stop > start) & (first >= 1))
     begin, first = sequences.starts[rows], first[rows]

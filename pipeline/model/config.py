@@ -23,6 +23,8 @@ class MeasureConfig:
         filter_seen: leave out items of the history; a target among them counts as missed.
         min_count: training events an item must have to be ranked; a target with fewer counts as
             missed. 0 ranks all.
+        sample_users: rank for so many users only: the first ones of the prepared data, whose order
+            is by a hash of user and seed. A random sample, the same for every run on this data.
         batch_size: users at a time on each rank.
         block_states: states of all ranks that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
@@ -31,6 +33,7 @@ class MeasureConfig:
     ks: tuple[int, ...] = (5, 10, 20)
     filter_seen: bool = True
     min_count: int = 1
+    sample_users: int | None = None
     batch_size: int = 256
     block_states: int = 256
     block_rows: int = 65_536
@@ -39,7 +42,7 @@ class MeasureConfig:
         """Refuse list lengths and sizes below 1."""
         if not self.ks or min(self.ks) < 1:
             raise ValueError(f"ks must be list lengths of at least 1, got {self.ks}; use 5,10")
-        for name in ("batch_size", "block_states", "block_rows"):
+        for name in ("batch_size", "block_states", "block_rows", "sample_users"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("min_count", self.min_count, 0)
 
@@ -47,7 +50,7 @@ class MeasureConfig:
     def protocol(self) -> dict[str, Any]:
         """JSON: all that decides which lists the users get; measurements differ where it does."""
         lists = {"ks": list(self.ks), "filter_seen": self.filter_seen, "min_count": self.min_count}
-        return {**lists, "ties": TIES}
+        return {**lists, "sample_users": self.sample_users, "ties": TIES}
 
     def metric_names(self) -> list[str]:
         """The metrics a best checkpoint can be chosen by."""

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.item_ids import ItemIds
 
 __all__ = ["Lists", "list_schema"]
@@ -43,10 +44,11 @@ class Lists:
             pa.ListArray.from_arrays(offsets.numpy(), ids),
             pa.ListArray.from_arrays(offsets.numpy(), scores, mask=unscored),
         ]
-        return pa.table([keys, *columns], schema=schema)
+        return stored(pa.table([keys, *columns], names=schema.names), schema)
 
 
 def list_schema(name: str, key: pa.DataType, ids: pa.DataType) -> pa.Schema:
     """The columns of a file of lists: a key of that name, item_ids and scores."""
-    columns = {name: key, "item_ids": pa.list_(ids), "scores": pa.list_(pa.float32())}
+    columns = {name: stored_type(key), "item_ids": pa.list_(stored_type(ids))}
+    columns["scores"] = pa.list_(pa.float32())
     return pa.schema(columns)

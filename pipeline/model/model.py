@@ -15,6 +15,7 @@ from shardrec.modules.catalog import Catalog
 from shardrec.modules.dropout import PositionKeys
 from shardrec.modules.encoder import TransformerEncoder
 from shardrec.modules.length_groups import LengthGroups
+from shardrec.modules.memory import Memory
 from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
@@ -30,12 +31,14 @@ class Model:
         catalog: the item vectors, spread over the ranks.
         precision: of the encoder's products; "auto" is bfloat16 on CUDA and float32 elsewhere.
         normalize: whether the loss compares unit-length rows, so that ranking must too.
+        memory: adds scores to successors of recent items in ranking; None adds nothing.
     """
 
     encoder: nn.Module
     catalog: Catalog
     precision: Precision = "auto"
     normalize: bool = False
+    memory: Memory | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,9 +99,12 @@ class Model:
     def last_states(self, items: Tensor, lengths: Tensor) -> Tensor:
         """(B, D) float32, the state after the last item of each sequence; arguments as ``states``.
 
+        With a memory and ``normalize`` they have unit length: its scores are added to cosines.
+
         Collectives: as ``Catalog.lookup``.
         """
-        return self.states(items, lengths)[lengths.cumsum(0) - 1]
+        states = self.states(items, lengths)[lengths.cumsum(0) - 1]
+        return F.normalize(states) if self.normalize and self.memory is not None else states
 
     def _encode(self, vectors: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
         groups = LengthGroups.of(lengths)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.memory import Memory, recent_items
 from shardrec.modules.ranking import Blocks, Ragged, top_items
 from shardrec.pipeline.model.model import Model
 
@@ -59,17 +60,21 @@ class StateRanker:
         shard: this rank's rows.
         max_length: how many of a user's last items the scorer reads.
         blocks: block sizes of the ranking.
+        memory: adds scores to successors of recent items; None adds nothing.
+        skipped: (V,) bool, items of a history that the memory passes over; None: none of them.
     """
 
     scorer: Scorer
     shard: RowShard
     max_length: int
     blocks: Blocks
+    memory: Memory | None = None
+    skipped: Tensor | None = None
 
     @classmethod
     def of(cls, model: Model, max_length: int, blocks: Blocks) -> "StateRanker":
         """The ranker of a model that reads ``max_length`` items."""
-        return cls(model.last_states, model.scored_shard(), max_length, blocks)
+        return cls(model.last_states, model.scored_shard(), max_length, blocks, model.memory)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -84,6 +89,23 @@ class StateRanker:
     def top(
         self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As ``Ranker.top``; scores are inner products. Collectives: scorer and ``top_items``."""
-        states = self.scorer(items, lengths)
-        return top_items(states, self.shard, k, seen=seen, allowed=allowed, blocks=self.blocks)
+        """As ``Ranker.top``; scores are inner products, and what a memory adds to them.
+
+        Collectives: those of the scorer and of ``top_items``.
+        """
+        states, recent = self.scorer(items, lengths), None
+        if self.memory is not None:
+            is_history = torch.arange(items.shape[1], device=self.device) < lengths[:, None]
+            if self.skipped is not None:
+                is_history &= ~self.skipped[items]
+            recent = recent_items(items, is_history, self.memory.ages)
+        return top_items(
+            states,
+            self.shard,
+            k,
+            seen=seen,
+            allowed=allowed,
+            memory=self.memory,
+            recent=recent,
+            blocks=self.blocks,
+        )

@@ -8,6 +8,7 @@ __all__ = [
     "BASELINE",
     "EXPORT",
     "GATE",
+    "MEMORY",
     "METRICS",
     "POINTER",
     "PREPARED",
@@ -29,6 +30,7 @@ class Format:
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
+        is_signed: whether it is signed while there is a key (``outputs/signing.py``).
         manifest: name of the file; readers of Parquet folders pass over one that begins with "_".
     """
 
@@ -39,6 +41,7 @@ class Format:
     is_folder: bool = True
     version: int = 1
     hint: str = ""
+    is_signed: bool = False
     manifest: str = "manifest.json"
 
     @property
@@ -63,6 +66,7 @@ _EXPORT: Shape = {
     **{"catalog_version": str, "scores": str, "num_items": int, "width": int, "max_length": int}
 }
 _BASELINE: Shape = {"kind": str, "data": str, "counts": dict, "versions": dict}
+_MEMORY: Shape = {"scale": float, "ages": int, "decay": float}
 _GATE: Shape = {"passed": bool, "reason": str, "evaluation": dict, "published": dict}
 _POINTER: Shape = {"current": _NUMBER, "publications": list, "swaps": list}
 
@@ -73,13 +77,16 @@ METRICS = Format(
     "shardrec.metrics", "a report", "shardrec evaluate", {**_REQUEST, "metrics": dict}, False
 )
 BASELINE = Format("shardrec.baseline", "a baseline", "shardrec baseline", {**_FILES, **_BASELINE})
+MEMORY = Format("shardrec.memory", "a memory", "shardrec memorize", {**_FILES, **_MEMORY})
 RECOMMENDATIONS = Format(
     "shardrec.recommendations", "lists", "shardrec recommend", _FILES, manifest="_manifest.json"
 )
 SIMILAR = Format(
     "shardrec.similar", "lists of items", "shardrec similar", _FILES, manifest="_manifest.json"
 )
-EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
+EXPORT = Format(
+    "shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT}, is_signed=True
+)
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(
     "shardrec.published",
@@ -88,4 +95,5 @@ POINTER = Format(
     _POINTER,
     is_folder=False,
     hint="restore it from a copy, or remove it and publish an export again",
+    is_signed=True,
 )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.outputs.files import MANIFEST_NAME, FileEntry, check_files
 from shardrec.pipeline.outputs.formats import Format
 from shardrec.pipeline.outputs.json_files import (
@@ -26,7 +27,15 @@ from shardrec.pipeline.outputs.json_files import (
     require_shape,
     write_atomically,
 )
-from shardrec.pipeline.outputs.staging import find_file, settle, staged_folder
+from shardrec.pipeline.outputs.signing import require_signature, signed
+from shardrec.pipeline.outputs.staging import (
+    find_file,
+    place_of,
+    require_place,
+    require_writable,
+    settle,
+    staged_folder,
+)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -109,6 +118,7 @@ class StageOutput:
             manifest = self._head() | dict(details())
             if folder is not None:
                 manifest["files"] = [dataclasses.asdict(entry) for entry in entries]
+            manifest = signed(manifest) if self.format.is_signed else manifest
             path = self.path if folder is None else folder / self.format.manifest
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(manifest, indent=1, allow_nan=folder is not None)
@@ -119,11 +129,20 @@ class StageOutput:
 
     def _head(self) -> dict[str, Any]:
         version = {"format": self.format.name, "schema_version": self.format.version}
-        return version | {"request": dict(self.request)}
+        return version | {"request": stored_without_keys(dict(self.request))}
 
     def _find(self) -> dict[str, Any] | None:
-        settle(self.path)
-        if self._is_free():
+        found = self._find_result()
+        if found is None:
+            require_place(self.path)
+            if not self.format.is_folder:  # where it is one, the staging folder shows it
+                require_writable(self.path)
+        return found
+
+    def _find_result(self) -> dict[str, Any] | None:
+        place = place_of(self.path)
+        settle(place)
+        if self._is_free(place):
             return None
         stored = self._read()
         if stored.get("format") != self.format.name:
@@ -133,17 +152,18 @@ class StageOutput:
         if self.force:
             return None
         self._require_whole(stored)
-        names = [n for n, value in self.request.items() if value != stored["request"].get(n)]
+        asked, before = self._head()["request"], stored["request"]
+        names = [name for name, value in asked.items() if value != before.get(name)]
         if names:
             found = f"{self.path} of other input or options, which differs in {', '.join(names)}"
             raise self._refusal(f"hold this very result, got {found}", "replace it with --force")
         return stored
 
-    def _is_free(self) -> bool:
+    def _is_free(self, place: Path) -> bool:
         """Whether nothing is there, or an empty folder where a folder is wanted."""
-        if not os.path.lexists(self.path):
+        if not os.path.lexists(place):
             return True
-        return self.format.is_folder and self.path.is_dir() and not any(self.path.iterdir())
+        return self.format.is_folder and place.is_dir() and not any(place.iterdir())
 
     def _read(self) -> dict[str, Any]:
         if self.stored is not None:
@@ -157,6 +177,8 @@ class StageOutput:
             if stored.get("schema_version") != self.format.version:
                 raise ValueError(f"it is of schema version {stored.get('schema_version')!r}")
             require_shape(stored, self.format.shape, str(self.path), "it is damaged")
+            if self.format.is_signed:
+                require_signature(stored, self.path)
             if self.format.is_folder:
                 check_files(self.path, stored["files"], "it is damaged", verify=False)
         except (OSError, ValueError) as error:
@@ -208,6 +230,8 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
             f"{file} must be {what} of format {format.name!r}, version {format.version}, got "
             f"{found[0]!r}, {found[1]!r}; choose one that {maker} of this version wrote"
         )
+    if format.is_signed:
+        require_signature(stored, file)
     return require_shape(stored, format.shape, str(file), format.remedy)
 
 

@@ -7,25 +7,29 @@ A folder is written next to ``output``; what is left of it is removed at the end
                     work      temporary files
                     former    the folder that ``result`` replaces, where that takes two renames
 
-Replacing a folder is one atomic exchange where the file system has it. Elsewhere it is two renames:
-``output`` to ``former``, then ``result`` to ``output``. A process killed between the two leaves no
-``output``; ``settle``, which every later reader and writer calls first, does the second rename.
+An output that is a link stays one: what it leads to is written, next to which the staging folder
+is. Replacing a folder is one atomic exchange where the file system has it. Elsewhere it is two
+renames: ``output`` to ``former``, then ``result`` to ``output``. A folder that came with the lower
+layer of an overlay cannot be renamed at all and is deleted instead, while an empty ``former`` says
+so. A process killed in between leaves no ``output``, or half of it; ``settle``, which every later
+reader and writer calls first, does the rest. A complete result that cannot be renamed stays.
 """
 
 import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.outputs.lock import lock_file
+from shardrec.pipeline.outputs.lock import lock_file, open_lock
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS)
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV)
 
 
 @contextlib.contextmanager
@@ -33,11 +37,21 @@ def staged_file(output: Path) -> Iterator[Path]:
     """Context manager: a temporary path, renamed to ``output`` at the end.
 
     The file is removed if the block raises.
+
+    Raises:
+        ValueError: ``output`` is a mount point, or a link that leads to itself.
     """
+    output = require_place(output)
     partial = output.with_name(f".{output.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there is not written through
     try:
         yield partial
         partial.replace(output)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk says nothing of a path when it is written to.
+        raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -60,32 +74,77 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
     Raises:
         FileExistsError: another process is writing the same output.
         PermissionError: nothing can be written next to ``output``.
-        ValueError: ``output`` is a mount point, which cannot be renamed.
+        ValueError: ``output`` is a mount point, which cannot be renamed, or a link to itself.
+        OSError: the result is complete, but cannot be renamed; the message says where it is.
     """
-    output = output.absolute()
-    if os.path.ismount(output):
-        raise ValueError(
-            f"output must be a folder below a mount point, got {str(output)!r}, which is one; "
-            f"use {str(output / 'prepared')!r}"
-        )
+    output = require_place(output)
     settle(output)
     partial = partial_of(output)
     with locked(partial):
         try:
             result, work = _empty(partial / RESULT), _empty(partial / "work")
             yield result, work
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        try:
             if replace and output.exists():
                 put_in_place(result, output)
             else:
                 os.replace(result, output)
-        finally:
-            if os.path.lexists(output) or not (partial / FORMER).exists():
-                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            rest = f"the result is complete: rename {result} yourself"
+            if not result.is_dir():
+                rest = f"{partial} was deleted meanwhile: run it again"
+            raise OSError(
+                error.errno,
+                f"{output} must be free for the new result, got {error.strerror}; {rest}",
+            ) from error
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def place_of(output: Path) -> Path:
+    """The absolute path of ``output``, or of what it links to, which need not exist.
+
+    Raises:
+        ValueError: it is a link that leads to itself.
+    """
+    if not output.is_symlink():
+        return output.absolute()
+    place = Path(os.path.realpath(output))
+    if place.is_symlink():
+        raise ValueError(
+            f"output must be a path that leads somewhere, got {str(output)!r}, a link to itself; "
+            "remove the link"
+        )
+    return place
+
+
+def require_place(output: Path) -> Path:
+    """``place_of`` an output, after checking that something can be renamed to it.
+
+    Raises:
+        ValueError: it is a mount point, or a link that leads to itself.
+    """
+    place = place_of(output)
+    if _is_mount_point(place):
+        raise ValueError(
+            f"output must be a folder below a mount point, got {str(output)!r}, which is one; "
+            f"use {str(output / 'prepared')!r}"
+        )
+    return place
+
+
+def require_writable(output: Path) -> None:
+    """Raise PermissionError if nothing can be written next to ``output``."""
+    folder = next(one for one in place_of(output).parents if one.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(_not_writable(folder, "no permission, or a read-only disk"))
 
 
 def partial_of(output: Path) -> Path:
-    """The staging folder of ``output``, next to it."""
-    output = output.absolute()
+    """The staging folder of ``output``, next to it or to what it links to."""
+    output = place_of(output)
     return output.parent / f".{output.name}.partial"
 
 
@@ -100,14 +159,16 @@ def locked(partial: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
+            if partial.is_symlink():
+                raise FileExistsError(
+                    f"output must have a staging folder of its own, got a link at {partial}; "
+                    "remove it"
+                )
             stack.enter_context(_locked(partial))
         except OSError as error:
             if error.errno not in _NOT_ALLOWED:
                 raise
-            raise PermissionError(
-                f"output must be in a folder that can be written, got {str(partial.parent)!r} "
-                f"({error.strerror}); choose another folder or fix its permissions"
-            ) from error
+            raise PermissionError(_not_writable(partial.parent, error.strerror)) from error
         yield
 
 
@@ -115,14 +176,23 @@ def put_in_place(result: Path, output: Path) -> None:
     """Replace ``output`` by the complete ``result``; the old folder stays in the staging folder.
 
     Atomic where the file system can exchange two folders; else two renames, and ``settle`` does the
-    second one if the process is killed between them.
+    second one if the process is killed between them. A folder that cannot be renamed is deleted.
     """
+    output = place_of(output)
     if _exchange(result, output):
         return
     aside = result.with_name(FORMER)
     if aside.exists():
         shutil.rmtree(aside)
-    output.rename(aside)
+    try:
+        output.rename(aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        aside.mkdir()  # says what happens here, should the process be killed
+        shutil.rmtree(output)
+        result.rename(output)
+        return
     try:
         result.rename(output)
     except OSError:
@@ -131,24 +201,26 @@ def put_in_place(result: Path, output: Path) -> None:
 
 
 def settle(output: Path) -> bool:
-    """Finish a replacement that was killed between its two renames; returns whether there was one.
+    """Finish a replacement that was killed between its two steps; returns whether there was one.
 
-    In that state ``output`` is missing, and the staging folder holds the former folder and the new,
-    complete one, which is renamed to ``output``. Does nothing if there is an output, if nothing was
+    In that state ``output`` is missing or half deleted, and the staging folder holds the former
+    folder and the new, complete one, which is renamed to ``output``. Does nothing if nothing was
     left, or while another process holds the lock.
 
     Raises:
         OSError: it cannot be renamed; the message says what to do.
     """
-    partial = partial_of(output)
-    if os.path.lexists(output) or not (partial / FORMER).is_dir():
-        return False
+    output, partial = place_of(output), partial_of(output)
     found = partial / RESULT
     found = found if found.is_dir() else partial / FORMER
+    if not _is_unsettled(output, partial):
+        return False
     try:
         with _locked(partial):
-            if os.path.lexists(output):  # it may have appeared since
+            if not _is_unsettled(output, partial):  # another process may have settled it since
                 return False
+            if output.exists():
+                shutil.rmtree(output)
             found.rename(output)
             shutil.rmtree(partial, ignore_errors=True)
             return True
@@ -170,9 +242,35 @@ def find_file(folder: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def _is_unsettled(output: Path, partial: Path) -> bool:
+    is_replaced = (partial / FORMER).is_dir()
+    return is_replaced and (not os.path.lexists(output) or (partial / RESULT).is_dir())
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Whether a disk, a folder or a file is mounted there; ``ismount`` overlooks bind mounts."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        lines = []
+    places = (re.sub(r"\\([0-7]{3})", _octal, line.split(" ")[4]) for line in lines)
+    return os.path.ismount(path) or os.path.realpath(path) in places
+
+
+def _octal(found: re.Match[str]) -> str:
+    return chr(int(found[1], 8))
+
+
+def _not_writable(folder: Path, reason: str | None) -> str:
+    return (
+        f"output must be in a folder that can be written, got {str(folder)!r} ({reason}); "
+        "choose another folder or fix its permissions"
+    )
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
+    with os.fdopen(open_lock(folder / "lock"), "w") as lock:
         if not lock_file(lock.fileno(), folder / "lock"):
             raise FileExistsError(
                 f"output must be written by one process at a time, got {str(folder)!r} in use; "
@@ -198,7 +296,9 @@ def _rename_exchange(first: Path, second: Path) -> int:
 
 
 def _empty(folder: Path) -> Path:
-    if folder.exists():
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
     return folder

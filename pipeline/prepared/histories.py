@@ -1,10 +1,11 @@
 """User histories, streamed from Parquet files in chunks of users."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as fs
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.prepared.data_files import find_files
+from shardrec.pipeline.prepared.ids import id_kind, plain_ids, require_ids, short_message
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.prepared.parquet_files import find_files, id_kind, require_ids
 
 __all__ = ["Histories", "HistoryChunk"]
 
@@ -64,11 +66,18 @@ class Histories:
             ValueError: a footer cannot be read, or a column is missing or of an unsuitable type.
         """
         self.catalog, self.columns, self.dense = catalog, (users, items), dense
-        self._filesystem, self._paths = find_files(source, "histories")
-        self._footers = [_footer(self._filesystem, path) for path in self._paths]
-        types = [self._user_type(*pair) for pair in zip(self._paths, self._footers, strict=True)]
-        self.user_type = types[0] if len(set(types)) == 1 else pa.int64()
+        found = find_files(source, "histories")
+        self._filesystem, self._paths = found.filesystem, found.parquet_paths("histories")
+        opened = [_footer(self._filesystem, path) for path in self._paths]
+        self._footers = [footer for footer, _ in opened]
         self.num_users = sum(footer.num_rows for footer in self._footers)
+        self.user_type = self._find_user_type(
+            {
+                path: schema
+                for path, (footer, schema) in zip(self._paths, opened, strict=True)
+                if footer.num_rows or not self.num_users
+            }
+        )
         self.files = [
             {
                 "path": path if "://" in source else str(Path(path).absolute()),
@@ -108,7 +117,9 @@ class Histories:
         position = 0
         try:
             with self._filesystem.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+                file = pq.ParquetFile(
+                    stream, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+                )
                 for batch in file.iter_batches(
                     8192, row_groups=[group], columns=list(self.columns), use_threads=False
                 ):
@@ -116,7 +127,8 @@ class Histories:
                     low, high = max(first - position, 0), min(last - position, table.num_rows)
                     position += table.num_rows
                     if low < high:
-                        yield table.slice(low, high - low)
+                        place = f"{path!r}, row group {group}"
+                        yield self._plain(table.slice(low, high - low), place)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{path!r}, row group {group}, columns {' and '.join(self.columns)} must be "
@@ -127,37 +139,70 @@ class Histories:
         users, lists = (table.column(name) for name in self.columns)
         lengths = pc.fill_null(pc.list_value_length(lists), 0)
         counts = torch.from_numpy(lengths.to_numpy().astype("int64"))
-        items = self._items(pc.list_flatten(lists).combine_chunks())
+        items = self._items(pc.list_flatten(lists))
         known = items >= 0
         owners = torch.repeat_interleave(counts)[known]
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
         torch.cumsum(torch.bincount(owners, minlength=len(counts)), 0, out=offsets[1:])
         return HistoryChunk(
-            users.cast(self.user_type).combine_chunks(),
+            users.combine_chunks(),
             items[known],
             offsets,
             int(len(items) - len(owners)),
         )
 
-    def _items(self, values: pa.Array) -> Tensor:
+    def _items(self, values: pa.ChunkedArray) -> Tensor:
         if not self.dense:
             return self.catalog.items(values)
         items = torch.from_numpy(values.to_numpy().astype("int64"))
         return items.where((items >= 0) & (items < len(self.catalog)), -1)
 
-    def _user_type(self, path: str, footer: pq.FileMetaData) -> pa.DataType:
-        """Check the columns of a file; the type of its user ids in the output."""
-        schema = footer.schema.to_arrow_schema()
-        for name in self.columns:
-            if name not in schema.names:
-                raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
-        self._check_lists(path, schema.field(self.columns[1]).type)
-        dtype = schema.field(self.columns[0]).type
-        return pa.string() if require_ids(dtype, self.columns[0], path) == "string" else dtype
+    def _plain(self, table: pa.Table, place: str) -> pa.Table:
+        """The users in the type of the output, and the items as int64 or large_string."""
+        users, lists = (table.column(name) for name in self.columns)
+        if users.type not in (self.user_type, pa.null()):
+            users = plain_ids(users, f"{place}, column {self.columns[0]!r}")
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+        offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        values = pc.list_flatten(lists)
+        if values.type == pa.null():  # of empty lists alone
+            is_text = self.catalog.kind == "string" and not self.dense
+            values = values.cast(pa.large_string() if is_text else pa.int64())
+        values = plain_ids(values, f"{place}, column {self.columns[1]!r}")
+        plain = pa.LargeListArray.from_arrays(offsets, values.combine_chunks())
+        return pa.table([users.cast(self.user_type), plain], names=list(self.columns))
+
+    def _find_user_type(self, schemas: Mapping[str, pa.Schema]) -> pa.DataType:
+        """Check the columns of the files; the type of the user ids in the output."""
+        types: dict[str, pa.DataType] = {}
+        for path, schema in schemas.items():
+            for name in self.columns:
+                if name not in schema.names:
+                    raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
+            self._check_lists(path, schema.field(self.columns[1]).type)
+            dtype = schema.field(self.columns[0]).type
+            if dtype != pa.null():
+                kind = require_ids(dtype, self.columns[0], path)
+                types[path] = pa.large_string() if kind == "string" else dtype
+        first = next(iter(types), None)
+        if first is None:
+            return pa.int64()
+        for path, dtype in types.items():
+            if id_kind(dtype) != id_kind(types[first]):
+                raise ValueError(
+                    f"column {self.columns[0]!r} must have one type in all files, got "
+                    f"{id_kind(types[first])} in {first!r} and {id_kind(dtype)} in {path!r}; "
+                    "convert one of them"
+                )
+        found = set(types.values())
+        if len(found) == 1 and not _has_fractions(types[first]):
+            return types[first]
+        return pa.int64()
 
     def _check_lists(self, path: str, dtype: pa.DataType) -> None:
         wanted = self.catalog.kind
         kind = id_kind(dtype.value_type) if _is_list(dtype) else str(dtype)
+        kind = wanted if kind == "null" else kind  # empty lists alone
         if not _is_list(dtype) or (not self.dense and kind != wanted):
             raise ValueError(
                 f"column {self.columns[1]!r} of {path!r} must be a list of {wanted} ids as in the "
@@ -165,16 +210,22 @@ class Histories:
             )
 
 
+def _has_fractions(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(dtype) or pa.types.is_decimal(dtype))
+
+
 def _is_list(dtype: pa.DataType) -> bool:
     kinds: Any = pa.types
     return bool(kinds.is_list(dtype) or kinds.is_large_list(dtype))
 
 
-def _footer(filesystem: fs.FileSystem, path: str) -> pq.FileMetaData:
+def _footer(filesystem: fs.FileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
         with filesystem.open_input_file(path) as stream:
-            return pq.read_metadata(stream)
+            file = pq.ParquetFile(stream)
+            return file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path!r} must end in a readable Parquet footer, got {error}; write the file again"
+            f"{path!r} must end in a readable Parquet footer, got {short_message(error)}; write "
+            "the file again"
         ) from error

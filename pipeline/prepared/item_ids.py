@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from shardrec.pipeline.prepared.parquet_files import id_kind
+from shardrec.pipeline.prepared.ids import id_kind, plain_ids, wide
 
 __all__ = ["ItemIds"]
 
@@ -22,7 +22,7 @@ class ItemIds:
     """The ids of a catalog by dense index: ``ids[item]`` is the id of ``item``.
 
     Attributes:
-        ids: (V,) int64 or string, without repetition.
+        ids: (V,) int64 or text, without repetition.
     """
 
     ids: pa.Array
@@ -36,23 +36,27 @@ class ItemIds:
         """The kind of the ids: "int64" or "string"."""
         return id_kind(self.ids.type)
 
-    def items(self, ids: pa.Array) -> Tensor:
+    def items(self, ids: pa.Array | pa.ChunkedArray) -> Tensor:
         """(n,) int64 dense indices of ``ids``; -1 for nulls and for ids not in the catalog.
 
         Each call reads the catalog's ids once, whatever n is: pass many ids at a time.
 
         Raises:
-            ValueError: the ids are not of the catalog's kind.
+            ValueError: the ids are not of the catalog's kind, or one is no whole number or no text.
         """
-        if id_kind(ids.type) != self.kind:
+        if id_kind(ids.type) not in (self.kind, "null"):
             raise ValueError(
-                f"item ids must be {self.kind} as in the catalog, got {ids.type}; convert them"
+                f"item ids must be {self.kind} as in the catalog, got {id_kind(ids.type)}; "
+                "convert them"
             )
-        asked = ids.cast(self.ids.type).dictionary_encode()
+        ids = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([ids])
+        plain = plain_ids(ids, "item ids").combine_chunks()
+        plain = plain.cast(wide(self.ids.slice(0, 0)).type)
+        asked = plain.dictionary_encode()
         found = np.full(len(asked.dictionary) + 1, -1, dtype=np.int64)  # the last one is for nulls
         for start in range(0, len(self), _CHUNK_IDS):
             part = self.ids.slice(start, _CHUNK_IDS)
-            places = pc.index_in(part, value_set=asked.dictionary)
+            places = pc.index_in(wide(part).cast(plain.type), value_set=asked.dictionary)
             there = pc.is_valid(places).to_numpy(zero_copy_only=False).nonzero()[0]
             found[places.drop_null().to_numpy()] = there + start
         return torch.from_numpy(found[pc.fill_null(asked.indices, -1).to_numpy()])

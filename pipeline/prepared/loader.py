@@ -261,6 +261,7 @@ class EvaluationBatches:
         *,
         batch_size: int,
         max_length: int,
+        sample_users: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -271,6 +272,7 @@ class EvaluationBatches:
             split: the users to read.
             batch_size: users of one rank in a batch.
             max_length: largest number of items of a history that the encoder reads.
+            sample_users: number of users, the first ones of the split; None takes all.
             rank: this process.
             world_size: W.
         """
@@ -280,8 +282,10 @@ class EvaluationBatches:
         if split not in ("validation", "test"):
             raise ValueError(f"split must be validation or test, got {split!r}; choose one")
         self.prepared, self.batch_size, self.max_length = prepared, batch_size, max_length
-        self._groups = RowGroups([prepared.path / f"{split}.parquet"], ["items", "targets"])
+        self._groups = RowGroups([prepared.file(f"{split}.parquet")], ["items", "targets"])
         self.num_users = int(self._groups.rows.sum())
+        if sample_users is not None:
+            self.num_users = min(self.num_users, sample_users)
         self._shares = [self._share(r, world_size) for r in range(world_size)]
         self.rank = rank
 

@@ -80,5 +80,5 @@ def _ndcg_of_users(
     ranks = torch.from_numpy(lists.values.to_numpy().astype(np.int64))
     values = NDCG(k).per_user(ranks.where(ranks >= 0, k), lengths)
     protocol = evaluation["protocol"]
-    compared = ("data_fingerprint", "split", "candidates", "seen_items", "ties")
-    return tuple(str(protocol[name]) for name in compared), values.numpy()
+    compared = ("data_fingerprint", "split", "users", "candidates", "seen_items", "ties")
+    return tuple(str(protocol.get(name)) for name in compared), values.numpy()

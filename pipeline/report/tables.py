@@ -126,7 +126,7 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
     if len({record.details.get("data", {}).get("fingerprint") for record in records}) > 1:
         found.append("The runs were trained on different data: do not compare their metrics.")
     protocols = [record.evaluation["protocol"] for record in records if record.evaluation]
-    compared = ("split", "candidates", "seen_items", "ties")
+    compared = ("split", "users", "candidates", "seen_items", "ties")
     if len({tuple(one.get(name) for name in compared) for one in protocols}) > 1:
         found.append(
             "The runs were evaluated under different protocols (split, or items that the user has "

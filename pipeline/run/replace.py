@@ -13,18 +13,25 @@ from pathlib import Path
 
 from shardrec.pipeline.outputs.json_files import write_atomically
 from shardrec.pipeline.outputs.lock import RunLock
-from shardrec.pipeline.outputs.staging import RESULT, locked, partial_of, put_in_place, settle
+from shardrec.pipeline.outputs.staging import (
+    RESULT,
+    locked,
+    partial_of,
+    put_in_place,
+    require_place,
+    settle,
+)
 from shardrec.pipeline.run.callbacks import EndReport
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import END, METRICS, write_config
+from shardrec.pipeline.run.folder import END, MEMORY, METRICS, write_config
 from shardrec.pipeline.run.resume import Resume, write_end
 
 __all__ = ["check_force", "moved_to", "replace_run", "training_folder"]
 
-# What train, evaluate and gate write into a run folder.
+# What train, memorize, evaluate and gate write into a run folder.
 RUN_FILES = {
     *("config.json", "run.json", "mlflow.json", "checkpoints", "tensorboard", "profile"),
-    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json"),
+    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json", MEMORY),
 }
 
 
@@ -50,12 +57,14 @@ def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Pa
 
     Raises:
         FileExistsError: ``output`` holds more than a run, or another process writes there.
+        ValueError: ``output`` is a mount point, which cannot be replaced.
         PermissionError: the staging folder cannot be written.
     """
     if not force or _goes_on_in_place(output, resume):
         yield output
         return
     _require_only_a_run(output)
+    require_place(output)
     partial, lock = partial_of(output), RunLock(output)
     staged = partial / RESULT
     with contextlib.ExitStack() as held:

@@ -1,6 +1,10 @@
 """Find a checkpoint of a trained run and load its model on the ranks of the default group."""
 
+import dataclasses
+import functools
 import hashlib
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +15,15 @@ from torch import nn
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build_model, open_attributes
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import open_checkpoints, open_run
+from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
+from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
 __all__ = ["Source", "load_model"]
 
@@ -25,12 +32,16 @@ __all__ = ["Source", "load_model"]
 class Source:
     """A checkpoint of a run, found but not loaded.
 
-    ``identity`` is JSON: run id, checkpoint, its weights' hash, and the data's fingerprint.
+    ``identity`` is JSON: run id, checkpoint, its weights' hash, the data's fingerprint, and the
+    memory's hash if there is one. ``memory`` is the manifest of the run's memory, and
+    ``successors`` its file.
     """
 
     config: TrainConfig
     checkpoint: Folder
     identity: dict[str, Any]
+    memory: dict[str, Any] | None = None
+    successors: Path | None = None
 
     @classmethod
     def find(
@@ -46,10 +57,24 @@ class Source:
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
-            ValueError: the run does not fit the data.
+            ValueError: the run does not fit the data, or its memory does not fit the weights.
 
         Collectives: one all-gather of small objects on the default group.
         """
+        return on_first_rank(
+            lambda: _with_memory(Path(run), _find(Path(run), prepared, which, encoder)),
+            default_group(),
+        )
+
+    @classmethod
+    def find_alone(
+        cls,
+        run: str,
+        prepared: Prepared,
+        which: Literal["best", "last"],
+        encoder: nn.Module | None = None,
+    ) -> "Source":
+        """As ``find``, without the run's memory."""
         return on_first_rank(lambda: _find(Path(run), prepared, which, encoder), default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
@@ -57,8 +82,28 @@ class Source:
 
         Collectives: on the default group; every rank must call it.
         """
-        model, _ = load_model(self.config, self.checkpoint, prepared, encoder)
+        model, _ = self.load_with_progress(prepared, encoder)
         return model
+
+    def load_with_progress(
+        self, prepared: Prepared, encoder: nn.Module | None = None
+    ) -> tuple[Model, Mapping[str, Any]]:
+        """As ``load``, and the progress stored with the checkpoint."""
+        model, progress = load_model(self.config, self.checkpoint, prepared, encoder)
+        if self.memory is None or self.successors is None or not self.memory["scale"]:
+            return model, progress
+        memory = on_this_rank(
+            functools.partial(
+                read_memory,
+                self.successors,
+                self.memory,
+                prepared.num_items,
+                model.catalog.row_range,
+                model.device,
+            ),
+            default_group(),
+        )
+        return dataclasses.replace(model, memory=memory), progress
 
 
 def load_model(
@@ -78,9 +123,15 @@ def load_model(
     attributes = open_attributes(config, prepared, group)
     model = build_model(config, prepared.num_items, encoder, group, attributes)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
-    model.encoder.load_state_dict(state.encoder)
-    model.catalog.attributes.load_state_dict(state.attributes)
-    model.catalog.load_state_dict(state.table)
+    try:
+        model.encoder.load_state_dict(state.encoder)
+        model.catalog.attributes.load_state_dict(state.attributes)
+        model.catalog.load_state_dict(state.table)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise RuntimeError(
+            f"{checkpoint} must hold the weights of this model, got {error}; give the encoder that "
+            "was trained, or use another checkpoint"
+        ) from error
     model.encoder.eval()
     return model, state.progress
 
@@ -88,6 +139,8 @@ def load_model(
 def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder: Any) -> Source:
     config = open_run(run, prepared, own_encoder=encoder is None)
     checkpoint = open_checkpoints(run, config).find(which)
+    if which == "best":
+        _warn_of_missing_best(run, checkpoint)
     identity = {
         "run": _digest((run / "run.json").read_bytes() + (run / "config.json").read_bytes()),
         "checkpoint": checkpoint.name,
@@ -95,6 +148,28 @@ def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder
         "data": prepared.fingerprint,
     }
     return Source(config, checkpoint, identity)
+
+
+def _with_memory(run: Path, source: Source) -> Source:
+    memory = find_memory(run, source.identity)
+    if memory is None:
+        return source
+    identity = source.identity | {"memory": _digest(json.dumps(memory, sort_keys=True).encode())}
+    return dataclasses.replace(
+        source, identity=identity, memory=memory, successors=run / MEMORY / SUCCESSORS
+    )
+
+
+def _warn_of_missing_best(run: Path, found: Folder) -> None:
+    """Say so where the best checkpoint is not the one that the run's end names."""
+    step = read_json(run / END).get("best_step")
+    if type(step) is int and found.name != f"step-{step:08d}":
+        logging.getLogger(__name__).warning(
+            "the best checkpoint of %s, of step %d, is gone or damaged: %s is used instead",
+            run,
+            step,
+            found,
+        )
 
 
 def _digest(content: bytes) -> str:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
+from shardrec.modules.memory import PairScores
 from shardrec.modules.ranking import top_items
 
-__all__ = ["INDEX", "IndexConfig", "build_index", "index_top_items", "open_index"]
+__all__ = ["INDEX", "IndexConfig", "build_index", "index_top_items", "index_top_with", "open_index"]
 
 INDEX = "items.faiss"
 RECALL_K = 10
@@ -97,7 +98,7 @@ def build_index(
 
 
 def open_index(path: Path) -> Any:
-    """Read an index file; open only files that you trust."""
+    """Read an index file, which FAISS does not check: open only files that you trust."""
     import faiss
 
     return faiss.read_index(str(path))
@@ -119,6 +120,7 @@ def index_top_items(
         score -inf and item -1.
     """
     more = 0 if seen is None or not len(seen[1]) else int(seen[1].max())
+    more = min(more, max(0, int(index.ntotal) - k))
     found = index.search(states.contiguous().numpy(), k + more)
     scores, items = (torch.from_numpy(part) for part in found)  # (B, k + more), items -1 at the end
     hidden = items < 0
@@ -130,6 +132,55 @@ def index_top_items(
         hidden |= torch.isin(own, pairs)
     best, order = scores.masked_fill(hidden, -math.inf).topk(k)
     return best, items.gather(1, order).masked_fill_(best == -math.inf, -1)
+
+
+def index_top_with(
+    index: Any,
+    states: Tensor,
+    k: int,
+    seen: tuple[Tensor, Tensor] | None,
+    added: PairScores,
+    scored: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best items by the index and a memory together, best first.
+
+    The items of ``added`` are scored exactly; the index finds the best of all others.
+
+    Args:
+        index: of ``open_index``.
+        states: (B, D) float32.
+        k: length of the lists.
+        seen: items of each state that must not be returned, values and lengths.
+        added: what the memory adds to the scores of some items that may be returned.
+        scored: (V, D) float32, scored against states.
+
+    Returns:
+        As ``index_top_items``.
+    """
+    hidden = added.states * len(scored) + added.items
+    if seen is not None:
+        keys = torch.repeat_interleave(seen[1]) * len(scored) + seen[0]
+        added = added.where(~torch.isin(hidden, keys))
+        hidden = torch.cat([hidden, keys]).unique()
+    lengths = torch.bincount(hidden // len(scored), minlength=len(states))
+    scores, items = index_top_items(index, states, k, (hidden.sort()[0] % len(scored), lengths))
+    own = added.scores + (scored[added.items] * states[added.states]).sum(1)
+    more, more_items = _by_state(added.states, own, added.items, len(states))
+    best, order = torch.cat([scores, more], 1).topk(k)
+    return best, torch.cat([items, more_items], 1).gather(1, order)
+
+
+def _by_state(
+    owner: Tensor, scores: Tensor, items: Tensor, num_states: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and items as (B, most) tensors, padded with -inf and -1."""
+    order = owner.argsort(stable=True)
+    counts = torch.bincount(owner, minlength=num_states)
+    place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner[order]]
+    shape = num_states, int(counts.max()) if num_states else 0
+    dense, columns = torch.full(shape, -math.inf), torch.full(shape, -1)
+    dense[owner[order], place], columns[owner[order], place] = scores[order], items[order]
+    return dense, columns
 
 
 def _recall(index: Any, scored: Tensor, allowed: Tensor, states: Tensor) -> float:

@@ -28,7 +28,12 @@ def test_the_stages_follow_one_another(data: Path, capsys: pytest.CaptureFixture
     words = ["--prepared", str(data / "prepared"), "--run", str(data / "run"), "--ks", "5,10"]
     assert cli.main(["evaluate", *words]) == 0
     shown = capsys.readouterr().out
-    assert "@5" in shown and "@10" in shown and "NDCG" in shown
+    assert "@5" in shown and "@10" in shown and "NDCG" in shown and "±" in shown
+    assert "candidates: items with a training event; seen items: removed; ties: by a h" in shown
+    lines = [line.split() for line in shown.splitlines() if line.startswith("NDCG@10")]
+    assert {line[2] for line in lines} >= {"popularity", "run"}
+    values = [float(line[1]) for line in lines]
+    assert values == sorted(values, reverse=True)
     written = json.loads((data / "run" / "metrics.json").read_text())
     assert 0 <= written["metrics"]["NDCG@10"] <= 1
 

@@ -18,6 +18,7 @@ from shardrec.modules.losses import CCE, CCEMinus, Loss
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.export import ExportConfig, export
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.attributes import read_columns
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
@@ -117,7 +118,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 def test_metrics_of_new_targets_are_told_apart(run: str, data: str) -> None:
-    metrics = evaluate(run, data, output=str(Path(run) / "new.json"))["metrics"]
+    config = MeasureConfig(ks=(20,), min_count=0)
+    metrics = evaluate(run, data, config, output=str(Path(run) / "new.json"))["metrics"]
     assert 0 < metrics["new_target_share"] < 1
     names = [f"{kind}@20" for kind in ("NDCG", "Recall", "HitRate", "MRR")]
     assert all(0 <= metrics[f"{name}/new"] <= 1 for name in names)

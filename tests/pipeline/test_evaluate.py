@@ -28,7 +28,7 @@ from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.model.ranker import StateRanker
 from shardrec.pipeline.prepare import PrepareConfig, prepare
-from shardrec.pipeline.prepared.loader import Prepared
+from shardrec.pipeline.prepared.loader import EvaluationBatches, Prepared
 from shardrec.pipeline.ranks import default_group
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.train import train
@@ -167,6 +167,38 @@ def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str
             assert found[1] == pytest.approx(alone[1], nan_ok=True)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_sample_is_the_first_users_at_any_number_of_ranks(data: str, world_size: int) -> None:
+    stored = pq.read_table(Path(data) / "test.parquet").slice(0, 19)["targets"].to_pylist()
+    found = []
+    for rank in range(world_size):
+        for batch in EvaluationBatches(
+            Prepared.open(data),
+            "test",
+            batch_size=4,
+            max_length=4,
+            sample_users=19,
+            rank=rank,
+            world_size=world_size,
+        ):
+            found += [part.tolist() for part in batch.targets[0].split(batch.targets[1].tolist())]
+    assert sorted(found) == sorted(stored)
+
+
+def test_a_sample_is_said_in_the_report_and_another_is_another_report(
+    data: str, tmp_path: Path
+) -> None:
+    output, config = str(tmp_path / "metrics.json"), MeasureConfig(ks=(5,), sample_users=19)
+    assert evaluate_popularity(data, config, output=output)["metrics"]["users"] == 19
+    users = pq.read_metadata(Path(data) / "test.parquet").num_rows
+    said = json.loads(Path(output).read_text())["protocol"]["users"]
+    assert said == f"19 of {users}, the first in the order by a hash of user and seed"
+    with pytest.raises(FileExistsError, match="which differs in sample_users"):
+        evaluate_popularity(data, MeasureConfig(ks=(5,)), output=output)
+    every = MeasureConfig(ks=(5,), sample_users=10**6)
+    assert evaluate_popularity(data, every)["metrics"]["users"] == users
+
+
 def ranks_on_ranks(run: str, data: str, folder: str) -> list[list[int]]:
     """The ranks of all targets that evaluation writes, user by user."""
     size = Communicator(default_group()).size
@@ -280,6 +312,7 @@ def test_bad_measures_are_refused() -> None:
         ({"ks": ()}, "ks must be list lengths"),
         ({"ks": (0, 5)}, "ks must be list lengths"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"sample_users": 0}, "sample_users must be at least 1"),
         ({"min_count": -1}, "min_count must be at least 0"),
     ]
     for changes, message in options:

@@ -196,3 +196,16 @@ def test_to_begin_again_and_to_insist_on_going_on_exclude_each_other(
     words = ["train", "--prepared", data, "--run", str(tmp_path / "run"), "--force", "--resume"]
     assert cli.main(words) == 2
     assert "--force must come alone or with --resume=auto" in capsys.readouterr().err
+
+
+def test_a_run_that_is_a_link_is_replaced_where_it_leads(data: str, tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "real").mkdir(parents=True)
+    run = tmp_path / "run"
+    run.symlink_to(tmp_path / "scratch" / "real")
+    one_step = LimitConfig(max_steps=1)
+    train(small_config(data, run, limits=one_step))
+    train(small_config(data, run, limits=one_step, seed=9), force=True)
+    assert run.is_symlink()
+    assert json.loads((tmp_path / "scratch" / "real" / "config.json").read_text())["seed"] == 9
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["real"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "scratch"]

@@ -57,7 +57,7 @@ CASES = {
     "sampled-popularity": Case(1_500_000, (64, 20), POPULARITY),
     "sampled-rowwise": Case(600_000, (256, 40), "loss=cce_minus"),
     "buckets-sparse-adam": Case(300_000, (128, 20), "loss=sce catalog.optimizer=sparse_adam"),
-    "hashes-sgd": Case(150_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
+    "hashes-sgd": Case(300_000, (16, 20), "loss=rece catalog.optimizer=sgd"),
     "stored-logits": Case(20_000, (64, 20), "loss=eager_ce"),
     "stored-negatives": Case(20_000, (64, 20), "loss=gbce loss.num_negatives=64"),
     "sasrec": Case(2_000, (768, 50), "loss=cce_minus loss.num_negatives=64"),
@@ -69,7 +69,7 @@ CASES = {
     "two-ranks-streamed": Case(400_000, (8, 20), "loss=cce", 2),
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
-    "two-ranks-hashes": Case(200_000, (16, 20), "loss=rece", 2),
+    "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
 
@@ -248,3 +248,16 @@ def test_the_command_prints_terms_and_the_largest_catalog(
     assert "MALLOC_MMAP_THRESHOLD_=1000000" in capsys.readouterr().out
     assert main([*words, "--ranks", "0"]) == 2
     assert main([*words, "loss=ccee"]) == 2
+
+
+def test_a_memory_is_counted_apart_because_training_holds_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_cpu("none", "none")
+    alone, with_memory = (plan(config, 1_000_000, Machine(neighbors=n)) for n in (0, 32))
+    assert (alone.memorized_bytes, with_memory.memorized_bytes) == (0, 8 * 33_000_001)
+    assert with_memory.peak_bytes == alone.peak_bytes
+    shown = "item pairs, in ranking only"
+    assert shown in with_memory.describe() and shown not in alone.describe()
+    assert main(["plan", "--num-items", "1000", "--neighbors", "-1"]) == 2
+    assert "neighbors must be at least 0" in capsys.readouterr().err

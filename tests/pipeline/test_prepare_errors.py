@@ -85,7 +85,7 @@ REFUSED_LOGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "fractional ids": (
         {"user_id": [k / 2 for k in range(NUM)]},
         {},
-        "must be integer or string, got double",
+        "0, column 'user_id' must fit into int64 as whole numbers, got .*0.5",
     ),
     "ids beyond int64": (
         {"user_id": pa.array([2**63 + k for k in range(NUM)], pa.uint64())},

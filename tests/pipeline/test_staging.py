@@ -3,10 +3,13 @@
 The disks are small tmpfs mounts, so most of these tests need root and are skipped without.
 """
 
+import contextlib
+import dataclasses
 import errno
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from tests.pipeline.event_logs import write_random_log
 
 from shardrec.launch import cli
 from shardrec.pipeline.outputs import staging
+from shardrec.pipeline.outputs.formats import METRICS
+from shardrec.pipeline.outputs.json_files import write_atomically
+from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.outputs.staging import locked, partial_of, settle, staged_folder
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.prepared.manifest import read_manifest
@@ -81,6 +87,13 @@ def test_a_disk_that_cannot_be_written_is_said_and_kept(
         assert "Read-only file system" in said
     assert read_manifest(disk / "out", verify_checksums=True) == old
     assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+def test_a_report_that_cannot_be_written_is_said_before_the_work(disk: Path) -> None:
+    mount(disk, "-o", "remount,ro")
+    report = StageOutput(path=disk / "deep" / "metrics.json", format=METRICS, request={})
+    with pytest.raises(PermissionError, match="output must be in a folder that can be written"):
+        report.find()
 
 
 def test_a_mount_point_is_refused_before_the_work(disk: Path, tmp_path: Path) -> None:
@@ -160,10 +173,116 @@ def test_what_a_killed_process_left_aside_is_left_to_the_one_that_works_on_it(
     assert output.is_dir() and not partial_of(output).exists()
 
 
-def test_a_folder_that_fills_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_folder_that_fills_meanwhile_is_not_overwritten_and_the_result_is_kept(
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "out"
-    with pytest.raises(OSError, match="not empty"), staged_folder(output):
+    message = f"rename {partial_of(output) / 'result'} yourself"
+    with pytest.raises(OSError, match=message), staged_folder(output) as (result, _):
+        (result / "ours").touch()
         output.mkdir()
         (output / "theirs").touch()
     assert [path.name for path in output.iterdir()] == ["theirs"]
+    assert [path.name for path in (partial_of(output) / "result").iterdir()] == ["ours"]
+    (output / "theirs").unlink()
+    with staged_folder(output) as (result, _):
+        (result / "later").touch()
+    assert [path.name for path in output.iterdir()] == ["later"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_staging_folder_that_is_deleted_meanwhile_is_said(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(OSError, match="was deleted meanwhile: run it again"):
+        with staged_folder(output):
+            shutil.rmtree(partial_of(output))
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "forced"])
+@pytest.mark.parametrize("target", ["there", "not/yet/there"])
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path, force: bool, target: str) -> None:
+    log, scratch = write_random_log(tmp_path / "log.parquet", 500), tmp_path / "scratch"
+    (scratch / "there").mkdir(parents=True)
+    output = tmp_path / "out"
+    output.symlink_to(scratch / target)
+    config = PrepareConfig(events=log, output=str(output), force=force)
+    made = prepare(config)
+    if force:
+        made = prepare(dataclasses.replace(config, seed=7))
+    assert output.is_symlink() and read_manifest(output, verify_checksums=True) == made
+    assert read_manifest(scratch / target) == made
+    again = dataclasses.replace(config, seed=7 * force, force=False)
+    assert not prepare_once(again).is_new
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "out", "scratch"]
+    assert [path.name for path in (scratch / target).parent.iterdir()] == [Path(target).name]
+
+
+def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to("real.json")
+    for text in ("{}", '{"new": 1}'):
+        write_atomically(tmp_path / "link.json", text)
+        assert (tmp_path / "link.json").is_symlink()
+        assert (tmp_path / "real.json").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+def test_a_link_to_itself_is_refused_before_the_work(tmp_path: Path) -> None:
+    log = write_random_log(tmp_path / "log.parquet", 500)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="must be a path that leads somewhere, got .*loop'"):
+        prepare(PrepareConfig(events=log, output=str(tmp_path / "loop")))
+
+
+def test_a_folder_that_is_mounted_elsewhere_is_refused_before_the_work(tmp_path: Path) -> None:
+    log, output = write_random_log(tmp_path / "log.parquet", 500), tmp_path / "o ut"
+    for name in ("from", "o ut"):
+        (tmp_path / name).mkdir()
+    mount(output, "--bind", str(tmp_path / "from"))
+    try:
+        assert not os.path.ismount(output)
+        with pytest.raises(ValueError, match="output must be a folder below a mount point"):
+            prepare(PrepareConfig(events=log, output=str(output)))
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+
+
+@contextlib.contextmanager
+def overlay(lower: Path, folder: Path) -> Iterator[Path]:
+    """The folder ``lower`` as a container sees what came with its image."""
+    with small_disk(folder, DISK_BYTES) as disk:
+        for name in ("upper", "work", "merged"):
+            (disk / name).mkdir()
+        layers = f"lowerdir={lower},upperdir={disk}/upper,workdir={disk}/work,redirect_dir=off"
+        mount(disk / "merged", "-t", "overlay", "overlay", "-o", layers)
+        try:
+            yield disk / "merged"
+        finally:
+            subprocess.run(["umount", str(disk / "merged")], check=True)
+
+
+def test_a_folder_that_came_with_a_container_s_image_is_replaced(tmp_path: Path) -> None:
+    log = write_random_log(tmp_path / "log.parquet", 500)
+    old = prepare(PrepareConfig(events=log, output=str(tmp_path / "image" / "out")))
+    (tmp_path / "image" / "empty").mkdir()
+    with overlay(tmp_path / "image", tmp_path / "disk") as folder:
+        with pytest.raises(OSError, match="cross-device"):
+            (folder / "out").rename(folder / "elsewhere")
+        for name in ("out", "empty"):
+            output = folder / name
+            new = prepare(PrepareConfig(events=log, output=str(output), force=True, seed=7))
+            assert read_manifest(output, verify_checksums=True) == new != old
+        assert sorted(path.name for path in folder.iterdir()) == ["empty", "out"]
+
+
+def test_a_kill_while_the_old_folder_is_deleted_loses_nothing_new(tmp_path: Path) -> None:
+    log = write_random_log(tmp_path / "log.parquet", 500)
+    new = prepare(PrepareConfig(events=log, output=str(tmp_path / "out"), seed=7))
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    (tmp_path / "out").rename(partial / "result")
+    (partial / "former").mkdir()
+    (tmp_path / "out").mkdir()  # half of the old one
+    (tmp_path / "out" / "items.parquet").touch()
+    assert not prepare_once(PrepareConfig(events=log, output=str(tmp_path / "out"), seed=7)).is_new
+    assert read_manifest(tmp_path / "out", verify_checksums=True) == new
+    assert not partial.exists()

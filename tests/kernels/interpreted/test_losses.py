@@ -41,7 +41,7 @@ def test_triton_equals_torch(case: str) -> None:
 def test_rece_listed_in_many_parts_equals_torch_and_repeats_its_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 23)
+    monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 13)
     expected = values("rece", "torch")
     first, second = (values("rece", "triton") for _ in range(2))
     for a, b, c in zip(first, second, expected, strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shardrec.pipeline.prepared.parquet_files import find_files
+from shardrec.pipeline.prepared.data_files import find_files
 
 FILES = ["plain.parquet", "a[1].parquet", "a1.parquet", "what?.parquet", "whatx.parquet"]
 FILES += ["day[2]/x.parquet", "day[2]/y.parquet", "day2/z.parquet", "deep/one/two.parquet"]
@@ -40,9 +40,9 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_there_under_its_name_is_no_glob(
     folder: Path, source: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find_files(f"{folder}/{source}")[1] == [f"{folder}/{name}" for name in expected]
+    assert find_files(f"{folder}/{source}").paths == [f"{folder}/{name}" for name in expected]
     monkeypatch.chdir(folder)
-    assert [os.path.normpath(path) for path in find_files(source)[1]] == expected
+    assert [os.path.normpath(path) for path in find_files(source).paths] == expected
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_no_path_is_refused(source: str, message: str) -> None:
 
 def test_a_file_whose_name_is_not_utf8_is_named_only_where_it_is_meant(folder: Path) -> None:
     os.rename(os.fsencode(folder / "day2" / "z.parquet"), os.fsencode(folder) + b"/day2/\xff.txt")
-    assert find_files(str(folder / "d*" / "*.parquet"))[1] == [
+    assert find_files(str(folder / "d*" / "*.parquet")).paths == [
         f"{folder}/day[2]/x.parquet",
         f"{folder}/day[2]/y.parquet",
     ]

@@ -1,0 +1,106 @@
+r"""What a memory beside the model is worth: the metrics of a run alone, and with `memorize`.
+
+Runs the public stages, prepare, train, evaluate, memorize and evaluate again, for every seed and
+setting. Each row has both reports, for lists without the seen items and for all items.
+
+    python benchmarks/memory.py beauty.parquet --prepare split=leave_one_out --recipe beauty \
+        --seeds 1 2
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import RESULTS, SHARDREC, Results, run_logged
+
+METRICS = ("NDCG@10", "HitRate@10", "Coverage@10")
+PROTOCOLS = {"unseen": "--filter-seen", "all": "--no-filter-seen"}
+
+
+class Stages:
+    """The stages on one prepared folder and run, each in a fresh process."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        """Names the folders."""
+        self.options = options
+        self.data = options.work / "-".join(["prepared", options.log.stem, *options.prepare])
+        settings = "-".join(word.replace("/", "_") for word in options.set)
+        self.run = options.work / f"{options.log.stem}-{settings}-{seed}"
+        self.train = ["--recipe", options.recipe, f"seed={seed}", *options.set]
+
+    def call(self, stage: str, *arguments: str) -> None:
+        """Run one stage."""
+        log = self.options.work / f"{self.run.name}.log"
+        run_logged([*SHARDREC, stage, *arguments], self.options.threads, log)
+
+    def prepare(self) -> None:
+        """Prepare the log, if it is not done yet."""
+        pairs = [pair.split("=", 1) for pair in self.options.prepare]
+        flags = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
+        self.call("prepare", "--events", str(self.options.log), "--output", str(self.data), *flags)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of the run on the test users, by protocol."""
+        found = {}
+        for name, flag in PROTOCOLS.items():
+            self.call("evaluate", *self.folders, "--force", flag)
+            report = json.loads((self.run / "metrics.json").read_text())
+            found[name] = {metric: round(report["metrics"][metric], 5) for metric in METRICS}
+            found[name]["error"] = round(report["standard_errors"]["NDCG@10"], 5)
+        return found
+
+    @property
+    def folders(self) -> list[str]:
+        """The options that name both folders."""
+        return ["--prepared", str(self.data), "--run", str(self.run)]
+
+    def measure(self, neighbors: int) -> dict[str, Any]:
+        """Train, evaluate, memorize, evaluate."""
+        if not (self.run / "end.json").exists():
+            shutil.rmtree(self.run, ignore_errors=True)
+            self.call("train", *self.folders, *self.train)
+        shutil.rmtree(self.run / "memory", ignore_errors=True)
+        row: dict[str, Any] = {"model": self.metrics()}
+        self.call("memorize", *self.folders, "--neighbors", str(neighbors))
+        row["with_memory"] = self.metrics()
+        memory = json.loads((self.run / "memory" / "manifest.json").read_text())
+        row["tried"] = [
+            {name: round(value, 5) for name, value in one.items()} for one in memory["tried"]
+        ]
+        (file,) = memory["files"]
+        return row | {"pairs": file["rows"], "file_bytes": file["bytes"]}
+
+
+def main() -> None:
+    """Read the command line and measure what is not in the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("log", type=Path, help="event log")
+    parser.add_argument("--prepare", nargs="*", default=[], help="options of prepare: name=value")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--set", nargs="*", default=[], help="options of train: dotted.name=value")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--neighbors", nargs="+", type=int, default=[32])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--output", default=str(RESULTS / "memory.jsonl"))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.output)
+    for seed in options.seeds:
+        for neighbors in options.neighbors:
+            key = {"log": options.log.stem, "prepare": options.prepare, "recipe": options.recipe}
+            key |= {"settings": options.set, "seed": seed, "neighbors": neighbors}
+            if not results.has(key):
+                stages = Stages(options, seed)
+                stages.prepare()
+                results.append(key, **stages.measure(neighbors))
+
+
+if __name__ == "__main__":
+    main()

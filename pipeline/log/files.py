@@ -1,0 +1,279 @@
+"""The files of an event log: what is known before they are read, and their batches of rows."""
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+
+from shardrec.pipeline.prepared.data_files import partition_values
+from shardrec.pipeline.prepared.ids import short_message
+
+__all__ = [
+    "LogFile",
+    "ParquetLog",
+    "SourceFile",
+    "WithFolderValues",
+    "decoding_remedy",
+    "tail_of",
+    "unchanged",
+]
+
+_TAIL_BYTES = 65_536
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """One file of the log; ``footer_sha256`` digests its last 64 KiB."""
+
+    path: str
+    bytes: int
+    rows: int
+    footer_sha256: str
+
+
+class LogFile(Protocol):
+    """A file of a log."""
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """Holds the file."""
+        ...
+
+    @property
+    def source(self) -> SourceFile:
+        """Its path, size, rows and digest."""
+        ...
+
+    @property
+    def schema(self) -> pa.Schema:
+        """All its columns."""
+        ...
+
+    def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Batches of at most ``rows`` rows, each with its place in the log for messages.
+
+        Raises:
+            ValueError: the file cannot be decoded; the message names the column.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ParquetLog:
+    """A Parquet file; timestamps stored as INT96 are read in microseconds.
+
+    Attributes:
+        filesystem: holds the file.
+        source: see ``LogFile``.
+        schema: see ``LogFile``.
+        int96: paths of the columns that are stored so.
+    """
+
+    filesystem: fs.FileSystem
+    source: SourceFile
+    schema: pa.Schema
+    int96: frozenset[str]
+
+    @classmethod
+    def open(cls, filesystem: fs.FileSystem, path: str) -> "ParquetLog":
+        """Read the footer.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        with filesystem.open_input_file(path) as stream:
+            size, tail = tail_of(stream)
+            try:
+                file = _parquet(stream)
+                rows, schema = file.metadata.num_rows, file.schema_arrow
+            except (pa.ArrowException, OSError) as error:
+                reason = short_message(error)
+                remedy = "it may be truncated: copy it again"
+                if tail.endswith(b"PARE"):
+                    reason, remedy = "encrypted", "write it without encryption"
+                raise ValueError(
+                    f"{path!r} must be a complete Parquet file, got an unreadable footer "
+                    f"({reason}); {remedy}"
+                ) from error
+            columns = [file.schema.column(index) for index in range(len(file.schema))]
+        int96 = frozenset(one.path for one in columns if one.physical_type == "INT96")
+        digest = hashlib.sha256(tail).hexdigest()
+        source = SourceFile(path=path, bytes=size, rows=rows, footer_sha256=digest)
+        return cls(filesystem=filesystem, source=source, schema=schema, int96=int96)
+
+    def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Batches of at most ``rows`` rows; see ``LogFile``."""
+        int96 = [name for name in names if any(_is_in(path, name) for path in self.int96)]
+        with self.filesystem.open_input_file(self.source.path) as stream:
+            file = _parquet(stream)
+            coarse = _parquet(stream, "ms") if int96 else file
+            for group in range(file.num_row_groups):
+                place = f"{self.source.path!r}, row group {group}"
+                decoded = _decoded(file, group, names, rows, place)
+                if not int96:
+                    yield from ((place, batch) for batch in decoded)
+                    continue
+                checks = _decoded(coarse, group, int96, rows, place)
+                for batch, check in zip(decoded, checks, strict=True):
+                    for name in int96:
+                        _require_same_times(batch.column(name), check.column(name), place, name)
+                    yield place, batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WithFolderValues:
+    """A file with further columns, whose values are in the names of its folders."""
+
+    file: LogFile
+    schema: pa.Schema
+    values: dict[str, pa.Scalar]
+
+    @classmethod
+    def add(cls, files: Sequence[LogFile], names: Iterable[str]) -> list[LogFile]:
+        """Those of ``files`` that lack a column of ``names`` get it from their folders' names.
+
+        Values that are whole numbers in all folders are int64, others text.
+        """
+        found = {file.source.path: partition_values(file.source.path) for file in files}
+        types = {}
+        for name in names:
+            texts = [values[name] for values in found.values() if name in values]
+            whole = all(text is None or _WHOLE.fullmatch(text) for text in texts)
+            types[name] = pa.int64() if whole else pa.string()
+        return [cls._add(file, found[file.source.path], types) for file in files]
+
+    @classmethod
+    def _add(
+        cls, file: LogFile, found: dict[str, str | None], types: dict[str, pa.DataType]
+    ) -> LogFile:
+        missing = [name for name in types if name in found and name not in file.schema.names]
+        if not missing:
+            return file
+        values, schema = {}, file.schema
+        for name in missing:
+            values[name] = pc.cast(pa.scalar(found[name], pa.string()), types[name])
+            schema = schema.append(pa.field(name, types[name]))
+        return cls(file=file, schema=schema, values=values)
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """Of the file."""
+        return self.file.filesystem
+
+    @property
+    def source(self) -> SourceFile:
+        """Of the file."""
+        return self.file.source
+
+    def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Batches of at most ``rows`` rows; see ``LogFile``."""
+        inside = [name for name in names if name not in self.values]
+        for place, batch in self.file.batches(inside, rows):
+            for name, value in self.values.items():
+                if name in names:
+                    batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
+            yield place, batch
+
+
+@contextlib.contextmanager
+def unchanged(file: LogFile) -> Iterator[None]:
+    """Context manager: the file is read in it, and is the one that was opened, before and after.
+
+    Raises:
+        ValueError: it has changed, or is gone.
+    """
+    began = _state(file)
+    yield
+    if _state(file) != began:
+        raise _changed(file)
+
+
+def _state(file: LogFile) -> int | None:
+    """When the file was last written; its size and last bytes must be those of ``source``."""
+    source = file.source
+    try:
+        with file.filesystem.open_input_file(source.path) as stream:
+            size, tail = tail_of(stream)
+        written: int | None = file.filesystem.get_file_info(source.path).mtime_ns
+    except OSError as error:
+        raise _changed(file) from error
+    if (size, hashlib.sha256(tail).hexdigest()) != (source.bytes, source.footer_sha256):
+        raise _changed(file)
+    return written
+
+
+def _changed(file: LogFile) -> ValueError:
+    return ValueError(
+        f"{file.source.path!r} must stay as it is while it is read, got another file in its place "
+        "or other content; prepare again when nothing writes to the log"
+    )
+
+
+def tail_of(stream: Any) -> tuple[int, bytes]:
+    """The size of a file and its last 64 KiB."""
+    size = stream.size()
+    first = max(size - _TAIL_BYTES, 0)
+    return size, stream.read_at(size - first, first)
+
+
+def decoding_remedy(error: Exception) -> str:
+    """What to do about values that cannot be decoded, by the words of Arrow's error."""
+    text = str(error).lower()
+    if "crypt" in text:
+        return "the column is encrypted: write the log without encryption"
+    if "codec" in text or "lzo" in text:
+        return "write the log with another codec, such as zstd or snappy"
+    return "the file is corrupt or truncated: copy it again"
+
+
+def _is_in(path: str, name: str) -> bool:
+    """Whether a column of Parquet is the column ``name``, or the values of its lists."""
+    return path == name or path.startswith(f"{name}.")
+
+
+def _parquet(stream: Any, int96_unit: str = "us") -> pq.ParquetFile:
+    return pq.ParquetFile(
+        stream, coerce_int96_timestamp_unit=int96_unit, page_checksum_verification=True
+    )
+
+
+def _decoded(
+    file: pq.ParquetFile, group: int, names: Sequence[str], rows: int, place: str
+) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(rows, row_groups=[group], columns=list(names))
+    except (pa.ArrowException, OSError) as error:
+        column = next((name for name in names if not _decodes(file, group, name)), names[0])
+        raise ValueError(
+            f"{place}, column {column!r} must be valid Parquet data, got {short_message(error)}; "
+            f"{decoding_remedy(error)}"
+        ) from error
+
+
+def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:
+    try:
+        for _ in file.iter_batches(65_536, row_groups=[group], columns=[name]):
+            pass
+    except (pa.ArrowException, OSError):
+        return False
+    return True
+
+
+def _require_same_times(fine: pa.Array, coarse: pa.Array, place: str, name: str) -> None:
+    """Refuse INT96 times that wrapped in microseconds: the milliseconds then differ."""
+    if pa.types.is_nested(fine.type):
+        fine, coarse = pc.list_flatten(fine), pc.list_flatten(coarse)
+    floored = pc.floor_temporal(fine, unit="millisecond")
+    if not pc.cast(floored, coarse.type).equals(coarse):
+        raise ValueError(
+            f"{place}, column {name!r} must hold times that fit into microseconds, got INT96 "
+            "values beyond; drop those rows"
+        )

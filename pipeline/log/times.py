@@ -1,0 +1,144 @@
+"""Event times of every kind, as integers: microseconds since 1970, or the log's own numbers."""
+
+import datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shardrec.pipeline.prepared.ids import (
+    is_text,
+    plain_text,
+    short_message,
+    value_type,
+    whole_numbers,
+)
+
+__all__ = ["as_date", "date_of_digits", "parse_time", "read_times", "time_kind"]
+
+_MICROSECONDS = pa.timestamp("us")
+_ZONE = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
+_FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
+# How exports write what ISO 8601 writes otherwise, and the ISO form.
+_SPELLINGS = (
+    (r"^\s+|\s+$", ""),
+    (r"^(\d{4})/(\d{2})/(\d{2})", r"\1-\2-\3"),
+    (r"\[[A-Za-z0-9_+/-]+\]$", ""),  # Java's name of the zone, which follows the offset
+    (r"(:\d{2}(?:\.\d+)?) ([+-]\d{2}(?::?\d{2})?)(?: [A-Z]{1,5})?$", r"\1\2"),
+    (r"(:\d{2}(?:\.\d+)?) ?(?:UTC|GMT|utc|z)$", r"\1Z"),
+)
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROSECOND = datetime.timedelta(microseconds=1)
+_DATE_DIGITS = 8
+
+
+def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
+    """The kind of times: "int64", of an unknown unit, or "timestamp[us]".
+
+    Raises:
+        ValueError: it is no type of times, or a float type whose steps are minutes today.
+    """
+    value = value_type(dtype)
+    if pa.types.is_float32(value) or pa.types.is_float16(value):
+        raise ValueError(
+            f"column {name!r} of {path!r} must hold times of a type that tells seconds apart, got "
+            f"{dtype}, whose steps are 128 s in 2024; write them as integers or timestamps"
+        )
+    if pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_decimal(value):
+        return "int64"
+    if pa.types.is_timestamp(value) or pa.types.is_date(value) or is_text(value):
+        return "timestamp[us]"
+    raise ValueError(
+        f"column {name!r} of {path!r} must be integer, timestamp, date or ISO text, got {dtype}; "
+        "convert the times"
+    )
+
+
+def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bool]:
+    """The times as int64, and whether any was rounded down to microseconds.
+
+    Numbers stay as they are; timestamps, dates and text become microseconds since 1970. Without a
+    zone or offset they are in UTC.
+
+    Raises:
+        ValueError: a time is a fraction, out of range, or cannot be parsed.
+    """
+    dtype = value_type(column.type)
+    if time_kind(dtype, "time", place) == "int64":
+        return whole_numbers(column, place), False
+    try:
+        plain = pc.cast(column, dtype)
+        return _parse(plain_text(plain, place)) if is_text(dtype) else _whole_microseconds(plain)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{place} must hold times, got {short_message(error)}; use timestamps, dates, text "
+            "such as 2024-01-31T08:00:00 (Z, UTC or +02:00 may follow), or, for numbers that are "
+            "stored as text, whole numbers: cast them to integers"
+        ) from error
+
+
+def parse_time(text: str) -> int:
+    """Microseconds since 1970 of a time as people type it; in UTC without an offset.
+
+    Example:
+        >>> parse_time("1970-01-02") == parse_time("1970/01/02 01:00:00 +01:00") == 86_400_000_000
+        True
+
+    Raises:
+        ValueError: it is no time.
+    """
+    try:
+        return int(read_times(pa.chunked_array([[text]], pa.string()), "time")[0][0].as_py())
+    except ValueError:
+        moment = datetime.datetime.fromisoformat(text.strip())
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def date_of_digits(number: int) -> int | None:
+    """Microseconds since 1970 of a date typed as 20240131; None for any other number."""
+    text = str(number)
+    try:
+        return parse_time(text) if len(text) == _DATE_DIGITS and 19000101 <= number else None
+    except ValueError:
+        return None
+
+
+def as_date(microseconds: int) -> str:
+    """The time as ISO text in UTC; the number itself outside the years 1 to 9999.
+
+    Example:
+        >>> as_date(86_400_000_000)
+        '1970-01-02T00:00:00Z'
+    """
+    try:
+        return (_EPOCH + microseconds * _MICROSECOND).isoformat().replace("+00:00", "Z")
+    except OverflowError:
+        return str(microseconds)
+
+
+def _parse(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
+    try:
+        return pc.cast(pc.cast(text, _MICROSECONDS), pa.int64()), False
+    except pa.ArrowInvalid:  # Arrow parses neither offsets nor more than six decimals here.
+        pass
+    iso = text
+    for spelling, form in _SPELLINGS:
+        iso = pc.replace_substring_regex(iso, spelling, form)
+    short = pc.replace_substring_regex(iso, _FINER_THAN_MICROSECONDS, r"\1")
+    has_zone, null = pc.match_substring_regex(short, _ZONE), pa.scalar(None, text.type)
+    zoned = pc.cast(pc.if_else(has_zone, short, null), pa.timestamp("us", tz="UTC"))
+    plain = pc.cast(pc.if_else(has_zone, null, short), _MICROSECONDS)
+    times = pc.coalesce(pc.cast(zoned, pa.int64()), pc.cast(plain, pa.int64()))
+    return times, not short.equals(iso)
+
+
+def _whole_microseconds(stamps: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:
+    """Timestamps and dates in microseconds since 1970, rounded down."""
+    if not pa.types.is_timestamp(stamps.type):
+        return pc.cast(pc.cast(stamps, _MICROSECONDS), pa.int64()), False
+    counts = pc.cast(stamps, pa.int64())  # in UTC, whatever the zone
+    given = pc.cast(counts, pa.timestamp(stamps.type.unit))
+    floored = given
+    if stamps.type.unit == "ns":
+        floored = pc.floor_temporal(given, unit="microsecond")
+    return pc.cast(pc.cast(floored, _MICROSECONDS), pa.int64()), not floored.equals(given)

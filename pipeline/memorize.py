@@ -1,0 +1,205 @@
+"""The memorize stage: count what followed each item, and choose how much that weighs in ranking.
+
+::
+
+    RUN/memory/successors.parquet   item, successor, strength; the strongest successors first
+    RUN/memory/manifest.json        scale, and the metric on the validation users for each one tried
+
+From then on evaluate, recommend and export of the run rank by model and memory together.
+"""
+
+import dataclasses
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from torch import nn
+
+from shardrec import __version__
+from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.modules.option_checks import require_at_least
+from shardrec.modules.ranking import Blocks
+from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
+from shardrec.pipeline.model.measure import measure, open_users
+from shardrec.pipeline.model.ranker import StateRanker
+from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
+from shardrec.pipeline.outputs.formats import MEMORY
+from shardrec.pipeline.outputs.stage_output import StageOutput
+from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.successors import count_successors
+from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
+from shardrec.pipeline.run import folder as run_folder
+from shardrec.pipeline.run.trained import Source
+from shardrec.pipeline.served.memory import PAIRS, SUCCESSORS, read_memory
+
+__all__ = ["Memorized", "MemorizeConfig", "memorize"]
+
+AGES, DECAY = 3, 0.7
+_ROWS_PER_GROUP = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemorizeConfig:
+    """Options of ``memorize``: size of the memory, and how its scale is chosen.
+
+    Attributes:
+        run: run folder of train; the memory is written into it.
+        prepared: the folder the run was trained on, with validation users.
+        neighbors: strongest successors of each item that are kept.
+        scales: how much a strength of 1 adds to a logit, to choose from; 0 is the model alone.
+            Each one ranks the validation users once.
+        metric: of the validation users; the scale with the largest is taken.
+        filter_seen: leave out items of the history in choosing, as the lists will.
+        checkpoint: the weights that the scale is chosen for.
+        force: replace an earlier memory.
+        batch_size: users at a time on each rank.
+        block_states: states of all ranks that are scored at a time.
+        block_rows: rows of a shard that are scored at a time.
+    """
+
+    run: str
+    prepared: str
+    neighbors: int = 32
+    scales: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+    metric: str = DEFAULT_METRIC
+    filter_seen: bool = True
+    checkpoint: Literal["best", "last"] = "best"
+    force: bool = False
+    batch_size: int = 256
+    block_states: int = 256
+    block_rows: int = 65_536
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1, scales below 0 and a metric that is not measured."""
+        require_at_least("neighbors", self.neighbors, 1)
+        if not self.scales or not all(0 <= scale < float("inf") for scale in self.scales):
+            raise ValueError(
+                f"scales must be numbers of at least 0, got {self.scales}; use 0,1,2,4,8"
+            )
+        known = self.measure.metric_names()
+        if self.metric not in known:
+            raise ValueError(unknown_name("metric", self.metric, known))
+
+    @property
+    def measure(self) -> MeasureConfig:
+        """How the validation users are ranked."""
+        return MeasureConfig(
+            filter_seen=self.filter_seen,
+            batch_size=self.batch_size,
+            block_states=self.block_states,
+            block_rows=self.block_rows,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Memorized:
+    """The output of ``memorize``.
+
+    Attributes:
+        manifest: of the memory, the same on every rank; "scale" is in units of the scores, and
+            "tried" has the metric of each of the scales.
+        is_new: False if the memory was there and nothing had to be done.
+        seconds: wall time.
+    """
+
+    manifest: dict[str, Any]
+    is_new: bool
+    seconds: float
+
+
+def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Memorized:
+    """Write the memory of a run into its folder.
+
+    Args:
+        config: the same on every rank.
+        encoder: the module given to ``train``, if any.
+
+    Raises:
+        FileNotFoundError: there is no run, no data or no complete checkpoint.
+        FileExistsError: the run has a memory of other options or weights.
+        ValueError: the run does not fit the data, or the data has no validation users.
+        OSError: the disk is full.
+
+    Collectives: on the default group; every rank must call it.
+    """
+    started, group = time.monotonic(), default_group()
+    prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
+    _require_validation_users(prepared)
+    source = Source.find_alone(config.run, prepared, config.checkpoint, encoder)
+    path = Path(config.run) / run_folder.MEMORY
+    request = {"source": source.identity, **_request(config)}
+    output = StageOutput(path=path, format=MEMORY, request=request, force=config.force, group=group)
+    found = output.find()
+    if found is not None:
+        return Memorized(found, False, time.monotonic() - started)
+    with output.write() as (folder, _):
+        count = functools.partial(_write_successors, prepared, config.neighbors, folder)
+        files = on_first_rank(count, group)
+        tried = _try_scales(config, source, prepared, folder / SUCCESSORS, encoder)
+        chosen = max(tried, key=lambda scale: (tried[scale], -scale))
+        details = {
+            "scale": chosen * source.config.loss.temperature,
+            "ages": AGES,
+            "decay": DECAY,
+            "tried": [{"scale": scale, config.metric: tried[scale]} for scale in sorted(tried)],
+            "versions": {"shardrec": __version__},
+        }
+        own = files if Communicator(group).rank == 0 else []
+        manifest = output.finish(lambda: details, folder, own)
+    return Memorized(manifest, True, time.monotonic() - started)
+
+
+def _try_scales(
+    config: MemorizeConfig,
+    source: Source,
+    prepared: Prepared,
+    successors: Path,
+    encoder: nn.Module | None,
+) -> dict[float, float]:
+    """The metric on the validation users by scale of a logit."""
+    model, how = source.load(prepared, encoder), config.measure
+    group, rows = model.group, model.catalog.row_range
+    unscaled = {"scale": 1.0, "ages": AGES, "decay": DECAY}
+    memory = on_this_rank(
+        lambda: read_memory(successors, unscaled, prepared.num_items, rows, model.device), group
+    )
+    length, temperature = source.config.encoder.max_length, source.config.loss.temperature
+    blocks = Blocks(states=how.block_states, rows=how.block_rows)
+    tried = {}
+    for scale in config.scales:
+        beside = memory.scaled(scale * temperature) if scale else None
+        ranker = StateRanker.of(dataclasses.replace(model, memory=beside), length, blocks)
+        batches = open_users(prepared, "validation", how, length, group)
+        tried[scale] = measure(ranker, batches, how, prepared).metrics[config.metric]
+    return tried
+
+
+def _write_successors(prepared: Prepared, most: int, folder: Path) -> list[FileEntry]:
+    with pq.ParquetWriter(
+        folder / SUCCESSORS, PAIRS, compression="zstd", write_page_checksum=True
+    ) as writer:
+        writer.write_table(count_successors(prepared, most), _ROWS_PER_GROUP)
+    return [describe_parquet(folder, SUCCESSORS)]
+
+
+def _require_validation_users(prepared: Prepared) -> None:
+    if not prepared.manifest.counts["validation_users"]:
+        raise ValueError(
+            f"the data must have validation users to choose a scale by, got {prepared.path} without"
+            "; prepare with validation users and train again"
+        )
+
+
+def _request(config: MemorizeConfig) -> dict[str, Any]:
+    """The options that change the content, as JSON."""
+    return {
+        "neighbors": config.neighbors,
+        "scales": list(config.scales),
+        "metric": config.metric,
+        "filter_seen": config.filter_seen,
+        "checkpoint": config.checkpoint,
+    }
