@@ -26,19 +26,19 @@ class PositionKeys:
         """Stores the keys.
 
         Args:
-            keys: (N,) int64, a different one for each position.
+            keys: (N,) or (B, L) int64, a different one for each position.
         """
         self._keys = _mixed(keys.clone()) if keys.device.type == "cpu" else keys
         self._uses = 0
 
     @classmethod
-    def drawn(cls, num_positions: int, device: torch.device) -> "PositionKeys":
-        """Keys from torch's global generator."""
-        keys = torch.empty(num_positions, dtype=torch.int64, device=device)
+    def drawn(cls, shape: torch.Size, device: torch.device) -> "PositionKeys":
+        """Keys of positions in any shape, from torch's global generator."""
+        keys = torch.empty(shape, dtype=torch.int64, device=device)
         return cls(keys.random_(-(2**63), None))
 
     def next(self) -> Tensor:
-        """(N,) int64 keys, independent of those of the calls before; on a CPU, where they count."""
+        """Keys of that shape, on a CPU (where they count) independent of those before."""
         if self._keys.device.type != "cpu":
             return self._keys
         self._uses += 1

@@ -212,8 +212,7 @@ class TransformerEncoder(nn.Module):
             return vectors + sum(parameter.sum() * 0 for parameter in self.parameters())
         if lengths is None:
             lengths = torch.ones_like(vectors[..., 0], dtype=torch.int64).sum(1)
-        groups = LengthGroups.single(lengths, vectors.shape[1])
-        return self.packed(vectors.flatten(0, 1), groups).view(vectors.shape)
+        return self.packed(vectors, LengthGroups.single(lengths, vectors.shape[1]))
 
     def packed(
         self, vectors: Tensor, groups: LengthGroups, keys: PositionKeys | None = None
@@ -221,12 +220,13 @@ class TransformerEncoder(nn.Module):
         """(N, D) states of packed positions; attention alone works on padded groups.
 
         Args:
-            vectors: (N, D) float item vectors, sorted as ``groups`` are; N is at least 1.
+            vectors: (N, D) float item vectors, sorted as ``groups`` are, N at least 1; (B, L, D)
+                for ``LengthGroups.single``, as the result.
             groups: of the sequences.
             keys: decide what dropout drops in training on a CPU; None: torch's generator does.
         """
         if self.training and keys is None:
-            keys = PositionKeys.drawn(len(vectors), vectors.device)
+            keys = PositionKeys.drawn(vectors.shape[:-1], vectors.device)
         call = _Call(groups, self.rotary, keys if self.training else None)
         x = vectors * math.sqrt(self.config.width)
         if self.position_vectors is not None:
@@ -243,7 +243,7 @@ class TransformerEncoder(nn.Module):
         return self.config.resolved_positions == "learned_from_last"
 
     def _numbers(self, groups: LengthGroups) -> Tensor:
-        """(N,) int64 row of ``position_vectors`` for each position."""
+        """(N,), (L,) or (B, L) int64 row of ``position_vectors`` for each position."""
         first = self.config.max_length - groups.lengths if self.reads_lengths else 0
         return (first + groups.places).clamp(max=self.config.max_length - 1)  # for padding
 
@@ -294,7 +294,7 @@ class _Block(nn.Module, ABC):
         """(N, D) attention of the (N, 3 D) query, key and value."""
         values, keys = [projected], call.next_keys()
         if keys is not None and self.attention_dropout > 0 and keys.device.type == "cpu":
-            of_heads = keys[:, None] + torch.arange(self.num_heads)
+            of_heads = keys[..., None] + torch.arange(self.num_heads)
             values.append(random_bytes(of_heads, call.groups.longest))  # (N, heads, L)
         return call.groups.apply(partial(self._attend_in_group, call.rotary), *values)
 

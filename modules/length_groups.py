@@ -92,8 +92,8 @@ class LengthGroups:
     sequences, or sorted by their lengths.
 
     Attributes:
-        places: (N,) int64 index of each sorted position in its sequence.
-        lengths: (N,) int64 length of the sequence of each sorted position.
+        places: (N,) int64 index of each sorted position in its sequence; (L,) of ``single``.
+        lengths: (N,) int64 length of the sequence of each sorted position; (B, 1) of ``single``.
         order: (N,) int64 index, as given, of each sorted position; None: they are the same.
         groups: of the sorted positions.
     """
@@ -123,12 +123,13 @@ class LengthGroups:
 
     @classmethod
     def single(cls, lengths: Tensor, longest: int) -> LengthGroups:
-        """One group of a (B, ``longest``) batch of (B,) lengths; all its padding is positions."""
-        number = lengths.shape[0]  # torch.export would make a constant of len(lengths)
-        places = torch.arange(longest, device=lengths.device).expand(number, longest)
-        own = lengths[:, None] + torch.zeros_like(places)
-        group = PaddedGroup(number, longest, None)
-        return cls(places.flatten(), own.flatten(), None, [group])
+        """The one group of a batch that is padded to ``longest`` already; values stay (B, L, ...).
+
+        Nothing is flattened: torch.export would not take batches of length 1 then.
+        """
+        places = torch.arange(longest, device=lengths.device)
+        group = PaddedGroup(lengths.shape[0], longest, None)
+        return cls(places, lengths[:, None], None, [group])
 
     @property
     def longest(self) -> int:
@@ -150,8 +151,10 @@ class LengthGroups:
 
         Args:
             function: takes (b, l, ...) values, padded with 0, and returns (b, l, ...).
-            values: (N, ...) sorted.
+            values: (N, ...) sorted; of ``single`` (B, L, ...), as the result.
         """
+        if self.order is None:
+            return function(*values)
         if len(self.groups) == 1:
             parts = [values]
         else:
