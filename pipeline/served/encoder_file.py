@@ -60,26 +60,22 @@ def export_program(encoder: nn.Module, width: int, max_length: int) -> torch.exp
     """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
-        encoder: (B, L, D) to (B, L, D); left as it is.
+        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
+            it is.
         width: D.
         max_length: the longest L.
 
     Raises:
-        ValueError: ``torch.export`` cannot trace it, or it reads the lengths of sequences, for
-            which the traced program would hold for some shapes only.
+        ValueError: ``torch.export`` cannot trace it.
     """
-    if reads_lengths(encoder):
-        raise ValueError(
-            "encoder must be a TransformerEncoder itself to be exported with positions "
-            f"learned_from_last, got the subclass {type(encoder).__name__}; use other positions"
-        )
     alone = copy.deepcopy(encoder).cpu().eval()
-    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    batch = torch.export.Dim("batch", min=1)
+    dims: list[dict[int, Any]] = [{0: batch}, {0: batch}]
     if max_length > 1:
-        dims[1] = torch.export.Dim("length", min=1, max=max_length)
-    example = torch.zeros(3, min(max_length, 5), width)
+        dims[0][1] = torch.export.Dim("length", min=1, max=max_length)
+    example = inputs(alone, torch.zeros(3, min(max_length, 5), width), torch.ones(3).long())
     try:
-        return torch.export.export(alone, (example,), dynamic_shapes=(dims,))
+        return torch.export.export(alone, example, dynamic_shapes=tuple(dims[: len(example)]))
     except Exception as error:
         raise ValueError(
             f"encoder must be one that torch.export can trace for any number and length of "
