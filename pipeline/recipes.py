@@ -62,7 +62,7 @@ def demo(data: str, output: str) -> TrainConfig:
         loss=CCEMinus(num_negatives=1024, share=128),
         catalog=CatalogConfig(optimizer="adam", learning_rate=2e-3, betas=(0.9, 0.98)),
         encoder=EncoderConfig(width=64, max_length=20, dropout=0.1),
-        batches=BatchConfig(batch_size=256),
+        batches=BatchConfig(batch_size=256, windows="all"),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20, clip_norm=5.0),
         limits=LimitConfig(max_epochs=10),
         validation=ValidationConfig(every_epochs=2, patience=2),

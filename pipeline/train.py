@@ -87,7 +87,10 @@ def train(
             run = build(placed, encoder=encoder, resume=resume)
             with run.held:
                 catalog = run.stepper.model.catalog
-                _show(run.config, lambda: opening(run.config, catalog.describe()))
+                _show(
+                    run.config,
+                    lambda: opening(run.config, catalog.describe(), run.batches.target_share()),
+                )
                 own = [*_own_callbacks(run), *_profiling(placed), *tracking]
                 report = Loop(run, [*own, *callbacks], interrupted).run_to_end()
         if folder != output:

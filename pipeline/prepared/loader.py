@@ -121,6 +121,17 @@ class TrainingBatches:
         """Stored bytes of footers and column chunks read by this rank."""
         return int(self._groups.bytes_read)
 
+    def target_share(self) -> float:
+        """The share of the training targets that an epoch has; below 1 where windows are cut off.
+
+        Reads the lengths of all sequences unless windows="all".
+        """
+        if self.config.windows == "all":
+            return 1.0
+        lengths = [self._lengths(index) - 1 for index in range(len(self._groups))]
+        targets = np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).clip(min=0)
+        return float(np.minimum(targets, self.max_length).sum() / max(1, targets.sum()))
+
     def state_dict(self) -> dict[str, Any]:
         """Epoch, step, and everything the order depends on (not the number of ranks)."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
@@ -231,9 +242,14 @@ class TrainingBatches:
             return self._groups.rows
         counts = []
         for index in range(len(self._groups)):
-            length = self._groups.read(index, ["length"]).column("length").to_numpy()
-            counts.append(int(num_windows(length.astype(np.int64), self.max_length).sum()))
+            counts.append(int(num_windows(self._lengths(index), self.max_length).sum()))
         return np.array(counts, dtype=np.int64)
+
+    def _lengths(self, index: int) -> Ints:
+        """(S,) items of each sequence of a row group."""
+        length = self._groups.read(index, ["length"]).column("length").to_numpy()
+        lengths: Ints = length.astype(np.int64)
+        return lengths
 
     def _order_key(self) -> dict[str, Any]:
         return {

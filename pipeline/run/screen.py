@@ -9,16 +9,23 @@ from shardrec.pipeline.run.config import TrainConfig
 __all__ = ["ending", "opening"]
 
 
-def opening(config: TrainConfig, plan: str) -> str:
-    """The options that are not defaults, and how the table is sharded.
+def opening(config: TrainConfig, plan: str, target_share: float) -> str:
+    """The options that are not defaults, how the table is sharded, and what is not trained on.
 
     Args:
         config: of the run.
         plan: the description of the sharded table.
+        target_share: the share of the training targets that an epoch has.
     """
     heading = f"options other than the defaults (all of them: {config.output}/config.json):"
     changes = [f"  {line}" for line in describe_changes(config).splitlines()]
-    return "\n".join([heading, *changes, plan])
+    lines = [heading, *changes, plan]
+    if target_share < 1:
+        lines.append(
+            f"an epoch has {target_share:.1%} of the training targets: the last "
+            f"{config.encoder.max_length} of each sequence; batches.windows=all takes them all"
+        )
+    return "\n".join(lines)
 
 
 def ending(report: EndReport, config: TrainConfig) -> str:

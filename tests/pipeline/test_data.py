@@ -149,6 +149,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("windows", ["last", "all"])
+def test_the_share_of_targets_is_that_of_the_positions_in_an_epoch(
+    folder: Path, windows: str
+) -> None:
+    batches = loader(folder, windows=windows)
+    everything = sum(int(length) - 1 for length in lengths_of(157) if length > 1)
+    in_epoch = sum(batch.num_positions for batch in batches)
+    assert batches.target_share() == pytest.approx(in_epoch / everything)
+    assert (batches.target_share() < 1) is (windows == "last")
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
 @pytest.mark.parametrize("batch_size", [37, 256, 2000])
 def test_four_ranks_together_read_little_more_than_the_data(
     large: Path, windows: str, batch_size: int

@@ -35,9 +35,16 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def test_only_options_other_than_the_defaults_are_shown(config: TrainConfig) -> None:
     chosen = dataclasses.replace(config, loss=SCE(items_per_bucket=7), seed=3)
-    lines = opening(chosen, "the plan").splitlines()
+    lines = opening(chosen, "the plan", 1.0).splitlines()
     assert {'  loss = "sce"', "  loss.items_per_bucket = 7", "  seed = 3"} <= set(lines)
     assert lines[-1] == "the plan" and not any("precision" in line for line in lines)
+
+
+def test_what_is_not_trained_on_is_said(config: TrainConfig) -> None:
+    *_, last = opening(config, "the plan", 0.424).splitlines()
+    length = config.encoder.max_length
+    assert last.startswith(f"an epoch has 42.4% of the training targets: the last {length} of each")
+    assert "batches.windows=all" in last
 
 
 def test_a_run_that_was_still_improving_says_which_limit_to_raise(config: TrainConfig) -> None:
