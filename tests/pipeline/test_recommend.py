@@ -275,7 +275,7 @@ def test_damaged_histories_stop_all_ranks_and_leave_nothing(
         ({"who": [1]}, "column must be a known name, got 'what'"),
         ({"who": [1], "what": [3]}, "must be a list of int64 ids"),
         ({"who": [1], "what": [["3"]]}, "must be a list of int64 ids"),
-        ({"who": [1.5], "what": [[3]]}, "must be integer or string"),
+        ({"who": [1.5], "what": [[3]]}, "'who' must fit into int64 as whole numbers"),
     ],
     ids=["no-items", "no-lists", "other-ids", "user-type"],
 )
