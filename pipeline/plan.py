@@ -25,7 +25,7 @@ PASSING_TENSORS = 8
 # Bytes of libraries that the first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
 # Rows composed of attributes at a time, and copies of them.
-COMPOSED_ROWS, COMPOSED_COPIES = 65_536, 4
+COMPOSED_ROWS, COMPOSED_COPIES = 8_192, 4
 # Printed with a peak: it counts tensors, and an allocator keeps some of what was freed.
 CONDITION = {
     "cpu": "The peak holds where freed blocks go back to the system, as with\n"
@@ -251,7 +251,7 @@ class _Planner:
         }
         either = {"activations", "loss workspace"}, {"update workspace", "composing"}
         always = sum(value for name, value in terms.items() if name not in either[0] | either[1])
-        return terms, always + max(sum(terms[name] for name in names) for names in either)
+        return terms, always + max(sum(terms.get(name, 0) for name in names) for names in either)
 
     def checkpoint_copy(self, num_items: int) -> int:
         """Bytes of host memory for the copy that a background checkpoint is written from."""
