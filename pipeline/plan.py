@@ -301,8 +301,8 @@ class _Planner:
         mode, counts, row = self.config.catalog.attributes, self.attributes, 4 * self.width
         if mode == "none":
             return {}
-        # Codes with their shares, offsets, items, and which ids are kept, with a copy.
-        item = 8 * counts.attribute_codes + 4 * counts.attribute_numbers + 8 + 8 + 6
+        # Codes with their shares, vectors, an offset, and whether the item has training events.
+        item = 8 * counts.attribute_codes + 4 * counts.attribute_numbers + 8 + 1
         block = min(work.num_rows, COMPOSED_ROWS)
         return {
             "attributes": round(item * work.num_rows) + 5 * 4 * self.of_attributes,
