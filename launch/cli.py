@@ -23,6 +23,7 @@ from pathlib import Path
 
 import shardrec
 from shardrec.launch.stages import COMMANDS, STAGES
+from shardrec.pipeline.outputs.addresses import without_keys
 
 BAD_INPUT, FAILED, REFUSED, INTERRUPTED = 2, 1, 3, 130
 PREEMPTED = 75  # "temporary failure, try again" among the codes of sysexits.h
@@ -99,7 +100,7 @@ def run(name: str, arguments: list[str]) -> int:
         if not is_for_the_user(error):
             raise
         if os.environ.get("SHARDREC_DEBUG", "0") != "0":
-            traceback.print_exc()
+            print(without_keys(traceback.format_exc()), file=sys.stderr, end="")
         print(f"shardrec {name}: {one_line(error)}", file=sys.stderr)
         return exit_code(error)
 
@@ -122,11 +123,11 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` in one line."""
+    """The message of ``error`` in one line, without keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
-    return " ".join((text or type(error).__name__).split())
+    return without_keys(" ".join((text or type(error).__name__).split()))
 
 
 def exit_code(error: Exception) -> int:

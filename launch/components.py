@@ -33,6 +33,9 @@ ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
 # Seconds that torchrun waits beyond the grace period of its workers before it kills them.
 SHUTDOWN_S = 5
 
+# More than any node has cores for; each is a process that loads torch.
+MOST_WORKERS = 1024
+
 HELP = {
     "arguments": "after ``--``, the arguments of the stage's own command",
     "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU",
@@ -73,6 +76,11 @@ def _workers(
             f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
         )
     workers = int(j.rpartition("x")[2])
+    if workers > MOST_WORKERS:
+        raise ValueError(
+            f"-j must ask for at most {MOST_WORKERS} workers on a node, got {j!r}; take one for "
+            "each GPU, or for a few CPUs"
+        )
     app = dist.ddp(
         "--",  # without it torchrun takes our `--run` for an abbreviation of its own `--run-path`
         stage,

@@ -20,7 +20,10 @@ from shardrec.launch.setup_env import (
     matching_sets,
 )
 
-NEEDED = ("torch", "torchrec", "triton", "torchx", "torchmetrics", "pyarrow", "duckdb", "rich")
+NEEDED = (
+    *("torch", "torchrec", "triton", "torchx", "torchmetrics"),
+    *("pyarrow", "duckdb", "rich", "safetensors"),
+)
 REPAIR = "run `make setup`"
 
 

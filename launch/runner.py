@@ -23,6 +23,7 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 from shardrec.launch import components, slurm
 from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
 from shardrec.launch.stages import STAGES
+from shardrec.pipeline.outputs.addresses import without_keys
 from shardrec.pipeline.run.interruption import Preempted
 
 # The error line of a worker's command, after the rank that torchrun puts before each line.
@@ -73,10 +74,10 @@ class Failure:
 
 
 def describe(job: Job) -> str:
-    """The request to the scheduler, as text; nothing is submitted."""
+    """The request to the scheduler, as text without keys in addresses; nothing is submitted."""
     with _open_runner() as runner:
         request = _request(runner, job)
-        return f"{pformat(request._app)}\n\n{request}"
+        return without_keys(f"{pformat(request._app)}\n\n{request}")
 
 
 def submit(job: Job) -> str:
@@ -113,7 +114,7 @@ def wait(handle: str, interval_s: float = 5.0) -> str:
 
 def print_line(line: str) -> None:
     """Write a worker's line to our own stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(without_keys(line), file=sys.stderr, flush=True)
 
 
 def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | None:

@@ -169,7 +169,7 @@ COMMANDS = {
         summary="write item vectors and the encoder for serving",
         description=(
             "Writes the item vectors with the log's own ids to Parquet, shard by shard, and the "
-            "encoder as a torch.export program. shardrec.pipeline.serve reads both without "
+            "encoder's weights as safetensors. shardrec.pipeline.serve reads both without "
             "TorchRec. --items adds vectors of newer items, from their attributes. Repeated with "
             "the same options, it does nothing."
         ),

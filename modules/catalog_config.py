@@ -54,6 +54,7 @@ class CatalogConfig:
             )
         for name in ("learning_rate", "init_std"):
             require_at_least(f"catalog.{name}", getattr(self, name), 0, "give e.g. 0.01")
+            require_within(f"catalog.{name}", getattr(self, name), 0, 1e30, "give e.g. 0.01")
         # With eps = 0, a gradient of 0 would give 0 / 0.
         require_above_zero("catalog.eps", self.eps, "give e.g. 1e-8")
         require_betas("catalog.betas", self.betas)

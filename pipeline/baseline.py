@@ -18,7 +18,7 @@ from shardrec import __version__
 from shardrec.modules.option_checks import require_at_least, require_choice
 from shardrec.modules.ranking import by_popularity
 from shardrec.pipeline.model.baseline_ranker import BaselineRanker
-from shardrec.pipeline.outputs.files import describe_parquet
+from shardrec.pipeline.outputs.files import check_files, describe_parquet
 from shardrec.pipeline.outputs.formats import BASELINE
 from shardrec.pipeline.outputs.stage_output import StageOutput, read_output
 from shardrec.pipeline.prepared.folder import Prepared
@@ -140,6 +140,7 @@ def open_baseline(
             f"and {prepared.path} of {prepared.fingerprint}; count another with "
             "`shardrec baseline`"
         )
+    check_files(folder, manifest["files"], BASELINE.remedy, verify=True)
     order = pq.read_table(folder / _ORDER_NAME).column("item").to_numpy()
     columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in NEIGHBORS.names}
     groups = RowGroups([folder / _NEIGHBORS_NAME], NEIGHBORS.names)

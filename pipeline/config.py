@@ -13,6 +13,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from shardrec.pipeline.outputs.addresses import without_keys
+
 Config = TypeVar("Config")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -86,12 +88,15 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and value, one for every leaf, in the order of declaration."""
+    """Pairs of dotted name and value, one for every leaf, in the order of declaration.
+
+    For people: keys in addresses are left out.
+    """
     for name, value in to_json(config).items() if not isinstance(config, dict) else config.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield prefix + name, without_keys(value) if isinstance(value, str) else value
 
 
 def describe(config: Any) -> str:
@@ -101,7 +106,8 @@ def describe(config: Any) -> str:
 
 def describe_changes(config: Any) -> str:
     """The options that are not defaults, and those without one, one a line as in ``describe``."""
-    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in _changes(config))
+    lines = (f"{name} = {json.dumps(value)}" for name, value in _changes(config))
+    return without_keys("\n".join(lines))
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:

@@ -4,8 +4,7 @@
 
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows,
                                         and rank 0 one part more for items after training
-    encoder.pt2                         torch.export: (B, L, D) to (B, L, D), any B and L; also
-                                        takes (B,) lengths if the manifest has reads_lengths
+    encoder.safetensors                 its weights; encoder.pt2, a program, if it is not ours
     items.faiss                         if an index is asked for
     successors.parquet                  if the run has a memory
     manifest.json                       run, data, catalog version, files; written last
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 
 from shardrec import __version__
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.modules.encoder import TransformerEncoder
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.files import FileEntry, describe_file, describe_parquet
 from shardrec.pipeline.outputs.formats import EXPORT
@@ -40,12 +38,13 @@ from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranks import default_group, on_all_ranks, on_first_rank, on_this_rank
 from shardrec.pipeline.run.trained import Source
-from shardrec.pipeline.serve import ENCODER, Recommender, read_recommender
+from shardrec.pipeline.serve import Recommender, read_recommender
 from shardrec.pipeline.served.ann_index import INDEX, IndexConfig, build_index
+from shardrec.pipeline.served.encoder_file import inputs, read_encoder, reads_lengths, write_encoder
 from shardrec.pipeline.served.memory import SUCCESSORS
 from shardrec.pipeline.served.new_items import NewItems
 
-__all__ = ["ExportConfig", "Exported", "export", "export_encoder", "encoder_difference"]
+__all__ = ["ExportConfig", "Exported", "encoder_difference", "export"]
 
 _QUERIES = 1000  # states that the recall of an index is measured on
 
@@ -110,7 +109,7 @@ class Exported:
 
 
 def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exported:
-    """Write item vectors with the log's own ids, and the encoder as a program.
+    """Write item vectors with the log's own ids, and the encoder.
 
     Args:
         config: the same on every rank.
@@ -122,8 +121,8 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, ``torch.export`` cannot trace the encoder, or
-            FAISS cannot make the index.
+        ValueError: the run does not fit the data, ``torch.export`` cannot trace an encoder of
+            yours, or FAISS cannot make the index.
         RuntimeError: the encoder that was written gives other states than the live one.
 
     Collectives: on the default group; every rank must call it.
@@ -153,34 +152,6 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     return Exported(manifest, True, time.monotonic() - started)
 
 
-def export_encoder(encoder: nn.Module, width: int, max_length: int) -> torch.export.ExportedProgram:
-    """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
-
-    Args:
-        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
-            it is.
-        width: D.
-        max_length: the longest L.
-
-    Raises:
-        ValueError: ``torch.export`` cannot trace it.
-    """
-    alone = copy.deepcopy(encoder).cpu().eval()
-    batch = torch.export.Dim("batch", min=1)
-    dims: list[dict[int, Any]] = [{0: batch}, {0: batch}]
-    if max_length > 1:
-        dims[0][1] = torch.export.Dim("length", min=1, max=max_length)
-    example = _inputs(alone, torch.zeros(3, min(max_length, 5), width), torch.ones(3).long())
-    try:
-        return torch.export.export(alone, example, dynamic_shapes=tuple(dims[: len(example)]))
-    except Exception as error:
-        raise ValueError(
-            f"encoder must be one that torch.export can trace for any number and length of "
-            f"sequences, got {type(encoder).__name__} and {type(error).__name__}: {error}; "
-            "remove branches on values and fixed sizes from its forward"
-        ) from error
-
-
 class _Work:
     """Writes this rank's rows, and on rank 0 the encoder and the index."""
 
@@ -207,8 +178,7 @@ class _Work:
 
     def _write_rest(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
         new = self._write_new_rows(folder)
-        encoder, index = self._write_encoder(folder), self._index(folder, [*rows, *new])
-        return new + encoder + index + self._memory(folder)
+        return new + self._write_served(folder, [*rows, *new]) + self._memory(folder)
 
     def details(self) -> dict[str, Any]:
         """The manifest without its request; complete on rank 0."""
@@ -219,7 +189,7 @@ class _Work:
             "width": config.width,
             "max_length": config.max_length,
             "scores": "cosine" if self.model.normalize else "inner product",
-            "reads_lengths": _reads_lengths(self.model.encoder),
+            "reads_lengths": reads_lengths(self.model.encoder),
             "versions": {"shardrec": __version__, "torch": torch.__version__},
             **self.measured,
         }
@@ -264,23 +234,25 @@ class _Work:
         wide = schema.set(0, pa.field("item_id", self.ids.ids.type))
         return stored(pa.table([self.ids.of(items), items, block, vectors], schema=wide), schema)
 
-    def _write_encoder(self, folder: Path) -> list[FileEntry]:
-        """Write the encoder's program, load it again, and compare it with the live encoder."""
+    def _write_served(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+        """Write the encoder, compare it with the live one, and build the index if asked for."""
         config, encoder = self.source.config.encoder, self.model.encoder
-        program = export_encoder(encoder, config.width, config.max_length)
-        torch.export.save(program, folder / ENCODER)
+        name, ours = write_encoder(folder, encoder, config.width, config.max_length)
+        self.measured["encoder"] = ours
+        entry = describe_file(folder, name)
+        written = self.details() | {"files": [dataclasses.asdict(one) for one in (*rows, entry)]}
+        again = read_encoder(folder, written, trust_code=True)
         self.measured["encoder_difference"] = encoder_difference(
-            folder / ENCODER, encoder, config.width, config.max_length
+            again, encoder, config.width, config.max_length
         )
-        return [describe_file(folder, ENCODER)]
+        return [entry, *self._index(folder, written)]
 
-    def _index(self, folder: Path, rows: Sequence[FileEntry]) -> list[FileEntry]:
+    def _index(self, folder: Path, written: dict[str, Any]) -> list[FileEntry]:
         """Build the index from the Parquet that all ranks have written."""
         index = self.config.index
         if index is None:
             return []
-        written = self.details() | {"files": [dataclasses.asdict(entry) for entry in rows]}
-        served = read_recommender(folder, written, min_count=1)
+        served = read_recommender(folder, written, min_count=1, trust_code=True)
         states = _example_states(served, self.prepared)
         path = folder / INDEX
         self.measured["faiss"] = build_index(path, index, served.scored, served.allowed, states)
@@ -301,19 +273,22 @@ class _Work:
 
 
 @torch.no_grad()
-def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: int) -> float:
-    """The largest absolute difference between a written program and the live encoder.
+def encoder_difference(
+    written: nn.Module, encoder: nn.Module, width: int, max_length: int
+) -> float:
+    """The largest absolute difference between an encoder read back and the live one.
 
     Raises:
         RuntimeError: it is larger than rounding explains.
     """
-    program, alone = torch.export.load(path).module(), copy.deepcopy(encoder).cpu().eval()
+    alone = copy.deepcopy(encoder).cpu().eval()
     generator, worst = torch.Generator().manual_seed(1), 0.0
     for shape in ((1, 1), (2, max_length), (5, -(-max_length // 2))):
         vectors = torch.randn(*shape, width, generator=generator)
         lengths = torch.randint(1, shape[1] + 1, shape[:1], generator=generator)
-        expected = alone(*_inputs(alone, vectors, lengths))
-        difference = float((program(*_inputs(alone, vectors, lengths)) - expected).abs().max())
+        given = inputs(alone, vectors, lengths)
+        expected = alone(*given)
+        difference = float((written(*given) - expected).abs().max())
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
@@ -322,14 +297,6 @@ def encoder_difference(path: Path, encoder: nn.Module, width: int, max_length: i
                 "from its forward"
             )
     return worst
-
-
-def _reads_lengths(encoder: nn.Module) -> bool:
-    return isinstance(encoder, TransformerEncoder) and encoder.reads_lengths
-
-
-def _inputs(encoder: nn.Module, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    return (vectors, lengths) if _reads_lengths(encoder) else (vectors,)
 
 
 @torch.no_grad()

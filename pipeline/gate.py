@@ -49,6 +49,8 @@ class GateConfig:
         metrics: report of evaluate; none: metrics.json in the run.
         output: report to write; none: gate.json in the run.
         force: decide again, or replace a report of other options.
+        trust_code: open a published export whose encoder is a program (encoder.pt2), which can run
+            any code; only if you made it or trust who did.
     """
 
     run: str
@@ -61,6 +63,7 @@ class GateConfig:
     metrics: str | None = None
     output: str | None = None
     force: bool = False
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a tolerance outside [0, 1)."""
@@ -164,7 +167,12 @@ def judge(
 
 
 def measure_export(
-    folder: Path, prepared: Prepared, config: "MeasureConfig", split: "Split"
+    folder: Path,
+    prepared: Prepared,
+    config: "MeasureConfig",
+    split: "Split",
+    *,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Metrics of an export on the users of any prepared folder, even a newer one.
 
@@ -177,9 +185,11 @@ def measure_export(
         prepared: data of the users that are ranked.
         config: list lengths and the seen filter.
         split: which users.
+        trust_code: as in ``Recommender.open``.
 
     Raises:
-        FileNotFoundError, ValueError: the export is incomplete, or its ids are of another type.
+        FileNotFoundError, ValueError: the export is incomplete, its ids are of another type, or its
+            encoder is a program that is not trusted.
 
     Collectives: none; the vectors must fit into this process.
     """
@@ -188,7 +198,7 @@ def measure_export(
     from shardrec.pipeline.model.measure import measure
     from shardrec.pipeline.model.ranker import StateRanker
 
-    model = Recommender.open(folder, min_count=0)
+    model = Recommender.open(folder, min_count=0, trust_code=trust_code)
     places = model.ids.items(prepared.item_ids())  # (V,) rows of the export, or -1
     is_known = places >= 0
     # Two more columns. The last is 1 in every state: rows hold 0 there, or _NEVER for an unknown
@@ -295,5 +305,8 @@ def _published_value(
     lists = {name: protocol[name] for name in ("filter_seen", "min_count")}
     lists["sample_users"] = protocol.get("sample_users")
     measure = MeasureConfig(ks=tuple(protocol["ks"]), **lists)
-    value = measure_export(folder, prepared, measure, protocol["split"])[config.metric]
+    metrics = measure_export(
+        folder, prepared, measure, protocol["split"], trust_code=config.trust_code
+    )
+    value = metrics[config.metric]
     return value if math.isfinite(value) else None, "now, by its export, on the users of the run"

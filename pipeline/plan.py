@@ -7,18 +7,21 @@ activations are counted in float32, though products in bfloat16 keep less. Memor
 does not give back is not included, and a plan says so.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.catalog_config import CatalogConfig, state_floats
-from shardrec.modules.encoder import TransformerEncoder, encoder_flops, saved_floats
+from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, encoder_flops, saved_floats
 from shardrec.modules.memory import memory_bytes
 from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.run.config import TrainConfig
 
-__all__ = ["AttributeCounts", "Machine", "Plan", "plan"]
+__all__ = ["AttributeCounts", "Machine", "Plan", "count_parameters", "plan", "readable_bytes"]
 
 # (N, D) tensors in addition to those saved for backward: states, gradients of two layers, masks.
 PASSING_TENSORS = 8
@@ -142,16 +145,16 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as a table."""
-        rows = [("memory of a rank", ""), *((n, _bytes(b)) for n, b in self.memory.items())]
-        rows += [("peak", _bytes(self.peak_bytes)), ("dominated by", self.dominant)]
+        rows = [("memory of a rank", ""), *((n, readable_bytes(b)) for n, b in self.memory.items())]
+        rows += [("peak", readable_bytes(self.peak_bytes)), ("dominated by", self.dominant)]
         if self.host_bytes:
-            rows += [("host memory for a checkpoint", _bytes(self.host_bytes))]
+            rows += [("host memory for a checkpoint", readable_bytes(self.host_bytes))]
         if self.memorized_bytes:
-            rows += [("item pairs, in ranking only", _bytes(self.memorized_bytes))]
+            rows += [("item pairs, in ranking only", readable_bytes(self.memorized_bytes))]
         rows += [("", ""), ("from other ranks in a step", "")]
-        rows += [(name, _bytes(value)) for name, value in self.moved.items()]
+        rows += [(name, readable_bytes(value)) for name, value in self.moved.items()]
         rows += [("", ""), ("read and written in a step", "")]
-        rows += [(name, _bytes(value)) for name, value in self.traffic.items()]
+        rows += [(name, readable_bytes(value)) for name, value in self.traffic.items()]
         rows += [("", ""), ("FLOP in a step", "")]
         rows += [(name, f"{value:,.3g}") for name, value in self.flops.items()]
         if self.largest_num_items is not None:
@@ -198,6 +201,25 @@ def plan(
     )
 
 
+def count_parameters(config: EncoderConfig) -> int:
+    """Number of weights of an encoder, counted without memory for them.
+
+    Raises:
+        ValueError: they are more than 64 bits count.
+    """
+    block = dataclasses.replace(config, num_blocks=1)
+    try:
+        with torch.device("meta"):
+            sizes = {n: one.numel() for n, one in TransformerEncoder(block).named_parameters()}
+    except RuntimeError as error:
+        raise ValueError(
+            f"encoder must be of sizes that a machine can hold, got width {config.width}, "
+            f"max_length {config.max_length} and hidden {config.resolved_hidden}; lower them"
+        ) from error
+    of_block = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    return sum(sizes.values()) + (config.num_blocks - 1) * of_block
+
+
 class _Planner:
     """The sums, for a config, a machine and attributes."""
 
@@ -209,10 +231,9 @@ class _Planner:
         # The encoder sees hardly any padding (``LengthGroups``).
         self.own_positions = -(-sequences // machine.ranks) * self.length * machine.filled
         self.num_positions = round(sequences * self.length * machine.filled)
-        encoder = TransformerEncoder(config.encoder)
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
-        self.parameters = sum(one.numel() for one in encoder.parameters())
+        self.parameters = count_parameters(config.encoder)
 
     @property
     def state_floats(self) -> int:
@@ -336,11 +357,11 @@ class _Planner:
         return 2 * 4 * rows * self.width * self.config.loss.normalize
 
 
-def _bytes(value: float) -> str:
+def readable_bytes(value: float) -> str:
     """A number of bytes as readable text.
 
     Example:
-        >>> _bytes(1536), _bytes(2.5e9)
+        >>> readable_bytes(1536), readable_bytes(2.5e9)
         ('1.5 kB', '2.5 GB')
     """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -175,6 +175,7 @@ class _Work:
     ) -> None:
         self.config, self.ranker, self.fallback = config, ranker, fallback
         self.histories, self.candidates = histories, candidates
+        self.k = min(config.k, len(candidates.allowed))  # no list is longer
         self.allowed = None if candidates.allowed.all() else candidates.allowed
         self.rank, self.size = Communicator(ranker.group).rank, Communicator(ranker.group).size
         # users without history, items of histories, unknown items, lists shorter than k
@@ -216,7 +217,7 @@ class _Work:
         scores, items = self.ranker.top(
             batch.items.to(device),
             batch.lengths.to(device),
-            self.config.k,
+            self.k,
             seen if self.config.filter_seen else None,
             None if self.allowed is None else self.allowed.to(device),
         )
@@ -225,7 +226,7 @@ class _Work:
     def _popular(self) -> Tensor:
         """(k,) the list of a user without history; -1 at the end of a short one."""
         none = torch.zeros(1, dtype=torch.int64)
-        return self.fallback.top(none[:, None], none, self.config.k, None, self.allowed)[1][0]
+        return self.fallback.top(none[:, None], none, self.k, None, self.allowed)[1][0]
 
     def _batches(self, writer: pq.ParquetWriter) -> Iterator["_Batch"]:
         """This rank's batches, equally many on every rank; writes a chunk after its last batch."""
@@ -241,11 +242,11 @@ class _Work:
             writer.write_table(lists.table(chunk.user_ids, self.histories.catalog, writer.schema))
         most = -(-num_users // self.size)
         for _ in range(given, -(-most // size)):
-            yield _Batch.empty(self.config.k)
+            yield _Batch.empty(self.k)
 
     def _count(self, chunk: HistoryChunk, lists: Lists) -> None:
         lengths = chunk.offsets.diff()
-        short = lists.items[:, -1] < 0
+        short = (lists.items[:, -1] < 0) | (self.k < self.config.k)
         numbers = [
             int((lengths == 0).sum()),
             len(chunk.items) + chunk.num_unknown,
@@ -318,7 +319,7 @@ def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
     if config.histories is not None:
         users, items = config.user_column, config.items_column
         return Histories(config.histories, catalog, users=users, items=items)
-    path = prepared.path / f"{config.split}.parquet"
+    path = prepared.file(f"{config.split}.parquet")
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
 
 

@@ -1,7 +1,7 @@
 """Recommendations from an export, in one process, without the training stack.
 
-Needs torch, numpy and pyarrow: no TorchRec, no fbgemm, no process group; FAISS only for approximate
-search.
+Needs torch, numpy, pyarrow and safetensors: no TorchRec, no fbgemm, no process group; FAISS only
+for approximate search.
 """
 
 import dataclasses
@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.memory import Memory, recent_items
+from shardrec.modules.option_checks import require_at_least, require_choice
 from shardrec.modules.ranking import by_popularity, top_items
-from shardrec.pipeline.prepared.ids import wide
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.served.ann_index import (
     INDEX,
@@ -29,12 +26,12 @@ from shardrec.pipeline.served.ann_index import (
     index_top_with,
     open_index,
 )
+from shardrec.pipeline.served.encoder_file import read_encoder, require_trust
+from shardrec.pipeline.served.items import known_ids, read_items
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 from shardrec.pipeline.served.pointer import export_folder, read_export
 
-__all__ = ["ENCODER", "Recommender", "read_recommender"]
-
-ENCODER = "encoder.pt2"
+__all__ = ["Recommender", "read_recommender"]
 
 ItemId = int | str
 
@@ -73,10 +70,11 @@ class Recommender:
         catalog_version: str | None = None,
         min_count: int = 1,
         approximate: bool = False,
+        trust_code: bool = False,
     ) -> "Recommender":
         """Load an export after checking that its files belong together.
 
-        The encoder's file is a program of ``torch.export``: open only exports that you trust.
+        Runs no code of the files unless ``trust_code`` says so.
 
         Args:
             folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
@@ -84,17 +82,21 @@ class Recommender:
             min_count: training events an item must have to be recommended; 0 takes all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.
+            trust_code: open files that can run any code, too: an encoder.pt2 (an encoder that is
+                not of this package, or an export of version 0.2.0 and before) and a FAISS index.
+                Only for exports that you made, or whose maker you trust.
 
         Raises:
             FileNotFoundError: the export is not complete.
-            ValueError: a file has changed since the export, the catalog is another one, or there
-                is no index to search.
+            ValueError: a file has changed since the export, the catalog is another one, there is no
+                index to search, or a file could run code and is not trusted.
         """
         folder = export_folder(Path(folder))
         manifest = read_export(folder)
         if approximate:
             _require_index(folder, manifest, min_count)
-        served = read_recommender(folder, manifest, min_count)
+            require_trust(folder / INDEX, "a file of FAISS", trust_code, "search exactly")
+        served = read_recommender(folder, manifest, min_count, trust_code=trust_code)
         if catalog_version is not None:
             _require_version(catalog_version, served.ids.version, f"export {folder}")
         index = open_index(folder / INDEX) if approximate else None
@@ -108,7 +110,7 @@ class Recommender:
 
         Args:
             histories: item ids, most recent last; ids that the catalog lacks are skipped.
-            k: items wanted.
+            k: items wanted, at least 1.
             filter_seen: leave out items of the history.
 
         Returns:
@@ -116,18 +118,22 @@ class Recommender:
             history is known, the most popular items, with NaN for scores.
 
         Raises:
-            pyarrow.ArrowInvalid, pyarrow.ArrowTypeError: ids are not of the catalog's type.
+            TypeError: an id is not of the catalog's type; the message says which.
+            ValueError: ``k`` is below 1.
         """
-        known = [self._known(history) for history in histories]
+        require_at_least("k", k, 1)
+        known = [self.ids.items(ids) for ids in known_ids(histories, self.ids.ids.type)]
+        known = [items[items >= 0] for items in known]
+        k = min(k, len(self.ids))
         rows = [index for index, items in enumerate(known) if len(items)]
         popular = self.popular[self.allowed[self.popular]][:k]
         fallback = [(name, math.nan) for name in self.ids.of(popular.numpy()).to_pylist()]
         result: list[list[tuple[ItemId, float]]] = [list(fallback) for _ in histories]
         if not rows:
             return result
-        histories = [known[row] for row in rows]
-        seen = torch.cat(histories), torch.tensor([len(items) for items in histories])
-        scores, items = self._top(histories, k, seen if filter_seen else None)
+        asked = [known[row] for row in rows]
+        seen = torch.cat(asked), torch.tensor([len(items) for items in asked])
+        scores, items = self._top(asked, k, seen if filter_seen else None)
         for row, own_scores, own_items in zip(rows, scores, items, strict=True):
             there = own_items >= 0
             names = self.ids.of(own_items[there].numpy()).to_pylist()
@@ -178,21 +184,21 @@ class Recommender:
         added = added.where(self.allowed[added.items])
         return index_top_with(self.index, states, k, seen, added, self.scored)
 
-    def _known(self, history: Sequence[ItemId]) -> Tensor:
-        items = self.ids.items(pa.array(history, self.ids.ids.type))
-        return items[items >= 0]
 
-
-def read_recommender(folder: Path, manifest: dict[str, Any], min_count: int) -> Recommender:
+def read_recommender(
+    folder: Path, manifest: dict[str, Any], min_count: int, *, trust_code: bool
+) -> Recommender:
     """A recommender with exact search from the files of an export; arguments as in ``open``.
 
     Raises:
-        ValueError: the items are not the ones of the manifest.
+        ValueError: the items are not the ones of the manifest, or the encoder is refused.
     """
-    ids, counts, vectors = _read_items(folder, manifest)
+    require_choice(f"scores of {folder}", manifest["scores"], ("cosine", "inner product"))
+    require_at_least(f"max_length of {folder}", manifest["max_length"], 1, "export the run again")
+    ids, counts, vectors = read_items(folder, manifest)
     _require_version(manifest["catalog_version"], ids.version, f"items of {folder}")
     scored = F.normalize(vectors) if manifest["scores"] == "cosine" else vectors
-    encoder = torch.export.load(folder / ENCODER).module()
+    encoder = read_encoder(folder, manifest, trust_code=trust_code)
     popular, allowed, memory = by_popularity(counts), counts >= min_count, None
     if "memory" in manifest:
         rows = range(len(ids))
@@ -201,22 +207,8 @@ def read_recommender(folder: Path, manifest: dict[str, Any], min_count: int) -> 
     return Recommender(manifest, ids, vectors, scored, allowed, popular, encoder, memory=memory)
 
 
-def _read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
-    """Ids, training counts (V,) int64 and vectors (V, D) float32 of an export, by item."""
-    vectors = torch.empty(manifest["num_items"], manifest["width"])
-    ids, counts, first = [], [], 0
-    for name in sorted(e["path"] for e in manifest["files"] if e["path"].startswith("items/")):
-        for batch in pq.ParquetFile(folder / name).iter_batches(65_536):
-            values = batch.column("vector").flatten().to_numpy()
-            vectors[first : first + len(batch)].view(-1).numpy()[:] = values
-            ids.append(wide(batch.column("item_id")))
-            counts.append(batch.column("count").to_numpy())
-            first += len(batch)
-    return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
-
-
 def _require_index(folder: Path, manifest: dict[str, Any], min_count: int) -> None:
-    if manifest.get("faiss") is None:
+    if INDEX not in {entry["path"] for entry in manifest["files"]}:
         raise ValueError(
             f"an export must hold an index for approximate search, got none in {folder}; "
             "export with --faiss HNSW32, or search exactly"

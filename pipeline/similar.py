@@ -152,7 +152,8 @@ def _write(
     """Write the lists of this rank's share of the items."""
     group, rank, size = model.group, Communicator(model.group).rank, Communicator(model.group).size
     first, last = (len(asked.items) * one // size for one in (rank, rank + 1))
-    share, items = Lists.of_everybody(torch.full((config.k,), -1), last - first), asked.items
+    k = min(config.k, model.catalog.num_items)  # no list is longer
+    share, items = Lists.of_everybody(torch.full((k,), -1), last - first), asked.items
     shard = model.catalog.shard
     rows = shard.rows.detach()
     rows = F.normalize(rows) if config.by == "cosine" else rows
@@ -165,9 +166,7 @@ def _write(
         vectors = model.catalog.begin_lookup(own)()
         states = F.normalize(vectors) if config.by == "cosine" else vectors
         itself = own, torch.ones_like(own)
-        scores, found = top_items(
-            states, shard, config.k, seen=itself, allowed=allowed, blocks=blocks
-        )
+        scores, found = top_items(states, shard, k, seen=itself, allowed=allowed, blocks=blocks)
         share.put(places, scores.cpu(), found.cpu())
     name = f"part-{rank:05d}-of-{size:05d}.parquet"
     schema = list_schema("item_id", asked.ids.type, asked.catalog.ids.type)

@@ -27,6 +27,7 @@ from shardrec.pipeline.log.generator import (
     top_columns,
 )
 from shardrec.pipeline.outputs.formats import SYNTH
+from shardrec.pipeline.outputs.json_files import Shape, parse_json, require_shape
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.outputs.staging import staged_file
 from shardrec.pipeline.prepared.data_files import check_path
@@ -124,7 +125,11 @@ def _stored(target: Path) -> dict[str, Any]:
         return {}
     if note is None:
         return {}
-    stored = json.loads(note)
+    try:
+        shape: Shape = {"config": dict, "report": dict}
+        stored = require_shape(parse_json(note), shape, str(target), "generate it again")
+    except ValueError:
+        return {}
     head = {"format": SYNTH.name, "schema_version": SYNTH.version}
     return head | {"request": stored["config"], "report": stored["report"]}
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.config import flatten
+from shardrec.pipeline.outputs.addresses import warn_of_keys
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build
 from shardrec.pipeline.run.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
@@ -73,6 +74,9 @@ def train(
     """
     check_force(force, resume)
     group, output = default_group(), Path(config.output)
+    if Communicator(group).rank == 0:
+        warn_of_keys("checkpoints.folder", config.checkpoints.folder)
+        warn_of_keys("mlflow.uri", config.mlflow.uri)
     with contextlib.ExitStack() as held:
         find = functools.partial(training_folder, output, resume, force=force)
         folder = on_first_rank(lambda: held.enter_context(find()), group)

@@ -26,6 +26,7 @@ from shardrec.pipeline.checkpoint.manifest import (
     FileEntry,
     Manifest,
 )
+from shardrec.pipeline.outputs.json_files import Shape, parse_json, require_shape
 from shardrec.pipeline.outputs.storage import Folder
 
 __all__ = [
@@ -43,6 +44,7 @@ _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+_CHUNK: Shape = {"first": int, "rows": int, "file": str, "start": int}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 
@@ -162,22 +164,50 @@ def metadata_to_json(tensors: Mapping[str, StoredTensor]) -> bytes:
     return json.dumps({name: asdict(one) for name, one in tensors.items()}).encode()
 
 
-def metadata_from_json(text: bytes) -> dict[str, StoredTensor]:
+def metadata_from_json(text: bytes, sizes: Mapping[str, int]) -> dict[str, StoredTensor]:
     """Parse ``metadata.json``; the inverse of ``metadata_to_json``.
 
+    Args:
+        text: of the file.
+        sizes: bytes of each file of the checkpoint, which must hold all chunks.
+
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not such a text.
+        ValueError: it is not such a text, or a tensor is larger than the files.
     """
+    remedy = "use another checkpoint"
     tensors = {}
-    for name, stored in json.loads(text).items():
-        chunks = tuple(
-            Chunk(int(one["first"]), int(one["rows"]), str(one["file"]), int(one["start"]))
-            for one in stored["chunks"]
+    for name, stored in require_shape(parse_json(text), {}, "the metadata", remedy).items():
+        shape = {"dtype": str, "shape": list, "chunks": list}
+        known = require_shape(stored, shape, name, remedy)
+        chunks = [
+            require_shape(one, _CHUNK, f"a chunk of {name}", remedy) for one in known["chunks"]
+        ]
+        tensor = StoredTensor(
+            known["dtype"],
+            tuple(known["shape"]),
+            tuple(Chunk(**{key: one[key] for key in _CHUNK}) for one in chunks),
         )
-        if stored["dtype"] not in DTYPES:
-            raise ValueError(f"dtype of {name} must be a known one, got {stored['dtype']}")
-        tensors[name] = StoredTensor(stored["dtype"], tuple(map(int, stored["shape"])), chunks)
+        _check_tensor(name, tensor, sizes)
+        tensors[name] = tensor
     return tensors
+
+
+def _check_tensor(name: str, tensor: StoredTensor, sizes: Mapping[str, int]) -> None:
+    """Refuse a tensor whose chunks are not in their files or do not follow one another."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"dtype of {name} must be a known one, got {tensor.dtype!r}")
+    if not all(type(size) is int and size >= 0 for size in tensor.shape):
+        raise ValueError(f"shape of {name} must be of sizes, got {list(tensor.shape)}")
+    row_bytes = math.prod(tensor.shape[1:]) * DTYPES[tensor.dtype].itemsize
+    for chunk in tensor.chunks:
+        stop = chunk.start + chunk.rows * row_bytes
+        if min(chunk.first, chunk.rows, chunk.start) < 0 or stop > sizes.get(chunk.file, -1):
+            raise ValueError(f"chunks of {name} must be inside of their files, got {chunk}")
+    runs = sorted((one.first, one.first + one.rows) for one in tensor.chunks if one.rows)
+    num_rows = (*tensor.shape, 1)[0]
+    edges = [0, *(stop for _, stop in runs)]
+    if [start for start, _ in runs] != edges[:-1] or edges[-1] != num_rows:
+        raise ValueError(f"chunks of {name} must cover its {num_rows} rows once, got {runs[:9]}")
 
 
 def _place(name: str, piece: Piece, file: str, start: int) -> StoredTensor:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardrec.pipeline.outputs.files import digest
-from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import Shape, parse_json, require_shape
+from shardrec.pipeline.outputs.signing import require_signature, signed
 from shardrec.pipeline.outputs.storage import Folder
 
 __all__ = ["BLOCK_BYTES", "MANIFEST", "DamagedCheckpointError", "FileEntry", "Manifest"]
@@ -46,11 +47,15 @@ class Manifest:
         folder: of the checkpoint.
         best: whether it was the best of its run when it was written.
         files: size and checksum of each file, by name.
+        run: id of its run; None if it was written without, as before version 0.3.
+        name: of the folder that it was written to; None as ``run``.
     """
 
     folder: Folder
     best: bool
     files: Mapping[str, FileEntry]
+    run: str | None = None
+    name: str | None = None
 
     @classmethod
     def find(cls, folder: Folder) -> "Manifest | None":
@@ -58,13 +63,14 @@ class Manifest:
 
         Raises:
             DamagedCheckpointError: it is cut off or malformed.
+            SignatureError: there is a key, and it was not signed with it.
             ValueError: it is of another format.
         """
         if folder.size(MANIFEST) is None:
             return None
         where = f"{folder}/{MANIFEST}"
         try:
-            stored = json.loads(folder.read(MANIFEST))
+            stored = parse_json(folder.read(MANIFEST))
         except ValueError as error:
             raise DamagedCheckpointError(f"{where} must be JSON, got {error}; {ANOTHER}") from error
         found = stored.get("format") if isinstance(stored, dict) else None
@@ -74,12 +80,15 @@ class Manifest:
                 "it with the version of shardrec that wrote it, or train again"
             )
         try:
-            shape = {"format": int, "best": bool, "files": dict}
+            shape: Shape = {"format": int, "best": bool, "files": dict}
             known = require_shape(stored, shape, where, ANOTHER)
+            texts = {key: (str, type(None)) for key in ("run", "name") if key in known}
+            require_shape(known, texts, where, ANOTHER)
             files = {name: _entry(name, one, where) for name, one in known["files"].items()}
         except ValueError as error:
             raise DamagedCheckpointError(str(error)) from None
-        return cls(folder, known["best"], files)
+        require_signature(stored, where)
+        return cls(folder, known["best"], files, known.get("run"), known.get("name"))
 
     @classmethod
     def read(cls, folder: Folder) -> "Manifest":
@@ -100,25 +109,31 @@ class Manifest:
         """Write ``manifest.json``, which completes the checkpoint; all its files must exist."""
         entries = {name: dataclasses.asdict(one) for name, one in sorted(self.files.items())}
         stored = {"format": FORMAT, "best": self.best, "files": entries}
-        self.folder.write(MANIFEST, json.dumps(stored, indent=1).encode())
+        if self.run is not None:
+            stored |= {"run": self.run, "name": self.name}
+        self.folder.write(MANIFEST, json.dumps(signed(stored), indent=1).encode())
 
     def check_sizes(self) -> None:
         """Raise DamagedCheckpointError where a file is missing or has another size."""
         for name in self.files:
+            self._check_name(name)
             self._check_size(name)
 
     def check(self, name: str) -> None:
         """Raise DamagedCheckpointError where a file differs in size or checksum, or is unknown."""
-        if name not in self.files or "/" in name:
-            raise DamagedCheckpointError(
-                f"{self.folder} must have a manifest that names {name}, got one that does not; "
-                "use another checkpoint"
-            )
+        self._check_name(name)
         self._check_size(name)
         with self.folder.open(name) as file:
             found = digest(file)
         if found != self.files[name].sha256:
             raise self._damaged(name, "sha256", self.files[name].sha256, found)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.files or "/" in name or "\0" in name:
+            raise DamagedCheckpointError(
+                f"{self.folder} must have a manifest that names {name!r} and files inside of it, "
+                "got one that does not; use another checkpoint"
+            )
 
     def _check_size(self, name: str) -> None:
         found = self.folder.size(name)

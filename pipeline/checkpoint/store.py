@@ -45,7 +45,7 @@ from shardrec.pipeline.checkpoint.manifest import (
     Manifest,
 )
 from shardrec.pipeline.checkpoint.state import CheckpointState, is_row_name, join_state
-from shardrec.pipeline.outputs.json_files import require_shape
+from shardrec.pipeline.outputs.json_files import parse_json, require_shape
 from shardrec.pipeline.outputs.storage import Folder, open_folder
 from shardrec.pipeline.ranks import on_all_ranks, on_first_rank, on_this_rank
 
@@ -66,12 +66,24 @@ class Checkpoints:
     """The folder of a run's checkpoints: the last few and the best."""
 
     def __init__(
-        self, folder: Path | str | Folder, group: dist.ProcessGroup | None, keep: int = 2
+        self,
+        folder: Path | str | Folder,
+        group: dist.ProcessGroup | None,
+        keep: int = 2,
+        run: str | None = None,
     ) -> None:
-        """Store the folder, the ranks that write together, and how many checkpoints to keep."""
+        """Store the folder.
+
+        Args:
+            folder: of all checkpoints of the run.
+            group: the ranks that write together.
+            keep: how many checkpoints to keep, besides the best.
+            run: id of the run; checkpoints of another id are refused. None: of any.
+        """
         self.folder = open_folder(folder)
         self.group = group
         self.keep = keep
+        self.run = run
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
         """Write a checkpoint and return its folder; delete all but the last ``keep`` and the best.
@@ -83,7 +95,7 @@ class Checkpoints:
         """
         folder = self.folder / f"step-{step:08d}"
         try:
-            save_checkpoint(folder, state, self.group, best=best)
+            save_checkpoint(folder, state, self.group, best=best, run=self.run)
         except Exception:
             # A failed write may have filled the disk: free it.
             with contextlib.suppress(OSError):
@@ -92,7 +104,7 @@ class Checkpoints:
             raise
         try:
             on_first_rank(lambda: self._prune(step), self.group)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             message = "old checkpoints in %s could not be deleted: %s"
             logging.getLogger(__name__).warning(message, self.folder, error)
         return folder
@@ -106,6 +118,7 @@ class Checkpoints:
         Raises:
             FileNotFoundError: there is none.
             DamagedCheckpointError: the best one is damaged.
+            ValueError: one is of another run, or renamed, or its signature is wrong.
         """
         if which == "best":
             for manifest in self._manifests():
@@ -127,6 +140,9 @@ class Checkpoints:
 
         Args:
             rows: the table rows that this rank loads.
+
+        Raises:
+            ValueError: as ``find``.
 
         Collectives: all-gathers of small objects: one, and one for each checkpoint tried.
         """
@@ -152,7 +168,19 @@ class Checkpoints:
                 _warn(error)
                 continue
             if manifest is not None:
+                self._require_own(manifest)
                 yield manifest
+
+    def _require_own(self, manifest: Manifest) -> None:
+        """Refuse a checkpoint that was copied from another run, or renamed."""
+        found = manifest.folder
+        if None not in (self.run, manifest.run) and manifest.run != self.run:
+            what = f"of this run, {self.run}, got one of run {manifest.run}"
+        elif manifest.name not in (None, found.name):
+            what = f"under the name it was written with, got {manifest.name} as {found.name}"
+        else:
+            return
+        raise ValueError(f"checkpoint {found} must be {what}; move it out of the folder")
 
     def _whole(self) -> Iterator[Manifest]:
         """Manifests of checkpoints with all their files, the last first."""
@@ -185,6 +213,7 @@ def save_checkpoint(
     group: dist.ProcessGroup | None = None,
     *,
     best: bool = False,
+    run: str | None = None,
 ) -> None:
     """Write a checkpoint to ``folder``, its manifest last; replaces an earlier one.
 
@@ -193,6 +222,7 @@ def save_checkpoint(
         state: ``table`` holds this rank's rows; rank 0 writes all the rest.
         group: the ranks that write together; None for one process.
         best: whether it is the best of its run so far.
+        run: id of its run, which its manifest names.
 
     Raises:
         OSError: a rank could not write; raised on all ranks, and ``folder`` has no manifest.
@@ -204,7 +234,7 @@ def save_checkpoint(
     on_first_rank(lambda: opened.remove(MANIFEST), group)
     written = on_all_ranks(lambda: _write_part(opened, state, Communicator(group).rank), group)
     parts = [part for part in written if part is not None]
-    on_first_rank(lambda: _complete(opened, state, best, parts), group)
+    on_first_rank(lambda: _complete(opened, state, best, parts, run), group)
 
 
 def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
@@ -233,8 +263,13 @@ class StoredCheckpoint:
         """Read the metadata, but no tensor yet."""
         manifest = Manifest.read(open_folder(folder))
         self.numbers = _parsed(manifest, STATE, _numbers)
-        self._tensors = _parsed(manifest, METADATA, metadata_from_json)
+        sizes = {name: entry.size for name, entry in manifest.files.items()}
+        parse = functools.partial(metadata_from_json, sizes=sizes)
+        self._tensors = _parsed(manifest, METADATA, parse)
         self._reader = TensorReader(manifest, self._tensors)
+        tables = [one.shape[:1] for name, one in self._tensors.items() if is_row_name(name)]
+        if not tables or set(tables) != {(self.num_rows,)}:
+            raise self._damaged(f"tables of {self.num_rows} rows, got {tables[:9]}")
 
     @property
     def num_rows(self) -> int:
@@ -244,7 +279,11 @@ class StoredCheckpoint:
     def load(self, rows: range | None = None) -> CheckpointState:
         """The whole state with ``rows`` of the table; None for all rows."""
         wanted = range(self.num_rows) if rows is None else rows
-        return join_state(self._read(self._tensors, wanted), self.numbers, wanted.start)
+        tensors = self._read(self._tensors, wanted)
+        try:
+            return join_state(tensors, self.numbers, wanted.start)
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            raise self._damaged(f"a state, got {error!r}") from error
 
     def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:
         """``rows`` of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
@@ -254,9 +293,17 @@ class StoredCheckpoint:
     def _read(self, names: Collection[str], rows: range) -> dict[str, Tensor]:
         """Read tensors by name: ``rows`` of those of the table, all of the others."""
         known = range(rows.start, max(rows.start, min(rows.stop, self.num_rows)))
+        missing = [name for name in names if name not in self._tensors]
+        if missing:
+            raise self._damaged(f"the tensor {missing[0]}, got none")
         whole = {name: range((*self._tensors[name].shape, 1)[0]) for name in names}
         return self._reader.read(
             {name: known if is_row_name(name) else whole[name] for name in names}
+        )
+
+    def _damaged(self, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"{self._reader.manifest.folder}/{METADATA} must describe {what}; use another one"
         )
 
 
@@ -270,7 +317,9 @@ def _write_part(folder: Folder, state: CheckpointState, rank: int) -> _Part | No
     return (name, *write_pieces(folder, name, pieces)) if pieces else None
 
 
-def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_Part]) -> None:
+def _complete(
+    folder: Folder, state: CheckpointState, best: bool, parts: list[_Part], run: str | None
+) -> None:
     """Write metadata.json and state.json, then the manifest."""
     files = {name: entry for name, _, entry in parts}
     numbers = json.dumps(state.numbers(), indent=1).encode()
@@ -278,13 +327,13 @@ def _complete(folder: Folder, state: CheckpointState, best: bool, parts: list[_P
     for name, content in ((METADATA, tensors), (STATE, numbers)):
         folder.write(name, content)
         files[name] = FileEntry.of(content)
-    Manifest(folder, best, files).write()
+    Manifest(folder, best, files, run, None if run is None else folder.name).write()
 
 
 def _numbers(content: bytes) -> dict[str, Any]:
     """Parse and check the JSON of ``CheckpointState.numbers``."""
     shape = {"progress": dict, "config": dict, "optimizer": list, "table": dict, "versions": dict}
-    stored = require_shape(json.loads(content), shape, STATE, "use another checkpoint")
+    stored = require_shape(parse_json(content), shape, STATE, "use another checkpoint")
     require_shape(stored["table"], {"num_rows": int}, "table", "use another checkpoint")
     return stored
 
@@ -294,9 +343,9 @@ def _parsed(manifest: Manifest, name: str, parse: Callable[[bytes], Any]) -> Any
     manifest.check(name)
     try:
         return parse(manifest.folder.read(name))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise DamagedCheckpointError(
-            f"{manifest.folder}/{name} must be JSON as a checkpoint has it, got {error!r}; "
+            f"{manifest.folder}/{name} must be JSON as a checkpoint has it, got {error}; "
             "use another checkpoint"
         ) from error
 

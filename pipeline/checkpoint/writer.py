@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
+from shardrec.pipeline.outputs.addresses import without_keys
 
 __all__ = ["CheckpointReport", "CheckpointWriter", "writing_group"]
 
@@ -147,7 +148,7 @@ class CheckpointWriter:
         assert self._report is not None
         if self.failure is not None and Communicator(self.checkpoints.group).rank == 0:
             message = "checkpoint of step %d was not written, those before are kept: %s"
-            logging.getLogger(__name__).warning(message, self._report.step, self.failure)
+            logging.getLogger(__name__).warning(message, self._report.step, self._report.error)
         return [self._report]
 
     def abandon(self) -> None:
@@ -160,7 +161,7 @@ class CheckpointWriter:
         try:
             self.checkpoints.save(report.step, state, best=report.best)
         except Exception as error:
-            self.failure, words = error, str(error) or type(error).__name__
+            self.failure, words = error, without_keys(str(error)) or type(error).__name__
         seconds = time.monotonic() - started
         stall = report.stall_seconds if self.background else seconds
         self._report = dataclasses.replace(

@@ -9,6 +9,8 @@ import pyarrow.compute as pc
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.prepared.ids import id_kind, plain_ids, plain_text, value_type
 
+LARGEST_WEIGHT = 1e30  # sums of a batch must fit float32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EventColumns:
@@ -172,16 +174,18 @@ def read_weights(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     """The weights as float32.
 
     Raises:
-        ValueError: a weight is null, negative or not finite.
+        ValueError: a weight is null, negative, not finite, or so large that sums would not be.
     """
     require_no_nulls(column, place)
     weights = pc.cast(column, value_type(column.type))
     weights = pc.cast(pc.cast(weights, pa.float64(), safe=False), pa.float32(), safe=False)
-    wrong = pc.invert(pc.and_(pc.is_finite(weights), pc.greater_equal(weights, 0.0)))
+    small = pc.and_(pc.is_finite(weights), pc.less_equal(weights, LARGEST_WEIGHT))
+    wrong = pc.invert(pc.and_(small, pc.greater_equal(weights, 0.0)))
     if pc.any(wrong).as_py():
         value = weights.filter(wrong)[0].as_py()
         raise ValueError(
-            f"{place} must hold finite weights of 0 or more, got {value}; fix or drop those rows"
+            f"{place} must hold finite weights of 0 or more, and at most {LARGEST_WEIGHT:g}, got "
+            f"{value}; fix or drop those rows"
         )
     return weights
 

@@ -1,5 +1,6 @@
 """The files of an event log: what is known before they are read, and their batches of rows."""
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -14,7 +15,15 @@ import pyarrow.parquet as pq
 from shardrec.pipeline.prepared.data_files import partition_values
 from shardrec.pipeline.prepared.ids import short_message
 
-__all__ = ["LogFile", "ParquetLog", "SourceFile", "WithFolderValues", "decoding_remedy", "tail_of"]
+__all__ = [
+    "LogFile",
+    "ParquetLog",
+    "SourceFile",
+    "WithFolderValues",
+    "decoding_remedy",
+    "tail_of",
+    "unchanged",
+]
 
 _TAIL_BYTES = 65_536
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -32,6 +41,11 @@ class SourceFile:
 
 class LogFile(Protocol):
     """A file of a log."""
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """Holds the file."""
+        ...
 
     @property
     def source(self) -> SourceFile:
@@ -150,6 +164,11 @@ class WithFolderValues:
         return cls(file=file, schema=schema, values=values)
 
     @property
+    def filesystem(self) -> fs.FileSystem:
+        """Of the file."""
+        return self.file.filesystem
+
+    @property
     def source(self) -> SourceFile:
         """Of the file."""
         return self.file.source
@@ -162,6 +181,40 @@ class WithFolderValues:
                 if name in names:
                     batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
             yield place, batch
+
+
+@contextlib.contextmanager
+def unchanged(file: LogFile) -> Iterator[None]:
+    """Context manager: the file is read in it, and is the one that was opened, before and after.
+
+    Raises:
+        ValueError: it has changed, or is gone.
+    """
+    began = _state(file)
+    yield
+    if _state(file) != began:
+        raise _changed(file)
+
+
+def _state(file: LogFile) -> int | None:
+    """When the file was last written; its size and last bytes must be those of ``source``."""
+    source = file.source
+    try:
+        with file.filesystem.open_input_file(source.path) as stream:
+            size, tail = tail_of(stream)
+        written: int | None = file.filesystem.get_file_info(source.path).mtime_ns
+    except OSError as error:
+        raise _changed(file) from error
+    if (size, hashlib.sha256(tail).hexdigest()) != (source.bytes, source.footer_sha256):
+        raise _changed(file)
+    return written
+
+
+def _changed(file: LogFile) -> ValueError:
+    return ValueError(
+        f"{file.source.path!r} must stay as it is while it is read, got another file in its place "
+        "or other content; prepare again when nothing writes to the log"
+    )
 
 
 def tail_of(stream: Any) -> tuple[int, bytes]:
@@ -187,7 +240,9 @@ def _is_in(path: str, name: str) -> bool:
 
 
 def _parquet(stream: Any, int96_unit: str = "us") -> pq.ParquetFile:
-    return pq.ParquetFile(stream, coerce_int96_timestamp_unit=int96_unit)
+    return pq.ParquetFile(
+        stream, coerce_int96_timestamp_unit=int96_unit, page_checksum_verification=True
+    )
 
 
 def _decoded(

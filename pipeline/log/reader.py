@@ -23,7 +23,13 @@ from shardrec.pipeline.log.columns import (
     same_kind,
     weight_kind,
 )
-from shardrec.pipeline.log.files import LogFile, ParquetLog, SourceFile, WithFolderValues
+from shardrec.pipeline.log.files import (
+    LogFile,
+    ParquetLog,
+    SourceFile,
+    WithFolderValues,
+    unchanged,
+)
 from shardrec.pipeline.log.lists import exploded
 from shardrec.pipeline.log.text_files import CsvLog, JsonLog
 from shardrec.pipeline.log.times import read_times, time_kind
@@ -106,8 +112,8 @@ class EventLog:
         """Tables of about half a million events in the order of the log.
 
         Raises:
-            ValueError: a value is invalid, or a file cannot be decoded; the message names file, row
-                group and column.
+            ValueError: a value is invalid, or a file cannot be decoded or has changed since
+                ``open``; the message names file, row group and column.
         """
         pending: list[pa.Table] = []
         for file in self.inputs:
@@ -128,11 +134,12 @@ class EventLog:
 
     def _file_tables(self, file: LogFile) -> Iterator[pa.Table]:
         rows = _BATCH_LISTS if self.columns.is_lists else _BATCH_ROWS
-        for place, batch in file.batches(self.columns.names(), rows):
-            if self.columns.is_lists:
-                batch = exploded(batch, self.columns.user, place)
-            yield self._clean(self._select(batch, place), place)
-            self.events_read += batch.num_rows
+        with unchanged(file):
+            for place, batch in file.batches(self.columns.names(), rows):
+                if self.columns.is_lists:
+                    batch = exploded(batch, self.columns.user, place)
+                yield self._clean(self._select(batch, place), place)
+                self.events_read += batch.num_rows
 
     def _select(self, batch: pa.RecordBatch, place: str) -> pa.Table:
         """The columns, named by role, for events of the wanted types."""

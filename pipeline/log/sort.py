@@ -14,6 +14,7 @@ are in an order by a hash of user, item, time and seed, which does not depend on
 import contextlib
 import dataclasses
 import errno
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -212,6 +213,9 @@ def _sort(
 @contextlib.contextmanager
 def _database(folder: Path, options: SortOptions) -> Iterator[duckdb.DuckDBPyConnection]:
     path = folder / "events.duckdb"
+    if set(os.path.realpath(path)) & set("?\\"):  # it puts ".wal" before ?, and takes \ for a slash
+        found = os.path.realpath(folder.parent)
+        raise ValueError(f"output must be in a folder without ? and \\, got {found!r}; move it")
     settings = {
         "memory_limit": options.memory_limit,
         "threads": options.threads,

@@ -119,11 +119,12 @@ class _Meter:
     def add(self, batch: EvaluationBatch) -> None:
         """Rank one batch and count its users."""
         targets, seen = batch.targets, batch.seen
-        k = max(self.config.ks)
+        k = min(max(self.config.ks), self.num_items)
         hidden = seen if self.config.filter_seen else None
         _, items = self.ranker.top(batch.items, batch.lengths, k, hidden, self.allowed)
-        ranks = ranks_in_lists(items, targets, missing=self.num_items + k)
-        listed = ranks.where(ranks < k, -1).int()
+        longest = max(self.config.ks)
+        ranks = ranks_in_lists(items, targets, missing=self.num_items + longest)
+        listed = ranks.where(ranks < longest, -1).int()
         self.own.append((batch.users.cpu(), listed.cpu(), targets[1].cpu()))
         is_new = self.counts[targets[0]] == 0
         is_repeated = _repeated(targets, seen, self.num_items)

@@ -1,9 +1,10 @@
 """Manifest entries for the files of an output, and their check: sizes and checksums."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from shardrec.pipeline.outputs.json_files import Shape, require_shape
@@ -62,11 +63,11 @@ def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bo
 
     Raises:
         FileNotFoundError: a file is gone.
-        ValueError: a file has changed, or an entry is damaged.
+        ValueError: a file has changed or is outside of the folder, or an entry is damaged.
     """
     for entry in entries:
         require_shape(entry, _ENTRY, f"an entry of 'files' in {folder / MANIFEST_NAME}", remedy)
-        path = folder / entry["path"]
+        path = _inside(folder, entry["path"], remedy)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{str(path)!r} must exist because the manifest lists it, got no such file; "
@@ -81,6 +82,18 @@ def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bo
             raise ValueError(
                 f"{str(path)!r} must have {entry['bytes']} bytes, got {size}; {remedy}"
             )
+
+
+def _inside(folder: Path, name: str, remedy: str) -> Path:
+    """The path of a listed file, which neither its name nor a link may lead out of the folder."""
+    parts, path = PurePosixPath(name), folder / name
+    leads_out = parts.is_absolute() or ".." in parts.parts or "\0" in name
+    if leads_out or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(
+            f"an entry of 'files' in {folder / MANIFEST_NAME} must be a file inside of the folder, "
+            f"got {name!r}; {remedy}"
+        )
+    return path
 
 
 def sha256(path: Path) -> str:

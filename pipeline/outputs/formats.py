@@ -30,6 +30,7 @@ class Format:
         is_folder: False for one file.
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
+        is_signed: whether it is signed while there is a key (``outputs/signing.py``).
         manifest: name of the file; readers of Parquet folders pass over one that begins with "_".
     """
 
@@ -40,6 +41,7 @@ class Format:
     is_folder: bool = True
     version: int = 1
     hint: str = ""
+    is_signed: bool = False
     manifest: str = "manifest.json"
 
     @property
@@ -82,7 +84,9 @@ RECOMMENDATIONS = Format(
 SIMILAR = Format(
     "shardrec.similar", "lists of items", "shardrec similar", _FILES, manifest="_manifest.json"
 )
-EXPORT = Format("shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT})
+EXPORT = Format(
+    "shardrec.export", "an export", "shardrec export", {**_FILES, **_EXPORT}, is_signed=True
+)
 GATE = Format("shardrec.gate", "a report", "shardrec gate", {**_REQUEST, **_GATE}, False)
 POINTER = Format(
     "shardrec.published",
@@ -91,4 +95,5 @@ POINTER = Format(
     _POINTER,
     is_folder=False,
     hint="restore it from a copy, or remove it and publish an export again",
+    is_signed=True,
 )

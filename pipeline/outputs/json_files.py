@@ -1,17 +1,34 @@
-"""Read JSON files with checked keys and types, and write files atomically."""
+"""Read JSON files with checked keys and types, and write files atomically.
+
+All JSON that this project reads back comes through ``parse_json``. A file may come from anybody:
+its size, depth and kind are limited, and whatever is wrong is one ValueError that names it.
+"""
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.outputs.staging import staged_file
 
-__all__ = ["Shape", "read_json", "read_object", "require_shape", "write_atomically"]
+__all__ = [
+    "LARGEST_BYTES",
+    "Shape",
+    "parse_json",
+    "read_json",
+    "read_object",
+    "read_text",
+    "require_shape",
+    "write_atomically",
+]
 
 Shape = Mapping[str, type | tuple[type, ...]]
 """Keys that an object must have, and the types that their values may have."""
+
+LARGEST_BYTES = 256 << 20  # of a JSON file; the manifest of 100,000 files has 25 MB
+_DEEPEST = 50
 
 
 def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
@@ -27,7 +44,7 @@ def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
         ValueError: it holds something else; the message names file and key.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(read_text(path, LARGEST_BYTES))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got {error}; {remedy}") from error
     return require_shape(stored, shape, str(path), remedy)
@@ -36,10 +53,48 @@ def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file or it holds something else."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(read_text(path, LARGEST_BYTES))
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return {}
     return stored if isinstance(stored, dict) else {}
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, too large, nested too deeply, or has a key twice.
+
+    Example:
+        >>> parse_json('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+        ValueError: the key 'a' twice
+    """
+    if len(text) > LARGEST_BYTES:
+        raise ValueError(f"more than {LARGEST_BYTES:,} bytes")
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"more than {_DEEPEST} levels") from None
+    if _is_deeper(value, _DEEPEST):
+        raise ValueError(f"more than {_DEEPEST} levels")
+    return value
+
+
+def read_text(path: Path, most_bytes: int, errors: str = "strict") -> str:
+    """The text of a regular file of at most ``most_bytes``, in UTF-8; ``errors`` as of ``decode``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is larger, no text, or not a file (a folder, or a pipe, which would block).
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("something that is not a file")
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise ValueError(f"more than {most_bytes:,} bytes")
+        content = file.read()
+    return content.decode(errors=errors)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -93,3 +148,23 @@ _NAMES = {
 
 def _kind(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two equal keys other readers may take the other one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return found
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(one, levels - 1) for one in parts)

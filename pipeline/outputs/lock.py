@@ -14,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-__all__ = ["LOCK", "RunLock", "lock_file"]
+__all__ = ["LOCK", "RunLock", "lock_file", "open_lock"]
 
 LOCK = ".lock"
 # Error numbers of a file system without locks; a read-only one returns others.
@@ -40,7 +40,7 @@ class RunLock:
             OSError: the folder cannot be written.
         """
         while self._file is None:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = open_lock(self.path)
             try:
                 if not lock_file(file, self.path):
                     raise FileExistsError(
@@ -64,11 +64,20 @@ class RunLock:
 
     def holder(self) -> str:
         """Text for messages: the process that took the lock last."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            stored = json.loads(self.path.read_bytes()[:1000])
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stored["since"]))
             return f"process {stored['process']} on {stored['host']} since {since}"
         return "a process that has not said which"
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, made if missing; a link in its place is not followed.
+
+    Raises:
+        OSError: it cannot be opened, or is a link (which could lead to any file).
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def lock_file(file: int, path: Path, *, wait: bool = False) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.outputs.files import MANIFEST_NAME, FileEntry, check_files
 from shardrec.pipeline.outputs.formats import Format
 from shardrec.pipeline.outputs.json_files import (
@@ -26,6 +27,7 @@ from shardrec.pipeline.outputs.json_files import (
     require_shape,
     write_atomically,
 )
+from shardrec.pipeline.outputs.signing import require_signature, signed
 from shardrec.pipeline.outputs.staging import (
     find_file,
     place_of,
@@ -116,6 +118,7 @@ class StageOutput:
             manifest = self._head() | dict(details())
             if folder is not None:
                 manifest["files"] = [dataclasses.asdict(entry) for entry in entries]
+            manifest = signed(manifest) if self.format.is_signed else manifest
             path = self.path if folder is None else folder / self.format.manifest
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(manifest, indent=1, allow_nan=folder is not None)
@@ -126,7 +129,7 @@ class StageOutput:
 
     def _head(self) -> dict[str, Any]:
         version = {"format": self.format.name, "schema_version": self.format.version}
-        return version | {"request": dict(self.request)}
+        return version | {"request": stored_without_keys(dict(self.request))}
 
     def _find(self) -> dict[str, Any] | None:
         found = self._find_result()
@@ -149,7 +152,8 @@ class StageOutput:
         if self.force:
             return None
         self._require_whole(stored)
-        names = [n for n, value in self.request.items() if value != stored["request"].get(n)]
+        asked, before = self._head()["request"], stored["request"]
+        names = [name for name, value in asked.items() if value != before.get(name)]
         if names:
             found = f"{self.path} of other input or options, which differs in {', '.join(names)}"
             raise self._refusal(f"hold this very result, got {found}", "replace it with --force")
@@ -173,6 +177,8 @@ class StageOutput:
             if stored.get("schema_version") != self.format.version:
                 raise ValueError(f"it is of schema version {stored.get('schema_version')!r}")
             require_shape(stored, self.format.shape, str(self.path), "it is damaged")
+            if self.format.is_signed:
+                require_signature(stored, self.path)
             if self.format.is_folder:
                 check_files(self.path, stored["files"], "it is damaged", verify=False)
         except (OSError, ValueError) as error:
@@ -224,6 +230,8 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
             f"{file} must be {what} of format {format.name!r}, version {format.version}, got "
             f"{found[0]!r}, {found[1]!r}; choose one that {maker} of this version wrote"
         )
+    if format.is_signed:
+        require_signature(stored, file)
     return require_shape(stored, format.shape, str(file), format.remedy)
 
 

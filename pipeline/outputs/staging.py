@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.outputs.lock import lock_file
+from shardrec.pipeline.outputs.lock import lock_file, open_lock
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
@@ -43,9 +43,15 @@ def staged_file(output: Path) -> Iterator[Path]:
     """
     output = require_place(output)
     partial = output.with_name(f".{output.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there is not written through
     try:
         yield partial
         partial.replace(output)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk says nothing of a path when it is written to.
+        raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -153,6 +159,11 @@ def locked(partial: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
+            if partial.is_symlink():
+                raise FileExistsError(
+                    f"output must have a staging folder of its own, got a link at {partial}; "
+                    "remove it"
+                )
             stack.enter_context(_locked(partial))
         except OSError as error:
             if error.errno not in _NOT_ALLOWED:
@@ -259,7 +270,7 @@ def _not_writable(folder: Path, reason: str | None) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w", encoding="utf-8") as lock:
+    with os.fdopen(open_lock(folder / "lock"), "w") as lock:
         if not lock_file(lock.fileno(), folder / "lock"):
             raise FileExistsError(
                 f"output must be written by one process at a time, got {str(folder)!r} in use; "
@@ -285,7 +296,9 @@ def _rename_exchange(first: Path, second: Path) -> int:
 
 
 def _empty(folder: Path) -> Path:
-    if folder.exists():
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
     return folder

@@ -13,7 +13,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from shardrec.pipeline.outputs.addresses import open_address
+from shardrec.pipeline.outputs.addresses import open_address, without_keys
+from shardrec.pipeline.outputs.json_files import LARGEST_BYTES
 
 __all__ = ["Folder", "open_folder"]
 
@@ -56,17 +57,22 @@ class Folder:
         return sorted(one.base_name for one in found if one.type == fs.FileType.Directory)
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes; None if there is no such file."""
+        """Size of a file in bytes; None if there is none, or a link that leads elsewhere."""
+        if self.is_local and not _is_inside(self.path, name):
+            return None
         found = self.system.get_file_info(f"{self.path}/{name}")
         return int(found.size) if found.type == fs.FileType.File else None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most_bytes: int = LARGEST_BYTES) -> bytes:
         """The content of a small file.
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: it has more than ``most_bytes``.
         """
         with self.open(name) as file:
+            if file.size() > most_bytes:
+                raise ValueError(f"{self}/{name} must have at most {most_bytes:,} bytes, got more")
             return bytes(file.read())
 
     def open(self, name: str) -> Any:
@@ -82,11 +88,17 @@ class Folder:
         """
         if self.is_local:
             os.makedirs(self.path, exist_ok=True)
-        with self.system.open_output_stream(f"{self.path}/{name}") as file:
-            yield file
-        if self.is_local:
-            _sync(f"{self.path}/{name}")
-            _sync(self.path)
+        try:
+            with self.system.open_output_stream(f"{self.path}/{name}") as file:
+                yield file
+            if self.is_local:
+                _sync(f"{self.path}/{name}")
+                _sync(self.path)
+        except OSError as error:
+            if error.errno is None or self.path in str(error):
+                raise
+            # A full disk says nothing of a path when it is written to.
+            raise OSError(error.errno, os.strerror(error.errno), f"{self}/{name}") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
@@ -120,12 +132,17 @@ def open_folder(location: str | Path | Folder) -> Folder:
     try:
         system, path = open_address(text, "folder")
     except (ValueError, OSError) as error:
-        shown = text.partition("?")[0]
         raise ValueError(
-            f"folder must be a path or an address that pyarrow opens, got {shown}; use "
-            f"s3://bucket/prefix ({error})"
-        ) from error
+            f"folder must be a path or an address that pyarrow opens, got {without_keys(text)}; "
+            f"use s3://bucket/prefix ({without_keys(str(error))})"
+        ) from None  # the error of pyarrow quotes keys
     return Folder(system, path.rstrip("/"), scheme)
+
+
+def _is_inside(folder: str, name: str) -> bool:
+    """Whether a name in a local folder stays in it, links followed."""
+    real = os.path.realpath(f"{folder}/{name}")
+    return real.startswith(f"{os.path.realpath(folder)}/")
 
 
 def _sync(path: str) -> None:

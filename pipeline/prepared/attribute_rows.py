@@ -80,7 +80,7 @@ class PreparedAttributes:
         return on_this_rank(lambda: self._read(items), self.group)
 
     def _read(self, items: range) -> AttributeRows:
-        names, path = [c.name for c in self.columns], self.prepared.path / ATTRIBUTES_NAME
+        names, path = [c.name for c in self.columns], self.prepared.file(ATTRIBUTES_NAME)
         groups = RowGroups([path], names)
         ends = np.cumsum(groups.rows)
         tables = [pq.read_schema(path).empty_table().select(names)]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.outputs.addresses import SETTINGS, open_address
+from shardrec.pipeline.outputs.addresses import SETTINGS, open_address, warn_of_keys, without_keys
 from shardrec.pipeline.prepared.ids import plain_ids, require_ids
 
 __all__ = [
@@ -117,8 +117,10 @@ def find_files(source: str, name: str = "events") -> Found:
             metadata say which of them are current.
     """
     check_path(name, source)
+    warn_of_keys(name, source)
     folder, pattern = _split_glob(source)
     filesystem, root = open_address(folder or ".", name)
+    source = without_keys(source)  # in messages
     info = filesystem.get_file_info(root)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"{name} must be an existing path, got {source!r}; check the path")

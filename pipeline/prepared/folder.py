@@ -1,6 +1,6 @@
 """Open a prepared folder for reading: manifest, training files, item counts and ids."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from shardrec.pipeline.outputs.files import check_files
+from shardrec.pipeline.outputs.formats import PREPARED
 from shardrec.pipeline.prepared.ids import wide
-from shardrec.pipeline.prepared.manifest import Manifest, read_manifest
+from shardrec.pipeline.prepared.manifest import ITEMS_NAME, Manifest, read_manifest
 from shardrec.pipeline.prepared.row_groups import RowGroups
 
 __all__ = ["Prepared"]
@@ -53,6 +55,19 @@ class Prepared:
         """Short hash of the files' checksums; equal for equal data."""
         return self.manifest.fingerprint
 
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists, and ``open`` has looked at.
+
+        Raises:
+            ValueError: the manifest does not list it.
+        """
+        try:
+            return self.path / self.manifest.file(name).path
+        except KeyError:
+            raise ValueError(
+                f"the manifest of {self.path} must list {name}, got none; {PREPARED.remedy}"
+            ) from None
+
     def item_counts(self) -> Tensor:
         """(V,) int64 training events of each item."""
         return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
@@ -62,7 +77,10 @@ class Prepared:
         return self._items("item_id")
 
     def _items(self, name: str) -> pa.Array:
-        path = self.path / "items.parquet"
+        path = self.file(ITEMS_NAME)
+        # Its footer has no checksum of its own, and another id or count would go unnoticed.
+        entry = asdict(self.manifest.file(ITEMS_NAME))
+        check_files(self.path, [entry], PREPARED.remedy, verify=True)
         groups = RowGroups([path], ["item_id", "item", "count"])
         columns = [groups.read(index, [name]).column(name) for index in range(len(groups))]
         empty = pq.read_schema(path).field(name).type

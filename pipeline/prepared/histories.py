@@ -117,7 +117,9 @@ class Histories:
         position = 0
         try:
             with self._filesystem.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+                file = pq.ParquetFile(
+                    stream, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+                )
                 for batch in file.iter_batches(
                     8192, row_groups=[group], columns=list(self.columns), use_threads=False
                 ):

@@ -282,7 +282,7 @@ class EvaluationBatches:
         if split not in ("validation", "test"):
             raise ValueError(f"split must be validation or test, got {split!r}; choose one")
         self.prepared, self.batch_size, self.max_length = prepared, batch_size, max_length
-        self._groups = RowGroups([prepared.path / f"{split}.parquet"], ["items", "targets"])
+        self._groups = RowGroups([prepared.file(f"{split}.parquet")], ["items", "targets"])
         self.num_users = int(self._groups.rows.sum())
         if sample_users is not None:
             self.num_users = min(self.num_users, sample_users)

@@ -1,6 +1,5 @@
 """Read the files of run folders as records; loads no model and changes nothing."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,38 @@ from typing import Any
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.files import MANIFEST_NAME
 from shardrec.pipeline.outputs.formats import BASELINE
-from shardrec.pipeline.outputs.json_files import read_json, require_shape
+from shardrec.pipeline.outputs.json_files import (
+    Shape,
+    parse_json,
+    read_json,
+    read_object,
+    read_text,
+    require_shape,
+)
 
 __all__ = ["RunRecord", "read_record", "read_runs"]
 
 MOST_RUNS = 12
+_MOST_LOG_BYTES = 1 << 30  # of metrics.jsonl: three million lines
+_LATEST = 2.5e11  # seconds since 1970 of the year 9892; later ones are no dates
+_REMEDY = "leave this run out"
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_TIMES: Shape = {"seconds": _NUMBER, "padding_share": _NUMBER, "memory_bytes": _NUMBER}
+# What the page reads of each kind of event.
+_EVENTS: Mapping[str, Shape] = {
+    "step": {
+        **_TIMES,
+        **{"step": int, "loss": _MAYBE, "gradient_norm": _MAYBE, "positions": _NUMBER},
+        **{"epoch": _NUMBER, "num_skipped": _NUMBER},
+    },
+    "validation": {"step": int, "metric": str, "metrics": dict},
+    "resume": {"step": int},
+    "end": {
+        **_TIMES,
+        **{"reason": str, "step": _NUMBER, "epoch": _NUMBER, "num_skipped": _NUMBER},
+        **{"seconds_per_step": _NUMBER, "positions_per_second": _NUMBER},
+    },
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,19 +126,17 @@ def read_record(folder: Path, name: str) -> RunRecord:
     A folder of ``baseline`` has its options, and metrics where it was evaluated.
     """
     config, details = _config_and_details(folder)
-    if not {"data", "encoder", "versions"} <= details.keys():
-        raise ValueError(
-            f"{folder / 'run.json'} must have data, encoder and versions, got "
-            f"{', '.join(details) or 'nothing'}; leave this run out"
-        )
+    where = str(folder / "run.json")
+    require_shape(details, {"data": dict, "encoder": str, "versions": dict}, where, _REMEDY)
+    data: Shape = {"fingerprint": str, "num_items": int}
+    require_shape(details["data"], data, f"'data' in {where}", _REMEDY)
+    require_shape(details["versions"], {"shardrec": str}, f"'versions' in {where}", _REMEDY)
     record = RunRecord(name=_printable(name), config=dict(flatten(config)), details=details)
     record.folder = folder
     if (folder / "metrics.json").is_file():
-        record.evaluation = _required(folder, "metrics.json")
-        shape = {"metrics": dict}
-        require_shape(record.evaluation, shape, str(folder / "metrics.json"), "evaluate again")
+        record.evaluation = _evaluation(folder)
     log = folder / "metrics.jsonl"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    text = read_text(log, _MOST_LOG_BYTES, errors="replace") if log.is_file() else ""
     *lines, being_written = text.split("\n")
     for line in filter(str.strip, lines):
         event = _event(line)
@@ -120,6 +144,20 @@ def read_record(folder: Path, name: str) -> RunRecord:
         record.add(event or {})
     record.add(_event(being_written) or {})
     return record
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """The report of ``evaluate`` in a run."""
+    where, remedy = str(folder / "metrics.json"), "evaluate again"
+    stored = require_shape(
+        _required(folder, "metrics.json"), {"metrics": dict, "protocol": dict}, where, remedy
+    )
+    newer = [name for name in ("candidates", "ties") if name in stored["protocol"]]
+    protocol: Shape = dict.fromkeys(("split", "seen_items", *newer), str)
+    require_shape(stored["protocol"], protocol, f"'protocol' in {where}", remedy)
+    if not _are_numbers(stored["metrics"]):
+        raise ValueError(f"'metrics' in {where} must be numbers, got other values; {remedy}")
+    return stored
 
 
 def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,12 +171,22 @@ def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _event(line: str) -> Mapping[str, Any] | None:
-    """The event in a line; None if the process died while writing it."""
+    """The event in a line; None if it is not one, as where the process died while writing it."""
     try:
-        event = json.loads(line)
+        event = require_shape(parse_json(line), {"event": str, "time": _NUMBER}, "", "")
+        require_shape(event, _EVENTS.get(event["event"], {}), "", "")
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    numbers = {name: one for name, one in event.items() if type(one) in _NUMBER}
+    is_sound = _are_numbers(numbers) and _are_numbers(event.get("metrics", {}))
+    is_sound &= 0 <= event["time"] < _LATEST
+    return event if is_sound else None
+
+
+def _are_numbers(values: Mapping[str, Any]) -> bool:
+    """Whether all are None or finite numbers of a size that can be drawn."""
+    known = [one for one in values.values() if one is not None]
+    return all(type(one) in _NUMBER and -1e60 < one < 1e60 for one in known)
 
 
 def _required(folder: Path, name: str) -> dict[str, Any]:
@@ -147,13 +195,7 @@ def _required(folder: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"run must be a folder that train wrote, got {folder} without {name}; check the path"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}; leave this run out") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a JSON object, got another value; leave this run out")
-    return content
+    return read_object(path, {}, _REMEDY)
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:

@@ -20,9 +20,10 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, start_run
+from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
 from shardrec.pipeline.run.loop import Run
 from shardrec.pipeline.run.progress import Progress
+from shardrec.pipeline.run.reasonable import require_reasonable
 from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started
 from shardrec.pipeline.run.step import Stepper
 from shardrec.pipeline.run.warm_start import start_from
@@ -46,6 +47,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
         is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
         batches = on_this_rank(lambda: _open_batches(config, prepared, group), group)
         _check_validation(config.validation, prepared)
+        on_this_rank(lambda: _require_reasonable(config, prepared, encoder, group), group)
         stepper = _build_stepper(config, prepared, encoder, len(batches))
         checkpoints = open_checkpoints(folder, config, group)
         found = None if is_new else restore(checkpoints, stepper, batches)
@@ -57,6 +59,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
             on_first_rank(lambda: held.enter_context(begun), group)
         if not is_new:
             on_first_rank(lambda: rewind(config, progress.step, Communicator(group).size), group)
+        checkpoints.run = on_first_rank(lambda: run_id(folder), group)
         checkpoints.group = held.enter_context(writing_group(group))
         return Run(
             config=config,
@@ -164,10 +167,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 
 
+def _require_reasonable(
+    config: TrainConfig,
+    prepared: Prepared,
+    encoder: nn.Module | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    if encoder is None:  # of another module nothing is known
+        size, device = Communicator(group).size, pick_device(config.device)
+        require_reasonable(config, prepared, size, device)
+
+
 def _open_batches(
     config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
 ) -> TrainingBatches:
-    return TrainingBatches(
+    batches = TrainingBatches(
         prepared,
         config.batches,
         max_length=config.encoder.max_length,
@@ -175,6 +189,11 @@ def _open_batches(
         world_size=Communicator(group).size,
         seed=config.seed,
     )
+    if not prepared.train_files or not len(batches):
+        raise ValueError(
+            f"data must have training sequences, got none in {prepared.path}; prepare it again"
+        )
+    return batches
 
 
 def _build_stepper(

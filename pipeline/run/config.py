@@ -119,6 +119,7 @@ class OptimizerConfig:
         for name, least in (("accumulate", 1), ("max_skipped", 1), ("warmup_steps", 0)):
             require_at_least(f"optimizer.{name}", getattr(self, name), least)
         require_at_least("optimizer.learning_rate", self.learning_rate, 0, "give e.g. 1e-3")
+        require_within("optimizer.learning_rate", self.learning_rate, 0, 1e30, "give e.g. 1e-3")
         require_at_least("optimizer.weight_decay", self.weight_decay, 0, "0 turns it off")
         # With 0 a weight whose gradient is 0 would become 0 / 0.
         require_above_zero("optimizer.eps", self.eps, "give e.g. 1e-8")

@@ -12,6 +12,7 @@
     end.json          how the run ended; until it is there the run is interrupted
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,15 @@ from torch import nn
 
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
-from shardrec.pipeline.config import from_json, to_json
-from shardrec.pipeline.outputs.json_files import Shape, read_object, require_shape, write_atomically
+from shardrec.pipeline.config import flatten, from_json, to_json
+from shardrec.pipeline.outputs.addresses import stored_without_keys
+from shardrec.pipeline.outputs.json_files import (
+    Shape,
+    read_json,
+    read_object,
+    require_shape,
+    write_atomically,
+)
 from shardrec.pipeline.outputs.staging import settle
 from shardrec.pipeline.prepared.attributes import read_columns, write_columns
 from shardrec.pipeline.prepared.folder import Prepared
@@ -35,13 +43,19 @@ __all__ = [
     "METRICS",
     "OWN_ENCODER",
     "encoder_name",
+    "is_free",
     "open_checkpoints",
     "open_run",
     "read_run",
     "require_new",
+    "run_id",
     "start_run",
     "write_config",
 ]
+
+# Options that a resumed run may change: they affect neither weights nor the choice of the best.
+_FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
+_FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
 
 END = "end.json"
 MEMORY = "memory"
@@ -53,6 +67,11 @@ _REMEDY = "use the version of shardrec that wrote it, or train again in another 
 def encoder_name(encoder: nn.Module | None) -> str:
     """The encoder's name in run.json: "shardrec", or the class of a user-supplied module."""
     return OWN_ENCODER if encoder is None else type(encoder).__qualname__
+
+
+def is_free(name: str) -> bool:
+    """Whether a resumed run may change this option."""
+    return name in _FREE or name.startswith(_FREE_PARTS)
 
 
 def start_run(
@@ -72,6 +91,7 @@ def start_run(
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     details = {
+        "id": _new_id(config, prepared, encoder),
         "data": {"fingerprint": prepared.fingerprint, "num_items": prepared.num_items},
         "encoder": encoder,
         "init_from": origin,
@@ -86,8 +106,9 @@ def start_run(
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Write the complete config into a run folder."""
-    write_atomically(folder / "config.json", json.dumps(to_json(config), indent=1))
+    """Write the complete config into a run folder, without keys in addresses."""
+    stored = stored_without_keys(to_json(config))
+    write_atomically(folder / "config.json", json.dumps(stored, indent=1))
 
 
 def open_checkpoints(
@@ -95,7 +116,13 @@ def open_checkpoints(
 ) -> Checkpoints:
     """The checkpoints of the run in ``folder``, which may have been moved since it started."""
     where = config.checkpoints.folder or folder / "checkpoints"
-    return Checkpoints(where, group, config.checkpoints.keep)
+    return Checkpoints(where, group, config.checkpoints.keep, run_id(folder))
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of the run in ``folder``, which its checkpoints carry; None for runs before 0.3."""
+    found = read_json(folder / "run.json").get("id")
+    return found if isinstance(found, str) else None
 
 
 def require_new(folder: Path) -> Path:
@@ -155,6 +182,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
         raise ValueError(
             f"{folder / 'config.json'} must be the config of a run: {error}; {_REMEDY}"
         ) from error
+
+
+def _new_id(config: TrainConfig, prepared: Prepared, encoder: str) -> str:
+    """A short hash of what decides the weights: equal runs write equal checkpoints."""
+    options = {name: value for name, value in flatten(config) if not is_free(name)}
+    decisive = [options, prepared.fingerprint, encoder]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
 def _read_file(folder: Path, name: str, shape: Shape) -> dict[str, Any]:

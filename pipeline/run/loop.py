@@ -29,6 +29,7 @@ from shardrec.pipeline.checkpoint.writer import CheckpointReport, CheckpointWrit
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.model.ranker import StateRanker
+from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.ranks import in_step, on_first_rank
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
@@ -105,7 +106,7 @@ class Loop:
 
         Raises:
             Preempted: the run was interrupted; the checkpoint of its last step is complete.
-            FloatingPointError: too many steps in a row were not finite.
+            FloatingPointError: too many steps in a row were not finite, or the weights are not.
             OSError: the last checkpoint could not be written.
 
         Collectives: many, on the model's group; every rank must call it.
@@ -122,7 +123,8 @@ class Loop:
                     break
                 if outcome.flags.interrupt:
                     self._stop_early()
-            return self._finish(reason or "the data has no training sequences")
+            assert reason is not None, "build refuses data without training sequences"
+            return self._finish(reason)
         except BaseException:
             self.run.writer.abandon()
             raise
@@ -269,8 +271,19 @@ class Loop:
         return improved
 
     def _save(self, *, best: bool) -> None:
-        """Start a checkpoint of this step."""
+        """Start a checkpoint of this step.
+
+        Raises:
+            FloatingPointError: the run has diverged; it would replace checkpoints that are good.
+        """
         stepper = self.run.stepper
+        if not stepper.weights_are_finite():
+            self._finish_checkpoint()
+            raise FloatingPointError(
+                f"weights must be finite to be saved, got others after step {self.at.step}; lower "
+                "the learning rates, or set optimizer.clip_norm. The checkpoints written before "
+                "are complete"
+            )
         self.at.seconds = time.monotonic() - self.started
         state = CheckpointState(
             encoder=stepper.model.encoder.state_dict(),
@@ -278,7 +291,7 @@ class Loop:
             table=stepper.model.catalog.state_dict(),
             attributes=stepper.model.catalog.attributes.state_dict(),
             progress=self.at.to_json() | {"data": self.at_data},
-            config=to_json(self.run.config),
+            config=stored_without_keys(to_json(self.run.config)),
         )
         self._report_checkpoints(self.run.writer.save(self.at.step, state, best=best))
         self.saved_at = time.monotonic()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from shardrec.pipeline.checkpoint.writer import CheckpointReport
+from shardrec.pipeline.outputs.addresses import without_keys
 from shardrec.pipeline.outputs.json_files import read_object
 from shardrec.pipeline.run.callbacks import (
     Callback,
@@ -111,7 +112,8 @@ class MLflow(Callback):
             work(self.client, self.run_id)
         except (MlflowException, OSError) as error:
             self.client = None
-            warnings.warn(f"MLflow is not logged to any more: {error}", stacklevel=2)
+            words = without_keys(str(error))
+            warnings.warn(f"MLflow is not logged to any more: {words}", stacklevel=2)
 
     def _begin(self, client: "MlflowClient") -> str:
         from mlflow.entities import Param
@@ -152,9 +154,9 @@ def open_mlflow(
         experiment = _experiment(client, config.experiment)
     except (MlflowException, OSError) as error:
         raise ValueError(
-            f"mlflow.uri must be a tracking store that answers, got {config.uri} and {error}; "
-            "check the address, or none"
-        ) from error
+            f"mlflow.uri must be a tracking store that answers, got "
+            f"{without_keys(f'{config.uri} and {error}')}; check the address, or none"
+        ) from None  # the error of MLflow quotes keys
 
     def start() -> str:
         return _run(client, experiment, folder, config.run_name or folder.name)

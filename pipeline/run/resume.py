@@ -25,7 +25,7 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.json_files import read_object, write_atomically
+from shardrec.pipeline.outputs.json_files import parse_json, read_object, write_atomically
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.attributes import COLUMNS_NAME
@@ -36,6 +36,7 @@ from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import (
     END,
     METRICS,
+    is_free,
     open_checkpoints,
     read_run,
     require_new,
@@ -49,9 +50,6 @@ __all__ = ["Resume", "check_folder", "find_end", "restore", "rewind", "started",
 Resume = Literal["no", "yes", "auto"]
 """What a run folder may hold. "no": nothing; "yes": an interrupted run; "auto": either."""
 
-# Options that a resumed run may change: they affect neither weights nor the choice of the best.
-FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
-FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
 # The files that a run has written before its first step.
 _JSON = ("config.json", "run.json", COLUMNS_NAME)
 BEGINNING = {LOCK, *_JSON, *(f".{name}.partial" for name in _JSON)}
@@ -157,12 +155,17 @@ def restore(
     folder, state = found
     if Communicator(checkpoints.group).rank == 0:
         _warn_of_other_versions(folder, state.written_by)
-    stepper.model.encoder.load_state_dict(dict(state.encoder))
-    stepper.optimizer.load_state_dict(dict(state.optimizer))
-    stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
-    stepper.model.catalog.load_state_dict(state.table)
-    batches.load_state_dict(state.progress["data"])
-    return Progress.from_json(state.progress)
+    try:
+        stepper.model.encoder.load_state_dict(dict(state.encoder))
+        stepper.optimizer.load_state_dict(dict(state.optimizer))
+        stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
+        stepper.model.catalog.load_state_dict(state.table)
+        batches.load_state_dict(state.progress["data"])
+        return Progress.from_json(state.progress)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise RuntimeError(
+            f"{folder} must hold the state of this run, got {error!r}; use the checkpoint before"
+        ) from error
 
 
 def rewind(config: TrainConfig, step: int, num_ranks: int) -> None:
@@ -205,7 +208,7 @@ def _read_end(path: Path) -> EndReport:
 def _is_before(line: str, step: int) -> bool:
     """Whether a line of metrics.jsonl is of a step up to ``step``; a truncated line is not."""
     try:
-        event = json.loads(line)
+        event = parse_json(line)
         return bool(event["event"] != "end" and event["step"] <= step)
     except (ValueError, TypeError, KeyError):
         return False
@@ -243,7 +246,7 @@ def _check_same(config: TrainConfig, prepared: Prepared, encoder: str) -> TrainC
 def _is_free(name: str, config: TrainConfig) -> bool:
     """Whether a resumed run may change this option; limits too, unless decay depends on them."""
     longer = name.startswith("limits.") and config.optimizer.decay == "constant"
-    return longer or name in FREE or name.startswith(FREE_PARTS)
+    return longer or is_free(name)
 
 
 def _undo(folder: Path, was_there: bool) -> None:

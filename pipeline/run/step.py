@@ -43,6 +43,7 @@ class StepFlags:
 
 
 NO_FLAGS = StepFlags()
+LARGEST_WEIGHT = 1e36  # of all positions of a step, so that float32 holds weight times loss
 _InFlight = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vectors
 
 
@@ -151,6 +152,17 @@ class Stepper:
             statistics=statistics,
         )
 
+    def weights_are_finite(self) -> bool:
+        """Whether the norms of all weights are numbers in float32; the same on every rank.
+
+        Collectives: an all-reduce of one number.
+        """
+        weights = [self.model.catalog.state_dict()["rows"], *self.parameters]
+        norms = [torch.linalg.vector_norm(one.detach()) for one in weights]
+        total = torch.stack([norm.float() for norm in norms]).sum().reshape(1)
+        Communicator(self.model.group).sum_(total)
+        return math.isfinite(float(total))
+
     def _reduce_totals(self, batches: Sequence[Batch], flags: StepFlags) -> "_Totals":
         """All-reduce flags, counts and weights of the step."""
         ranks = Communicator(self.model.group)
@@ -187,9 +199,10 @@ class Stepper:
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over all micro-batches; the mean, and its statistics.
 
-        Where the data's weights are not finite there is no mean: NaN, and no gradients.
+        Where float32 cannot hold the sum of the data's weights there is no mean: NaN, and no
+        gradients.
         """
-        if not math.isfinite(sum(totals.weights)):
+        if not sum(totals.weights) <= LARGEST_WEIGHT:
             return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
         coming = [*batches[1:], following]

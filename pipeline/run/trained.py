@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,13 @@ from torch import nn
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
+from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build_model, open_attributes
 from shardrec.pipeline.run.config import TrainConfig
-from shardrec.pipeline.run.folder import MEMORY, open_checkpoints, open_run
+from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
 from shardrec.pipeline.run.memory import find_memory
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
@@ -121,9 +123,15 @@ def load_model(
     attributes = open_attributes(config, prepared, group)
     model = build_model(config, prepared.num_items, encoder, group, attributes)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
-    model.encoder.load_state_dict(state.encoder)
-    model.catalog.attributes.load_state_dict(state.attributes)
-    model.catalog.load_state_dict(state.table)
+    try:
+        model.encoder.load_state_dict(state.encoder)
+        model.catalog.attributes.load_state_dict(state.attributes)
+        model.catalog.load_state_dict(state.table)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise RuntimeError(
+            f"{checkpoint} must hold the weights of this model, got {error}; give the encoder that "
+            "was trained, or use another checkpoint"
+        ) from error
     model.encoder.eval()
     return model, state.progress
 
@@ -131,6 +139,8 @@ def load_model(
 def _find(run: Path, prepared: Prepared, which: Literal["best", "last"], encoder: Any) -> Source:
     config = open_run(run, prepared, own_encoder=encoder is None)
     checkpoint = open_checkpoints(run, config).find(which)
+    if which == "best":
+        _warn_of_missing_best(run, checkpoint)
     identity = {
         "run": _digest((run / "run.json").read_bytes() + (run / "config.json").read_bytes()),
         "checkpoint": checkpoint.name,
@@ -148,6 +158,18 @@ def _with_memory(run: Path, source: Source) -> Source:
     return dataclasses.replace(
         source, identity=identity, memory=memory, successors=run / MEMORY / SUCCESSORS
     )
+
+
+def _warn_of_missing_best(run: Path, found: Folder) -> None:
+    """Say so where the best checkpoint is not the one that the run's end names."""
+    step = read_json(run / END).get("best_step")
+    if type(step) is int and found.name != f"step-{step:08d}":
+        logging.getLogger(__name__).warning(
+            "the best checkpoint of %s, of step %d, is gone or damaged: %s is used instead",
+            run,
+            step,
+            found,
+        )
 
 
 def _digest(content: bytes) -> str:

@@ -98,7 +98,7 @@ def build_index(
 
 
 def open_index(path: Path) -> Any:
-    """Read an index file; open only files that you trust."""
+    """Read an index file, which FAISS does not check: open only files that you trust."""
     import faiss
 
     return faiss.read_index(str(path))
@@ -120,6 +120,7 @@ def index_top_items(
         score -inf and item -1.
     """
     more = 0 if seen is None or not len(seen[1]) else int(seen[1].max())
+    more = min(more, max(0, int(index.ntotal) - k))
     found = index.search(states.contiguous().numpy(), k + more)
     scores, items = (torch.from_numpy(part) for part in found)  # (B, k + more), items -1 at the end
     hidden = items < 0

@@ -13,6 +13,7 @@ shared file system.
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 from shardrec.pipeline.outputs.files import MANIFEST_NAME, check_files, sha256
 from shardrec.pipeline.outputs.formats import EXPORT, POINTER
 from shardrec.pipeline.outputs.json_files import Shape, require_shape, write_atomically
-from shardrec.pipeline.outputs.lock import lock_file
+from shardrec.pipeline.outputs.lock import lock_file, open_lock
+from shardrec.pipeline.outputs.signing import signed
 from shardrec.pipeline.outputs.stage_output import read_output
 from shardrec.pipeline.outputs.staging import find_file
 
@@ -161,12 +163,12 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
         OSError: the file or its lock cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    with os.fdopen(open_lock(path.with_name(f".{path.name}.lock")), "w") as lock:
         lock_file(lock.fileno(), path, wait=True)
         before = read_published(path)
         after = change(before)
         if after != before:
-            write_atomically(path, json.dumps(_to_json(after), indent=1))
+            write_atomically(path, json.dumps(signed(_to_json(after)), indent=1))
     assert after.current is not None, "a change makes the pointer name something"
     return Served(after.current, after != before)
 

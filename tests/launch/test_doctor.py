@@ -19,6 +19,7 @@ HEALTHY = Facts(
         "pyarrow": "26.0.1",
         "duckdb": "2.0.0",
         "rich": "15.0.0",
+        "safetensors": "0.8.0",
         "fbgemm-gpu-cpu": "1.8.0",
         "fbgemm-gpu": None,
     },

@@ -32,7 +32,7 @@ sys.modules["faiss"] = None
 from shardrec.pipeline.serve import Recommender
 assert Recommender.open(sys.argv[1]).recommend([[3, 9, 4]], k=4)[0]
 try:
-    Recommender.open(sys.argv[1], approximate=True)
+    Recommender.open(sys.argv[1], approximate=True, trust_code=True)
 except ModuleNotFoundError as error:
     print(error.name)
 """
@@ -72,7 +72,7 @@ def test_exact_index_serves_the_lists_of_exact_search(
     assert told["recall@10"] == 1.0 and told["queries"] > 50
     assert told["num_items"] == int(Recommender.open(folder).allowed.sum()) < 56
     exact = Recommender.open(folder)
-    quick = Recommender.open(folder, approximate=True)
+    quick = Recommender.open(folder, approximate=True, trust_code=True)
     for filter_seen in (True, False):
         ours = quick.recommend(HISTORIES, k=6, filter_seen=filter_seen)
         theirs = exact.recommend(HISTORIES, k=6, filter_seen=filter_seen)
@@ -127,7 +127,8 @@ def test_any_number_of_ranks_makes_one_index(
     for manifest in ranks(3).run(export_on_ranks, config):
         assert manifest["faiss"]["recall@10"] == 1.0
         assert [e["path"] for e in manifest["files"]].count("items.faiss") == 1
-    assert Recommender.open(tmp_path / "out", approximate=True).recommend([[7]], k=2)[0]
+    served = Recommender.open(tmp_path / "out", approximate=True, trust_code=True)
+    assert served.recommend([[7]], k=2)[0]
 
 
 def test_serving_needs_faiss_only_for_its_index(indexed: Path) -> None:
@@ -155,11 +156,16 @@ def test_command_builds_an_index_and_refuses_bad_options(
     assert "other input or options" in capsys.readouterr().err
 
 
+def test_an_index_that_is_not_trusted_is_refused(indexed: Path) -> None:
+    with pytest.raises(ValueError, match=r"items.faiss must be trusted .* search exactly"):
+        Recommender.open(indexed, approximate=True)
+
+
 def test_search_without_an_index_is_refused(
     run: str, data: str, indexed: Path, tmp_path: Path
 ) -> None:
     export(configured(run, data, tmp_path / "out"))
     with pytest.raises(ValueError, match="must hold an index for approximate search"):
-        Recommender.open(tmp_path / "out", approximate=True)
+        Recommender.open(tmp_path / "out", approximate=True, trust_code=True)
     with pytest.raises(ValueError, match="min_count must be 1 for approximate search, got 0"):
         Recommender.open(indexed, approximate=True, min_count=0)

@@ -234,7 +234,7 @@ def test_a_forged_checkpoint_reads_no_file_but_its_own(tmp_path: Path) -> None:
     metadata = tmp_path / "step" / "metadata.json"
     metadata.write_text(metadata.read_text().replace("rank-00000.bin", "../secret"))
     sign(tmp_path / "step")
-    with pytest.raises(DamagedCheckpointError, match="manifest that names ../secret"):
+    with pytest.raises(DamagedCheckpointError, match="inside of their files, got .*../secret"):
         load_checkpoint(tmp_path / "step")
 
 
@@ -245,7 +245,7 @@ def test_rows_that_nobody_wrote_are_refused(tmp_path: Path) -> None:
     metadata["table.rows"]["chunks"][0]["rows"] = NUM_ROWS - 1
     path.write_text(json.dumps(metadata))
     sign(tmp_path / "step")
-    with pytest.raises(DamagedCheckpointError, match="all of table.rows"):
+    with pytest.raises(DamagedCheckpointError, match="table.rows must cover its 10 rows once"):
         load_checkpoint(tmp_path / "step")
 
 

@@ -19,16 +19,18 @@ from tests.ranks import Ranks
 from shardrec.launch.cli import main
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder
 from shardrec.modules.losses import CCE
-from shardrec.pipeline.export import (
-    ExportConfig,
-    encoder_difference,
-    export,
-    export_encoder,
-)
+from shardrec.pipeline.export import ExportConfig, encoder_difference, export
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender
+from shardrec.pipeline.served.encoder_file import (
+    PROGRAM,
+    WEIGHTS,
+    export_program,
+    read_encoder,
+    write_encoder,
+)
 from shardrec.pipeline.train import train
 
 # Runs of several processes: seconds each.
@@ -76,18 +78,32 @@ def lists_of(run: str, data: str, histories: list[list[int]], output: Path) -> A
     return pq.read_table(next(output.glob("part-*"))).to_pylist()
 
 
+class Foreign(TransformerEncoder):
+    """An encoder that is not of this package."""
+
+
+@pytest.mark.parametrize(
+    ("encoder_class", "file"), [(TransformerEncoder, WEIGHTS), (Foreign, PROGRAM)]
+)
 @pytest.mark.parametrize(
     ("kind", "positions"), [("sasrec", None), ("modern", None), ("sasrec", "learned_from_last")]
 )
 def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
-    kind: Any, positions: Any, tmp_path: Path
+    kind: Any,
+    positions: Any,
+    encoder_class: type[TransformerEncoder],
+    file: str,
+    tmp_path: Path,
 ) -> None:
     config = EncoderConfig(
         width=16, max_length=9, kind=kind, num_heads=2, dropout=0.3, positions=positions
     )
-    encoder = TransformerEncoder(config, seed=3)
-    torch.export.save(export_encoder(encoder, 16, 9), tmp_path / "encoder.pt2")
-    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+    encoder = encoder_class(config, seed=3)
+    name, stored = write_encoder(tmp_path, encoder, 16, 9)
+    assert name == file
+    manifest = {"files": [{"path": name}], "encoder": stored, "width": 16, "max_length": 9}
+    manifest["reads_lengths"] = encoder.reads_lengths
+    loaded = read_encoder(tmp_path, manifest, trust_code=file == PROGRAM)
     encoder.eval()
     for shape in [(1, 1), (1, 9), (2, 3), (7, 5), (300, 1)]:
         inputs = [torch.randn(*shape, 16)]
@@ -133,7 +149,7 @@ def test_manifest_names_run_data_and_catalog(run: str, data: str, exported: Path
     assert manifest["request"]["source"] == source.identity
     assert source.identity["data"] == prepared.fingerprint and source.identity["run"]
     assert manifest["catalog_version"] == Recommender.open(exported).ids.version
-    assert {"items/part-00000-of-00001.parquet", "encoder.pt2"} == {
+    assert {"items/part-00000-of-00001.parquet", "encoder.safetensors"} == {
         entry["path"] for entry in manifest["files"]
     }
 
@@ -226,7 +242,9 @@ def test_user_supplied_encoder_is_exported(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path / "run")
     train(config, encoder=Running())
     export(configured(config.output, data, tmp_path / "out"), encoder=Running())
-    served = Recommender.open(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"encoder.pt2 must be trusted to be opened"):
+        Recommender.open(tmp_path / "out")
+    served = Recommender.open(tmp_path / "out", trust_code=True)
     prepared = Prepared.open(data)
     model = Source.find(config.output, prepared, "best", Running()).load(prepared, Running())
     items = torch.tensor([[5, 2, 8]])
@@ -242,7 +260,7 @@ class Untraceable(torch.nn.Module):
 
 def test_an_encoder_that_cannot_be_traced_is_named() -> None:
     with pytest.raises(ValueError, match=r"torch.export can trace .* got Untraceable"):
-        export_encoder(Untraceable(), 4, 4)
+        export_program(Untraceable(), 4, 4)
 
 
 class Noisy(torch.nn.Module):
@@ -250,12 +268,11 @@ class Noisy(torch.nn.Module):
         return vectors + torch.randn_like(vectors)
 
 
-def test_export_is_compared_with_the_live_encoder(exported: Path, tmp_path: Path) -> None:
+def test_export_is_compared_with_the_live_encoder(exported: Path) -> None:
     told = json.loads((exported / "manifest.json").read_text())
     assert 0 <= told["encoder_difference"] < 1e-5
-    torch.export.save(export_encoder(Noisy(), 4, 6), tmp_path / "noisy.pt2")
     with pytest.raises(RuntimeError, match="must answer as the live one does"):
-        encoder_difference(tmp_path / "noisy.pt2", Noisy(), 4, 6)
+        encoder_difference(export_program(Noisy(), 4, 6).module(), Noisy(), 4, 6)
 
 
 def test_the_command_exports_once(

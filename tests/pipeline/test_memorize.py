@@ -61,7 +61,7 @@ def memorized(trained: str, log: str, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def configured(run: str, data: str, **options: Any) -> MemorizeConfig:
-    small = {"neighbors": 4, "scales": SCALES, "batch_size": 9, "block_rows": 7}
+    small: dict[str, Any] = {"neighbors": 4, "scales": SCALES, "batch_size": 9, "block_rows": 7}
     return MemorizeConfig(run=run, prepared=data, **(small | options))
 
 
@@ -76,7 +76,8 @@ def by_numpy(data: str, most: int) -> Numbers:
     for row in counts:
         order = np.lexsort((np.arange(len(row)), -row.round(6)))
         row[order[most:]] = 0
-    return counts / np.sqrt(np.maximum(1, prepared.item_counts().numpy()))[:, None]
+    strengths: Numbers = counts / np.sqrt(np.maximum(1, prepared.item_counts().numpy()))[:, None]
+    return strengths
 
 
 def stored_matrix(run: str, data: str) -> Numbers:
@@ -208,7 +209,7 @@ def test_an_export_serves_what_recommend_writes(memorized: str, log: str, tmp_pa
 
 def test_an_index_finds_what_exact_search_finds(memorized: str, log: str, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
-    options = {"output": str(tmp_path / "export"), "faiss": "Flat"}
+    options: dict[str, Any] = {"output": str(tmp_path / "export"), "faiss": "Flat"}
     export(ExportConfig(run=memorized, prepared=log, **options))
     exact = Recommender.open(tmp_path / "export")
     approximate = Recommender.open(tmp_path / "export", approximate=True)

@@ -282,7 +282,9 @@ def as_lists(kind: Any = pa.list_) -> dict[str, pa.Array]:
     } | {"user_id": pa.array(range(30))}
 
 
-@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, pa.list_view, "fixed"], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.list_, pa.large_list, pa.list_view, "fixed"], ids=["list", "large", "view", "fixed"]
+)
 def test_one_row_a_user_is_a_log(tmp_path: Path, kind: Any) -> None:
     table = pa.table(as_lists((lambda value: pa.list_(value, 6)) if kind == "fixed" else kind))
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)

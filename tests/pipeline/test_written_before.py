@@ -67,16 +67,18 @@ def test_the_run_is_measured_as_it_was(tmp_path: Path) -> None:
     assert metrics["users"] == 60 and not math.isnan(metrics["NDCG@10"])
 
 
-def assert_serves_the_same(folder: str) -> None:
-    served = Recommender.open(folder).recommend(HISTORIES, k=4)
+def assert_serves_the_same(folder: str, **options: bool) -> None:
+    served = Recommender.open(folder, **options).recommend(HISTORIES, k=4)
     for found, expected in zip(served, EXPECTED["served"], strict=True):
         assert [item for item, _ in found] == [item for item, _ in expected]
         scores = [score for _, score in expected]
         assert [score for _, score in found] == pytest.approx(scores, rel=1e-5)
 
 
-def test_the_export_is_served_as_it_was() -> None:
-    assert_serves_the_same(EXPORT)
+def test_the_export_is_served_as_it_was_once_its_program_is_trusted() -> None:
+    with pytest.raises(ValueError, match=r"encoder.pt2 must be trusted .* trust_code=True"):
+        Recommender.open(EXPORT)
+    assert_serves_the_same(EXPORT, trust_code=True)
 
 
 def test_the_run_is_exported_as_it_was(tmp_path: Path) -> None:
