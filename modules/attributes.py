@@ -36,7 +36,7 @@ __all__ = [
     "check_attributes",
 ]
 
-BLOCK_ROWS = 65_536  # rows composed at a time
+BLOCK_ROWS = 8_192  # rows composed at a time, which fit in a cache; `plan` counts them
 _DRAWS = 1 << 30  # resolution of the share of dropped ids
 
 

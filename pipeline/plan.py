@@ -28,7 +28,7 @@ PASSING_TENSORS = 8
 # Bytes of libraries that the first step loads, and of small tensors.
 FIRST_STEP_BYTES = 6 << 20
 # Rows composed of attributes at a time, and copies of them.
-COMPOSED_ROWS, COMPOSED_COPIES = 65_536, 4
+COMPOSED_ROWS, COMPOSED_COPIES = 8_192, 4
 # Printed with a peak: it counts tensors, and an allocator keeps some of what was freed.
 CONDITION = {
     "cpu": "The peak holds where freed blocks go back to the system, as with\n"
@@ -322,8 +322,8 @@ class _Planner:
         mode, counts, row = self.config.catalog.attributes, self.attributes, 4 * self.width
         if mode == "none":
             return {}
-        # Codes with their shares, offsets, items, and which ids are kept, with a copy.
-        item = 8 * counts.attribute_codes + 4 * counts.attribute_numbers + 8 + 8 + 6
+        # Codes with their shares, vectors, an offset, and whether the item has training events.
+        item = 8 * counts.attribute_codes + 4 * counts.attribute_numbers + 8 + 1
         block = min(work.num_rows, COMPOSED_ROWS)
         return {
             "attributes": round(item * work.num_rows) + 5 * 4 * self.of_attributes,

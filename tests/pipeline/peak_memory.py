@@ -75,6 +75,7 @@ def batch_of(num_items: int, shape: Sequence[int], group: dist.ProcessGroup | No
 def train_two_steps(config: TrainConfig, num_items: int, shape: Sequence[int], at: Ranks) -> None:
     attributes = None if config.catalog.attributes == "none" else Generated()
     model = build_model(config, num_items, None, at.group, attributes)
+    assert len(model.catalog.shard.rows)  # composed as for a validation: all pages are in use
     counts = torch.ones(num_items, dtype=torch.int64)
     stepper = Stepper(
         model, config.loss, config.optimizer, seed=1, total_steps=None, item_counts=counts

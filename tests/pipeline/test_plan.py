@@ -132,7 +132,7 @@ def test_attributes_are_codes_of_the_shard_and_vectors_on_every_rank() -> None:
         assert planned.memory["composed rows"] == rows / 2
         assert planned.memory["optimizer state"] == state / 2
         vectors = 1032 * 64 * 4
-        assert planned.memory["attributes"] == 500_000 * (6 * 8 + 32 * 4 + 22) + 5 * vectors
+        assert planned.memory["attributes"] == 500_000 * (6 * 8 + 32 * 4 + 9) + 5 * vectors
         assert planned.moved["attribute gradients"] == 2 * vectors / 2
     assert "attributes" not in plain.memory
 
