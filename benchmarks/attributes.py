@@ -50,7 +50,8 @@ def write_cold_log(log: Path, path: Path, share: float, seed: int) -> None:
 
 def prepare(options: argparse.Namespace, part: str) -> Path:
     """The prepared folder of a part."""
-    data, log = options.work / f"prepared-{options.log.stem}-{part}", options.log
+    data: Path = options.work / f"prepared-{options.log.stem}-{part}"
+    log = options.log
     if part == "cold":
         log = options.work / f"{options.log.stem}-cold.parquet"
         if not log.exists():
@@ -62,7 +63,9 @@ def prepare(options: argparse.Namespace, part: str) -> Path:
     return data
 
 
-def train(options: argparse.Namespace, data: Path, key: dict[str, Any]) -> tuple[Path, dict]:
+def train(
+    options: argparse.Namespace, data: Path, key: dict[str, Any]
+) -> tuple[Path, dict[str, Any]]:
     """Train one run; returns its folder, and time and memory."""
     settings = [f"catalog.attributes={key['mode']}", f"seed={key['seed']}", *key["settings"]]
     if key["id_dropout"]:

@@ -107,7 +107,11 @@ def baseline(config: BaselineConfig) -> Built:
         OSError: the disk is full.
     """
     started, prepared = time.monotonic(), Prepared.open(config.prepared)
-    request = {"data": prepared.fingerprint, "kind": config.kind, "ranks": "by sums of scores"}
+    request: dict[str, Any] = {
+        "data": prepared.fingerprint,
+        "kind": config.kind,
+        "ranks": "by sums of scores",
+    }
     if config.kind in _WEIGHTS:
         request |= {"neighbors": config.neighbors, "last_events": config.last_events}
     output = StageOutput(path=config.folder, format=BASELINE, request=request, force=config.force)

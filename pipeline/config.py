@@ -195,7 +195,7 @@ def _changes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if is_made else field.default  # type: ignore[misc]
+        default: Any = field.default_factory() if is_made else field.default  # type: ignore[operator]
         if not dataclasses.is_dataclass(value):
             if value != default:
                 yield name, stored[field.name]

@@ -132,7 +132,7 @@ def test_the_installed_wheel_trains_on_a_worker_of_its_own(wheel: Path, tmp_path
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "end.json").is_file()
     code = "import shardrec.launch.cli as cli; print(cli.__file__)"
-    command = [python, "-P", "-c", code]
+    command = [str(python), "-P", "-c", code]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(own))
 

@@ -82,7 +82,7 @@ class Manifest:
         try:
             shape: Shape = {"format": int, "best": bool, "files": dict}
             known = require_shape(stored, shape, where, ANOTHER)
-            texts = {key: (str, type(None)) for key in ("run", "name") if key in known}
+            texts: Shape = {key: (str, type(None)) for key in ("run", "name") if key in known}
             require_shape(known, texts, where, ANOTHER)
             files = {name: _entry(name, one, where) for name, one in known["files"].items()}
         except ValueError as error:

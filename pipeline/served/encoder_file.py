@@ -159,7 +159,7 @@ def _empty_encoder(manifest: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
     Raises:
         TypeError, ValueError: config and tensors disagree.
     """
-    config = from_json(EncoderConfig, manifest.get("encoder"), "encoder")
+    config = from_json(EncoderConfig, manifest.get("encoder") or {}, "encoder")
     sizes = (config.width, config.max_length)
     if sizes != (manifest["width"], manifest["max_length"]):
         raise ValueError(f"another width or max_length than the manifest: {sizes}")

@@ -92,7 +92,7 @@ def known_ids(histories: Iterable[Sequence[Any]], kind: pa.DataType) -> Iterator
     is_number = pa.types.is_integer(kind)
     for index, history in enumerate(histories):
         try:
-            ids = [_whole(one) if is_number else _text(one) for one in history]
+            ids: list[Any] = [_whole(one) if is_number else _text(one) for one in history]
         except TypeError as error:
             what = "whole numbers" if is_number else "texts"
             raise TypeError(

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 HUGE = (10**12, 2**31, 2**63, 10**4000, -1, 1e308, 0)
-OTHERS = (None, True, "x", "", [], {}, 1.5, "../../outside", "/etc/passwd", "a\0b", "NaN")
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    "x",
+    "",
+    [],
+    {},
+    1.5,
+    "../../outside",
+    "/etc/passwd",
+    "a\0b",
+    "NaN",
+)
 
 
 def flipped(content: bytes, chance: random.Random) -> bytes:

@@ -1,6 +1,7 @@
 """Baselines equal ten lines of numpy, and go where a run goes, on any number of ranks."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,7 +44,8 @@ def matrix_by_numpy(data: str, kind: str, most: int, last_events: int) -> Number
     cosine = np.where(np.eye(num_items) > 0, 0, has.T @ has / lengths)
     place = np.argsort(by_popularity(Prepared.open(data).item_counts()).numpy())
     knn, step = {"knn": (1, 0), "next": (0, 1), "knn_next": (1, 3)}.get(kind, (0, 0))
-    return (knn * best(cosine, place, most) + step * best(steps, place, most)).astype(np.float32)
+    scores = knn * best(cosine, place, most) + step * best(steps, place, most)
+    return np.asarray(scores, dtype=np.float32)
 
 
 def best(scores: Numbers, place: Numbers, most: int) -> Numbers:
@@ -119,7 +121,7 @@ def test_scores_are_above_zero_where_there_is_evidence_and_places_below(
     assert (scores[0, len(matrix) - 1 :] == -torch.inf).all()
 
 
-def evaluate_all(data: str, folders: dict[str, str]) -> dict[str, dict[str, float]]:
+def evaluate_all(data: str, folders: Mapping[Any, str]) -> dict[str, dict[str, float]]:
     return {
         kind: evaluate(folder, data, MEASURE, force=True)["metrics"]
         for kind, folder in folders.items()

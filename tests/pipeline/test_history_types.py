@@ -12,7 +12,7 @@ import pytest
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories
 from shardrec.pipeline.prepared.item_ids import ItemIds
-from shardrec.pipeline.serve import _read_items
+from shardrec.pipeline.served.items import read_items
 
 NUMBERS = ItemIds(pa.array([10, 20, 30]))
 TEXTS = ItemIds(pa.array(["a", "b", "ü"], pa.large_string()))
@@ -143,7 +143,7 @@ def test_ids_of_a_catalog_are_joined_beyond_2_gib(
     pq.write_table(pa.table(table), tmp_path / "items.parquet", row_group_size=2)
     refuse_small_offsets(monkeypatch)
     manifest: Any = {"num_items": 3, "width": 2, "files": [{"path": "items/part.parquet"}]}
-    served, counts, _ = _read_items(tmp_path, manifest)
+    served, counts, _ = read_items(tmp_path, manifest)
     assert served.items(pa.array(["ü", "?", "b"])).tolist() == [2, -1, 0]
     assert counts.tolist() == [3, 2, 1]
     assert Prepared(tmp_path, manifest).item_ids().to_pylist() == ["b", "a", "ü"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.pipeline.checkpoint.store import Checkpoints, load_checkpoint
-from shardrec.pipeline.model.measure import measure
+from shardrec.pipeline.model.measure import Measurement, measure
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.train import build, train
 
@@ -123,7 +123,7 @@ def test_a_limit_that_passes_in_a_validation_ends_the_run_there(
 ) -> None:
     seconds = [0.0]
 
-    def measured(*arguments: Any) -> dict[str, float]:
+    def measured(*arguments: Any) -> Measurement:
         seconds[0] += 40.0
         return measure(*arguments)
 

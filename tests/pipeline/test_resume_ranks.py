@@ -28,7 +28,9 @@ from tests.ranks import Ranks
 
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, HCE, RECE, SCE, CCEMinus
+from shardrec.modules.ranking import Blocks
 from shardrec.pipeline.model.measure import measure, open_users
+from shardrec.pipeline.model.ranker import StateRanker
 from shardrec.pipeline.run.callbacks import Callback, StepReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.train import build, train
@@ -92,7 +94,8 @@ def choices_and_metrics(config: TrainConfig) -> tuple[list[Choice], dict[str, fl
     model, measured = run.stepper.model, config.validation.measure
     model.encoder.eval()
     users = open_users(run.prepared, "validation", measured, 8, model.group)
-    metrics = measure(model.last_states, model.scored_shard(), users, measured, run.prepared)
+    ranker = StateRanker.of(model, 8, Blocks())
+    metrics = measure(ranker, users, measured, run.prepared).metrics
     batches = list(islice(run.batches, config.optimizer.accumulate))
     with run.held, recorded_choices() as choices:
         run.stepper.take(batches, run.progress.step + 1)

@@ -67,7 +67,7 @@ def test_the_run_is_measured_as_it_was(tmp_path: Path) -> None:
     assert metrics["users"] == 60 and not math.isnan(metrics["NDCG@10"])
 
 
-def assert_serves_the_same(folder: str, **options: bool) -> None:
+def assert_serves_the_same(folder: str, **options: Any) -> None:
     served = Recommender.open(folder, **options).recommend(HISTORIES, k=4)
     for found, expected in zip(served, EXPECTED["served"], strict=True):
         assert [item for item, _ in found] == [item for item, _ in expected]
