@@ -155,7 +155,8 @@ def memorize(options: Namespace, config: "MemorizeConfig") -> int:
     with process_group(options.timeout) as (group, _):
         done = run_memorize(config)
         if Communicator(group).rank == 0:
-            print_tried(done.manifest["tried"], config.metric)
+            if done.manifest["tried"]:
+                print_tried(done.manifest["tried"], config.metric)
             print_end(done.is_new, Path(config.run) / "memory")
     return 0
 

@@ -48,10 +48,11 @@ class MemorizeConfig:
 
     Attributes:
         run: run folder of train; the memory is written into it.
-        prepared: the folder the run was trained on, with validation users.
+        prepared: the folder the run was trained on; with validation users to choose a scale by.
         neighbors: strongest successors of each item that are kept.
         scales: how much a strength of 1 adds to a logit, to choose from; 0 is the model alone.
-            Each one ranks the validation users once.
+            Each one ranks the validation users once. One alone is taken as it is, as for a run
+            on all data whose scale was chosen by another run.
         metric: of the validation users; the scale with the largest is taken.
         filter_seen: leave out items of the history in choosing, as the lists will.
         checkpoint: the weights that the scale is chosen for.
@@ -121,14 +122,16 @@ def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Mem
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
         FileExistsError: the run has a memory of other options or weights.
-        ValueError: the run does not fit the data, or the data has no validation users.
+        ValueError: the run does not fit the data, or there are several scales and no validation
+            users.
         OSError: the disk is full.
 
     Collectives: on the default group; every rank must call it.
     """
     started, group = time.monotonic(), default_group()
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
-    _require_validation_users(prepared)
+    if len(config.scales) > 1:
+        _require_validation_users(prepared)
     source = Source.find_alone(config.run, prepared, config.checkpoint, encoder)
     path = Path(config.run) / run_folder.MEMORY
     request = {"source": source.identity, **_request(config)}
@@ -139,8 +142,10 @@ def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Mem
     with output.write() as (folder, _):
         count = functools.partial(_write_successors, prepared, config.neighbors, folder)
         files = on_first_rank(count, group)
-        tried = _try_scales(config, source, prepared, folder / SUCCESSORS, encoder)
-        chosen = max(tried, key=lambda scale: (tried[scale], -scale))
+        chosen, tried = config.scales[0], dict[float, float]()
+        if len(config.scales) > 1:
+            tried = _try_scales(config, source, prepared, folder / SUCCESSORS, encoder)
+            chosen = max(tried, key=lambda scale: (tried[scale], -scale))
         details = {
             "scale": chosen * source.config.loss.temperature,
             "ages": AGES,
@@ -190,7 +195,7 @@ def _require_validation_users(prepared: Prepared) -> None:
     if not prepared.manifest.counts["validation_users"]:
         raise ValueError(
             f"the data must have validation users to choose a scale by, got {prepared.path} without"
-            "; prepare with validation users and train again"
+            "; give the one scale that an earlier run chose, or prepare with validation users"
         )
 
 

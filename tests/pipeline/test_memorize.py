@@ -24,6 +24,7 @@ from shardrec.pipeline.memorize import MemorizeConfig, memorize
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
+from shardrec.pipeline.run.config import LimitConfig, ValidationConfig
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import train
@@ -270,10 +271,19 @@ def test_a_damaged_memory_is_refused(memorized: str, log: str, tmp_path: Path) -
         evaluate(str(folder), log, MEASURE, output=str(tmp_path / "e.json"))
 
 
-def test_data_without_validation_users_are_refused(trained: str, log: str, tmp_path: Path) -> None:
+def test_without_validation_users_one_scale_must_be_given(
+    trained: str, log: str, tmp_path: Path
+) -> None:
     data = prepare_small(tmp_path, validation="none")
     with pytest.raises(ValueError, match="must have validation users to choose a scale by"):
         memorize(configured(trained, data))
+    off = ValidationConfig(every_epochs=None)
+    config = small_config(data, tmp_path / "run", limits=LimitConfig(max_steps=1), validation=off)
+    train(config)
+    memorize(configured(config.output, data, scales=(2.0,)))
+    manifest = manifest_of(config.output)
+    assert (manifest["scale"], manifest["tried"]) == (2.0, [])
+    assert evaluate(config.output, data, MEASURE)["metrics"]["users"] > 0
 
 
 @pytest.mark.parametrize(
