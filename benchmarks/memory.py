@@ -5,6 +5,9 @@ setting. Each row has both reports, for lists without the seen items and for all
 
     python benchmarks/memory.py beauty.parquet --prepare split=leave_one_out --recipe beauty \
         --seeds 1 2
+
+With --refit the scale is chosen by a run that leaves validation users out, and the test users are
+ranked, once, by a run of the same options on all of the data.
 """
 
 import argparse
@@ -24,13 +27,16 @@ PROTOCOLS = {"unseen": "--filter-seen", "all": "--no-filter-seen"}
 class Stages:
     """The stages on one prepared folder and run, each in a fresh process."""
 
-    def __init__(self, options: argparse.Namespace, seed: int) -> None:
-        """Names the folders."""
+    def __init__(self, options: argparse.Namespace, seed: int, *, on_all: bool = False) -> None:
+        """Names the folders; ``on_all`` leaves no users out for validation."""
         self.options = options
-        self.data = options.work / "-".join(["prepared", options.log.stem, *options.prepare])
+        self.prepare_options = [*options.prepare, *(["validation=none"] if on_all else [])]
+        self.data = options.work / "-".join(["prepared", options.log.stem, *self.prepare_options])
         settings = "-".join(word.replace("/", "_") for word in options.set)
-        self.run = options.work / f"{options.log.stem}-{settings}-{seed}"
+        self.run = options.work / f"{options.log.stem}-{settings}-{seed}{'-all' * on_all}"
         self.train = ["--recipe", options.recipe, f"seed={seed}", *options.set]
+        if on_all:
+            self.train += ["validation.every_epochs=none", "validation.every_steps=none"]
 
     def call(self, stage: str, *arguments: str) -> None:
         """Run one stage."""
@@ -39,7 +45,7 @@ class Stages:
 
     def prepare(self) -> None:
         """Prepare the log, if it is not done yet."""
-        pairs = [pair.split("=", 1) for pair in self.options.prepare]
+        pairs = [pair.split("=", 1) for pair in self.prepare_options]
         flags = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
         self.call("prepare", "--events", str(self.options.log), "--output", str(self.data), *flags)
 
@@ -58,21 +64,48 @@ class Stages:
         """The options that name both folders."""
         return ["--prepared", str(self.data), "--run", str(self.run)]
 
-    def measure(self, neighbors: int) -> dict[str, Any]:
-        """Train, evaluate, memorize, evaluate."""
+    def fit(self) -> None:
+        """Prepare and train, if it is not done yet; a memory of before is removed."""
+        self.prepare()
         if not (self.run / "end.json").exists():
             shutil.rmtree(self.run, ignore_errors=True)
             self.call("train", *self.folders, *self.train)
         shutil.rmtree(self.run / "memory", ignore_errors=True)
-        row: dict[str, Any] = {"model": self.metrics()}
-        self.call("memorize", *self.folders, "--neighbors", str(neighbors))
-        row["with_memory"] = self.metrics()
-        memory = json.loads((self.run / "memory" / "manifest.json").read_text())
-        row["tried"] = [
-            {name: round(value, 5) for name, value in one.items()} for one in memory["tried"]
-        ]
-        (file,) = memory["files"]
-        return row | {"pairs": file["rows"], "file_bytes": file["bytes"]}
+
+    def memorize(self, neighbors: int, *more: str) -> dict[str, Any]:
+        """Memorize; returns the manifest of the memory."""
+        self.call("memorize", *self.folders, "--neighbors", str(neighbors), *more)
+        manifest: dict[str, Any] = json.loads((self.run / "memory/manifest.json").read_text())
+        return manifest
+
+    def seconds(self) -> float:
+        """Wall time of the training run."""
+        return round(float(json.loads((self.run / "end.json").read_text())["seconds"]), 1)
+
+
+def measure(options: argparse.Namespace, seed: int, neighbors: int) -> dict[str, Any]:
+    """One row: the test metrics of the model alone and with its memory, and how it was chosen."""
+    chooses = Stages(options, seed)
+    chooses.fit()
+    row: dict[str, Any] = {}
+    if not options.refit:
+        row["model"] = chooses.metrics()
+    memory = chooses.memorize(neighbors)
+    row["tried"] = [
+        {name: round(value, 5) for name, value in one.items()} for one in memory["tried"]
+    ]
+    (metric,) = {name for one in memory["tried"] for name in one} - {"scale"}
+    scale = max(memory["tried"], key=lambda one: (one[metric], -one["scale"]))["scale"]
+    tested = chooses
+    if options.refit:
+        tested = Stages(options, seed, on_all=True)
+        tested.fit()
+        row["model"] = tested.metrics()
+        memory = tested.memorize(neighbors, "--scales", str(scale))
+    row["with_memory"] = tested.metrics()
+    (file,) = memory["files"]
+    row |= {"scale": scale, "train_seconds": tested.seconds()}
+    return row | {"pairs": file["rows"], "file_bytes": file["bytes"]}
 
 
 def main() -> None:
@@ -86,6 +119,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="options of train: dotted.name=value")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--neighbors", nargs="+", type=int, default=[32])
+    parser.add_argument("--refit", action="store_true", help="test a run on all of the data")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/memory"))
     parser.add_argument("--output", default=str(RESULTS / "memory.jsonl"))
@@ -96,10 +130,9 @@ def main() -> None:
         for neighbors in options.neighbors:
             key = {"log": options.log.stem, "prepare": options.prepare, "recipe": options.recipe}
             key |= {"settings": options.set, "seed": seed, "neighbors": neighbors}
+            key |= {"refit": options.refit}
             if not results.has(key):
-                stages = Stages(options, seed)
-                stages.prepare()
-                results.append(key, **stages.measure(neighbors))
+                results.append(key, **measure(options, seed, neighbors))
 
 
 if __name__ == "__main__":
