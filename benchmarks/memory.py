@@ -11,6 +11,7 @@ ranked, once, by a run of the same options on all of the data.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -32,8 +33,8 @@ class Stages:
         self.options = options
         self.prepare_options = [*options.prepare, *(["validation=none"] if on_all else [])]
         self.data = options.work / "-".join(["prepared", options.log.stem, *self.prepare_options])
-        settings = "-".join(word.replace("/", "_") for word in options.set)
-        self.run = options.work / f"{options.log.stem}-{settings}-{seed}{'-all' * on_all}"
+        settings = hashlib.sha256(json.dumps([options.recipe, options.set]).encode()).hexdigest()
+        self.run = options.work / f"{options.log.stem}-{settings[:12]}-{seed}{'-all' * on_all}"
         self.train = ["--recipe", options.recipe, f"seed={seed}", *options.set]
         if on_all:
             self.train += ["validation.every_epochs=none", "validation.every_steps=none"]

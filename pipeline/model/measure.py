@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -119,10 +120,11 @@ class _Meter:
     def add(self, batch: EvaluationBatch) -> None:
         """Rank one batch and count its users."""
         targets, seen = batch.targets, batch.seen
-        k = min(max(self.config.ks), self.num_items)
+        longest = max(self.config.ks)
+        k = min(longest, self.num_items)
         hidden = seen if self.config.filter_seen else None
         _, items = self.ranker.top(batch.items, batch.lengths, k, hidden, self.allowed)
-        longest = max(self.config.ks)
+        items = F.pad(items, (0, longest - k), value=-1)
         ranks = ranks_in_lists(items, targets, missing=self.num_items + longest)
         listed = ranks.where(ranks < longest, -1).int()
         self.own.append((batch.users.cpu(), listed.cpu(), targets[1].cpu()))

@@ -136,8 +136,10 @@ def require_place(output: Path) -> Path:
 
 
 def require_writable(output: Path) -> None:
-    """Raise PermissionError if nothing can be written next to ``output``."""
+    """Raise an OSError if nothing can be written next to ``output``."""
     folder = next(one for one in place_of(output).parents if one.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(_not_writable(folder, f"{str(folder)!r} is a file"))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(_not_writable(folder, "no permission, or a read-only disk"))
 

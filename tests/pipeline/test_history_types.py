@@ -1,14 +1,17 @@
 """Histories for recommendations take the types that logs have, and refuse what does not fit."""
 
 import decimal
+import functools
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shardrec.pipeline.outputs.files import describe_parquet
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories
 from shardrec.pipeline.prepared.item_ids import ItemIds
@@ -142,11 +145,13 @@ def test_ids_of_a_catalog_are_joined_beyond_2_gib(
     pq.write_table(pa.table(table), tmp_path / "items" / "part.parquet", row_group_size=2)
     pq.write_table(pa.table(table), tmp_path / "items.parquet", row_group_size=2)
     refuse_small_offsets(monkeypatch)
-    manifest: Any = {"num_items": 3, "width": 2, "files": [{"path": "items/part.parquet"}]}
+    manifest: Any = {"num_items": 3, "width": 2, "files": []}
+    manifest["files"] = [{"path": "items/part.parquet", "bytes": 1}]
     served, counts, _ = read_items(tmp_path, manifest)
     assert served.items(pa.array(["ü", "?", "b"])).tolist() == [2, -1, 0]
     assert counts.tolist() == [3, 2, 1]
-    assert Prepared(tmp_path, manifest).item_ids().to_pylist() == ["b", "a", "ü"]
+    listed: Any = SimpleNamespace(file=functools.partial(describe_parquet, tmp_path))
+    assert Prepared(tmp_path, listed).item_ids().to_pylist() == ["b", "a", "ü"]
     plain = ItemIds(pa.array(["b", "a", "ü"]))
     assert served.version == plain.version
     assert served.items(pa.array(["a"], pa.large_string()).dictionary_encode()).tolist() == [1]

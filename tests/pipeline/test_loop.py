@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.pipeline.counted_steps import CountedSteps
 from tests.pipeline.recorder import Recorder
 from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
@@ -26,16 +27,16 @@ def data(plain_data: str) -> str:
 
 
 class Breaks(nn.Module):
-    """Turns into NaN after some calls in training, for a while."""
+    """Turns into NaN after some steps of training, for a while."""
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__()
         self.linear = nn.Linear(16, 16)
-        self.first, self.last, self.calls = first, last, 0
+        self.first, self.last, self.steps = first, last, CountedSteps()
 
     def forward(self, vectors: Tensor) -> Tensor:
-        self.calls += self.training
-        is_broken = self.training and self.first <= self.calls <= self.last
+        step = self.steps.count(training=self.training)
+        is_broken = self.training and self.first <= step <= self.last
         states: Tensor = self.linear(vectors)
         return states * (float("nan") if is_broken else 1.0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.pipeline.counted_steps import CountedSteps
 from tests.pipeline.recorder import Recorder
 from tests.pipeline.small_data import Running, small_config
 from tests.ranks import Ranks
@@ -85,11 +86,10 @@ class Fails(Running):
 
     def __init__(self, first: int, error: type[BaseException] = ValueError) -> None:
         super().__init__()
-        self.first, self.error, self.calls = first, error, 0
+        self.first, self.error, self.steps = first, error, CountedSteps()
 
     def forward(self, vectors: Tensor) -> Tensor:
-        self.calls += self.training
-        if self.calls == self.first:
+        if self.steps.count(training=self.training) == self.first:
             raise self.error("vectors must be of another kind")
         states: Tensor = super().forward(vectors)
         return states
