@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 NO_DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.0)
 DROPOUT = EncoderConfig(width=16, max_length=8, dropout=0.3)
-SEED = 1  # one with which every choice is certain
+SEED = 3  # one with which every choice is certain
 
 
 @pytest.fixture(scope="module")
