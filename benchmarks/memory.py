@@ -37,6 +37,7 @@ class Stages:
         self.run = options.work / f"{options.log.stem}-{settings[:12]}-{seed}{'-all' * on_all}"
         self.train = ["--recipe", options.recipe, f"seed={seed}", *options.set]
         if on_all:
+            self.train = [word for word in self.train if not word.startswith("validation.")]
             self.train += ["validation.every_epochs=none", "validation.every_steps=none"]
 
     def call(self, stage: str, *arguments: str) -> None:
