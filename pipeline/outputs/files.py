@@ -1,13 +1,12 @@
 """Manifest entries for the files of an output, and their check: sizes and checksums."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from shardrec.pipeline.outputs.json_files import Shape, require_shape
+from shardrec.pipeline.outputs.json_files import Shape, is_inside, require_shape
 
 MANIFEST_NAME = "manifest.json"
 _HASH_BLOCK_BYTES = 1 << 20
@@ -88,7 +87,7 @@ def _inside(folder: Path, name: str, remedy: str) -> Path:
     """The path of a listed file, which neither its name nor a link may lead out of the folder."""
     parts, path = PurePosixPath(name), folder / name
     leads_out = parts.is_absolute() or ".." in parts.parts or "\0" in name
-    if leads_out or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if leads_out or not is_inside(path, folder):
         raise ValueError(
             f"an entry of 'files' in {folder / MANIFEST_NAME} must be a file inside of the folder, "
             f"got {name!r}; {remedy}"

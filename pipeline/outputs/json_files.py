@@ -16,10 +16,12 @@ from shardrec.pipeline.outputs.staging import staged_file
 __all__ = [
     "LARGEST_BYTES",
     "Shape",
+    "is_inside",
     "parse_json",
     "read_json",
     "read_object",
     "read_text",
+    "require_inside",
     "require_shape",
     "write_atomically",
 ]
@@ -95,6 +97,24 @@ def read_text(path: Path, most_bytes: int, errors: str = "strict") -> str:
             raise ValueError(f"more than {most_bytes:,} bytes")
         content = file.read()
     return content.decode(errors=errors)
+
+
+def require_inside(path: Path, remedy: str) -> Path:
+    """Return ``path`` after checking that no link in its place leads out of its folder.
+
+    Raises:
+        ValueError: one does; whoever wrote the folder would choose which file is read.
+    """
+    if not is_inside(path, path.parent):
+        raise ValueError(
+            f"{path} must be a file inside of its folder, got a link that leads out; {remedy}"
+        )
+    return path
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is below ``folder``, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_atomically(path: Path, text: str) -> None:

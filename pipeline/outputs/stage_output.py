@@ -24,6 +24,7 @@ from shardrec.pipeline.outputs.formats import Format
 from shardrec.pipeline.outputs.json_files import (
     read_json,
     read_object,
+    require_inside,
     require_shape,
     write_atomically,
 )
@@ -222,6 +223,8 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
             if format.is_folder
             else f"there must be {format.what} {path}, got none; run {maker} first"
         )
+    if format.is_folder:
+        require_inside(file, format.remedy)
     stored = read_object(file, {}, format.remedy)
     found = stored.get("format"), stored.get("schema_version")
     if found != (format.name, format.version):

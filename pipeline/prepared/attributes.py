@@ -21,7 +21,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shardrec.pipeline.outputs.json_files import read_object, require_shape, write_atomically
+from shardrec.pipeline.outputs.json_files import (
+    read_object,
+    require_inside,
+    require_shape,
+    write_atomically,
+)
 
 __all__ = [
     "ATTRIBUTES_NAME",
@@ -131,7 +136,7 @@ def read_columns(folder: Path) -> list[AttributeColumn]:
         ValueError: the file is damaged or of another version.
     """
     path = folder / COLUMNS_NAME
-    stored = read_object(path, {"version": int, "columns": list}, _REMEDY)
+    stored = read_object(require_inside(path, _REMEDY), {"version": int, "columns": list}, _REMEDY)
     if stored["version"] != _VERSION:
         raise ValueError(
             f"{path} must be of version {_VERSION}, got {stored['version']}; {_REMEDY}"

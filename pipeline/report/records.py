@@ -15,6 +15,7 @@ from shardrec.pipeline.outputs.json_files import (
     read_json,
     read_object,
     read_text,
+    require_inside,
     require_shape,
 )
 
@@ -136,7 +137,9 @@ def read_record(folder: Path, name: str) -> RunRecord:
     if (folder / "metrics.json").is_file():
         record.evaluation = _evaluation(folder)
     log = folder / "metrics.jsonl"
-    text = read_text(log, _MOST_LOG_BYTES, errors="replace") if log.is_file() else ""
+    text = ""
+    if log.is_file():
+        text = read_text(require_inside(log, _REMEDY), _MOST_LOG_BYTES, errors="replace")
     *lines, being_written = text.split("\n")
     for line in filter(str.strip, lines):
         event = _event(line)
@@ -164,6 +167,7 @@ def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = read_json(folder / MANIFEST_NAME)
     if manifest.get("format") != BASELINE.name:
         return _required(folder, "config.json"), _required(folder, "run.json")
+    require_inside(folder / MANIFEST_NAME, _REMEDY)
     request = require_shape(manifest, BASELINE.shape, str(folder), BASELINE.remedy)["request"]
     config = {"baseline": {name: value for name, value in request.items() if name != "data"}}
     data = {"fingerprint": manifest["data"], "num_items": manifest["counts"]["items"]}
@@ -195,7 +199,7 @@ def _required(folder: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"run must be a folder that train wrote, got {folder} without {name}; check the path"
         )
-    return read_object(path, {}, _REMEDY)
+    return read_object(require_inside(path, _REMEDY), {}, _REMEDY)
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:

@@ -29,6 +29,7 @@ from shardrec.pipeline.outputs.json_files import (
     Shape,
     read_json,
     read_object,
+    require_inside,
     require_shape,
     write_atomically,
 )
@@ -199,4 +200,4 @@ def _read_file(folder: Path, name: str, shape: Shape) -> dict[str, Any]:
         raise FileNotFoundError(
             f"run must be a folder that train wrote, got {folder} without {name}; check the path"
         )
-    return read_object(path, shape, _REMEDY)
+    return read_object(require_inside(path, _REMEDY), shape, _REMEDY)

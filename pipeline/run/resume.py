@@ -25,7 +25,12 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.state import versions
 from shardrec.pipeline.checkpoint.store import Checkpoints
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.json_files import parse_json, read_object, write_atomically
+from shardrec.pipeline.outputs.json_files import (
+    parse_json,
+    read_object,
+    require_inside,
+    write_atomically,
+)
 from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.attributes import COLUMNS_NAME
@@ -197,7 +202,7 @@ def _warn_of_other_versions(folder: Folder, written_by: Mapping[str, str]) -> No
 def _read_end(path: Path) -> EndReport:
     remedy = "remove it, and the run continues from its last checkpoint to its end"
     shape = {"reason": str, "step": int, "best_metrics": dict}
-    stored = read_object(path, shape, remedy)
+    stored = read_object(require_inside(path, remedy), shape, remedy)
     names = [field.name for field in dataclasses.fields(EndReport)]
     missing = [name for name in names if name not in stored]
     if missing:
