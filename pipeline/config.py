@@ -267,8 +267,17 @@ def _read(annotation: Any, value: Any, name: str) -> Any:
                 for item, one in zip(_items(kind, len(value)), value, strict=True)
             )
         if _fits(kind, value):
-            return float(value) if kind is float else value
+            return _as_float(value, name) if kind is float else value
     raise TypeError(f"{name} must be {_allowed(annotation)}, got {value!r}; fix the config")
+
+
+def _as_float(value: float, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be below 2**1024, got {str(value)[:12]}...; fix the config"
+        ) from None
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -169,7 +169,7 @@ class AttributeFile:
         try:
             with self.filesystem.open_input_file(path) as stream:
                 return pq.ParquetFile(stream).read([name]).column(name)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{self._place(path, name)} must be valid Parquet data, got "
                 f"{short_message(error)}; the file is corrupt or truncated: copy it again"
@@ -353,7 +353,7 @@ def _schema(filesystem: fs.FileSystem, path: str) -> pa.Schema:
     try:
         with filesystem.open_input_file(path) as stream:
             return pq.ParquetFile(stream).schema_arrow
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path!r} must be a complete Parquet file, got an unreadable footer "
             f"({short_message(error)}); it may be truncated: copy it again"

@@ -94,7 +94,7 @@ class ParquetLog:
             try:
                 file = _parquet(stream)
                 rows, schema = file.metadata.num_rows, file.schema_arrow
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 reason = short_message(error)
                 remedy = "it may be truncated: copy it again"
                 if tail.endswith(b"PARE"):
@@ -250,7 +250,7 @@ def _decoded(
 ) -> Iterator[pa.RecordBatch]:
     try:
         yield from file.iter_batches(rows, row_groups=[group], columns=list(names))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         column = next((name for name in names if not _decodes(file, group, name)), names[0])
         raise ValueError(
             f"{place}, column {column!r} must be valid Parquet data, got {short_message(error)}; "
@@ -262,7 +262,7 @@ def _decodes(file: pq.ParquetFile, group: int, name: str) -> bool:
     try:
         for _ in file.iter_batches(65_536, row_groups=[group], columns=[name]):
             pass
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return False
     return True
 

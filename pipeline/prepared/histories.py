@@ -129,7 +129,7 @@ class Histories:
                     if low < high:
                         place = f"{path!r}, row group {group}"
                         yield self._plain(table.slice(low, high - low), place)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path!r}, row group {group}, columns {' and '.join(self.columns)} must be "
                 f"readable Parquet, got {error}; the file is damaged: write it again"
@@ -224,7 +224,7 @@ def _footer(filesystem: fs.FileSystem, path: str) -> tuple[pq.FileMetaData, pa.S
         with filesystem.open_input_file(path) as stream:
             file = pq.ParquetFile(stream)
             return file.metadata, file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path!r} must end in a readable Parquet footer, got {short_message(error)}; write "
             "the file again"

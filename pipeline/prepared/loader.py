@@ -211,6 +211,12 @@ class TrainingBatches:
             if self.prepared.has_weights:
                 weight = self._weights(piece.row_group, table, offsets)
             begin, size = cut_windows(offsets, self.max_length, self.config.windows)
+            if len(begin) != self._samples[piece.row_group]:
+                raise ValueError(
+                    f"{self._groups.name(piece.row_group)} must have "
+                    f"{self._samples[piece.row_group]} samples, as its column length says, got "
+                    f"{len(begin)}; prepare the data again"
+                )
             shuffled, random = order.shuffled(piece.row_group, len(begin))
             kept = shuffled[piece.first : piece.last]
             keys = random[piece.first : piece.last]

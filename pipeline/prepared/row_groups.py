@@ -57,17 +57,22 @@ class RowGroups:
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: a column chunk is damaged, or has nulls.
+            ValueError: a column chunk is damaged, or has nulls or other rows than the footer says.
         """
         try:
             table = self._read(index, columns)
         except FileNotFoundError:
             raise _gone(self._paths[self._file[index]]) from None
-        except (OSError, pa.ArrowException) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             place = f"{self.name(index)}, column {self._damaged(index, columns)}"
             raise ValueError(
                 f"{place} must be readable Parquet, got {error}; prepare the data again"
             ) from error
+        if table.num_rows != self.rows[index]:
+            raise ValueError(
+                f"{self.name(index)} must have {self.rows[index]} rows, as its footer says, got "
+                f"{table.num_rows}; prepare the data again"
+            )
         for name in columns:
             if table.column(name).null_count:
                 raise ValueError(
@@ -90,7 +95,7 @@ class RowGroups:
         for name in columns:
             try:
                 self._read(index, [name])
-            except (OSError, pa.ArrowException):
+            except (pa.ArrowException, OSError, UnicodeDecodeError):
                 return name
         return " and ".join(columns)
 
@@ -108,13 +113,14 @@ def flat_list(table: pa.Table, name: str) -> tuple[npt.NDArray[np.generic], Ints
 def _footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
     try:
         footer = pq.read_metadata(path)
+        names = footer.schema.to_arrow_schema().names
     except FileNotFoundError:
         raise _gone(path) from None
-    except (OSError, pa.ArrowException) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} must end in a readable Parquet footer, got {error}; prepare the data again"
         ) from error
-    missing = sorted(set(columns) - set(footer.schema.to_arrow_schema().names))
+    missing = sorted(set(columns) - set(names))
     if missing:
         raise ValueError(
             f"{path} must have the columns {', '.join(columns)},"
