@@ -75,16 +75,16 @@ class Failure:
 
 def describe(job: Job) -> str:
     """The request to the scheduler, as text without keys in addresses; nothing is submitted."""
-    with _open_runner() as runner:
-        request = _request(runner, job)
+    with open_runner() as runner:
+        request = request_of(runner, job)
         return without_keys(f"{pformat(request._app)}\n\n{request}")
 
 
 def submit(job: Job) -> str:
     """Submit ``job`` and return its TorchX handle; Slurm passes our PATH on to the workers."""
     _find_our_programs()
-    with _open_runner() as runner:
-        return str(runner.schedule(_request(runner, job)))
+    with open_runner() as runner:
+        return str(runner.schedule(request_of(runner, job)))
 
 
 def wait(handle: str, interval_s: float = 5.0) -> str:
@@ -97,7 +97,7 @@ def wait(handle: str, interval_s: float = 5.0) -> str:
     Raises:
         RuntimeError: the scheduler does not report the state of its jobs.
     """
-    with _open_runner() as runner:
+    with open_runner() as runner:
         try:
             status = runner.wait(handle, wait_interval=interval_s)
         except CalledProcessError as error:
@@ -130,10 +130,10 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
         Preempted: the job ended because of SIGTERM; the message is that of a worker.
     """
     _find_our_programs()
-    with _interrupts_as_usual(), _open_runner() as runner:
-        request = _request(runner, job)
+    with _interrupts_as_usual(), open_runner() as runner:
+        request = request_of(runner, job)
         app: AppDef = request._app
-        _share_cores(request, job)
+        share_cores(request, job)
         handle = runner.schedule(request)
         sigterm_came = _pass_on_sigterm()
         role = app.roles[0]
@@ -154,7 +154,7 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
     return Failure(complaint, next((code for code in codes if code in TELLING), FAILED))
 
 
-def _open_runner() -> Runner:
+def open_runner() -> Runner:
     """TorchX's runner, with our Slurm scheduler."""
     return Runner("torchx", {**get_scheduler_factories(), "slurm": slurm.create_scheduler})
 
@@ -193,11 +193,12 @@ def _pass_on_sigterm() -> Callable[[], bool]:
     return came.is_set
 
 
-def _share_cores(request: AppDryRunInfo, job: Job) -> None:
+def share_cores(request: AppDryRunInfo, job: Job) -> None:
     """Give each local worker its share of this machine's cores, unless the user chose a number."""
     own, _ = split(job.arguments)
     words = " ".join(own)
-    if "--cpu" in words or "OMP_NUM_THREADS" in words or re.search(r"(^| )-h\b", words):
+    is_chosen = "--cpu" in words or "OMP_NUM_THREADS" in words or re.search(r"(^| )-h\b", words)
+    if is_chosen or job.scheduler != "local_cwd":  # containers have limits of their own
         return
     replicas = [one for group in request.request.role_params.values() for one in group]
     workers = sum(_num_workers(one.args) for one in replicas)
@@ -226,7 +227,7 @@ def _interrupts_as_usual() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _request(runner: Runner, job: Job) -> AppDryRunInfo:
+def request_of(runner: Runner, job: Job) -> AppDryRunInfo:
     """The scheduler's request; exits with the component's usage when its options are wrong."""
     settings: Mapping[str, object] = runner.scheduler_run_opts(job.scheduler).cfg_from_str(
         job.settings

@@ -5,7 +5,6 @@
 
 import shlex
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchx.schedulers.slurm_scheduler import (
     SlurmOpts,
     SlurmScheduler,
 )
-from torchx.specs import AppDef, AppDryRunInfo, AppState
+from torchx.specs import AppDef, AppDryRunInfo, AppState, Role
 from typing_extensions import override
 
 __all__ = ["Request", "Scheduler", "create_scheduler", "sentence"]
@@ -69,8 +68,8 @@ class Request(SlurmBatchRequest):
     exported: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, made: SlurmBatchRequest, arguments: Sequence[str]) -> "Request":
-        """TorchX's request for a command with these arguments, made fit for clusters.
+    def of(cls, made: SlurmBatchRequest, role: Role) -> "Request":
+        """TorchX's request for the job of a role, made fit for clusters.
 
         Since Slurm 22.05 `srun` gives a task one CPU unless it is told the number again, and it
         cuts the values in `--export` at commas. A job that cannot resume its run is not put back
@@ -83,7 +82,7 @@ class Request(SlurmBatchRequest):
             replica.env = {n: value for n, value in replica.env.items() if n not in with_commas}
             if cpus := replica.sbatch_opts.get("cpus-per-task"):
                 replica.srun_opts["cpus-per-task"] = cpus
-            if not can_start_again(arguments):
+            if not can_start_again(role):
                 del replica.sbatch_opts["requeue"]
                 replica.sbatch_opts["no-requeue"] = None
         return cls(made.cmd, made.replicas, made.job_dir, made.max_retries, exported)
@@ -101,7 +100,7 @@ class Scheduler(SlurmScheduler):
     @override
     def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
         made = super()._submit_dryrun(app, cfg).request
-        request = Request.of(made, app.roles[0].args)
+        request = Request.of(made, app.roles[0])
         return AppDryRunInfo(request, repr)
 
     @override
@@ -115,10 +114,10 @@ class Scheduler(SlurmScheduler):
         return DescribeAppResponse(app_id=app_id, state=decides, msg=message)
 
 
-def can_start_again(arguments: Sequence[str]) -> bool:
-    """Whether a command may be started twice: all stages may, but training only to resume."""
-    words = shlex.split(" ".join(arguments))
-    return "train" not in words or any(word.startswith("--resume") for word in words)
+def can_start_again(role: Role) -> bool:
+    """Whether a stage may be started twice: all may, but training only to resume."""
+    words = shlex.split(" ".join(role.args))
+    return role.name != "train" or any(word.startswith("--resume") for word in words)
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:

@@ -5,11 +5,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardrec.launch import cli
-from shardrec.launch.runner import Failure, Job, describe, run_here, split
+from shardrec.launch.runner import (
+    Failure,
+    Job,
+    describe,
+    open_runner,
+    request_of,
+    run_here,
+    share_cores,
+    split,
+)
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
@@ -143,6 +153,34 @@ def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
     failure = run_here(Job(component="prepare", arguments=("--", *stage)), lines.append)
     assert failure is None, "\n".join(lines)
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        (("-j", "1x2"), "4"),
+        (("-j", "2x1"), "4"),
+        (("-j", "1x16"), "1"),
+        (("-j", "1x2", "--cpu", "6"), "3"),
+        (("-j", "1x2", "--env", "OMP_NUM_THREADS=5"), "5"),
+    ],
+)
+def test_local_workers_share_the_cores_of_this_machine(
+    words: tuple[str, ...], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardrec.launch.runner.os.sched_getaffinity", lambda _: set(range(8)))
+    stage = ("--", "--prepared", "data", "--run", "run")
+    job = Job(component="train", arguments=(*words, *stage))
+    with open_runner() as runner:
+        request = request_of(runner, job)
+        share_cores(request, job)
+    replicas = [one for group in request.request.role_params.values() for one in group]
+    assert {one.env["OMP_NUM_THREADS"] for one in replicas} == {threads}
+
+
+def test_containers_keep_the_threads_that_they_were_given() -> None:
+    request: Any = object()  # has no processes of this machine
+    share_cores(request, Job(component="train", arguments=(), scheduler="local_docker"))
 
 
 def test_a_request_for_another_scheduler_is_described_and_not_submitted() -> None:

@@ -38,7 +38,8 @@ def test_a_variable_with_commas_reaches_the_workers_whole() -> None:
 
 def test_only_a_job_that_can_start_twice_is_put_back_in_the_queue() -> None:
     assert "--no-requeue" in line_of(script(*STAGE), "#SBATCH")
-    for lines in (script(*STAGE, "--resume=auto"), script(*STAGE, component="evaluate")):
+    other = ("--", "--prepared", "train", "--run", "run")
+    for lines in (script(*STAGE, "--resume=auto"), script(*other, component="evaluate")):
         assert " --requeue" in line_of(lines, "#SBATCH")
 
 
