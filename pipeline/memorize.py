@@ -132,7 +132,7 @@ def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Mem
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     if len(config.scales) > 1:
         _require_validation_users(prepared)
-    source = Source.find_alone(config.run, prepared, config.checkpoint, encoder)
+    source = Source.find(config.run, prepared, config.checkpoint, encoder, with_memory=False)
     path = Path(config.run) / run_folder.MEMORY
     request = {"source": source.identity, **_request(config)}
     output = StageOutput(path=path, format=MEMORY, request=request, force=config.force, group=group)

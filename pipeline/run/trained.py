@@ -50,10 +50,13 @@ class Source:
         prepared: Prepared,
         which: Literal["best", "last"],
         encoder: nn.Module | None = None,
+        *,
+        with_memory: bool = True,
     ) -> "Source":
         """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
 
-        ``encoder`` is the module given to ``train``, if any.
+        ``encoder`` is the module given to ``train``, if any. The run's memory, if it has one, is
+        found too, unless ``with_memory`` is False.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
@@ -61,21 +64,12 @@ class Source:
 
         Collectives: one all-gather of small objects on the default group.
         """
-        return on_first_rank(
-            lambda: _with_memory(Path(run), _find(Path(run), prepared, which, encoder)),
-            default_group(),
-        )
 
-    @classmethod
-    def find_alone(
-        cls,
-        run: str,
-        prepared: Prepared,
-        which: Literal["best", "last"],
-        encoder: nn.Module | None = None,
-    ) -> "Source":
-        """As ``find``, without the run's memory."""
-        return on_first_rank(lambda: _find(Path(run), prepared, which, encoder), default_group())
+        def find() -> "Source":
+            source = _find(Path(run), prepared, which, encoder)
+            return _with_memory(Path(run), source) if with_memory else source
+
+        return on_first_rank(find, default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
         """The model with the checkpoint's weights; raises as ``load_model``.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
+from tests.modules.shares import on_every_number_of_ranks
 from tests.ranks import Ranks
 from torch import Tensor
 
@@ -117,16 +118,7 @@ def rank_a_share(
 
 
 @pytest.mark.parametrize("hide", [False, True], ids=["all", "hidden"])
-@pytest.mark.parametrize(
-    ("row_edges", "user_edges"),
-    [
-        ([0, 41], [0, 13]),
-        ([0, 30, 41], [0, 0, 13]),
-        ([0, 41, 41], [0, 9, 13]),
-        ([0, 0, 23, 41], [0, 7, 13, 13]),
-    ],
-    ids=["W1", "W2-no-users", "W2-no-rows", "W3-both"],
-)
+@on_every_number_of_ranks
 def test_lists_and_ranks_equal_a_full_sort_on_every_number_of_ranks(
     ranks: Ranks, row_edges: list[int], user_edges: list[int], hide: bool
 ) -> None:

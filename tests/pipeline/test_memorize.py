@@ -107,7 +107,7 @@ def test_strengths_are_those_of_numpy(trained: str, log: str, tmp_path: Path, mo
 def expected_lists(run: str, data: str, scale: float, k: int) -> list[list[int]]:
     """In float64, one user at a time: the model's scores and scale * sum .7**a M[h_a]."""
     prepared, matrix = Prepared.open(data), torch.from_numpy(by_numpy(data, 4))
-    source = Source.find_alone(run, prepared, "best")
+    source = Source.find(run, prepared, "best", with_memory=False)
     model, temperature = source.load(prepared), source.config.loss.temperature
     rows, ids = model.scored_shard().rows.double(), prepared.item_ids().to_pylist()
     keys, counts = tie_keys(torch.arange(len(ids))).tolist(), prepared.item_counts().tolist()
