@@ -91,7 +91,7 @@ def evaluate(options: argparse.Namespace, data: Path, run: Path, split: str) -> 
 
 
 def cold_users(data: Path, counts: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Histories and targets of the test users whose target has no training events."""
+    """Histories and targets of the test users whose target never occurs in training."""
     users = pq.read_table(data / "test.parquet")
     targets = torch.tensor([target[0] for target in users["targets"].to_pylist()])
     chosen = (counts[targets] == 0).nonzero()[:, 0]

@@ -27,7 +27,7 @@ SHOWN = ("NDCG@10", "HitRate@10", "Coverage@10", "NDCG@10/known")
 
 
 def run_once(job: dict[str, Any]) -> dict[str, Any]:
-    """Time, memory and metrics of one baseline, counted anew in this process."""
+    """Build one baseline in this process; returns its time, peak memory and metrics."""
     folder = Path(job["data"]) / "measured"
     shutil.rmtree(folder, ignore_errors=True)
     config = BaselineConfig(prepared=job["data"], kind=job["kind"], output=str(folder))

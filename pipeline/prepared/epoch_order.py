@@ -8,9 +8,8 @@ The phases:
    of every batch, so a contiguous range of the list (`Window.places`, `EpochOrder.pieces`).
 4. Samples are shuffled inside their row group, and each place's samples over its batches
    (`EpochOrder.assign`): a batch is a random draw of the window, one sample from each place.
-   Lengths play no part. Batches of like lengths would hold little padding, but were measured to
-   cost NDCG, as a step of few positions then counts as much as one of many; the encoder avoids
-   padding inside a batch.
+   Lengths play no part. Batches of like lengths would hold little padding, but a step of few
+   positions would then count as much as one of many; the encoder avoids padding inside a batch.
 
 A rank's positions in a batch are therefore a sum of random lengths: even over an epoch, and in a
 single step the more even the more sequences a rank has (the table is sharded by items, so what the
