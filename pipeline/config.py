@@ -231,7 +231,8 @@ def _assign(cls: Any, data: dict[str, Any], name: str, text: str) -> None:
         if not choices or not isinstance(data.get(parent), dict):
             raise ValueError(unknown_name("option", name, known))
         cls, data = choices[data[parent].get("type", next(iter(choices)))], data[parent]
-    annotations = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    annotations = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     if leaf not in annotations:
         # A union that was just switched has no values yet, so its leaves are not among `known`.
         leaves = [key for key in annotations if len(_choices(annotations[key])) != 1]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -25,6 +25,7 @@ class Full:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FullMinus:
+    number: ClassVar[str] = "no option"
     num_negatives: int = 4
     temperature: float = 1.0
 
@@ -108,6 +109,12 @@ def test_a_wrong_override_says_what_would_be_right(assignment: str, hint: str) -
 def test_a_misspelt_option_of_what_was_switched_to_is_named() -> None:
     with pytest.raises(ValueError, match=r"did you mean loss\.num_negatives"):
         override(Run(data="x"), ["loss=full_minus", "loss.num_negative=3"])
+
+
+def test_what_is_no_field_is_no_option() -> None:
+    with pytest.raises(ValueError, match=r"did you mean loss\.num_negatives") as error:
+        override(Run(data="x"), ["loss=full_minus", "loss.number=3"])
+    assert "loss.number," not in str(error.value)
 
 
 def test_checks_run_on_the_complete_result() -> None:
