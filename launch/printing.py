@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
-    "default_metric",
-    "describe_recipes",
     "print_beside",
     "print_counts",
     "print_end",
@@ -64,6 +62,8 @@ def print_beside(
         label: what the run is called.
         name: the metric; None takes the one that runs are judged by.
     """
+    from shardrec.pipeline.model.config import default_metric
+
     name = name or default_metric(metrics)
     rows = {**baselines, label: metrics}
     for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
@@ -89,31 +89,9 @@ def print_protocol(protocol: Mapping[str, str]) -> None:
     )
 
 
-def default_metric(metrics: Mapping[str, float]) -> str:
-    """The metric that models are judged by, or the same kind at the greatest length there is."""
-    from shardrec.pipeline.model.config import DEFAULT_METRIC
-
-    kind = DEFAULT_METRIC.partition("@")[0]
-    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
-    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
-    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
-
-
 def print_tried(tried: Sequence[Mapping[str, float]], metric: str) -> None:
     """Print the metric of the validation users for each scale of a memory, and the best one."""
     best = max(row[metric] for row in tried)
     print(f"{'scale':<22}{metric + ', validation':>22}")
     for row in tried:
         print(f"{row['scale']:<22g}{row[metric]:>22.4f}{' best' * (row[metric] == best)}")
-
-
-def describe_recipes() -> str:
-    """The recipes by name, and all options as the recipe ``demo`` sets them."""
-    from shardrec.pipeline.config import describe
-    from shardrec.pipeline.recipes import RECIPES
-
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    heading = "options, as the recipe `demo` sets them:"
-    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])

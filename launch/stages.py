@@ -235,6 +235,16 @@ COMMANDS = {
         ),
         epilog="example: shardrec report runs/cce runs/sce --output report.html",
     ),
+    "options": Command(
+        kind="tool",
+        summary="explain the options of training, all or some",
+        description=(
+            "Prints what the options of train mean, with their values and the recipe's default: "
+            "all of them, those of a part (optimizer), of a choice (loss=sce), or a single one "
+            "(loss.num_negatives)."
+        ),
+        epilog="example: shardrec options loss=sce optimizer.clip_norm",
+    ),
     "plan": Command(
         kind="tool",
         summary="estimate what a run costs each rank, and how large a catalog fits",

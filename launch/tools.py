@@ -1,4 +1,4 @@
-"""The commands that are not stages: describe, report, plan, launch, doctor, demo."""
+"""The commands that are not stages: describe, report, options, plan, launch, doctor, demo."""
 
 import inspect
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardrec.launch import commands
-from shardrec.launch.commands import parser_for
-from shardrec.launch.options import add_options, read_options, require_set_once
+from shardrec.launch.options import add_options, parser_for, read_options, require_set_once
 from shardrec.launch.stages import STAGES
+from shardrec.launch.train_options import dotted_names
 from shardrec.pipeline.config import unknown_name
 
 if TYPE_CHECKING:
@@ -53,6 +53,25 @@ def describe(arguments: Sequence[str]) -> int:
     return 0
 
 
+def options(arguments: Sequence[str]) -> int:
+    """Print what the options of training mean, all of them or those of some parts."""
+    from shardrec.launch.described import as_text, chosen, groups
+    from shardrec.pipeline.config import override
+    from shardrec.pipeline.recipes import recipe_named
+
+    parser = parser_for("options")
+    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="loss=sce, optimizer, loss.share")
+    asked = parser.parse(arguments)
+    choices = [name for name in asked.names if "=" in name]
+    config = override(recipe_named(asked.recipe)("DIR", "DIR"), choices)
+    found = groups(type(config), config)
+    names = [name.partition("=")[0] for name in asked.names]
+    parts = [group for name in names for group in chosen(found, name)]
+    print(as_text(parts if names else found))
+    return 0
+
+
 def plan(arguments: Sequence[str]) -> int:
     """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
@@ -68,6 +87,7 @@ def plan(arguments: Sequence[str]) -> int:
     for options_of in (Machine, AttributeCounts):
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    parser.dotted = dotted_names()
     options = parser.parse(arguments)
     recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
@@ -237,5 +257,6 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (report, describe, plan, launch, doctor, demo)
+    function.__name__: function
+    for function in (report, describe, options, plan, launch, doctor, demo)
 }

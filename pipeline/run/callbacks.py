@@ -32,6 +32,7 @@ __all__ = [
     "StepReport",
     "TensorBoard",
     "ValidationReport",
+    "in_notebook",
     "progress",
     "step_scalars",
 ]
@@ -296,8 +297,15 @@ class MinuteLines(Callback):
 
 
 def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
-    """A bar where ``stream`` is a terminal, one line a minute elsewhere."""
-    return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
+    """A bar where ``stream`` is a terminal or a notebook, one line a minute elsewhere."""
+    has_bar = stream.isatty() or in_notebook()
+    return ProgressBar(total, stream) if has_bar else MinuteLines(total, stream)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def step_scalars(report: StepReport) -> dict[str, float]:
