@@ -1,5 +1,6 @@
 """The commands that are not stages: describe, report, options, plan, launch, doctor, demo."""
 
+import datetime
 import inspect
 import re
 import sys
@@ -84,6 +85,12 @@ def plan(arguments: Sequence[str]) -> int:
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
     parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="folder of a run with these options that has taken some steps, here or there: its "
+        "times give the time of the whole run",
+    )
     for options_of in (Machine, AttributeCounts):
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
@@ -94,6 +101,11 @@ def plan(arguments: Sequence[str]) -> int:
     config = override(recipe("none", "none"), options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
     print(run_plan(config, options.num_items, *parts).describe())
+    if options.measured is not None:
+        from shardrec.pipeline.duration import duration
+
+        found = duration(config, Path(options.measured))
+        print(found.describe(datetime.datetime.now()))
     return 0
 
 

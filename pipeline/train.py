@@ -95,7 +95,10 @@ def train(
         folder = on_first_rank(lambda: held.enter_context(find()), group)
         placed = moved_to(folder, config)
         report = on_first_rank(lambda: find_end(placed, resume, encoder_name(encoder)), group)
-        if report is None:
+        if report is not None:
+            done = f"{output} is finished already ({report.reason}): nothing to do"
+            _show(config, lambda: done)
+        else:
             tracking = on_this_rank(lambda: _tracking(placed), group)
             run = build(placed, encoder=encoder, resume=resume)
             with run.held:

@@ -269,20 +269,20 @@ class ProgressBar(Callback):
 
 
 class MinuteLines(Callback):
-    """One line per minute, and one per validation: for the logs of a scheduler."""
+    """A line a minute, for each validation and for the last step: for a scheduler's logs."""
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
         self.total, self.stream, self.interval_seconds = total, stream, interval_seconds
         self.last = float("-inf")
+        self.unwritten: StepReport | None = None
 
     @override
     def on_step(self, report: StepReport) -> None:
-        if time.monotonic() - self.last < self.interval_seconds:
-            return
-        self.last = time.monotonic()
-        of_total = f"/{self.total}" if self.total else ""
-        self._write(f"step {report.step}{of_total} epoch {report.epoch:.2f} {_summary(report)}")
+        self.unwritten = report
+        if time.monotonic() - self.last >= self.interval_seconds:
+            self.last = time.monotonic()
+            self._write_step()
 
     @override
     def on_validation(self, report: ValidationReport) -> None:
@@ -290,7 +290,15 @@ class MinuteLines(Callback):
 
     @override
     def on_end(self, report: EndReport) -> None:
+        self._write_step()
         self._write(f"stopped at step {report.step}: {report.reason}")
+
+    def _write_step(self) -> None:
+        if self.unwritten is not None:
+            step, epoch = self.unwritten.step, self.unwritten.epoch
+            of_total = f"/{self.total}" if self.total else ""
+            self._write(f"step {step}{of_total} epoch {epoch:.2f} {_summary(self.unwritten)}")
+            self.unwritten = None
 
     def _write(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
