@@ -30,15 +30,15 @@ def print_end(
 def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
     """Print one metric per line and one list length per column, then user and target counts.
 
-    Means over users have their standard error behind them.
+    Means over users have their standard error behind them. Metrics of some of the targets alone
+    (those that end in /known and the like) are counted, and left to the report.
     """
     table: dict[str, dict[int, str]] = {}
     for name, value in metrics.items():
-        kind, at, rest = name.partition("@")
-        if at:
-            length, slash, suffix = rest.partition("/")
+        kind, at, length = name.partition("@")
+        if at and length.isdecimal():
             error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
-            table.setdefault(kind + slash + suffix, {})[int(length)] = f"{value:.4f}{error}"
+            table.setdefault(kind, {})[int(length)] = f"{value:.4f}{error}"
     lengths = sorted({length for row in table.values() for length in row})
     print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
     for kind, row in table.items():
@@ -46,6 +46,9 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
     for name in (name for name in metrics if "@" not in name):
         value = metrics[name]
         print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+    parts = dict.fromkeys(name.partition("/")[2] for name in metrics if "@" in name and "/" in name)
+    if parts:
+        print(f"in the report also of parts of the targets: {', '.join(parts)}")
 
 
 def print_beside(
