@@ -168,10 +168,11 @@ def test_the_environment_of_the_tests_is_a_matching_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "words"), [(None, "has no address"), ("127.0.1.1", "127.0.1.1")]
+    ("address", "words"),
+    [(None, "node-7, has no address"), ("127.0.1.1", "node-7, has the address 127.0.1.1")],
 )
 def test_a_name_that_others_cannot_reach_is_noted(address: str | None, words: str) -> None:
-    (finding,) = diagnose(dataclasses.replace(HEALTHY, host=("node-7", address)))
-    assert finding.level == "note" and f"node-7, {words}"[:8] in finding.text
+    (finding,) = diagnose(replace(HEALTHY, host=("node-7", address)))
+    assert finding.level == "note"
     assert words in finding.text and "GLOO_SOCKET_IFNAME" in finding.text
-    assert not diagnose(dataclasses.replace(HEALTHY, host=("node-7", "10.0.0.7")))
+    assert not diagnose(replace(HEALTHY, host=("node-7", "10.0.0.7")))
