@@ -124,7 +124,8 @@ def as_text(found: list[Group], width: int = 100) -> str:
     """The groups for a terminal: each option with its default, its values and its meaning."""
     lines: list[str] = []
     for group in found:
-        lines += ["", *textwrap.wrap(f"{group.name or 'the run itself'}: {group.summary}", width)]
+        heading = f"{group.name or 'the run itself'}: {group.summary}".replace("``", "")
+        lines += ["", *textwrap.wrap(heading, width)]
         for option in group.options:
             lines.append(f"  {option.name}={option.default}   ({option.kind})")
             lines += textwrap.wrap(
@@ -144,7 +145,8 @@ def annotated(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
 
 def dataclasses_in(annotation: Any) -> list[type]:
     """The dataclasses that an annotation allows."""
-    return [kind for kind in _members(annotation) if dataclasses.is_dataclass(kind)]
+    kinds = (kind for kind in _members(annotation) if isinstance(kind, type))
+    return [kind for kind in kinds if dataclasses.is_dataclass(kind)]
 
 
 def descriptions(cls: type) -> dict[str, str]:

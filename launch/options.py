@@ -73,9 +73,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"arguments must follow an option, got {unknown[0]!r}; see --help")
         name = options[0].partition("=")[0]
         if near := usual_names(name.strip("-"), self.dotted):
-            self.error(
-                f"option must be a known name, got {name!r}; set {near[0]}=VALUE, without dashes"
-            )
+            ours = " or ".join(f"{one}=VALUE" for one in near)
+            self.error(f"option must be a known name, got {name!r}; set {ours}, without dashes")
         self.error(unknown_name("option", name, known))
 
     def error(self, message: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """The options of ``shardrec train``: its own, and the config of a recipe by dotted names."""
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -64,6 +65,9 @@ def _explained() -> str:
 
     recipes = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
     config = RECIPES["demo"]("DIR", "DIR")
+    itself, *parts = groups(type(config), config)
+    of_the_run = [one for one in itself.options if one.name not in OWN_OPTIONS]
+    itself = dataclasses.replace(itself, options=of_the_run)
     return "\n".join(
         [
             "recipes:",
@@ -72,7 +76,7 @@ def _explained() -> str:
             "options, as the recipe `demo` sets them (`shardrec options loss=sce` explains another",
             "loss, `shardrec options optimizer` one part):",
             "",
-            as_text(groups(type(config), config)),
+            as_text([itself, *parts]),
         ]
     )
 

@@ -326,11 +326,11 @@ def recommend(
     from shardrec.pipeline.recommend import recommend as run_recommend
 
     given = {"histories": histories, "events": events}
-    inputs = {
+    inputs: dict[str, Any] = {
         name: _as_path(value, name, output) for name, value in given.items() if value is not None
     }
-    places = {"run": os.fspath(run), "prepared": os.fspath(prepared), "output": os.fspath(output)}
-    done = run_recommend(RecommendConfig(**places, **inputs, **options), encoder=encoder)
+    inputs |= {"run": os.fspath(run), "prepared": os.fspath(prepared), "output": os.fspath(output)}
+    done = run_recommend(RecommendConfig(**inputs, **options), encoder=encoder)
     return Lists(Path(output), done.manifest["counts"])
 
 
@@ -357,7 +357,11 @@ def export(
     from shardrec.pipeline.export import ExportConfig
     from shardrec.pipeline.export import export as run_export
 
-    places = {"run": os.fspath(run), "prepared": os.fspath(prepared), "output": os.fspath(output)}
+    places: dict[str, Any] = {
+        "run": os.fspath(run),
+        "prepared": os.fspath(prepared),
+        "output": os.fspath(output),
+    }
     done = run_export(ExportConfig(**places, **options), encoder=encoder)
     return Export(Path(output), done.manifest)
 

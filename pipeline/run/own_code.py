@@ -48,7 +48,13 @@ def own_encoder(config: "TrainConfig") -> "nn.Module | None":
     given = _arguments(found, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return found(**given)
+        try:
+            return found(**given)
+        except TypeError as error:
+            raise TypeError(
+                f"{found.__name__} must take what it is given ({', '.join(given)}), got {error}; "
+                "set what is missing as encoder.NAME=VALUE"
+            ) from error
 
 
 def own_callbacks(names: Iterable[str]) -> "list[Callback]":

@@ -34,6 +34,8 @@ from shardrec.launch import cli, components
 from shardrec.launch.orphans import logs_of_launch
 
 STEPS, KILLS = 90, 20
+# A checkpoint is written when it is asked for, and never else.
+ENDLESS = ["limits.max_steps=1_000_000", "validation.every_steps=none"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_workers_end_with_a_checkpoint_when_what_started_them_is_killed(
     logs.mkdir()
     monkeypatch.setenv("TMPDIR", str(logs))
     monkeypatch.setattr(tempfile, "tempdir", str(logs))
-    words = stage(data, run, *options(10**6), "checkpoints.every_steps=none")
+    words = stage(data, run, *ENDLESS)
     with Job(words, tmp_path / "log") as job:
         workers = wait_for_workers(job)
         for _ in until(60, "step", job):
@@ -117,7 +119,7 @@ def test_workers_end_with_a_checkpoint_when_what_started_them_is_killed(
 @pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_of_a_launch(data: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = stage(data, run, *options(10**6), "checkpoints.every_steps=none")
+    words = stage(data, run, *ENDLESS)
     with Job(words, tmp_path / "log") as job:
         for _ in until(60, "step", job):
             if last_step(run) > 3:

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from shardrec.pipeline.run.resume import Resume
 from shardrec.pipeline.train import train
 
 
-def agree(facts: list[dict[str, object]]) -> str:
+def agree(facts: list[dict[str, Any]]) -> str:
     try:
         require_same(facts[dist.get_rank()], default_group())
     except ValueError as error:

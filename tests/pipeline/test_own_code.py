@@ -89,7 +89,7 @@ def test_options_reach_the_constructor_in_the_types_of_its_parameters(
         ("encoder=os:system", "must be a class of torch.nn.Module, got os:system"),
         (f"encoder={NET} encoder.lagers=2", "option of GRUEncoder .* did you mean layers"),
         (f"encoder={NET} encoder.layers=two", "encoder.layers must be int, got 'two'"),
-        ("encoder=torch.nn:GRU", "GRU must get all of its arguments|must return shape|must be"),
+        ("encoder=torch.nn:GRU", "GRU must take what it is given .*, got "),
     ],
 )
 def test_an_encoder_that_cannot_be_made_is_refused_before_the_run(

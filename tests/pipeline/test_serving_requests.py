@@ -26,8 +26,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import faiss  # noqa: F401
     except ModuleNotFoundError:
         has_faiss = False
-    faiss_options = {"faiss": "Flat"} if has_faiss else {}
-    export(ExportConfig(run=run, prepared=data, output=str(folder / "model"), **faiss_options))
+    index = "Flat" if has_faiss else None
+    export(ExportConfig(run=run, prepared=data, output=str(folder / "model"), faiss=index))
     return folder / "model"
 
 
