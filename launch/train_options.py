@@ -1,6 +1,7 @@
 """The options of ``shardrec train``: its own, and the config of a recipe by dotted names."""
 
 import dataclasses
+import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -63,7 +64,10 @@ def _explained() -> str:
     from shardrec.launch.described import as_text, first_line, groups
     from shardrec.pipeline.recipes import RECIPES
 
-    recipes = [f"  {name:<16} {first_line(recipe)}" for name, recipe in RECIPES.items()]
+    recipes = [
+        textwrap.fill(f"  {name:<16} {first_line(recipe)}", 100, subsequent_indent=" " * 19)
+        for name, recipe in RECIPES.items()
+    ]
     config = RECIPES["demo"]("DIR", "DIR")
     itself, *parts = groups(type(config), config)
     of_the_run = [one for one in itself.options if one.name not in OWN_OPTIONS]

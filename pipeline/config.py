@@ -159,12 +159,16 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
 def usual_names(name: str, known: Sequence[str]) -> list[str]:
     """Those of ``known`` whose last part is this name, or what it is called elsewhere.
 
+    Of names of different depth those with the fewest parts.
+
     Example:
         >>> usual_names("lr", ["optimizer.learning_rate", "optimizer.eps", "catalog.learning_rate"])
         ['optimizer.learning_rate', 'catalog.learning_rate']
     """
     last = name.lower().replace("-", "_").rpartition(".")[2]
-    return [one for one in known if one.rpartition(".")[2] in (last, _USUAL.get(last))]
+    found = [one for one in known if one.rpartition(".")[2] in (last, _USUAL.get(last))]
+    depth = min((one.count(".") for one in found), default=0)
+    return [one for one in found if one.count(".") == depth]
 
 
 def type_names(annotation: Any) -> list[str]:

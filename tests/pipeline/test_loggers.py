@@ -31,7 +31,8 @@ class Recorded:
 
 
 def config_of(folder: Path) -> Any:
-    settings = ["limits.max_steps=6", "limits.max_epochs=none", "validation.every_steps=3"]
+    settings = ["limits.max_steps=6", "limits.max_epochs=none"]
+    settings += ["validation.every_steps=3", "validation.every_epochs=none"]
     return override(small_config(prepare_small(folder), str(folder / "run")), settings)
 
 
