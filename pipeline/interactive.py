@@ -4,11 +4,15 @@ Every function does what the command of its name does, with the same options, an
 folders. ``from shardrec import prepare, train, evaluate, recommend, export`` loads it.
 """
 
+import contextlib
 import dataclasses
 import filecmp
 import json
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -254,6 +258,9 @@ def train(
         force: replace the run in the folder.
 
     Raises:
+        Preempted: it was interrupted (Ctrl-C, or the stop button of a notebook), and the checkpoint
+            of its last step is complete: the same call continues. A second interrupt raises
+            KeyboardInterrupt at once.
         ValueError: as ``shardrec.pipeline.train.train``, and for names that do not exist.
     """
     from shardrec.pipeline.config import override
@@ -262,7 +269,15 @@ def train(
 
     start = recipe_named(recipe)(os.fspath(prepared), os.fspath(run))
     config = override(start, overrides)
-    end = run_train(config, encoder=encoder, callbacks=callbacks, resume=resume, force=force)
+    with _interruptible() as interrupted:
+        end = run_train(
+            config,
+            encoder=encoder,
+            callbacks=callbacks,
+            resume=resume,
+            force=force,
+            interrupted=interrupted,
+        )
     return TrainedRun(Path(run), end)
 
 
@@ -364,6 +379,27 @@ def export(
     }
     done = run_export(ExportConfig(**places, **options), encoder=encoder)
     return Export(Path(output), done.manifest)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Context manager that gives a function: whether SIGINT has come; a second one raises."""
+    came: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        print("interrupted: a checkpoint is written after this step", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    former = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _as_path(given: Any, name: str, output: Place) -> str:

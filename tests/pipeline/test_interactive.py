@@ -1,5 +1,6 @@
 """The stages as a notebook calls them: tables and paths in, results with short reprs out."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.pipeline.small_data import Running, write_log
 
 import shardrec
 from shardrec.pipeline.interactive import PreparedLog, TrainedRun
+from shardrec.pipeline.run.callbacks import Callback, StepReport
+from shardrec.pipeline.run.interruption import Preempted
 
 SMALL = ("limits.max_steps=20", "validation.every_steps=10", "show_progress=false")
 
@@ -103,6 +106,32 @@ def test_lists_and_export_follow_from_the_run(
     assert exported.table().num_rows == len(model.ids) and len(repr(exported)) < 200
     of_log = shardrec.recommend(run, prepared, folder / "of-log", events=events, k=3)
     assert of_log.table().num_rows == len(set(events["user_id"].to_pylist()))
+
+
+class Interrupt(Callback):
+    """Presses the stop button once or twice, at the end of a step."""
+
+    def __init__(self, presses: int) -> None:
+        self.presses, self.last = presses, 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.last = report.step
+        if report.step == 3:
+            for _ in range(self.presses):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_keeps_the_step_and_the_same_call_continues(
+    prepared: PreparedLog, tmp_path: Path
+) -> None:
+    before, once = signal.getsignal(signal.SIGINT), Interrupt(1)
+    with pytest.raises(Preempted, match="after step 4 as it was asked to"):
+        shardrec.train(prepared, tmp_path / "run", *SMALL, recipe="tiny_cpu", callbacks=[once])
+    assert once.last == 4 and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        twice = [Interrupt(2)]
+        shardrec.train(prepared, tmp_path / "other", *SMALL, recipe="tiny_cpu", callbacks=twice)
+    assert shardrec.train(prepared, tmp_path / "run", *SMALL, recipe="tiny_cpu").end.step == 20
 
 
 def test_what_is_no_table_is_refused_by_name(tmp_path: Path) -> None:
