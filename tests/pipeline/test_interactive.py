@@ -12,7 +12,7 @@ import pytest
 from tests.pipeline.small_data import Running, write_log
 
 import shardrec
-from shardrec.pipeline.interactive import PreparedLog, TrainedRun
+from shardrec.pipeline.results import PreparedLog, TrainedRun
 from shardrec.pipeline.run.callbacks import Callback, StepReport
 from shardrec.pipeline.run.interruption import Preempted
 
