@@ -36,11 +36,13 @@ class Place:
         rank: in [0, world_size).
         local_rank: its number on this node, which is that of its GPU.
         world_size: workers of all nodes.
+        node_size: workers of this node; None where the launcher does not say.
     """
 
     rank: int
     local_rank: int
     world_size: int
+    node_size: int | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Place | None":
@@ -59,7 +61,8 @@ class Place:
                 "start workers with `shardrec launch` or torchrun"
             )
         rank, local_rank, world_size = (int(environment[name]) for name in names[:3])
-        return cls(rank, local_rank, world_size)
+        node_size = environment.get("LOCAL_WORLD_SIZE")
+        return cls(rank, local_rank, world_size, None if node_size is None else int(node_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,13 @@ class Workers:
         group: of all workers; None in a single process without a launcher.
         device: of this worker.
         peers: heartbeats of the other workers; None where there are none.
+        node_size: workers of this node; None where unknown.
     """
 
     group: dist.ProcessGroup | None
     device: torch.device
     peers: Peers | None
+    node_size: int | None = None
 
 
 @contextmanager
@@ -118,7 +123,8 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        yield Workers(dist.group.WORLD, device, None if world_size == 1 else peers)
+        known = None if world_size == 1 else peers
+        yield Workers(dist.group.WORLD, device, known, place.node_size)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def train(
     resume: Resume = "no",
     force: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
+    node_size: int | None = None,
 ) -> EndReport:
     """Train until a limit or the patience is reached; keeps the last and the best weights.
 
@@ -57,6 +58,7 @@ def train(
             one is replaced.
         interrupted: called at every step; if it returns True on one rank, all ranks write a
             checkpoint after that step and stop.
+        node_size: ranks of this node, for the default of ``parallel.shards``; None: unknown.
 
     Returns:
         How the run ended, the same on every rank.
@@ -84,12 +86,14 @@ def train(
         report = on_first_rank(lambda: find_end(placed, resume, encoder_name(encoder)), group)
         if report is None:
             tracking = on_this_rank(lambda: _tracking(placed), group)
-            run = build(placed, encoder=encoder, resume=resume)
+            run = build(placed, encoder=encoder, resume=resume, node_size=node_size)
             with run.held:
-                catalog = run.stepper.model.catalog
+                plan = [run.stepper.model.catalog.describe(), run.layout.advice]
                 _show(
                     run.config,
-                    lambda: opening(run.config, catalog.describe(), run.batches.target_share()),
+                    lambda: opening(
+                        run.config, "\n".join(filter(None, plan)), run.batches.target_share()
+                    ),
                 )
                 own = [*_own_callbacks(run), *_profiling(placed), *tracking]
                 report = Loop(run, [*own, *callbacks], interrupted).run_to_end()

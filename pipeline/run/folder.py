@@ -56,7 +56,7 @@ __all__ = [
 
 # Options that a resumed run may change: they affect neither weights nor the choice of the best.
 _FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
-_FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
+_FREE_PARTS = ("checkpoints.", "mlflow.", "parallel.", "profile.")
 
 END = "end.json"
 MEMORY = "memory"
