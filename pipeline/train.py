@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ def train(
         if report is None:
             tracking = on_this_rank(lambda: _tracking(placed), group)
             run = build(placed, encoder=encoder, resume=resume, node_size=node_size)
+            config = dataclasses.replace(config, parallel=run.config.parallel)
             with run.held:
                 plan = [run.stepper.model.catalog.describe(), run.layout.advice]
                 _show(

@@ -28,13 +28,9 @@ from shardrec.pipeline.run.config import (
     ValidationConfig,
 )
 from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
-from shardrec.pipeline.run.layout import (
-    Layout,
-    agreed_node_size,
-    choose_layout,
-    open_layout,
-)
+from shardrec.pipeline.run.layout import Layout, choose_layout
 from shardrec.pipeline.run.loop import Run
+from shardrec.pipeline.run.mesh import agreed_node_size, open_layout
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.reasonable import require_reasonable
 from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started

@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-
-from shardrec.modules.replicas import Replicas
-from shardrec.pipeline.ranks import default_group, on_all_ranks
-
-__all__ = ["Layout", "agreed_node_size", "choose_layout", "layout_for_ranking", "open_layout"]
+__all__ = ["Layout", "choose_layout", "layout_for_ranking"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +18,21 @@ class Layout:
     num_replicas: int
     num_shards: int
     advice: str = ""
+
+    def describe(self, accumulate: int) -> str:
+        """Replicas, shards, and the batches of a step that each replica takes.
+
+        >>> Layout(4, 8).describe(4)
+        '32 ranks: 4 replicas x 8 shards of the table; each replica takes 1 of 4 batches of a step'
+        """
+        ranks = self.num_replicas * self.num_shards
+        copies = f"{self.num_replicas} replica{'s' * (self.num_replicas > 1)}"
+        text = f"{ranks} rank{'s' * (ranks > 1)}: {copies} x {self.num_shards} shard"
+        text += f"{'s' * (self.num_shards > 1)} of the table"
+        turns = accumulate // self.num_replicas
+        if self.num_replicas > 1:
+            text += f"; each replica takes {turns} of {accumulate} batches of a step"
+        return text
 
 
 def choose_layout(
@@ -78,30 +86,6 @@ def layout_for_ranking(shards: int | None, num_ranks: int) -> Layout:
     return Layout(num_ranks // size, size)
 
 
-def agreed_node_size(own: int | None) -> int | None:
-    """The ranks of each node, if it is the same number on all nodes; ``own`` is of this one.
-
-    Collectives: one all-gather of small objects on the default group.
-    """
-    sizes = set(on_all_ranks(lambda: own, default_group()))
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def open_layout(
-    layout: Layout, device: torch.device
-) -> tuple[dist.ProcessGroup | None, Replicas | None]:
-    """The sharding group of this rank (None for one process), and its replicas, if there are any.
-
-    Collectives: two ``new_group`` of all ranks if there are replicas.
-    """
-    world = default_group()
-    if layout.num_replicas == 1 or world is None:
-        return world, None
-    mesh = _device_mesh(layout, device, world)
-    shard, replica = mesh.get_group("shard"), mesh.get_group("replica")
-    return shard, Replicas(group=replica, all_ranks=world)
-
-
 def _by_node(accumulate: int, num_ranks: int, node_size: int | None) -> Layout:
     """A replica on each node, or one group of all ranks with advice how to get replicas."""
     if not node_size or node_size >= num_ranks or num_ranks % node_size:
@@ -115,18 +99,3 @@ def _by_node(accumulate: int, num_ranks: int, node_size: int | None) -> Layout:
         "takes its own batches of a step, and states stay inside the node"
     )
     return Layout(1, num_ranks, advice)
-
-
-def _device_mesh(layout: Layout, device: torch.device, world: dist.ProcessGroup) -> DeviceMesh:
-    """The ranks as a mesh ("replica", "shard"), whose groups time out as the default group does.
-
-    ``init_device_mesh`` would leave them torch's default, half an hour.
-    """
-    timeout = world._get_backend(torch.device("cpu")).options._timeout
-    ranks = torch.arange(dist.get_world_size()).view(layout.num_replicas, layout.num_shards)
-    names = ("replica", "shard")
-    groups = [
-        dist.new_subgroups_by_enumeration(lists.tolist(), timeout=timeout)[0]
-        for lists in (ranks.T, ranks)
-    ]
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)

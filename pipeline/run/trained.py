@@ -23,8 +23,9 @@ from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.build import build_model, open_attributes, pick_device
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
-from shardrec.pipeline.run.layout import layout_for_ranking, open_layout
+from shardrec.pipeline.run.layout import layout_for_ranking
 from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.run.mesh import open_layout
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
 __all__ = ["Source", "load_model"]
