@@ -30,11 +30,7 @@ from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.initial_rows import fill_initial_rows
 from shardrec.modules.replicas import Replicas
 from shardrec.modules.row_updates import build_update, empty_gradient, merged_pairs
-from shardrec.modules.torchrec_adapter import (
-    FUSED_OPTIMIZERS,
-    ShardedTable,
-    single_process_group,
-)
+from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable, group_of_one
 
 __all__ = ["Catalog"]
 
@@ -81,7 +77,7 @@ class Catalog:
         self.replicas = replicas
         self.num_steps = 0
         self.learning_rate = config.learning_rate
-        self._group = single_process_group(device) if group is None else group
+        self._group = group_of_one(device) if group is None else group
         optimizer = "sgd" if config.attributes == "only" else config.optimizer
         fused = optimizer if optimizer in FUSED_OPTIMIZERS else "sgd"
         self._table = ShardedTable(
@@ -287,10 +283,16 @@ class Catalog:
         """This rank's part of ``state_dict``: the replicas of a shard save some of its rows each.
 
         The parts of all ranks are the state of the whole table.
+
+        Raises:
+            RuntimeError: the replicas differ.
+
+        Collectives: those of ``Replicas.require_equal``.
         """
         state = self.state_dict()
         if self.replicas is None:
             return state
+        self.replicas.require_equal(value for value in state.values() if value.ndim)
         own = self.replicas.part(self._rows.shape[0])
         parts = {name: value[own] if value.ndim else value for name, value in state.items()}
         return parts | {"first_row": state["first_row"] + own.start}

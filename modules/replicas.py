@@ -7,6 +7,7 @@ row, to the same bits. So equal copies stay equal: the optimizer sees the same n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,26 @@ class Replicas:
         if _gathering_is_less(counts[0], *rows.shape):
             return _gathered(ranks, counts[0], gradient, rows)
         return _reduced(ranks, gradient, rows)
+
+    @torch.no_grad()
+    def require_equal(self, tensors: Iterable[Tensor]) -> None:
+        """Check that 32-bit ``tensors`` are bit by bit the same on all copies, by a checksum.
+
+        Raises:
+            RuntimeError: they differ somewhere; raised on all ranks.
+
+        Collectives: an all-gather and an all-reduce of one number.
+        """
+        sums = [one.view(torch.int32).sum(dtype=torch.int64) for one in tensors]
+        found = Communicator(self.group).all_gather(torch.stack(sums).sum())
+        differ = (found != found[0]).any().long()
+        Communicator(self.all_ranks).sum_(differ)
+        if differ:
+            raise RuntimeError(
+                f"the {self.count} replicas of the table must hold the same bits, got different "
+                "ones; their machines or libraries compute differently: use parallel.shards=0, and "
+                "resume from the last checkpoint"
+            )
 
 
 def _dense(gradient: Tensor | None, rows: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-__all__ = ["FUSED_OPTIMIZERS", "ShardedTable", "single_process_group"]
+__all__ = ["FUSED_OPTIMIZERS", "ShardedTable", "group_of_one"]
 
 TABLE = "catalog"  # "items" would collide with a method of ModuleDict
 FEATURE = "item"
@@ -199,7 +199,7 @@ class ShardedTable:
         self.pairs.append((rows, gradients))
 
 
-def single_process_group(device: torch.device) -> dist.ProcessGroup:
+def group_of_one(device: torch.device) -> dist.ProcessGroup:
     """The default process group of one rank, created without a launcher if there is none."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

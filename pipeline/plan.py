@@ -288,7 +288,8 @@ class _Planner:
         has_ids = self.config.catalog.attributes != "only"
         floats = self.width * has_ids + self.state_floats
         encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
-        copy = 4 * self.work(num_items).num_rows * floats + encoder
+        rows = -(-self.work(num_items).num_rows // self.layout.num_replicas)
+        copy = 4 * rows * floats + encoder
         return copy * self.config.checkpoints.background
 
     def memorized(self, num_items: int) -> int:

@@ -77,6 +77,25 @@ def test_the_sum_is_exact_and_the_same_on_all_replicas(
         assert entries is None or (its_entries is not None and torch.equal(its_entries, entries))
 
 
+def differ_in_a_bit(rank: int) -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    rows = torch.ones(5, WIDTH)
+    if dist.get_rank() == rank:
+        rows[3, 1] = torch.nextafter(rows[3, 1], torch.tensor(2.0))
+    try:
+        Replicas(group, group).require_equal([torch.zeros(5), rows])
+    except RuntimeError as error:
+        return str(error)
+    return "equal"
+
+
+def test_replicas_that_differ_in_one_bit_are_found_on_all_ranks(ranks: Ranks) -> None:
+    assert ranks(3).run(differ_in_a_bit, -1) == ["equal"] * 3
+    for said in ranks(3).run(differ_in_a_bit, 1):
+        assert "the 3 replicas of the table must hold the same bits" in said
+
+
 def parts(num_rows: int) -> tuple[int, int]:
     group = dist.group.WORLD
     assert group is not None
