@@ -14,7 +14,7 @@ from shardrec.modules.row_updates import sparse_gradient
 
 NUM_ROWS, WIDTH = 40, 4
 # What each replica has: a dense gradient, none, or so many sparse rows.
-CASES = {
+CASES: dict[str, list[str | int]] = {
     "dense": ["dense", "dense", "dense"],
     "dense and none": ["none", "dense", "none"],
     "dense and sparse": [5, "dense", "none"],
@@ -60,7 +60,7 @@ def test_the_sum_is_exact_and_the_same_on_all_replicas(
     parts = [gradient_of(kind, replica) for replica, kind in enumerate(kinds)]
     there = [part for part in parts if part is not None]
     (first, entries, names), *others = ranks(num_replicas).run(summed, kinds)
-    if not there or "one without" in case and num_replicas == 1:
+    if not there:
         assert first is None
         return
     assert first is not None

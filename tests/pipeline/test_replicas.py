@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.every_loss import config_of
-from tests.pipeline.test_invariants import CASES, LENGTH, LENGTHS, NUM_ITEMS, SEED, make_encoder
+from tests.modules.small_attributes import SmallAttributes
+from tests.pipeline.test_invariants import CASES as WITHOUT_ATTRIBUTES
+from tests.pipeline.test_invariants import LENGTH, LENGTHS, NUM_ITEMS, SEED, make_encoder
 from tests.ranks import Ranks
 from torch import Tensor
 
@@ -33,6 +35,11 @@ STEP_SIZES = (6, 4)
 OPTIMIZER = OptimizerConfig(learning_rate=0.5, eps=1.0, clip_norm=0.05, accumulate=ACCUMULATE)
 LAYOUTS = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "3x1": (3, 1), "1x3": (1, 3)}
 EMPTY = 3  # a batch without sequences
+CASES = [(loss, optimizer, "none") for loss, optimizer in WITHOUT_ATTRIBUTES] + [
+    ("cce", "adam", "add"),
+    ("cce_minus", "rowwise_adagrad", "add"),
+    ("cce", "adagrad", "only"),
+]
 
 
 @dataclass
@@ -73,22 +80,36 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def make_catalog(optimizer: str, group: Any, replicas: Any) -> Catalog:
+def make_catalog(optimizer: str, attributes: str, group: Any, replicas: Any) -> Catalog:
     config = CatalogConfig(
         optimizer=optimizer,
         learning_rate=20.0 if optimizer == "sgd" else 0.05,
         eps=1e-6,
         init_std=0.5,
         betas=(0.9, 0.98),
+        attributes=attributes,
+        id_dropout=0.3 if attributes == "add" else 0.0,
     )
     width = make_encoder().config.width
-    return Catalog(NUM_ITEMS, width, config, group=group, device=CPU, seed=SEED, replicas=replicas)
+    source = SmallAttributes(NUM_ITEMS)
+    return Catalog(
+        NUM_ITEMS,
+        width,
+        config,
+        group=group,
+        device=CPU,
+        seed=SEED,
+        attributes=source,
+        replicas=replicas,
+    )
 
 
-def train(loss: str, optimizer: str, num_replicas: int, num_shards: int) -> Outcome:
+def train(
+    loss: str, optimizer: str, attributes: str, num_replicas: int, num_shards: int
+) -> Outcome:
     group, replicas = open_layout(Layout(num_replicas, num_shards), CPU)
     replica, shard = divmod(dist.get_rank(), num_shards)
-    catalog = make_catalog(optimizer, group, replicas)
+    catalog = make_catalog(optimizer, attributes, group, replicas)
     stepper = Stepper(
         Model(make_encoder(), catalog), config_of(loss), OPTIMIZER, seed=SEED, total_steps=None
     )
@@ -111,7 +132,11 @@ def train(loss: str, optimizer: str, num_replicas: int, num_shards: int) -> Outc
         [outcome.loss for outcome in outcomes],
         [outcome.gradient_norm for outcome in outcomes],
         [outcome.positions for outcome in outcomes],
-        {k: v.detach().clone() for k, v in stepper.model.encoder.named_parameters()},
+        {
+            name: one.detach().clone()
+            for module in (stepper.model.encoder, catalog.attributes)
+            for name, one in module.named_parameters()
+        },
         catalog.row_range.start,
         state.pop("rows"),
         {name: one for name, one in state.items() if one.ndim},
@@ -120,12 +145,12 @@ def train(loss: str, optimizer: str, num_replicas: int, num_shards: int) -> Outc
 
 
 def train_all(num_replicas: int, num_shards: int) -> list[Outcome]:
-    return [train(loss, optimizer, num_replicas, num_shards) for loss, optimizer in CASES]
+    return [train(case, num_replicas, num_shards) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def alone(ranks: Ranks) -> list[Outcome]:
-    (found,) = ranks(1).run(train_all, 1, 1)
+    found: list[Outcome] = ranks(1).run(train_all, 1, 1)[0]
     return found
 
 
