@@ -370,7 +370,9 @@ class _Planner:
         if cost.is_dense:
             return work.num_rows * row, 0
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
-        gradient = cost.touched_rows * (row + 8)
+        gradient, copies = cost.touched_rows * (row + 8), self.layout.num_replicas
+        if copies > 1:  # the pairs of all replicas, or the shard
+            merged += min(copies * merged, work.num_rows * (row + 8))
         if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
         return gradient, merged

@@ -22,6 +22,8 @@ from shardrec.modules.losses import CCE, CCEMinus
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.memorize import MemorizeConfig, memorize
+from shardrec.pipeline.plan import Machine, plan
+from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.recommend import RecommendConfig, recommend
 from shardrec.pipeline.run.config import (
@@ -194,6 +196,8 @@ def test_only_the_sums_of_gradients_and_a_few_numbers_cross_replicas(
         optimizer=OptimizerConfig(accumulate=2),
         parallel=ParallelConfig(shards=2),
     )
+    num_items = Prepared.open(plain_data).num_items
+    planned = plan(config, num_items, Machine(ranks=4)).moved
     groups = [[(0, 1), (0, 2)], [(0, 1), (1, 3)], [(2, 3), (0, 2)], [(2, 3), (1, 3)]]
     for (shard, replica), found in zip(
         groups, ranks(4).run(traffic_of_a_step, config), strict=True
@@ -204,6 +208,9 @@ def test_only_the_sums_of_gradients_and_a_few_numbers_cross_replicas(
             sent[of_group] += number
         assert sent.keys() == {shard, replica, (0, 1, 2, 3)}
         assert traffic[replica, "allreduce"] == 4 * 16 * num_rows
+        if num_rows == -(-num_items // 2):  # of two replicas a rank receives what it sends
+            assert planned["row gradients of replicas"] == traffic[replica, "allreduce"]
+        assert planned["encoder gradients"] == 2 * 4 * parameters * 3 / 4
         small = 1000  # counts, flags, the loss, whether a gradient is dense
         assert sent[replica] - traffic[replica, "allreduce"] < small
         assert 4 * parameters < sent[0, 1, 2, 3] < 4 * parameters + small
