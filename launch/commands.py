@@ -106,12 +106,12 @@ def train(options: Namespace, config: "TrainConfig") -> int:
     from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
-    resume, force = options.resume, options.force
-    check_restarts(resume, os.environ)
+    check_restarts(options.resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found:
         with stop_on_signals(grace_s, found.peers) as interrupted:
-            end = run_train(config, resume=resume, force=force, interrupted=interrupted)
+            job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
+            end = run_train(config, resume=options.resume, force=options.force, **job)
         if end.best_metrics:
             beside = evaluate_baselines(config.data, config.validation.measure, "validation")
             if Communicator(found.group).rank == 0:

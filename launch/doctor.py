@@ -226,6 +226,7 @@ def report(facts: Facts) -> str:
         "NVIDIA driver": facts.driver or "none",
         "GPUs": str(facts.gpus or "none"),
         "backends": ", ".join(facts.backends) or "none",
+        "layout": "a node shares a table; nodes hold replicas if they divide optimizer.accumulate",
     }
     findings = diagnose(facts)
     lines = [f"{name:<16} {value}" for name, value in rows.items()]

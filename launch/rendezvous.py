@@ -28,6 +28,7 @@ class Place:
         world_size: workers of all nodes.
         host: name or address of the machine where the store is.
         port: of the store.
+        node_size: workers of this node; None where the launcher does not say.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class Place:
     world_size: int
     host: str = "localhost"
     port: int = 29500
+    node_size: int | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Place | None":
@@ -60,6 +62,11 @@ class Place:
             world_size=world_size,
             host=environment["MASTER_ADDR"],
             port=_whole(environment, "MASTER_PORT", 1, 65535),
+            node_size=(
+                _whole(environment, "LOCAL_WORLD_SIZE", 1, world_size)
+                if "LOCAL_WORLD_SIZE" in environment
+                else None
+            ),
         )
 
 

@@ -38,11 +38,13 @@ class Workers:
         group: of all workers; None in a single process without a launcher.
         device: of this worker.
         peers: heartbeats of the other workers; None where there are none.
+        node_size: workers of this node; None where unknown.
     """
 
     group: dist.ProcessGroup | None
     device: torch.device
     peers: Peers | None
+    node_size: int | None = None
 
 
 @contextmanager
@@ -100,7 +102,8 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        yield Workers(dist.group.WORLD, device, None if world_size == 1 else peers)
+        known = None if world_size == 1 else peers
+        yield Workers(dist.group.WORLD, device, known, place.node_size)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ as a whole and makes a sparse gradient dense.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "build_update",
     "chunks",
     "empty_gradient",
+    "merged_pairs",
     "range_size",
     "sparse_gradient",
 ]
@@ -182,6 +183,22 @@ def empty_gradient(rows: Tensor) -> Tensor:
     """A sparse gradient without entries."""
     none = torch.empty(0, dtype=torch.int64, device=rows.device)
     return sparse_gradient(none, rows.new_empty((0, rows.shape[1])), rows.shape[0])
+
+
+def merged_pairs(pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor) -> Tensor:
+    """The sum of (rows (M,), gradients (M, D)) pairs as one coalesced COO (R, D), in their order.
+
+    Args:
+        pairs: at least one; rows are int64 and may occur again.
+        table: (R, D), of which they are gradients.
+    """
+    rows, positions = torch.cat([rows for rows, _ in pairs]).unique(return_inverse=True)
+    values = table.new_zeros((rows.numel(), table.shape[1]), requires_grad=False)
+    start = 0
+    for part, gradients in pairs:
+        values.index_add_(0, positions[start : start + part.numel()], gradients)
+        start += part.numel()
+    return sparse_gradient(rows, values, table.shape[0])
 
 
 def sparse_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:

@@ -37,7 +37,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-__all__ = ["FUSED_OPTIMIZERS", "ShardedTable"]
+__all__ = ["FUSED_OPTIMIZERS", "ShardedTable", "group_of_one"]
 
 TABLE = "catalog"  # "items" would collide with a method of ModuleDict
 FEATURE = "item"
@@ -197,6 +197,22 @@ class ShardedTable:
         if self.num_ranks > 1 and get_gradient_division():
             gradients = gradients * self.num_ranks
         self.pairs.append((rows, gradients))
+
+
+def group_of_one(device: torch.device) -> dist.ProcessGroup:
+    """The default process group of one rank, created without a launcher if there is none."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if dist.get_world_size() != 1:
+        raise ValueError(
+            f"group must be given where there are several ranks, got None among "
+            f"{dist.get_world_size()}; pass torch.distributed.group.WORLD or a subgroup"
+        )
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 class _DeferredLookup(torch.autograd.Function):

@@ -20,6 +20,7 @@ from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, encoder_
 from shardrec.modules.memory import memory_bytes
 from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.layout import choose_layout
 
 __all__ = ["AttributeCounts", "Machine", "Plan", "count_parameters", "plan", "readable_bytes"]
 
@@ -44,7 +45,7 @@ class Machine:
     """The ranks that share a run, and the memory of each.
 
     Attributes:
-        ranks: W, workers in one sharding group.
+        ranks: W, workers of the job; ``parallel.shards`` of the config divides them into replicas.
         memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
         filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
@@ -118,7 +119,9 @@ class Plan:
         condition: a sentence on when the peak holds.
         memory: bytes by term; "gradient" is that of the table.
         peak_bytes: most bytes in use at once; below the sum, as not all terms coexist.
-        moved: bytes received from other ranks, by part.
+        layout: a sentence on replicas and shards.
+        moved: bytes received from other ranks, by part; only gradients of encoder, attributes and
+            replicas cross replicas.
         traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
             cache is not moved so often.
         flops: FLOP of matrix products, by part.
@@ -129,6 +132,7 @@ class Plan:
 
     num_items: int
     condition: str
+    layout: str
     memory: Mapping[str, int]
     peak_bytes: int
     moved: Mapping[str, float]
@@ -160,7 +164,7 @@ class Plan:
         if self.largest_num_items is not None:
             rows += [("", ""), ("largest catalog that fits", f"{self.largest_num_items:,} items")]
         table = "\n".join(f"{name:<30}{value:>20}".rstrip() for name, value in rows)
-        return f"{table}\n\n{self.condition}"
+        return f"{self.layout}\n\n{table}\n\n{self.condition}"
 
 
 def plan(
@@ -178,7 +182,8 @@ def plan(
         attributes: of the items; None for none.
 
     Raises:
-        ValueError: the catalog is empty, or ``attributes`` does not go with the config.
+        ValueError: the catalog is empty, ``attributes`` does not go with the config, or the ranks
+            cannot be laid out as it says.
     """
     if num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
@@ -190,10 +195,11 @@ def plan(
     return Plan(
         num_items=num_items,
         condition=CONDITION[machine.device],
+        layout=made.layout.describe(config.optimizer.accumulate),
         memory=memory,
         peak_bytes=peak,
         moved=made.moved(num_items),
-        traffic={"loss": config.loss.cost(made.work(num_items)).work.bytes},
+        traffic={"loss": made.turns * config.loss.cost(made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
         host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
         memorized_bytes=made.memorized(num_items),
@@ -226,10 +232,13 @@ class _Planner:
     def __init__(self, config: TrainConfig, machine: Machine, attributes: AttributeCounts) -> None:
         self.config, self.machine, self.attributes = config, machine, attributes
         self.on_cpu = machine.device == "cpu"
+        accumulate = config.optimizer.accumulate
+        self.layout = choose_layout(config.parallel.shards, accumulate, machine.ranks, None)
+        self.turns = accumulate // self.layout.num_replicas
         self.width, self.length = config.encoder.width, config.encoder.max_length
         sequences = config.batches.batch_size
         # The encoder sees hardly any padding (``LengthGroups``).
-        self.own_positions = -(-sequences // machine.ranks) * self.length * machine.filled
+        self.own_positions = -(-sequences // self.layout.num_shards) * self.length * machine.filled
         self.num_positions = round(sequences * self.length * machine.filled)
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
@@ -245,7 +254,7 @@ class _Planner:
         return Workload(
             num_positions=self.num_positions,
             num_items=num_items,
-            num_ranks=self.machine.ranks,
+            num_ranks=self.layout.num_shards,
             width=self.width,
             on_cpu=self.on_cpu,
         )
@@ -279,13 +288,14 @@ class _Planner:
         has_ids = self.config.catalog.attributes != "only"
         floats = self.width * has_ids + self.state_floats
         encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
-        copy = 4 * self.work(num_items).num_rows * floats + encoder
+        rows = -(-self.work(num_items).num_rows // self.layout.num_replicas)
+        copy = 4 * rows * floats + encoder
         return copy * self.config.checkpoints.background
 
     def memorized(self, num_items: int) -> int:
         """Bytes of the memory beside the model; 0 without one."""
-        neighbors, ranks = self.machine.neighbors, self.machine.ranks
-        return memory_bytes(num_items, neighbors, ranks) if neighbors else 0
+        neighbors, shards = self.machine.neighbors, self.layout.num_shards
+        return memory_bytes(num_items, neighbors, shards) if neighbors else 0
 
     def largest(self, memory_bytes: int) -> int:
         """The largest catalog with a peak within ``memory_bytes``, by bisection; 0 for none."""
@@ -299,23 +309,38 @@ class _Planner:
         return low
 
     def moved(self, num_items: int) -> dict[str, float]:
-        """Bytes received from other ranks."""
-        own, others = self.num_positions / self.machine.ranks, 1 - 1 / self.machine.ranks
+        """Bytes received from other ranks, for all batches of a step."""
+        own, others = self.num_positions / self.layout.num_shards, 1 - 1 / self.layout.num_shards
         vectors = 4.0 * own * self.width * others
-        return {
+        of_batch = {
             "ids and vectors looked up": 8.0 * own * others + vectors,
             "gradients of vectors": vectors,
             **self.config.loss.cost(self.work(num_items)).received,
+        }
+        others = 1 - 1 / self.machine.ranks
+        sums = self._replica_sum(num_items) if self.layout.num_replicas > 1 else None
+        return {
+            **{name: self.turns * value for name, value in of_batch.items()},
             "encoder gradients": 2 * 4.0 * self.parameters * others,
             **self._attribute_gradients(others),
+            **({} if sums is None else {"row gradients of replicas": sums}),
         }
+
+    def _replica_sum(self, num_items: int) -> float:
+        """As ``Replicas.sum_gradients`` does it: dense, or by pairs where these are fewer bytes."""
+        work, copies = self.work(num_items), self.layout.num_replicas
+        cost, dense = self.config.loss.cost(work), 2 * (1 - 1 / copies) * work.num_rows
+        if cost.is_dense:
+            return dense * 4 * self.width
+        touched = min(work.num_rows, self.turns * (cost.touched_rows + work.own_positions))
+        pairs = (copies - 1) * touched * (8 + 4.0 * self.width)
+        return min(pairs, dense * (4 + 4 * self.width))
 
     def flops(self, num_items: int) -> dict[str, float]:
         """FLOP of matrix products, forward and backward."""
-        return {
-            "encoder": self.own_positions * encoder_flops(self.config.encoder, self.length),
-            "loss": self.config.loss.cost(self.work(num_items)).flops,
-        }
+        encoder = self.own_positions * encoder_flops(self.config.encoder, self.length)
+        loss = self.config.loss.cost(self.work(num_items)).flops
+        return {"encoder": self.turns * encoder, "loss": self.turns * loss}
 
     def _attributes(self, work: Workload) -> dict[str, int]:
         """Bytes of codes and vectors, of composed rows, and of composing them."""
@@ -345,7 +370,9 @@ class _Planner:
         if cost.is_dense:
             return work.num_rows * row, 0
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
-        gradient = cost.touched_rows * (row + 8)
+        gradient, copies = cost.touched_rows * (row + 8), self.layout.num_replicas
+        if copies > 1:  # the pairs of all replicas, or the shard
+            merged += min(copies * merged, work.num_rows * (row + 8))
         if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
         return gradient, merged

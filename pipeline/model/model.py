@@ -47,8 +47,8 @@ class Model:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the catalog; None for one process."""
-        return self.catalog.group
+        """All ranks that work together, of all replicas; None for one process."""
+        return self.catalog.all_ranks
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
         """Start the look-up of item vectors; returns the function that waits for them.

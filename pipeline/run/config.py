@@ -25,6 +25,7 @@ __all__ = [
     "MLflowConfig",
     "OptimizerConfig",
     "OwnEncoderConfig",
+    "ParallelConfig",
     "ProfileConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -127,6 +128,24 @@ class OptimizerConfig:
         require_above_zero("optimizer.clip_norm", self.clip_norm, "none turns it off")
         require_betas("optimizer.betas", self.betas)
         require_choice("optimizer.decay", self.decay, ("constant", "cosine"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the ranks of a job are laid out; does not change the result.
+
+    Attributes:
+        shards: ranks that share one table. More ranks than that hold replicas of it, which take
+            the batches of a step (``optimizer.accumulate``) side by side. 0: all ranks; None: those
+            of a node, if there are several nodes and their number divides the batches of a step,
+            else all.
+    """
+
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 0."""
+        require_at_least("parallel.shards", self.shards, 0, "0 is all ranks")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +290,7 @@ class TrainConfig:
         encoder: sizes and kind of the encoder; its width is the table's too.
         batches: how sequences become batches.
         optimizer: learning rates of the encoder, clipping, accumulation.
+        parallel: how many ranks share a table.
         limits: when to stop.
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
@@ -293,6 +313,7 @@ class TrainConfig:
     encoder: EncoderConfig
     batches: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -35,6 +35,7 @@ from shardrec.pipeline.ranks import in_step, on_first_rank
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.interruption import Preempted
+from shardrec.pipeline.run.layout import Layout
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.resume import write_end
 from shardrec.pipeline.run.step import StepFlags, StepOutcome, Stepper
@@ -54,6 +55,7 @@ class Run:
         writer: writes the checkpoints.
         progress: counters, from 0 or restored.
         is_new: whether the run is new, and not resumed.
+        layout: how the ranks are laid out.
         held: closing it releases the lock of the run folder and the writer's process group.
     """
 
@@ -64,6 +66,7 @@ class Run:
     writer: CheckpointWriter
     progress: Progress
     is_new: bool
+    layout: Layout
     held: contextlib.ExitStack
 
     @property
@@ -139,7 +142,8 @@ class Loop:
             self.at_data = self.run.batches.state_dict()
             is_last = self.at.step + 1 == self.run.total_steps
             following = None if is_last else next(coming, None)
-            yield batches, None if following is None else following[0]
+            own = (following or [])[self.run.batches.replica :]
+            yield batches, own[0] if own else None
             self.fetch_started = time.monotonic()
             batches = following
 
@@ -288,7 +292,7 @@ class Loop:
         state = CheckpointState(
             encoder=stepper.model.encoder.state_dict(),
             optimizer=stepper.optimizer.state_dict(),
-            table=stepper.model.catalog.state_dict(),
+            table=stepper.model.catalog.stored_state(),
             attributes=stepper.model.catalog.attributes.state_dict(),
             progress=self.at.to_json() | {"data": self.at_data},
             config=stored_without_keys(to_json(self.run.config)),

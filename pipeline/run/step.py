@@ -20,6 +20,7 @@ from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
+from shardrec.pipeline.ranks import on_all_ranks
 from shardrec.pipeline.run.config import OptimizerConfig
 
 __all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
@@ -117,11 +118,12 @@ class Stepper:
         """Take one optimizer step on ``batches``; a step that is not finite changes no weights.
 
         Args:
-            batches: this rank's parts of as many global batches on every rank.
+            batches: this rank's parts of as many global batches on every rank; of R replicas,
+                replica r has sequences in batches r, r + R, … alone.
             step: number of the step, counted from 1; seeds the random draws.
             flags: of this rank.
-            following: the first batch of the next call, on every rank or on none; its ids are sent
-                during the backward pass of this step.
+            following: this replica's first batch of the next call, on all of its ranks or none;
+                its ids are sent during the backward pass of this step.
 
         Returns:
             The same outcome on every rank.
@@ -133,7 +135,7 @@ class Stepper:
         torch.manual_seed(self._dropout_seed(step))
         self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
-        losses, statistics = self._backward(batches, step, totals, following)
+        losses, statistics = self._over_replicas(*self._backward(batches, step, totals, following))
         with part("gradients over ranks"):
             norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
@@ -205,8 +207,10 @@ class Stepper:
         if not sum(totals.weights) <= LARGEST_WEIGHT:
             return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
-        coming = [*batches[1:], following]
-        for index, (batch, after) in enumerate(zip(batches, coming, strict=True)):
+        own = self._own_batches(batches)
+        coming = [*(batches[index] for index in own[1:]), following]
+        for index, after in zip(own, coming, strict=False):
+            batch = batches[index]
             if not totals.positions[index]:
                 continue
             share = totals.weights[index] / (sum(totals.weights) or 1.0)
@@ -238,6 +242,28 @@ class Stepper:
             for name, value in output.statistics.items():
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
+
+    def _own_batches(self, batches: Sequence[Batch]) -> range:
+        """The indices of the micro-batches of this replica."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return range(len(batches))
+        own = range(replicas.index, len(batches), replicas.count)
+        others = [batch for index, batch in enumerate(batches) if index not in own]
+        assert not any(len(batch.lengths) for batch in others), "each batch is of one replica"
+        return own
+
+    def _over_replicas(
+        self, mean: float, statistics: dict[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """The sums of loss and statistics over the replicas, in their order."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return mean, statistics
+        found = on_all_ranks(lambda: (mean, statistics), replicas.group)
+        names = dict.fromkeys(name for _, told in found for name in told)
+        sums = {name: sum(told.get(name, 0.0) for _, told in found) for name in names}
+        return sum(one for one, _ in found), sums
 
     def _used_rows(
         self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard

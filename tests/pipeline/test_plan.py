@@ -122,6 +122,34 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
 
 
+def test_replicas_move_states_of_their_own_batches_and_sum_row_gradients() -> None:
+    options = "encoder.width=64 catalog.optimizer=adam loss=cce optimizer.accumulate=4"
+    config = override(tiny_cpu("none", "none"), options.split())
+    shared, replicas, alone = (
+        plan(override(config, [f"parallel.shards={shards}"]), 10**6, Machine(ranks=ranks))
+        for shards, ranks in ((0, 8), (2, 8), (0, 2))
+    )
+    assert "4 replicas x 2 shards" in replicas.describe() and "1 replica x 8" in shared.describe()
+    # All four batches over eight ranks, or one of them over two.
+    batch = 2 * 4 * 32 * 16 * 64
+    assert shared.moved["states, twice"] == 4 * batch * 7 / 8
+    assert replicas.moved["states, twice"] == batch / 2
+    assert replicas.moved["row gradients of replicas"] == 2 * 3 / 4 * 4 * 500_000 * 64
+    assert "row gradients of replicas" not in shared.moved
+    assert replicas.memory["table"] == alone.memory["table"] == 4 * shared.memory["table"]
+    assert 4 * replicas.flops["encoder"] == alone.flops["encoder"]
+    assert replicas.memory["checkpoint copy"] < alone.memory["checkpoint copy"] / 3
+
+
+def test_replicas_send_sparse_row_gradients_as_pairs_or_as_the_shard() -> None:
+    options = "encoder.width=64 loss=cce_minus optimizer.accumulate=2 parallel.shards=1"
+    config = override(tiny_cpu("none", "none"), options.split())
+    few, many = (plan(config, size, Machine(ranks=2)).moved for size in (10**7, 50))
+    touched = few["row gradients of replicas"] / (8 + 4 * 64)
+    assert 1_000 < touched < 100_000
+    assert many["row gradients of replicas"] == 50 * (4 + 4 * 64)
+
+
 def test_attributes_are_codes_of_the_shard_and_vectors_on_every_rank() -> None:
     options = "encoder.width=64 catalog.optimizer=adam checkpoints.background=false".split()
     plain = without_libraries(override(tiny_cpu("none", "none"), options), 1_000_000)
