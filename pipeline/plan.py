@@ -234,6 +234,9 @@ class _Planner:
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
+        # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
+        precision = config.precision
+        self.in_bfloat16 = precision == "bfloat16" or (precision == "auto" and not self.on_cpu)
 
     @property
     def state_floats(self) -> int:
@@ -247,6 +250,8 @@ class _Planner:
             num_items=num_items,
             num_ranks=self.machine.ranks,
             width=self.width,
+            element_bytes=2 if self.in_bfloat16 else 4,
+            is_cast=self.in_bfloat16,
             on_cpu=self.on_cpu,
         )
 

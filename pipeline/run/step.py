@@ -226,7 +226,8 @@ class Stepper:
             with part("loss"):
                 asked = functools.partial(self._used_rows, seen, targets, weights, draw)
                 shard = self.model.catalog.shard_for(asked)
-                output = self.loss(seen, shard, targets, weights=weights, step=draw)
+                with self.model.autocast():
+                    output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)

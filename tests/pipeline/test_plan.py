@@ -70,6 +70,8 @@ CASES = {
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
     "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
+    "bfloat16-softmax": Case(400_000, (16, 20), "loss=cce precision=bfloat16"),
+    "bfloat16-buckets": Case(300_000, (128, 20), "loss=sce precision=bfloat16"),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
 
