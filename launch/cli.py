@@ -32,6 +32,9 @@ _WRONG_KINDS = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
 )
 
+# They come with the driver, and fbgemm's CUDA build does not load without them.
+DRIVER_LIBRARIES = ("libnvidia-ml.so", "libcuda.so")
+
 # OS errors by remedy: another path, or more free space on the disk (_NO_ROOM).
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PATH_RULES = {
@@ -125,6 +128,11 @@ def is_for_the_user(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     """The message of ``error`` in one line, without keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
+    if any(library in text for library in DRIVER_LIBRARIES):
+        text = (
+            f"the NVIDIA driver must be here for a CUDA environment, got {text}; run it on a node "
+            "with a driver, or `make setup DEVICE=cpu`"
+        )
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
     return without_keys(" ".join((text or type(error).__name__).split()))

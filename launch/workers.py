@@ -1,6 +1,7 @@
 """Rank, device and process group of this worker, from torchrun's environment variables."""
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from shardrec.launch.heartbeat import LostRankError, Peers
+from shardrec.launch.heartbeat import FINISHED, LostRankError, Peers
 from shardrec.pipeline.run.interruption import Preempted
 
 __all__ = [
@@ -112,7 +113,13 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     interval_s = min(1.0, timeout_s / 10)
     keeper = None if _launcher_keeps_store(os.environ) else 0
     peers = Peers(
-        store, rank, world_size, keeper=keeper, timeout_s=timeout_s, interval_s=interval_s
+        store,
+        rank,
+        world_size,
+        keeper=keeper,
+        timeout_s=timeout_s,
+        interval_s=interval_s,
+        end=_end_process if device.type == "cuda" else None,
     )
     with _heartbeats(peers):
         dist.init_process_group(
@@ -127,7 +134,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
 
     The process group is destroyed at the end, after its counts of collectives were read.
     """
-    reason, absent = "it has finished", ""
+    reason, absent = FINISHED, ""
     peers.start()
     try:
         yield
@@ -137,16 +144,26 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
         reason = "" if blameless else f"{type(error).__name__}: {error}"
         if not absent:
             raise
-        raise LostRankError(
-            f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: training with --resume=auto continues from its last checkpoint"
-        ) from error
+        raise LostRankError(_complaint(absent)) from error
     finally:
         peers.leave(reason)
         if peers.rank == 0 and absent:  # it may host the store that the others still read
             time.sleep(2 * peers.patience_s)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _complaint(absent: str) -> str:
+    return (
+        f"every rank must take part to the end, got {absent}; look for its last lines and "
+        "start the job again: training with --resume=auto continues from its last checkpoint"
+    )
+
+
+def _end_process(lost: str) -> None:
+    """Ends this process from a thread, as the main one waits on a GPU for a rank that is lost."""
+    print(f"shardrec: {_complaint(lost)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _may_be_of_another_rank(error: BaseException) -> bool:

@@ -112,10 +112,11 @@ def test_ranks_do_not_change_a_loss_in_bfloat16(ranks: Ranks, case: str) -> None
         for result in results:
             assert result.loss == pytest.approx(alone.loss, rel=near)
         for name in ("grad_states", "grad_rows"):
-            found, expected = torch.cat([getattr(r, name) for r in results]), getattr(alone, name)
-            assert found.dtype == torch.float32
+            gradient = torch.cat([getattr(result, name) for result in results])
+            assert gradient.dtype == torch.float32
+            expected = getattr(alone, name)
             atol = near * float(expected.abs().max())
-            torch.testing.assert_close(found, expected, rtol=near, atol=atol)
+            torch.testing.assert_close(gradient, expected, rtol=near, atol=atol)
 
 
 def refused_on_one_rank() -> str:

@@ -13,7 +13,6 @@ from shardrec.kernels.loss.inputs import prepare_inputs
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.losses import CCE, HCE, RECE, SCE, CCEMinus, Loss
 from shardrec.pipeline.config import override
-from shardrec.pipeline.model import model
 from shardrec.pipeline.model.model import in_bfloat16
 from shardrec.pipeline.plan import Machine, plan
 from shardrec.pipeline.recipes import tiny_cpu
@@ -84,7 +83,7 @@ def test_every_loss_trains_in_bfloat16(
 def test_auto_is_bfloat16_on_gpus_that_have_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
 ) -> None:
-    monkeypatch.setattr(model.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert in_bfloat16("auto", torch.device("cuda", 0)) is expected
     assert in_bfloat16("bfloat16", torch.device("cuda", 0))
     assert not in_bfloat16("float32", torch.device("cuda", 0))
