@@ -90,6 +90,10 @@ def usage() -> str:
 
 def run(name: str, arguments: list[str]) -> int:
     """Run a subcommand and return its exit code; an error for the user is one line on stderr."""
+    # Before torch is imported. Sizes change with every batch, and GPU memory that is kept in blocks
+    # of one size has holes for the next.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         module = "commands" if name in STAGES else "tools"
         return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))

@@ -69,6 +69,8 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
             writer=CheckpointWriter(checkpoints, background=config.checkpoints.background),
             progress=progress,
             is_new=is_new,
+            # On a CPU the threads of a step have every core already.
+            ahead=stepper.model.device.type == "cuda",
             held=held.pop_all(),
         )
 

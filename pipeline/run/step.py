@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,14 @@ class Stepper:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,
         )
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the optimizer, which another kind of device may have written."""
+        fused = self.optimizer.defaults["fused"]
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def take(
         self,
@@ -248,7 +256,8 @@ class Stepper:
 
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
-        return there, self.model.begin_lookup(there.items, there.lengths)
+        ids = there.items.reshape(-1)[there.real_positions()]
+        return there, self.model.catalog.begin_lookup(ids)
 
     def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, with its look-up in flight; started before, or else now."""
@@ -275,9 +284,8 @@ class Stepper:
         catalog, limit = self.model.catalog, self.config.clip_norm
         if finite:
             scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
+            if self.parameters:
+                torch._foreach_mul_([_gradient(one) for one in self.parameters], scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * factor
             self.optimizer.step()
