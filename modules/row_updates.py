@@ -136,7 +136,7 @@ def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> 
 
 
 def _range_of(rows: Tensor) -> int:
-    return rows_at_once(*rows.shape, rows.device.type)
+    return rows_at_once(rows.shape[0], rows.shape[1], rows.device.type)
 
 
 def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

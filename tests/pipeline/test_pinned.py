@@ -1,5 +1,7 @@
 """Copies of a GPU's state on their way to host memory, tried between tensors of the host."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,9 +22,10 @@ def test_what_arrives_is_what_was_sent(shape: tuple[int, ...], dtype: torch.dtyp
 def test_a_large_tensor_takes_no_more_pinned_memory_than_the_two_buffers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made, empty = list[int](), torch.empty
+    made = list[int]()
+    empty: Any = torch.empty
 
-    def counted(*shape: int, pin_memory: bool = False, **options: torch.dtype) -> torch.Tensor:
+    def counted(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         found: torch.Tensor = empty(*shape, **options)
         made.append(found.nbytes * pin_memory)
         return found

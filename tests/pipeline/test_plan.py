@@ -218,6 +218,7 @@ def test_the_copy_of_a_checkpoint_counts_where_it_lies(device: str) -> None:
     on_cpu = device == "cpu"
     assert with_copy.peak_bytes - without.peak_bytes == copied * on_cpu
     assert with_copy.host_bytes == (copied + PINNED_BYTES) * (not on_cpu)
+    assert (with_copy.batch_bytes == 2 * 32 * 16 * 28) is not on_cpu
     assert ("host memory for a checkpoint" in with_copy.describe()) is not on_cpu
 
 
