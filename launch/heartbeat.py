@@ -32,8 +32,8 @@ Result = TypeVar("Result")
 
 # A rank counts as gone after this many missed heartbeats in a row.
 MISSED = 3
-# Seconds without a new collective after which ``end`` looks for lost ranks.
-LOOK_S = 30.0
+# Seconds without a new collective after which a thread looks for lost ranks, and how often.
+LOOK_S, LOOKS = 30.0, 5
 # The reason of a rank that has done its work.
 FINISHED = "it has finished"
 
@@ -180,9 +180,13 @@ class Peers:
             return
 
     def _end_if_lost(self) -> None:
-        """Calls ``end`` if a rank is lost."""
-        lost = self.absent().lost
-        if self._end is not None and lost and not self._over.is_set():
+        """Calls ``end`` if a rank is lost, several times in a row: a compiler may stop a thread."""
+        lost = list[str]()
+        for _ in range(LOOKS):
+            lost = self.absent().lost
+            if not lost or self._over.is_set():
+                return
+        if self._end is not None:
             self._end("; ".join(lost))
 
     def _warn(self) -> None:

@@ -162,7 +162,7 @@ def _complaint(absent: str) -> str:
 
 def _end_process(lost: str) -> None:
     """Ends this process from a thread, as the main one waits on a GPU for a rank that is lost."""
-    print(f"shardrec: {_complaint(lost)}", file=sys.stderr, flush=True)
+    print(f"{LostRankError.__name__}: {_complaint(lost)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -226,7 +226,7 @@ def test_where_a_wait_never_returns_a_thread_ends_the_process_with_the_name(
     )
     peers.start()
     try:
-        assert ended.wait(30 if words else 1.5) is bool(words)
+        assert ended.wait(30 if words else 3.0) is bool(words)
     finally:
         peers.leave("")
     assert all(words in one for one in said) and bool(said) is bool(words)
