@@ -23,7 +23,7 @@ class Command:
         epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
             the options do not come from one dataclass.
-        cpu: CPUs that its component asks for by default; 0: two for each worker.
+        cpu: CPUs that its component asks for by default; 0: two for each worker, four for each GPU.
         memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 

@@ -297,7 +297,9 @@ class TrainConfig:
         init_from: the earlier run to take weights from (a warm start).
         seed: of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA if available.
-        precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
+        precision: of the products of encoder and loss, and of states between ranks; "auto" is
+            bfloat16 on GPUs of compute capability 8.0 or more, float32 elsewhere. Weights, table,
+            gradients and optimizer states are float32.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
         mlflow: where the run is logged in addition to its folder.
