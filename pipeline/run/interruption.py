@@ -4,4 +4,4 @@ __all__ = ["Preempted"]
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop, and can be resumed from its last checkpoint."""
+    """The run was asked to stop before its end; it can be resumed from its last checkpoint."""
