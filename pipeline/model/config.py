@@ -50,7 +50,7 @@ class MeasureConfig:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """JSON: the options that decide which lists users get; measurements compare if it is equal."""
+        """JSON: the options that the lists depend on; metrics compare only if it is equal."""
         lists = {"ks": list(self.ks), "filter_seen": self.filter_seen, "min_count": self.min_count}
         return {**lists, "sample_users": self.sample_users, "ties": TIES}
 
