@@ -293,7 +293,7 @@ def encoder_difference(
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
-                f"the exported encoder must answer as the live one does, got a difference of "
+                f"the exported encoder must return the states of the original, got a difference of "
                 f"{difference:.3g} for a batch of shape {shape}; remove state and randomness "
                 "from its forward"
             )

@@ -105,7 +105,7 @@ class AttributeCounts:
             raise ValueError(
                 "attribute_values or attribute_numbers must be above 0 where attributes are used, "
                 f"and only there, got {self.attribute_values} and {self.attribute_numbers} with "
-                f"catalog.attributes={config.attributes}; set both or none"
+                f"catalog.attributes={config.attributes}; give the sizes, or change that option"
             )
 
 

@@ -239,7 +239,7 @@ class TrainingBatches:
         values, own = flat_list(table, "weights")
         if not np.array_equal(own, offsets):
             raise ValueError(
-                f"{self._groups.name(row_group)}, column weights must have one weight an item,"
+                f"{self._groups.name(row_group)}, column weights must have one weight per item,"
                 " got lists of other lengths; prepare the data again"
             )
         return values.astype(np.float32, copy=False)

@@ -70,7 +70,9 @@ def _ndcg_of_users(
     if not path.is_file() or k > max(evaluation["request"]["ks"]):
         return None
     if sha256(path) != evaluation["users"]["sha256"]:
-        raise ValueError(f"{path} must be of metrics.json beside it, got another; evaluate again")
+        raise ValueError(
+            f"{path} must belong to the metrics.json next to it, got other ranks; evaluate again"
+        )
     import torch  # imported late, as a report of one run needs neither
 
     from shardrec.modules.metrics import NDCG

@@ -282,9 +282,9 @@ class Loop:
         if not stepper.weights_are_finite():
             self._finish_checkpoint()
             raise FloatingPointError(
-                f"weights must be finite to be saved, got others after step {self.at.step}; lower "
-                "the learning rates, or set optimizer.clip_norm. The checkpoints written before "
-                "are complete"
+                "weights must be finite to be saved, got NaN or infinity after step "
+                f"{self.at.step}; lower the learning rates, or set optimizer.clip_norm. The "
+                "checkpoints written before are complete"
             )
         self.at.seconds = time.monotonic() - self.started
         state = CheckpointState(

@@ -55,7 +55,7 @@ def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor,
             f"items of {folder} must be {num_items} with ids of one type, got {first}; {_REMEDY}"
         )
     if not math.isfinite(torch.linalg.vector_norm(vectors)):
-        raise ValueError(f"vectors of {folder} must be finite, got others; {_REMEDY}")
+        raise ValueError(f"vectors of {folder} must be finite, got NaN or infinity; {_REMEDY}")
     return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
 
 
