@@ -131,7 +131,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` in one line, without keys in addresses."""
+    """The message of ``error`` in one line, without the access keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
     if any(library in text for library in DRIVER_LIBRARIES):
         text = (
@@ -160,9 +160,9 @@ def explain(error: OSError) -> str:
     """The message for an operating-system error: the rule, what was found, and what to do.
 
     Args:
-        error: as raised by Python or pyarrow. Where it names a file, that file is looked at to tell
-            an input that cannot be read from an output that cannot be written. A message that is
-            in this form already is returned without its error number.
+        error: error raised by Python or pyarrow. If it names a file, the file is examined to
+            distinguish an input that cannot be read from an output that cannot be written. A
+            message that already has this form is returned without its error number.
     """
     said, number, path = str(error.strerror or error), error.errno or 0, _path_of(error)
     if " must " in said:

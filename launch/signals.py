@@ -43,8 +43,8 @@ def exit_on_sigterm() -> Iterator[None]:
     """Context manager: inside it, SIGTERM raises ``SystemExit(143)`` in the main thread.
 
     For stages of one process: temporary files are removed as after any exception, and a second
-    SIGTERM does not disturb that. Outside the main thread, where Python takes no handlers, SIGTERM
-    is left alone.
+    SIGTERM does not interrupt this. Outside the main thread, where Python accepts no handlers,
+    SIGTERM is not handled.
     """
 
     def leave(*_: object) -> None:
@@ -62,14 +62,14 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
-    """The grace period of a worker: seconds from SIGTERM to its end.
+    """The grace period of a worker: seconds from SIGTERM until it must have ended.
 
     Args:
-        asked: value of ``--grace``; None: the longest that the launcher allows.
+        asked: value of ``--grace``; None takes the longest that the launcher allows.
         environment: environment variables, which hold the limit of torchrun, if any.
 
     Raises:
-        ValueError: the value is not above 0, or torchrun would kill the worker before.
+        ValueError: the value is not above 0, or torchrun would kill the worker earlier.
 
     Example:
         >>> grace_seconds(None, {}), grace_seconds(None, {LIMIT: "125", "TORCHELASTIC_RUN_ID": "1"})
