@@ -25,13 +25,13 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class HistoryChunk:
-    """A chunk of users with their histories, in the order of the file.
+    """Consecutive users of a file with their histories.
 
     Attributes:
-        user_ids: (n,) ids.
+        user_ids: (n,) user ids.
         items: (T,) int64 known items of all users, oldest first, concatenated.
         offsets: (n + 1,) int64 start of each user's items in ``items``.
-        num_unknown: number of items left out because the catalog does not have them.
+        num_unknown: number of items left out because the catalog lacks them.
     """
 
     user_ids: pa.Array
@@ -44,7 +44,7 @@ class Histories:
     """Parquet files with a user column and a list column of items, most recent item last.
 
     Attributes:
-        num_users: rows of all files.
+        num_users: number of rows in all files.
         user_type: Arrow type of the user column.
         files: path, rows and size of each file, in order.
     """
@@ -89,7 +89,7 @@ class Histories:
         ]
 
     def chunks(self, first: int, last: int, size: int) -> Iterator[HistoryChunk]:
-        """Users [first, last) in chunks of ``size``; only the last one may be shorter."""
+        """Users [first, last) in chunks of ``size``; only the last chunk may be shorter."""
         pending: list[pa.Table] = []
         held = 0
         for table in self._tables(first, last):
