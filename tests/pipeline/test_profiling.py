@@ -47,6 +47,7 @@ def shares(text: str) -> dict[str, float]:
     return {name: float(percent) for name, percent in rows}
 
 
+@pytest.mark.slow
 def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConfig) -> None:
     ranks(2).run(run_on_rank, config)
     folder = Path(config.output) / "profile"
@@ -69,6 +70,7 @@ def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConf
         assert 0 <= percent["during other work"] <= percent["collectives in flight"]
 
 
+@pytest.mark.slow
 def test_the_ids_of_the_next_batch_travel_before_backward(
     ranks: Ranks, config: TrainConfig
 ) -> None:
@@ -89,6 +91,7 @@ def starts(events: list[dict[str, Any]], name: str) -> list[float]:
     return sorted(float(event["ts"]) for event in events if event["name"] == name)
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) -> None:
     alone = dataclasses.replace(config, output=config.output + "-alone")
     plain = dataclasses.replace(config, output=config.output + "-plain", profile=ProfileConfig())
