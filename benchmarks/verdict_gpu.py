@@ -27,8 +27,10 @@ from verdict.checks import LOSSES, check_all, run
 from verdict.lines import Lines
 from verdict.speed import Size, Step, contests, measure_rates, measured
 
-COLUMNS = ("loss", "by", "N", "D", "V", "dtype", "ms", "limit_ms", "kernels_ms", "launches")
-COLUMNS += ("waits", "peak_mib")
+COLUMNS = (
+    *("loss", "by", "N", "D", "V", "dtype", "ms", "limit_ms", "kernels_ms", "launches"),
+    *("waits", "peak_mib"),
+)
 CHECK_S = 150.0  # of the budget, at most
 RESERVED_S = 200.0  # that the checks leave for what comes after them
 MIDDLE, LARGE = Size(16_384, 128, 100_000), Size(131_072, 256, 1_000_000)
@@ -124,7 +126,12 @@ def on_gpu(verdict: Verdict) -> None:
     verdict.speed(LOSSES, MIDDLE, most_s=2, needs=30)
     print(verdict.table(), flush=True)
     seconds = max(20.0, min(CHECK_S, lines.left - RESERVED_S))
-    lines.attempt("check", {}, lambda: check_all(lines, "cuda", seconds, toy=False) or {})
+
+    def checked() -> dict[str, Any]:
+        check_all(lines, "cuda", seconds, toy=False)
+        return {}
+
+    lines.attempt("check", {}, checked)
     for catalog in (100_000, 1_000_000):
         verdict.speed(LOSSES, Size(131_072, 256, catalog), most_s=4, needs=60)
         print(verdict.table(), flush=True)

@@ -199,6 +199,12 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
 
 
 @_component
+def tune(app: AppDef) -> AppDef:
+    """Searches options of training; the workers share the table of each trial."""
+    return app
+
+
+@_component
 def memorize(app: AppDef) -> AppDef:
     """Adds a memory of item pairs to a trained run, on any number of workers."""
     return app

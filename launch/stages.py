@@ -114,6 +114,21 @@ COMMANDS = {
             "encoder.width=64"
         ),
     ),
+    "tune": Command(
+        kind="distributed",
+        summary="search options of training by the metric on the validation users",
+        description=(
+            "Trains with varying options until the time is over, and keeps the run that ranks the "
+            "validation users best. The first trial is the recipe itself; later ones are proposed "
+            "by Optuna, and ended early if their validations are worse than those of most others. "
+            "Started again, it continues the study."
+        ),
+        epilog=(
+            "example: shardrec tune --prepared data --output study --minutes 60 --search "
+            "loss.num_negatives=64:4096:log encoder.num_heads=2"
+        ),
+        config="pipeline.tuning.study.TuneConfig",
+    ),
     "memorize": Command(
         kind="distributed",
         summary="add a memory of item pairs to a trained run",

@@ -22,7 +22,8 @@ from shardrec.launch.demo import (
     start_folder,
 )
 from shardrec.launch.demo_table import METRICS, Row, table
-from shardrec.launch.workers import Place, choose_device
+from shardrec.launch.rendezvous import Place
+from shardrec.launch.workers import choose_device
 from shardrec.pipeline.config import override, snake_case
 from shardrec.pipeline.log.generator import SynthConfig, World, blocks
 from shardrec.pipeline.recipes import RECIPES
@@ -73,7 +74,7 @@ def test_the_demo_takes_as_many_workers_as_the_machine_has_gpus_for(
     config = DemoConfig()
     assert config.num_workers == expected
     check_stages(config)
-    places = [Place(rank, rank, expected) for rank in range(expected)]
+    places = [Place(rank=rank, local_rank=rank, world_size=expected) for rank in range(expected)]
     devices = {str(choose_device(place)) for place in places}
     assert devices == ({f"cuda:{rank}" for rank in range(expected)} if gpus else {"cpu"})
     told = next_steps(config, "log", Path("data"), "shardrec")

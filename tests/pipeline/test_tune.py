@@ -61,7 +61,8 @@ def values(found: Tuned) -> dict[int, tuple[dict[str, str], float | None]]:
 
 def best_validation(run: Path) -> float:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return max(line["metrics"]["NDCG@10"] for line in lines if line["event"] == "validation")
+    found = [line["metrics"]["NDCG@10"] for line in lines if line["event"] == "validation"]
+    return float(max(found))
 
 
 def test_trials_stay_in_the_space_and_the_best_one_is_kept(
@@ -142,7 +143,10 @@ def test_processes_take_different_trials_and_what_a_lost_one_left(
     data: str, tmp_path: Path
 ) -> None:
     space, config = read_space(SEARCH), study(tmp_path)
-    open_study = lambda: Study(config, base(data), space)  # noqa: E731
+
+    def open_study() -> Study:
+        return Study(config, base(data), space)
+
     with contextlib.ExitStack() as alive, contextlib.ExitStack() as lost:
         one, other = open_study().claim(alive), open_study().claim(lost)
         assert one is not None and other is not None
