@@ -144,6 +144,16 @@ class Peers:
         behind = [_why_behind(rank, after[rank], level) for rank in others]
         return Absence([one for one in gone if one], [one for one in behind if one])
 
+    def gone(self) -> list[str]:
+        """The ranks that died, left, or sent no heartbeat; none if nobody can tell.
+
+        Nobody can once the launcher is gone that hosts the store; the ranks may train on.
+        """
+        return [] if self.keeper is None and self._is_cut_off() else self.absent().gone
+
+    def _is_cut_off(self) -> bool:
+        return _in_time(self._read_all, self.patience_s) is None
+
     def _run(self) -> None:
         reached, since = -1, 0.0
         try:
