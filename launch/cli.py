@@ -1,10 +1,10 @@
 """The ``shardrec`` command: runs a subcommand, formats its errors, chooses the exit code.
 
-Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
-2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
-earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process writes
-the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by SIGTERM in a
-stage without checkpoints. Only exit code 0 leaves an output that looks complete.
+Exit codes: 0 the output is complete, or already was; 1 the command failed, and the last line says
+why; 2 the input or an option is wrong, explained in one line; 3 publishing is blocked by a failed
+gate or an earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process
+is writing the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by
+SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks complete.
 
 Errors meant for the user become one line: those raised by a ``raise`` statement of this package,
 and those of the operating system. Every other error is a bug and keeps its traceback.

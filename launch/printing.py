@@ -30,7 +30,7 @@ def print_end(
 def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
     """Print one metric per line and one list length per column, then user and target counts.
 
-    Means over users have their standard error behind them. Metrics of some of the targets alone
+    Means over users are followed by their standard errors. Metrics of some of the targets alone
     (those that end in /known and the like) are counted, and left to the report.
     """
     table: dict[str, dict[int, str]] = {}

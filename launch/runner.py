@@ -68,8 +68,8 @@ class Failure:
     """How a job failed.
 
     Attributes:
-        complaint: the error that a worker printed; "" where none did.
-        exit_code: 2, 3 or 75 where a worker ended so: wrong input, failed gate, output in use;
+        complaint: the error that a worker printed; "" if none did.
+        exit_code: 2 (wrong input), 3 (failed gate) or 75 (output in use) if a worker ended with it,
             else 1.
     """
 

@@ -95,15 +95,16 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
 
 @contextlib.contextmanager
 def stop_on_signals(grace_s: float, peers: "Peers | None") -> Iterator[Callable[[], bool]]:
-    """Context manager that gives a function: whether SIGTERM, SIGHUP or SIGINT has arrived.
+    """Context manager that yields a function: whether SIGTERM, SIGHUP or SIGINT has arrived.
 
-    The process ends by itself, with a line that says why, when the ``with`` has not ended in time,
-    when another rank is gone and a checkpoint can no longer be written, or at a second SIGINT. The
-    main thread may be waiting in a collective, where Python runs no handler, so a thread does this.
+    After a signal the process exits, with a line that says why, if the ``with`` block has not ended
+    within the grace period, if another rank is gone, so that a checkpoint can no longer be written,
+    or at a second SIGINT. A thread does this, because the main thread may be waiting in a
+    collective, where Python runs no handler.
 
     Args:
-        grace_s: seconds from SIGTERM or SIGHUP to the end; after SIGINT there is somebody to send
-            another one.
+        grace_s: seconds from SIGTERM or SIGHUP to the end; after SIGINT the user can send another
+            one instead.
         peers: the other ranks; None in a single process.
 
     Raises:

@@ -52,11 +52,12 @@ class RecommendConfig:
         histories: Parquet of users and lists of item ids, most recent last; none: the users of
             split in the prepared folder.
         events: instead of histories, an event log, as prepare reads it.
-        split: users of the prepared folder, if there are neither histories nor events.
-        user_column: users of the histories or events, integers or strings; written as given.
-        items_column: lists of item ids in the histories.
-        item_column, time_column: of the events.
-        k: items for each user.
+        split: which users of the prepared folder, if there are neither histories nor events.
+        user_column: column of the user ids in histories or events, integers or strings; written
+            unchanged.
+        items_column: column of the lists of item ids in histories.
+        item_column, time_column: columns of the events.
+        k: number of items for each user.
         filter_seen: leave out items of the user's history.
         allow: Parquet with a column item_id; only these items are recommended.
         deny: Parquet with a column item_id; these items are never recommended.

@@ -60,8 +60,9 @@ def train(
     Args:
         config: the same on every rank.
         callbacks: called on every rank, after the trainer's own and those that the config names.
-        encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config`` describes; D is
-            ``config.encoder.width``. Its initial weights are those of rank 0.
+        encoder: causal module from (B, L, D) to (B, L, D), used instead of the encoder that
+            ``config`` describes; D is ``config.encoder.width``. All ranks start from the weights of
+            rank 0.
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
             resumes from its last complete checkpoint; "auto": either. A finished run is left
             unchanged.

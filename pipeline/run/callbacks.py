@@ -269,7 +269,7 @@ class ProgressBar(Callback):
 
 
 class MinuteLines(Callback):
-    """A line a minute, for each validation and for the last step: for a scheduler's logs."""
+    """Prints a line per minute, per validation and for the last step: for a scheduler's logs."""
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
@@ -305,7 +305,7 @@ class MinuteLines(Callback):
 
 
 def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
-    """A bar where ``stream`` is a terminal or a notebook, one line a minute elsewhere."""
+    """A ``ProgressBar`` if ``stream`` is a terminal or a notebook, otherwise ``MinuteLines``."""
     has_bar = stream.isatty() or in_notebook()
     return ProgressBar(total, stream) if has_bar else MinuteLines(total, stream)
 

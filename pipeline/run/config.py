@@ -303,8 +303,8 @@ class TrainConfig:
             gradients and optimizer states are float32.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
-        mlflow: where the run is logged in addition to its folder.
-        profile: the steps that are profiled; `profile/` in the run folder then holds the result.
+        mlflow: the MLflow store to log to, in addition to the run folder.
+        profile: the steps to profile; the result is written to `profile/` in the run folder.
         own_encoder: a module of your own in place of the encoder.
         callbacks: classes or functions that make callbacks of your own, as package.module:Class.
     """

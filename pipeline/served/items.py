@@ -84,7 +84,7 @@ def _batches(path: Path, width: int) -> Iterator[pa.RecordBatch]:
 def known_ids(
     histories: Iterable[Sequence[Any]], kind: pa.DataType, name: str = "history"
 ) -> Iterator[pa.Array]:
-    """The ids of each history, or of another list by ``name``, as an array of the catalog's type.
+    """For each history (or other list, called ``name``), an array of ids in the catalog's type.
 
     Whole numbers beyond 64 bits are left out: they are in no catalog.
 
