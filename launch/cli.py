@@ -2,9 +2,9 @@
 
 Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
 2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
-earlier rollback; 75 stopped by SIGTERM after a checkpoint: start it again; 130 interrupted; 143
-ended by SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks
-complete.
+earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process writes
+the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by SIGTERM in a
+stage without checkpoints. Only exit code 0 leaves an output that looks complete.
 
 Errors meant for the user become one line: those raised by a ``raise`` statement of this package,
 and those of the operating system. Every other error is a bug and keeps its traceback.
@@ -83,7 +83,8 @@ def usage() -> str:
             *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
             "",
             "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 publishing refused,\n"
-            "75 stopped by SIGTERM (start again), 130 interrupted, 143 ended by SIGTERM",
+            "75 stopped by SIGTERM, or the output is in use (start again), 130 interrupted,\n"
+            "143 ended by SIGTERM",
         ]
     )
 
@@ -143,10 +144,13 @@ def one_line(error: Exception) -> str:
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code of an error: 2 for wrong input, 75 after SIGTERM, 1 for any other failure."""
-    from shardrec.pipeline.run.interruption import Preempted
+    """The exit code of an error: 2 for wrong input, 75 to try again, 1 for any other failure."""
+    from shardrec.pipeline.outputs.lock import BusyError
+    from shardrec.pipeline.run.interruption import Interrupted, Preempted
 
-    if isinstance(error, Preempted):
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    if isinstance(error, Preempted | BusyError):
         return PREEMPTED
     is_path = isinstance(error, OSError) and error.errno in (*_PERMISSION, *_PATH_RULES)
     return BAD_INPUT if is_path or isinstance(error, _WRONG_KINDS) else FAILED

@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Facts:
     torch_sees_gpu: bool
     backends: tuple[str, ...]  # communication backends that torch has
     load_errors: dict[str, str]  # first line, by installed module that fails to import
+    host: tuple[str, str | None] | None = None  # this machine's name and its address, if it has one
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
@@ -73,7 +75,16 @@ def gather() -> Facts:
         torch_sees_gpu=sees_gpu,
         backends=backends,
         load_errors=load_errors,
+        host=_host(),
     )
+
+
+def _host() -> tuple[str, str | None]:
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, None
 
 
 def driver_release() -> str | None:
@@ -123,7 +134,7 @@ def _ask_torch() -> tuple[str | None, bool, tuple[str, ...]]:
 def diagnose(facts: Facts) -> list[Finding]:
     """Every mismatch, each with its remedy; empty when all is well."""
     errors = [*_packages(facts), *_matching_set(facts)]
-    return [*(Finding("wrong", text) for text in errors), *_device(facts)]
+    return [*(Finding("wrong", text) for text in errors), *_device(facts), *_network(facts)]
 
 
 def _packages(facts: Facts) -> Iterator[str]:
@@ -206,6 +217,18 @@ def _device(facts: Facts) -> Iterator[Finding]:
             "note",
             f"{' and '.join(lacking)} load where there is a driver: here are plan, gate, launch, "
             "prepare and report, not train, evaluate, recommend and export",
+        )
+
+
+def _network(facts: Facts) -> Iterator[Finding]:
+    name, address = facts.host or ("", "")
+    if address is None or address.startswith("127."):
+        found = "has no address" if address is None else f"has the address {address}"
+        yield Finding(
+            "note",
+            f"the name of this machine, {name}, {found}: workers on other machines cannot reach "
+            "those here by it; for jobs on several, correct /etc/hosts, or name the interface "
+            "(one alone) in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         )
 
 

@@ -159,6 +159,16 @@ class Peers:
         found = ([one for one in lines if one] for lines in (gone, behind, lost))
         return Absence(*found)
 
+    def gone(self) -> list[str]:
+        """The ranks that died, left, or sent no heartbeat; none if nobody can tell.
+
+        Nobody can once the launcher is gone that hosts the store; the ranks may train on.
+        """
+        return [] if self.keeper is None and self._is_cut_off() else self.absent().gone
+
+    def _is_cut_off(self) -> bool:
+        return _in_time(self._read_all, self.patience_s) is None
+
     def _run(self) -> None:
         reached, since, looked = -1, 0.0, 0.0
         try:

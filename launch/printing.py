@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
-    "default_metric",
-    "describe_recipes",
     "print_beside",
     "print_counts",
     "print_end",
@@ -32,15 +30,15 @@ def print_end(
 def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
     """Print one metric per line and one list length per column, then user and target counts.
 
-    Means over users have their standard error behind them.
+    Means over users have their standard error behind them. Metrics of some of the targets alone
+    (those that end in /known and the like) are counted, and left to the report.
     """
     table: dict[str, dict[int, str]] = {}
     for name, value in metrics.items():
-        kind, at, rest = name.partition("@")
-        if at:
-            length, slash, suffix = rest.partition("/")
+        kind, at, length = name.partition("@")
+        if at and length.isdecimal():
             error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
-            table.setdefault(kind + slash + suffix, {})[int(length)] = f"{value:.4f}{error}"
+            table.setdefault(kind, {})[int(length)] = f"{value:.4f}{error}"
     lengths = sorted({length for row in table.values() for length in row})
     print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
     for kind, row in table.items():
@@ -48,6 +46,9 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
     for name in (name for name in metrics if "@" not in name):
         value = metrics[name]
         print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+    parts = dict.fromkeys(name.partition("/")[2] for name in metrics if "@" in name and "/" in name)
+    if parts:
+        print(f"in the report also of parts of the targets: {', '.join(parts)}")
 
 
 def print_beside(
@@ -64,6 +65,8 @@ def print_beside(
         label: what the run is called.
         name: the metric; None takes the one that runs are judged by.
     """
+    from shardrec.pipeline.model.config import default_metric
+
     name = name or default_metric(metrics)
     rows = {**baselines, label: metrics}
     for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
@@ -89,31 +92,9 @@ def print_protocol(protocol: Mapping[str, str]) -> None:
     )
 
 
-def default_metric(metrics: Mapping[str, float]) -> str:
-    """The metric that models are judged by, or the same kind at the greatest length there is."""
-    from shardrec.pipeline.model.config import DEFAULT_METRIC
-
-    kind = DEFAULT_METRIC.partition("@")[0]
-    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
-    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
-    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
-
-
 def print_tried(tried: Sequence[Mapping[str, float]], metric: str) -> None:
     """Print the metric of the validation users for each scale of a memory, and the best one."""
     best = max(row[metric] for row in tried)
     print(f"{'scale':<22}{metric + ', validation':>22}")
     for row in tried:
         print(f"{row['scale']:<22g}{row[metric]:>22.4f}{' best' * (row[metric] == best)}")
-
-
-def describe_recipes() -> str:
-    """The recipes by name, and all options as the recipe ``demo`` sets them."""
-    from shardrec.pipeline.config import describe
-    from shardrec.pipeline.recipes import RECIPES
-
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    heading = "options, as the recipe `demo` sets them:"
-    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])

@@ -104,8 +104,8 @@ COMMANDS = {
             "Trains on a prepared folder and writes a run folder: the best and the last weights, "
             "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one "
             "process; `shardrec launch train` starts several. Options of the model are set by "
-            "dotted names. After SIGTERM it ends the step, writes a checkpoint and exits with 75:"
-            " start it again."
+            "dotted names. After Ctrl-C or SIGTERM it ends the step and writes a checkpoint (exit "
+            "codes 130 and 75): --resume=auto continues from there."
         ),
         epilog=(
             "example: shardrec train --prepared data --run run --recipe demo loss=cce_minus "
@@ -234,6 +234,16 @@ COMMANDS = {
             "be evaluated. An earlier report is replaced."
         ),
         epilog="example: shardrec report runs/cce runs/sce --output report.html",
+    ),
+    "options": Command(
+        kind="tool",
+        summary="explain the options of training, all or some",
+        description=(
+            "Prints what the options of train mean, with their values and the recipe's default: "
+            "all of them, those of a part (optimizer), of a choice (loss=sce), or a single one "
+            "(loss.num_negatives)."
+        ),
+        epilog="example: shardrec options loss=sce optimizer.clip_norm",
     ),
     "plan": Command(
         kind="tool",

@@ -1,5 +1,6 @@
-"""The commands that are not stages: describe, report, plan, launch, doctor, demo."""
+"""The commands that are not stages: describe, report, options, plan, launch, doctor, demo."""
 
+import datetime
 import inspect
 import re
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardrec.launch import commands
-from shardrec.launch.commands import parser_for
-from shardrec.launch.options import add_options, read_options, require_set_once
+from shardrec.launch.options import add_options, parser_for, read_options, require_set_once
 from shardrec.launch.stages import STAGES
+from shardrec.launch.train_options import dotted_names
 from shardrec.pipeline.config import unknown_name
 
 if TYPE_CHECKING:
@@ -53,6 +54,25 @@ def describe(arguments: Sequence[str]) -> int:
     return 0
 
 
+def options(arguments: Sequence[str]) -> int:
+    """Print what the options of training mean, all of them or those of some parts."""
+    from shardrec.launch.described import as_text, chosen, groups
+    from shardrec.pipeline.config import override
+    from shardrec.pipeline.recipes import recipe_named
+
+    parser = parser_for("options")
+    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="loss=sce, optimizer, loss.share")
+    asked = parser.parse(arguments)
+    choices = [name for name in asked.names if "=" in name]
+    config = override(recipe_named(asked.recipe)("DIR", "DIR"), choices)
+    found = groups(type(config), config)
+    names = [name.partition("=")[0] for name in asked.names]
+    parts = [group for name in names for group in chosen(found, name)]
+    print(as_text(parts if names else found))
+    return 0
+
+
 def plan(arguments: Sequence[str]) -> int:
     """Print what a run costs each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
@@ -65,15 +85,27 @@ def plan(arguments: Sequence[str]) -> int:
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
     parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="folder of a run with these options that has taken some steps, here or there: its "
+        "times give the time of the whole run",
+    )
     for options_of in (Machine, AttributeCounts):
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    parser.dotted = dotted_names()
     options = parser.parse(arguments)
     recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
     print(run_plan(config, options.num_items, *parts).describe())
+    if options.measured is not None:
+        from shardrec.pipeline.duration import duration
+
+        found = duration(config, Path(options.measured))
+        print(found.describe(datetime.datetime.now()))
     return 0
 
 
@@ -237,5 +269,6 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (report, describe, plan, launch, doctor, demo)
+    function.__name__: function
+    for function in (report, describe, options, plan, launch, doctor, demo)
 }

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,56 +12,23 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from shardrec.launch.heartbeat import FINISHED, LostRankError, Peers
+from shardrec.launch.rendezvous import Place, meet
+from shardrec.pipeline.run.agreement import code_facts, require_same
 from shardrec.pipeline.run.interruption import Preempted
 
 __all__ = [
     "TIMEOUT_S",
-    "Place",
     "Workers",
     "check_restarts",
     "choose_device",
+    "joined",
     "process_group",
     "workers",
 ]
 
 TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The position of this process among the workers, as ``torchrun`` gives it.
-
-    Attributes:
-        rank: in [0, world_size).
-        local_rank: its number on this node, which is that of its GPU.
-        world_size: workers of all nodes.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> "Place | None":
-        """The place that ``environment`` gives; None without a launcher.
-
-        Raises:
-            ValueError: only some of the variables are set.
-        """
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in environment]
-        if "RANK" in missing and "WORLD_SIZE" in missing:
-            return None
-        if missing:
-            raise ValueError(
-                f"the launcher must set {', '.join(names)}, got none for {', '.join(missing)}; "
-                "start workers with `shardrec launch` or torchrun"
-            )
-        rank, local_rank, world_size = (int(environment[name]) for name in names[:3])
-        return cls(rank, local_rank, world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +56,19 @@ def process_group(
 
 
 @contextmanager
+def joined(stage: str, options: Namespace) -> Iterator[dist.ProcessGroup | None]:
+    """Context manager: the group of all workers, started with the same command and code.
+
+    Raises:
+        ValueError: a rank has another command, other options or other code than rank 0.
+    """
+    with workers(options.timeout) as found:
+        facts = {"stage": stage, **vars(options)} | code_facts()
+        require_same(facts, found.group)
+        yield found.group
+
+
+@contextmanager
 def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     """Context manager: the process group of this job, with heartbeats.
 
@@ -99,6 +80,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
             died, left or did not join.
+        TimeoutError, ValueError: the workers cannot meet, see ``meet``.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
@@ -107,11 +89,11 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     if place is None:
         yield Workers(None, device, None)
         return
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    timeout, rank, world_size = timedelta(seconds=timeout_s), place.rank, place.world_size
+    keeper = None if _launcher_keeps_store(os.environ) else 0
+    store = meet(place, timeout_s, hosts=rank == keeper)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
-    keeper = None if _launcher_keeps_store(os.environ) else 0
     peers = Peers(
         store,
         rank,

@@ -6,18 +6,21 @@ histories; the table stays sharded.
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks, by_popularity
+from shardrec.pipeline.log.user_lists import UserLists
 from shardrec.pipeline.model.baseline_ranker import BaselineRanker
 from shardrec.pipeline.model.config import TIES, describe_lists
 from shardrec.pipeline.model.lists import Lists, list_schema
@@ -31,7 +34,7 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranked import find_ranked
-from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
+from shardrec.pipeline.ranks import default_group, in_step, on_first_rank, on_this_rank
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]
 
@@ -48,9 +51,11 @@ class RecommendConfig:
         output: folder to write, new or empty.
         histories: Parquet of users and lists of item ids, most recent last; none: the users of
             split in the prepared folder.
-        split: users of the prepared folder, if histories is none.
-        user_column: users of the histories, integers or strings; written as given.
+        events: instead of histories, an event log, as prepare reads it.
+        split: users of the prepared folder, if there are neither histories nor events.
+        user_column: users of the histories or events, integers or strings; written as given.
         items_column: lists of item ids in the histories.
+        item_column, time_column: of the events.
         k: items for each user.
         filter_seen: leave out items of the user's history.
         allow: Parquet with a column item_id: nothing else is recommended.
@@ -67,9 +72,12 @@ class RecommendConfig:
     prepared: str
     output: str
     histories: str | None = None
+    events: str | None = None
     split: Literal["validation", "test"] = "test"
     user_column: str = "user_id"
     items_column: str = "items"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
     k: int = 10
     filter_seen: bool = True
     allow: str | None = None
@@ -86,6 +94,11 @@ class RecommendConfig:
         for name in ("k", "batch_size", "block_states", "block_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.histories is not None and self.events is not None:
+            raise ValueError(
+                f"histories must come without events, got {self.histories} and {self.events}; "
+                "remove one"
+            )
         if self.min_count < 0:
             raise ValueError(f"min_count must be at least 0, got {self.min_count}; 0 takes all")
 
@@ -101,7 +114,7 @@ class Recommendations:
         users_per_second: users over the time after loading; 0 if nothing was done.
     """
 
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     is_new: bool
     seconds: float
     users_per_second: float
@@ -134,12 +147,12 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     blocks = Blocks(states=config.block_states, rows=config.block_rows)
     ranked = find_ranked(config.run, prepared, config.checkpoint, encoder, blocks)
-    histories, candidates = on_this_rank(
+    source, candidates = on_this_rank(
         lambda: (_open_histories(config, prepared), _Candidates.read(config, prepared)), group
     )
     request = _request(config) | {
         "source": ranked.identity,
-        "histories": histories.files,
+        "histories": source.files,
         "candidates": candidates.digest,
     }
     path = Path(config.output)
@@ -152,11 +165,13 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     ranker, _ = ranked.load()
     counts = on_this_rank(prepared.item_counts, group)
     fallback = BaselineRanker.of_order(by_popularity(counts), group)
-    work = _Work(config, ranker, fallback, histories, candidates)
     loaded = time.monotonic()
-    with output.write() as (folder, _):
+    with output.write() as (folder, temporary):
+        histories = _lists_of(source, prepared, temporary, group)
+        work = _Work(config, ranker, fallback, histories, candidates)
         files = work.write(folder)
         manifest = output.finish(lambda: work.details(ranked.scores), folder, files)
+    _warn_of_unknown(manifest["counts"], group)
     done = time.monotonic()
     rate = histories.num_users / max(1e-9, done - loaded)
     return Recommendations(manifest, True, done - started, rate)
@@ -314,17 +329,45 @@ class _Candidates:
         return cls(allowed, counts)
 
 
-def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
+def _warn_of_unknown(counts: dict[str, int], group: dist.ProcessGroup | None) -> None:
+    """Warn if many items of the histories are unknown: they may be ids of another catalog."""
+    unknown, total = counts["unknown_items"], counts["history_items"]
+    if unknown > total / 10 and Communicator(group).rank == 0:
+        message = "%.0f %% of the items in the histories are not in the catalog (%d of %d): %s"
+        advice = "check that they are ids of the log that was prepared"
+        logging.getLogger(__name__).warning(message, 100 * unknown / total, unknown, total, advice)
+
+
+def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories | UserLists:
+    user = config.user_column
+    if config.events is not None:
+        return UserLists.open(config.events, user, config.item_column, config.time_column)
     catalog = ItemIds(prepared.item_ids())
     if config.histories is not None:
-        users, items = config.user_column, config.items_column
-        return Histories(config.histories, catalog, users=users, items=items)
+        return Histories(config.histories, catalog, users=user, items=config.items_column)
     path = prepared.file(f"{config.split}.parquet")
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
+
+
+def _lists_of(
+    source: Histories | UserLists,
+    prepared: Prepared,
+    folder: Path,
+    group: dist.ProcessGroup | None,
+) -> Histories:
+    """The histories; those of an event log are sorted into ``folder`` by rank 0 first."""
+    if isinstance(source, Histories):
+        return source
+    path = str(on_first_rank(lambda: source.write(folder), group))
+    catalog = ItemIds(prepared.item_ids())
+    return on_this_rank(lambda: Histories(path, catalog, users="user_id", items="items"), group)
 
 
 def _request(config: RecommendConfig) -> dict[str, Any]:
     """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    if config.events is None:  # lists of earlier versions do not name these
+        for name in ("events", "item_column", "time_column"):
+            del asked[name]
     return asked | {"ties": TIES}

@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,12 +16,21 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.config import flatten
 from shardrec.pipeline.outputs.addresses import warn_of_keys
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
+from shardrec.pipeline.run.agreement import code_facts, require_same
 from shardrec.pipeline.run.build import build
-from shardrec.pipeline.run.callbacks import Callback, EndReport, JsonLines, TensorBoard, progress
+from shardrec.pipeline.run.callbacks import (
+    Callback,
+    EndReport,
+    JsonLines,
+    TensorBoard,
+    in_notebook,
+    progress,
+)
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.run.folder import METRICS, encoder_name
 from shardrec.pipeline.run.loop import Loop, Run
 from shardrec.pipeline.run.mlflow_logging import open_mlflow
+from shardrec.pipeline.run.own_code import own_callbacks, own_encoder
 from shardrec.pipeline.run.profiler import Profiler
 from shardrec.pipeline.run.replace import check_force, moved_to, replace_run, training_folder
 from shardrec.pipeline.run.resume import Resume, find_end
@@ -46,9 +56,9 @@ def train(
 
     Args:
         config: the same on every rank.
-        callbacks: called on every rank, after the trainer's own.
-        encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config.encoder``
-            describes; D is ``config.encoder.width``. Its initial weights are those of rank 0.
+        callbacks: called on every rank, after the trainer's own and those that the config names.
+        encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config`` describes; D is
+            ``config.encoder.width``. Its initial weights are those of rank 0.
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
             resumes from its last complete checkpoint; "auto": either. A finished run is
             left as it is.
@@ -68,12 +78,15 @@ def train(
         FloatingPointError: loss or gradients were not finite in many steps in a row.
         OSError: the last checkpoint could not be written; those before it are complete.
         Preempted: the run was interrupted after a checkpoint; resume it to continue.
-        ValueError: the config does not fit the data or the run to resume.
+        ValueError: the config does not fit the data or the run to resume, or a rank was started
+            with other options, data or code.
 
     Collectives: many, on the default group; every rank must call it.
     """
     check_force(force, resume)
     group, output = default_group(), Path(config.output)
+    encoder = on_this_rank(lambda: own_encoder(config) if encoder is None else encoder, group)
+    require_same(_start(config, encoder_name(encoder), resume, force), group)
     if Communicator(group).rank == 0:
         warn_of_keys("checkpoints.folder", config.checkpoints.folder)
         warn_of_keys("mlflow.uri", config.mlflow.uri)
@@ -82,7 +95,10 @@ def train(
         folder = on_first_rank(lambda: held.enter_context(find()), group)
         placed = moved_to(folder, config)
         report = on_first_rank(lambda: find_end(placed, resume, encoder_name(encoder)), group)
-        if report is None:
+        if report is not None:
+            done = f"{output} is finished already ({report.reason}): nothing to do"
+            _show(config, lambda: done)
+        else:
             tracking = on_this_rank(lambda: _tracking(placed), group)
             run = build(placed, encoder=encoder, resume=resume)
             with run.held:
@@ -91,21 +107,30 @@ def train(
                     run.config,
                     lambda: opening(run.config, catalog.describe(), run.batches.target_share()),
                 )
-                own = [*_own_callbacks(run), *_profiling(placed), *tracking]
-                report = Loop(run, [*own, *callbacks], interrupted).run_to_end()
+                built_in = [*_built_in_callbacks(run), *_profiling(placed), *tracking]
+                own = on_this_rank(lambda: own_callbacks(config.callbacks), group)
+                called = [*built_in, *own, *callbacks]
+                report = Loop(run, called, interrupted).run_to_end()
         if folder != output:
             report = on_first_rank(functools.partial(replace_run, config, folder, report), group)
         _show(config, lambda: ending(report, config))
         return report
 
 
+def _start(config: TrainConfig, encoder: str, resume: Resume, force: bool) -> dict[str, Any]:
+    """What must be the same on all ranks before they train; of the data, the content is."""
+    options = {name: value for name, value in flatten(config) if name != "data"}
+    command = {"stage": "train", "resume": resume, "force": force, "encoder": encoder}
+    return options | command | code_facts()
+
+
 def _show(config: TrainConfig, text: Callable[[], str]) -> None:
-    """Print a text on rank 0, if the run shows its progress."""
-    if config.show_progress and Communicator(default_group()).rank == 0:
+    """Print a text on rank 0, if the run shows its progress; a notebook has the bar alone."""
+    if config.show_progress and not in_notebook() and Communicator(default_group()).rank == 0:
         print(text(), file=sys.stderr, flush=True)
 
 
-def _own_callbacks(run: Run) -> list[Callback]:
+def _built_in_callbacks(run: Run) -> list[Callback]:
     """The built-in callbacks, on rank 0 only."""
     if not run.is_first:
         return []

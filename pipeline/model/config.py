@@ -1,11 +1,19 @@
 """Precision and evaluation options of a model; imports neither TorchRec nor torchmetrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardrec.modules.option_checks import require_at_least
 
-__all__ = ["DEFAULT_METRIC", "TIES", "MeasureConfig", "Precision", "describe_lists"]
+__all__ = [
+    "DEFAULT_METRIC",
+    "TIES",
+    "MeasureConfig",
+    "Precision",
+    "default_metric",
+    "describe_lists",
+]
 
 # What checkpoints, gates, reports and the demo are judged by, where nothing else is chosen.
 DEFAULT_METRIC = "NDCG@10"
@@ -58,6 +66,14 @@ class MeasureConfig:
         names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
         coverage = [f"Coverage@{k}" for k in self.ks]
         return names + coverage + [f"{name}/known" for name in names]
+
+
+def default_metric(metrics: Mapping[str, float]) -> str:
+    """The metric that models are judged by, or the same kind at the greatest length there is."""
+    kind = DEFAULT_METRIC.partition("@")[0]
+    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
+    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
+    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
 
 
 def describe_lists(filter_seen: bool, min_count: int) -> dict[str, str]:

@@ -14,11 +14,15 @@ import socket
 import time
 from pathlib import Path
 
-__all__ = ["LOCK", "RunLock", "lock_file", "open_lock"]
+__all__ = ["LOCK", "BusyError", "RunLock", "lock_file", "open_lock"]
 
 LOCK = ".lock"
 # Error numbers of a file system without locks; a read-only one returns others.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class BusyError(FileExistsError):
+    """Another process writes there now; the same command may succeed after its end."""
 
 
 class RunLock:
@@ -36,14 +40,14 @@ class RunLock:
         """Take the lock, unless this object holds it already.
 
         Raises:
-            FileExistsError: another process holds it; the message says which.
+            BusyError: another process holds it; the message says which.
             OSError: the folder cannot be written.
         """
         while self._file is None:
             file = open_lock(self.path)
             try:
                 if not lock_file(file, self.path):
-                    raise FileExistsError(
+                    raise BusyError(
                         f"output must be trained by one run at a time, got {self.path.parent}, "
                         f"which is held by {self.holder()}; wait for its end, stop it, or choose "
                         "another name"

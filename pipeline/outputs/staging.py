@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.outputs.lock import lock_file, open_lock
+from shardrec.pipeline.outputs.lock import BusyError, lock_file, open_lock
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
@@ -274,7 +274,7 @@ def _not_writable(folder: Path, reason: str | None) -> str:
 def _locked(folder: Path) -> Iterator[None]:
     with os.fdopen(open_lock(folder / "lock"), "w") as lock:
         if not lock_file(lock.fileno(), folder / "lock"):
-            raise FileExistsError(
+            raise BusyError(
                 f"output must be written by one process at a time, got {str(folder)!r} in use; "
                 "wait for the other one"
             )

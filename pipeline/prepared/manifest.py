@@ -45,14 +45,14 @@ class Manifest:
     """
 
     shardrec_version: str
-    config: dict[str, Any]
-    source: dict[str, Any]
-    columns: dict[str, Any]
-    split: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(repr=False)
+    source: dict[str, Any] = dataclasses.field(repr=False)
+    columns: dict[str, Any] = dataclasses.field(repr=False)
+    split: dict[str, Any] = dataclasses.field(repr=False)
     counts: dict[str, int]
-    quantiles: dict[str, dict[str, int]]
-    load_per_rank: dict[str, list[float]]
-    files: tuple[FileEntry, ...]
+    quantiles: dict[str, dict[str, int]] = dataclasses.field(repr=False)
+    load_per_rank: dict[str, list[float]] = dataclasses.field(repr=False)
+    files: tuple[FileEntry, ...] = dataclasses.field(repr=False)
 
     @property
     def fingerprint(self) -> str:

@@ -186,6 +186,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
         yield f'<path d="M{left:.1f} {place:.1f}H{right:.1f}" stroke="var(--grid)"/>'
         yield _text(left - 5, place, text, 'text-anchor="end" fill="var(--muted)"')
     yield f'<path d="M{left:.1f} {y.ends[0]:.1f}H{right:.1f}" stroke="var(--grid)"/>'
+    yield _text(left - 5, _HEIGHT - 10, "step", 'text-anchor="end" fill="var(--muted)"')
     for place, text in x.ticks(whole=True):
         yield _text(place, _HEIGHT - 10, text, 'text-anchor="middle" fill="var(--muted)"')
 

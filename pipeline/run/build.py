@@ -19,6 +19,7 @@ from shardrec.pipeline.prepared.attribute_rows import PreparedAttributes
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
+from shardrec.pipeline.run.agreement import require_same
 from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
 from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
 from shardrec.pipeline.run.loop import Run
@@ -44,6 +45,7 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
         lock = RunLock(folder)
         held.callback(lock.release)
         prepared = on_this_rank(lambda: Prepared.open(config.data), group)
+        require_same({"fingerprint of the data": prepared.fingerprint}, group)
         is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
         batches = on_this_rank(lambda: _open_batches(config, prepared, group), group)
         _check_validation(config.validation, prepared)

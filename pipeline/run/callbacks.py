@@ -32,6 +32,7 @@ __all__ = [
     "StepReport",
     "TensorBoard",
     "ValidationReport",
+    "in_notebook",
     "progress",
     "step_scalars",
 ]
@@ -268,20 +269,20 @@ class ProgressBar(Callback):
 
 
 class MinuteLines(Callback):
-    """One line per minute, and one per validation: for the logs of a scheduler."""
+    """A line a minute, for each validation and for the last step: for a scheduler's logs."""
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
         self.total, self.stream, self.interval_seconds = total, stream, interval_seconds
         self.last = float("-inf")
+        self.unwritten: StepReport | None = None
 
     @override
     def on_step(self, report: StepReport) -> None:
-        if time.monotonic() - self.last < self.interval_seconds:
-            return
-        self.last = time.monotonic()
-        of_total = f"/{self.total}" if self.total else ""
-        self._write(f"step {report.step}{of_total} epoch {report.epoch:.2f} {_summary(report)}")
+        self.unwritten = report
+        if time.monotonic() - self.last >= self.interval_seconds:
+            self.last = time.monotonic()
+            self._write_step()
 
     @override
     def on_validation(self, report: ValidationReport) -> None:
@@ -289,15 +290,30 @@ class MinuteLines(Callback):
 
     @override
     def on_end(self, report: EndReport) -> None:
+        self._write_step()
         self._write(f"stopped at step {report.step}: {report.reason}")
+
+    def _write_step(self) -> None:
+        if self.unwritten is not None:
+            step, epoch = self.unwritten.step, self.unwritten.epoch
+            of_total = f"/{self.total}" if self.total else ""
+            self._write(f"step {step}{of_total} epoch {epoch:.2f} {_summary(self.unwritten)}")
+            self.unwritten = None
 
     def _write(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
 
 def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
-    """A bar where ``stream`` is a terminal, one line a minute elsewhere."""
-    return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
+    """A bar where ``stream`` is a terminal or a notebook, one line a minute elsewhere."""
+    has_bar = stream.isatty() or in_notebook()
+    return ProgressBar(total, stream) if has_bar else MinuteLines(total, stream)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def step_scalars(report: StepReport) -> dict[str, float]:

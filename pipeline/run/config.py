@@ -24,6 +24,7 @@ __all__ = [
     "LimitConfig",
     "MLflowConfig",
     "OptimizerConfig",
+    "OwnEncoderConfig",
     "ProfileConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -236,6 +237,29 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OwnEncoderConfig:
+    """An encoder of your own; `encoder=package.module:Class` on the command line sets it.
+
+    Attributes:
+        module: a class of torch.nn.Module, as package.module:Class, whose objects turn (B, L, D)
+            item vectors into (B, L, D) states; None: the encoder that encoder.kind names.
+        options: arguments of its constructor, as name=value; options of encoder that have the name
+            of an argument are given to it as well.
+    """
+
+    module: str | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse options without a module."""
+        if self.options and self.module is None:
+            raise ValueError(
+                f"own_encoder.options must come with own_encoder.module, got "
+                f"{','.join(self.options)}; name the class"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything a run depends on.
 
@@ -260,6 +284,8 @@ class TrainConfig:
         show_progress: whether rank 0 prints config, plan and progress.
         mlflow: where the run is logged in addition to its folder.
         profile: the steps that are profiled; `profile/` in the run folder then holds the result.
+        own_encoder: a module of your own in place of the encoder.
+        callbacks: classes or functions that make callbacks of your own, as package.module:Class.
     """
 
     data: str
@@ -280,6 +306,8 @@ class TrainConfig:
     show_progress: bool = True
     mlflow: MLflowConfig = field(default_factory=MLflowConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    own_encoder: OwnEncoderConfig = field(default_factory=OwnEncoderConfig)
+    callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse unknown names, and numbers that no run can use."""

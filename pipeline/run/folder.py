@@ -55,7 +55,10 @@ __all__ = [
 ]
 
 # Options that a resumed run may change: they affect neither weights nor the choice of the best.
-_FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
+_FREE = (
+    *("data", "output", "device", "log_every", "show_progress", "limits.max_minutes"),
+    "callbacks",
+)
 _FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
 
 END = "end.json"
@@ -158,7 +161,8 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
             f"{data['num_items']} items, and data with {prepared.num_items} items and another "
             "fingerprint; give the folder the run was trained on, or train again"
         )
-    if own_encoder and details["encoder"] != OWN_ENCODER:
+    is_built = details["encoder"] == OWN_ENCODER or config.own_encoder.module is not None
+    if own_encoder and not is_built:
         raise ValueError(
             f"encoder must be given for a run that trained {details['encoder']}, got none; "
             "pass a module of the same shapes"

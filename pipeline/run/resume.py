@@ -75,7 +75,7 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
         return None
     end = _read_end(folder / END)
     message = "%s is finished already (%s): nothing to do"
-    logging.getLogger(__name__).warning(message, folder, end.reason)
+    logging.getLogger(__name__).info(message, folder, end.reason)
     return end
 
 

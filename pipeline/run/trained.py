@@ -23,6 +23,7 @@ from shardrec.pipeline.run.build import build_model, open_attributes
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
 from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.run.own_code import own_encoder
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
 __all__ = ["Source", "load_model"]
@@ -114,6 +115,7 @@ def load_model(
     Collectives: on the default group; every rank must call it.
     """
     group = default_group()
+    encoder = on_this_rank(lambda: own_encoder(config) if encoder is None else encoder, group)
     attributes = open_attributes(config, prepared, group)
     model = build_model(config, prepared.num_items, encoder, group, attributes)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)

@@ -114,7 +114,14 @@ def read_encoder(folder: Path, manifest: Mapping[str, Any], *, trust_code: bool)
             f"the manifest of {folder} must list {WEIGHTS} or {PROGRAM}, got neither; {_REMEDY}"
         )
     require_trust(folder / PROGRAM, "a program of PyTorch", trust_code, _REMEDY)
-    return torch.export.load(folder / PROGRAM).module()
+    try:
+        return torch.export.load(folder / PROGRAM).module()
+    except Exception as error:  # of another release it can be anything, deep in torch
+        wrote = manifest.get("versions", {}).get("torch", "an unknown release")
+        raise ValueError(
+            f"{folder / PROGRAM} must be of a torch that this one ({torch.__version__}) can read, "
+            f"got one that {wrote} wrote ({type(error).__name__}: {error}); {_REMEDY} with this one"
+        ) from error
 
 
 def require_trust(path: Path, what: str, trust_code: bool, otherwise: str) -> None:

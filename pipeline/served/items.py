@@ -81,8 +81,10 @@ def _batches(path: Path, width: int) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"{path} must hold items of an export, got {error}; {_REMEDY}") from error
 
 
-def known_ids(histories: Iterable[Sequence[Any]], kind: pa.DataType) -> Iterator[pa.Array]:
-    """The ids of each history as an array of the catalog's type.
+def known_ids(
+    histories: Iterable[Sequence[Any]], kind: pa.DataType, name: str = "history"
+) -> Iterator[pa.Array]:
+    """The ids of each history, or of another list by ``name``, as an array of the catalog's type.
 
     Whole numbers beyond 64 bits are left out: no catalog has them.
 
@@ -96,7 +98,7 @@ def known_ids(histories: Iterable[Sequence[Any]], kind: pa.DataType) -> Iterator
         except TypeError as error:
             what = "whole numbers" if is_number else "texts"
             raise TypeError(
-                f"ids of history {index} must be {what} as in the catalog, got {error}; convert "
+                f"ids of {name} {index} must be {what} as in the catalog, got {error}; convert "
                 "them, or leave the history out"
             ) from None
         near = [one for one in ids if not is_number or _LEAST_ID <= one <= _LARGEST_ID]

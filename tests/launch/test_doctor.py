@@ -179,3 +179,14 @@ def test_the_environment_of_the_tests_is_a_matching_set() -> None:
     assert [finding for finding in diagnose(facts) if finding.level == "wrong"] == []
     assert "gloo" in facts.backends
     assert facts.load_errors == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [(None, "node-7, has no address"), ("127.0.1.1", "node-7, has the address 127.0.1.1")],
+)
+def test_a_name_that_others_cannot_reach_is_noted(address: str | None, words: str) -> None:
+    (finding,) = diagnose(replace(HEALTHY, host=("node-7", address)))
+    assert finding.level == "note"
+    assert words in finding.text and "GLOO_SOCKET_IFNAME" in finding.text
+    assert not diagnose(replace(HEALTHY, host=("node-7", "10.0.0.7")))
