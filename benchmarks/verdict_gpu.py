@@ -34,7 +34,7 @@ COLUMNS = (
 CHECK_S = 150.0  # of the budget, at most
 RESERVED_S = 200.0  # that the checks leave for what comes after them
 MIDDLE, LARGE = Size(16_384, 128, 100_000), Size(131_072, 256, 1_000_000)
-TOY = Size(24, 16, 72, "float32")
+TOY = Size(16, 16, 40, "float32")
 
 
 class Verdict:

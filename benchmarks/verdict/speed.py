@@ -13,7 +13,7 @@ from gpu_limits import Options, Rates, limit_ms
 from losses_gpu import of_other_projects
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from verdict.checks import LOSSES, Batch, run
+from verdict.checks import LOSSES, Batch, options_of, run
 
 from shardrec.kernels.ranks.traffic import Workload
 
@@ -84,9 +84,10 @@ def measure_rates(device: str, size: int = 8192, num_bytes: int = 1 << 31) -> Ra
 def contests(loss: str, size: Size, device: str) -> dict[str, Step]:
     """Ways to take a step: ours; and for the full softmax those of others that are installed."""
     batch = size.make(device)
-    found: dict[str, Step] = {
-        "ours": partial(run, loss, batch, "auto" if device == "cuda" else "triton")
-    }
+    if device == "cuda":
+        found: dict[str, Step] = {"ours": partial(run, loss, batch, "auto")}
+    else:
+        found = {"ours": partial(run, loss, batch, "triton", **options_of(loss, device))}
     if loss != "cce":
         return found
     return found | {name: partial(_step, one, batch) for name, one in of_other_projects().items()}
@@ -114,6 +115,8 @@ def measured(step: Step, device: str, most_s: float) -> dict[str, Any]:
 
 def _times(step: Step, device: str, most_s: float) -> list[float]:
     """Milliseconds of runs after two that warm up, until there are ten or the time is over."""
+    if device != "cuda":
+        return [_time_ms(step, device)]
     times: list[float] = []
     end = time.monotonic() + most_s
     while len(times) < 2 + _MOST_RUNS and (len(times) < 4 or time.monotonic() < end):
