@@ -9,9 +9,10 @@ The phases of a training step:
    ``squared_gradient_norm`` gives its part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
 
-With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
-the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
-micro-batch takes their gradient back to both. ``begin_step`` says which rows leave their own out.
+With attributes (``modules/attributes.py``) look-up and loss see composed rows: sums of table rows
+and attribute vectors. The first ``squared_gradient_norm`` or ``step`` after the last micro-batch
+propagates the gradient of the composed rows to both. ``begin_step`` decides which items are
+composed without their table row.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Catalog:
                 launcher (a default process group of one rank is made if there is none).
             device: device of the rows.
             seed: seed of the initial rows.
-            attributes: of the items; needed unless ``config.attributes`` is "none".
+            attributes: attributes of the items; needed unless ``config.attributes`` is "none".
         """
         _check_shape(num_items, width)
         check_attributes(config, attributes)
@@ -102,15 +103,18 @@ class Catalog:
 
     @property
     def attributes(self) -> nn.Module:
-        """The vectors of attributes, the same on every rank; a module without parameters if none.
+        """The attribute vectors, replicated on every rank; a module without parameters if unused.
 
-        Who owns their optimizer sums their gradients over the ranks, after
+        The owner of their optimizer must sum their gradients over the ranks, after
         ``squared_gradient_norm``.
         """
         return nn.Module() if self._composed is None else self._composed.vectors
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Leaves out the ids that (seed, step, item) drop, until ``step`` or ``zero_grad``.
+        """Drops the table rows of a random share of items until ``step`` or ``zero_grad``.
+
+        ``catalog.id_dropout`` is the share; the choice depends on (seed, step, item), not on the
+        rank. Does nothing without attributes.
 
         Collectives: none.
         """
@@ -119,13 +123,15 @@ class Catalog:
             self._is_fresh = False
 
     def shard_for(self, used_rows: Callable[[RowShard], Tensor | None]) -> RowShard:
-        """``shard``, of which only some rows are up to date if composing the others can be saved.
+        """``shard``, with at least the rows up to date that a loss will read.
+
+        With attributes, this avoids composing the other rows.
 
         Args:
-            used_rows: returns the (n,) int64 rows of the shard that will be read, None for all;
-                called if rows are composed.
+            used_rows: function that returns the (n,) int64 rows of the shard that will be read, or
+                None for all; called only if rows are composed.
 
-        Collectives: none but those of ``used_rows``.
+        Collectives: those of ``used_rows``.
         """
         shard = self._as_shard()
         used = None if self._composed is None else used_rows(shard)
@@ -141,7 +147,7 @@ class Catalog:
         return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
 
     def lookup(self, items: Tensor) -> Tensor:
-        """(M, D) vectors of ``items``, differentiable.
+        """(M, D) float32 vectors of ``items``; differentiable.
 
         Args:
             items: (M,) int64 global item indices; M may be 0 and differ by rank.
@@ -159,7 +165,7 @@ class Catalog:
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """Starts a look-up: sends the ids, and returns a function that returns the (M, D) vectors.
+        """Starts a look-up by sending the ids; returns a function that returns the (M, D) vectors.
 
         Work between the two calls overlaps with the all-to-all of ids. The returned function may be
         called once, reads the table at that time, and raises the errors of ``lookup``.
@@ -214,8 +220,8 @@ class Catalog:
         """() float32 squared L2 norm of this rank's merged gradient; 0 if there is none.
 
         The sum over the ranks of the group is the squared norm of the whole table's gradient. With
-        attributes this is of the ids; the gradient of ``attributes`` is complete on this rank, and
-        no micro-batch may follow.
+        attributes it covers the table rows only; afterwards this rank's part of the gradient of
+        ``attributes`` is complete, and no micro-batch may follow.
 
         Collectives: none.
         """
@@ -230,8 +236,8 @@ class Catalog:
         """Updates the rows in place by the merged gradient, each at most once, and clears it.
 
         Args:
-            scale: factor of the gradient, e.g. that of clipping by the global norm.
-            learning_rate: of this step and all later ones; None keeps the last one.
+            scale: factor of the gradient, e.g. for clipping by the global norm.
+            learning_rate: learning rate of this step and all later ones; None keeps the last one.
 
         Collectives: none.
         """
@@ -249,17 +255,17 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Drops all gradients since the last step, recorded pairs too."""
+        """Drops all gradients since the last step, including recorded pairs."""
         self._table.pairs.clear()
         self._end_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state, as plain tensors that alias the live ones.
 
-        Keys: ``rows`` (R, D), or (R, 0) if there are attributes alone, ``optimizer.<name>`` (R,) or
-        (R, D), and () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps``,
-        ``learning_rate``. The first two, concatenated over consecutive ranks, are the state of a
-        table on fewer ranks.
+        Keys: ``rows`` (R, D), or (R, 0) with attributes alone; ``optimizer.<name>`` (R,) or (R, D);
+        and the () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps`` and
+        ``learning_rate``. Rows and optimizer states, concatenated over consecutive ranks, are the
+        state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -271,7 +277,7 @@ class Catalog:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies this rank's rows and optimizer state from a state that covers them.
 
-        The state may have rows of other ranks too. If it is of a smaller catalog, the rows after
+        The state may also have rows of other ranks. If it is of a smaller catalog, the rows beyond
         its last one stay unchanged.
 
         Raises:
@@ -289,7 +295,7 @@ class Catalog:
         self._is_fresh = False
 
     def describe(self) -> str:
-        """The sharding plan as text: kernel, ranks, rows and bytes."""
+        """The sharding plan as text: compute kernel, ranks, rows and bytes."""
         return self._table.describe(self.config.optimizer, self._row_states())
 
     def _row_states(self) -> dict[str, Tensor]:
