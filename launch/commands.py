@@ -27,6 +27,7 @@ from shardrec.launch.printing import (
     print_lists,
     print_metrics,
     print_protocol,
+    print_split,
     print_tried,
 )
 from shardrec.launch.signals import exit_on_sigterm
@@ -97,6 +98,7 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 
     done = prepare_once(config)
     print_counts(done.manifest.counts)
+    print_split(done.manifest)
     lines = describe_repetition(done.manifest.counts) + describe_loads(done.manifest.load_per_rank)
     print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")

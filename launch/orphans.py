@@ -55,7 +55,8 @@ def _watch(parent: int, launcher: str | None, asked: int, over: threading.Event)
             return
         if launcher is not None and not is_running(launcher):
             launcher = None
-            os.kill(asked, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(asked, signal.SIGTERM)
 
 
 def this_process() -> str:
