@@ -160,9 +160,10 @@ class Peers:
         return Absence(*found)
 
     def gone(self) -> list[str]:
-        """The ranks that died, left, or sent no heartbeat; none if nobody can tell.
+        """The ranks that died, left, or sent no heartbeat; empty if that cannot be determined.
 
-        Nobody can once the launcher is gone that hosts the store; the ranks may train on.
+        It cannot be determined once the launcher, which hosts the store, is gone; the ranks may
+        still be training.
         """
         return [] if self.keeper is None and self._is_cut_off() else self.absent().gone
 

@@ -82,7 +82,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
             died, left or did not join.
-        TimeoutError, ValueError: the workers cannot meet, see ``meet``.
+        TimeoutError, ValueError: the rendezvous failed; see ``meet``.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """

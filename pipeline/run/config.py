@@ -263,8 +263,8 @@ class OwnEncoderConfig:
     Attributes:
         module: a class of torch.nn.Module, as package.module:Class, whose objects turn (B, L, D)
             item vectors into (B, L, D) states; None: the encoder that encoder.kind names.
-        options: arguments of its constructor, as name=value; options of encoder that have the name
-            of an argument are given to it as well.
+        options: arguments of its constructor, as name=value; options of encoder whose name equals
+            that of an argument are passed to it as well.
     """
 
     module: str | None = None
