@@ -6,7 +6,7 @@ if asked.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ __all__ = ["Repetition", "Repetitions", "describe_repetition", "tie_aligned"]
 Array = npt.NDArray[Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Repetition:
     """Numbers of events.
 
@@ -35,6 +35,11 @@ class Repetition:
     tied: int = 0
     repeats: int = 0
     repeats_dropped: int = 0
+
+    def __add__(self, other: "Repetition") -> "Repetition":
+        """The sums of both."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Repetition(*(one + another for one, another in pairs))
 
     def counts(self) -> dict[str, int]:
         """The numbers by their names in the manifest, without the dropped duplicates."""
@@ -108,7 +113,7 @@ class Repetitions:
         return repeat
 
 
-def tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
+def tie_aligned(reader: Iterable[pa.RecordBatch]) -> Iterator[list[Array]]:
     """The columns (user, item, time, event[, weight]) in parts cut where user or time changes."""
     rest: list[Array] = []
     for batch in reader:
