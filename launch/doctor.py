@@ -6,7 +6,9 @@ Imports nothing at the top that a broken environment could lack.
 import ctypes
 import importlib
 import importlib.metadata
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ class Facts:
     torch_sees_gpu: bool
     backends: tuple[str, ...]  # communication backends that torch has
     load_errors: dict[str, str]  # first line, by installed module that fails to import
+    has_java: bool = True
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
@@ -65,14 +68,21 @@ def gather() -> Facts:
     return Facts(
         python=sys.version_info[:2],
         machine=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in (*NEEDED, *FBGEMM_BUILDS.values())},
+        versions={name: _version(name) for name in (*NEEDED, *FBGEMM_BUILDS.values(), "pyspark")},
         driver=driver_release(),
         gpus=count_gpus(),
         torch_cuda=torch_cuda,
         torch_sees_gpu=sees_gpu,
         backends=backends,
         load_errors=load_errors,
+        has_java=find_java() is not None,
     )
+
+
+def find_java() -> str | None:
+    """The Java that Spark would start; None where there is none."""
+    home = os.environ.get("JAVA_HOME")
+    return shutil.which(f"{home}/bin/java" if home else "java")
 
 
 def driver_release() -> str | None:
@@ -122,7 +132,7 @@ def _ask_torch() -> tuple[str | None, bool, tuple[str, ...]]:
 def diagnose(facts: Facts) -> list[Finding]:
     """Every mismatch, each with its remedy; empty when all is well."""
     errors = [*_packages(facts), *_matching_set(facts)]
-    return [*(Finding("wrong", text) for text in errors), *_device(facts)]
+    return [*(Finding("wrong", text) for text in errors), *_device(facts), *_spark(facts)]
 
 
 def _packages(facts: Facts) -> Iterator[str]:
@@ -190,6 +200,15 @@ def _device(facts: Facts) -> Iterator[Finding]:
             "note",
             "fbgemm is the CUDA build and no driver answers: right for a login node; to train "
             "on this machine `make setup DEVICE=cpu`",
+        )
+
+
+def _spark(facts: Facts) -> Iterator[Finding]:
+    if facts.versions.get("pyspark") and not facts.has_java:
+        yield Finding(
+            "note",
+            "pyspark is installed, but there is no Java for prepare --engine spark; install one of "
+            "17 or newer, such as openjdk-17-jre-headless, or set JAVA_HOME",
         )
 
 

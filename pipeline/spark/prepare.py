@@ -1,14 +1,15 @@
 """Prepare a log on Spark: the same folder as by DuckDB, for logs that one machine cannot sort.
 
-The driver plans and counts; events, users and items stay on the executors. What comes back to it is
+The driver plans and counts; events, users and items stay on the executors and in a folder that they
+share, next to the output. What comes back to it is
 one number a partition, the different values of counts, at most 65,536 cells of times, and an entry
 a file. ``prepare_spark`` works inside somebody's own session; ``prepare --engine spark`` makes one.
 """
 
 import contextlib
+import functools
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from shardrec.pipeline.prepared.manifest import Manifest
 from shardrec.pipeline.spark.catalog import histogram, index_items
 from shardrec.pipeline.spark.sort import SparkLog, sort_log
 from shardrec.pipeline.spark.split import split_log
-from shardrec.pipeline.spark.workspace import Workspace, refusals
+from shardrec.pipeline.spark.workspace import Workspace, map_on_executors, refusals
 from shardrec.pipeline.spark.write import write_item_map, write_items, write_sequences
 
 __all__ = ["prepare_in_own_session", "prepare_spark"]
@@ -61,12 +62,7 @@ def prepare_spark(spark: SparkSession, config: PrepareConfig) -> Manifest:
 
 
 def prepare_in_own_session(config: PrepareConfig) -> Preparation:
-    """Prepare a log in a new session on ``config.master``; see ``prepare_once``.
-
-    Raises:
-        ModuleNotFoundError: there is no Java.
-    """
-    _require_java()
+    """Prepare a log in a new session on ``config.master``; see ``prepare_once``."""
     builder = SparkSession.builder.appName("shardrec prepare")
     builder = builder.config("spark.ui.showConsoleProgress", "false")
     if config.master is not None:
@@ -80,17 +76,8 @@ def prepare_in_own_session(config: PrepareConfig) -> Preparation:
 
 
 def _prepare(spark: SparkSession, config: PrepareConfig) -> Preparation:
-    with Workspace(spark) as workspace, _stopped_on_failure(spark), refusals():
-        return prepare_with(_Spark(workspace), config)
-
-
-def _require_java() -> None:
-    home = os.environ.get("JAVA_HOME")
-    if not (shutil.which("java") or (home and os.access(f"{home}/bin/java", os.X_OK))):
-        raise ModuleNotFoundError(
-            "engine=spark needs Java 17 or newer, got none on PATH or in JAVA_HOME; install one, "
-            "such as the package openjdk-17-jre-headless"
-        )
+    with _stopped_on_failure(spark):
+        return prepare_with(_Spark(spark), config)
 
 
 @contextlib.contextmanager
@@ -110,30 +97,31 @@ def _stopped_on_failure(spark: SparkSession) -> Iterator[None]:
 class _Spark:
     """See ``Engine``."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    def __init__(self, spark: SparkSession) -> None:
+        self.spark = spark
 
     def open(self, source: str, columns: EventColumns) -> EventLog:
         """The log, whose files are opened on the executors; see ``EventLog.open``."""
         with refusals():
-            return EventLog.open(source, columns, self.workspace.map)
+            return EventLog.open(source, columns, functools.partial(map_on_executors, self.spark))
 
     def write(self, config: PrepareConfig, source: Source, folders: Folders) -> Content:
         """Write everything but the manifest; see ``Engine``."""
         with refusals():
             folder = folders.output.absolute()
-            _require_shared(self.workspace, folder, config.output)
-            log = sort_log(self.workspace, source, config)
-            split = split_log(self.workspace, log, config, source.log.time_type)
+            _require_shared(self.spark, folder, config.output)
+            workspace = Workspace(self.spark, folders.work.absolute())
+            log = sort_log(workspace, source, config)
+            split = split_log(workspace, log, config, source.log.time_type)
             require_training_users(split.num_train, config)
             has_former = source.former is not None
-            catalog = index_items(self.workspace, split, has_former, config.rebalance)
+            catalog = index_items(workspace, split, has_former, config.rebalance)
             if catalog.uneven:
                 logging.getLogger(__name__).warning(catalog.uneven)
             files = [write_items(folder, catalog)]
             if config.rebalance and has_former:
                 files.append(write_item_map(folder, catalog))
-            written, targets = write_sequences(self.workspace, folder, log, split, catalog, config)
+            written, targets = write_sequences(workspace, folder, log, split, catalog, config)
             lengths = histogram(
                 split.users.filter(F.col("train_end") >= LEAST_TO_TRAIN), "train_end"
             )
@@ -155,10 +143,10 @@ class _Spark:
             )
 
 
-def _require_shared(workspace: Workspace, folder: Path, output: str) -> None:
+def _require_shared(spark: SparkSession, folder: Path, output: str) -> None:
     """Refuse an output that some executor does not see, as far as a job of few tasks shows."""
-    count = 2 * workspace.session.sparkContext.defaultParallelism
-    if not all(workspace.map(_is_writable, [str(folder)] * count)):
+    count = 2 * spark.sparkContext.defaultParallelism
+    if not all(map_on_executors(spark, _is_writable, [str(folder)] * count)):
         raise ValueError(
             f"output must be in a folder that the driver and all executors share, got {output!r}, "
             "which an executor does not see or may not write; mount one on all of them"

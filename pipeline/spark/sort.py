@@ -64,15 +64,11 @@ class SparkLog:
 
     def _count_times(self, low: int, high: int, width: int) -> tuple[int, Array]:
         # Two times may lie 2**64 apart, so their distance is a decimal.
-        distance = F.expr(f"(CAST(time AS DECIMAL(20, 0)) - CAST('{low}' AS DECIMAL(20, 0)))")
-        cell = F.when(F.col("time") < low, F.lit(-1).cast("bigint"))
-        cell = cell.otherwise(F.floor(distance / F.expr(f"CAST('{width}' AS DECIMAL(20, 0))")))
-        found = dict(
-            self.events.filter(F.col("time") <= high)
-            .groupBy(cell.cast("bigint").alias("cell"))
-            .count()
-            .collect()
-        )
+        whole = "CAST({} AS DECIMAL(20, 0))".format
+        cell = F.expr(f"({whole('time')} - {whole(repr(str(low)))}) DIV {whole(width)}")
+        cell = F.when(F.col("time") < low, F.lit(-1)).otherwise(cell).alias("cell")
+        inside = self.events.filter(F.col("time") <= high)
+        found = dict(inside.groupBy(cell).count().collect())
         below, counts = found.pop(-1, 0), np.zeros(TIME_CELLS, np.int64)
         counts[list(found)] = list(found.values())
         return below, counts

@@ -4,14 +4,15 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from pyspark import AccumulatorParam, StorageLevel, TaskContext
+from pyspark import AccumulatorParam, TaskContext
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-__all__ = ["SPARK_TYPES", "Tallies", "Workspace", "refusals"]
+__all__ = ["SPARK_TYPES", "Tallies", "Workspace", "guarded", "map_on_executors", "refusals"]
 
 # Of a session of our own, so that those of the user's session stay as they are.
 _SETTINGS = {
@@ -24,6 +25,7 @@ _SETTINGS = {
 }
 SPARK_TYPES = {"int64": "bigint", "string": "string"}
 _TASKS_PER_CORE = 4
+_PATTERNS = "*?[]{}\\"
 _ROW_BITS = 33  # of monotonically_increasing_id, below the partition
 _MARK = "shardrec refuses: "
 _ERRORS: dict[str, type[Exception]] = {
@@ -38,32 +40,40 @@ Result = TypeVar("Result")
 
 
 class Workspace:
-    """A session within the user's, and the tables that it holds on the executors' disks.
+    """A session within the user's, and the tables that it holds in a folder.
 
     Attributes:
         session: has settings and temporary names of its own, and shares everything else.
+        folder: a temporary one that all executors see.
     """
 
-    def __init__(self, spark: SparkSession) -> None:
-        """Make the session."""
+    def __init__(self, spark: SparkSession, folder: Path) -> None:
+        """Make the session.
+
+        Raises:
+            ValueError: the path of the folder has characters that Spark takes for a pattern.
+        """
+        if set(str(folder)) & set(_PATTERNS):
+            raise ValueError(
+                f"output must be in a folder without any of {' '.join(_PATTERNS)}, got "
+                f"{str(folder.parent)!r}; move it"
+            )
         self.session = spark.newSession()
         for name, value in _SETTINGS.items():
             self.session.conf.set(name, value)
-        self._held: list[DataFrame] = []
-
-    def __enter__(self) -> "Workspace":
-        """The workspace; what it holds is released at the end."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Release everything."""
-        for table in self._held:
-            table.unpersist()
+        self.folder = folder
+        self._num_held = 0
 
     def hold(self, table: DataFrame) -> DataFrame:
-        """The table, computed once and then read from the executors' disks."""
-        self._held.append(table.persist(StorageLevel.DISK_ONLY))
-        return self._held[-1]
+        """The table, computed once and then read from the folder.
+
+        Not ``persist``: plans of tables that build on each other grow without bound, and what lies
+        on an executor goes with it.
+        """
+        path = f"file://{self.folder}/table-{self._num_held}"
+        self._num_held += 1
+        table.write.parquet(path)
+        return self.session.read.schema(table.schema).parquet(path)
 
     def tasks(self, count: int, work: Callable[[int], Batches], schema: str) -> DataFrame:
         """The rows that ``work`` makes on the executors for 0 .. count - 1, a task for each."""
@@ -75,16 +85,6 @@ class Workspace:
 
         numbers = self.session.range(0, count, 1, max(count, 1))
         return numbers.mapInArrow(guarded(run), schema)
-
-    def map(self, function: Callable[[Any], Result], arguments: Iterable[Any]) -> list[Result]:
-        """Like the built-in ``map``, on the executors; arguments and results are few and small."""
-        arguments, context = list(arguments), self.session.sparkContext
-        slices = min(len(arguments), _TASKS_PER_CORE * context.defaultParallelism)
-
-        def run(part: Iterable[Any]) -> Iterator[Result]:
-            return guarded(functools.partial(map, function))(part)
-
-        return context.parallelize(arguments, max(slices, 1)).mapPartitions(run).collect()
 
     def numbered(self, table: DataFrame, name: str, *order: str | Column) -> tuple[DataFrame, int]:
         """The rows with their place 0, 1, 2, ... in an order without ties, and how many they are.
@@ -104,6 +104,16 @@ class Workspace:
         placed = ordered.join(F.broadcast(starts), part == F.col("_part"))
         number = (F.col("_place") + F.col("_shift")).alias(name)
         return placed.select(*table.columns, number), total
+
+
+def map_on_executors(
+    spark: SparkSession, function: Callable[[Any], Result], arguments: Iterable[Any]
+) -> list[Result]:
+    """Like the built-in ``map``, on the executors; arguments and results are few and small."""
+    arguments, context = list(arguments), spark.sparkContext
+    slices = min(len(arguments), _TASKS_PER_CORE * context.defaultParallelism)
+    run = guarded(functools.partial(map, function))
+    return context.parallelize(arguments, max(slices, 1)).mapPartitions(run).collect()
 
 
 class Tallies:
