@@ -186,14 +186,18 @@ def _with_names(
 ) -> Iterator[pa.RecordBatch]:
     """All columns of the rows; those that their file does not have are empty."""
     count = table.num_rows
+    integers, weights = pa.list_(pa.int64()), pa.list_(pa.float32())
     columns = {name: table[name] for name in table.column_names}
     columns |= {"file": pa.array(names, pa.string()), "user": pa.array(users)}
     columns.setdefault("length", pa.array(np.zeros(count, np.int32)))
-    columns.setdefault("targets", pa.array([[]] * count, pa.list_(pa.int64())))
+    columns.setdefault("targets", pa.array([[]] * count, integers))
+    fields = {"file": pa.string(), "user": pa.int64(), "user_id": table["user_id"].type}
+    fields |= {"items": integers, "length": pa.int32(), "targets": integers}
     if sequences.weights is not None:
-        columns.setdefault("weights", pa.array([[]] * count, pa.list_(pa.float32())))
-    order = ["file", "user", "user_id", "items", "length", "targets", "weights"]
-    rows = pa.table({name: columns[name] for name in order if name in columns})
+        columns.setdefault("weights", pa.array([[]] * count, weights))
+        fields["weights"] = weights
+    # Spark takes rows of one schema only, down to what may be null.
+    rows = pa.table({name: columns[name] for name in fields}).cast(pa.schema(fields))
     yield from rows.combine_chunks().to_batches()
 
 
