@@ -73,6 +73,6 @@ def _panel(name: str, points: list[float]) -> tuple[str, str, str]:
         may_be_log=name.endswith("_events"),
         along=along,
     )
-    steps = np.arange(1, len(points) + 1) * (100 / len(points))
+    steps = np.linspace(100 / len(points), 100, len(points), dtype=np.float64)
     line = Line("log", list(_PANELS).index(name) % NUM_HUES, steps, np.array(points, np.float64))
     return title, curve.explanation, draw(curve, [line])

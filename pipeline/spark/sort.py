@@ -94,7 +94,9 @@ def sort_log(workspace: Workspace, source: Source, config: PrepareConfig) -> Spa
     schema = "user bigint, item bigint, place bigint, time bigint"
     schema += ", weight float" if log.columns.has_weights else ""
     reduced = workspace.hold(ordered.mapInArrow(guarded(_reduce(config, found)), schema))
-    count, first, last = reduced.agg(F.count("*"), F.min("time"), F.max("time")).head() or ()
+    row = reduced.agg(F.count("*"), F.min("time"), F.max("time")).head()
+    assert row is not None
+    count, first, last = row
     return SparkLog(
         users=users,
         items=items,

@@ -113,7 +113,8 @@ def map_on_executors(
     arguments, context = list(arguments), spark.sparkContext
     slices = min(len(arguments), _TASKS_PER_CORE * context.defaultParallelism)
     run = guarded(functools.partial(map, function))
-    return context.parallelize(arguments, max(slices, 1)).mapPartitions(run).collect()
+    results = context.parallelize(arguments, max(slices, 1)).mapPartitions(run).collect()
+    return list(results)
 
 
 class Tallies:
