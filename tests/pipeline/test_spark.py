@@ -86,46 +86,25 @@ def require_equal(found: Manifest, other: Manifest) -> None:
 @needs_spark
 @pytest.mark.slow
 def test_both_engines_write_the_same_bytes(spark: SparkSession, tmp_path: Path) -> None:
-    first = write_random_log(tmp_path / "first", 0)
-    folder = tmp_path / "temporal"
+    first = write_random_log(tmp_path / "first", 0, users=60)
+    prepare(PrepareConfig(events=first, output=str(tmp_path / "before"), min_item_events=8))
     found, other = on_both(
         spark,
-        folder,
-        first,
+        tmp_path / "out",
+        write_random_log(tmp_path / "second", 1),
+        items=str(tmp_path / "before" / "items.parquet"),
         event_column="kind",
         event_weights=("view=1", "buy=3"),
         ties="shuffle",
+        min_item_events=20,
         sequences_per_row_group=1,  # 256 sequences a file
     )
     require_equal(found, other)
     assert len([entry for entry in found.files if entry.path.startswith("train/")]) > 1
     assert found.counts["validation_users"] > 10
+    assert found.counts["former_items"] and found.counts["items_dropped"]
     settings = spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch")
     assert settings == "10000"  # those of the user's session stay
-
-
-@needs_spark
-@pytest.mark.slow
-def test_both_engines_keep_former_items_alike(spark: SparkSession, tmp_path: Path) -> None:
-    first = write_random_log(tmp_path / "first", 1, users=40, text=False)
-    second = write_random_log(tmp_path / "second", 2, users=60, text=False)
-    before = PrepareConfig(events=first, output=str(tmp_path / "before"), min_item_events=20)
-    prepare(before)
-    found, other = on_both(
-        spark,
-        tmp_path / "leave_one_out",
-        second,
-        items=str(tmp_path / "before" / "items.parquet"),
-        split="leave_one_out",
-        targets="all",
-        min_item_events=12,
-        min_user_events=9,
-        validation_users=7,
-        drop_repeats=True,
-    )
-    require_equal(found, other)
-    assert found.counts["new_items"] and found.counts["items_dropped"]
-    assert found.counts["validation_users"] == 7
 
 
 @needs_spark

@@ -96,6 +96,24 @@ def test_a_rebalance_is_the_same_on_a_cluster(spark: SparkSession, tmp_path: Pat
     assert any(entry.path == "item_map.parquet" for entry in found.files)
 
 
+def test_former_items_are_kept_alike_on_a_cluster(spark: SparkSession, tmp_path: Path) -> None:
+    first = write_random_log(tmp_path / "first", 1, users=40, text=False)
+    prepare(PrepareConfig(events=first, output=str(tmp_path / "before"), min_item_events=20))
+    found, other = on_both(
+        spark,
+        tmp_path / "leave_one_out",
+        write_random_log(tmp_path / "second", 2, users=60, text=False),
+        items=str(tmp_path / "before" / "items.parquet"),
+        split="leave_one_out",
+        targets="all",
+        min_item_events=12,
+        min_user_events=9,
+        drop_repeats=True,
+    )
+    require_equal(found, other)
+    assert found.counts["new_items"] and found.counts["items_dropped"]
+
+
 @pytest.mark.parametrize("log", LOGS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_given_logs_are_the_same_on_a_cluster(
