@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MORE = {"torchrec", "fbgemm_gpu", "pyarrow", "duckdb", "rich", "torchx", "torchmetrics"}
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_leaves_its_lines(tmp_path: Path) -> None:
     """As a command of its own, so that the interpreter is on, and nothing but torch is needed."""
     code = "import sys, verdict_gpu; done = verdict_gpu.main(); print(*sys.modules); sys.exit(done)"
