@@ -33,6 +33,7 @@ from shardrec.launch.printing import (
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import STAGES, imported
 from shardrec.launch.train_options import read_train
+from shardrec.launch.tune_options import describe_study, read_tune
 
 if TYPE_CHECKING:
     from shardrec.pipeline.baseline import BaselineConfig
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
     from shardrec.pipeline.similar import SimilarConfig
+    from shardrec.pipeline.tuning.study import TuneConfig
 
 __all__ = ["read", "read_train", "run"]
 
@@ -60,7 +62,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
     """The options of a stage, and the config made from them; exits or raises if one is wrong."""
-    special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
+    special: dict[str, Callable[[Sequence[str]], tuple[Namespace, Any]]] = {
+        **{"synth": read_synth, "train": read_train, "evaluate": read_evaluate},
+        "tune": read_tune,
+    }
     return (
         special[name](arguments)
         if name in special
@@ -108,18 +113,33 @@ def train(options: Namespace, config: "TrainConfig") -> int:
     from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
-    resume, force = options.resume, options.force
-    check_restarts(resume, os.environ)
+    check_restarts(options.resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found:
         with stop_on_signals(grace_s, found.peers) as interrupted:
-            end = run_train(config, resume=resume, force=force, interrupted=interrupted)
+            job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
+            end = run_train(config, resume=options.resume, force=options.force, **job)
         if end.best_metrics:
             beside = evaluate_baselines(config.data, config.validation.measure, "validation")
             if Communicator(found.group).rank == 0:
                 print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric
                 print_beside(end.best_metrics, beside, label, metric)
+    return 0
+
+
+def tune(options: Namespace, config: "TuneConfig") -> int:
+    """Search options of training, alone or as one of the launcher's workers."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.signals import GRACE_S, stop_on_signals
+    from shardrec.launch.workers import workers
+    from shardrec.pipeline.tune import tune as run_tune
+
+    with workers(options.timeout) as found:
+        with stop_on_signals(GRACE_S, found.peers) as interrupted:
+            study = run_tune(config, options.base, options.search, interrupted=interrupted)
+        if Communicator(found.group).rank == 0:
+            print(describe_study(study, options))
     return 0
 
 
@@ -264,7 +284,7 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
     **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
     **{"memorize": memorize, "evaluate": evaluate, "recommend": recommend},
-    **{"similar": similar, "export": export},
+    **{"similar": similar, "export": export, "tune": tune},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 

@@ -14,7 +14,7 @@ from shardrec.launch import commands
 from shardrec.launch.options import add_options, parser_for, read_options, require_set_once
 from shardrec.launch.stages import STAGES
 from shardrec.launch.train_options import dotted_names
-from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.near_names import unknown_name
 
 if TYPE_CHECKING:
     from shardrec.launch.runner import Job
@@ -55,7 +55,7 @@ def describe(arguments: Sequence[str]) -> int:
 
 
 def options(arguments: Sequence[str]) -> int:
-    """Print what the options of training mean, all of them or those of some parts."""
+    """Print the meaning of the options of training, of all or of some parts."""
     from shardrec.launch.described import as_text, chosen, groups
     from shardrec.pipeline.config import override
     from shardrec.pipeline.recipes import recipe_named

@@ -9,10 +9,11 @@ The phases of a training step:
    ``squared_gradient_norm`` gives its part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
 
-With attributes (``modules/attributes.py``) look-up and loss see composed rows: sums of table rows
-and attribute vectors. The first ``squared_gradient_norm`` or ``step`` after the last micro-batch
-propagates the gradient of the composed rows to both. ``begin_step`` decides which items are
-composed without their table row.
+With replicas of the table (``modules/replicas.py``) phase 3 ends with the sum over them.
+
+With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
+the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
+micro-batch takes their gradient back to both. ``begin_step`` says which rows leave their own out.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.attributes import ComposedRows, ItemAttributes, check_attributes
-from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig, check_shape
 from shardrec.modules.initial_rows import fill_initial_rows
-from shardrec.modules.row_updates import build_update, empty_gradient, sparse_gradient
-from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
+from shardrec.modules.replicas import Replicas
+from shardrec.modules.row_updates import build_update, empty_gradient, merged_pairs
+from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable, group_of_one
 
 __all__ = ["Catalog"]
 
@@ -37,8 +39,8 @@ class Catalog:
     """A (V, D) table of item vectors; this rank holds rows [first_row, first_row + R).
 
     Every rank of ``group`` must make the same calls of ``lookup`` and run backward through each
-    result (a rank without items looks up an empty tensor). ``step`` and ``merge_gradients`` have no
-    collectives. Gradients are summed over ranks and not averaged, as the losses expect.
+    result (a rank without items looks up an empty tensor). ``merge_gradients`` has no collectives,
+    and ``step`` none without replicas. Gradients are summed and not averaged, as losses expect.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Catalog:
         device: torch.device,
         seed: int,
         attributes: ItemAttributes | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """Creates this rank's rows; initial values depend on (seed, item), not on the rank.
 
@@ -62,17 +65,19 @@ class Catalog:
                 launcher (a default process group of one rank is made if there is none).
             device: device of the rows.
             seed: seed of the initial rows.
-            attributes: attributes of the items; needed unless ``config.attributes`` is "none".
+            attributes: of the items; needed unless ``config.attributes`` is "none".
+            replicas: copies of the table on other ranks; None for one copy.
         """
-        _check_shape(num_items, width)
+        check_shape(num_items, width)
         check_attributes(config, attributes)
         self.config = config
         self.device = device
         self.num_items = num_items
         self.width = width
+        self.replicas = replicas
         self.num_steps = 0
         self.learning_rate = config.learning_rate
-        self._group = _single_process_group(device) if group is None else group
+        self._group = group_of_one(device) if group is None else group
         optimizer = "sgd" if config.attributes == "only" else config.optimizer
         fused = optimizer if optimizer in FUSED_OPTIMIZERS else "sgd"
         self._table = ShardedTable(
@@ -81,7 +86,7 @@ class Catalog:
         fill_initial_rows(self._table.rows, self._table.first_row, seed, config.init_std)
         self._update = build_update(optimizer, config, self._table)
         self._composed = ComposedRows.of(config, self._table, attributes, seed)
-        self._is_fresh = self._is_pulled_back = False
+        self._is_fresh = self._is_complete = False
         rows = self._table.rows if self._composed is None else self._composed.rows
         self._rows = rows.requires_grad_()
 
@@ -89,6 +94,11 @@ class Catalog:
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share the table; None for one process."""
         return None if dist.get_world_size(self._group) == 1 else self._group
+
+    @property
+    def all_ranks(self) -> dist.ProcessGroup | None:
+        """The ranks of all replicas; None for one process."""
+        return self.group if self.replicas is None else self.replicas.all_ranks
 
     @property
     def shard(self) -> RowShard:
@@ -219,15 +229,15 @@ class Catalog:
     def squared_gradient_norm(self) -> Tensor:
         """() float32 squared L2 norm of this rank's merged gradient; 0 if there is none.
 
-        The sum over the ranks of the group is the squared norm of the whole table's gradient. With
-        attributes it covers the table rows only; afterwards this rank's part of the gradient of
-        ``attributes`` is complete, and no micro-batch may follow.
+        The sum over all ranks is the squared norm of the whole table's gradient: replicas but the
+        first return 0. With attributes this is of the ids, and the gradient of ``attributes`` is
+        complete on this rank. With attributes or replicas no micro-batch may follow.
 
-        Collectives: none.
+        Collectives: those of ``Replicas.sum_gradients``, once a step.
         """
-        self._pull_back()
+        self._complete_gradient()
         gradient = self._rows.grad
-        if gradient is None:
+        if gradient is None or (self.replicas is not None and self.replicas.index):
             return torch.zeros((), device=self.device)
         values = gradient.values() if gradient.is_sparse else gradient
         return torch.linalg.vector_norm(values).square()
@@ -239,9 +249,9 @@ class Catalog:
             scale: factor of the gradient, e.g. for clipping by the global norm.
             learning_rate: learning rate of this step and all later ones; None keeps the last one.
 
-        Collectives: none.
+        Collectives: as ``squared_gradient_norm``, unless that was called in this step.
         """
-        self._pull_back()
+        self._complete_gradient()
         if learning_rate is not None:
             self.learning_rate = learning_rate
         gradient = self._rows.grad
@@ -274,6 +284,24 @@ class Catalog:
             "learning_rate": torch.tensor(self.learning_rate, dtype=torch.float64),
         }
 
+    def stored_state(self) -> dict[str, Tensor]:
+        """This rank's part of ``state_dict``: the replicas of a shard save some of its rows each.
+
+        The parts of all ranks are the state of the whole table.
+
+        Raises:
+            RuntimeError: the replicas differ.
+
+        Collectives: those of ``Replicas.require_equal``.
+        """
+        state = self.state_dict()
+        if self.replicas is None:
+            return state
+        self.replicas.require_equal(value for value in state.values() if value.ndim)
+        own = self.replicas.part(self._rows.shape[0])
+        parts = {name: value[own] if value.ndim else value for name, value in state.items()}
+        return parts | {"first_row": state["first_row"] + own.start}
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies this rank's rows and optimizer state from a state that covers them.
 
@@ -295,8 +323,9 @@ class Catalog:
         self._is_fresh = False
 
     def describe(self) -> str:
-        """The sharding plan as text: compute kernel, ranks, rows and bytes."""
-        return self._table.describe(self.config.optimizer, self._row_states())
+        """The sharding plan as text: kernel, ranks, rows and bytes."""
+        text = self._table.describe(self.config.optimizer, self._row_states())
+        return text if self.replicas is None else f"{self.replicas.count} replicas of this\n{text}"
 
     def _row_states(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": value for name, value in self._update.states().items()}
@@ -311,16 +340,21 @@ class Catalog:
             group=self.group,
         )
 
-    def _pull_back(self) -> None:
-        """Merges the gradient, and with attributes takes it back to the ids, once a step."""
+    def _complete_gradient(self) -> None:
+        """Merges the gradient; once a step takes it back to the ids and sums it over replicas."""
         self.merge_gradients()
-        if self._composed is not None and not self._is_pulled_back:
+        if self._is_complete:
+            return
+        if self._composed is not None:
             self._rows.grad = self._composed.pull_back(self._rows.grad)
-            self._is_pulled_back = True
+            self._is_complete = True
+        if self.replicas is not None:
+            self._rows.grad = self.replicas.sum_gradients(self._rows.grad, self._rows)
+            self._is_complete = True
 
     def _end_step(self) -> None:
         self._rows.grad = None
-        self._is_fresh = self._is_pulled_back = False
+        self._is_fresh = self._is_complete = False
         if self._composed is not None:
             self._composed.keep_ids()
 
@@ -330,13 +364,7 @@ class Catalog:
         if gradient is not None:
             # The public accessors raise an error for a tensor that is not coalesced.
             pairs.append((gradient._indices()[0], gradient._values()))
-        rows, positions = torch.cat([rows for rows, _ in pairs]).unique(return_inverse=True)
-        values = self._rows.new_zeros((rows.numel(), self.width), requires_grad=False)
-        start = 0
-        for part, gradients in pairs:
-            values.index_add_(0, positions[start : start + part.numel()], gradients)
-            start += part.numel()
-        return sparse_gradient(rows, values, self._rows.shape[0])
+        return merged_pairs(pairs, self._rows)
 
     def _describe_outside(self, local: Tensor) -> str:
         found = f"{local[0].item()} on this rank" if local.numel() else "an item on another rank"
@@ -365,28 +393,3 @@ class Catalog:
                 f"state must cover rows [{first}, {stop}) of {self.num_items}, got "
                 f"[{start}, {start + state['rows'].shape[0]}) of {num_old}; join the saved shards"
             )
-
-
-def _check_shape(num_items: int, width: int) -> None:
-    if num_items < 1:
-        raise ValueError(f"num_items must be at least 1, got {num_items}; is the item list empty?")
-    if width < 4 or width % 4:
-        raise ValueError(
-            f"width must be a positive multiple of 4, got {width}; use {-(-max(width, 1) // 4) * 4}"
-        )
-
-
-def _single_process_group(device: torch.device) -> dist.ProcessGroup:
-    """The default process group of one rank, created without a launcher if there is none."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    if dist.get_world_size() != 1:
-        raise ValueError(
-            f"group must be given where there are several ranks, got None among "
-            f"{dist.get_world_size()}; pass torch.distributed.group.WORLD or a subgroup"
-        )
-    group = dist.group.WORLD
-    assert group is not None
-    return group

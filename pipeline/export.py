@@ -196,9 +196,12 @@ class _Work:
         }
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
-        """Write this rank's rows."""
+        """Write this rank's rows, of the first replica."""
+        catalog = self.model.catalog
+        if catalog.replicas is not None and catalog.replicas.index:
+            return []
         (folder / "items").mkdir(exist_ok=True)
-        shard, name = self.model.catalog.shard, self._part(Communicator(self.model.group).rank)
+        shard, name = catalog.shard, self._part(Communicator(catalog.group).rank)
         with pq.ParquetWriter(folder / name, self._schema()) as writer:
             for start in range(0, shard.rows.shape[0], self.config.block_rows):
                 rows = shard.rows.detach()[start : start + self.config.block_rows].cpu()
@@ -209,7 +212,7 @@ class _Work:
         """Write the items that came after training, after those of the catalog; on rank 0."""
         if self.new is None:
             return []
-        name, first = self._part(Communicator(self.model.group).size), len(self.ids)
+        name, first = self._part(Communicator(self.model.catalog.group).size), len(self.ids)
         ids, rows = self.new.vectors(self.ids.ids, self.model.catalog.attributes)
         self.ids = ItemIds(pa.concat_arrays([self.ids.ids, ids.cast(self.ids.ids.type)]))
         self.counts = torch.cat([self.counts, self.counts.new_zeros(len(ids))])
@@ -218,7 +221,7 @@ class _Work:
         return [describe_parquet(folder, name)]
 
     def _part(self, index: int) -> str:
-        total = Communicator(self.model.group).size + (self.new is not None)
+        total = Communicator(self.model.catalog.group).size + (self.new is not None)
         return f"items/part-{index:05d}-of-{total:05d}.parquet"
 
     def _schema(self) -> pa.Schema:

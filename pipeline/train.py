@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ def train(
     resume: Resume = "no",
     force: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
+    node_size: int | None = None,
 ) -> EndReport:
     """Train until a limit or the patience is reached; keeps the last and the best weights.
 
@@ -69,6 +71,7 @@ def train(
             one is replaced.
         interrupted: called at every step; if it returns True on one rank, all ranks write a
             checkpoint after that step and stop.
+        node_size: ranks of this node, for the default of ``parallel.shards``; None: unknown.
 
     Returns:
         How the run ended, the same on every rank.
@@ -77,7 +80,8 @@ def train(
         FileExistsError: the output folder holds something that must not be continued, or another
             process is writing it.
         FileNotFoundError: there is no run to resume.
-        FloatingPointError: loss or gradients were not finite in many steps in a row.
+        FloatingPointError: loss or gradients were not finite in many steps in a row, or the scores
+            of a validation were not numbers.
         OSError: the last checkpoint could not be written; those before it are complete.
         Preempted: the run was interrupted after a checkpoint; resume it to continue.
         ValueError: the config does not fit the data or the run to resume, or a rank was started
@@ -102,12 +106,15 @@ def train(
             _show(config, lambda: done)
         else:
             tracking = on_this_rank(lambda: _tracking(placed), group)
-            run = build(placed, encoder=encoder, resume=resume)
+            run = build(placed, encoder=encoder, resume=resume, node_size=node_size)
+            config = dataclasses.replace(config, parallel=run.config.parallel)
             with run.held:
-                catalog = run.stepper.model.catalog
+                plan = [run.stepper.model.catalog.describe(), run.layout.advice]
                 _show(
                     run.config,
-                    lambda: opening(run.config, catalog.describe(), run.batches.target_share()),
+                    lambda: opening(
+                        run.config, "\n".join(filter(None, plan)), run.batches.target_share()
+                    ),
                 )
                 built_in = [*_built_in_callbacks(run), *_profiling(placed), *tracking]
                 own = on_this_rank(lambda: own_callbacks(config.callbacks), group)

@@ -62,7 +62,8 @@ class StateRanker:
         max_length: number of a user's most recent items that the scorer reads.
         blocks: block sizes of the ranking.
         memory: adds scores to successors of recent items; None adds nothing.
-        skipped: (V,) bool, items that the memory ignores in a history; None ignores none.
+        skipped: (V,) bool, items of a history that the memory passes over; None: none of them.
+        all_ranks: those of all replicas of the table; None: those that share it.
     """
 
     scorer: Scorer
@@ -71,16 +72,24 @@ class StateRanker:
     blocks: Blocks
     memory: Memory | None = None
     skipped: Tensor | None = None
+    all_ranks: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, model: Model, max_length: int, blocks: Blocks) -> "StateRanker":
         """The ranker of a model that reads ``max_length`` items."""
-        return cls(model.last_states, model.scored_shard(), max_length, blocks, model.memory)
+        return cls(
+            model.last_states,
+            model.scored_shard(),
+            max_length,
+            blocks,
+            model.memory,
+            all_ranks=model.group,
+        )
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the table."""
-        return self.shard.group
+        """The ranks that share the users."""
+        return self.shard.group if self.all_ranks is None else self.all_ranks
 
     @property
     def device(self) -> torch.device:

@@ -71,7 +71,8 @@ class TrainingBatches:
     ``for batch in batches`` runs from the current step to the end of the epoch; the next such loop
     runs through the next epoch. Over all ranks, every real position occurs exactly once per epoch.
     All ranks take the same number of steps; in the last, short batch of an epoch some may have no
-    sequences.
+    sequences. With R replicas, replica r has batches r, r + R, … of an epoch, and no sequences in
+    the others.
 
     Collectives: none.
 
@@ -89,6 +90,8 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        replica: int = 0,
+        num_replicas: int = 1,
     ) -> None:
         """Read the training files' footers, and for windows="all" the lengths of all sequences.
 
@@ -96,9 +99,11 @@ class TrainingBatches:
             prepared: an open prepared folder.
             config: batch size and windows; the same on every rank.
             max_length: largest number of positions in a window.
-            rank: rank of this process.
-            world_size: W.
+            rank: rank of this process in its replica.
+            world_size: ranks of a replica, which share its batches.
             seed: seed of the order; the same on every rank.
+            replica: index of this rank's replica.
+            num_replicas: R.
 
         Raises:
             FileNotFoundError: a training file is missing.
@@ -106,7 +111,9 @@ class TrainingBatches:
         """
         require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
+        _check_rank(replica, num_replicas)
         self.prepared, self.config = prepared, config
+        self.replica, self.num_replicas = replica, num_replicas
         self.max_length, self.rank, self.world_size, self.seed = max_length, rank, world_size, seed
         self.epoch = self.step = 0
         self._columns = ["items", "weights"] if prepared.has_weights else ["items"]
@@ -197,8 +204,9 @@ class TrainingBatches:
         chosen, counts = order.assign(window, slots, random_keys)
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
+            own = (window.first_step + index) % self.num_replicas == self.replica
             self.step = window.first_step + index + 1
-            yield samples.batch(parts[index])
+            yield samples.batch(parts[index] if own else parts[index][:0])
 
     def _read(
         self, order: EpochOrder, pieces: list[Piece]

@@ -59,7 +59,7 @@ _FREE = (
     *("data", "output", "device", "log_every", "show_progress", "limits.max_minutes"),
     "callbacks",
 )
-_FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
+_FREE_PARTS = ("checkpoints.", "mlflow.", "parallel.", "profile.")
 
 END = "end.json"
 MEMORY = "memory"

@@ -45,7 +45,10 @@ def require_reasonable(
     machine = Machine(ranks=num_ranks, device=device.type, libraries_gb=0.0)
     real = _as_the_data_allows(config, prepared)
     found = plan(real, num_items, machine)
-    _require_room(found.peak_bytes, room, found.dominant, "batches.batch_size")
+    lower = "batches.batch_size"
+    if config.parallel.shards:
+        lower += ", the number of replicas (parallel.shards=0)"
+    _require_room(found.peak_bytes, room, found.dominant, lower)
     exact = plan(dataclasses.replace(real, loss=CCE()), num_items, machine).flops["loss"]
     own = found.flops["loss"]
     if own > _SMALL_FLOPS and own > _MOST_TIMES_EXACT * exact:

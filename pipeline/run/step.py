@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
+from shardrec.pipeline.ranks import on_all_ranks
 from shardrec.pipeline.run.config import OptimizerConfig
 
 __all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
@@ -105,7 +107,14 @@ class Stepper:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,
         )
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the optimizer, which another kind of device may have written."""
+        fused = self.optimizer.defaults["fused"]
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def take(
         self,
@@ -117,12 +126,12 @@ class Stepper:
         """Take one optimizer step; if loss or gradient are not finite, no weights change.
 
         Args:
-            batches: micro-batches: this rank's part of each global batch, equally many on every
-                rank.
+            batches: this rank's parts of as many global batches on every rank; of R replicas,
+                replica r has sequences in batches r, r + R, … alone.
             step: number of the step, counted from 1; seeds the random draws.
-            flags: control flags of this rank.
-            following: the first batch of the next call, on every rank or on none; its ids are sent
-                during the backward pass of this step.
+            flags: of this rank.
+            following: this replica's first batch of the next call, on all of its ranks or none;
+                its ids are sent during the backward pass of this step.
 
         Returns:
             The same outcome on every rank.
@@ -134,7 +143,7 @@ class Stepper:
         torch.manual_seed(self._dropout_seed(step))
         self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
-        losses, statistics = self._backward(batches, step, totals, following)
+        losses, statistics = self._over_replicas(*self._backward(batches, step, totals, following))
         with part("gradients over ranks"):
             norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
@@ -206,8 +215,10 @@ class Stepper:
         if not sum(totals.weights) <= LARGEST_WEIGHT:
             return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
-        coming = [*batches[1:], following]
-        for index, (batch, after) in enumerate(zip(batches, coming, strict=True)):
+        own = self._own_batches(batches)
+        coming = [*(batches[index] for index in own[1:]), following]
+        for index, after in zip(own, coming, strict=False):
+            batch = batches[index]
             if not totals.positions[index]:
                 continue
             share = totals.weights[index] / (sum(totals.weights) or 1.0)
@@ -227,7 +238,8 @@ class Stepper:
             with part("loss"):
                 asked = functools.partial(self._used_rows, seen, targets, weights, draw)
                 shard = self.model.catalog.shard_for(asked)
-                output = self.loss(seen, shard, targets, weights=weights, step=draw)
+                with self.model.autocast():
+                    output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -240,6 +252,28 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
+    def _own_batches(self, batches: Sequence[Batch]) -> range:
+        """The indices of the micro-batches of this replica."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return range(len(batches))
+        own = range(replicas.index, len(batches), replicas.count)
+        others = [batch for index, batch in enumerate(batches) if index not in own]
+        assert not any(len(batch.lengths) for batch in others), "each batch is of one replica"
+        return own
+
+    def _over_replicas(
+        self, mean: float, statistics: dict[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """The sums of loss and statistics over the replicas, in their order."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return mean, statistics
+        found = on_all_ranks(lambda: (mean, statistics), replicas.group)
+        names = dict.fromkeys(name for _, told in found for name in told)
+        sums = {name: sum(told.get(name, 0.0) for _, told in found) for name in names}
+        return sum(one for one, _ in found), sums
+
     def _used_rows(
         self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard
     ) -> Tensor | None:
@@ -248,7 +282,8 @@ class Stepper:
 
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
-        return there, self.model.begin_lookup(there.items, there.lengths)
+        ids = there.items.reshape(-1)[there.real_positions()]
+        return there, self.model.catalog.begin_lookup(ids)
 
     def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, with its look-up in flight; started before, or else now."""
@@ -275,9 +310,8 @@ class Stepper:
         catalog, limit = self.model.catalog, self.config.clip_norm
         if finite:
             scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
+            if self.parameters:
+                torch._foreach_mul_([_gradient(one) for one in self.parameters], scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * factor
             self.optimizer.step()

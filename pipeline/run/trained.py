@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
@@ -19,10 +20,12 @@ from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.build import build_model, open_attributes
+from shardrec.pipeline.run.build import build_model, open_attributes, pick_device
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
+from shardrec.pipeline.run.layout import layout_for_ranking
 from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.run.mesh import open_layout
 from shardrec.pipeline.run.own_code import own_encoder
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
@@ -122,7 +125,10 @@ def load_model(
     group = default_group()
     encoder = on_this_rank(lambda: own_encoder(config) if encoder is None else encoder, group)
     attributes = open_attributes(config, prepared, group)
-    model = build_model(config, prepared.num_items, encoder, group, attributes)
+    layout = layout_for_ranking(config.parallel.shards, Communicator(group).size)
+    device = on_this_rank(lambda: pick_device(config.device), group)
+    sharing, replicas = open_layout(layout, device)
+    model = build_model(config, prepared.num_items, encoder, sharing, attributes, replicas)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
     try:
         model.encoder.load_state_dict(state.encoder)

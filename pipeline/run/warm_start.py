@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
@@ -71,7 +70,7 @@ def start_from(
     origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
     former = on_this_rank(lambda: _former_rows(origin, prepared, catalog.row_range), group)
     carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
-    Communicator(group).sum_(carried)
+    Communicator(catalog.group).sum_(carried)
     if not carried:
         raise ValueError(
             f"init_from.run must know some of the items, got {config.init_from.run} of "
@@ -83,7 +82,7 @@ def start_from(
     attributes = on_this_rank(lambda: _carried_attributes(config, prepared, first), group)
     on_this_rank(lambda: _copy_rows(stored, former, catalog, keep), group)
     if config.init_from.new_rows == "mean":
-        _fill_new_rows(catalog, former, int(carried), group)
+        _fill_new_rows(catalog, former, int(carried))
     _load_replicated(first, stepper, attributes, keep)
     if keep:
         catalog.num_steps = int(first.table["num_steps"])
@@ -278,18 +277,17 @@ def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep:
 
 
 @torch.no_grad()
-def _fill_new_rows(
-    catalog: Catalog, former: Tensor, num_carried: int, group: dist.ProcessGroup | None
-) -> None:
-    """Give new items the mean of all rows that were carried over."""
+def _fill_new_rows(catalog: Catalog, former: Tensor, num_carried: int) -> None:
+    """Give new items the mean of all rows that were carried over, the same bits everywhere."""
     rows = catalog.state_dict()["rows"]
     is_new = (former < 0).to(rows.device)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[0], BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         total += rows[part][~is_new[part]].sum(0, dtype=torch.float64)
-    Communicator(group).sum_(total)
-    rows[is_new] = (total / num_carried).to(rows)
+    Communicator(catalog.all_ranks).sum_(total)
+    num_copies = 1 if catalog.replicas is None else catalog.replicas.count
+    rows[is_new] = (total / (num_carried * num_copies)).to(rows)
 
 
 def _load_replicated(
