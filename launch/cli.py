@@ -1,10 +1,10 @@
 """The ``shardrec`` command: runs a subcommand, formats its errors, chooses the exit code.
 
-Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
-2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
-earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process writes
-the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by SIGTERM in a
-stage without checkpoints. Only exit code 0 leaves an output that looks complete.
+Exit codes: 0 the output is complete, or already was; 1 the command failed, and the last line says
+why; 2 the input or an option is wrong, explained in one line; 3 publishing is blocked by a failed
+gate or an earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process
+is writing the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by
+SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks complete.
 
 Errors meant for the user become one line: those raised by a ``raise`` statement of this package,
 and those of the operating system. Every other error is a bug and keeps its traceback.
@@ -87,7 +87,7 @@ def usage() -> str:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run a subcommand and return its exit code; an error for the user is one line on stderr."""
+    """Run a subcommand and return its exit code; print errors meant for the user in one line."""
     try:
         module = "commands" if name in STAGES else "tools"
         return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))
@@ -124,7 +124,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` in one line, without keys in addresses."""
+    """The message of ``error`` in one line, without the access keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
@@ -148,9 +148,9 @@ def explain(error: OSError) -> str:
     """The message for an operating-system error: the rule, what was found, and what to do.
 
     Args:
-        error: as raised by Python or pyarrow. Where it names a file, that file is looked at to tell
-            an input that cannot be read from an output that cannot be written. A message that is
-            in this form already is returned without its error number.
+        error: error raised by Python or pyarrow. If it names a file, the file is examined to
+            distinguish an input that cannot be read from an output that cannot be written. A
+            message that already has this form is returned without its error number.
     """
     said, number, path = str(error.strerror or error), error.errno or 0, _path_of(error)
     if " must " in said:

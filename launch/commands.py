@@ -1,6 +1,6 @@
-"""The stages as commands: each parses its arguments, calls its pipeline function, and prints.
+"""The stages as commands: parse the arguments, call the pipeline function, print the result.
 
-The modules of a stage are imported when it runs, so that ``prepare`` does not load torch, and
+The modules of a stage are imported only when it runs, so that ``prepare`` does not load torch, and
 ``--help`` loads only the config. Commands that are not stages are in ``tools.py``.
 """
 
@@ -58,7 +58,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
-    """The options of a stage and the config made from them; exits or raises if one is wrong."""
+    """The options of a stage, and the config made from them; exits or raises if one is wrong."""
     special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
     return (
         special[name](arguments)
@@ -132,7 +132,7 @@ def baseline(_: Namespace, config: "BaselineConfig") -> int:
 
 
 def memorize(options: Namespace, config: "MemorizeConfig") -> int:
-    """Count what followed each item, and choose how much that weighs in ranking."""
+    """Count what followed each item, and choose the weight of these counts in ranking."""
     from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import joined
     from shardrec.pipeline.memorize import memorize as run_memorize
@@ -191,7 +191,7 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
 
 
 def similar(options: Namespace, config: "SimilarConfig") -> int:
-    """Write the nearest items of items."""
+    """Write the nearest items of each item."""
     from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.workers import joined
     from shardrec.pipeline.similar import similar as run_similar

@@ -4,9 +4,9 @@ By path, ``torchx run -s local_cwd launch/components.py:train -j 1x2 -- --prepar
 from an installed wheel, ``shardrec launch train -j 1x2 -- --prepared data --run run``.
 The stage's own arguments follow ``--``; ``shardrec train --help`` lists them.
 
-TorchX looks for the ``def`` of a component in the syntax tree of this file; its options are those
-of the signature, and their help is in the docstring. Both are the same for all stages of one kind,
-so ``_component`` makes them, and a ``def`` holds only what its stage adds to the job.
+TorchX looks for the ``def`` of a component in the syntax tree of this file, takes its options from
+the signature and their help from the docstring. Both are the same for all stages of one kind, so
+``_component`` generates them, and a ``def`` holds only what its stage adds to the job.
 """
 # TorchX reads signatures from the syntax tree and knows `Optional[Dict]`, not `dict | None`.
 # ruff: noqa: UP006, UP035, UP045
@@ -175,7 +175,7 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
 
     With `--resume=auto` after the `--`, restarted workers resume from the last complete
-    checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
+    checkpoint, on the same nodes (max_restarts) or in a new job (max_retries).
     """
     words = shlex.split(app.roles[0].args[-1])
     again = {"max_restarts": max_restarts, "max_retries": app.roles[0].max_retries}
@@ -196,7 +196,7 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
 
 @_component
 def memorize(app: AppDef) -> AppDef:
-    """Puts a memory of item pairs beside a trained run, on any number of workers."""
+    """Adds a memory of item pairs to a trained run, on any number of workers."""
     return app
 
 
@@ -217,7 +217,7 @@ def recommend(app: AppDef) -> AppDef:
 
 @_component
 def similar(app: AppDef) -> AppDef:
-    """Writes the nearest items of items to Parquet; the same on any number of workers."""
+    """Writes the nearest items of each item to Parquet; the same on any number of workers."""
     return app
 
 

@@ -72,16 +72,16 @@ class DemoConfig:
     """Options of ``demo``.
 
     Attributes:
-        events: your log: Parquet file, folder, glob, or URI that pyarrow opens; none generates one.
+        events: your log: a file, folder, glob, or URI that pyarrow opens; none generates a log.
         output: folder to write; an earlier demo in it is replaced, anything else is refused.
-        user_column, item_column, time_column: names in your log.
-        losses: which are trained, in this order.
-        steps: optimizer steps of each loss.
-        workers: processes that share the catalog.
+        user_column, item_column, time_column: names of the columns in your log.
+        losses: the losses to train, in this order.
+        steps: optimizer steps per loss.
+        workers: number of processes that share the catalog.
         recipe: recipe that each run takes its config from.
-        users, items, size: of the generated log; size is its number of events. About a third
+        users, items, size: numbers of users, items and events of the generated log. About a third
             of the items occur in it.
-        seed: of the generated log and of the training.
+        seed: seed of the generated log and of the training.
     """
 
     events: str | None = None
@@ -123,7 +123,7 @@ class DemoConfig:
 
     @property
     def folder(self) -> Path:
-        """The folder that holds everything the demo writes."""
+        """The folder that everything is written to."""
         return Path(self.output)
 
 
@@ -165,7 +165,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
 
 
 def check_log(config: DemoConfig) -> None:
-    """Refuse a log that cannot be read, or that replacing an earlier demo would delete."""
+    """Refuse a log that cannot be read, or that would be deleted with an earlier demo."""
     if config.events is None:
         return
     if config.folder.resolve() in Path(config.events).resolve().parents:
@@ -209,7 +209,7 @@ def start_folder(folder: Path) -> None:
 
 
 def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
-    """Write a log with a known best possible NDCG@10; returns its path and that NDCG@10."""
+    """Write a generated log; returns its path and the best possible NDCG@10 on it."""
     console.rule("generate")
     path = config.folder / LOG
     report = generate(log_options(config), path)
@@ -253,7 +253,7 @@ def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
 
 
 def count_baselines(prepared: Path, console: Console) -> list[Row]:
-    """What the losses must beat: popularity, and items that occur together or in sequence."""
+    """Rows of the baselines: popularity, and items that occur together or in sequence."""
     console.rule("baselines")
     config = BaselineConfig(prepared=str(prepared), kind=BASELINE)
     console.print(f"{BASELINE}: {baseline(config).manifest['counts']['pairs']:,} pairs of items")
@@ -263,7 +263,7 @@ def count_baselines(prepared: Path, console: Console) -> list[Row]:
 
 
 def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
-    """Train with ``loss`` on the workers, then rank the catalog for the test users."""
+    """The row of a loss: train on the workers, then rank the catalog for the test users."""
     console.rule(f"train: {loss}")
     run = config.folder / "runs" / loss
     train(config, prepared, run, loss, console)
@@ -273,7 +273,7 @@ def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: C
 
 
 def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Console) -> None:
-    """Train on TorchX workers; their output goes to a log, their progress to the screen."""
+    """Train on TorchX workers, with their output in a log and their progress on the screen."""
     words = train_words(config, prepared, run, loss)
     job = Job(component="train", arguments=("-j", f"1x{config.workers}", "--", *words))
     path = config.folder / "logs" / f"{loss}.log"
@@ -306,9 +306,10 @@ def read_end(run: Path) -> dict[str, Any]:
 
 
 def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
-    """The comparison, baselines first; the best of each metric is bold.
+    """The table of comparison, baselines first; the best value of each metric is bold.
 
-    ``ceiling`` is the NDCG@10 of the true model on a sample of users, None if unknown.
+    ``ceiling`` is the NDCG@10 of the model that generated the log, on a sample of users; None if
+    unknown.
     """
     made = Table(
         title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked",
@@ -332,7 +333,7 @@ def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
 
 
 def gap_closed(value: float, floor: float, ceiling: float | None) -> str:
-    """Share of the gap between popularity and the true model that is closed; "" if unknown.
+    """Share of the gap from popularity to the ceiling that a value closes, as text; "" if unknown.
 
     Example:
         >>> gap_closed(0.15, 0.05, 0.25), gap_closed(0.15, 0.05, None)
@@ -392,7 +393,7 @@ def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> st
 
 
 def program() -> str:
-    """The running ``shardrec`` as a shell command: its name if PATH leads to it, else its path."""
+    """The running ``shardrec`` as a shell command: its name if PATH finds it, else its path."""
     ours = Path(sys.executable).parent / "shardrec"
     found = shutil.which("shardrec")
     if not ours.is_file() or (found and Path(found).samefile(ours)):

@@ -1,6 +1,6 @@
-"""``shardrec doctor``: what is installed, whether it fits together, and how to repair it.
+"""``shardrec doctor``: show what is installed, whether it fits together, and how to repair it.
 
-Imports nothing at the top that a broken environment could lack.
+The module imports at its top nothing that a broken environment could lack.
 """
 
 import ctypes
@@ -45,13 +45,13 @@ class Facts:
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
-        """Which of fbgemm's builds are installed, "cpu" and "cuda"."""
+        """The builds of fbgemm that are installed, of "cpu" and "cuda"."""
         return tuple(build for build, name in FBGEMM_BUILDS.items() if self.versions.get(name))
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the diagnosis: ``wrong`` stops a run, ``note`` does not."""
+    """One line of the diagnosis; "wrong" prevents a run, "note" does not."""
 
     level: Literal["wrong", "note"]
     text: str
@@ -87,7 +87,7 @@ def _host() -> tuple[str, str | None]:
 
 
 def driver_release() -> str | None:
-    """Release of the NVIDIA driver, such as "550.54.15"; None where there is none."""
+    """Release of the NVIDIA driver, such as "550.54.15"; None without a driver."""
     try:
         management = ctypes.CDLL("libnvidia-ml.so.1")  # comes with the driver
     except OSError:

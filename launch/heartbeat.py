@@ -45,11 +45,11 @@ class Store(Protocol):
         """Whether all ``keys`` are set."""
 
     def clone(self) -> "Store":
-        """The same store over another connection."""
+        """A client of the same store over a new connection."""
 
 
 class LostRankError(RuntimeError):
-    """A rank died, left, or stopped responding; the message names it."""
+    """A rank died, left or stopped responding; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +65,11 @@ class _Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """The ranks that do not respond or lag behind, a line of text for each.
+    """The ranks that do not respond or lag behind, as one line of text for each.
 
     Attributes:
-        gone: died, left, or sent no heartbeat.
-        behind: alive, but has begun fewer collectives than this rank.
+        gone: ranks that died, left, or sent no heartbeat.
+        behind: ranks that are alive but have begun fewer collectives than this rank.
     """
 
     gone: list[str]
@@ -100,7 +100,7 @@ class Peers:
 
         Args:
             store: shared by all ranks. It is cloned, because others may wait in this connection.
-            rank: of this process.
+            rank: rank of this process.
             world_size: W.
             keeper: rank that hosts the store, which is lost with it; None: the launcher hosts it.
             timeout_s: timeout of a collective; after half of it a warning names the missing ranks.
@@ -117,14 +117,14 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
     def start(self) -> None:
-        """Send heartbeats until ``leave``."""
+        """Start to send heartbeats; ``leave`` stops it."""
         self._thread.start()
 
     def leave(self, reason: str) -> None:
-        """Stop the heartbeats, and send a last one with the reason.
+        """Send a last heartbeat with the reason, and stop.
 
         Args:
-            reason: why this rank leaves; "" if not by its own error.
+            reason: why this rank leaves; "" if it is not because of an error of its own.
         """
         self._over.set()
         self._thread.join(self.patience_s)

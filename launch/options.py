@@ -40,7 +40,7 @@ _OUR_WORDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports bad input in one line, with near matches; exits with 2."""
+    """An argument parser that reports wrong input in one line, with similar names; exits with 2."""
 
     def __init__(self, name: str, description: str, epilog: str = "") -> None:
         """Make a parser for ``shardrec <name>``."""
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         self.dotted: list[str] = []  # names of options that are set as name=value
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The parsed options, before or after positional arguments; exits with 2 if one is bad."""
+        """The options, before or after positional arguments; exits with 2 if one is wrong."""
         self._refuse_misspelt(arguments)  # else a required option is reported as missing
         namespace, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
@@ -62,11 +62,11 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def names(self) -> list[str]:
-        """The options, short ones included."""
+        """The names of all options, including short ones."""
         return list(self._option_string_actions)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Report arguments that belong to no option, in one line, and exit with 2."""
+        """Report, in one line, arguments that belong to no option, and exit with 2."""
         known = [name for name in self.names() if name.startswith("--")]
         options = [word for word in unknown if word.startswith("-")]
         if not options:
@@ -108,7 +108,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Any], prefix: str = "
     Args:
         parser: gets an option ``--leaf-name``, or ``--part.leaf-name`` for a nested dataclass.
         cls: a dataclass; its docstring's ``Attributes`` (or ``Args``) give the help.
-        prefix: of the names, where ``cls`` is a part of another dataclass.
+        prefix: prefix of the names, if ``cls`` is a part of another dataclass.
     """
     annotations, meanings = typing.get_type_hints(cls), descriptions(cls)
     for field in (field for field in dataclasses.fields(cls) if field.init):
@@ -165,8 +165,8 @@ def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None
     """Refuse an option that is set twice, because one of its values would be ignored.
 
     Args:
-        overrides: as typed, name=value.
-        given: dotted names that other options set, with the text of these options.
+        overrides: assignments name=value, as typed.
+        given: for each dotted name that another option sets, the text of that option.
 
     Raises:
         ValueError: a name is set twice.

@@ -1,4 +1,4 @@
-"""What the stages print when they are done."""
+"""Print the results of the stages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,14 +23,14 @@ def print_counts(counts: Mapping[str, int]) -> None:
 def print_end(
     is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
 ) -> None:
-    """Print that an output was written, or that it existed already."""
+    """Print that an output was written, or that it already existed."""
     print(f"wrote {output}" if is_new else f"{output} {otherwise}")
 
 
 def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
     """Print one metric per line and one list length per column, then user and target counts.
 
-    Means over users have their standard error behind them. Metrics of some of the targets alone
+    Means over users are followed by their standard errors. Metrics of some of the targets alone
     (those that end in /known and the like) are counted, and left to the report.
     """
     table: dict[str, dict[int, str]] = {}
@@ -57,13 +57,13 @@ def print_beside(
     label: str,
     name: str | None = None,
 ) -> None:
-    """Print one metric of a run, and of what it must beat, best first.
+    """Print one metric of a run and of the baselines that it must beat, best first.
 
     Args:
-        metrics: of the run.
-        baselines: metrics by the baseline's name.
-        label: what the run is called.
-        name: the metric; None takes the one that runs are judged by.
+        metrics: metrics of the run.
+        baselines: metrics of each baseline, by its name.
+        label: name of the run in the table.
+        name: name of the metric; None takes ``default_metric``.
     """
     from shardrec.pipeline.model.config import default_metric
 
@@ -74,7 +74,7 @@ def print_beside(
 
 
 def print_lists(report: Mapping[str, Any]) -> None:
-    """Print which items were ranked, and how many targets that loses."""
+    """Print which items were ranked, and how many targets are lost because of it."""
     protocol, metrics = report["protocol"], report["metrics"]
     print_protocol(protocol)
     seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
@@ -93,7 +93,7 @@ def print_protocol(protocol: Mapping[str, str]) -> None:
 
 
 def print_tried(tried: Sequence[Mapping[str, float]], metric: str) -> None:
-    """Print the metric of the validation users for each scale of a memory, and the best one."""
+    """Print the metric on the validation users for each scale of a memory, and the best scale."""
     best = max(row[metric] for row in tried)
     print(f"{'scale':<22}{metric + ', validation':>22}")
     for row in tried:

@@ -46,9 +46,9 @@ class Job:
     Attributes:
         component: one of ``STAGES``.
         arguments: the component's options, then ``--``, then the stage's own.
-        scheduler: local_cwd, slurm, kubernetes or another that TorchX supports.
+        scheduler: local_cwd, slurm, kubernetes or another scheduler that TorchX supports.
         settings: the scheduler's own options, such as ``partition=gpu,time=60``.
-        log_dir: where local workers' output is kept; None forgets it at the end.
+        log_dir: folder to keep the output of local workers in; None deletes it at the end.
     """
 
     component: str
@@ -68,8 +68,8 @@ class Failure:
     """How a job failed.
 
     Attributes:
-        complaint: the error that a worker printed; "" where none did.
-        exit_code: 2, 3 or 75 where a worker ended so: wrong input, failed gate, output in use;
+        complaint: the error that a worker printed; "" if none did.
+        exit_code: 2 (wrong input), 3 (failed gate) or 75 (output in use) if a worker ended with it,
             else 1.
     """
 
@@ -78,24 +78,24 @@ class Failure:
 
 
 def describe(job: Job) -> str:
-    """The request to the scheduler, as text without keys in addresses; nothing is submitted."""
+    """The request that ``submit`` would send to the scheduler, as text without access keys."""
     with open_runner() as runner:
         request = request_of(runner, job)
         return without_keys(f"{pformat(request._app)}\n\n{request}")
 
 
 def submit(job: Job) -> str:
-    """Submit ``job`` and return its TorchX handle; Slurm passes our PATH on to the workers."""
+    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH."""
     _find_our_programs()
     with open_runner() as runner:
         return str(runner.schedule(request_of(runner, job)))
 
 
 def wait(handle: str, interval_s: float = 5.0) -> str:
-    """Wait for a submitted job; returns how it failed, such as "TIMEOUT: …", or "" for success.
+    """How a submitted job failed, such as "TIMEOUT: …", after waiting for it; "" for success.
 
     Args:
-        handle: what ``submit`` returned.
+        handle: result of ``submit``.
         interval_s: seconds between two status requests to the scheduler.
 
     Raises:
@@ -122,14 +122,14 @@ def print_line(line: str) -> None:
 
 
 def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | None:
-    """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
+    """Run ``job`` on this machine to its end; call ``show`` with every line of its workers.
 
     The workers end with this process, even if it is killed. SIGTERM, SIGHUP and the first SIGINT
     reach them as SIGTERM, after which they have their grace period to write a checkpoint; a second
     SIGINT kills them.
 
     Returns:
-        None when every worker ended well.
+        None if every worker succeeded.
 
     Raises:
         Preempted: the job ended because of a signal; the message is that of a worker.
@@ -164,7 +164,7 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
 
 
 def open_runner() -> Runner:
-    """TorchX's runner, with our Slurm scheduler."""
+    """TorchX's runner with our Slurm scheduler."""
     return Runner("torchx", {**get_scheduler_factories(), "slurm": slurm.create_scheduler})
 
 
@@ -279,7 +279,7 @@ def _interrupts_as_usual() -> Iterator[None]:
 
 
 def request_of(runner: Runner, job: Job) -> AppDryRunInfo:
-    """The scheduler's request; exits with the component's usage when its options are wrong."""
+    """The scheduler's request; exits with the component's usage if its options are wrong."""
     settings: Mapping[str, object] = runner.scheduler_run_opts(job.scheduler).cfg_from_str(
         job.settings
     )

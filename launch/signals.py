@@ -43,8 +43,8 @@ def exit_on_sigterm() -> Iterator[None]:
     """Context manager: inside it, SIGTERM raises ``SystemExit(143)`` in the main thread.
 
     For stages of one process: temporary files are removed as after any exception, and a second
-    SIGTERM does not disturb that. Outside the main thread, where Python takes no handlers, SIGTERM
-    is left alone.
+    SIGTERM does not interrupt this. Outside the main thread, where Python accepts no handlers,
+    SIGTERM is not handled.
     """
 
     def leave(*_: object) -> None:
@@ -62,14 +62,14 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
-    """The grace period of a worker: seconds from SIGTERM to its end.
+    """The grace period of a worker: seconds from SIGTERM until it must have ended.
 
     Args:
-        asked: value of ``--grace``; None: the longest that the launcher allows.
+        asked: value of ``--grace``; None takes the longest that the launcher allows.
         environment: environment variables, which hold the limit of torchrun, if any.
 
     Raises:
-        ValueError: the value is not above 0, or torchrun would kill the worker before.
+        ValueError: the value is not above 0, or torchrun would kill the worker earlier.
 
     Example:
         >>> grace_seconds(None, {}), grace_seconds(None, {LIMIT: "125", "TORCHELASTIC_RUN_ID": "1"})
@@ -95,15 +95,16 @@ def grace_seconds(asked: float | None, environment: Mapping[str, str]) -> float:
 
 @contextlib.contextmanager
 def stop_on_signals(grace_s: float, peers: "Peers | None") -> Iterator[Callable[[], bool]]:
-    """Context manager that gives a function: whether SIGTERM, SIGHUP or SIGINT has arrived.
+    """Context manager that yields a function: whether SIGTERM, SIGHUP or SIGINT has arrived.
 
-    The process ends by itself, with a line that says why, when the ``with`` has not ended in time,
-    when another rank is gone and a checkpoint can no longer be written, or at a second SIGINT. The
-    main thread may be waiting in a collective, where Python runs no handler, so a thread does this.
+    After a signal the process exits, with a line that says why, if the ``with`` block has not ended
+    within the grace period, if another rank is gone, so that a checkpoint can no longer be written,
+    or at a second SIGINT. A thread does this, because the main thread may be waiting in a
+    collective, where Python runs no handler.
 
     Args:
-        grace_s: seconds from SIGTERM or SIGHUP to the end; after SIGINT there is somebody to send
-            another one.
+        grace_s: seconds from SIGTERM or SIGHUP to the end; after SIGINT the user can send another
+            one instead.
         peers: the other ranks; None in a single process.
 
     Raises:

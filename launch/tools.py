@@ -40,7 +40,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def describe(arguments: Sequence[str]) -> int:
-    """Print what is in an event log, and which options it asks for."""
+    """Print what is in an event log, and which options of prepare it needs."""
     from shardrec.pipeline.describe import DescribeConfig
     from shardrec.pipeline.describe import describe as run_describe
 
@@ -74,7 +74,7 @@ def options(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Print what a run costs each rank: memory, traffic, FLOP."""
+    """Print the cost of a run on each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
@@ -132,7 +132,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
-    """The options of ``launch`` and the job that they describe; exits or raises if one is wrong."""
+    """The options of ``launch`` and the job they describe; exits or raises if one is wrong."""
     from shardrec.launch import components, runner
 
     parser = parser_for("launch")
@@ -183,10 +183,10 @@ def check_component_options(
     Args:
         component: a function of ``shardrec.launch.components``.
         words: the arguments between its name and ``--``.
-        before: options that stand before its name instead.
+        before: options that must come before its name.
 
     Raises:
-        ValueError: with near matches, or with what the value must be.
+        ValueError: an option is unknown (similar names are listed) or has a wrong value.
     """
     known, stage = _annotations(component), component.__name__
     belongs = f"what `shardrec {stage}` itself takes follows `--`"

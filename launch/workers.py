@@ -1,4 +1,4 @@
-"""Rank, device and process group of this worker, from torchrun's environment variables."""
+"""Set up rank, device and process group of this worker from torchrun's variables."""
 
 import os
 import time
@@ -35,10 +35,10 @@ class Workers:
     """The process group of a job and this worker's part in it.
 
     Attributes:
-        group: of all workers; None in a single process without a launcher.
-        device: of this worker.
-        peers: heartbeats of the other workers; None where there are none.
-        node_size: workers of this node; None where unknown.
+        group: process group of all workers; None in a single process without a launcher.
+        device: device of this worker.
+        peers: heartbeats of the other workers; None if there are none.
+        node_size: workers of this node; None if unknown.
     """
 
     group: dist.ProcessGroup | None
@@ -76,7 +76,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     Without a launcher the group is None: a single process, no collectives.
 
     Args:
-        timeout_s: seconds that a worker waits for the others in a collective.
+        timeout_s: seconds that a worker waits for the other workers in a collective.
 
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
@@ -146,8 +146,8 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
     """Refuse workers that torchrun may restart but that could not resume.
 
     Raises:
-        ValueError: ``resume`` is "no", or torchrun keeps one store for all starts: workers would
-            find the addresses of dead ones in it.
+        ValueError: ``resume`` is "no", or torchrun uses one store for all starts, in which
+            restarted workers would find the addresses of dead workers.
     """
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts == "0":
@@ -171,7 +171,7 @@ def _launcher_keeps_store(environment: Mapping[str, str]) -> bool:
 
 
 def choose_device(place: Place | None) -> torch.device:
-    """The worker's own GPU when there are any, else the CPU.
+    """This worker's GPU if the machine has GPUs, else the CPU.
 
     Raises:
         ValueError: the node has fewer GPUs than workers.

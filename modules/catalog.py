@@ -113,15 +113,18 @@ class Catalog:
 
     @property
     def attributes(self) -> nn.Module:
-        """The vectors of attributes, the same on every rank; a module without parameters if none.
+        """The attribute vectors, replicated on every rank; a module without parameters if unused.
 
-        Who owns their optimizer sums their gradients over the ranks, after
+        The owner of their optimizer must sum their gradients over the ranks, after
         ``squared_gradient_norm``.
         """
         return nn.Module() if self._composed is None else self._composed.vectors
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Leaves out the ids that (seed, step, item) drop, until ``step`` or ``zero_grad``.
+        """Drops the table rows of a random share of items until ``step`` or ``zero_grad``.
+
+        ``catalog.id_dropout`` is the share; the choice depends on (seed, step, item), not on the
+        rank. Does nothing without attributes.
 
         Collectives: none.
         """
@@ -130,13 +133,15 @@ class Catalog:
             self._is_fresh = False
 
     def shard_for(self, used_rows: Callable[[RowShard], Tensor | None]) -> RowShard:
-        """``shard``, of which only some rows are up to date if composing the others can be saved.
+        """``shard``, with at least the rows up to date that a loss will read.
+
+        With attributes, this avoids composing the other rows.
 
         Args:
-            used_rows: returns the (n,) int64 rows of the shard that will be read, None for all;
-                called if rows are composed.
+            used_rows: function that returns the (n,) int64 rows of the shard that will be read, or
+                None for all; called only if rows are composed.
 
-        Collectives: none but those of ``used_rows``.
+        Collectives: those of ``used_rows``.
         """
         shard = self._as_shard()
         used = None if self._composed is None else used_rows(shard)
@@ -152,7 +157,7 @@ class Catalog:
         return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
 
     def lookup(self, items: Tensor) -> Tensor:
-        """(M, D) vectors of ``items``, differentiable.
+        """(M, D) float32 vectors of ``items``; differentiable.
 
         Args:
             items: (M,) int64 global item indices; M may be 0 and differ by rank.
@@ -170,7 +175,7 @@ class Catalog:
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """Starts a look-up: sends the ids, and returns a function that returns the (M, D) vectors.
+        """Starts a look-up by sending the ids; returns a function that returns the (M, D) vectors.
 
         Work between the two calls overlaps with the all-to-all of ids. The returned function may be
         called once, reads the table at that time, and raises the errors of ``lookup``.
@@ -241,8 +246,8 @@ class Catalog:
         """Updates the rows in place by the merged gradient, each at most once, and clears it.
 
         Args:
-            scale: factor of the gradient, e.g. that of clipping by the global norm.
-            learning_rate: of this step and all later ones; None keeps the last one.
+            scale: factor of the gradient, e.g. for clipping by the global norm.
+            learning_rate: learning rate of this step and all later ones; None keeps the last one.
 
         Collectives: as ``squared_gradient_norm``, unless that was called in this step.
         """
@@ -260,17 +265,17 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Drops all gradients since the last step, recorded pairs too."""
+        """Drops all gradients since the last step, including recorded pairs."""
         self._table.pairs.clear()
         self._end_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state, as plain tensors that alias the live ones.
 
-        Keys: ``rows`` (R, D), or (R, 0) if there are attributes alone, ``optimizer.<name>`` (R,) or
-        (R, D), and () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps``,
-        ``learning_rate``. The first two, concatenated over consecutive ranks, are the state of a
-        table on fewer ranks.
+        Keys: ``rows`` (R, D), or (R, 0) with attributes alone; ``optimizer.<name>`` (R,) or (R, D);
+        and the () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps`` and
+        ``learning_rate``. Rows and optimizer states, concatenated over consecutive ranks, are the
+        state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -300,7 +305,7 @@ class Catalog:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies this rank's rows and optimizer state from a state that covers them.
 
-        The state may have rows of other ranks too. If it is of a smaller catalog, the rows after
+        The state may also have rows of other ranks. If it is of a smaller catalog, the rows beyond
         its last one stay unchanged.
 
         Raises:

@@ -24,16 +24,16 @@ class CatalogConfig:
         optimizer: "rowwise_adagrad" (one number of state per row; for more than a million items),
             "adagrad", "sgd", "adam" (exact: every row, every step) or "sparse_adam" (updates rows
             and moments only where there is a gradient).
-        learning_rate: of the table, unless ``Catalog.step`` is given another.
-        eps: added to the denominator of the update, the square root of the second moment.
-        betas: decay of the two moments of adam and sparse_adam.
-        init_std: standard deviation of the normal that initial rows are drawn from.
+        learning_rate: learning rate of the table, unless ``Catalog.step`` is given another.
+        eps: constant added to the square root of the second moment in the update's denominator.
+        betas: decay rates of the two moments of adam and sparse_adam.
+        init_std: standard deviation of the normal distribution of the initial rows.
         attributes: "none" learns a vector for each item; "add" adds vectors of the item's
-            attributes (`prepare --item-attributes`), and items without training events have these
-            alone; "only" learns no vectors of items at all. The encoder's optimizer updates
-            the vectors of attributes.
-        id_dropout: share of the items whose own vector is left out of a training step, so that
-            attributes learn to stand alone; with "add".
+            attributes (`prepare --item-attributes`) to it, and items without training events have
+            only these; "only" uses attribute vectors alone. The encoder's optimizer updates the
+            attribute vectors.
+        id_dropout: with attributes "add", share of the items whose own vector is left out of a
+            training step, so that the attributes learn to work alone.
     """
 
     optimizer: str = "rowwise_adagrad"

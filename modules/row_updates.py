@@ -1,4 +1,4 @@
-"""The optimizers of the item table: each updates a row at most once per step.
+"""Optimizers of the item table: each updates a row at most once per step.
 
 A gradient is either dense (R, D) or coalesced sparse COO over rows. The phases of an update: split
 the gradient into ranges of rows, then update one range after the other, so that the extra memory
@@ -61,12 +61,12 @@ class FusedUpdate:
             self.table.update_rows(rows, values)
 
     def states(self) -> dict[str, Tensor]:
-        """``sum`` of squared gradients, (R, D), or of their row means, (R,); empty for sgd."""
+        """``sum``: sums of squared gradients (R, D), or of their row means (R,); empty for sgd."""
         return self.table.optimizer_states()
 
 
 class AdamUpdate:
-    """torch.optim.Adam on the whole shard; rows without an entry have gradient 0."""
+    """torch.optim.Adam on the whole shard; rows without an entry have the gradient 0."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
@@ -96,7 +96,7 @@ class AdamUpdate:
 
 
 class SparseAdamUpdate:
-    """torch.optim.SparseAdam, one per range of rows: moments of other rows stay unchanged."""
+    """torch.optim.SparseAdam, one per range of rows; moments of other rows stay unchanged."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
@@ -134,7 +134,7 @@ class SparseAdamUpdate:
 
 
 def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> RowUpdate:
-    """The update of a table by ``optimizer``, with the other options of ``config``."""
+    """The optimizer of this name for a table, with the other options of ``config``."""
     if optimizer == "adam":
         return AdamUpdate(table.rows, config.betas, config.eps)
     if optimizer == "sparse_adam":
@@ -156,7 +156,7 @@ def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
     Args:
         gradient: dense (R, D) or coalesced COO.
-        size: rows.
+        size: number of rows.
     """
     if gradient.is_sparse:
         rows, values = gradient.indices()[0], gradient.values()

@@ -57,8 +57,9 @@ class ShardedTable:
     Attributes:
         rows: (R, D) float32 on ``device``; aliases the storage that the look-up reads.
         first_row: global index of ``rows[0]``.
-        read: what the look-up returns for (M,) int64 local rows; None: those of ``rows``.
-        pairs: (rows (M,) int64 local, gradients (M, D)) recorded by backward, in order. The
+        read: function from (M,) int64 local rows to the (M, D) vectors that the look-up returns;
+            None reads ``rows``.
+        pairs: local rows (M,) int64 and gradients (M, D), recorded by backward, in order. The
             gradients are sums over all ranks' look-ups, never divided by the number of ranks.
     """
 
@@ -123,7 +124,8 @@ class ShardedTable:
             items: (M,) int64 in [0, V); M may be 0 and differ by rank.
 
         Returns:
-            A function to call once: () -> (M, D) float32, from the rows at the time of the call.
+            A function to be called once: () -> (M, D) float32, from the rows at the time of the
+                call.
 
         Collectives: an all-to-all of ids in this call, of vectors in the returned function, and of
         gradients in backward. All ranks must run each of the three equally often.

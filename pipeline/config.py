@@ -70,10 +70,11 @@ def from_json(cls: type[Config], data: Mapping[str, Any], name: str = "config") 
     Args:
         cls: the dataclass to build.
         data: its fields.
-        name: dotted name of this part, for the messages.
+        name: dotted name of this part, for error messages.
 
     Raises:
-        ValueError: a key is unknown (near matches are listed), missing, or out of range.
+        ValueError: a key is unknown (similar names are listed) or missing, or a value is out of
+            range.
         TypeError: a value has the wrong type.
     """
     if not isinstance(data, Mapping):
@@ -100,8 +101,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         assignments: such as ``["loss=sce", "loss.num_buckets=64"]``.
 
     Raises:
-        ValueError: an assignment has no "=", names no option (near matches are listed) or does not
-            parse.
+        ValueError: an assignment has no "=", names no option (similar names are listed) or has an
+            invalid value.
     """
     data = to_json(config)
     pairs = [_split(assignment) for assignment in assignments]
@@ -111,9 +112,9 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and value, one for every leaf, in the order of declaration.
+    """Pairs of dotted name and value for every leaf, in the order of declaration.
 
-    For people: keys in addresses are left out.
+    It is meant for display: access keys in addresses are removed.
     """
     for name, value in to_json(config).items() if not isinstance(config, dict) else config.items():
         if isinstance(value, dict):
@@ -123,18 +124,18 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def describe(config: Any) -> str:
-    """The complete config, one ``dotted.name = value`` a line."""
+    """The complete config as text, one ``dotted.name = value`` per line."""
     return "\n".join(f"{name} = {json.dumps(value)}" for name, value in flatten(config))
 
 
 def describe_changes(config: Any) -> str:
-    """The options that are not defaults, and those without one, one a line as in ``describe``."""
+    """The options that differ from their default or have none, as text like ``describe``."""
     lines = (f"{name} = {json.dumps(value)}" for name, value in _changes(config))
     return without_keys("\n".join(lines))
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """The message for a name that does not exist, with near matches.
+    """The error message for an unknown name, with similar known names.
 
     Example:
         >>> unknown_name("metric", "ndgc@10", ["NDCG@10", "MRR@10"])
@@ -172,7 +173,7 @@ def usual_names(name: str, known: Sequence[str]) -> list[str]:
 
 
 def type_names(annotation: Any) -> list[str]:
-    """The values that a field of this type may have, for messages and help.
+    """The values that a field of this type may have, as words for messages and help.
 
     Example:
         >>> type_names(int | None), type_names(typing.Literal["a", "b"] | tuple[int, ...])
@@ -207,8 +208,8 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 
     Args:
         annotation: bool, int, float, str, Literal, a tuple or a union of these with None.
-        text: as typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
-        name: dotted name, for the message.
+        text: what the user typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
+        name: dotted name of the field, for error messages.
 
     Raises:
         ValueError: the text is not a value of this type.

@@ -1,10 +1,10 @@
-"""Estimates of what a run costs each rank: bytes of memory, bytes of traffic, FLOP.
+"""Estimate what a run costs each rank: bytes of memory, bytes of traffic, FLOP.
 
 The formulas are next to the code they describe (``*_cost`` of the losses, ``saved_floats`` and
 ``encoder_flops`` of the encoder, ``state_floats`` of the optimizers); this file adds them up. On a
-CPU a test compares the sums with measured peaks. For a GPU they are the same sums, not measured:
-activations are counted in float32, though products in bfloat16 keep less. Memory that an allocator
-does not give back is not included, and a plan says so.
+CPU a test compares the sums with measured peaks. For a GPU the same sums are not measured:
+activations are counted in float32, though products in bfloat16 save less. Memory that an allocator
+does not return to the system is not included, and a plan says so.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ class Machine:
 
     Attributes:
         ranks: W, workers of the job; ``parallel.shards`` of the config divides them into replicas.
-        memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
+        memory_gb: memory of each rank, in 10**9 bytes; none: the largest catalog is not computed.
         device: "cpu" or "cuda".
         filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
-        libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
+        libraries_gb: memory of a process or a CUDA context before the model is built, in 10**9
             bytes.
-        neighbors: of `memorize`, whose memory is held beside the model in ranking; 0: none.
+        neighbors: option of `memorize`, if its memory is used in ranking; 0: no memory.
     """
 
     ranks: int = 1
@@ -80,10 +80,10 @@ class AttributeCounts:
     """The attributes of the items, for catalog.attributes=add or only.
 
     Attributes:
-        attribute_values: different values of all columns; `prepare` prints them.
-        attribute_codes: values of an item on average: its columns of single values, and the lengths
-            of its lists.
-        attribute_numbers: numbers in all vectors of an item.
+        attribute_values: number of distinct values in all columns; `prepare` prints it.
+        attribute_codes: average number of values of an item: one per column of single values, plus
+            the lengths of its lists.
+        attribute_numbers: total length of an item's vectors.
     """
 
     attribute_values: int = 0
@@ -96,17 +96,17 @@ class AttributeCounts:
             require_at_least(name, getattr(self, name), 0)
 
     def check(self, config: CatalogConfig) -> None:
-        """Raise ValueError unless there are attributes where the config uses them, and only there.
+        """Raise ValueError unless attributes are given exactly if the config uses them.
 
         Raises:
-            ValueError: there are none, or they are not used.
+            ValueError: they are needed but not given, or given but not used.
         """
         there = bool(self.attribute_values or self.attribute_numbers)
         if there != (config.attributes != "none"):
             raise ValueError(
                 "attribute_values or attribute_numbers must be above 0 where attributes are used, "
                 f"and only there, got {self.attribute_values} and {self.attribute_numbers} with "
-                f"catalog.attributes={config.attributes}; set both or none"
+                f"catalog.attributes={config.attributes}; give the sizes, or change that option"
             )
 
 
@@ -116,18 +116,19 @@ class Plan:
 
     Attributes:
         num_items: V.
-        condition: a sentence on when the peak holds.
-        memory: bytes by term; "gradient" is that of the table.
-        peak_bytes: most bytes in use at once; below the sum, as not all terms coexist.
+        condition: a sentence that says when the peak holds.
         layout: a sentence on replicas and shards.
+        memory: bytes by term; "gradient" is the gradient of the table.
+        peak_bytes: most bytes in use at once; less than the sum, as not all terms coexist.
         moved: bytes received from other ranks, by part; only gradients of encoder, attributes and
             replicas cross replicas.
-        traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
-            cache is not moved so often.
+        traffic: bytes that the loss reads from memory and writes to it, by part; an upper bound, as
+            cached data is not moved again.
         flops: FLOP of matrix products, by part.
-        host_bytes: host memory for the copy that a checkpoint is written from; 0 on a CPU.
-        memorized_bytes: of a memory of item pairs beside the model, in ranking, not in training.
-        largest_num_items: the largest catalog that fits; None where no memory was given.
+        host_bytes: host memory for the copy from which a checkpoint is written; 0 on a CPU.
+        memorized_bytes: bytes of the successors that `memorize` counts, in ranking and not in
+            training.
+        largest_num_items: the largest catalog that fits; None if ``memory_gb`` was not given.
     """
 
     num_items: int
@@ -176,14 +177,14 @@ def plan(
     """Costs of ``config`` over a catalog of ``num_items`` on ``machine``.
 
     Args:
-        config: of the run; data and output are not looked at.
+        config: the config of the run; ``data`` and ``output`` are ignored.
         num_items: V.
         machine: ranks and memory.
-        attributes: of the items; None for none.
+        attributes: sizes of the items' attributes; None if they are not used.
 
     Raises:
-        ValueError: the catalog is empty, ``attributes`` does not go with the config, or the ranks
-            cannot be laid out as it says.
+        ValueError: the catalog is empty, ``attributes`` does not fit the config, or the ranks cannot
+            be laid out as it says.
     """
     if num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
@@ -208,10 +209,10 @@ def plan(
 
 
 def count_parameters(config: EncoderConfig) -> int:
-    """Number of weights of an encoder, counted without memory for them.
+    """Number of weights of an encoder; none of them is allocated.
 
     Raises:
-        ValueError: they are more than 64 bits count.
+        ValueError: the number does not fit into 64 bits.
     """
     block = dataclasses.replace(config, num_blocks=1)
     try:

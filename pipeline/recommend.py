@@ -1,4 +1,4 @@
-"""The recommend stage: write the best items of every user as (user_id, item_ids, scores) Parquet.
+"""The recommend stage: write each user's best items as Parquet (user_id, item_ids, scores).
 
 Each rank streams a contiguous share of the users and writes their rows, in the order of the
 histories; the table stays sharded.
@@ -46,25 +46,27 @@ class RecommendConfig:
     """Options of ``recommend``: users, candidates and list length.
 
     Attributes:
-        run: run folder of train, or folder of baseline.
+        run: run folder of train, or the folder of a baseline.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
         histories: Parquet of users and lists of item ids, most recent last; none: the users of
             split in the prepared folder.
         events: instead of histories, an event log, as prepare reads it.
-        split: users of the prepared folder, if there are neither histories nor events.
-        user_column: users of the histories or events, integers or strings; written as given.
-        items_column: lists of item ids in the histories.
-        item_column, time_column: of the events.
-        k: items for each user.
+        split: which users of the prepared folder, if there are neither histories nor events.
+        user_column: column of the user ids in histories or events, integers or strings; written
+            unchanged.
+        items_column: column of the lists of item ids in histories.
+        item_column, time_column: columns of the events.
+        k: number of items for each user.
         filter_seen: leave out items of the user's history.
-        allow: Parquet with a column item_id: nothing else is recommended.
-        deny: Parquet with a column item_id: never recommended.
-        min_count: training events an item must have; one with none has an untrained vector.
+        allow: Parquet with a column item_id; only these items are recommended.
+        deny: Parquet with a column item_id; these items are never recommended.
+        min_count: fewest training events of an item to be recommended; the vector of an item
+            without any is untrained.
         checkpoint: the weights to load.
         force: replace an earlier output of this stage.
-        batch_size: users at a time on each rank.
-        block_states: states of all ranks that are scored at a time.
+        batch_size: users per batch on each rank.
+        block_states: states, over all ranks, that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
     """
 
@@ -108,10 +110,10 @@ class Recommendations:
     """The output of ``recommend``.
 
     Attributes:
-        manifest: of the output folder; ``counts`` says what was skipped.
+        manifest: manifest of the output folder; its ``counts`` say what was skipped.
         is_new: False if the output was there and nothing had to be done.
         seconds: wall time, including loading the model.
-        users_per_second: users over the time after loading; 0 if nothing was done.
+        users_per_second: number of users divided by the time after loading; 0 if nothing was done.
     """
 
     manifest: dict[str, Any] = field(repr=False)
@@ -124,9 +126,9 @@ class Recommendations:
 def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> Recommendations:
     """Write the ``k`` best items of every user; the lists are the same on any number of ranks.
 
-    Every history has one row; the part files, read in order of their names, keep the input order.
-    Items that the catalog does not have are counted and skipped; a user without a known item gets
-    the most popular items, with null instead of scores. A list is shorter than ``k`` if fewer items
+    Every history gives one row; the part files, read in the order of their names, keep the input
+    order. Items that the catalog lacks are counted and skipped; a user without a known item gets
+    the most popular items, with null for the scores. A list is shorter than ``k`` if fewer items
     are left.
 
     Args:
@@ -134,12 +136,12 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
         encoder: the module given to ``train``, if any.
 
     Returns:
-        The manifest, the same on every rank, and the rate.
+        The manifest, the same on every rank, whether it is new, and the rate.
 
     Raises:
         FileNotFoundError: there is no run, no data, no histories or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, or an input does not fit the catalog.
+        ValueError: the run was not trained on this data, or an input does not fit the catalog.
 
     Collectives: many, on the default group; every rank must call it.
     """

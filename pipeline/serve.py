@@ -1,4 +1,4 @@
-"""Recommendations from an export, in one process, without the training stack.
+"""Recommend from an export, in one process, without the training stack.
 
 Needs torch, numpy, pyarrow and safetensors: no TorchRec, no fbgemm, no process group; FAISS only
 for approximate search.
@@ -41,17 +41,18 @@ _MOST_HIDDEN = 4096
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Recommender:
-    """An encoder and the item vectors it was trained with.
+    """Recommends with an exported encoder and the item vectors it was trained with.
 
     Attributes:
-        manifest: of the export: run, data, catalog version.
-        ids: the item id of each row of ``vectors``.
-        vectors: (V, D) float32, the encoder's input.
-        scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
+        manifest: manifest of the export: run, data, catalog version.
+        ids: item id of each row of ``vectors``.
+        vectors: (V, D) float32 input vectors of the encoder.
+        scored: (V, D) float32 rows to score states against: ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
-        popular: (V,) int64 items, those of most training events first.
-        encoder: (B, L, D) to (B, L, D); also takes (B,) lengths if ``manifest["reads_lengths"]``.
-        index: FAISS index, searched instead of all vectors; None searches exactly.
+        popular: (V,) int64 items, by falling number of training events.
+        encoder: module from (B, L, D) to (B, L, D); also takes (B,) lengths if
+            ``manifest["reads_lengths"]``.
+        index: FAISS index to search instead of all vectors; None searches exactly.
         memory: adds scores to successors of recent items; None adds nothing.
     """
 
@@ -83,22 +84,22 @@ class Recommender:
     ) -> "Recommender":
         """Load an export after checking that its files belong together.
 
-        Runs no code of the files unless ``trust_code`` says so.
+        No code in the files is run unless ``trust_code`` is set.
 
         Args:
             folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
-            catalog_version: the version that the export must have; None accepts any.
-            min_count: training events an item must have to be recommended; 0 takes all.
+            catalog_version: the catalog version that the export must have; None accepts any.
+            min_count: fewest training events of an item to be recommended; 0 accepts all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.
-            trust_code: open files that can run any code, too: an encoder.pt2 (an encoder that is
-                not of this package, or an export of version 0.2.0 and before) and a FAISS index.
-                Only for exports that you made, or whose maker you trust.
+            trust_code: also open files that can run arbitrary code: an encoder.pt2 (a user-supplied
+                encoder, or an export of version 0.2.0 or earlier) and a FAISS index. Set it only
+                for exports that you made, or that come from someone you trust.
 
         Raises:
             FileNotFoundError: the export is not complete.
-            ValueError: a file has changed since the export, the catalog is another one, there is no
-                index to search, or a file could run code and is not trusted.
+            ValueError: a file has changed since the export, the catalog version differs, there is
+                no index to search, or a file could run code and ``trust_code`` is not set.
         """
         folder = export_folder(Path(folder))
         manifest = read_export(folder)
@@ -124,16 +125,17 @@ class Recommender:
         """The ``k`` best items and their scores for each history.
 
         Args:
-            histories: item ids, most recent last; ids that the catalog lacks are skipped.
-            k: items wanted, at least 1.
+            histories: item ids of each user, most recent last; ids that the catalog lacks are
+                skipped.
+            k: length of the lists, at least 1.
             filter_seen: leave out items of the history.
             allow: for these histories nothing else; None: all that may be recommended. With
                 ``allow`` or ``deny`` the search is exact.
             deny: for these histories none of them.
 
         Returns:
-            One list of at most ``k`` (id, score) for each history, best first. If no item of the
-            history is known, the most popular items, with NaN for scores.
+            For each history a list of at most ``k`` pairs (id, score), best first. If no item of a
+            history is known, it holds the most popular items, with NaN for the scores.
 
         Raises:
             TypeError: an id is not of the catalog's type; the message says which.
@@ -187,7 +189,8 @@ class Recommender:
     def states(self, histories: Sequence[Tensor]) -> Tensor:
         """(B, D) float32 states after the last item of each non-empty history of dense indices.
 
-        With a memory and cosine scores they have unit length, as its scores are added to cosines.
+        With a memory and cosine scores the states have unit length, because the memory's scores are
+        added to cosines.
         """
         padded, lengths = self._padded(histories)
         # Exports of 0.2.0 and before do not say it: none of their encoders did.
@@ -258,10 +261,10 @@ class Recommender:
 def read_recommender(
     folder: Path, manifest: dict[str, Any], min_count: int, *, trust_code: bool
 ) -> Recommender:
-    """A recommender with exact search from the files of an export; arguments as in ``open``.
+    """A recommender with exact search, from the files of an export; arguments as in ``open``.
 
     Raises:
-        ValueError: the items are not the ones of the manifest, or the encoder is refused.
+        ValueError: the items differ from those in the manifest, or the encoder is refused.
     """
     require_choice(f"scores of {folder}", manifest["scores"], ("cosine", "inner product"))
     require_at_least(f"max_length of {folder}", manifest["max_length"], 1, "export the run again")

@@ -54,16 +54,18 @@ def train(
 
     Runs on the ranks of the default process group if there is one, else in this process alone.
     Every step seeds torch's global generator from (seed, step, rank). A resumed run takes the steps
-    that the interrupted one would have taken, bit for bit on as many ranks of the same machine.
+    that the interrupted one would have taken, bit for bit on the same number of ranks of the same
+    machine.
 
     Args:
         config: the same on every rank.
         callbacks: called on every rank, after the trainer's own and those that the config names.
-        encoder: (B, L, D) to (B, L, D), causal, used instead of the one ``config`` describes; D is
-            ``config.encoder.width``. Its initial weights are those of rank 0.
+        encoder: causal module from (B, L, D) to (B, L, D), used instead of the encoder that
+            ``config`` describes; D is ``config.encoder.width``. All ranks start from the weights of
+            rank 0.
         resume: "no": the output folder must be new or empty; "yes": it must hold this run, which
-            resumes from its last complete checkpoint; "auto": either. A finished run is
-            left as it is.
+            resumes from its last complete checkpoint; "auto": either. A finished run is left
+            unchanged.
         force: replace the run in the output folder, which stays there until the new one is
             complete. With "auto" an interrupted run, forced or not, is resumed; only a finished
             one is replaced.
@@ -75,8 +77,8 @@ def train(
         How the run ended, the same on every rank.
 
     Raises:
-        FileExistsError: the output folder holds something that is not to be continued, or another
-            run is writing it.
+        FileExistsError: the output folder holds something that must not be continued, or another
+            process is writing it.
         FileNotFoundError: there is no run to resume.
         FloatingPointError: loss or gradients were not finite in many steps in a row.
         OSError: the last checkpoint could not be written; those before it are complete.

@@ -20,7 +20,7 @@ _LEAST_NORM = 1e-12  # as in F.normalize
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How logits follow from states x and rows w: ``s_ij = x_i . w_j / temperature``.
+    """How logits are computed from states x and rows w: ``s_ij = x_i . w_j / temperature``.
 
     Attributes:
         normalize: Scale states and rows to unit L2 norm first.
@@ -77,10 +77,10 @@ class Inputs:
         rows: (R, D) float as the table holds them.
         targets: (N,) int64 global items.
         weights: (N,) float32 weight of each position's loss.
-        row_ids: Which global items the rows are.
+        row_ids: The global item of each row.
         num_items: V.
-        scaling: How logits follow from states and rows.
-        layout: Which positions and rows each rank holds.
+        scaling: How logits are computed from states and rows.
+        layout: The ranges of positions and rows of each rank.
         backend: "torch" or "triton", for the operations on states and rows.
     """
 
@@ -162,8 +162,8 @@ def prepare_inputs(
         targets: (N,) integer global items in [0, V).
         weights: (N,) float, not negative, or None for ones.
         reduction: none, mean or sum.
-        scaling: How logits follow from states and rows; if it sets a dtype, states and table may
-            have different ones.
+        scaling: How logits are computed from states and rows; if it sets a dtype, states and table
+            may have different ones.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Raises:
@@ -213,7 +213,7 @@ def restore_inputs(
         states: As in the forward pass, like ``shard``, ``targets``, ``scaling`` and ``backend``.
         shard: This rank's shard, or the whole table as one.
         targets: (N,) integer global items.
-        scaling: How logits follow from states and rows.
+        scaling: How logits are computed from states and rows.
         backend: "auto", "torch" or "triton".
         sizes: ``Layout.sizes()`` of the forward pass; None without a group.
     """

@@ -17,7 +17,7 @@ DRAWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Negatives of each position: a function of (seed, step, global position), not of the rank.
+    """Negatives of each position, determined by (seed, step, global position), not by the rank.
 
     Attributes:
         proposal: Distribution of the draws.

@@ -28,13 +28,15 @@ class MeasureConfig:
 
     Attributes:
         ks: list lengths of the metrics.
-        filter_seen: leave out items of the history; a target among them counts as missed.
-        min_count: training events an item must have to be ranked; a target with fewer counts as
-            missed. 0 ranks all.
-        sample_users: rank for so many users only: the first ones of the prepared data, whose order
-            is by a hash of user and seed. A random sample, the same for every run on this data.
-        batch_size: users at a time on each rank.
-        block_states: states of all ranks that are scored at a time.
+        filter_seen: leave items of the user's history out of the list; a target among them counts
+            as missed.
+        min_count: fewest training events of an item to be ranked; a target with fewer counts as
+            missed. 0 ranks all items.
+        sample_users: rank for this many users only: the first of the prepared data, which is
+            ordered by a hash of user and seed. So it is a random sample, the same for every run on
+            this data.
+        batch_size: users per batch on each rank.
+        block_states: states, over all ranks, that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
     """
 
@@ -56,12 +58,12 @@ class MeasureConfig:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """JSON: all that decides which lists the users get; measurements differ where it does."""
+        """JSON: the options that the lists depend on; metrics compare only if it is equal."""
         lists = {"ks": list(self.ks), "filter_seen": self.filter_seen, "min_count": self.min_count}
         return {**lists, "sample_users": self.sample_users, "ties": TIES}
 
     def metric_names(self) -> list[str]:
-        """The metrics a best checkpoint can be chosen by."""
+        """Names of the metrics by which the best checkpoint can be chosen."""
         kinds = ("NDCG", "Recall", "HitRate", "MRR")
         names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
         coverage = [f"Coverage@{k}" for k in self.ks]
@@ -77,7 +79,7 @@ def default_metric(metrics: Mapping[str, float]) -> str:
 
 
 def describe_lists(filter_seen: bool, min_count: int) -> dict[str, str]:
-    """Which items may be in a list, and the order of equal ones, for readers.
+    """Text that says which items may be in a list, and how equal scores are ordered.
 
     >>> describe_lists(True, 1)["candidates"]
     'items with a training event'

@@ -1,7 +1,7 @@
 """File locks: one process at a time writes a folder, across machines.
 
-The kernel keeps a lock, so a killed process leaves none behind. On a network file system its server
-keeps it for all machines (NFS 4, and Lustre with ``flock``).
+The kernel holds a lock, so a killed process leaves none behind. On a network file system the server
+holds it for all machines (NFS 4, and Lustre with ``flock``).
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class RunLock:
             self._file = None
 
     def holder(self) -> str:
-        """Text for messages: the process that took the lock last."""
+        """The process that took the lock last, as text for messages."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             stored = json.loads(self.path.read_bytes()[:1000])
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stored["since"]))
@@ -76,10 +76,10 @@ class RunLock:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, made if missing; a link in its place is not followed.
+    """File descriptor of a lock file, which is created if missing; a link is not followed.
 
     Raises:
-        OSError: it cannot be opened, or is a link (which could lead to any file).
+        OSError: it cannot be opened, or is a link (which could point to any file).
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -87,11 +87,11 @@ def open_lock(path: Path) -> int:
 def lock_file(file: int, path: Path, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another process holds the lock.
 
-    Where the file system has no locks, this is a warning and True.
+    If the file system has no locks, this warns and returns True.
 
     Args:
         file: descriptor, open for writing.
-        path: of the file, for the warning.
+        path: path of the file, for the warning.
         wait: wait for the other process instead of returning False.
     """
     try:

@@ -47,8 +47,8 @@ class BatchConfig:
 
     Attributes:
         batch_size: sequences in a global batch, over all ranks.
-        windows: which windows of a sequence that is longer than the encoder takes are trained on:
-            the "last", or "all".
+        windows: train on the "last" window of a sequence that is longer than the encoder takes, or
+            on "all" its windows.
         shuffle_row_groups: minimum number of row groups in a shuffle window (or all, if there are
             fewer). A larger window shuffles better and takes more memory, and two ranks read the
             same row group less often.
@@ -247,7 +247,7 @@ class TrainingBatches:
         values, own = flat_list(table, "weights")
         if not np.array_equal(own, offsets):
             raise ValueError(
-                f"{self._groups.name(row_group)}, column weights must have one weight an item,"
+                f"{self._groups.name(row_group)}, column weights must have one weight per item,"
                 " got lists of other lengths; prepare the data again"
             )
         return values.astype(np.float32, copy=False)

@@ -51,7 +51,8 @@ def build(
     """Build a run, new or resumed, that is ready for its next step.
 
     Opens the data, checks the run folder, makes the model and its optimizers, and then either
-    loads the last checkpoint or creates the run folder. Arguments and errors as in ``train``.
+    loads the last checkpoint or creates the run folder. Arguments and errors are those of
+    ``train``.
 
     Collectives: on the default group.
     """
@@ -106,16 +107,16 @@ def build_model(
     """An untrained model: the same encoder on every rank, and this rank's rows.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         num_items: V.
-        encoder: used instead of the one the config describes; rank 0's weights are broadcast.
+        encoder: module to use instead of the encoder in the config; rank 0's weights are broadcast.
         group: the ranks that share the catalog; None for one process.
         attributes: of the items, for ``catalog.attributes``.
         replicas: of the catalog; None for one.
 
     Raises:
-        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
-            not there, on this rank or another.
+        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or a device is
+            not available; raised on all ranks.
 
     Collectives: an all-gather of small objects, a broadcast of the encoder's weights, and the
     collectives of ``Catalog``.
@@ -145,7 +146,7 @@ def build_model(
 def open_attributes(
     config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
 ) -> PreparedAttributes | None:
-    """The attributes of the items, if the config uses any and the data has some.
+    """The attributes of the items; None if the config uses none or the data has none.
 
     Collectives: as ``PreparedAttributes.open``.
     """
@@ -156,10 +157,10 @@ def open_attributes(
 
 @torch.no_grad()
 def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
-    """Refuse an encoder of the wrong shape, or one that is not causal.
+    """Refuse an encoder that returns the wrong shape or is not causal.
 
     Raises:
-        ValueError: it returns another shape, or its first state changes with the last vector.
+        ValueError: the shape is wrong, or the first state changes with a later vector.
     """
     was_training = encoder.training
     vectors = torch.ones(2, 2, width, device=device)

@@ -4,8 +4,8 @@ __all__ = ["Interrupted", "Preempted"]
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop, and can be resumed from its last checkpoint."""
+    """The run was asked to stop before its end; it can be resumed from its last checkpoint."""
 
 
 class Interrupted(Preempted):
-    """It was Ctrl-C that asked."""
+    """The run was asked to stop by Ctrl-C."""

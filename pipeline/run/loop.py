@@ -1,14 +1,14 @@
 """The training loop: steps, validations, checkpoints, and what ends a run.
 
 The phases of a step:
-1. Take it; the micro-batches of the next step are fetched before, so that its look-up can start
-   during the backward pass.
+1. Take the step. The micro-batches of the next step are loaded before it, so that the next look-up
+   can start during the backward pass.
 2. If all ranks have finished writing the checkpoint in flight, report it.
-3. Validate if due, or if a limit ends the run.
-4. Start a checkpoint if due, after a validation, or if the run stops here.
-5. End the run at a limit or out of patience; if interrupted, wait for the checkpoint and raise
-   ``Preempted``.
-All ranks take the same decisions: they depend on step counts and on all-reduced ``StepFlags``.
+3. Validate if a validation is due, or if a limit ends the run.
+4. Start a checkpoint if one is due, after a validation, or if the run stops here.
+5. End the run at a limit or when patience runs out; if interrupted, wait for the checkpoint and
+   raise ``Preempted``.
+All ranks take the same decisions, which depend on step counts and on all-reduced ``StepFlags``.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ __all__ = ["Loop", "Run"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The parts of a run, as ``build`` makes them and ``Loop`` uses them.
+    """The parts of a run, made by ``build`` and used by ``Loop``.
 
     Attributes:
-        config: of the run.
+        config: the config of the run.
         prepared: the data.
         batches: data loader, at the position where the run starts or resumes.
         stepper: model and optimizers, initialised or restored.
-        writer: writes the checkpoints.
-        progress: counters, from 0 or restored.
-        is_new: whether the run is new, and not resumed.
+        writer: writer of the checkpoints.
+        progress: counters, at 0 or restored.
+        is_new: True for a new run, False for a resumed one.
         layout: how the ranks are laid out.
-        held: closing it releases the lock of the run folder and the writer's process group.
+        held: exit stack that releases the lock of the run folder and the writer's process group.
     """
 
     config: TrainConfig
@@ -71,17 +71,17 @@ class Run:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this process is rank 0."""
         return Communicator(self.stepper.model.group).rank == 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Number of optimizer steps in an epoch."""
         return -(-len(self.batches) // self.config.optimizer.accumulate)
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None if only time or patience ends it."""
+        """Number of optimizer steps of the whole run; None if only time or patience ends it."""
         return self.stepper.total_steps
 
 
@@ -105,11 +105,12 @@ class Loop:
         self.validation_seconds = 0.0
 
     def run_to_end(self) -> EndReport:
-        """Train, validate and save until the run ends; returns how it ended.
+        """Train, validate and save until the run ends; return the report on its end.
 
         Raises:
             Preempted: the run was interrupted; the checkpoint of its last step is complete.
-            FloatingPointError: too many steps in a row were not finite, or the weights are not.
+            FloatingPointError: loss or gradients were not finite in too many steps in a row, or
+                weights to be saved are not finite.
             OSError: the last checkpoint could not be written.
 
         Collectives: many, on the model's group; every rank must call it.
@@ -278,15 +279,16 @@ class Loop:
         """Start a checkpoint of this step.
 
         Raises:
-            FloatingPointError: the run has diverged; it would replace checkpoints that are good.
+            FloatingPointError: weights are not finite (the run has diverged); saving them would
+                replace good checkpoints.
         """
         stepper = self.run.stepper
         if not stepper.weights_are_finite():
             self._finish_checkpoint()
             raise FloatingPointError(
-                f"weights must be finite to be saved, got others after step {self.at.step}; lower "
-                "the learning rates, or set optimizer.clip_norm. The checkpoints written before "
-                "are complete"
+                "weights must be finite to be saved, got NaN or infinity after step "
+                f"{self.at.step}; lower the learning rates, or set optimizer.clip_norm. The "
+                "checkpoints written before are complete"
             )
         self.at.seconds = time.monotonic() - self.started
         state = CheckpointState(

@@ -1,4 +1,4 @@
-"""A profile of a few steps: a Chrome trace of every rank, and a table of the parts of a step.
+"""Profile a few steps: a Chrome trace of every rank, and a table of the parts of a step.
 
 A part is a profiler range named ``step/...``. Collectives are the events of gloo or NCCL. On a GPU
 the times are those of the kernels, elsewhere those of the calls.
@@ -69,10 +69,10 @@ class Profiler(Callback):
 
 
 def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> str:
-    """A table of the time of each part of a step and of its collectives, in s and %.
+    """A table, as text, of the time of each part of a step and of its collectives, in s and %.
 
     Args:
-        events: of the profiled steps.
+        events: profiler events of the profiled steps.
         seconds: wall time of all profiled steps.
         num_steps: number of profiled steps.
     """
@@ -96,7 +96,7 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """Merge overlapping spans: disjoint, sorted spans that cover the same time.
+    """Disjoint, sorted spans that cover the same time as the given ones.
 
     >>> union([(5, 6), (0, 2), (1, 3)])
     [(0, 3), (5, 6)]

@@ -1,4 +1,4 @@
-"""One optimizer step on a list of micro-batches, taken by all ranks together."""
+"""Take one optimizer step on a list of micro-batches, on all ranks together."""
 
 import functools
 import hashlib
@@ -31,10 +31,10 @@ class StepFlags:
     """Per-rank control flags, all-reduced before each step.
 
     Attributes:
-        stop: end the run after this step; one rank is enough.
-        save: write a checkpoint after this step; one rank is enough.
-        interrupt: write a checkpoint after this step and stop; one rank is enough.
-        written: the checkpoint in flight is written; it takes all ranks.
+        stop: end the run after this step, if any rank sets it.
+        save: write a checkpoint after this step, if any rank sets it.
+        interrupt: write a checkpoint after this step and stop, if any rank sets it.
+        written: the checkpoint in flight is written, if all ranks set it.
     """
 
     stop: bool = False
@@ -50,7 +50,7 @@ _InFlight = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vecto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
-    """Loss, norm and counts of one step, the same on every rank (see ``StepReport``)."""
+    """Loss, gradient norm and counts of one step, the same on every rank; see ``StepReport``."""
 
     loss: float
     gradient_norm: float
@@ -64,7 +64,7 @@ class StepOutcome:
 
 
 class Stepper:
-    """Takes optimizer steps: forward, backward, clip, update of encoder and table."""
+    """Takes optimizer steps: forward, backward, clipping, update of encoder and table."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class Stepper:
             model: encoder and catalog.
             loss: called with the states and the table shard.
             config: learning rates, clipping, accumulation.
-            seed: of dropout and of the random draws of the loss.
-            total_steps: of the whole run; cosine decay ends there.
+            seed: seed of dropout and of the random draws of the loss.
+            total_steps: steps of the whole run, after which cosine decay reaches 0.
             item_counts: (V,) int64 training events of each item, for the loss.
         """
         if config.decay == "cosine" and total_steps is None:
@@ -115,7 +115,7 @@ class Stepper:
         flags: StepFlags = NO_FLAGS,
         following: Batch | None = None,
     ) -> StepOutcome:
-        """Take one optimizer step on ``batches``; a step that is not finite changes no weights.
+        """Take one optimizer step; if loss or gradient are not finite, no weights change.
 
         Args:
             batches: this rank's parts of as many global batches on every rank; of R replicas,
@@ -155,7 +155,7 @@ class Stepper:
         )
 
     def weights_are_finite(self) -> bool:
-        """Whether the norms of all weights are numbers in float32; the same on every rank.
+        """Whether the norms of all weights are finite in float32; the same on every rank.
 
         Collectives: an all-reduce of one number.
         """
@@ -333,7 +333,7 @@ class _Totals:
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int | None) -> float:
-    """The factor in [0, 1] on both learning rates at ``step``, counted from 1.
+    """The factor in [0, 1] by which both learning rates are multiplied at ``step``, from 1 on.
 
     Example:
         >>> config = OptimizerConfig(warmup_steps=2, decay="cosine")

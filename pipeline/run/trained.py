@@ -36,9 +36,13 @@ __all__ = ["Source", "load_model"]
 class Source:
     """A checkpoint of a run, found but not loaded.
 
-    ``identity`` is JSON: run id, checkpoint, its weights' hash, the data's fingerprint, and the
-    memory's hash if there is one. ``memory`` is the manifest of the run's memory, and
-    ``successors`` its file.
+    Attributes:
+        config: the config of the run.
+        checkpoint: folder of the checkpoint.
+        identity: JSON: run id, checkpoint, hash of the weights, fingerprint of the data, and hash
+            of the memory if there is one.
+        memory: manifest of the run's memory; None if there is none.
+        successors: file of the memory's successors; None if there is none.
     """
 
     config: TrainConfig
@@ -57,14 +61,14 @@ class Source:
         *,
         with_memory: bool = True,
     ) -> "Source":
-        """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
+        """The best or last checkpoint of a run, which must have been trained on ``prepared``.
 
         ``encoder`` is the module given to ``train``, if any. The run's memory, if it has one, is
-        found too, unless ``with_memory`` is False.
+        included unless ``with_memory`` is False.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
-            ValueError: the run does not fit the data, or its memory does not fit the weights.
+            ValueError: the run was trained on other data, or its memory was made for other weights.
 
         Collectives: one all-gather of small objects on the default group.
         """
@@ -76,7 +80,7 @@ class Source:
         return on_first_rank(find, default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
-        """The model with the checkpoint's weights; raises as ``load_model``.
+        """The model with the checkpoint's weights; raises the errors of ``load_model``.
 
         Collectives: on the default group; every rank must call it.
         """
@@ -86,7 +90,7 @@ class Source:
     def load_with_progress(
         self, prepared: Prepared, encoder: nn.Module | None = None
     ) -> tuple[Model, Mapping[str, Any]]:
-        """As ``load``, and the progress stored with the checkpoint."""
+        """The model as from ``load``, and the progress stored with the checkpoint."""
         model, progress = load_model(self.config, self.checkpoint, prepared, encoder)
         if self.memory is None or self.successors is None or not self.memory["scale"]:
             return model, progress
@@ -110,10 +114,11 @@ def load_model(
     """The model of a complete checkpoint, and the progress stored with it.
 
     Raises:
-        DamagedCheckpointError: a file is missing or differs from the manifest; on all ranks.
-        ValueError: another version wrote the checkpoint, or the encoder is not causal from
-            (B, L, D) to (B, L, D).
-        RuntimeError: the encoder has other weights than the checkpoint.
+        DamagedCheckpointError: a file is missing or differs from the manifest; raised on all
+            ranks.
+        ValueError: the checkpoint is of another format version, or the encoder is not a causal
+            module from (B, L, D) to (B, L, D).
+        RuntimeError: the encoder's weights differ from the checkpoint's in name or shape.
 
     Collectives: on the default group; every rank must call it.
     """

@@ -1,15 +1,15 @@
-"""Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
+"""Warm start: start a run from the weights of an earlier run, whose catalog may differ.
 
 Items are matched to rows of the old table without guessing, by the first of these that applies:
 
-* *same data*: the run was trained on this very prepared folder, so every row is its own;
-* *former items*: this folder was prepared with ``items`` of the very folder that the run was
-  trained on, so items have kept their rows;
-* *item map*: the same with ``rebalance``: ``item_map.parquet`` says where each row has gone;
-* *item ids*: otherwise the ids of both folders are compared, which needs the run's own folder.
+* *same data*: the earlier run was trained on this prepared folder, so every item keeps its row;
+* *former items*: this folder was prepared with ``items`` of the folder that the earlier run was
+  trained on, so the earlier items have kept their rows;
+* *item map*: the same with ``rebalance``: ``item_map.parquet`` maps old rows to new ones;
+* *item ids*: otherwise the ids of both folders are compared, which needs the earlier run's folder.
 
-"This very folder" means equal fingerprints, that is equal checksums of all files; the files that
-the matching reads are compared with their checksums first.
+Folders are the same if their fingerprints, and thus the checksums of all files, are equal; files
+that the matching reads are compared with their checksums first.
 """
 
 import dataclasses
@@ -49,15 +49,16 @@ def start_from(
 ) -> dict[str, Any] | None:
     """Load the weights that ``config.init_from`` names into a new model.
 
-    Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
-    it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
+    Every rank reads the rows that it needs; after ``rebalance`` it may have to read the whole
+    table, in pieces of at most ``BLOCK_ROWS`` rows, and keeps only its own.
 
     Returns:
-        JSON for the run folder: from which run and step, how items were matched, and how many were
-        carried over, are new, and were left out. None where the run starts from random weights.
+        JSON for the run folder: the earlier run and step, how items were matched, and how many are
+        carried over, new, and left out. None if the run starts from random weights.
 
     Raises:
-        FileNotFoundError: there is no such run or checkpoint, or the folder with its ids is gone.
+        FileNotFoundError: there is no such run or checkpoint, or the folder with its ids is
+            missing.
         ValueError: encoder, table optimizer or items do not fit; raised on all ranks before any
             weight changes.
 

@@ -155,13 +155,13 @@ def test_workers_are_started_again_only_where_they_may_go_on(
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_twenty_kills_lose_nothing(data: str, ranks: Ranks, tmp_path: Path) -> None:
-    run, whole, luck = tmp_path / "run", tmp_path / "whole", random.Random(4)
+    run, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(4)
     settings = options(KILLS * 150)
     ranks(2).run(train_undisturbed, stage(data, whole, *settings), timeout=600)
     with Job(stage(data, run, *settings), tmp_path / "log", max_restarts=KILLS) as job:
         kills = []
         for number in range(KILLS):
-            kills.append(kill_at_random(run, job, luck))
+            kills.append(kill_at_random(run, job, rng))
             print(f"kill {number + 1} of {KILLS}: {kills[-1]}", flush=True)
         assert job.end(timeout=600) == 0, job.said()
     assert all(kill.resumed >= kill.whole for kill in kills), "a whole checkpoint was passed over"
