@@ -183,8 +183,8 @@ def plan(
         attributes: sizes of the items' attributes; None if they are not used.
 
     Raises:
-        ValueError: the catalog is empty, ``attributes`` does not fit the config, or the ranks cannot
-            be laid out as it says.
+        ValueError: the catalog is empty, ``attributes`` does not fit the config, or the ranks
+            cannot be laid out as it says.
     """
     if num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
