@@ -49,7 +49,7 @@ def seconds(planned: Plan, nodes: int, options: argparse.Namespace, *, replicas:
     products = sum(planned.flops.values()) / (options.tflops * 1e12)
     links = inside(planned.moved) / (options.gpu_gbps * 1e9 / 8)
     network = across(planned.moved, nodes, replicas=replicas) / (options.node_gbps * 1e9 / 8)
-    return products + links + network
+    return float(products + links + network)
 
 
 def efficiencies(loss: str, size: int, options: argparse.Namespace) -> dict[str, list[float]]:

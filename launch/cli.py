@@ -32,6 +32,9 @@ _WRONG_KINDS = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
 )
 
+# They come with the driver, and fbgemm's CUDA build does not load without them.
+DRIVER_LIBRARIES = ("libnvidia-ml.so", "libcuda.so")
+
 # OS errors by remedy: another path, or more free space on the disk (_NO_ROOM).
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PATH_RULES = {
@@ -87,7 +90,11 @@ def usage() -> str:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Run a subcommand and return its exit code; print errors meant for the user in one line."""
+    """Run a subcommand and return its exit code; an error for the user is one line on stderr."""
+    # Before torch is imported. Sizes change with every batch, and GPU memory that is kept in blocks
+    # of one size has holes for the next.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         module = "commands" if name in STAGES else "tools"
         return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))
@@ -126,6 +133,11 @@ def is_for_the_user(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     """The message of ``error`` in one line, without the access keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
+    if any(library in text for library in DRIVER_LIBRARIES):
+        text = (
+            f"the NVIDIA driver must be here for a CUDA environment, got {text}; run it on a node "
+            "with a driver, or `make setup DEVICE=cpu`"
+        )
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
     return without_keys(" ".join((text or type(error).__name__).split()))

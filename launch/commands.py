@@ -27,11 +27,13 @@ from shardrec.launch.printing import (
     print_lists,
     print_metrics,
     print_protocol,
+    print_split,
     print_tried,
 )
 from shardrec.launch.signals import exit_on_sigterm
 from shardrec.launch.stages import STAGES, imported
 from shardrec.launch.train_options import read_train
+from shardrec.launch.tune_options import describe_study, read_tune
 
 if TYPE_CHECKING:
     from shardrec.pipeline.baseline import BaselineConfig
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
     from shardrec.pipeline.similar import SimilarConfig
+    from shardrec.pipeline.tuning.study import TuneConfig
 
 __all__ = ["read", "read_train", "run"]
 
@@ -59,7 +62,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
     """The options of a stage, and the config made from them; exits or raises if one is wrong."""
-    special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
+    special: dict[str, Callable[[Sequence[str]], tuple[Namespace, Any]]] = {
+        **{"synth": read_synth, "train": read_train, "evaluate": read_evaluate},
+        "tune": read_tune,
+    }
     return (
         special[name](arguments)
         if name in special
@@ -92,6 +98,7 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 
     done = prepare_once(config)
     print_counts(done.manifest.counts)
+    print_split(done.manifest)
     lines = describe_repetition(done.manifest.counts) + describe_loads(done.manifest.load_per_rank)
     print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")
@@ -118,6 +125,21 @@ def train(options: Namespace, config: "TrainConfig") -> int:
                 print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric
                 print_beside(end.best_metrics, beside, label, metric)
+    return 0
+
+
+def tune(options: Namespace, config: "TuneConfig") -> int:
+    """Search options of training, alone or as one of the launcher's workers."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.signals import GRACE_S, stop_on_signals
+    from shardrec.launch.workers import workers
+    from shardrec.pipeline.tune import tune as run_tune
+
+    with workers(options.timeout) as found:
+        with stop_on_signals(GRACE_S, found.peers) as interrupted:
+            study = run_tune(config, options.base, options.search, interrupted=interrupted)
+        if Communicator(found.group).rank == 0:
+            print(describe_study(study, options))
     return 0
 
 
@@ -262,7 +284,7 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
     **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
     **{"memorize": memorize, "evaluate": evaluate, "recommend": recommend},
-    **{"similar": similar, "export": export},
+    **{"similar": similar, "export": export, "tune": tune},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 

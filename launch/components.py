@@ -36,13 +36,17 @@ SHUTDOWN_S = 5
 # More than any node has cores for; each is a process that loads torch.
 MOST_WORKERS = 1024
 
+# A worker's threads that compute at the same time: its steps, their backward pass, the next batch,
+# and a checkpoint.
+CPUS_A_GPU = 4
+
 HELP = {
     "arguments": "after ``--``, the arguments of the stage's own command",
     "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU",
     "image": "container image that has shardrec installed (local_cwd and slurm use no image)",
     "name": "name of the job; for workers, experiment/job or /job",
     "h": "named resource of the scheduler; replaces cpu, gpu and memMB",
-    "cpu": "CPUs for each node, divided among its workers; 0: two for each worker",
+    "cpu": "CPUs for each node, divided among its workers; 0: two a worker, or four a GPU",
     "gpu": "GPUs for each node",
     "memMB": "memory for each node, in MB; 0: the scheduler's default (`shardrec plan` counts it)",
     "env": "variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO",
@@ -96,7 +100,7 @@ def _workers(
     )
     (role,) = app.roles
     role.name = stage
-    role.resource = _resource(cpu or 2 * workers, gpu, memMB, h)
+    role.resource = _resource(cpu or max(2 * workers, CPUS_A_GPU * gpu), gpu, memMB, h)
     role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
     return app
 
@@ -191,6 +195,12 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
         # With one store for all restarts, new workers would read the addresses of dead ones.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+    return app
+
+
+@_component
+def tune(app: AppDef) -> AppDef:
+    """Searches options of training; the workers share the table of each trial."""
     return app
 
 

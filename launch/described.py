@@ -1,4 +1,4 @@
-"""The options of a config as its docstrings describe them: for --help, `options` and the docs."""
+"""Describe the options of a config from its docstrings, for --help, `options` and the docs."""
 
 import dataclasses
 import inspect
@@ -34,7 +34,7 @@ REQUIRED = dataclasses.MISSING
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """One leaf of a config: its dotted name, its values, its default, and what it means."""
+    """One leaf of a config: dotted name, possible values, default and meaning."""
 
     name: str
     kind: str
@@ -44,7 +44,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """The options of one part of a config, or of one choice for it (``loss=sce``)."""
+    """The options of one part of a config, or of one choice for a part (``loss=sce``)."""
 
     name: str
     summary: str
@@ -52,12 +52,12 @@ class Group:
 
 
 def groups(cls: type, values: Any = REQUIRED) -> list[Group]:
-    """The options of a config by its parts; those of the config itself come first, named "".
+    """The options of a config by part; those of the config itself come first, under "".
 
     Args:
         cls: the dataclass.
-        values: an instance that holds the defaults; of a choice only what it has chosen is listed
-            then. Without one the fields say the defaults, and all choices are listed.
+        values: an instance that holds the defaults; only the choices made in it are listed. If
+            None, the defaults are those of the fields, and all choices are listed.
     """
     plain = [option for option in options(cls, values=values) if "." not in option.name]
     found = [Group("", first_line(cls), plain)]
@@ -75,12 +75,12 @@ def groups(cls: type, values: Any = REQUIRED) -> list[Group]:
 
 
 def options(cls: type, prefix: str = "", values: Any = REQUIRED) -> list[Option]:
-    """The leaves of a dataclass, in order; the options of a choice are left to its own group.
+    """The leaves of a dataclass, in order, without the options of choices (see ``groups``).
 
     Args:
         cls: the dataclass.
-        prefix: of the dotted names.
-        values: an instance that holds the defaults; without one the fields say them.
+        prefix: prefix of the dotted names.
+        values: an instance that holds the defaults; None takes those of the fields.
 
     Raises:
         ValueError: a leaf has no line in the docstring.
@@ -103,7 +103,7 @@ def chosen(found: list[Group], name: str) -> list[Group]:
     """The groups, or the one option, of a name such as ``optimizer`` or ``optimizer.eps``.
 
     Raises:
-        ValueError: there is none; near matches are listed.
+        ValueError: there is no such name; similar names are listed.
     """
     whole = [group for group in found if group.name and name in group.name.split("=")[:1]]
     whole += [group for group in found if group.name == name and group not in whole]
@@ -121,7 +121,7 @@ def chosen(found: list[Group], name: str) -> list[Group]:
 
 
 def as_text(found: list[Group], width: int = 100) -> str:
-    """The groups for a terminal: each option with its default, its values and its meaning."""
+    """The groups as text: each option with its default, possible values and meaning."""
     lines: list[str] = []
     for group in found:
         heading = f"{group.name or 'the run itself'}: {group.summary}".replace("``", "")
@@ -150,7 +150,7 @@ def dataclasses_in(annotation: Any) -> list[type]:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of each field."""
+    """The description of each field in the docstrings of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         parsed = docstring_parser.parse(base.__doc__ or "", docstring_parser.Style.GOOGLE)
@@ -161,7 +161,7 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def describe_type(annotation: Any) -> str:
-    """A type as a reader types its values.
+    """A type, described by the values that a user may type.
 
     Example:
         >>> describe_type(int | None), describe_type(typing.Literal["a", "b"])
@@ -178,7 +178,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def typed(value: Any) -> str:
-    """A value as it is typed on the command line.
+    """A value as a user types it on the command line.
 
     Example:
         >>> typed(None), typed((0.9, 0.98)), typed(True), typed(1024)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from shardrec.launch.cli import DRIVER_LIBRARIES
 from shardrec.launch.setup_env import (
     FBGEMM_BUILDS,
     NEWEST_PYTHON,
@@ -151,7 +152,15 @@ def _packages(facts: Facts) -> Iterator[str]:
             f"`pip uninstall` both, then {REPAIR}"
         )
     for name, error in facts.load_errors.items():
+        if _lacks_driver(facts, error):
+            continue
         yield f"{name} is installed but does not load ({error}); {REPAIR}"
+
+
+def _lacks_driver(facts: Facts, error: str) -> bool:
+    """Whether a CUDA build fails to load for want of the driver's libraries, as on login nodes."""
+    is_of_driver = any(name in error for name in DRIVER_LIBRARIES)
+    return is_of_driver and facts.fbgemm_builds == ("cuda",) and facts.driver is None
 
 
 def _matching_set(facts: Facts) -> Iterator[str]:
@@ -202,6 +211,13 @@ def _device(facts: Facts) -> Iterator[Finding]:
             "fbgemm is the CUDA build and no driver answers: right for a login node; to train "
             "on this machine `make setup DEVICE=cpu`",
         )
+    lacking = [name for name, error in facts.load_errors.items() if _lacks_driver(facts, error)]
+    if lacking:
+        yield Finding(
+            "note",
+            f"{' and '.join(lacking)} load where there is a driver: here are plan, gate, launch, "
+            "prepare and report, not train, evaluate, recommend and export",
+        )
 
 
 def _network(facts: Facts) -> Iterator[Finding]:
@@ -233,7 +249,10 @@ def report(facts: Facts) -> str:
     lines += ["", *(f"{finding.level}: {finding.text}" for finding in findings)]
     if not any(finding.level == "wrong" for finding in findings):
         device = "cuda" if facts.torch_sees_gpu and "cuda" in facts.fbgemm_builds else "cpu"
-        lines.append(f"ready to train on {device}")
+        if any(_lacks_driver(facts, error) for error in facts.load_errors.values()):
+            lines.append("ready to submit jobs to machines with a driver")
+        else:
+            lines.append(f"ready to train on {device}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""Workers end when the process that started them is gone, instead of working on unseen.
+"""End workers when the process that started them is gone, instead of leaving them running.
 
-SIGKILL of ``shardrec launch`` or of torchrun, or a closed session, leaves the workers behind: they
-run in sessions of their own. So every worker looks for both once a second. Without them it sends
-itself SIGTERM, after which training writes a checkpoint.
+SIGKILL of ``shardrec launch`` or of torchrun, or a closed session, leaves the workers running,
+because they are in sessions of their own. So every worker checks for both once a second. If one is
+gone, the worker sends itself SIGTERM, after which training writes a checkpoint.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ LOGS = "shardrec-launch-"
 
 @contextlib.contextmanager
 def end_with_launcher(environment: Mapping[str, str]) -> Iterator[None]:
-    """Context manager: inside it, SIGTERM comes when the launcher or torchrun is gone.
+    """Context manager: inside it, this process gets SIGTERM if the launcher or torchrun is gone.
 
     Args:
-        environment: environment variables, which say what started this process. A process that was
-            started by hand is left alone.
+        environment: environment variables, which tell what started this process. Nothing is done
+            for a process that was started by hand.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in environment
     if not under_torchrun and LAUNCHER not in environment:
@@ -55,16 +55,17 @@ def _watch(parent: int, launcher: str | None, asked: int, over: threading.Event)
             return
         if launcher is not None and not is_running(launcher):
             launcher = None
-            os.kill(asked, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(asked, signal.SIGTERM)
 
 
 def this_process() -> str:
-    """This process as text: its number, and its start, because numbers are given out again."""
+    """Text that identifies this process: its id and its start time, because ids are reused."""
     return f"{os.getpid()}-{_start(os.getpid())}"
 
 
 def is_running(process: str) -> bool:
-    """Whether the process of ``this_process`` still runs on this machine."""
+    """Whether the process that ``this_process`` identifies is still running on this machine."""
     number, _, start = process.partition("-")
     return _start(int(number)) == start
 
@@ -83,7 +84,7 @@ def _start(number: int) -> str | None:
 def logs_of_launch() -> Iterator[Path]:
     """Context manager: a folder for the workers' output, removed at the end.
 
-    Removes those of launchers that were killed, too.
+    It also removes such folders of launchers that were killed.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{LOGS}*"):
         process = left.name.removeprefix(LOGS).rpartition("_")[0]

@@ -1,7 +1,11 @@
 """Print the results of the stages."""
 
+import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardrec.pipeline.prepared.manifest import Manifest
 
 __all__ = [
     "print_beside",
@@ -10,6 +14,7 @@ __all__ = [
     "print_lists",
     "print_metrics",
     "print_protocol",
+    "print_split",
     "print_tried",
 ]
 
@@ -18,6 +23,32 @@ def print_counts(counts: Mapping[str, int]) -> None:
     """Print one count per line."""
     for name, count in counts.items():
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
+
+
+def print_split(manifest: "Manifest") -> None:
+    """Print how long the training sequences are, and from when on events are for the test."""
+    lengths, split = manifest.quantiles["train_sequence_length"], manifest.split
+    print(f"training sequences: median {lengths['0.5']:,} events, 1 % above {lengths['0.99']:,}")
+    if split["test_time"] is None:
+        print("test: the last event of each user")
+        return
+    of = manifest.columns["time"]["type"]
+    print(f"test: the events from {_shown_time(split['test_time'], of)} on")
+    if split["validation_time"] is not None:
+        print(f"validation: those from {_shown_time(split['validation_time'], of)} on, before it")
+
+
+def _shown_time(time: int, of: str) -> str:
+    """A time of the log; numbers as they are, microseconds as a date.
+
+    Example:
+        >>> _shown_time(1409529600000000, "timestamp[us]"), _shown_time(7, "int64")
+        ('2014-09-01 00:00:00 UTC', '7')
+    """
+    if not of.startswith("timestamp"):
+        return str(time)
+    began = datetime.datetime(1970, 1, 1)
+    return f"{began + datetime.timedelta(microseconds=time):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def print_end(

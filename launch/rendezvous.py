@@ -1,7 +1,7 @@
-"""Where this worker stands among the others, and the store where they meet.
+"""The rank of this worker, and the rendezvous of all workers at a shared store.
 
-The variables are those of torchrun (or of a script that starts workers by hand). A worker that does
-not come, a port in use and a host without an address are named before torch waits for them.
+The variables are those of torchrun (or of a script that starts workers by hand). A missing worker,
+a port in use and a host without an address are reported before torch waits for them.
 """
 
 import socket
@@ -20,15 +20,15 @@ START = "start workers with `shardrec launch` or torchrun"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """The position of this process among the workers, as ``torchrun`` gives it.
+    """Rank and world size of this process, from the environment that ``torchrun`` sets.
 
     Attributes:
-        rank: in [0, world_size).
-        local_rank: its number on this node, which is that of its GPU.
-        world_size: workers of all nodes.
-        host: name or address of the machine where the store is.
-        port: of the store.
-        node_size: workers of this node; None where the launcher does not say.
+        rank: rank of the process, in [0, world_size).
+        local_rank: rank among the workers of this node, and index of its GPU.
+        world_size: number of workers on all nodes.
+        host: name or address of the machine that hosts the store.
+        port: port of the store.
+        node_size: number of workers on this node; None if the launcher does not say.
     """
 
     rank: int
@@ -40,10 +40,10 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Place | None":
-        """The place that ``environment`` gives; None without a launcher.
+        """The ranks in an environment; None without a launcher.
 
         Raises:
-            ValueError: only some of the variables are set, or one has a value that cannot be.
+            ValueError: only some of the variables are set, or one has an invalid value.
         """
         missing = [name for name in NAMES if name not in environment]
         if "RANK" in missing and "WORLD_SIZE" in missing:
@@ -71,15 +71,15 @@ class Place:
 
 
 def meet(place: Place, timeout_s: float, *, hosts: bool) -> Any:
-    """The store that all workers share, once all have come.
+    """The store that all workers share, after all of them have joined.
 
     Args:
-        place: of this worker.
-        timeout_s: seconds to wait for the others.
-        hosts: whether this worker makes the store, rather than torchrun or another worker.
+        place: ranks of this worker.
+        timeout_s: seconds to wait for the other workers.
+        hosts: whether this worker creates the store, rather than torchrun or another worker.
 
     Raises:
-        TimeoutError: a worker has not come; the message says which.
+        TimeoutError: a worker has not joined; the message names it.
         ValueError: the host has no address, or the port is in use.
     """
     at, timeout = f"{place.host}:{place.port}", timedelta(seconds=timeout_s)

@@ -133,7 +133,7 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
 
     Raises:
         Preempted: the job ended because of a signal; the message is that of a worker.
-        Interrupted: the same, of SIGINT.
+        Interrupted: the job ended because of SIGINT.
     """
     _find_our_programs()
     with _interrupts_as_usual(), _logs(job) as job, open_runner() as runner:
@@ -236,7 +236,7 @@ def _logs(job: Job) -> Iterator[Job]:
 
 
 def name_launcher(request: AppDryRunInfo, job: Job) -> None:
-    """Tell local workers which process they end with; those in containers do not see it."""
+    """Tell local workers which process to end with; workers in containers cannot see it."""
     if job.scheduler == "local_cwd":
         for group in request.request.role_params.values():
             for one in group:

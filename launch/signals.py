@@ -145,13 +145,13 @@ def stop_on_signals(grace_s: float, peers: "Peers | None") -> Iterator[Callable[
 
 
 def taken() -> list[signal.Signals]:
-    """The signals that ask to stop; not those that nohup or a shell has set to be ignored."""
+    """The signals that ask to stop, except those that nohup or a shell has set to be ignored."""
     asking = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_terminal() -> None:
-    """Write nothing more to a terminal: after it is closed, each line would be an error."""
+    """Stop writing to a terminal that is closed, because each line would raise an error."""
     with open(os.devnull, "w") as nowhere:
         for number in (1, 2):
             if stat.S_ISCHR(os.fstat(number).st_mode):

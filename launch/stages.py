@@ -24,8 +24,8 @@ class Command:
         epilog: examples, and exit codes whose meaning differs from ``shardrec --help``.
         config: dotted name, below ``shardrec``, of the dataclass that defines the options; "" if
             the options do not come from one dataclass.
-        cpu: CPUs that its component requests by default; 0: two per worker.
-        memory_mb: memory that its component requests by default, in MB; 0: the scheduler's default.
+        cpu: CPUs that its component asks for by default; 0: two for each worker, four for each GPU.
+        memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 
     kind: Literal["distributed", "single", "tool"]
@@ -113,6 +113,21 @@ COMMANDS = {
             "example: shardrec train --prepared data --run run --recipe demo loss=cce_minus "
             "encoder.width=64"
         ),
+    ),
+    "tune": Command(
+        kind="distributed",
+        summary="search options of training by the metric on the validation users",
+        description=(
+            "Trains with varying options until the time is over, and keeps the run that ranks the "
+            "validation users best. The first trial is the recipe itself; later ones are proposed "
+            "by Optuna, and ended early if their validations are worse than those of most others. "
+            "Started again, it continues the study."
+        ),
+        epilog=(
+            "example: shardrec tune --prepared data --output study --minutes 60 --search "
+            "loss.num_negatives=64:4096:log encoder.num_heads=2"
+        ),
+        config="pipeline.tuning.study.TuneConfig",
     ),
     "memorize": Command(
         kind="distributed",

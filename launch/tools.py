@@ -55,7 +55,7 @@ def describe(arguments: Sequence[str]) -> int:
 
 
 def options(arguments: Sequence[str]) -> int:
-    """Print what the options of training mean, all of them or those of some parts."""
+    """Print the meaning of the options of training, of all or of some parts."""
     from shardrec.launch.described import as_text, chosen, groups
     from shardrec.pipeline.config import override
     from shardrec.pipeline.recipes import recipe_named

@@ -52,7 +52,7 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
 
 
 def dotted_names() -> list[str]:
-    """The options that are set by dotted names, as the recipe ``demo`` has them."""
+    """The options that are set by dotted names, with the values of the recipe ``demo``."""
     from shardrec.pipeline.config import flatten
     from shardrec.pipeline.recipes import RECIPES
 

@@ -1,6 +1,7 @@
 """Set up rank, device and process group of this worker from torchrun's variables."""
 
 import os
+import sys
 import time
 import traceback
 from argparse import Namespace
@@ -12,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shardrec.launch.heartbeat import LostRankError, Peers
+from shardrec.launch.heartbeat import FINISHED, LostRankError, Peers
 from shardrec.launch.rendezvous import Place, meet
 from shardrec.pipeline.run.agreement import code_facts, require_same
 from shardrec.pipeline.run.interruption import Preempted
@@ -35,10 +36,10 @@ class Workers:
     """The process group of a job and this worker's part in it.
 
     Attributes:
-        group: process group of all workers; None in a single process without a launcher.
-        device: device of this worker.
-        peers: heartbeats of the other workers; None if there are none.
-        node_size: workers of this node; None if unknown.
+        group: of all workers; None in a single process without a launcher.
+        device: of this worker.
+        peers: heartbeats of the other workers; None where there are none.
+        node_size: workers of this node; None where unknown.
     """
 
     group: dist.ProcessGroup | None
@@ -81,7 +82,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
             died, left or did not join.
-        TimeoutError, ValueError: the workers cannot meet, see ``meet``.
+        TimeoutError, ValueError: the rendezvous failed; see ``meet``.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
@@ -96,7 +97,13 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
     peers = Peers(
-        store, rank, world_size, keeper=keeper, timeout_s=timeout_s, interval_s=interval_s
+        store,
+        rank,
+        world_size,
+        keeper=keeper,
+        timeout_s=timeout_s,
+        interval_s=interval_s,
+        end=_end_process if device.type == "cuda" else None,
     )
     with _heartbeats(peers):
         dist.init_process_group(
@@ -112,7 +119,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
 
     The process group is destroyed at the end, after its counts of collectives were read.
     """
-    reason, absent = "it has finished", ""
+    reason, absent = FINISHED, ""
     peers.start()
     try:
         yield
@@ -122,16 +129,26 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
         reason = "" if blameless else f"{type(error).__name__}: {error}"
         if not absent:
             raise
-        raise LostRankError(
-            f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: training with --resume=auto continues from its last checkpoint"
-        ) from error
+        raise LostRankError(_complaint(absent)) from error
     finally:
         peers.leave(reason)
         if peers.rank == 0 and absent:  # it may host the store that the others still read
             time.sleep(2 * peers.patience_s)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _complaint(absent: str) -> str:
+    return (
+        f"every rank must take part to the end, got {absent}; look for its last lines and "
+        "start the job again: training with --resume=auto continues from its last checkpoint"
+    )
+
+
+def _end_process(lost: str) -> None:
+    """Ends this process from a thread, as the main one waits on a GPU for a rank that is lost."""
+    print(f"{LostRankError.__name__}: {_complaint(lost)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _may_be_of_another_rank(error: BaseException) -> bool:

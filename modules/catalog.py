@@ -6,8 +6,8 @@ The phases of a training step:
 2. backward: the gradients of the look-up are recorded as (row, gradient) pairs, and those of the
    loss are accumulated in ``shard.rows.grad``; no row changes yet;
 3. ``merge_gradients``: both are summed on the rank that owns the row, and
-   ``squared_gradient_norm`` sums over replicas of the table (``modules/replicas.py``), if there
-   are any, and gives this rank's part of the norm for clipping;
+   ``squared_gradient_norm`` sums over replicas (``modules/replicas.py``), if there are any, and
+   gives this rank's part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
 
 With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of

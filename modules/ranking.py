@@ -60,7 +60,8 @@ def top_items(
         the list ends with score -inf and item -1.
 
     Raises:
-        ValueError: an argument is invalid, or a score is NaN, on any rank; raised on every rank.
+        FloatingPointError: a score is NaN on any rank; raised on every rank.
+        ValueError: an argument is invalid on any rank; raised on every rank.
 
     Collectives: on ``shard.group`` one all-gather of sizes; per chunk of states all-gathers of
     states, of seen items and of recent items, and two all-to-alls of (states, k) candidates; at

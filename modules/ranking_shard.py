@@ -322,11 +322,11 @@ class Ranks(Communicator):
         return parts.view(self.size, own, found.shape[1]).transpose(0, 1).flatten(1)
 
     def require_numbers(self, scores: Tensor) -> None:
-        """Raises ValueError on every rank if any rank has a NaN; one all-reduce."""
+        """Raises FloatingPointError on every rank if any rank has a NaN; one all-reduce."""
         bad = scores.isnan().sum()
         self.sum_(bad)
         if bad:
-            raise ValueError(
+            raise FloatingPointError(
                 f"scores must be numbers, got {int(bad)} NaN; the model or the table has diverged"
             )
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig, rows_at_once
 from shardrec.modules.torchrec_adapter import ShardedTable
 
 __all__ = [
@@ -26,14 +26,8 @@ __all__ = [
     "chunks",
     "empty_gradient",
     "merged_pairs",
-    "range_size",
     "sparse_gradient",
 ]
-
-# Larger ranges do not fit in the cache: 65,536 rows of 64 floats took twice the time per row of
-# 2,048 rows.
-MAX_RANGE = {"cpu": 4_096, "cuda": 65_536}
-MIN_RANGE = 1_024
 
 
 class RowUpdate(Protocol):
@@ -52,7 +46,7 @@ class FusedUpdate:
     def __init__(self, table: ShardedTable) -> None:
         """Stores the table, which was built with the optimizer."""
         self.table = table
-        self.range = range_size(table.rows)
+        self.range = _range_of(table.rows)
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
         """Updates the rows with an entry in the gradient."""
@@ -102,7 +96,7 @@ class SparseAdamUpdate:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.exp_avg = torch.zeros_like(rows, requires_grad=False)
         self.exp_avg_sq = torch.zeros_like(rows, requires_grad=False)
-        size = range_size(rows) // 4  # SparseAdam allocates about a dozen copies of a range
+        size = _range_of(rows) // 4  # SparseAdam allocates about a dozen copies of a range
         self.starts = range(0, rows.shape[0], size)
         self.parameters = [
             rows.detach()[start : start + size].requires_grad_() for start in self.starts
@@ -142,13 +136,8 @@ def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> 
     return FusedUpdate(table)
 
 
-def range_size(rows: Tensor) -> int:
-    """Rows per range: 1 % of the shard, within limits that depend on the device.
-
-    >>> [range_size(torch.empty(num_rows, 4)) for num_rows in (10, 200_000, 1_000_000)]
-    [1024, 2000, 4096]
-    """
-    return max(MIN_RANGE, min(MAX_RANGE[rows.device.type], rows.shape[0] // 100))
+def _range_of(rows: Tensor) -> int:
+    return rows_at_once(rows.shape[0], rows.shape[1], rows.device.type)
 
 
 def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -158,9 +158,9 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
 
 
 def usual_names(name: str, known: Sequence[str]) -> list[str]:
-    """Those of ``known`` whose last part is this name, or what it is called elsewhere.
+    """The dotted names in ``known`` that end in this name, or in the one we use for it.
 
-    Of names of different depth those with the fewest parts.
+    If several match, only those with the fewest parts are returned.
 
     Example:
         >>> usual_names("lr", ["optimizer.learning_rate", "optimizer.eps", "catalog.learning_rate"])

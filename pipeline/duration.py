@@ -1,4 +1,4 @@
-"""How long a run takes, from the steps that another one has taken with the same options."""
+"""Estimate how long a run takes, from the steps of another run with the same options."""
 
 import datetime
 import json
@@ -15,14 +15,14 @@ __all__ = ["Duration", "duration"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Duration:
-    """The parts of a run's wall time.
+    """The parts of a run's estimated wall time.
 
     Attributes:
-        steps: optimizer steps to the first limit; None where only time or patience ends it.
-        step_s: median seconds of a step, data loading included.
-        validations: how many there are to that limit.
-        validation_s: median seconds of one; 0 where none was measured.
-        most_s: seconds of ``limits.max_minutes``; None without.
+        steps: optimizer steps until the first limit; None if only time or patience ends the run.
+        step_s: median seconds per step, including data loading.
+        validations: number of validations until that limit.
+        validation_s: median seconds per validation; 0 if none was measured.
+        most_s: ``limits.max_minutes`` in seconds; None without that limit.
     """
 
     steps: int | None
@@ -33,14 +33,14 @@ class Duration:
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run; None if neither steps nor time limit it."""
+        """Seconds of the whole run; None if neither steps nor time limit it."""
         if self.steps is None:
             return self.most_s
         found = self.steps * self.step_s + self.validations * self.validation_s
         return found if self.most_s is None else min(found, self.most_s)
 
     def describe(self, now: datetime.datetime) -> str:
-        """The parts, their sum, and when a run that starts ``now`` ends, in one line."""
+        """One line with the parts, their sum, and the end of a run that starts ``now``."""
         parts = f"a step takes {self.step_s:.3g} s"
         if self.steps is None or self.seconds is None:
             return f"time         {parts}; only patience or max_minutes ends the run"
@@ -53,12 +53,12 @@ class Duration:
 
 
 def duration(config: TrainConfig, run: Path) -> Duration:
-    """How long ``config`` takes on the machine, the workers and the data of ``run``.
+    """The estimated time of ``config`` on the machine, the workers and the data of ``run``.
 
     Args:
-        config: with the limits and validations to plan for.
-        run: folder of a run, finished or not, with the options of ``config`` that decide the time
-            of a step. Its first step is left out.
+        config: the config, whose limits and validations count.
+        run: folder of a run, finished or not, that has the same options as ``config`` where they
+            affect the time of a step. Its first step is left out.
 
     Raises:
         ValueError: the run has taken too few steps.

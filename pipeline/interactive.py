@@ -1,7 +1,7 @@
-"""The stages for scripts and notebooks: tables and paths in, results with short reprs out.
+"""The stages for scripts and notebooks: they take tables and paths, and return short results.
 
-Every function does what the command of its name does, with the same options, and writes the same
-folders. ``from shardrec import prepare, train, evaluate, recommend, export`` loads it.
+Every function does the same as the command of its name, with the same options, and writes the same
+folders. ``from shardrec import prepare, train, evaluate, recommend, export`` imports them.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ def prepare(events: Any, output: Place, **options: Any) -> PreparedLog:
         events: a path, or a table: pandas, polars, Arrow, or any with ``__arrow_c_stream__``. A
             table is written beside the output first, as ``OUTPUT.events.parquet``.
         output: folder to write.
-        options: of ``PrepareConfig``, such as ``user_column="customer"``.
+        options: options of ``PrepareConfig``, such as ``user_column="customer"``.
 
     Raises:
-        TypeError: ``events`` is neither, or an option does not exist.
-        ValueError: as ``shardrec.pipeline.prepare.prepare_once``.
+        TypeError: ``events`` is neither a path nor a table, or an option does not exist.
+        ValueError: as in ``shardrec.pipeline.prepare.prepare_once``.
     """
     from shardrec.pipeline.log.config import PrepareConfig
     from shardrec.pipeline.prepare import prepare_once
@@ -77,20 +77,20 @@ def train(
     Args:
         prepared: what ``prepare`` returned, or the folder.
         run: folder to write.
-        overrides: such as ``"loss=sce"``, ``"encoder.width=64"``; ``"show_progress=false"`` is
-            silent.
+        overrides: options such as ``"loss=sce"`` and ``"encoder.width=64"``;
+            ``"show_progress=false"`` prints nothing.
         recipe: the config to start from.
         encoder: a causal module from (B, L, D) to (B, L, D), used in place of the recipe's.
         callbacks: called after each step and validation.
-        resume: "auto" goes on with an interrupted run, and leaves a finished one as it is; "no"
-            wants a new folder.
+        resume: "auto" resumes an interrupted run and leaves a finished one unchanged; "no" requires
+            a new folder.
         force: replace the run in the folder.
 
     Raises:
         Preempted: it was interrupted (Ctrl-C, or the stop button of a notebook), and the checkpoint
             of its last step is complete: the same call continues. A second interrupt raises
             KeyboardInterrupt at once.
-        ValueError: as ``shardrec.pipeline.train.train``, and for names that do not exist.
+        ValueError: as in ``shardrec.pipeline.train.train``, or a name does not exist.
     """
     from shardrec.pipeline.config import override
     from shardrec.pipeline.recipes import recipe_named
@@ -126,11 +126,11 @@ def evaluate(
         prepared: the data that it was trained on.
         split: the users.
         encoder: the module given to ``train``, if any.
-        force: replace a report of other options.
-        options: of ``MeasureConfig``, such as ``ks=(10, 100)``.
+        force: replace a report with other options.
+        options: options of ``MeasureConfig``, such as ``ks=(10, 100)``.
 
     Raises:
-        ValueError: as ``shardrec.pipeline.evaluate.evaluate``.
+        ValueError: as in ``shardrec.pipeline.evaluate.evaluate``.
     """
     from shardrec.pipeline.evaluate import evaluate as run_evaluate
     from shardrec.pipeline.model.config import MeasureConfig
@@ -193,10 +193,10 @@ def export(
         prepared: the data that it was trained on.
         output: folder to write.
         encoder: the module given to ``train``, if any.
-        options: of ``ExportConfig``, such as ``faiss="HNSW32"``.
+        options: options of ``ExportConfig``, such as ``faiss="HNSW32"``.
 
     Raises:
-        ValueError: as ``shardrec.pipeline.export.export``.
+        ValueError: as in ``shardrec.pipeline.export.export``.
     """
     from shardrec.pipeline.export import ExportConfig
     from shardrec.pipeline.export import export as run_export

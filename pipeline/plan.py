@@ -15,10 +15,11 @@ import torch
 
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
-from shardrec.modules.catalog_config import CatalogConfig, state_floats
+from shardrec.modules.catalog_config import CatalogConfig, rows_at_once, state_floats
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, encoder_flops, saved_floats
 from shardrec.modules.memory import memory_bytes
 from shardrec.modules.option_checks import require_at_least
+from shardrec.pipeline.checkpoint.pinned import PINNED_BYTES
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.layout import choose_layout
 
@@ -46,7 +47,7 @@ class Machine:
 
     Attributes:
         ranks: W, workers of the job; ``parallel.shards`` of the config divides them into replicas.
-        memory_gb: memory of each rank, in 10**9 bytes; none: the largest catalog is not computed.
+        memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
         filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
         libraries_gb: memory of a process or a CUDA context before the model is built, in 10**9
@@ -116,19 +117,19 @@ class Plan:
 
     Attributes:
         num_items: V.
-        condition: a sentence that says when the peak holds.
+        condition: a sentence on when the peak holds.
+        memory: bytes by term; "gradient" is that of the table.
+        peak_bytes: most bytes in use at once; below the sum, as not all terms coexist.
         layout: a sentence on replicas and shards.
-        memory: bytes by term; "gradient" is the gradient of the table.
-        peak_bytes: most bytes in use at once; less than the sum, as not all terms coexist.
         moved: bytes received from other ranks, by part; only gradients of encoder, attributes and
             replicas cross replicas.
-        traffic: bytes that the loss reads from memory and writes to it, by part; an upper bound, as
-            cached data is not moved again.
+        traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
+            cache is not moved so often.
         flops: FLOP of matrix products, by part.
-        host_bytes: host memory for the copy from which a checkpoint is written; 0 on a CPU.
-        memorized_bytes: bytes of the successors that `memorize` counts, in ranking and not in
-            training.
-        largest_num_items: the largest catalog that fits; None if ``memory_gb`` was not given.
+        host_bytes: host memory for the copy that a checkpoint is written from; 0 on a CPU.
+        batch_bytes: host memory for the batch in use and the next one; 0 on a CPU.
+        memorized_bytes: of a memory of item pairs beside the model, in ranking, not in training.
+        largest_num_items: the largest catalog that fits; None where no memory was given.
     """
 
     num_items: int
@@ -140,6 +141,7 @@ class Plan:
     traffic: Mapping[str, float]
     flops: Mapping[str, float]
     host_bytes: int = 0
+    batch_bytes: int = 0
     memorized_bytes: int = 0
     largest_num_items: int | None = None
 
@@ -154,6 +156,8 @@ class Plan:
         rows += [("peak", readable_bytes(self.peak_bytes)), ("dominated by", self.dominant)]
         if self.host_bytes:
             rows += [("host memory for a checkpoint", readable_bytes(self.host_bytes))]
+        if self.batch_bytes:
+            rows += [("host memory for batches", readable_bytes(self.batch_bytes))]
         if self.memorized_bytes:
             rows += [("item pairs, in ranking only", readable_bytes(self.memorized_bytes))]
         rows += [("", ""), ("from other ranks in a step", "")]
@@ -183,7 +187,7 @@ def plan(
         attributes: sizes of the items' attributes; None if they are not used.
 
     Raises:
-        ValueError: the catalog is empty, ``attributes`` does not fit the config, or the ranks
+        ValueError: the catalog is empty, ``attributes`` does not go with the config, or the ranks
             cannot be laid out as it says.
     """
     if num_items < 1:
@@ -202,7 +206,8 @@ def plan(
         moved=made.moved(num_items),
         traffic={"loss": made.turns * config.loss.cost(made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
-        host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
+        host_bytes=0 if made.on_cpu else made.host_copy(num_items),
+        batch_bytes=0 if made.on_cpu else made.batches(),
         memorized_bytes=made.memorized(num_items),
         largest_num_items=largest,
     )
@@ -244,6 +249,9 @@ class _Planner:
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
+        # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
+        precision = config.precision
+        self.in_bfloat16 = precision == "bfloat16" or (precision == "auto" and not self.on_cpu)
 
     @property
     def state_floats(self) -> int:
@@ -257,6 +265,8 @@ class _Planner:
             num_items=num_items,
             num_ranks=self.layout.num_shards,
             width=self.width,
+            element_bytes=2 if self.in_bfloat16 else 4,
+            is_cast=self.in_bfloat16,
             on_cpu=self.on_cpu,
         )
 
@@ -292,6 +302,16 @@ class _Planner:
         rows = -(-self.work(num_items).num_rows // self.layout.num_replicas)
         copy = 4 * rows * floats + encoder
         return copy * self.config.checkpoints.background
+
+    def host_copy(self, num_items: int) -> int:
+        """Bytes of host memory for the copy of a GPU's state, with the buffers on the way there."""
+        copy = self.checkpoint_copy(num_items)
+        return copy and copy + PINNED_BYTES
+
+    def batches(self) -> int:
+        """Bytes of two batches: items, targets, weights and the indices of real positions."""
+        sequences = -(-self.config.batches.batch_size // self.machine.ranks)
+        return 2 * sequences * self.length * (8 + 8 + 4 + 8)
 
     def memorized(self, num_items: int) -> int:
         """Bytes of the memory beside the model; 0 without one."""
@@ -369,14 +389,20 @@ class _Planner:
         """Bytes of the table's gradient, and of merging and applying it."""
         row = 4 * self.width
         if cost.is_dense:
-            return work.num_rows * row, 0
+            return work.num_rows * row, self._range_copy(work.num_rows)
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
         gradient, copies = cost.touched_rows * (row + 8), self.layout.num_replicas
         if copies > 1:  # the pairs of all replicas, or the shard
             merged += min(copies * merged, work.num_rows * (row + 8))
         if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
-        return gradient, merged
+        return gradient, merged + self._range_copy(cost.touched_rows)
+
+    def _range_copy(self, rows: int) -> int:
+        """Bytes of what fbgemm reads and sorts of the rows that are updated at a time, on a GPU."""
+        if self.on_cpu or self.config.catalog.optimizer == "adam":
+            return 0
+        return 2 * 4 * self.width * min(rows, rows_at_once(rows, self.width, "cuda"))
 
     def _unit_rows(self, work: Workload) -> int:
         """The rows at unit length, and their gradient on its way to the table's."""

@@ -1,4 +1,4 @@
-"""What the stages return to scripts and notebooks: paths with short reprs, which become tables."""
+"""The results of the stages for scripts and notebooks: folders that become tables."""
 
 import dataclasses
 import json
@@ -48,20 +48,20 @@ class PreparedLog(_Result):
     """A prepared folder.
 
     Attributes:
-        path: of the folder.
-        counts: events, users, items and sequences, kept and left out.
+        path: path of the folder.
+        counts: numbers of events, users, items and sequences, kept and left out.
     """
 
     counts: Mapping[str, int]
 
     def summary(self) -> str:
-        """The numbers of users and items, and of what is trained and tested on."""
+        """One line with the numbers of training sequences, items and test users."""
         shown = {"train_sequences": "training sequences", "items": "items", "test_users": "test"}
         numbers = [f"{self.counts[name]:,} {words}" for name, words in shown.items()]
         return f"prepared log of {', '.join(numbers)} users"
 
     def table(self) -> pa.Table:
-        """The counts: name, number."""
+        """A table of the counts: name and number."""
         return pa.table({"count": list(self.counts), "number": list(self.counts.values())})
 
 
@@ -70,7 +70,7 @@ class TrainedRun(_Result):
     """A run folder.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
         end: how training ended.
     """
 
@@ -82,7 +82,7 @@ class TrainedRun(_Result):
         return self.end.best_metrics
 
     def summary(self) -> str:
-        """The best validation, and how training ended."""
+        """One line with the best validation and how training ended."""
         at = f"{self.end.step:,} steps, {self.end.reason}"
         if not self.metrics:
             return f"run of {at}"
@@ -90,7 +90,7 @@ class TrainedRun(_Result):
         return f"run of {at}; best {name} {self.metrics[name]:.4f} at step {self.end.best_step:,}"
 
     def table(self) -> pa.Table:
-        """The curves: a row for each step that was logged and each validation."""
+        """A table with a row for each logged step and each validation."""
         rows = []
         for line in (self.path / "metrics.jsonl").read_text().splitlines():
             event = json.loads(line)
@@ -103,11 +103,11 @@ class TrainedRun(_Result):
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Evaluation(_Result):
-    """Metrics of a run on the users of a split, and of what it must beat.
+    """Metrics of a run and of the baselines that it must beat, on the users of a split.
 
     Attributes:
-        path: of the report.
-        report: its content.
+        path: path of the report.
+        report: content of the report.
     """
 
     report: Mapping[str, Any]
@@ -123,7 +123,7 @@ class Evaluation(_Result):
         return self.report["baselines"]  # type: ignore[no-any-return]
 
     def summary(self) -> str:
-        """One metric of the run, and of what it must beat, best first."""
+        """One line with a metric of the run and of the baselines that it must beat, best first."""
         name = default_metric(self.metrics)
         rows = {"run": self.metrics} | dict(self.baselines)
         order = sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True)
@@ -131,7 +131,7 @@ class Evaluation(_Result):
         return f"{name} of {self.metrics['users']:,} users: {shown}"
 
     def table(self) -> pa.Table:
-        """One row for each metric of each model: model, metric, value."""
+        """A table with a row for each metric of each model: model, metric, value."""
         rows = {"run": self.metrics} | dict(self.baselines)
         cells = [(row, name, value) for row, found in rows.items() for name, value in found.items()]
         names = ("model", "metric", "value")
@@ -144,18 +144,18 @@ class Lists(_Result):
     """A folder of lists of items.
 
     Attributes:
-        path: of the folder.
-        counts: users, items and what was unknown.
+        path: path of the folder.
+        counts: numbers of users and items, and of what was unknown.
     """
 
     counts: Mapping[str, int]
 
     def summary(self) -> str:
-        """For how many users."""
+        """One line with the number of users."""
         return f"lists for {self.counts['users']:,} users"
 
     def table(self) -> pa.Table:
-        """One row for each user: user_id, item_ids, scores."""
+        """A table with a row for each user: user_id, item_ids, scores."""
         return pq.read_table(self.path)
 
 
@@ -164,23 +164,23 @@ class Export(_Result):
     """An export for serving.
 
     Attributes:
-        path: of the folder.
-        manifest: of the folder.
+        path: path of the folder.
+        manifest: manifest of the folder.
     """
 
     manifest: Mapping[str, Any]
 
     def summary(self) -> str:
-        """The number of items, and the version of the catalog."""
+        """One line with the number of items and the catalog version."""
         version = self.manifest["catalog_version"]
         return f"export of {self.manifest['num_items']:,} items, catalog {version}"
 
     def table(self) -> pa.Table:
-        """One row for each item: its id, its training events and its vector."""
+        """A table with a row for each item: id, number of training events, vector."""
         return pq.read_table(self.path / "items")
 
     def open(self, **options: Any) -> "Recommender":
-        """The recommender that serves it; options are those of ``Recommender.open``."""
+        """A ``Recommender`` for this export; options are those of ``Recommender.open``."""
         from shardrec.pipeline.serve import Recommender
 
         return Recommender.open(self.path, **options)

@@ -129,9 +129,9 @@ class Recommender:
                 skipped.
             k: length of the lists, at least 1.
             filter_seen: leave out items of the history.
-            allow: for these histories nothing else; None: all that may be recommended. With
-                ``allow`` or ``deny`` the search is exact.
-            deny: for these histories none of them.
+            allow: ids of the only items to return in this call; None allows all that may be
+                recommended. With ``allow`` or ``deny`` the search is exact.
+            deny: ids of items not to return in this call.
 
         Returns:
             For each history a list of at most ``k`` pairs (id, score), best first. If no item of a
@@ -162,15 +162,15 @@ class Recommender:
 
     @torch.no_grad()
     def similar(self, items: Sequence[ItemId], k: int = 10) -> list[list[tuple[ItemId, float]]]:
-        """The ``k`` items with the nearest vectors for each item, by cosine, without itself.
+        """The ``k`` nearest items of each item by the cosine of their vectors, without itself.
 
         Args:
             items: item ids.
-            k: items wanted, at least 1.
+            k: length of the lists, at least 1.
 
         Returns:
-            One list of at most ``k`` (id, cosine) for each item, best first; an empty one for an
-            id that the catalog lacks.
+            For each item a list of at most ``k`` pairs (id, cosine), best first; empty for an id
+            that the catalog lacks.
 
         Raises:
             TypeError: an id is not of the catalog's type.

@@ -80,7 +80,8 @@ def train(
         FileExistsError: the output folder holds something that must not be continued, or another
             process is writing it.
         FileNotFoundError: there is no run to resume.
-        FloatingPointError: loss or gradients were not finite in many steps in a row.
+        FloatingPointError: loss or gradients were not finite in many steps in a row, or the scores
+            of a validation were not numbers.
         OSError: the last checkpoint could not be written; those before it are complete.
         Preempted: the run was interrupted after a checkpoint; resume it to continue.
         ValueError: the config does not fit the data or the run to resume, or a rank was started

@@ -191,7 +191,7 @@ def prepare_inputs(
                 range(shard.first_row, shard.first_row + held),
                 shard.num_rows,
                 shard.rows.device,
-                state_bytes=_state_bytes(states),
+                state_bytes=_state_bytes(states, scaling),
                 failed=error is not None,
             )
         except ValueError as elsewhere:
@@ -222,7 +222,7 @@ def restore_inputs(
     else:
         ranks = Communicator(shard.group)
         positions, rows = sizes.T.tolist()
-        layout = Layout(ranks, positions, rows, states.device, _state_bytes(states))
+        layout = Layout(ranks, positions, rows, states.device, _state_bytes(states, scaling))
     chosen = choose_backend(states, backend)
     return _inputs(states, shard, targets, None, scaling, layout, chosen)
 
@@ -231,8 +231,10 @@ def _single_layout(states: Tensor, rows: Tensor) -> Layout:
     return Layout(Communicator(None), [states.shape[0]], [rows.shape[0]], states.device)
 
 
-def _state_bytes(states: Tensor) -> int:
-    return states.shape[-1] * states.element_size() if states.dim() else 0
+def _state_bytes(states: Tensor, scaling: Scaling) -> int:
+    """Bytes of a state between ranks, where it has the dtype of the products."""
+    dtype = scaling.dtype or states.dtype
+    return states.shape[-1] * dtype.itemsize if states.dim() else 0
 
 
 def _inputs(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.pipeline.checkpoint.pinned import PinnedBuffers
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.outputs.addresses import without_keys
 
@@ -95,6 +96,7 @@ class CheckpointWriter:
         self.background = background
         self.failure: Exception | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._pinned: PinnedBuffers | None = None
         self._thread: threading.Thread | None = None
         self._report: CheckpointReport | None = None
 
@@ -120,7 +122,7 @@ class CheckpointWriter:
         started = time.monotonic()
         ended = self.collect()
         if self.background:
-            state = self._copied(state)
+            state = state.copied(self._copy)
         stall = time.monotonic() - started
         report = CheckpointReport(
             step=step,
@@ -169,16 +171,15 @@ class CheckpointWriter:
             report, seconds=seconds, stall_seconds=stall, error=words
         )
 
-    def _copied(self, state: CheckpointState) -> CheckpointState:
-        copy = state.copied(self._copy)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return copy
-
     def _copy(self, name: str, value: Tensor) -> Tensor:
         """A copy in host memory, in the buffer of the last copy of the same name if that fits."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            buffer = torch.empty(value.shape, dtype=value.dtype)
             self._buffers[name] = buffer
-        return buffer.copy_(value.detach(), non_blocking=True)
+        if not value.is_cuda:
+            return buffer.copy_(value.detach())
+        if self._pinned is None:
+            self._pinned = PinnedBuffers()
+        self._pinned.copy(value, buffer)
+        return buffer

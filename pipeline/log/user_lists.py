@@ -1,4 +1,4 @@
-"""The history of each user of an event log, as a Parquet file of lists."""
+"""Turn an event log into a Parquet file with the history of each user as a list."""
 
 import dataclasses
 from pathlib import Path
@@ -20,25 +20,25 @@ _MEMORY = "512MB"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UserLists:
-    """An event log whose events are to be read as one list of items for each user."""
+    """An event log that is to be read as one list of items per user."""
 
     log: EventLog
 
     @classmethod
     def open(cls, events: str, user: str, item: str, time: str) -> "UserLists":
-        """Find the files and check their columns, as ``prepare`` does; raises as it does."""
+        """Find the files and check their columns, with the errors of ``prepare``."""
         return cls(EventLog.open(events, EventColumns(user=user, item=item, time=time)))
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """What is known of each file, as JSON."""
+        """Path, size, number of rows and digest of each file, as JSON."""
         return [dataclasses.asdict(file) for file in self.log.files]
 
     def write(self, folder: Path) -> Path:
         """Write ``histories.parquet`` with user_id and items, oldest first; returns its path.
 
-        The log is sorted in bounded memory. Of events that are equal in all of these columns one
-        is taken, as ``prepare`` does; users are in an order of their own.
+        The log is sorted in bounded memory. Events that are equal in all of these columns count
+        once, as in ``prepare``; the order of the users is arbitrary.
 
         Raises:
             ValueError: a file cannot be decoded.

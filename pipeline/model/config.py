@@ -71,7 +71,7 @@ class MeasureConfig:
 
 
 def default_metric(metrics: Mapping[str, float]) -> str:
-    """The metric that models are judged by, or the same kind at the greatest length there is."""
+    """The default metric if it was measured, else the same kind at the greatest list length."""
     kind = DEFAULT_METRIC.partition("@")[0]
     lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
     longest = max(lengths, key=lambda name: int(name.partition("@")[2]))

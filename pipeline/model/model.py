@@ -19,7 +19,10 @@ from shardrec.modules.memory import Memory
 from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
-__all__ = ["Model", "real_positions"]
+__all__ = ["Model", "in_bfloat16", "real_positions"]
+
+# Older GPUs have no bfloat16 matrix units.
+_LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,10 @@ class Model:
     """A sequence encoder over a sharded catalog.
 
     Attributes:
-        encoder: causal module from (B, L, D) to (B, L, D); the same weights on every rank.
-        catalog: the item vectors, sharded over the ranks.
-        precision: dtype of the encoder's matrix products; "auto" is bfloat16 on CUDA and float32
-            elsewhere.
-        normalize: whether loss and ranking score with rows of unit length.
+        encoder: (B, L, D) to (B, L, D), causal; the same on every rank.
+        catalog: the item vectors, spread over the ranks.
+        precision: of the products of encoder and loss (see ``TrainConfig``).
+        normalize: whether the loss compares unit-length rows, so that ranking must too.
         memory: adds scores to successors of recent items in ranking; None adds nothing.
     """
 
@@ -92,6 +94,14 @@ class Model:
         with part("encoder"):
             return self._encode(found, lengths, keys)
 
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which encoder and loss run, for products in the dtype of ``precision``.
+
+        Weights, rows, sums and gradients stay in float32.
+        """
+        wanted = in_bfloat16(self.precision, self.device)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
     def scored_shard(self) -> RowShard:
         """This rank's rows to score states against; a copy at unit length if ``normalize``."""
         shard = self.catalog.shard
@@ -112,7 +122,7 @@ class Model:
     def _encode(self, vectors: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
         groups = LengthGroups.of(lengths)
         ordered = groups.sort(vectors)
-        with self._autocast():
+        with self.autocast():
             if isinstance(self.encoder, TransformerEncoder):
                 own = None if keys is None else PositionKeys(groups.sort(keys))
                 states = self.encoder.packed(ordered, groups, own)
@@ -120,11 +130,16 @@ class Model:
                 states = groups.apply(self.encoder, ordered)
         return groups.restore(states.to(vectors.dtype))
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        wanted = self.precision == "bfloat16" or (
-            self.precision == "auto" and self.device.type == "cuda"
-        )
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+def in_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether products of encoder and loss are in bfloat16 on a device.
+
+    >>> in_bfloat16("auto", torch.device("cpu")), in_bfloat16("bfloat16", torch.device("cpu"))
+    (False, True)
+    """
+    if precision != "auto" or device.type != "cuda":
+        return precision == "bfloat16"
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def real_positions(lengths: Tensor, max_length: int) -> Tensor:

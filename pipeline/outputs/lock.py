@@ -22,7 +22,7 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class BusyError(FileExistsError):
-    """Another process writes there now; the same command may succeed after its end."""
+    """Another process is writing there; the same command may succeed after that process ends."""
 
 
 class RunLock:

@@ -1,5 +1,6 @@
 """Batches of tensors, and the index arithmetic that cuts them out of flat tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +33,14 @@ class Batch:
         lengths: (B,) int64 number of real positions of each sequence.
         targets: (B, L) int64 next item at each position, padded with 0.
         weights: (B, L) float32 weights of the targets, padded with 0; None if the data has none.
+        real: what ``real_positions`` returns, where it was counted before.
     """
 
     items: Tensor
     lengths: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -46,16 +49,23 @@ class Batch:
 
     def real_positions(self) -> Tensor:
         """(N,) int64 indices of the real positions in the flattened (B * L,) batch."""
+        if self.real is not None:
+            return self.real
         length = self.items.shape[1]
         real = torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
         return real.flatten().nonzero().flatten()
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch copied to another device."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return Batch(
-            self.items.to(device), self.lengths.to(device), self.targets.to(device), weights
-        )
+        """The batch copied to another device, with the real positions as counted on this one."""
+        return self._map(lambda one: one.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in pinned memory, from which ``to`` does not wait for a GPU."""
+        return self._map(lambda one: one.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        parts = self.items, self.lengths, self.targets, self.weights, self.real_positions()
+        return Batch(*(None if one is None else change(one) for one in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

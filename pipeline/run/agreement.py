@@ -1,6 +1,6 @@
-"""Whether all ranks were started with the same options, data and code.
+"""Check that all ranks were started with the same options, data and code.
 
-Ranks that differ would train together without a word, and no run like it could be made again.
+Ranks that differ would otherwise train together silently, and the run could not be reproduced.
 """
 
 import functools
@@ -23,11 +23,11 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
     """Raise on all ranks if the facts of one differ from those of rank 0.
 
     Args:
-        facts: by name, of this rank; small values that can be compared.
+        facts: facts of this rank by name; small values that can be compared.
         group: the ranks.
 
     Raises:
-        ValueError: naming the first rank that differs, and all facts in which it does.
+        ValueError: a rank differs; the message names the first one and the facts that differ.
 
     Collectives: one all-gather of small objects.
     """
@@ -46,7 +46,7 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
 
 
 def code_facts() -> dict[str, str]:
-    """The versions that decide how this process computes, and a digest of this package's code."""
+    """Versions that affect the results of this process, and a digest of this package's code."""
     return {f"version of {name}": version for name, version in versions().items()} | {
         "code": _code_digest()
     }

@@ -92,6 +92,8 @@ def build(
             progress=progress,
             is_new=is_new,
             layout=layout,
+            # On a CPU the threads of a step have every core already.
+            ahead=stepper.model.device.type == "cuda",
             held=held.pop_all(),
         )
 

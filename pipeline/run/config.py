@@ -263,8 +263,8 @@ class OwnEncoderConfig:
     Attributes:
         module: a class of torch.nn.Module, as package.module:Class, whose objects turn (B, L, D)
             item vectors into (B, L, D) states; None: the encoder that encoder.kind names.
-        options: arguments of its constructor, as name=value; options of encoder that have the name
-            of an argument are given to it as well.
+        options: arguments of its constructor, as name=value; options of encoder whose name equals
+            that of an argument are passed to it as well.
     """
 
     module: str | None = None
@@ -289,18 +289,19 @@ class TrainConfig:
         loss: the loss to minimise, with its options.
         catalog: initialisation and optimizer of the item table.
         encoder: sizes and kind of the encoder; its width is the table's too.
-        batches: how sequences are cut into batches.
-        optimizer: learning rate of the encoder, clipping, accumulation.
+        batches: how sequences become batches.
+        optimizer: learning rates of the encoder, clipping, accumulation.
         parallel: how many ranks share a table.
-        limits: when the run ends.
-        validation: when the model is measured, and by what.
-        checkpoints: when and where checkpoints are written, and how many are kept.
+        limits: when to stop.
+        validation: when to measure.
+        checkpoints: when they are written, where to, how many are kept.
         init_from: the earlier run to take weights from (a warm start).
         seed: seed of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA if available.
-        precision: dtype of the encoder's matrix products; "auto" is bfloat16 on CUDA and float32
-            elsewhere.
-        log_every: number of steps between logged steps in metrics.jsonl, TensorBoard and MLflow.
+        precision: of the products of encoder and loss, and of states between ranks; "auto" is
+            bfloat16 on GPUs of compute capability 8.0 or more, float32 elsewhere. Weights, table,
+            gradients and optimizer states are float32.
+        log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
         mlflow: the MLflow store to log to, in addition to the run folder.
         profile: the steps to profile; the result is written to `profile/` in the run folder.

@@ -1,4 +1,4 @@
-"""One callback for every tracker: W&B and those whose runs have the same two methods."""
+"""A callback for W&B and for every tracker whose runs have the same two methods."""
 
 import dataclasses
 import logging
@@ -21,19 +21,19 @@ __all__ = ["LogTo", "Logger"]
 
 
 class Logger(Protocol):
-    """The run of a tracker."""
+    """The interface of a tracker's run."""
 
     def log(self, values: Mapping[str, Any], *, step: int) -> object:
-        """Take values by name, measured after ``step`` optimizer steps."""
+        """Log values by name, measured after ``step`` optimizer steps."""
 
     def finish(self) -> object:
-        """Take what is still on its way; nothing follows."""
+        """Flush everything; no call follows."""
 
 
 class LogTo(Callback):
     """Sends steps, validations and the end of a run to a tracker, on rank 0.
 
-    A tracker that raises is warned of once, and gets nothing more: the run goes on.
+    If the tracker raises, one warning is given, and training continues without it.
     """
 
     def __init__(self, open_logger: Callable[[], Logger], every: int = 10) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks
@@ -32,6 +32,7 @@ from shardrec.pipeline.model.ranker import StateRanker
 from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.ranks import in_step, on_first_rank
+from shardrec.pipeline.run.ahead import made_ahead
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.interruption import Preempted
@@ -52,11 +53,12 @@ class Run:
         prepared: the data.
         batches: data loader, at the position where the run starts or resumes.
         stepper: model and optimizers, initialised or restored.
-        writer: writer of the checkpoints.
-        progress: counters, at 0 or restored.
-        is_new: True for a new run, False for a resumed one.
+        writer: writes the checkpoints.
+        progress: counters, from 0 or restored.
+        is_new: whether the run is new, and not resumed.
         layout: how the ranks are laid out.
-        held: exit stack that releases the lock of the run folder and the writer's process group.
+        ahead: whether a thread makes the next batch during a step.
+        held: closing it releases the lock of the run folder and the writer's process group.
     """
 
     config: TrainConfig
@@ -67,6 +69,7 @@ class Run:
     progress: Progress
     is_new: bool
     layout: Layout
+    ahead: bool
     held: contextlib.ExitStack
 
     @property
@@ -83,6 +86,20 @@ class Run:
     def total_steps(self) -> int | None:
         """Number of optimizer steps of the whole run; None if only time or patience ends it."""
         return self.stepper.total_steps
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A batch, and the state of the data loader after it."""
+
+    batch: Batch
+    state: dict[str, Any]
+
+
+def _placed(batches: TrainingBatches, *, pinned: bool) -> Iterator[_Placed]:
+    """The batches to the end of the epoch; no one else may ask for the loader's state."""
+    for batch in batches:
+        yield _Placed(batch.pinned() if pinned else batch, batches.state_dict())
 
 
 class Loop:
@@ -137,24 +154,26 @@ class Loop:
         """The micro-batches of each step, and the first one of the step after it."""
         self.fetch_started = time.monotonic()
         coming = self._batches()
-        batches = next(coming, None)
-        while batches is not None:
+        taken = next(coming, None)
+        while taken is not None:
             # The state after this step must not count the batches that are fetched ahead.
-            self.at_data = self.run.batches.state_dict()
+            self.at_data = taken[-1].state
             is_last = self.at.step + 1 == self.run.total_steps
             following = None if is_last else next(coming, None)
             own = (following or [])[self.run.batches.replica :]
-            yield batches, own[0] if own else None
+            yield [one.batch for one in taken], own[0].batch if own else None
             self.fetch_started = time.monotonic()
-            batches = following
+            taken = following
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self) -> Iterator[list["_Placed"]]:
         """The micro-batches of each step, epoch after epoch."""
         model = self.run.stepper.model
         while self.run.steps_per_epoch:
-            epoch = in_step(self.run.batches, model.group, model.device)
-            while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
-                yield batches
+            placed = _placed(self.run.batches, pinned=model.device.type == "cuda")
+            made = made_ahead(placed) if self.run.ahead else placed
+            epoch = in_step(made, model.group, model.device)
+            while taken := list(islice(epoch, self.run.config.optimizer.accumulate)):
+                yield taken
 
     def _take(self, batches: list[Batch], following: Batch | None) -> StepOutcome:
         at = self.at

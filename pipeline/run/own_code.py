@@ -1,7 +1,7 @@
-"""Encoders and callbacks of the user's own, named as ``package.module:Class`` in the config.
+"""User-supplied encoders and callbacks, named as ``package.module:Class`` in the config.
 
-The name is imported by every rank, so that `shardrec launch`, evaluate and export find it too. Only
-classes of modules (``torch.nn.Module``) are made from a stored config: a run folder from elsewhere
+Every rank imports the name, so that `shardrec launch`, evaluate and export find it too. From a
+stored config, only subclasses of ``torch.nn.Module`` are constructed: a run folder from elsewhere
 cannot have any other function called.
 """
 
@@ -25,10 +25,10 @@ REMEDY = "name an installed one, or set PYTHONPATH to the folder that holds its 
 
 
 def own_encoder(config: "TrainConfig") -> "nn.Module | None":
-    """The module that the config names, with random weights by its seed; None if it names none.
+    """The module that the config names, with random weights from its seed; None if it names none.
 
-    Its constructor gets ``own_encoder.options``, and every option of ``encoder`` that it has a
-    parameter for: ``width``, usually ``max_length``.
+    The constructor gets ``own_encoder.options``, and every option of ``encoder`` for which it has a
+    parameter: ``width``, usually ``max_length``.
 
     Raises:
         TypeError: it is not a class of ``torch.nn.Module``.
@@ -58,19 +58,19 @@ def own_encoder(config: "TrainConfig") -> "nn.Module | None":
 
 
 def own_callbacks(names: Iterable[str]) -> "list[Callback]":
-    """New callbacks, each what the class or function of that name returns without arguments.
+    """New callbacks: the results of calling each named class or function without arguments.
 
     Raises:
-        TypeError: it cannot be called so.
-        ValueError: it cannot be imported.
+        TypeError: a name cannot be called without arguments.
+        ValueError: a name cannot be imported.
     """
     return [_made(name) for name in names]
 
 
 def with_own_encoder(assignments: Sequence[str]) -> list[str]:
-    """Assignments in which ``encoder=package.module:Class`` is written out.
+    """The assignments, with ``encoder=package.module:Class`` expanded.
 
-    ``encoder.NAME=VALUE`` then is an option of the class, unless ``encoder`` has one of that name.
+    ``encoder.NAME=VALUE`` is then an option of the class, unless ``encoder`` has an option NAME.
 
     Example:
         >>> with_own_encoder(["encoder=my.net:GRU", "encoder.layers=2", "encoder.width=8"])

@@ -164,7 +164,7 @@ def restore(
         _warn_of_other_versions(folder, state.written_by)
     try:
         stepper.model.encoder.load_state_dict(dict(state.encoder))
-        stepper.optimizer.load_state_dict(dict(state.optimizer))
+        stepper.load_optimizer(state.optimizer)
         stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
         stepper.model.catalog.load_state_dict(state.table)
         batches.load_state_dict(state.progress["data"])

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,14 @@ class Stepper:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,
         )
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the optimizer, which another kind of device may have written."""
+        fused = self.optimizer.defaults["fused"]
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def take(
         self,
@@ -230,7 +238,8 @@ class Stepper:
             with part("loss"):
                 asked = functools.partial(self._used_rows, seen, targets, weights, draw)
                 shard = self.model.catalog.shard_for(asked)
-                output = self.loss(seen, shard, targets, weights=weights, step=draw)
+                with self.model.autocast():
+                    output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -273,7 +282,8 @@ class Stepper:
 
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
-        return there, self.model.begin_lookup(there.items, there.lengths)
+        ids = there.items.reshape(-1)[there.real_positions()]
+        return there, self.model.catalog.begin_lookup(ids)
 
     def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, with its look-up in flight; started before, or else now."""
@@ -300,9 +310,8 @@ class Stepper:
         catalog, limit = self.model.catalog, self.config.clip_norm
         if finite:
             scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
+            if self.parameters:
+                torch._foreach_mul_([_gradient(one) for one in self.parameters], scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * factor
             self.optimizer.step()

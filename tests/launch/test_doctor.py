@@ -101,6 +101,20 @@ def test_each_mismatch_is_explained_in_a_line(facts: Facts, level: str, words: s
     assert f"{level}: {matching[0].text}" in report(facts)
 
 
+def test_a_login_node_without_a_driver_can_submit_and_says_so() -> None:
+    error = "libnvidia-ml.so.1: cannot open shared object file: No such file or directory"
+    login = replace(
+        with_versions(fbgemm_gpu_cpu=None, fbgemm_gpu="1.8.0"),
+        torch_cuda="13.0",
+        load_errors={"fbgemm_gpu": error, "torchrec": error},
+    )
+    assert {finding.level for finding in diagnose(login)} == {"note"}
+    assert "fbgemm_gpu and torchrec load where there is a driver" in report(login)
+    assert report(login).endswith("ready to submit jobs to machines with a driver")
+    with_driver = replace(login, driver="550.54.15", gpus=1, torch_sees_gpu=True)
+    assert "wrong" in {finding.level for finding in diagnose(with_driver)}
+
+
 class Management:
     """The driver's library as it answers on a machine that has a driver, loaded or not."""
 

@@ -5,6 +5,8 @@ import json
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -138,6 +140,32 @@ def test_ctrl_c_reaches_the_workers_of_a_launch(data: str, tmp_path: Path) -> No
         job.process.send_signal(signal.SIGINT)
         assert job.end(timeout=20) == 130, job.said()
         assert not psutil.wait_procs(workers.values(), timeout=20)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_plain_torchrun_leaves_a_checkpoint_however_it_ends(
+    number: signal.Signals, data: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = [*torchrun, "-m", "shardrec.launch.cli", "--", "train", *stage(data, run, *ENDLESS)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while last_step(run) <= 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(40)
+        _, alive = psutil.wait_procs(workers, timeout=40)
+    finally:
+        process.kill()
+        process.wait()
+    assert not alive, (tmp_path / "log").read_text()[-3000:]
+    assert last_whole(run) == last_step(run) > 3, (tmp_path / "log").read_text()[-3000:]
 
 
 def test_workers_are_started_again_only_where_they_may_go_on(

@@ -44,8 +44,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
     assert shardrec.Recommender.__name__ == "Recommender"
-    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
-        shardrec.trian  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'trainer'"):
+        shardrec.trainer  # noqa: B018
 
 
 def as_given(kind: str, table: pa.Table, folder: Path) -> Any:

@@ -12,6 +12,7 @@ from tests.ranks import Ranks
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
+from shardrec.pipeline.checkpoint.pinned import PINNED_BYTES
 from shardrec.pipeline.config import override
 from shardrec.pipeline.plan import AttributeCounts, Machine, Plan, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
@@ -70,6 +71,8 @@ CASES = {
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
     "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
+    "bfloat16-softmax": Case(400_000, (16, 20), "loss=cce precision=bfloat16"),
+    "bfloat16-buckets": Case(300_000, (128, 20), "loss=sce precision=bfloat16"),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
 
@@ -242,7 +245,8 @@ def test_the_copy_of_a_checkpoint_counts_where_it_lies(device: str) -> None:
     copied = without.memory["table"] + without.memory["optimizer state"] + encoder
     on_cpu = device == "cpu"
     assert with_copy.peak_bytes - without.peak_bytes == copied * on_cpu
-    assert with_copy.host_bytes == copied * (not on_cpu)
+    assert with_copy.host_bytes == (copied + PINNED_BYTES) * (not on_cpu)
+    assert (with_copy.batch_bytes == 2 * 32 * 16 * 28) is not on_cpu
     assert ("host memory for a checkpoint" in with_copy.describe()) is not on_cpu
 
 

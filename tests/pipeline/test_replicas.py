@@ -144,7 +144,7 @@ def train(case: tuple[str, str, str], num_replicas: int, num_shards: int) -> Out
 
 
 def train_all(num_replicas: int, num_shards: int) -> list[Outcome]:
-    return [train(case, num_replicas, num_shards) for case in CASES]
+    return [train(*case, num_replicas, num_shards) for case in CASES]
 
 
 @pytest.fixture(scope="module")
