@@ -104,8 +104,9 @@ def make_catalog(optimizer: str, attributes: str, group: Any, replicas: Any) -> 
     )
 
 
-def train(case: tuple[str, str, str], num_replicas: int, num_shards: int) -> Outcome:
-    loss, optimizer, attributes = case
+def train(
+    loss: str, optimizer: str, attributes: str, num_replicas: int, num_shards: int
+) -> Outcome:
     group, replicas = open_layout(Layout(num_replicas, num_shards), CPU)
     replica, shard = divmod(dist.get_rank(), num_shards)
     catalog = make_catalog(optimizer, attributes, group, replicas)
