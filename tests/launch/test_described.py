@@ -22,7 +22,7 @@ def test_the_help_of_train_explains_every_option_in_groups(
         if name not in ("data", "output") and not name.endswith(".type"):
             assert f"  {name}=" in text, name
             assert value is not None or f"  {name}=none " in text
-    assert "  loss.num_negatives=1024   (int)\n      K, number of draws per block of positions." in text
+    assert "  loss.num_negatives=1024   (int)\n      K, number of draws per block" in text
     assert "optimizer.decay=constant   (`constant` or `cosine`)" in text
     assert "the run itself: " in text and "optimizer: How encoder and table are updated" in text
     assert max(map(len, text.splitlines())) <= 100
