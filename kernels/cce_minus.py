@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, blocks_of_items
@@ -219,14 +220,15 @@ class _SampledItems(Plan):
         self._targets = inputs.targets
 
     def correction(self) -> Tensor:
-        positions = torch.arange(self.num_slots, device=self._targets.device) + self._shift
-        positions += self.layout.first_position
-        return self._sampler.correction(positions, self._targets)
+        first = self.layout.first_position + self._shift
+        return self._sampler.correction(first, self._targets)
 
-    def chunk_of(self) -> Tensor:
+    def chunk_of(self) -> Tensor | None:
         sampler, layout = self._sampler, self.layout
         num_blocks = sampler.num_blocks
         num_chunks = max(layout.num_chunks(listed=True), -(-num_blocks // sampler.blocks_at_once))
+        if min(num_chunks, num_blocks) == 1:
+            return None
         positions = torch.arange(layout.num_positions, device=self._targets.device)
         positions += self._shift
         return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
@@ -234,14 +236,24 @@ class _SampledItems(Plan):
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
-        block_of = (chunk.positions + self._shift) % self._sampler.num_blocks
-        order = torch.argsort(block_of, stable=True)
-        present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
+        order, starts, present = self._groups(chunk.positions)
         items = self._sampler.draw(present)
         if items.device.type == "cpu":
             items = items.sort(dim=1).values  # so that targets are found by binary search
         offsets = self._sampler.log_probability(items)
-        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
+        return blocks_of_items(order, starts, items, row_ids, targets, offsets)
+
+    def _groups(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of the positions by block, first place of each block and the end, and the blocks."""
+        num_blocks = self._sampler.num_blocks
+        shifted = positions + self._shift if self._shift else positions
+        in_order, order = (shifted % num_blocks).sort(stable=True)
+        if positions.numel() == self._sampler.num_positions:
+            # Every block has a position, which need not be read from the device.
+            blocks = torch.arange(num_blocks + 1, device=order.device)
+            return order, torch.searchsorted(in_order, blocks), blocks[:-1]
+        present, sizes = torch.unique_consecutive(in_order, return_counts=True)
+        return order, F.pad(sizes.cumsum(0), (1, 0)), present
 
 
 _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)

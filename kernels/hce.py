@@ -217,7 +217,10 @@ class _HybridPlan(Plan):
         order = torch.argsort(buckets, stable=True)
         present, sizes = torch.unique_consecutive(buckets[order], return_counts=True)
         items, offsets = self._items[present], self._offsets[present]
-        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
+        starts = F.pad(sizes.cumsum(0), (1, 0))
+        left_out = items < 0
+        items = items.clamp(min=0)
+        return blocks_of_items(order, starts, items, row_ids, targets, offsets, left_out)
 
 
 _hybrid_cross_entropy = Operator("hybrid_cross_entropy", HardAndSampled)

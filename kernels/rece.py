@@ -197,7 +197,8 @@ class HashedChunks(Candidates):
         own_chunks, row_bytes = tensors
         bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
         row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
-        return _HashedPlan(local, self.num_neighbor_chunks, own_chunks, row_chunks)
+        _, num_chunks = self._numbers(inputs.layout.num_positions, inputs.num_items)
+        return _HashedPlan(local, self.num_neighbor_chunks, num_chunks, own_chunks, row_chunks)
 
     def _numbers(self, num_positions: int, num_items: int) -> tuple[int, int]:
         """n_b and n_c, with the defaults filled in."""
@@ -211,19 +212,29 @@ class _HashedPlan(Plan):
     """The candidates of a position are the items of its chunk and of ``reach`` on either side."""
 
     def __init__(
-        self, inputs: Inputs, reach: int, position_chunks: Tensor, row_chunks: Tensor
+        self,
+        inputs: Inputs,
+        reach: int,
+        num_chunks: int,
+        position_chunks: Tensor,
+        row_chunks: Tensor,
     ) -> None:
         super().__init__(inputs)
         self.per_position = (position_chunks,)
         self._row_chunks = row_chunks
-        self._reach = reach
+        self._reach, self._num_chunks = reach, num_chunks
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> NearbyChunks:
         (position_chunks,) = per_position
-        found = row_ids.find(targets)
-        return NearbyChunks(position_chunks, self._row_chunks, self._reach, found)
+        return NearbyChunks(
+            position_chunks,
+            self._row_chunks,
+            self._reach,
+            self._num_chunks,
+            row_ids.find(targets),
+        )
 
 
 _reduced_cross_entropy = Operator("reduced_cross_entropy", HashedChunks)

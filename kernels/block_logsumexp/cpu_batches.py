@@ -132,7 +132,6 @@ def _runs(
 
 
 def _padded(blocks: Blocks, pieces: _Pieces) -> Batch:
-    assert blocks.items is not None
     pairs, is_pair = _ranges(pieces.first_pair, pieces.end_pair)
     entries, is_item = _ranges(pieces.first_item, pieces.end_item)
     positions = pairs if blocks.pair_positions is None else blocks.pair_positions[pairs]

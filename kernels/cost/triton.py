@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES
+from shardrec.kernels.block_logsumexp.schedule import entries_at_once
 from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.device.tiles import Tile, tile_for
 from shardrec.kernels.ranks.traffic import Workload
@@ -167,7 +167,7 @@ def listed_bytes(entries: float, work: Workload) -> int:
     This is the larger of the gradients of a chunk of entries, to be sorted by row, and the float32
     rows of the targets.
     """
-    chunk = min(max(LEAST_ENTRIES, work.num_positions), round(entries))
+    chunk = entries_at_once(round(entries), work.width)
     return max(chunk * (_FLOAT * work.width + 28), _FLOAT * work.num_positions * work.width)
 
 

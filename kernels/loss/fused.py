@@ -69,7 +69,7 @@ def fused_cross_entropy(
     position, in flight during a product.
     """
     states, rows, layout = inputs.states, inputs.scaled_rows(), inputs.layout
-    grad_states = Gradients(inputs.ranks, states.new_empty(states.shape))
+    grad_states = Gradients(inputs.ranks, states)
     grad_rows = rows.new_zeros(rows.shape)
     total = torch.zeros((), device=states.device)
     group = positions_at_once or max(1, fused_positions(layout.largest_shard))
@@ -200,6 +200,7 @@ def fused_blocks(
     correction = plan.correction()
     if correction is None:
         correction = torch.zeros_like(coefficients)
+    correction = correction.expand(coefficients.shape)
     grad_states = torch.empty_like(inputs.states)
     total = torch.zeros((), device=inputs.states.device)
     of_positions = inputs.states, inputs.targets, coefficients, correction

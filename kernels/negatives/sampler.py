@@ -72,16 +72,18 @@ class Sampler:
             drawn[row_ids.find(self.draw(blocks).flatten())] = True
         return drawn[:-1].nonzero()[:, 0] + row_ids.first
 
-    def correction(self, positions: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float32 to subtract from the log-sum-exps of ``s_ij - log Q(j)``: log K, by default.
+    def correction(self, first: int, targets: Tensor) -> Tensor:
+        """(n,) or () float32 to subtract from the log-sum-exps of ``s_ij - log Q(j)``.
+
+        By default it is log K.
 
         Args:
-            positions: (n,) int64 global positions.
-            targets: (n,) int64 targets of these positions.
+            first: Global index of the first position.
+            targets: (n,) int64 targets of the positions from there on.
         """
         if not self.parity:
-            constant = torch.tensor(float(self.num_negatives), device=targets.device)
-            return constant.log().expand(targets.shape)
+            return torch.full((), float(self.num_negatives), device=targets.device).log()
+        positions = torch.arange(first, first + targets.numel(), device=targets.device)
         kept = torch.empty_like(targets)
         for part in torch.arange(targets.numel(), device=targets.device).split(self.blocks_at_once):
             items = self.draw(positions[part] % self.num_blocks)

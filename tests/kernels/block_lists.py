@@ -9,7 +9,7 @@ import torch
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair
+from shardrec.kernels.block_logsumexp import Blocks, Rounds, EveryPair
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 # Of states, rows, blocks and the gradients of both values: the values, and both gradients.
@@ -112,7 +112,7 @@ def with_rounds(n: int, r: int) -> Blocks:
 
 def blocks_of(kind: str, n: int, r: int) -> Blocks:
     return {
-        "full": lambda: every_pair(r, some_targets(n, r)),
+        "full": lambda: EveryPair(r, some_targets(n, r)),
         "listed": lambda: listed(n, r, offsets=False),
         "offsets": lambda: listed(n, r, offsets=True),
         "gathered": lambda: gathered(n, r, offsets=False),

@@ -17,7 +17,7 @@ from shardrec.kernels.block_logsumexp import (
     RowIds,
     backward,
     cpu,
-    every_pair,
+    EveryPair,
     forward,
 )
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, core_cache_bytes, cpu_tiles
@@ -87,7 +87,7 @@ def test_padded_pairs_with_huge_logits_leave_no_trace() -> None:
 
 
 def test_a_slot_without_candidates_is_minus_infinity_and_has_no_gradient() -> None:
-    blocks = every_pair(1, torch.tensor([0, -1]))
+    blocks = EveryPair(1, torch.tensor([0, -1]))
     states, rows = torch.ones(2, 4), torch.ones(1, 4)
     logsumexp, target_logits = forward(states, rows, blocks)
     assert logsumexp.tolist() == [-torch.inf, 4.0] and target_logits.tolist() == [4.0, 0.0]
@@ -100,7 +100,7 @@ def test_a_slot_without_candidates_is_minus_infinity_and_has_no_gradient() -> No
 
 def test_an_empty_shard_gives_nothing() -> None:
     states, rows = torch.ones(2, 4), torch.zeros(0, 4)
-    logsumexp, target_logits = forward(states, rows, every_pair(0, torch.tensor([-1, -1])))
+    logsumexp, target_logits = forward(states, rows, EveryPair(0, torch.tensor([-1, -1])))
     assert logsumexp.tolist() == [-torch.inf] * 2 and target_logits.tolist() == [0.0, 0.0]
 
 

@@ -19,8 +19,7 @@ from tests.kernels.counted import counted_launches
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, every_pair
-from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, schedule
 
 
 def by_triton(
@@ -61,7 +60,7 @@ def test_rows_wider_than_a_tile(kind: str) -> None:
 @pytest.mark.parametrize("d", [8, 16, 64], ids=lambda d: f"D{d}")
 def test_widths_that_fill_their_tile(d: int) -> None:
     states, rows = draw(67, 45, d, torch.float32)
-    check(states, rows, every_pair(45, some_targets(67, 45)))
+    check(states, rows, EveryPair(45, some_targets(67, 45)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +81,7 @@ def test_logits_that_saturate(kind: str) -> None:
 @pytest.mark.parametrize("n,r", [(1, 1), (1, 70), (70, 1), (5, 0), (0, 5), (0, 0)])
 def test_one_or_none_of_anything(n: int, r: int) -> None:
     states, rows = draw(n, r, 4, torch.float32)
-    check(states, rows, every_pair(r, some_targets(n, r)))
+    check(states, rows, EveryPair(r, some_targets(n, r)))
 
 
 @pytest.mark.parametrize("n,r", [(1, 3), (2, 1)])
@@ -113,7 +112,7 @@ def test_no_block_at_all() -> None:
 
 def test_a_float16_gradient_far_below_its_smallest_number_survives() -> None:
     states, rows = draw(40, 60, 16, torch.float16, scale=0.1)
-    blocks = every_pair(60, some_targets(40, 60))
+    blocks = EveryPair(60, some_targets(40, 60))
     grads = (torch.full((40,), 1e-9), torch.zeros(40))
     truth = by_autograd(states, rows, blocks, torch.float64, grads)
     for ours, true in zip(by_triton(states, rows, blocks, grads)[2:], truth[2:], strict=True):
@@ -132,7 +131,7 @@ def test_gradients_of_rows_add_to_what_is_there() -> None:
 
 
 def test_entries_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_listed, "LEAST_ENTRIES", 13)
+    monkeypatch.setattr(schedule, "ENTRY_FLOATS", 13 * 8)
     check(*draw(11, 45, 8, torch.float32), listed(11, 45, offsets=True))
 
 

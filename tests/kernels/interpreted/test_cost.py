@@ -83,7 +83,7 @@ def nearby_blocks() -> tuple[NearbyChunks, Listed]:
     of_rows = torch.stack([chunks, chunks.flip(0)], 1).to(torch.uint8)
     of_positions = of_rows[::2].int().contiguous()
     of_positions = torch.arange(2, dtype=torch.int32).repeat_interleave(32)[:, None].repeat(1, 2)
-    blocks = NearbyChunks(of_positions, of_rows, 0, torch.arange(64))
+    blocks = NearbyChunks(of_positions, of_rows, 0, 2, torch.arange(64))
     pairs = 2 * 64 * 64
     return blocks, Listed(pairs=pairs, positions=32, rows=64, entries=256, touched=256, rounds=True)
 

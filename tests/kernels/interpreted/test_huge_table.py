@@ -18,7 +18,7 @@ from tests.kernels.huge_table import (
 )
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import every_pair
+from shardrec.kernels.block_logsumexp import EveryPair
 from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 from shardrec.kernels.select import gpu as select_gpu
@@ -50,7 +50,7 @@ def test_the_full_softmax_over_the_end_of_a_huge_table() -> None:
     states, last, table = filled_table()
     targets = torch.arange(NUM_POSITIONS) + NUM_LAST - NUM_POSITIONS
     leaf, rows = (part.double().requires_grad_() for part in (states, last))
-    true_logsumexp, _ = block_logsumexp_reference(leaf, rows, every_pair(NUM_LAST, targets))
+    true_logsumexp, _ = block_logsumexp_reference(leaf, rows, EveryPair(NUM_LAST, targets))
     true_states, true_rows = torch.autograd.grad(true_logsumexp.sum(), (leaf, rows))
     bounds = torch.tensor([0, NUM_POSITIONS, FIRST, NUM_ITEMS])
     inputs = (states, table, targets + FIRST, bounds)
