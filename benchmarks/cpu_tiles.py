@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from loss_checks import make_batch
 from record import RESULTS, Results, call_fresh, timed
 
-from shardrec.kernels.block_logsumexp import Blocks, cpu, EveryPair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, cpu
 from shardrec.kernels.block_logsumexp.cpu_tiles import (
     LEAST_FUSED,
     CpuTiles,

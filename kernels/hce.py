@@ -35,6 +35,7 @@ from shardrec.kernels.cost.triton import (
     listed_bytes,
     listed_kernels,
     sign_kernels,
+    topk_bytes,
     topk_kernels,
 )
 from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
@@ -259,7 +260,7 @@ def hybrid_cross_entropy_cost(
         kernels += sign_kernels("mixed_signs", num_buckets, work.own_positions, work)
         kernels += topk_kernels(num_buckets, work.num_rows, items_per_bucket, work)
         kernels += select_cost(num_buckets, work.own_positions, work)
-        tiles = listed_bytes(entries, work)
+        tiles = max(listed_bytes(entries, work), topk_bytes(num_buckets, work.num_rows))
     copy = rows * work.width * work.element_bytes
     return LossCost(
         touched_rows=rows,

@@ -27,6 +27,7 @@ from shardrec.kernels.cost.triton import (
     listed_bytes,
     listed_kernels,
     sign_kernels,
+    topk_bytes,
     topk_kernels,
 )
 from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
@@ -261,7 +262,7 @@ def scalable_cross_entropy_cost(
         )
         kernels = _choice_kernels(work, num_buckets, per_bucket, items_per_bucket)
         kernels += listed_kernels(shape, work)
-        tiles = listed_bytes(shape.entries, work)
+        tiles = max(listed_bytes(shape.entries, work), topk_bytes(num_buckets, work.num_rows))
     return LossCost(
         touched_rows=rows,
         is_dense=False,

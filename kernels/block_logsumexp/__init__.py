@@ -7,8 +7,8 @@ Words of this package:
 - slot: one log-sum-exp of the output; by default one for each position.
 - block: a set of pairs times a list of rows. A pair is a (position, slot) of a block; an entry is
   an element of the concatenated row lists ``Blocks.items``.
-- full: one block of all positions and rows (``EveryPair``). Gathered: every block has one pair and its own list.
-  Listed: all other lists of blocks.
+- full: one block of all positions and rows (``EveryPair``). Gathered: every block has one pair and
+  its own list. Listed: all other lists of blocks.
 - part, layer: a subset of the blocks in which no slot, or no position, occurs twice, so that a
   kernel can write without atomics.
 - round: blocks of different rounds may repeat a candidate, which then counts once (``Rounds``).

@@ -21,13 +21,13 @@ class Rounds:
         position_chunks: (N, r) int32, chunk of each position in each round.
         item_chunks: (R, r) uint8, int16 or int32, chunk of each row in each round.
         reach: Number of neighbouring chunks on each side.
-        block_rounds: (T,) int64, round of each block.
+        block_rounds: (T,) int64, round of each block; a number if it is the same for all.
     """
 
     position_chunks: Tensor
     item_chunks: Tensor
     reach: int
-    block_rounds: Tensor
+    block_rounds: Tensor | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,17 @@ class Blocks:
     """Index lists of T blocks of the logit matrix, each some positions times some rows.
 
     Block t holds the pairs ``pair_positions[pair_starts[t]:pair_starts[t + 1]]`` and the rows
-    ``items[item_starts[t]:item_ends[t]]``. Pair p adds its log-sum-exp to slot ``pair_slots[p]``.
-    Within a round no slot occurs in two blocks.
+    ``items[item_starts[t]:item_ends[t]]``, or those that ``borders`` names. Pair p adds its
+    log-sum-exp to slot ``pair_slots[p]``. Within a round no slot occurs in two blocks.
 
     Attributes:
         pair_positions: (P,) int64 index into ``states`` of each pair; None: pair p is position p.
         pair_starts: (T + 1,) int64 first pair of each block, and P.
         items: (Q,) int64 rows, in any order, repeats allowed. The plain PyTorch path accepts int32
             too.
-        item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
-        item_ends: (T,) int64 into ``items``.
+        item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap. None with
+            ``borders``.
+        item_ends: (T,) int64 into ``items``; None with ``borders``.
         targets: (N,) int64 row of each position's target, which is never its candidate; -1 if
             the target is not among the rows.
         num_slots: Number of log-sum-exps of the output.
@@ -52,15 +53,16 @@ class Blocks:
         offsets: (Q,) float32 subtracted from the logits of each entry of ``items``; None: zero.
         rounds: Rule that counts a repeated candidate once; None: every entry counts.
         borders: (T + 1,) int64 entries; block t lists those from ``borders[max(t - e, 0)]`` to
-            ``borders[min(t + e + 1, T)]``, e the reach of ``rounds`` or 0, no slot occurs twice,
-            and no position with a gradient. None: nothing is known, and Triton looks on the device.
+            ``borders[min(t + e + 1, T)]``, e being ``reach``, no slot occurs twice, and no
+            position with a gradient. Every block has a pair, unless there are slots or rounds.
+            Triton then has nothing to look for on the device.
     """
 
     pair_positions: Tensor | None
     pair_starts: Tensor
     items: Tensor
-    item_starts: Tensor
-    item_ends: Tensor
+    item_starts: Tensor | None
+    item_ends: Tensor | None
     targets: Tensor
     num_slots: int
     pair_slots: Tensor | None = None
@@ -71,7 +73,23 @@ class Blocks:
     @property
     def num_blocks(self) -> int:
         """Number of blocks T."""
-        return self.item_starts.numel()
+        return self.pair_starts.numel() - 1
+
+    @property
+    def reach(self) -> int:
+        """e: how many blocks on either side list the entries between two ``borders`` too."""
+        return 0 if self.rounds is None else self.rounds.reach
+
+    def item_ranges(self) -> tuple[Tensor, Tensor]:
+        """First and end entry of each block, both (T,) int64."""
+        if self.borders is None:
+            assert self.item_starts is not None and self.item_ends is not None
+            return self.item_starts, self.item_ends
+        if not self.reach:
+            return self.borders[:-1], self.borders[1:]
+        block = torch.arange(self.num_blocks, device=self.borders.device)
+        starts = self.borders[(block - self.reach).clamp_(min=0)]
+        return starts, self.borders[(block + 1 + self.reach).clamp_(max=self.num_blocks)]
 
 
 def blocks_of_items(
@@ -109,8 +127,8 @@ def blocks_of_items(
         pair_positions=order,
         pair_starts=pair_starts,
         items=rows,
-        item_starts=borders[:-1],
-        item_ends=borders[1:],
+        item_starts=None,
+        item_ends=None,
         targets=row_ids.find(targets),
         num_slots=order.numel(),
         offsets=offsets,

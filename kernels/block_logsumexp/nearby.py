@@ -13,7 +13,7 @@ __all__ = ["GPU_ROWS_AT_ONCE", "ROWS_AT_ONCE", "NearbyChunks"]
 # Default number of rows sorted at a time; their order is int64.
 ROWS_AT_ONCE = 1 << 16
 # On a GPU, fewer rows would make blocks too narrow to keep it busy.
-GPU_ROWS_AT_ONCE = 1 << 20
+GPU_ROWS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +45,15 @@ class NearbyChunks:
     def parts(self, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Blocks]:
         """The blocks in parts, one for each round and each ``rows_at_once`` rows.
 
-        A position occurs in at most one block of a part.
+        A part has one block for each chunk, of its positions and the rows of the chunks near it. A
+        position occurs in at most one block of a part.
         """
         num_rows, num_rounds = self.row_chunks.shape
-        device, num_chunks = self.row_chunks.device, self.num_chunks
-        borders_of = torch.arange(num_chunks + 1, device=device, dtype=torch.int32)
-        # One block for each chunk, with the rows of the chunks near it.
-        chunk = torch.arange(num_chunks, device=device)
-        low, high = (chunk - self.reach).clamp_(min=0), (chunk + 1 + self.reach).clamp_(max=num_chunks)
+        device = self.row_chunks.device
+        borders_of = torch.arange(self.num_chunks + 1, device=device, dtype=torch.int32)
         for index in range(num_rounds):
             pairs, pair_starts = _sorted(self.position_chunks[:, index], borders_of)
-            rounds = Rounds(
-                self.position_chunks, self.row_chunks, self.reach, torch.full_like(chunk, index)
-            )
+            rounds = Rounds(self.position_chunks, self.row_chunks, self.reach, index)
             for first in range(0, num_rows, rows_at_once):
                 part = self.row_chunks[first : first + rows_at_once, index]
                 order, borders = _sorted(part, borders_of)
@@ -65,8 +61,8 @@ class NearbyChunks:
                     pair_positions=pairs,
                     pair_starts=pair_starts,
                     items=order.add_(first) if first else order,
-                    item_starts=borders[low],
-                    item_ends=borders[high],
+                    item_starts=None,
+                    item_ends=None,
                     targets=self.targets,
                     num_slots=self.num_slots,
                     rounds=rounds,

@@ -51,7 +51,8 @@ def _as_one_block(blocks: EveryPair) -> Blocks:
 
 
 def _append_block(pieces: list[list[Tensor]], logits: Tensor, blocks: Blocks, block: int) -> None:
-    entries = range(int(blocks.item_starts[block]), int(blocks.item_ends[block]))
+    starts, ends = blocks.item_ranges()
+    entries = range(int(starts[block]), int(ends[block]))
     for pair in range(int(blocks.pair_starts[block]), int(blocks.pair_starts[block + 1])):
         position = pair if blocks.pair_positions is None else int(blocks.pair_positions[pair])
         slot = position if blocks.pair_slots is None else int(blocks.pair_slots[pair])
@@ -67,6 +68,7 @@ def _met_before(blocks: Blocks, block: int, position: int, row: int) -> bool:
     if blocks.rounds is None:
         return False
     rounds = blocks.rounds
-    earlier = int(rounds.block_rounds[block])
+    of_blocks = rounds.block_rounds
+    earlier = of_blocks if isinstance(of_blocks, int) else int(of_blocks[block])
     distance = rounds.position_chunks[position, :earlier] - rounds.item_chunks[row, :earlier]
     return bool((distance.abs() <= rounds.reach).any())

@@ -65,8 +65,9 @@ def is_gathered(blocks: Blocks) -> bool:
         return False
     if blocks.borders is not None:
         return True
-    borders = F.pad(blocks.item_ends, (1, 0))
-    alone = (blocks.pair_starts.diff() == 1) & (blocks.item_starts == borders[:-1])
+    item_starts, item_ends = blocks.item_ranges()
+    borders = F.pad(item_ends, (1, 0))
+    alone = (blocks.pair_starts.diff() == 1) & (item_starts == borders[:-1])
     return bool(alone.all() & (borders[-1] == blocks.items.numel()))
 
 
@@ -137,13 +138,13 @@ def without_idle_pairs(blocks: Blocks, grad_logsumexp: Tensor) -> Blocks:
 def covers(blocks: Blocks) -> Covers:
     """The segments of all entries and their covers; cut where a block starts or ends."""
     if blocks.borders is not None:
-        reach = 0 if blocks.rounds is None else blocks.rounds.reach
-        return Covers(blocks.borders, None, None, reach)
+        return Covers(blocks.borders, None, None, blocks.reach)
+    item_starts, item_ends = blocks.item_ranges()
     device = blocks.items.device
     whole = torch.tensor([0, blocks.items.numel()], device=device)
-    borders = torch.unique(torch.cat([whole, blocks.item_starts, blocks.item_ends]))
-    low = torch.searchsorted(borders, blocks.item_starts)
-    counts = (torch.searchsorted(borders, blocks.item_ends) - low).clamp(min=0)
+    borders = torch.unique(torch.cat([whole, item_starts, item_ends]))
+    low = torch.searchsorted(borders, item_starts)
+    counts = (torch.searchsorted(borders, item_ends) - low).clamp(min=0)
     block = torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts)
     index = torch.arange(block.numel(), device=device)
     segment = low[block] + index - (counts.cumsum(0) - counts)[block]

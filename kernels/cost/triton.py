@@ -12,6 +12,7 @@ from shardrec.kernels.block_logsumexp.schedule import entries_at_once
 from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.device.tiles import Tile, tile_for
 from shardrec.kernels.ranks.traffic import Workload
+from shardrec.kernels.select.search import KEYS_AT_ONCE
 
 __all__ = [
     "Listed",
@@ -20,10 +21,11 @@ __all__ = [
     "listed_bytes",
     "listed_kernels",
     "sign_kernels",
+    "topk_bytes",
     "topk_kernels",
 ]
 
-_FLOAT = 4
+_FLOAT, _KEY = 4, 8
 # A long loop is split into parts below this number of programs: two per multiprocessor of an H100
 # or H200, or of the four assumed for the interpreter.
 _PROGRAMS = {0: 8}
@@ -164,15 +166,16 @@ def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
 def listed_bytes(entries: float, work: Workload) -> int:
     """Peak bytes of listed blocks in addition to states, rows, their gradients and the lists.
 
-    This is the larger of the gradients of a chunk of entries, to be sorted by row, and the float32
-    rows of the targets.
+    These are the gradients of a chunk of entries, to be sorted by row.
     """
     chunk = entries_at_once(round(entries), work.width)
-    return max(chunk * (_FLOAT * work.width + 28), _FLOAT * work.num_positions * work.width)
+    return chunk * (_FLOAT * work.width + 28)
 
 
 def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> KernelCost:
     """Cost of products with random signs; the vectors are read once for each tile of signs.
+
+    The signs of "best_sign_direction" are stored, and read once for each tile of vectors.
 
     Args:
         kernel: "best_sign_direction" or "mixed_signs".
@@ -183,7 +186,8 @@ def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> Kerne
     tile, work_bytes = _tile(work, kernel), work.element_bytes * work.width * vectors
     flops = 2.0 * signs * vectors * work.width
     if kernel == "best_sign_direction":
-        return KernelCost(flops, float(work_bytes * -(-signs // tile.positions)))
+        of_signs = work.element_bytes * work.width * signs * (1 + -(-vectors // tile.items))
+        return KernelCost(flops, float(work_bytes * -(-signs // tile.positions) + of_signs))
     programs = -(-signs // _MIXED_SIGNS) * -(-work.width // tile.width)
     parts = min(-(-_programs(work) // programs), -(-vectors // tile.positions))
     written = _FLOAT * parts * signs * work.width
@@ -199,6 +203,11 @@ def topk_kernels(queries: int, vectors: int, k: int, work: Workload) -> KernelCo
     reads = vectors * -(-queries // tile.positions) + queries * -(-vectors // tile.items) + again
     flops = 2.0 * (queries * vectors + again) * work.width
     return KernelCost(flops, reads * work.element_bytes * work.width)
+
+
+def topk_bytes(queries: int, vectors: int) -> int:
+    """Peak bytes of the keys that top-k chooses from: one for each query and 16 vectors."""
+    return _KEY * min(KEYS_AT_ONCE, queries * -(-vectors // 16))
 
 
 def _programs(work: Workload) -> int:

@@ -57,8 +57,8 @@ class Plan(ABC):
         Positions of the result are indices into the chunk, slots are indices into ``slots(chunk)``.
         """
 
-    def correction(self) -> Tensor | None:
-        """(num_slots,) or () float32 to subtract from the log-sum-exps; None for zero."""
+    def correction(self) -> Tensor | float | None:
+        """(num_slots,) float32 or a number to subtract from the log-sum-exps; None for zero."""
         return None
 
 

@@ -198,9 +198,8 @@ def fused_blocks(
     fused = _RowGradient(inputs.rows, RowIds.of(used[0], every_row) if used else every_row)
     plan = candidates.plan(inputs, inputs, tuple(tables))
     correction = plan.correction()
-    if correction is None:
-        correction = torch.zeros_like(coefficients)
-    correction = correction.expand(coefficients.shape)
+    if not isinstance(correction, Tensor):
+        correction = torch.full_like(coefficients, correction or 0.0)
     grad_states = torch.empty_like(inputs.states)
     total = torch.zeros((), device=inputs.states.device)
     of_positions = inputs.states, inputs.targets, coefficients, correction

@@ -167,7 +167,7 @@ def streamed_logsumexp(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
 
 def _with_own(total: Tensor | None, values: Tensor, chunk: Chunk, size: int) -> Tensor:
     """(size,) values of this rank, with those of a chunk; the first chunk makes the tensor."""
-    own = values[chunk.own_slice]
+    own = values if values.numel() == size else values[chunk.own_slice]
     if isinstance(chunk.own, slice):
         return own
     total = values.new_empty(size) if total is None else total
@@ -245,8 +245,9 @@ def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) ->
     # A NaN counts as the best, so that the loss becomes NaN.
     is_best = (values == best[slot_positions]) | values.isnan()
     slots = torch.arange(values.numel(), device=values.device)
+    slots = torch.where(is_best, slots, values.numel())
     winner = torch.full((num_positions,), values.numel(), device=values.device)
-    return winner.scatter_reduce_(0, slot_positions[is_best], slots[is_best], "amin")
+    return winner.scatter_reduce_(0, slot_positions, slots, "amin")
 
 
 def loss_of_margin(margin: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ class Layout:
         """Number of chunks in which the states are sent; see ``traffic.num_chunks``."""
         if self.ranks.group is None:
             return 1
-        return num_chunks(self.num_positions, self.state_bytes, listed=listed)
+        on_cpu = self.device.type == "cpu"
+        return num_chunks(self.num_positions, self.state_bytes, listed=listed, on_cpu=on_cpu)
 
     def even_chunks(self, count: int) -> Tensor | None:
         """(num_positions,) int64 chunk of each global position; each rank's are split evenly.

@@ -9,7 +9,7 @@ import torch
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, EveryPair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, Rounds
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 # Of states, rows, blocks and the gradients of both values: the values, and both gradients.

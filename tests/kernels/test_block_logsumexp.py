@@ -14,10 +14,10 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import (
     Blocks,
+    EveryPair,
     RowIds,
     backward,
     cpu,
-    EveryPair,
     forward,
 )
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, core_cache_bytes, cpu_tiles

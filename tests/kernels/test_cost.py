@@ -12,7 +12,7 @@ from tests.losses import LOSSES
 from torch import Tensor
 
 from shardrec.kernels import cut_cross_entropy
-from shardrec.kernels.block_logsumexp import cpu, EveryPair
+from shardrec.kernels.block_logsumexp import EveryPair, cpu
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cost.terms import KernelCost, full_cost, listed_cost, select_cost
 from shardrec.kernels.ranks.traffic import Workload

@@ -12,7 +12,7 @@ from tests.losses import LOSSES
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp, cut_cross_entropy, select
-from shardrec.kernels.block_logsumexp import Blocks, cpu, EveryPair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, cpu
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend, gpu_refusal

@@ -94,6 +94,7 @@ def gathered_states_backward_kernel(
     b_state = tl.load(states + position * width + o_columns, mask=m_columns, other=0.0)
     b_state = b_state.to(tl.float32)
     shift = tl.load(logsumexp + position) * LOG2E
+    shift = tl.where(shift == -float("inf"), 0.0, shift)  # no candidates
     grad = tl.load(grad_logsumexp + position)
     o_out = position * width + o_columns
     b_total = tl.load(grad_states + o_out, mask=m_columns, other=0.0)
@@ -217,12 +218,13 @@ def _whole(width: int) -> int:
 def _lists(blocks: Blocks) -> tuple[Tensor, ...]:
     """Positions, items, where the list of each pair starts and ends, targets, offsets."""
     assert blocks.pair_positions is not None
+    item_starts, item_ends = blocks.item_ranges()
     unused = blocks.targets
     return (
         blocks.pair_positions,
         blocks.items,
-        blocks.item_starts,
-        blocks.item_ends,
+        item_starts,
+        item_ends,
         blocks.targets,
         unused if blocks.offsets is None else blocks.offsets,
     )

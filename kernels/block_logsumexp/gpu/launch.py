@@ -56,15 +56,14 @@ class LaunchProblem:
 class Upstream:
     """Upstream gradients of the log-sum-exps: dL/dlogit = exp(logit - shift) * grad * scale."""
 
-    shift: Tensor  # (num_slots,) log-sum-exp, 0 for a slot without candidates
+    shift: Tensor  # (num_slots,) log-sum-exp; a slot with -inf has no candidate and no dL/dlogit
     grad: Tensor  # (num_slots,) gradient of the log-sum-exp, divided by ``scale``
     scale: Tensor | None  # (1,) power of two; None for 1
 
     @staticmethod
     def of(logsumexp: Tensor, grad_logsumexp: Tensor, dtype: torch.dtype) -> "Upstream":
         """The upstream gradients for (num_slots,) log-sum-exps and their gradients."""
-        shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-        return Upstream(shift, *_scaled(grad_logsumexp, dtype))
+        return Upstream(logsumexp, *_scaled(grad_logsumexp, dtype))
 
 
 def _scaled(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
+from shardrec.kernels.block_logsumexp.gpu.tables import pair_tiles, row_tiles
 from shardrec.kernels.block_logsumexp.gpu.tile_math import (
     LN2,
     LOG2E,
@@ -23,7 +24,6 @@ from shardrec.kernels.block_logsumexp.gpu.tile_math import (
     met_before,
     streamed_logits,
 )
-from shardrec.kernels.block_logsumexp.gpu.tables import pair_tiles, row_tiles
 from shardrec.kernels.block_logsumexp.schedule import entries_at_once
 from shardrec.kernels.device.backend import alignment, operand
 from shardrec.kernels.device.tiles import Tile
@@ -50,6 +50,18 @@ def _load_pairs(pair_positions, pair_slots, targets, o_pairs, end):
     b_slots = tl.load(pair_slots + o_pairs, mask=m_pairs, other=0)
     b_targets = tl.load(targets + b_positions, mask=m_pairs, other=-1)
     return b_positions, b_slots, b_targets, m_pairs
+
+
+@triton.jit
+def _load_cover(covers, pair_starts, block_rounds, round_of_all, cover):
+    """First and end pair and round of a cover; see ``listed_rows_backward_kernel``."""
+    block = cover
+    if covers is not None:
+        block = tl.load(covers + cover)
+    round_index = round_of_all
+    if block_rounds is not None:
+        round_index = tl.load(block_rounds + block).to(tl.int32)
+    return tl.load(pair_starts + block), tl.load(pair_starts + block + 1), round_index
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -156,12 +168,12 @@ def listed_states_backward_kernel(
     tl.store(grad_states + o_out, b_total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "first_entry", "end_entry"])
+@triton.jit(do_not_specialize=["num_tiles", "first_entry", "end_entry", "round_of_all"])
 def listed_rows_backward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, covers, pair_starts, block_rounds,
     logsumexp, grad_logsumexp, scale, total,
-    num_tiles, first_entry, end_entry, width, num_rounds, reach,
+    num_tiles, first_entry, end_entry, round_of_all, width, num_rounds, reach,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
     BY_ROW: tl.constexpr,
@@ -188,14 +200,10 @@ def listed_rows_backward_kernel(
     b_total = tl.zeros((ITEMS, OUT), dtype=tl.float32)
     first_cover = tl.load(tiles + 2 * num_tiles + i_tile)
     for cover in range(first_cover, tl.load(tiles + 3 * num_tiles + i_tile)):
-        block = cover
-        if covers is not None:
-            block = tl.load(covers + cover)
-        round_index = 0
-        if ROUNDS:
-            round_index = tl.load(block_rounds + block).to(tl.int32)
-        end_pair = tl.load(pair_starts + block + 1)
-        for pair in range(tl.load(pair_starts + block), end_pair, POSITIONS):
+        first_pair, end_pair, round_index = _load_cover(
+            covers, pair_starts, block_rounds, round_of_all, cover
+        )
+        for pair in range(first_pair, end_pair, POSITIONS):
             b_positions, b_slots, b_targets, m_pairs = _load_pairs(
                 pair_positions, pair_slots, targets, pair + tl.arange(0, POSITIONS), end_pair
             )
@@ -368,6 +376,7 @@ def rows_backward(
         return
     tiles, covers = row_tiles(blocks, listed.tile.items)
     by_row = blocks.rounds is not None and blocks.borders is not None
+    rounds = blocks.rounds.block_rounds if blocks.rounds is not None else 0
     chunk = num_entries if by_row else entries_at_once(num_entries, problem.width)
     total = grad_rows if by_row else grad_rows.new_empty((chunk, problem.width))
     for first_entry in range(0, num_entries, chunk):
@@ -377,7 +386,7 @@ def rows_backward(
             tiles,
             covers,
             blocks.pair_starts,
-            blocks.rounds.block_rounds if blocks.rounds else None,
+            None if isinstance(rounds, int) else rounds,
             upstream.shift,
             upstream.grad,
             upstream.scale,
@@ -385,6 +394,7 @@ def rows_backward(
             tiles.shape[1],
             first_entry,
             end_entry,
+            rounds if isinstance(rounds, int) else 0,
             problem.width,
             listed.num_rounds,
             listed.reach,

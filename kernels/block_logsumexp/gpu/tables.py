@@ -21,16 +21,20 @@ __all__ = ["pair_tiles", "pair_tiles_kernel", "row_tiles", "row_tiles_kernel"]
 _COLUMNS = 64
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "reach", "round_of_all"])
 def pair_tiles_kernel(
-    starts, item_starts, item_ends, block_rounds, tiles, num_tiles,
+    starts, borders, item_starts, item_ends, block_rounds, tiles, num_tiles, reach, round_of_all,
     TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Writes (5, num_tiles) int64: first and end pair, first and end entry, round. Grid: blocks."""
     i_block = tl.program_id(0)
     start, end = tl.load(starts + i_block), tl.load(starts + i_block + 1)
-    first_entry, end_entry = tl.load(item_starts + i_block), tl.load(item_ends + i_block)
-    round_index = tl.zeros((), dtype=tl.int64)
+    if borders is None:
+        first_entry, end_entry = tl.load(item_starts + i_block), tl.load(item_ends + i_block)
+    else:
+        first_entry = tl.load(borders + tl.maximum(i_block - reach, 0))
+        end_entry = tl.load(borders + tl.minimum(i_block + reach + 1, tl.num_programs(0)))
+    round_index = round_of_all
     if block_rounds is not None:
         round_index = tl.load(block_rounds + i_block)
     first_column = start // TILE + i_block
@@ -71,15 +75,20 @@ def row_tiles_kernel(
 
 def pair_tiles(blocks: Blocks, tile: int) -> Tensor:
     """(5, n) int64 tiles of pairs: first and end pair, first and end entry, round."""
+    item_starts, item_ends = (None, None) if blocks.borders is not None else blocks.item_ranges()
+    rounds = 0 if blocks.rounds is None else blocks.rounds.block_rounds
     num_tiles = num_pairs(blocks) // tile + blocks.num_blocks
     tiles = torch.zeros((5, num_tiles), dtype=torch.int64, device=blocks.pair_starts.device)
     pair_tiles_kernel[(blocks.num_blocks,)](
         blocks.pair_starts,
-        blocks.item_starts,
-        blocks.item_ends,
-        None if blocks.rounds is None else blocks.rounds.block_rounds,
+        blocks.borders,
+        item_starts,
+        item_ends,
+        None if isinstance(rounds, int) else rounds,
         tiles,
         num_tiles,
+        blocks.reach,
+        rounds if isinstance(rounds, int) else 0,
         TILE=tile,
         COLUMNS=_COLUMNS,
         num_warps=1,
