@@ -48,14 +48,16 @@ class NearbyChunks:
         A part has one block for each chunk, of its positions and the rows of the chunks near it. A
         position occurs in at most one block of a part.
         """
-        num_rows, num_rounds = self.row_chunks.shape
+        num_rows = self.row_chunks.shape[0]
         device = self.row_chunks.device
         borders_of = torch.arange(self.num_chunks + 1, device=device, dtype=torch.int32)
-        for index in range(num_rounds):
-            pairs, pair_starts = _sorted(self.position_chunks[:, index], borders_of)
+        of_rounds = zip(self.position_chunks.unbind(1), self.row_chunks.unbind(1), strict=True)
+        for index, (of_positions, of_rows) in enumerate(of_rounds):
+            pairs, pair_starts = _sorted(of_positions, borders_of)
             rounds = Rounds(self.position_chunks, self.row_chunks, self.reach, index)
             for first in range(0, num_rows, rows_at_once):
-                part = self.row_chunks[first : first + rows_at_once, index]
+                whole = num_rows <= rows_at_once
+                part = of_rows if whole else of_rows[first : first + rows_at_once]
                 order, borders = _sorted(part, borders_of)
                 yield Blocks(
                     pair_positions=pairs,

@@ -74,11 +74,11 @@ def hash_buckets(
     if choose_backend(vectors, backend) == "triton":
         from shardrec.kernels.select import gpu
 
-        buckets = torch.empty(shape[::-1], dtype=index_dtype(num_buckets), device=vectors.device).T
+        buckets = torch.empty(shape[::-1], dtype=index_dtype(num_buckets), device=vectors.device)
         gpu.best_sign_direction(
             vectors, buckets, num_buckets, seed=seed, step=step, stream=STREAM_HASH
         )
-        return buckets
+        return buckets.T
     buckets = torch.empty(shape, dtype=index_dtype(num_buckets), device=vectors.device)
     for index in range(num_rounds):
         for first in range(0, vectors.shape[0], _KEYS_AT_ONCE):

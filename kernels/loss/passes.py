@@ -295,7 +295,7 @@ def _over_items(inputs: Inputs, items: Tensor, saved: dict[str, Tensor]) -> Inpu
 
 def _rows_of(inputs: Inputs, items: Tensor) -> Tensor:
     found = inputs.row_ids.find(items)
-    return torch.unique(found[found >= 0])
+    return torch.unique(found if inputs.row_ids.is_complete else found[found >= 0])
 
 
 def _chunks(

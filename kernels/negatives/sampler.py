@@ -80,10 +80,11 @@ class Sampler:
     def drawn_rows(self, row_ids: RowIds, targets: Tensor) -> Tensor:
         """(n,) int64 ascending items of this shard that are drawn or among ``targets``."""
         drawn = torch.zeros(row_ids.count + 1, dtype=torch.bool, device=targets.device)
-        drawn[row_ids.find(targets)] = True  # items of other shards, -1, mark the extra last entry
+        # Items of other shards, -1, mark the extra last entry.
+        drawn.index_fill_(0, row_ids.find(targets), True)
         all_blocks = torch.arange(self.num_blocks, device=targets.device)
         for blocks in all_blocks.split(self.blocks_at_once(targets.device)):
-            drawn[row_ids.find(self.draw(blocks).flatten())] = True
+            drawn.index_fill_(0, row_ids.find(self.draw(blocks).flatten()), True)
         return drawn[:-1].nonzero()[:, 0] + row_ids.first
 
     def correction(self, first: int, targets: Tensor) -> Tensor | float:

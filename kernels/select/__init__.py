@@ -71,9 +71,9 @@ def best_sign_direction(
     if choose_backend(vectors, backend) == "triton":
         from shardrec.kernels.select import gpu
 
-        best = torch.empty((len(vectors), 1), dtype=torch.int64, device=vectors.device)
+        best = torch.empty((1, len(vectors)), dtype=torch.int64, device=vectors.device)
         gpu.best_sign_direction(vectors, best, num_directions, seed=seed, step=step, stream=stream)
-        return best[:, 0]
+        return best[0]
     width = vectors.shape[1]
     directions = random_signs(
         0, num_directions, width, seed=seed, step=step, stream=stream, device=vectors.device

@@ -137,7 +137,7 @@ def best_sign_direction_kernel(
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(num_vectors, rounds) integers: the direction of largest inner product; ties: the lower one.
+    """(rounds, num_vectors) integers: the direction of largest inner product; ties: the lower one.
 
     Grid: (tiles of ITEMS vectors, rounds). ``directions`` is (rounds, num_directions, width), of
     which a program reads POSITIONS lines at a time.
@@ -170,8 +170,9 @@ def best_sign_direction_kernel(
         b_largest, b_where = tl.max(b_scores, 1, return_indices=True)
         b_index = tl.where(b_largest > b_best, b_where + direction, b_index)
         b_best = tl.maximum(b_best, b_largest)
-    o_best = o_vectors * tl.num_programs(1) + i_round
-    tl.store(best + o_best, b_index.to(best.dtype.element_ty), mask=m_vectors)
+    tl.store(
+        best + i_round * num_vectors + o_vectors, b_index.to(best.dtype.element_ty), mask=m_vectors
+    )
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +202,7 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def best_sign_direction(
     vectors: Tensor, best: Tensor, num_directions: int, *, seed: int, step: int, stream: int
 ) -> None:
-    """Writes the best of ``num_directions`` sign vectors of each round to (n, r) ``best``.
+    """Writes the best of ``num_directions`` sign vectors of each round to (r, n) ``best``.
 
     Round i has the stream ``stream + i``. The signs are stored meanwhile, in the dtype of the
     vectors, r n_b D of them: they are made once and not by every program.
@@ -209,7 +210,7 @@ def best_sign_direction(
     if not vectors.numel():
         best.zero_()
         return
-    (num_vectors, width), num_rounds = vectors.shape, best.shape[1]
+    (num_vectors, width), num_rounds = vectors.shape, best.shape[0]
     tile = tile_for("best_sign_direction", width, vectors.dtype, architecture_of(vectors.device))
     precision, vectors = precision_of(vectors.dtype), operand(vectors)
     signs = vectors.new_empty((num_rounds, num_directions, width))

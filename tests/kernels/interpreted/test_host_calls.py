@@ -65,12 +65,17 @@ LOSSES: dict[str, Loss] = {
 MOST = {
     "cce": (36, 6, 1),
     "cce_minus": (60, 12, 1),
-    "cce_minus-single": (60, 8, 1),
-    "cce_minus-sparse": (90, 14, 2),
+    "cce_minus-single": (66, 8, 1),
+    "cce_minus-sparse": (100, 13, 3),
     "sce": (150, 14, 1),
-    "hce": (300, 13, 10),
-    "rece": (150, 35, 1),
+    "hce": (165, 15, 6),
+    "rece": (145, 33, 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def unwritten_elements_show() -> None:
+    """What other tests fill, so that an element that was not written shows, is not counted here."""
 
 
 def counted(name: str, num_positions: int, num_items: int) -> HostCalls:
@@ -103,7 +108,7 @@ def test_a_step_asks_little_of_the_host(name: str, monkeypatch: pytest.MonkeyPat
 def test_what_waits_is_counted() -> None:
     with counted_host_calls() as found:
         torch.ones(3).nonzero()
-        torch.ones(3)[torch.ones(3) > 0] = 2.0
+        torch.ones(3)[torch.ones(3) > 0] = torch.ones(())
         float(torch.ones(1)), torch.ones(2).tolist(), torch.tensor([1])
     waits = {"nonzero": 1, "index_put_": 1, "__float__": 1, "tolist": 1, "lift_fresh": 1}
     assert found.waits == waits
