@@ -142,8 +142,8 @@ def item_chunks(
     if choose_backend(buckets, backend) == "triton":
         from shardrec.kernels.hash_chunks import gpu
 
-        places = gpu.Places(items.before, starts, None, None, num_items)
-        gpu.fill_chunks(buckets, places, num_chunks, chunks)
+        where = gpu.Places(items.before, starts, None, None, num_items)
+        gpu.fill_chunks(buckets, where, num_chunks, chunks)
         return chunks
     starts += items.before
     for index in range(buckets.shape[1]):
@@ -178,13 +178,13 @@ def position_chunks(
     if choose_backend(buckets, backend) == "triton":
         from shardrec.kernels.hash_chunks import gpu
 
-        of, ratio, count = items, (items.total, positions.total), counts[1]
-        if align == "rank":
-            of, ratio, count = positions, (None, None), counts[0]
+        of = items if align == "bucket" else positions
         starts = of.total.cumsum(1) - of.total
+        where = gpu.Places(positions.before, starts, None, None, counts[0])
+        if align == "bucket":
+            where = gpu.Places(positions.before, starts, of.total, positions.total, counts[1])
         chunks = torch.empty(buckets.shape, dtype=torch.int32, device=buckets.device)
-        places = gpu.Places(positions.before, starts, *ratio, count)
-        gpu.fill_chunks(buckets, places, num_chunks, chunks)
+        gpu.fill_chunks(buckets, where, num_chunks, chunks)
         return chunks
     index = buckets.long()
     within = torch.empty_like(index)

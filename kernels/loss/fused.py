@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, NearbyChunks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import add_tile_gradient, softmax_, softmax_tiles
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.device.matmul import STEP, times_transposed
@@ -206,6 +206,7 @@ def fused_blocks(
     for chunk in layout.chunks(plan.chunk_of()):
         states, targets, *columns = (layout.start_gather(one, chunk)() for one in of_positions)
         blocks = plan.blocks(chunk, targets, whole, ())
+        assert not isinstance(blocks, EveryPair)
         losses, grad_states[chunk.own] = fused.add(states, blocks, *columns)
         total += losses.sum()
     return total, grad_states, fused.grad_rows, *used

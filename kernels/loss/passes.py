@@ -207,11 +207,13 @@ def streamed_gradients(
         columns, rest = rest[: len(of_slots)], rest[len(of_slots) :]
         if len(columns) == 1:
             columns = [column.contiguous() for column in columns[0].unbind(1)]
+        chunk_logsumexp, chunk_grad = columns
         part = block_logsumexp.backward(
             chunk_states,
             rows,
             plan.blocks(chunk, targets, inputs.row_ids, rest),
-            *columns,
+            chunk_logsumexp,
+            chunk_grad,
             of_targets,
             grad_rows,
             inputs.backend,

@@ -194,9 +194,7 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         for part, part_groups in zip(queries.split(at_once), groups.split(at_once), strict=True)
     ]
     keys = parts[0] if len(parts) == 1 else torch.cat(parts)
-    bits = (keys >> 32).int()
-    scores = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return scores, _index_of(keys)
+    return _scores_of(keys), _index_of(keys)
 
 
 def best_sign_direction(
@@ -229,6 +227,11 @@ def best_sign_direction(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _scores_of(keys: Tensor) -> Tensor:
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
 def _index_of(keys: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class HostCalls:
 
 class _Counting(TorchDispatchMode):
     def __init__(self, found: HostCalls) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
 
     def __torch_dispatch__(

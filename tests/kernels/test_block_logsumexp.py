@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.kernels.block_lists import (
     KINDS,
+    AnyBlocks,
     assert_as_close_as_definition,
     blocks_of,
     draw,
@@ -23,13 +24,13 @@ from shardrec.kernels.block_logsumexp import (
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, core_cache_bytes, cpu_tiles
 
 
-def blocks_for_cpu(kind: str) -> Blocks:
+def blocks_for_cpu(kind: str) -> AnyBlocks:
     """Of the kinds that Triton is tested with too, or of one that only a CPU treats differently."""
     if kind == "full":
         return blocks_of(kind, 23, 31)
     of = {"ascending": "offsets", "rounds-offsets": "rounds"}
     blocks = blocks_of(of.get(kind, kind), 23, 31)
-    assert blocks.items is not None and blocks.pair_positions is not None
+    assert isinstance(blocks, Blocks) and blocks.pair_positions is not None
     if kind == "ascending":
         return replace(blocks, items=blocks.items.sort().values)
     if kind == "rounds-offsets":
@@ -46,7 +47,7 @@ def test_values_and_gradients_equal_the_definition(kind: str, tile: int) -> None
     tiles = CpuTiles(tile, 5, 7, tile, 1) if tile < 100 else CpuTiles()
 
     def on_cpu(
-        states: Tensor, rows: Tensor, blocks: Blocks, grads: tuple[Tensor, Tensor]
+        states: Tensor, rows: Tensor, blocks: AnyBlocks, grads: tuple[Tensor, Tensor]
     ) -> list[Tensor]:
         logsumexp, target_logits = cpu.forward(states, rows, blocks, tiles)
         grad_rows = torch.ones_like(rows)
@@ -114,3 +115,7 @@ def test_rows_are_found_alike_by_search_and_by_table(count: int) -> None:
     searched = RowIds(100, count, rows + 100).find(items)
     assert torch.equal(some.find(items), searched)
     assert int((searched >= 0).sum()) == count
+    # What is known to be there is found without a look at what is not.
+    present = rows.flip(0).reshape(1, -1) + 100
+    for whole in (within, RowIds(first=100, count=64, is_complete=True)):
+        assert RowIds.of(rows, whole).find(present).tolist() == [list(range(count))[::-1]]

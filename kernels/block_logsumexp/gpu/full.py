@@ -4,6 +4,9 @@ FLOP and bytes read by one call, with N positions, R rows, width D, E bytes per 
 positions and I rows per tile: forward 2 N R D FLOP and E D (N + R ceil(N / P)) bytes; gradient of
 states 4 N R D FLOP and the same bytes; gradient of rows 4 N R D FLOP and E D (R + N ceil(R / I))
 bytes. If D exceeds the output tile, the logits are recomputed for each part of the output width.
+
+A kernel's rows are those from ``first_row`` to ``num_rows``: so its end can be tested alone, above
+element 2**31.
 """
 
 import torch
@@ -37,11 +40,11 @@ __all__ = [
 
 
 @triton.jit
-def _part(num_lines, i_part, num_parts, TILE: tl.constexpr):
-    """The ``i_part``-th of ``num_parts`` ranges of whole tiles that cover all lines, int64."""
-    per_part = tl.cdiv(tl.cdiv(num_lines, TILE), num_parts) * TILE
-    first = i_part * per_part
-    return first, tl.minimum(first + per_part, num_lines)
+def _part(first_line, end_line, i_part, num_parts, TILE: tl.constexpr):
+    """The ``i_part``-th of ``num_parts`` ranges of whole tiles that cover the lines, int64."""
+    per_part = tl.cdiv(tl.cdiv(end_line - first_line, TILE), num_parts) * TILE
+    first = first_line + i_part * per_part
+    return first, tl.minimum(first + per_part, end_line)
 
 
 @triton.jit
@@ -50,9 +53,9 @@ def _count(first, end, TILE: tl.constexpr):
     return tl.minimum(end - first, TILE).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_rows"])
+@triton.jit(do_not_specialize=["num_positions", "first_row", "num_rows"])
 def full_forward_kernel(
-    states, rows, targets, partials, num_positions, num_rows, width,
+    states, rows, targets, partials, num_positions, first_row, num_rows, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +67,7 @@ def full_forward_kernel(
     i_part = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * POSITIONS
     num_here = _count(position, num_positions, POSITIONS)
-    first, end = _part(num_rows, i_part, tl.num_programs(1), ITEMS)
+    first, end = _part(first_row, num_rows, i_part, tl.num_programs(1), ITEMS)
     o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
     m_positions = o_positions < num_here
     b_targets = tl.load(targets + position + o_positions, mask=m_positions, other=-1)
@@ -90,10 +93,10 @@ def full_forward_kernel(
     tl.store(partials + i_part * num_positions + position + o_positions, b_logsumexp, m_positions)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_rows"])
+@triton.jit(do_not_specialize=["num_positions", "first_row", "num_rows"])
 def full_states_backward_kernel(
     states, rows, targets, logsumexp, grad_logsumexp, scale, grad_states,
-    num_positions, num_rows, width,
+    num_positions, first_row, num_rows, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +109,7 @@ def full_states_backward_kernel(
     i_part = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * POSITIONS
     num_here = _count(position, num_positions, POSITIONS)
-    first, end = _part(num_rows, i_part, tl.num_programs(1), ITEMS)
+    first, end = _part(first_row, num_rows, i_part, tl.num_programs(1), ITEMS)
     first_column = tl.program_id(2) * OUT
     o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
     m_positions = o_positions < num_here
@@ -143,10 +146,10 @@ def full_states_backward_kernel(
     tl.store(grad_states + o_out, b_total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_rows"])
+@triton.jit(do_not_specialize=["num_positions", "first_row", "num_rows"])
 def full_rows_backward_kernel(
     states, rows, targets, logsumexp, grad_logsumexp, scale, grad_rows,
-    num_positions, num_rows, width,
+    num_positions, first_row, num_rows, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -157,9 +160,9 @@ def full_rows_backward_kernel(
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_part = tl.program_id(1).to(tl.int64)
-    first, end = _part(num_positions, i_part, tl.num_programs(1), POSITIONS)
+    first, end = _part(0, num_positions, i_part, tl.num_programs(1), POSITIONS)
     first_column = tl.program_id(2) * OUT
-    item = tl.program_id(0).to(tl.int64) * ITEMS
+    item = first_row + tl.program_id(0).to(tl.int64) * ITEMS
     num_items = _count(item, num_rows, ITEMS)
     o_positions, o_items = tl.arange(0, POSITIONS), tl.arange(0, ITEMS)
     o_columns = tl.arange(0, OUT)
@@ -220,6 +223,7 @@ def forward(problem: LaunchProblem) -> Tensor:
         problem.targets,
         partials,
         num_positions,
+        0,
         problem.rows.shape[0],
         problem.width,
         **problem.options(tile),
@@ -275,6 +279,7 @@ def _launch_full_backward(
         upstream.scale,
         partials,
         problem.states.shape[0],
+        0,
         problem.rows.shape[0],
         problem.width,
         OUT=tile.out,
