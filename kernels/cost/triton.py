@@ -59,7 +59,13 @@ class Listed:
 
 def full_kernels(work: Workload) -> KernelCost:
     """Cost of the full softmax: forward, gradient of states and gradient of rows."""
-    return sum((_full_pass(one, work) for one in _full_passes(work)), KernelCost(0, 0))
+    return sum((_full_pass(one, work) for one in _full_passes(work)), _of_targets(work))
+
+
+def _of_targets(work: Workload) -> KernelCost:
+    """Cost of the targets' logits and gradients: states and rows twice, gradients of states."""
+    numbers = work.num_positions / work.num_ranks * work.width
+    return KernelCost(0, numbers * (4 * work.element_bytes + 2 * _FLOAT))
 
 
 def full_bytes(work: Workload) -> int:
@@ -136,13 +142,16 @@ def listed_kernels(listed: Listed, work: Workload) -> KernelCost:
     """Cost of listed blocks, or of gathered ones (one position per block), forward and backward."""
     if listed.positions <= 1:
         vectors = 3 * work.element_bytes * listed.pairs + 2 * _FLOAT * listed.touched
-        return KernelCost(8 * listed.pairs * work.width, vectors * work.width)
+        gathered = KernelCost(8 * listed.pairs * work.width, vectors * work.width)
+        return gathered + _of_targets(work)
     forward = _listed_pass(work, "listed_forward", listed)
     states = _listed_pass(work, "listed_states_backward", listed)
     rows = _listed_pass(work, "listed_rows_backward", listed)
-    # The gradient of each entry is written once, and read once to sum it by row.
-    gradients = 2 * _FLOAT * (listed.entries + listed.touched) * work.width
-    return forward + states + rows + KernelCost(0, gradients)
+    # The gradient of each entry is written once, and read once to sum it by row. In rounds an entry
+    # is a row, whose gradient is read and written.
+    lines = listed.entries + listed.touched * (not listed.rounds)
+    gradients = KernelCost(0, 2 * _FLOAT * lines * work.width)
+    return forward + states + rows + gradients + _of_targets(work)
 
 
 def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:

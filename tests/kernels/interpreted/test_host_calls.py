@@ -93,7 +93,7 @@ def test_a_step_asks_little_of_the_host(name: str, monkeypatch: pytest.MonkeyPat
     # What chooses by the device, such as draws, must choose as on a GPU.
     monkeypatch.setattr(device, "_is_gpu", lambda _: True)
     monkeypatch.setattr(device, "_capability", lambda _: (9, 0))
-    counted(name, 20, 300)  # constants of these sizes
+    counted(name, 20, 300), counted(name, 70, 900)  # makes the constants of these sizes
     few, many = counted(name, 20, 300), counted(name, 70, 900)
     most = MOST[name]
     for found in (few, many):
