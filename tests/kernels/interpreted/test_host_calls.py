@@ -1,7 +1,7 @@
 """A loss in Triton starts few operations, and waits for the device once: its targets are checked.
 
-A number here is what the code takes today, and may fall. Sizes do not matter as long as one chunk
-holds all positions, so that small ones are counted.
+The limits are near to what the code takes; code that takes fewer lowers them. Sizes do not matter
+as long as one chunk holds all positions, so that small ones are counted.
 """
 
 from collections.abc import Callable
