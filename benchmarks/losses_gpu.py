@@ -86,7 +86,7 @@ def others(loss: str, work: Workload, memory_gib: float) -> dict[str, Operation]
         for name, run in found.items()
         if stored_gib(loss, name, work, ROUNDS) <= memory_gib
     }
-    return found | (_of_other_projects() if loss == "cce" else {})
+    return found | (of_other_projects() if loss == "cce" else {})
 
 
 def chunked(
@@ -125,9 +125,13 @@ def compiled_loop(loss: str) -> Callable[..., Tensor | None]:
     return compiled
 
 
-def _of_other_projects() -> dict[str, Operation]:
-    """The full softmax of other projects that are installed."""
+def of_other_projects() -> dict[str, Operation]:
+    """The full softmax of PyTorch and of other projects, as far as they are installed."""
     found: dict[str, Operation] = {}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13 on
+        options = torch.nn.LinearCrossEntropyOptions()
+        linear: Any = torch.nn.functional
+        found["torch-chunked"] = partial(linear.linear_cross_entropy, options=options)
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 

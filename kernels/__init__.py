@@ -14,7 +14,7 @@ backward:
   the dtypes of states and table. The loss is float32. A gradient has the dtype of its parameter and
   is never rounded to the autocast dtype.
 - ``torch.no_grad``, activation checkpoints and DistributedDataParallel work as with any loss.
-- Inputs may be strided, and targets int32. A second derivative raises a RuntimeError.
+- Inputs may be strided, and targets may be int32. A second derivative raises a RuntimeError.
 """
 
 from shardrec.kernels.cce import cut_cross_entropy

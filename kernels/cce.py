@@ -129,7 +129,7 @@ def cut_cross_entropy_cost(work: Workload) -> LossCost:
     logits in memory. Otherwise logits exist one tile at a time and are recomputed in backward: four
     products on a CPU, five in Triton, where each of the two gradients has a pass of its own.
     """
-    if work.on_cpu and fused_positions(work.num_rows) >= LEAST_FUSED:
+    if work.on_cpu and work.element_bytes == 4 and fused_positions(work.num_rows) >= LEAST_FUSED:
         group = min(fused_positions(work.num_rows), work.num_positions)
         # One process has one chunk, with a gradient in addition to the one that is returned.
         chunk = work.num_positions if work.num_ranks == 1 else 0

@@ -276,7 +276,7 @@ def sampled_cross_entropy_cost(
     touched = expected_distinct(num_draws + work.num_positions, work.num_items) / work.num_ranks
     rows = min(work.num_rows, round(touched))
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
-    copy = 0 if is_fused else rows * work.width * work.element_bytes
+    copy = 0 if is_fused else rows * work.width * work.stored_bytes
     draws = 8 * min(max(num_draws, num_negatives), draws_at_once(on_cpu=work.on_cpu))
     received, in_flight = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
@@ -285,7 +285,7 @@ def sampled_cross_entropy_cost(
         received = by_rows
         # Fetched rows, as received and sorted by item, and the gradients of both.
         vectors = 2 * (shared + work.own_positions) * work.width
-        in_flight = vectors * (work.element_bytes + 4)
+        in_flight = vectors * (work.stored_bytes + 4)
     pairs = work.num_positions * num_negatives / work.num_ranks
     if work.on_cpu:
         kernels = listed_cost(pairs, share, work, products=3 if is_fused else 4)

@@ -261,12 +261,13 @@ def hybrid_cross_entropy_cost(
         kernels += topk_kernels(num_buckets, work.num_rows, items_per_bucket, work)
         kernels += select_cost(num_buckets, work.own_positions, work)
         tiles = max(listed_bytes(entries, work), topk_bytes(num_buckets, work.num_rows))
-    copy = rows * work.width * work.element_bytes
+    copy = rows * work.width * work.stored_bytes
     return LossCost(
         touched_rows=rows,
         is_dense=False,
         workspace_bytes=copy
-        + accumulator_bytes(rows, work)
+        # Under autocast the search for the nearest rows casts all of them.
+        + accumulator_bytes(work.num_rows if work.is_cast else rows, work)
         + lists
         + tiles
         + streaming_bytes(work),

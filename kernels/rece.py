@@ -273,11 +273,11 @@ def rows_near(num_rows: int, num_chunks: int, reach: int) -> float:
     >>> rows_near(100, 10, 1), rows_near(100, 1, 3)
     (28.0, 100.0)
     """
-    met = sum(
+    near = sum(
         min(chunk + reach, num_chunks - 1) - max(chunk - reach, 0) + 1
         for chunk in range(num_chunks)
     )
-    return num_rows * met / num_chunks**2
+    return num_rows * near / num_chunks**2
 
 
 def reduced_cross_entropy_cost(
@@ -299,21 +299,21 @@ def reduced_cross_entropy_cost(
     num_chunks = num_chunks or num_buckets
     chunk_bytes = index_dtype(num_chunks).itemsize
     per_chunk = work.num_positions / min(num_chunks, max(1, work.num_positions))
-    met = rows_near(work.num_rows, num_chunks, reach)
+    near = rows_near(work.num_rows, num_chunks, reach)
     vectors = work.own_positions + work.num_rows
     most = nearby.ROWS_AT_ONCE if work.on_cpu else nearby.GPU_ROWS_AT_ONCE
     at_once = min(most, work.num_rows)
     held = num_rounds * (chunk_bytes * work.num_rows + 20 * work.own_positions)
     if work.on_cpu:
         hashed = num_rounds * select_cost(num_buckets, vectors, work)
-        blocks = listed_cost(work.num_positions * num_rounds * met, per_chunk, work)
+        blocks = listed_cost(work.num_positions * num_rounds * near, per_chunk, work)
         held += 24 * at_once + cpu_tiles().listed_bytes(work.width, per_chunk)
     else:
         hashed = num_rounds * sign_kernels("best_sign_direction", num_buckets, vectors, work)
         listed = Listed(
-            pairs=work.num_positions * num_rounds * met,
+            pairs=work.num_positions * num_rounds * near,
             positions=per_chunk,
-            rows=met * at_once / max(1, work.num_rows),
+            rows=near * at_once / max(1, work.num_rows),
             entries=num_rounds * work.num_rows,
             touched=num_rounds * work.num_rows,
             rounds=True,

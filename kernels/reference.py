@@ -1,6 +1,6 @@
-"""Reference definitions of four losses, as in their papers: dense, any float dtype, with autograd.
+"""Definitions of four losses, as in their papers: dense, in any float dtype, with autograd.
 
-The candidates are arguments, which keeps each definition short; the public functions choose them.
+Candidates are arguments, which keeps each definition short; the public functions choose them.
 """
 
 import torch
@@ -87,8 +87,8 @@ def reduced_cross_entropy_reference(
     """
     logits = states @ table.T
     positive = logits.gather(1, targets[:, None])
-    met = (position_chunks[:, None] - item_chunks[None]).abs() <= reach
-    met &= (torch.arange(table.shape[0]) != targets[:, None])[:, :, None]
-    count = met.sum(2, keepdim=True)
-    lowered = (logits[:, :, None] - count.to(logits.dtype).log()).masked_fill(~met, -torch.inf)
+    near = (position_chunks[:, None] - item_chunks[None]).abs() <= reach
+    near &= (torch.arange(table.shape[0]) != targets[:, None])[:, :, None]
+    count = near.sum(2, keepdim=True)
+    lowered = (logits[:, :, None] - count.to(logits.dtype).log()).masked_fill(~near, -torch.inf)
     return torch.logsumexp(torch.cat([positive, lowered.flatten(1)], dim=1), 1) - positive[:, 0]

@@ -266,8 +266,9 @@ def scalable_cross_entropy_cost(
     return LossCost(
         touched_rows=rows,
         is_dense=False,
-        workspace_bytes=rows * work.width * work.element_bytes
-        + accumulator_bytes(rows, work)
+        workspace_bytes=rows * work.width * work.stored_bytes
+        # Under autocast the search for the nearest rows casts all of them.
+        + accumulator_bytes(work.num_rows if work.is_cast else rows, work)
         + lists
         + tiles
         + streaming_bytes(work),

@@ -1,10 +1,10 @@
 """The ``shardrec`` command: runs a subcommand, formats its errors, chooses the exit code.
 
-Exit codes: 0 the output is complete, or was before; 1 it failed, and the last line says why;
-2 the input or an option is wrong, in one line; 3 publishing is blocked by a failed gate or an
-earlier rollback; 75 stopped by SIGTERM after a checkpoint: start it again; 130 interrupted; 143
-ended by SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks
-complete.
+Exit codes: 0 the output is complete, or already was; 1 the command failed, and the last line says
+why; 2 the input or an option is wrong, explained in one line; 3 publishing is blocked by a failed
+gate or an earlier rollback; 75 try again: stopped by SIGTERM after a checkpoint, or another process
+is writing the same output; 130 interrupted by Ctrl-C, training after a checkpoint; 143 ended by
+SIGTERM in a stage without checkpoints. Only exit code 0 leaves an output that looks complete.
 
 Errors meant for the user become one line: those raised by a ``raise`` statement of this package,
 and those of the operating system. Every other error is a bug and keeps its traceback.
@@ -31,6 +31,9 @@ _WRONG_KINDS = (
     *(ValueError, TypeError, PermissionError),
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError),
 )
+
+# They come with the driver, and fbgemm's CUDA build does not load without them.
+DRIVER_LIBRARIES = ("libnvidia-ml.so", "libcuda.so")
 
 # OS errors by remedy: another path, or more free space on the disk (_NO_ROOM).
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -80,13 +83,18 @@ def usage() -> str:
             *(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()),
             "",
             "exit codes: 0 complete, 1 failed, 2 wrong input or option, 3 publishing refused,\n"
-            "75 stopped by SIGTERM (start again), 130 interrupted, 143 ended by SIGTERM",
+            "75 stopped by SIGTERM, or the output is in use (start again), 130 interrupted,\n"
+            "143 ended by SIGTERM",
         ]
     )
 
 
 def run(name: str, arguments: list[str]) -> int:
     """Run a subcommand and return its exit code; an error for the user is one line on stderr."""
+    # Before torch is imported. Sizes change with every batch, and GPU memory that is kept in blocks
+    # of one size has holes for the next.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         module = "commands" if name in STAGES else "tools"
         return int(importlib.import_module(f"shardrec.launch.{module}").run(name, arguments))
@@ -123,18 +131,26 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` in one line, without keys in addresses."""
+    """The message of ``error`` in one line, without the access keys in addresses."""
     text = explain(error) if isinstance(error, OSError) else str(error)
+    if any(library in text for library in DRIVER_LIBRARIES):
+        text = (
+            f"the NVIDIA driver must be here for a CUDA environment, got {text}; run it on a node "
+            "with a driver, or `make setup DEVICE=cpu`"
+        )
     if isinstance(error, ModuleNotFoundError):
         text = f"{error.name} is not installed; run `make setup`, or `shardrec doctor` for more"
     return without_keys(" ".join((text or type(error).__name__).split()))
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code of an error: 2 for wrong input, 75 after SIGTERM, 1 for any other failure."""
-    from shardrec.pipeline.run.interruption import Preempted
+    """The exit code of an error: 2 for wrong input, 75 to try again, 1 for any other failure."""
+    from shardrec.pipeline.outputs.lock import BusyError
+    from shardrec.pipeline.run.interruption import Interrupted, Preempted
 
-    if isinstance(error, Preempted):
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    if isinstance(error, Preempted | BusyError):
         return PREEMPTED
     is_path = isinstance(error, OSError) and error.errno in (*_PERMISSION, *_PATH_RULES)
     return BAD_INPUT if is_path or isinstance(error, _WRONG_KINDS) else FAILED
@@ -144,9 +160,9 @@ def explain(error: OSError) -> str:
     """The message for an operating-system error: the rule, what was found, and what to do.
 
     Args:
-        error: as raised by Python or pyarrow. Where it names a file, that file is looked at to tell
-            an input that cannot be read from an output that cannot be written. A message that is
-            in this form already is returned without its error number.
+        error: error raised by Python or pyarrow. If it names a file, the file is examined to
+            distinguish an input that cannot be read from an output that cannot be written. A
+            message that already has this form is returned without its error number.
     """
     said, number, path = str(error.strerror or error), error.errno or 0, _path_of(error)
     if " must " in said:

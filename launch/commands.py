@@ -1,6 +1,6 @@
-"""The stages as commands: each parses its arguments, calls its pipeline function, and prints.
+"""The stages as commands: parse the arguments, call the pipeline function, print the result.
 
-The modules of a stage are imported when it runs, so that ``prepare`` does not load torch, and
+The modules of a stage are imported only when it runs, so that ``prepare`` does not load torch, and
 ``--help`` loads only the config. Commands that are not stages are in ``tools.py``.
 """
 
@@ -16,22 +16,24 @@ from shardrec.launch.cli import REFUSED
 from shardrec.launch.options import (
     Parser,
     add_options,
-    add_timeout,
+    parser_for,
     read_options,
-    require_set_once,
 )
+from shardrec.launch.orphans import end_with_launcher
 from shardrec.launch.printing import (
-    describe_recipes,
     print_beside,
     print_counts,
     print_end,
     print_lists,
     print_metrics,
     print_protocol,
+    print_split,
     print_tried,
 )
 from shardrec.launch.signals import exit_on_sigterm
-from shardrec.launch.stages import COMMANDS, STAGES, imported
+from shardrec.launch.stages import STAGES, imported
+from shardrec.launch.train_options import read_train
+from shardrec.launch.tune_options import describe_study, read_tune
 
 if TYPE_CHECKING:
     from shardrec.pipeline.baseline import BaselineConfig
@@ -45,28 +47,25 @@ if TYPE_CHECKING:
     from shardrec.pipeline.recommend import RecommendConfig
     from shardrec.pipeline.run.config import TrainConfig
     from shardrec.pipeline.similar import SimilarConfig
+    from shardrec.pipeline.tuning.study import TuneConfig
 
-__all__ = ["parser_for", "read", "read_train", "run"]
-
-# Config fields that `train` sets by an option with another name.
-OWN_OPTIONS = {
-    "data": "prepared",
-    "output": "run",
-    "init_from.run": "init_from",
-    "profile.steps": "profile",
-}
+__all__ = ["read", "read_train", "run"]
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a stage and return its exit code."""
     options, config = read(name, arguments)
-    with exit_on_sigterm() if STAGES[name].kind == "single" else nullcontext():
+    cleaning = exit_on_sigterm() if STAGES[name].kind == "single" else nullcontext()
+    with end_with_launcher(os.environ), cleaning:
         return FUNCTIONS[name](options, config)
 
 
 def read(name: str, arguments: Sequence[str]) -> tuple[Namespace, Any]:
-    """The options of a stage and the config made from them; exits or raises if one is wrong."""
-    special = {"synth": read_synth, "train": read_train, "evaluate": read_evaluate}
+    """The options of a stage, and the config made from them; exits or raises if one is wrong."""
+    special: dict[str, Callable[[Sequence[str]], tuple[Namespace, Any]]] = {
+        **{"synth": read_synth, "train": read_train, "evaluate": read_evaluate},
+        "tune": read_tune,
+    }
     return (
         special[name](arguments)
         if name in special
@@ -80,15 +79,6 @@ def read_with(parser: Parser, name: str, arguments: Sequence[str]) -> tuple[Name
     add_options(parser, config)
     options = parser.parse(arguments)
     return options, read_options(config, options)
-
-
-def parser_for(name: str) -> Parser:
-    """The argument parser of a command, with ``--timeout`` if several workers may run it."""
-    command = COMMANDS[name]
-    parser = Parser(name, command.description, command.epilog)
-    if command.kind == "distributed":
-        add_timeout(parser)
-    return parser
 
 
 def synth(options: Namespace, config: "SynthConfig") -> int:
@@ -108,6 +98,7 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 
     done = prepare_once(config)
     print_counts(done.manifest.counts)
+    print_split(done.manifest)
     lines = describe_repetition(done.manifest.counts) + describe_loads(done.manifest.load_per_rank)
     print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")
@@ -117,22 +108,38 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
 def train(options: Namespace, config: "TrainConfig") -> int:
     """Train on a prepared folder, alone or as one of the launcher's workers."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.signals import grace_seconds, stop_on_sigterm
+    from shardrec.launch.signals import grace_seconds, stop_on_signals
     from shardrec.launch.workers import check_restarts, workers
     from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
-    resume, force = options.resume, options.force
-    check_restarts(resume, os.environ)
+    check_restarts(options.resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
-    with workers(options.timeout) as found, stop_on_sigterm(grace_s, found.peers) as interrupted:
-        end = run_train(config, resume=resume, force=force, interrupted=interrupted)
+    with workers(options.timeout) as found:
+        with stop_on_signals(grace_s, found.peers) as interrupted:
+            job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
+            end = run_train(config, resume=options.resume, force=options.force, **job)
         if end.best_metrics:
             beside = evaluate_baselines(config.data, config.validation.measure, "validation")
             if Communicator(found.group).rank == 0:
                 print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric
                 print_beside(end.best_metrics, beside, label, metric)
+    return 0
+
+
+def tune(options: Namespace, config: "TuneConfig") -> int:
+    """Search options of training, alone or as one of the launcher's workers."""
+    from shardrec.kernels.ranks.communicator import Communicator
+    from shardrec.launch.signals import GRACE_S, stop_on_signals
+    from shardrec.launch.workers import workers
+    from shardrec.pipeline.tune import tune as run_tune
+
+    with workers(options.timeout) as found:
+        with stop_on_signals(GRACE_S, found.peers) as interrupted:
+            study = run_tune(config, options.base, options.search, interrupted=interrupted)
+        if Communicator(found.group).rank == 0:
+            print(describe_study(study, options))
     return 0
 
 
@@ -147,12 +154,12 @@ def baseline(_: Namespace, config: "BaselineConfig") -> int:
 
 
 def memorize(options: Namespace, config: "MemorizeConfig") -> int:
-    """Count what followed each item, and choose how much that weighs in ranking."""
+    """Count what followed each item, and choose the weight of these counts in ranking."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.workers import process_group
+    from shardrec.launch.workers import joined
     from shardrec.pipeline.memorize import memorize as run_memorize
 
-    with process_group(options.timeout) as (group, _):
+    with joined("memorize", options) as group:
         done = run_memorize(config)
         if Communicator(group).rank == 0:
             if done.manifest["tried"]:
@@ -164,7 +171,7 @@ def memorize(options: Namespace, config: "MemorizeConfig") -> int:
 def evaluate(options: Namespace, config: "MeasureConfig") -> int:
     """Rank the whole catalog for the users of a split and write the metrics into the run."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.workers import process_group
+    from shardrec.launch.workers import joined
     from shardrec.pipeline.evaluate import evaluate as run_evaluate
     from shardrec.pipeline.evaluate import evaluate_popularity
 
@@ -173,7 +180,7 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
         "output": options.output,
         "force": options.force,
     }
-    with process_group(options.timeout) as (group, _):
+    with joined("evaluate", options) as group:
         if options.run is None:
             found = evaluate_popularity(options.prepared, config, **report)
         else:
@@ -192,10 +199,10 @@ def evaluate(options: Namespace, config: "MeasureConfig") -> int:
 def recommend(options: Namespace, config: "RecommendConfig") -> int:
     """Write the best items for every user in the histories."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.workers import process_group
+    from shardrec.launch.workers import joined
     from shardrec.pipeline.recommend import recommend as run_recommend
 
-    with process_group(options.timeout) as (group, _):
+    with joined("recommend", options) as group:
         done = run_recommend(config)
         if Communicator(group).rank == 0:
             print_counts(done.manifest["counts"])
@@ -206,12 +213,12 @@ def recommend(options: Namespace, config: "RecommendConfig") -> int:
 
 
 def similar(options: Namespace, config: "SimilarConfig") -> int:
-    """Write the nearest items of items."""
+    """Write the nearest items of each item."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.workers import process_group
+    from shardrec.launch.workers import joined
     from shardrec.pipeline.similar import similar as run_similar
 
-    with process_group(options.timeout) as (group, _):
+    with joined("similar", options) as group:
         done = run_similar(config)
         if Communicator(group).rank == 0:
             print_counts(done.manifest["counts"])
@@ -222,10 +229,10 @@ def similar(options: Namespace, config: "SimilarConfig") -> int:
 def export(options: Namespace, config: "ExportConfig") -> int:
     """Write item vectors and the encoder for serving."""
     from shardrec.kernels.ranks.communicator import Communicator
-    from shardrec.launch.workers import process_group
+    from shardrec.launch.workers import joined
     from shardrec.pipeline.export import export as run_export
 
-    with process_group(options.timeout) as (group, _):
+    with joined("export", options) as group:
         done = run_export(config)
         if Communicator(group).rank == 0:
             manifest = done.manifest
@@ -277,7 +284,7 @@ def rollback(_: Namespace, config: "RollbackConfig") -> int:
 FUNCTIONS: Mapping[str, Callable[[Namespace, Any], int]] = {
     **{"synth": synth, "prepare": prepare, "baseline": baseline, "train": train},
     **{"memorize": memorize, "evaluate": evaluate, "recommend": recommend},
-    **{"similar": similar, "export": export},
+    **{"similar": similar, "export": export, "tune": tune},
     **{"gate": gate, "publish": publish, "rollback": rollback},
 }
 
@@ -288,86 +295,6 @@ def read_synth(arguments: Sequence[str]) -> "tuple[Namespace, SynthConfig]":
     parser.add_argument("--output", required=True, metavar="FILE", help="Parquet file to write")
     parser.add_argument("--force", action="store_true", help="replace an existing log")
     return read_with(parser, "synth", arguments)
-
-
-def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
-    """The options of ``train`` and the config of its recipe with the overrides applied."""
-    from shardrec.pipeline.config import override
-    from shardrec.pipeline.recipes import recipe_named
-
-    parser = parser_for("train")
-    add_train_options(parser)
-    parser.epilog = f"{parser.epilog}\n\n{describe_recipes()}"
-    options = parser.parse(arguments)
-    if options.force:
-        from shardrec.pipeline.run.replace import check_force
-
-        check_force(options.force, options.resume)
-    given = {
-        name: value
-        for name, option in OWN_OPTIONS.items()
-        if (value := getattr(options, option)) is not None
-    }
-    words = {name: f"--{OWN_OPTIONS[name].replace('_', '-')} {given[name]}" for name in given}
-    require_set_once(options.overrides, words)
-    recipe = recipe_named(options.recipe)(given.pop("data"), given.pop("output"))
-    rest = [f"{name}={value}" for name, value in given.items()]
-    return options, override(recipe, [*rest, *options.overrides])
-
-
-def add_train_options(parser: Parser) -> None:
-    """Add the options of ``train`` itself, and ``name=value`` overrides of its config."""
-    parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
-    parser.add_argument(
-        "--run",
-        required=True,
-        metavar="DIR",
-        help="folder to write: new or empty, except with --resume and --force",
-    )
-    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="yes",
-        default="no",
-        choices=("yes", "auto", "no"),
-        help="resume the interrupted run in the folder from its last complete checkpoint, on any "
-        "number of workers; `--resume=auto` starts a new run if there is none, and does nothing "
-        "if the run is finished: for jobs that are retried",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace the run in the folder: the new run is written to .RUN.partial next to it "
-        "and replaces the old one only when it has finished. A folder with other files is "
-        "refused, and checkpoints.folder, if set, must be a new one. After an interruption, "
-        "--force --resume=auto resumes the new run and --force alone restarts it",
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=None,
-        metavar="SECONDS",
-        help="time after SIGTERM to finish the step and write a checkpoint (default: 25; under "
-        "torchrun, 5 less than torchrun gives its workers)",
-    )
-    parser.add_argument(
-        "--init-from",
-        metavar="RUN",
-        help="warm start from the weights of this run, which may have fewer items; "
-        "init_from.optimizer, init_from.new_rows and init_from.checkpoint set what is kept and "
-        "how new items are initialised",
-    )
-    parser.add_argument(
-        "--profile",
-        nargs="?",
-        type=int,
-        const=5,
-        metavar="STEPS",
-        help="profile STEPS steps (5) on every worker after a warm-up; writes a trace, and a table "
-        "of the time that each part of a step takes, to RUN/profile",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
 
 
 def read_evaluate(arguments: Sequence[str]) -> "tuple[Namespace, MeasureConfig]":

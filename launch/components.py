@@ -4,9 +4,9 @@ By path, ``torchx run -s local_cwd launch/components.py:train -j 1x2 -- --prepar
 from an installed wheel, ``shardrec launch train -j 1x2 -- --prepared data --run run``.
 The stage's own arguments follow ``--``; ``shardrec train --help`` lists them.
 
-TorchX looks for the ``def`` of a component in the syntax tree of this file; its options are those
-of the signature, and their help is in the docstring. Both are the same for all stages of one kind,
-so ``_component`` makes them, and a ``def`` holds only what its stage adds to the job.
+TorchX looks for the ``def`` of a component in the syntax tree of this file, takes its options from
+the signature and their help from the docstring. Both are the same for all stages of one kind, so
+``_component`` generates them, and a ``def`` holds only what its stage adds to the job.
 """
 # TorchX reads signatures from the syntax tree and knows `Optional[Dict]`, not `dict | None`.
 # ruff: noqa: UP006, UP035, UP045
@@ -36,13 +36,17 @@ SHUTDOWN_S = 5
 # More than any node has cores for; each is a process that loads torch.
 MOST_WORKERS = 1024
 
+# A worker's threads that compute at the same time: its steps, their backward pass, the next batch,
+# and a checkpoint.
+CPUS_A_GPU = 4
+
 HELP = {
     "arguments": "after ``--``, the arguments of the stage's own command",
     "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU",
     "image": "container image that has shardrec installed (local_cwd and slurm use no image)",
     "name": "name of the job; for workers, experiment/job or /job",
     "h": "named resource of the scheduler; replaces cpu, gpu and memMB",
-    "cpu": "CPUs for each node, divided among its workers; 0: two for each worker",
+    "cpu": "CPUs for each node, divided among its workers; 0: two a worker, or four a GPU",
     "gpu": "GPUs for each node",
     "memMB": "memory for each node, in MB; 0: the scheduler's default (`shardrec plan` counts it)",
     "env": "variables for the workers, such as OMP_NUM_THREADS=4,NCCL_DEBUG=INFO",
@@ -96,7 +100,7 @@ def _workers(
     )
     (role,) = app.roles
     role.name = stage
-    role.resource = _resource(cpu or 2 * workers, gpu, memMB, h)
+    role.resource = _resource(cpu or max(2 * workers, CPUS_A_GPU * gpu), gpu, memMB, h)
     role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
     return app
 
@@ -175,7 +179,7 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
 
     With `--resume=auto` after the `--`, restarted workers resume from the last complete
-    checkpoint: on the same nodes (max_restarts), or as a new job (max_retries).
+    checkpoint, on the same nodes (max_restarts) or in a new job (max_retries).
     """
     words = shlex.split(app.roles[0].args[-1])
     again = {"max_restarts": max_restarts, "max_retries": app.roles[0].max_retries}
@@ -195,8 +199,14 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
 
 
 @_component
+def tune(app: AppDef) -> AppDef:
+    """Searches options of training; the workers share the table of each trial."""
+    return app
+
+
+@_component
 def memorize(app: AppDef) -> AppDef:
-    """Puts a memory of item pairs beside a trained run, on any number of workers."""
+    """Adds a memory of item pairs to a trained run, on any number of workers."""
     return app
 
 
@@ -217,7 +227,7 @@ def recommend(app: AppDef) -> AppDef:
 
 @_component
 def similar(app: AppDef) -> AppDef:
-    """Writes the nearest items of items to Parquet; the same on any number of workers."""
+    """Writes the nearest items of each item to Parquet; the same on any number of workers."""
     return app
 
 

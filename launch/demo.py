@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich import box
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from shardrec.launch.commands import read_train
+from shardrec.launch.demo_table import Row, table
 from shardrec.launch.runner import Job, run_here
 from shardrec.modules.losses import LOSSES
 from shardrec.modules.option_checks import require_at_least
@@ -27,14 +27,14 @@ from shardrec.pipeline.baseline import BaselineConfig, Kind, baseline
 from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
+from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 
-METRICS = (DEFAULT_METRIC, "Recall@10", "MRR@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,), filter_seen=False, min_count=0)  # as the ceiling is measured
 BASELINE: Kind = "knn_next"
 MARK, LOG = ".shardrec-demo", "events.parquet"
+USUAL_WORKERS = 2
 CLUSTERS = 64  # fewer than usual: a model learns them from fewer steps
 
 # A small model and high learning rates, because it trains for only a few hundred steps.
@@ -72,16 +72,16 @@ class DemoConfig:
     """Options of ``demo``.
 
     Attributes:
-        events: your log: Parquet file, folder, glob, or URI that pyarrow opens; none generates one.
+        events: your log: a file, folder, glob, or URI that pyarrow opens; none generates a log.
         output: folder to write; an earlier demo in it is replaced, anything else is refused.
         user_column, item_column, time_column: names in your log.
         losses: which are trained, in this order.
         steps: optimizer steps of each loss.
-        workers: processes that share the catalog.
+        workers: processes that share the catalog; none: 2, or 1 on a machine with one GPU.
         recipe: recipe that each run takes its config from.
-        users, items, size: of the generated log; size is its number of events. About a third
+        users, items, size: numbers of users, items and events of the generated log. About a third
             of the items occur in it.
-        seed: of the generated log and of the training.
+        seed: seed of the generated log and of the training.
     """
 
     events: str | None = None
@@ -91,7 +91,7 @@ class DemoConfig:
     time_column: str = "timestamp"
     losses: tuple[str, ...] = tuple(name for name in LOSSES if not LOSSES[name].is_baseline)
     steps: int = 400
-    workers: int = 2
+    workers: int | None = None
     recipe: str = "demo"
     users: int = 30_000
     items: int = 150_000
@@ -107,8 +107,8 @@ class DemoConfig:
         if not self.losses or len(set(self.losses)) < len(self.losses):
             got = ",".join(self.losses) or "none"
             raise ValueError(f"losses must be named once each, got {got}; use {','.join(known)}")
-        for name in ("steps", "workers"):
-            require_at_least(name, getattr(self, name), 1)
+        require_at_least("steps", self.steps, 1)
+        require_at_least("workers", self.num_workers, 1)
         unused, why = (COLUMNS, "with") if self.events is None else (SIZES, "without")
         for name in unused:
             if getattr(self, name) != self.default(name):
@@ -122,19 +122,16 @@ class DemoConfig:
         return next(field.default for field in fields(cls) if field.name == name)
 
     @property
+    def num_workers(self) -> int:
+        """The number of workers, for this machine unless it was chosen."""
+        if self.workers is not None:
+            return self.workers
+        return min(USUAL_WORKERS, _num_gpus() or USUAL_WORKERS)
+
+    @property
     def folder(self) -> Path:
-        """The folder that holds everything the demo writes."""
+        """The folder that everything is written to."""
         return Path(self.output)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table; for baselines, time and memory are None."""
-
-    name: str
-    metrics: Mapping[str, float]
-    seconds_per_step: float | None = None
-    memory_bytes: int | None = None
 
 
 def run_demo(config: DemoConfig, console: Console) -> list[Row]:
@@ -153,19 +150,21 @@ def run_demo(config: DemoConfig, console: Console) -> list[Row]:
     check_log(config)
     check_stages(config)
     start_folder(config.folder)
+    if config.num_workers != USUAL_WORKERS and config.workers is None:
+        console.print("one GPU here: one worker trains, not two", highlight=False)
     log, ceiling = (config.events, None) if config.events else generate_log(config, console)
     prepared = prepare_log(config, log, console)
     rows = count_baselines(prepared, console)
     for loss in config.losses:
         rows.append(train_and_evaluate(config, prepared, loss, console))
-    console.print(table(rows, config, ceiling))
+    console.print(table(rows, config.steps, config.num_workers, ceiling))
     text = next_steps(config, log, prepared, command)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
 def check_log(config: DemoConfig) -> None:
-    """Refuse a log that cannot be read, or that replacing an earlier demo would delete."""
+    """Refuse a log that cannot be read, or that would be deleted with an earlier demo."""
     if config.events is None:
         return
     if config.folder.resolve() in Path(config.events).resolve().parents:
@@ -177,7 +176,12 @@ def check_log(config: DemoConfig) -> None:
 
 
 def check_stages(config: DemoConfig) -> None:
-    """Check the options of every stage before anything is replaced."""
+    """Check the number of workers and the options of every stage before anything is replaced."""
+    if 0 < (gpus := _num_gpus()) < config.num_workers:
+        raise ValueError(
+            f"workers must be at most the {gpus} GPU(s) of this machine, got {config.num_workers}; "
+            "lower --workers, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
     if config.events is None:
         log_options(config)
     prepare_options(config, config.events or str(config.folder / LOG))
@@ -209,7 +213,7 @@ def start_folder(folder: Path) -> None:
 
 
 def generate_log(config: DemoConfig, console: Console) -> tuple[str, float]:
-    """Write a log with a known best possible NDCG@10; returns its path and that NDCG@10."""
+    """Write a generated log; returns its path and the best possible NDCG@10 on it."""
     console.rule("generate")
     path = config.folder / LOG
     report = generate(log_options(config), path)
@@ -253,7 +257,7 @@ def prepare_options(config: DemoConfig, log: str) -> PrepareConfig:
 
 
 def count_baselines(prepared: Path, console: Console) -> list[Row]:
-    """What the losses must beat: popularity, and items that occur together or in sequence."""
+    """Rows of the baselines: popularity, and items that occur together or in sequence."""
     console.rule("baselines")
     config = BaselineConfig(prepared=str(prepared), kind=BASELINE)
     console.print(f"{BASELINE}: {baseline(config).manifest['counts']['pairs']:,} pairs of items")
@@ -263,7 +267,7 @@ def count_baselines(prepared: Path, console: Console) -> list[Row]:
 
 
 def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: Console) -> Row:
-    """Train with ``loss`` on the workers, then rank the catalog for the test users."""
+    """The row of a loss: train on the workers, then rank the catalog for the test users."""
     console.rule(f"train: {loss}")
     run = config.folder / "runs" / loss
     train(config, prepared, run, loss, console)
@@ -273,9 +277,9 @@ def train_and_evaluate(config: DemoConfig, prepared: Path, loss: str, console: C
 
 
 def train(config: DemoConfig, prepared: Path, run: Path, loss: str, console: Console) -> None:
-    """Train on TorchX workers; their output goes to a log, their progress to the screen."""
+    """Train on TorchX workers, with their output in a log and their progress on the screen."""
     words = train_words(config, prepared, run, loss)
-    job = Job(component="train", arguments=("-j", f"1x{config.workers}", "--", *words))
+    job = Job(component="train", arguments=("-j", f"1x{config.num_workers}", "--", *words))
     path = config.folder / "logs" / f"{loss}.log"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as log:
@@ -303,54 +307,6 @@ def read_end(run: Path) -> dict[str, Any]:
     """The end event of a run: the last line of ``metrics.jsonl``."""
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     return dict(json.loads(last))
-
-
-def table(rows: list[Row], config: DemoConfig, ceiling: float | None) -> Table:
-    """The comparison, baselines first; the best of each metric is bold.
-
-    ``ceiling`` is the NDCG@10 of the true model on a sample of users, None if unknown.
-    """
-    made = Table(
-        title=f"{config.steps} steps each on {config.workers} workers, whole catalog ranked",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    made.add_column("")
-    for name in (*METRICS, "gap\nclosed", "s/step", "peak\nGiB"):
-        made.add_column(name, justify="right", no_wrap=True)
-    best = {name: max(row.metrics[name] for row in rows) for name in METRICS}
-    for row in rows:
-        cells = [mark(row.metrics[name], best[name]) for name in METRICS]
-        share = gap_closed(row.metrics[DEFAULT_METRIC], rows[0].metrics[DEFAULT_METRIC], ceiling)
-        seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.3f}"
-        memory = "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:.2f}"
-        made.add_row(row.name, *cells, share, seconds, memory)
-    if ceiling is not None:
-        made.add_row("true model", f"{ceiling:.4f}", "", "", "", "100 %")
-    return made
-
-
-def gap_closed(value: float, floor: float, ceiling: float | None) -> str:
-    """Share of the gap between popularity and the true model that is closed; "" if unknown.
-
-    Example:
-        >>> gap_closed(0.15, 0.05, 0.25), gap_closed(0.15, 0.05, None)
-        ('50 %', '')
-    """
-    if ceiling is None or ceiling <= floor:
-        return ""
-    return f"{100 * (value - floor) / (ceiling - floor):.0f} %"
-
-
-def mark(value: float, best: float) -> str:
-    """The number, bold where it is the best.
-
-    Example:
-        >>> mark(0.25, 0.25), mark(0.125, 0.25)
-        ('[bold]0.2500[/bold]', '0.1250')
-    """
-    return f"[bold]{value:.4f}[/bold]" if value == best else f"{value:.4f}"
 
 
 def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> str:
@@ -384,15 +340,20 @@ def next_steps(config: DemoConfig, log: str, prepared: Path, command: str) -> st
         lines += ["Stage by stage, with the recipe's own model, for as long as it takes:"]
     lines += [
         f"  {command} prepare --events {shlex.quote(log)}{columns} --output data",
-        f"  {command} launch train -j 1x{config.workers} -- --prepared data --run run "
+        f"  {command} launch train -j 1x{config.num_workers} -- --prepared data --run run "
         f"--recipe {config.recipe} loss={config.losses[0]}",
         f"  {command} evaluate --prepared data --run run",
     ]
     return "\n".join(lines)
 
 
+def _num_gpus() -> int:
+    """GPUs that workers of this machine would take."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def program() -> str:
-    """The running ``shardrec`` as a shell command: its name if PATH leads to it, else its path."""
+    """The running ``shardrec`` as a shell command: its name if PATH finds it, else its path."""
     ours = Path(sys.executable).parent / "shardrec"
     found = shutil.which("shardrec")
     if not ours.is_file() or (found and Path(found).samefile(ours)):

@@ -1,17 +1,19 @@
-"""``shardrec doctor``: what is installed, whether it fits together, and how to repair it.
+"""``shardrec doctor``: show what is installed, whether it fits together, and how to repair it.
 
-Imports nothing at the top that a broken environment could lack.
+The module imports at its top nothing that a broken environment could lack.
 """
 
 import ctypes
 import importlib
 import importlib.metadata
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from shardrec.launch.cli import DRIVER_LIBRARIES
 from shardrec.launch.setup_env import (
     FBGEMM_BUILDS,
     NEWEST_PYTHON,
@@ -40,16 +42,17 @@ class Facts:
     torch_sees_gpu: bool
     backends: tuple[str, ...]  # communication backends that torch has
     load_errors: dict[str, str]  # first line, by installed module that fails to import
+    host: tuple[str, str | None] | None = None  # this machine's name and its address, if it has one
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
-        """Which of fbgemm's builds are installed, "cpu" and "cuda"."""
+        """The builds of fbgemm that are installed, of "cpu" and "cuda"."""
         return tuple(build for build, name in FBGEMM_BUILDS.items() if self.versions.get(name))
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the diagnosis: ``wrong`` stops a run, ``note`` does not."""
+    """One line of the diagnosis; "wrong" prevents a run, "note" does not."""
 
     level: Literal["wrong", "note"]
     text: str
@@ -72,11 +75,20 @@ def gather() -> Facts:
         torch_sees_gpu=sees_gpu,
         backends=backends,
         load_errors=load_errors,
+        host=_host(),
     )
 
 
+def _host() -> tuple[str, str | None]:
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, None
+
+
 def driver_release() -> str | None:
-    """Release of the NVIDIA driver, such as "550.54.15"; None where there is none."""
+    """Release of the NVIDIA driver, such as "550.54.15"; None without a driver."""
     try:
         management = ctypes.CDLL("libnvidia-ml.so.1")  # comes with the driver
     except OSError:
@@ -122,7 +134,7 @@ def _ask_torch() -> tuple[str | None, bool, tuple[str, ...]]:
 def diagnose(facts: Facts) -> list[Finding]:
     """Every mismatch, each with its remedy; empty when all is well."""
     errors = [*_packages(facts), *_matching_set(facts)]
-    return [*(Finding("wrong", text) for text in errors), *_device(facts)]
+    return [*(Finding("wrong", text) for text in errors), *_device(facts), *_network(facts)]
 
 
 def _packages(facts: Facts) -> Iterator[str]:
@@ -140,7 +152,15 @@ def _packages(facts: Facts) -> Iterator[str]:
             f"`pip uninstall` both, then {REPAIR}"
         )
     for name, error in facts.load_errors.items():
+        if _lacks_driver(facts, error):
+            continue
         yield f"{name} is installed but does not load ({error}); {REPAIR}"
+
+
+def _lacks_driver(facts: Facts, error: str) -> bool:
+    """Whether a CUDA build fails to load for want of the driver's libraries, as on login nodes."""
+    is_of_driver = any(name in error for name in DRIVER_LIBRARIES)
+    return is_of_driver and facts.fbgemm_builds == ("cuda",) and facts.driver is None
 
 
 def _matching_set(facts: Facts) -> Iterator[str]:
@@ -191,6 +211,25 @@ def _device(facts: Facts) -> Iterator[Finding]:
             "fbgemm is the CUDA build and no driver answers: right for a login node; to train "
             "on this machine `make setup DEVICE=cpu`",
         )
+    lacking = [name for name, error in facts.load_errors.items() if _lacks_driver(facts, error)]
+    if lacking:
+        yield Finding(
+            "note",
+            f"{' and '.join(lacking)} load where there is a driver: here are plan, gate, launch, "
+            "prepare and report, not train, evaluate, recommend and export",
+        )
+
+
+def _network(facts: Facts) -> Iterator[Finding]:
+    name, address = facts.host or ("", "")
+    if address is None or address.startswith("127."):
+        found = "has no address" if address is None else f"has the address {address}"
+        yield Finding(
+            "note",
+            f"the name of this machine, {name}, {found}: workers on other machines cannot reach "
+            "those here by it; for jobs on several, correct /etc/hosts, or name the interface "
+            "(one alone) in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+        )
 
 
 def report(facts: Facts) -> str:
@@ -203,13 +242,17 @@ def report(facts: Facts) -> str:
         "NVIDIA driver": facts.driver or "none",
         "GPUs": str(facts.gpus or "none"),
         "backends": ", ".join(facts.backends) or "none",
+        "layout": "a node shares a table; nodes hold replicas if they divide optimizer.accumulate",
     }
     findings = diagnose(facts)
     lines = [f"{name:<16} {value}" for name, value in rows.items()]
     lines += ["", *(f"{finding.level}: {finding.text}" for finding in findings)]
     if not any(finding.level == "wrong" for finding in findings):
         device = "cuda" if facts.torch_sees_gpu and "cuda" in facts.fbgemm_builds else "cpu"
-        lines.append(f"ready to train on {device}")
+        if any(_lacks_driver(facts, error) for error in facts.load_errors.values()):
+            lines.append("ready to submit jobs to machines with a driver")
+        else:
+            lines.append(f"ready to train on {device}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ which needs a collective:
    intervals apart. A rank with an unchanged counter is gone; one that has begun fewer collectives
    than this rank is behind.
 3. A rank that ends sends a last heartbeat with the reason.
+4. On GPUs, where a collective waits for a dead rank until its timeout aborts the process, a thread
+   looks for lost ranks while nothing advances, and ends this process with their names.
 """
 
 import dataclasses
@@ -20,16 +22,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["Absence", "LostRankError", "Peers", "Store"]
+__all__ = ["FINISHED", "Absence", "LostRankError", "Peers", "Store"]
 
 Result = TypeVar("Result")
 
 # A rank counts as gone after this many missed heartbeats in a row.
 MISSED = 3
+# Seconds without a new collective after which a thread looks for lost ranks, and how often.
+LOOK_S, LOOKS = 30.0, 5
+# The reason of a rank that has done its work.
+FINISHED = "it has finished"
 
 
 class Store(Protocol):
@@ -45,11 +51,11 @@ class Store(Protocol):
         """Whether all ``keys`` are set."""
 
     def clone(self) -> "Store":
-        """The same store over another connection."""
+        """A client of the same store over a new connection."""
 
 
 class LostRankError(RuntimeError):
-    """A rank died, left, or stopped responding; the message names it."""
+    """A rank died, left or stopped responding; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,15 +71,17 @@ class _Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """The ranks that do not respond or lag behind, a line of text for each.
+    """The ranks that do not respond or lag behind, as one line of text for each.
 
     Attributes:
         gone: died, left, or sent no heartbeat.
         behind: alive, but has begun fewer collectives than this rank.
+        lost: those that are gone after they had begun and before they had finished.
     """
 
     gone: list[str]
     behind: list[str]
+    lost: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         """The ranks that are gone, or else those that are behind; "" if there are none."""
@@ -95,20 +103,24 @@ class Peers:
         keeper: int | None = 0,
         timeout_s: float = 600.0,
         interval_s: float = 1.0,
+        end: Callable[[str], None] | None = None,
     ) -> None:
         """Connect to the store; ``start`` sends the first heartbeat.
 
         Args:
             store: shared by all ranks. It is cloned, because others may wait in this connection.
-            rank: of this process.
+            rank: rank of this process.
             world_size: W.
             keeper: rank that hosts the store, which is lost with it; None: the launcher hosts it.
             timeout_s: timeout of a collective; after half of it a warning names the missing ranks.
             interval_s: seconds between two heartbeats.
+            end: called in a thread with the names of lost ranks, to end this process; None where a
+                collective with a lost rank raises an error by itself.
         """
         self.rank, self.world_size, self.keeper = rank, world_size, keeper
         self.timeout_s, self.interval_s = timeout_s, interval_s
         self.patience_s = MISSED * interval_s
+        self._end = end
         self._to_write, self._to_read = store.clone(), store.clone()
         self._number = 0
         self._left: str | None = None
@@ -117,14 +129,14 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
     def start(self) -> None:
-        """Send heartbeats until ``leave``."""
+        """Start to send heartbeats; ``leave`` stops it."""
         self._thread.start()
 
     def leave(self, reason: str) -> None:
-        """Stop the heartbeats, and send a last one with the reason.
+        """Send a last heartbeat with the reason, and stop.
 
         Args:
-            reason: why this rank leaves; "" if not by its own error.
+            reason: why this rank leaves; "" if it is not because of an error of its own.
         """
         self._over.set()
         self._thread.join(self.patience_s)
@@ -140,12 +152,26 @@ class Peers:
             return Absence([self._without_store()], [])
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         gone = [_why_gone(rank, before[rank], after[rank]) for rank in others]
+        left = [after[rank] for rank in others]
+        lost = [why for why, last in zip(gone, left, strict=True) if last and last.left != FINISHED]
         level = _collectives()
         behind = [_why_behind(rank, after[rank], level) for rank in others]
-        return Absence([one for one in gone if one], [one for one in behind if one])
+        found = ([one for one in lines if one] for lines in (gone, behind, lost))
+        return Absence(*found)
+
+    def gone(self) -> list[str]:
+        """The ranks that died, left, or sent no heartbeat; empty if that cannot be determined.
+
+        It cannot be determined once the launcher, which hosts the store, is gone; the ranks may
+        still be training.
+        """
+        return [] if self.keeper is None and self._is_cut_off() else self.absent().gone
+
+    def _is_cut_off(self) -> bool:
+        return _in_time(self._read_all, self.patience_s) is None
 
     def _run(self) -> None:
-        reached, since = -1, 0.0
+        reached, since, looked = -1, 0.0, 0.0
         try:
             while not self._over.is_set():
                 self._send()
@@ -153,13 +179,26 @@ class Peers:
                     self._of_keeper = _read(self._to_write, self.keeper)
                 now, level = time.monotonic(), _collectives()
                 if level != reached:
-                    reached, since = level, now
-                elif now - since > self.timeout_s / 2:
+                    reached, since, looked = level, now, now
+                if self._end is not None and now - looked > min(LOOK_S, self.timeout_s / 2):
+                    looked = now
+                    threading.Thread(target=self._end_if_lost, daemon=True).start()
+                if now - since > self.timeout_s / 2:
                     since = now + self.timeout_s  # one warning per wait
                     threading.Thread(target=self._warn, daemon=True).start()
                 self._over.wait(self.interval_s)
         except RuntimeError:  # the store is lost, and no rank can be reached
             return
+
+    def _end_if_lost(self) -> None:
+        """Calls ``end`` if a rank is lost, several times in a row: a compiler may stop a thread."""
+        lost = list[str]()
+        for _ in range(LOOKS):
+            lost = self.absent().lost
+            if not lost or self._over.is_set():
+                return
+        if self._end is not None:
+            self._end("; ".join(lost))
 
     def _warn(self) -> None:
         """Warn early: a collective that times out on a GPU ends the process without our message."""
@@ -220,9 +259,13 @@ def _why_behind(rank: int, last: _Heartbeat | None, level: int) -> str | None:
 
 
 def _collectives() -> int:
-    """How many collectives this rank has begun in the default group."""
+    """How many collectives this rank has begun in the default group, by any of its backends."""
     group = dist.group.WORLD if dist.is_initialized() else None
-    return 0 if group is None else int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+    if group is None:
+        return 0
+    # The group's own number is that of one backend: it does not count gloo's beside NCCL's.
+    backends: list[Any] = [group._get_backend(device) for device in group._device_types]
+    return sum(int(one._get_sequence_number_for_group()) for one in backends)
 
 
 def _main_thread() -> str:

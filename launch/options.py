@@ -11,11 +11,18 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-import docstring_parser
+from shardrec.launch.described import descriptions
+from shardrec.launch.stages import COMMANDS
+from shardrec.pipeline.config import parse, type_names, unknown_name, usual_names
 
-from shardrec.pipeline.config import parse, type_names, unknown_name
-
-__all__ = ["Parser", "add_options", "add_timeout", "read_options", "require_set_once"]
+__all__ = [
+    "Parser",
+    "add_options",
+    "add_timeout",
+    "parser_for",
+    "read_options",
+    "require_set_once",
+]
 
 Config = TypeVar("Config")
 
@@ -33,7 +40,7 @@ _OUR_WORDS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports bad input in one line, with near matches; exits with 2."""
+    """An argument parser that reports wrong input in one line, with similar names; exits with 2."""
 
     def __init__(self, name: str, description: str, epilog: str = "") -> None:
         """Make a parser for ``shardrec <name>``."""
@@ -44,9 +51,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.dotted: list[str] = []  # names of options that are set as name=value
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The parsed options, before or after positional arguments; exits with 2 if one is bad."""
+        """The options, before or after positional arguments; exits with 2 if one is wrong."""
         self._refuse_misspelt(arguments)  # else a required option is reported as missing
         namespace, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
@@ -54,16 +62,20 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def names(self) -> list[str]:
-        """The options, short ones included."""
+        """The names of all options, including short ones."""
         return list(self._option_string_actions)
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Report arguments that belong to no option, in one line, and exit with 2."""
+        """Report, in one line, arguments that belong to no option, and exit with 2."""
         known = [name for name in self.names() if name.startswith("--")]
         options = [word for word in unknown if word.startswith("-")]
         if not options:
             self.error(f"arguments must follow an option, got {unknown[0]!r}; see --help")
-        self.error(unknown_name("option", options[0].partition("=")[0], known))
+        name = options[0].partition("=")[0]
+        if near := usual_names(name.strip("-"), self.dotted):
+            ours = " or ".join(f"{one}=VALUE" for one in near)
+            self.error(f"option must be a known name, got {name!r}; set {ours}, without dashes")
+        self.error(unknown_name("option", name, known))
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` in one line and exit with 2."""
@@ -81,21 +93,30 @@ class Parser(argparse.ArgumentParser):
             self.refuse(unknown)
 
 
+def parser_for(name: str) -> Parser:
+    """The argument parser of a command, with ``--timeout`` if several workers may run it."""
+    command = COMMANDS[name]
+    parser = Parser(name, command.description, command.epilog)
+    if command.kind == "distributed":
+        add_timeout(parser)
+    return parser
+
+
 def add_options(parser: argparse.ArgumentParser, cls: type[Any], prefix: str = "") -> None:
     """Add one option for each leaf of ``cls``, with its documentation and its default.
 
     Args:
         parser: gets an option ``--leaf-name``, or ``--part.leaf-name`` for a nested dataclass.
         cls: a dataclass; its docstring's ``Attributes`` (or ``Args``) give the help.
-        prefix: of the names, where ``cls`` is a part of another dataclass.
+        prefix: prefix of the names, if ``cls`` is a part of another dataclass.
     """
-    annotations, descriptions = typing.get_type_hints(cls), _descriptions(cls)
+    annotations, meanings = typing.get_type_hints(cls), descriptions(cls)
     for field in (field for field in dataclasses.fields(cls) if field.init):
         name, annotation = prefix + field.name, annotations[field.name]
         if dataclasses.is_dataclass(annotation):
             add_options(parser, typing.cast(type[Any], annotation), f"{name}.")
             continue
-        text = descriptions.get(field.name, "").replace("%", "%%")
+        text = meanings.get(field.name, "").replace("%", "%%").replace("``", "")
         described: dict[str, Any] = {"dest": name, "help": text, "required": True}
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -144,8 +165,8 @@ def require_set_once(overrides: Sequence[str], given: Mapping[str, str]) -> None
     """Refuse an option that is set twice, because one of its values would be ignored.
 
     Args:
-        overrides: as typed, name=value.
-        given: dotted names that other options set, with the text of these options.
+        overrides: assignments name=value, as typed.
+        given: for each dotted name that another option sets, the text of that option.
 
     Raises:
         ValueError: a name is set twice.
@@ -180,16 +201,6 @@ def _reader(annotation: Any, option: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
-
-
-def _descriptions(cls: type[Any]) -> dict[str, str]:
-    """What the docstring says of each field; one entry may name several, with commas."""
-    documented = docstring_parser.parse(cls.__doc__ or "", docstring_parser.Style.GOOGLE)
-    return {
-        name.strip(): " ".join((parameter.description or "").split()).replace("``", "")
-        for parameter in documented.params
-        for name in parameter.arg_name.split(",")
-    }
 
 
 def _shown(value: Any) -> str:

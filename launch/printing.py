@@ -1,17 +1,20 @@
-"""What the stages print when they are done."""
+"""Print the results of the stages."""
 
+import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardrec.pipeline.prepared.manifest import Manifest
 
 __all__ = [
-    "default_metric",
-    "describe_recipes",
     "print_beside",
     "print_counts",
     "print_end",
     "print_lists",
     "print_metrics",
     "print_protocol",
+    "print_split",
     "print_tried",
 ]
 
@@ -22,25 +25,51 @@ def print_counts(counts: Mapping[str, int]) -> None:
         print(f"{name.replace('_', ' '):<40} {count:>14,}")
 
 
+def print_split(manifest: "Manifest") -> None:
+    """Print how long the training sequences are, and from when on events are for the test."""
+    lengths, split = manifest.quantiles["train_sequence_length"], manifest.split
+    print(f"training sequences: median {lengths['0.5']:,} events, 1 % above {lengths['0.99']:,}")
+    if split["test_time"] is None:
+        print("test: the last event of each user")
+        return
+    of = manifest.columns["time"]["type"]
+    print(f"test: the events from {_shown_time(split['test_time'], of)} on")
+    if split["validation_time"] is not None:
+        print(f"validation: those from {_shown_time(split['validation_time'], of)} on, before it")
+
+
+def _shown_time(time: int, of: str) -> str:
+    """A time of the log; numbers as they are, microseconds as a date.
+
+    Example:
+        >>> _shown_time(1409529600000000, "timestamp[us]"), _shown_time(7, "int64")
+        ('2014-09-01 00:00:00 UTC', '7')
+    """
+    if not of.startswith("timestamp"):
+        return str(time)
+    began = datetime.datetime(1970, 1, 1)
+    return f"{began + datetime.timedelta(microseconds=time):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def print_end(
     is_new: bool, output: object, otherwise: str = "is there already: nothing to do"
 ) -> None:
-    """Print that an output was written, or that it existed already."""
+    """Print that an output was written, or that it already existed."""
     print(f"wrote {output}" if is_new else f"{output} {otherwise}")
 
 
 def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> None:
     """Print one metric per line and one list length per column, then user and target counts.
 
-    Means over users have their standard error behind them.
+    Means over users are followed by their standard errors. Metrics of some of the targets alone
+    (those that end in /known and the like) are counted, and left to the report.
     """
     table: dict[str, dict[int, str]] = {}
     for name, value in metrics.items():
-        kind, at, rest = name.partition("@")
-        if at:
-            length, slash, suffix = rest.partition("/")
+        kind, at, length = name.partition("@")
+        if at and length.isdecimal():
             error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
-            table.setdefault(kind + slash + suffix, {})[int(length)] = f"{value:.4f}{error}"
+            table.setdefault(kind, {})[int(length)] = f"{value:.4f}{error}"
     lengths = sorted({length for row in table.values() for length in row})
     print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
     for kind, row in table.items():
@@ -48,6 +77,9 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
     for name in (name for name in metrics if "@" not in name):
         value = metrics[name]
         print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+    parts = dict.fromkeys(name.partition("/")[2] for name in metrics if "@" in name and "/" in name)
+    if parts:
+        print(f"in the report also of parts of the targets: {', '.join(parts)}")
 
 
 def print_beside(
@@ -56,14 +88,16 @@ def print_beside(
     label: str,
     name: str | None = None,
 ) -> None:
-    """Print one metric of a run, and of what it must beat, best first.
+    """Print one metric of a run and of the baselines that it must beat, best first.
 
     Args:
-        metrics: of the run.
-        baselines: metrics by the baseline's name.
-        label: what the run is called.
-        name: the metric; None takes the one that runs are judged by.
+        metrics: metrics of the run.
+        baselines: metrics of each baseline, by its name.
+        label: name of the run in the table.
+        name: name of the metric; None takes ``default_metric``.
     """
+    from shardrec.pipeline.model.config import default_metric
+
     name = name or default_metric(metrics)
     rows = {**baselines, label: metrics}
     for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
@@ -71,7 +105,7 @@ def print_beside(
 
 
 def print_lists(report: Mapping[str, Any]) -> None:
-    """Print which items were ranked, and how many targets that loses."""
+    """Print which items were ranked, and how many targets are lost because of it."""
     protocol, metrics = report["protocol"], report["metrics"]
     print_protocol(protocol)
     seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
@@ -89,31 +123,9 @@ def print_protocol(protocol: Mapping[str, str]) -> None:
     )
 
 
-def default_metric(metrics: Mapping[str, float]) -> str:
-    """The metric that models are judged by, or the same kind at the greatest length there is."""
-    from shardrec.pipeline.model.config import DEFAULT_METRIC
-
-    kind = DEFAULT_METRIC.partition("@")[0]
-    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
-    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
-    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
-
-
 def print_tried(tried: Sequence[Mapping[str, float]], metric: str) -> None:
-    """Print the metric of the validation users for each scale of a memory, and the best one."""
+    """Print the metric on the validation users for each scale of a memory, and the best scale."""
     best = max(row[metric] for row in tried)
     print(f"{'scale':<22}{metric + ', validation':>22}")
     for row in tried:
         print(f"{row['scale']:<22g}{row[metric]:>22.4f}{' best' * (row[metric] == best)}")
-
-
-def describe_recipes() -> str:
-    """The recipes by name, and all options as the recipe ``demo`` sets them."""
-    from shardrec.pipeline.config import describe
-    from shardrec.pipeline.recipes import RECIPES
-
-    lines = [
-        f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    ]
-    heading = "options, as the recipe `demo` sets them:"
-    return "\n".join(["recipes:", *lines, "", heading, describe(RECIPES["demo"]("DIR", "DIR"))])

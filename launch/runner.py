@@ -1,5 +1,6 @@
 """Start a TorchX component from Python and show the output of its workers while it runs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,10 +22,12 @@ from torchx.schedulers.local_scheduler import SignalException
 from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components, slurm
-from shardrec.launch.cli import BAD_INPUT, FAILED, REFUSED
+from shardrec.launch.cli import BAD_INPUT, FAILED, PREEMPTED, REFUSED
+from shardrec.launch.orphans import LAUNCHER, logs_of_launch, this_process
+from shardrec.launch.signals import leave_terminal, taken
 from shardrec.launch.stages import STAGES
 from shardrec.pipeline.outputs.addresses import without_keys
-from shardrec.pipeline.run.interruption import Preempted
+from shardrec.pipeline.run.interruption import Interrupted, Preempted
 
 # The error line of a worker's command, after the rank that torchrun puts before each line.
 COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(STAGES)}): (?P<what>.*)")
@@ -33,7 +36,7 @@ EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
 
-TELLING = (BAD_INPUT, REFUSED)  # exit codes that are passed on; others become FAILED
+TELLING = (BAD_INPUT, REFUSED, PREEMPTED)  # exit codes that are passed on; others become FAILED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +46,9 @@ class Job:
     Attributes:
         component: one of ``STAGES``.
         arguments: the component's options, then ``--``, then the stage's own.
-        scheduler: local_cwd, slurm, kubernetes or another that TorchX supports.
+        scheduler: local_cwd, slurm, kubernetes or another scheduler that TorchX supports.
         settings: the scheduler's own options, such as ``partition=gpu,time=60``.
-        log_dir: where local workers' output is kept; None forgets it at the end.
+        log_dir: folder to keep the output of local workers in; None deletes it at the end.
     """
 
     component: str
@@ -65,8 +68,9 @@ class Failure:
     """How a job failed.
 
     Attributes:
-        complaint: the error that a worker printed; "" where none did.
-        exit_code: 2 or 3 where a worker ended so, for a wrong input or a failed gate; else 1.
+        complaint: the error that a worker printed; "" if none did.
+        exit_code: 2 (wrong input), 3 (failed gate) or 75 (output in use) if a worker ended with it,
+            else 1.
     """
 
     complaint: str
@@ -74,24 +78,24 @@ class Failure:
 
 
 def describe(job: Job) -> str:
-    """The request to the scheduler, as text without keys in addresses; nothing is submitted."""
+    """The request that ``submit`` would send to the scheduler, as text without access keys."""
     with open_runner() as runner:
         request = request_of(runner, job)
         return without_keys(f"{pformat(request._app)}\n\n{request}")
 
 
 def submit(job: Job) -> str:
-    """Submit ``job`` and return its TorchX handle; Slurm passes our PATH on to the workers."""
+    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH."""
     _find_our_programs()
     with open_runner() as runner:
         return str(runner.schedule(request_of(runner, job)))
 
 
 def wait(handle: str, interval_s: float = 5.0) -> str:
-    """Wait for a submitted job; returns how it failed, such as "TIMEOUT: …", or "" for success.
+    """How a submitted job failed, such as "TIMEOUT: …", after waiting for it; "" for success.
 
     Args:
-        handle: what ``submit`` returned.
+        handle: result of ``submit``.
         interval_s: seconds between two status requests to the scheduler.
 
     Raises:
@@ -118,24 +122,27 @@ def print_line(line: str) -> None:
 
 
 def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | None:
-    """Run ``job`` on this machine to its end; every line its workers write goes to ``show``.
+    """Run ``job`` on this machine to its end; call ``show`` with every line of its workers.
 
-    The workers end with this process: an interrupt reaches them too. SIGTERM is forwarded, and the
-    workers keep their grace period to write a checkpoint.
+    The workers end with this process, even if it is killed. SIGTERM, SIGHUP and the first SIGINT
+    reach them as SIGTERM, after which they have their grace period to write a checkpoint; a second
+    SIGINT kills them.
 
     Returns:
-        None when every worker ended well.
+        None if every worker succeeded.
 
     Raises:
-        Preempted: the job ended because of SIGTERM; the message is that of a worker.
+        Preempted: the job ended because of a signal; the message is that of a worker.
+        Interrupted: the job ended because of SIGINT.
     """
     _find_our_programs()
-    with _interrupts_as_usual(), open_runner() as runner:
+    with _interrupts_as_usual(), _logs(job) as job, open_runner() as runner:
         request = request_of(runner, job)
         app: AppDef = request._app
         share_cores(request, job)
+        name_launcher(request, job)
         handle = runner.schedule(request)
-        sigterm_came = _pass_on_sigterm()
+        came = _pass_on_signals()
         role = app.roles[0]
         nodes = [_Node(runner, handle, role.name, node, show) for node in range(role.num_replicas)]
         for one in nodes:
@@ -149,13 +156,15 @@ def run_here(job: Job, show: Callable[[str], None] = print_line) -> Failure | No
         codes = codes or _exit_codes(Path(request.request.log_dir))
     was_restarted = role.env.get("PET_MAX_RESTARTS", "0") != "0"
     complaint = _complaint(nodes, was_restarted)
-    if sigterm_came():
-        raise Preempted(complaint or "the job ended after SIGTERM; start it again")
+    if came:
+        stopped = Interrupted if came[0] == signal.SIGINT else Preempted
+        name = signal.Signals(came[0]).name
+        raise stopped(complaint or f"the job ended after {name}; start it again")
     return Failure(complaint, next((code for code in codes if code in TELLING), FAILED))
 
 
 def open_runner() -> Runner:
-    """TorchX's runner, with our Slurm scheduler."""
+    """TorchX's runner with our Slurm scheduler."""
     return Runner("torchx", {**get_scheduler_factories(), "slurm": slurm.create_scheduler})
 
 
@@ -174,23 +183,64 @@ def _exit_codes(log_dir: Path) -> list[int]:
     return []
 
 
-def _pass_on_sigterm() -> Callable[[], bool]:
-    """Forward SIGTERM to the child processes; returns a function: whether it has arrived.
+def _pass_on_signals() -> list[int]:
+    """Send SIGTERM to the child processes when a signal asks to stop; the signals that have come.
 
     TorchX would kill them after ten seconds, without waiting for a checkpoint.
     """
-    came = threading.Event()
+    came: list[int] = []
 
-    def pass_on(*_: object) -> None:
-        came.set()
-        for children in Path("/proc/self/task").glob("*/children"):
-            for child in children.read_text().split():
-                with suppress(ProcessLookupError):  # it leads no process group, or is gone
-                    os.killpg(int(child), signal.SIGTERM)
+    def pass_on(number: int, _: object) -> None:
+        came.append(number)
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if number == signal.SIGINT and len(came) > 1:
+            for process in _descendants(os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            print_line(
+                "shardrec launch: Ctrl-C: the workers are asked to end; again, it kills them"
+            )
+        for child in _children(os.getpid()):
+            with suppress(ProcessLookupError):  # it leads no process group, or is gone
+                os.killpg(child, signal.SIGTERM)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, pass_on)
-    return came.is_set
+        for number in taken():
+            signal.signal(number, pass_on)
+    return came
+
+
+def _children(process: int) -> list[int]:
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    with suppress(OSError):
+        return [int(child) for file in files for child in file.read_text().split()]
+    return []
+
+
+def _descendants(process: int) -> list[int]:
+    children = _children(process)
+    return [*children, *(one for child in children for one in _descendants(child))]
+
+
+@contextmanager
+def _logs(job: Job) -> Iterator[Job]:
+    """Context manager: the job with a folder for its output, which is removed if nobody asked."""
+    if job.log_dir is not None:
+        yield job
+        return
+    with logs_of_launch() as folder:
+        yield dataclasses.replace(job, log_dir=folder)
+
+
+def name_launcher(request: AppDryRunInfo, job: Job) -> None:
+    """Tell local workers which process to end with; workers in containers cannot see it."""
+    if job.scheduler == "local_cwd":
+        for group in request.request.role_params.values():
+            for one in group:
+                one.env[LAUNCHER] = this_process()
 
 
 def share_cores(request: AppDryRunInfo, job: Job) -> None:
@@ -217,7 +267,8 @@ def _num_workers(command: Sequence[str]) -> int:
 @contextmanager
 def _interrupts_as_usual() -> Iterator[None]:
     """Context manager: undo TorchX's signal handlers; an interrupt raises KeyboardInterrupt."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = {number: signal.getsignal(number) for number in asking}
     try:
         yield
     except SignalException:
@@ -228,7 +279,7 @@ def _interrupts_as_usual() -> Iterator[None]:
 
 
 def request_of(runner: Runner, job: Job) -> AppDryRunInfo:
-    """The scheduler's request; exits with the component's usage when its options are wrong."""
+    """The scheduler's request; exits with the component's usage if its options are wrong."""
     settings: Mapping[str, object] = runner.scheduler_run_opts(job.scheduler).cfg_from_str(
         job.settings
     )

@@ -1,8 +1,8 @@
 """Set up ``.venv`` with a matching set of packages for this machine (``make setup``).
 
-Runs before anything is installed, so it uses the standard library alone. The sets are the files
+It runs before anything is installed, so it uses only the standard library. The sets are the files
 ``constraints/torch-*.txt``; ``constraints/others.txt`` holds the tested release of every other
-package. Does nothing when the environment is already complete.
+package. It does nothing if the environment is already complete.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Machine:
 
 
 def matching_sets() -> dict[str, dict[str, str]]:
-    """The releases that were built against each other, by the minor release of torch.
+    """The sets of releases that were built against each other, by the minor release of torch.
 
     Newest first; each set maps the name of a package to its release, such as "1.8.0" or "3.7.*".
     """
@@ -59,7 +59,7 @@ def matching_sets() -> dict[str, dict[str, str]]:
 
 
 def observe() -> Machine:
-    """Facts about the machine and the interpreter this runs on."""
+    """Facts about this machine and this interpreter."""
     return Machine(
         system=platform.system(),
         architecture=platform.machine(),
@@ -72,7 +72,7 @@ def observe() -> Machine:
 def count_gpus() -> int:
     """Number of GPUs the NVIDIA driver reports; 0 without a driver.
 
-    Asks the driver and not torch: torch is often a CUDA build where there is no GPU.
+    It asks the driver and not torch, because torch is often a CUDA build on machines without a GPU.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -85,7 +85,7 @@ def count_gpus() -> int:
 
 
 def choose_device(machine: Machine, requested: str | None) -> str:
-    """Return "cpu" or "cuda": ``requested`` if given, else by whether a driver answers.
+    """The device to install for, "cpu" or "cuda": as requested, else "cuda" if a driver responds.
 
     Raises:
         SetupError: The wheels do not exist for this machine, or ``venv`` cannot work on it.
@@ -116,7 +116,7 @@ def choose_device(machine: Machine, requested: str | None) -> str:
 
 
 def choose_torch(requested: str | None) -> str:
-    """Return the minor release of torch to install.
+    """The minor release of torch to install.
 
     Raises:
         SetupError: There is no set for the release requested.
@@ -131,10 +131,10 @@ def choose_torch(requested: str | None) -> str:
 
 
 def pip_commands(device: str, torch: str, root: Path) -> list[list[str]]:
-    """Return the argument lists of ``pip`` that fill the environment, in order.
+    """The argument lists of the ``pip`` calls that fill the environment, in order.
 
-    TorchRec comes without its dependencies: its metadata always asks for the CUDA fbgemm, which
-    would overwrite the CPU build, and for one old torchmetrics.
+    TorchRec is installed without its dependencies: its metadata always require the CUDA build of
+    fbgemm, which would overwrite the CPU build, and one old release of torchmetrics.
     """
     of_set = ["--constraint", str(CONSTRAINTS / f"torch-{torch}.txt")]
     of_others = ["--constraint", str(CONSTRAINTS / "others.txt")]
@@ -148,7 +148,7 @@ def pip_commands(device: str, torch: str, root: Path) -> list[list[str]]:
 
 
 def fingerprint(root: Path) -> str:
-    """Digest of everything that decides what is installed."""
+    """Digest of everything that determines what is installed."""
     version = root.glob("src/*/__init__.py")
     files = [root / "pyproject.toml", *version, Path(__file__), *sorted(CONSTRAINTS.iterdir())]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -163,9 +163,9 @@ def read_stamp(venv: Path) -> dict[str, str]:
 
 
 def is_current(venv: Path, root: Path, requested: dict[str, str]) -> bool:
-    """Whether ``venv`` was completed from the present files, with the device and torch requested.
+    """Whether ``venv`` was completed from the current files, for the requested device and torch.
 
-    Without a request any will do: a login node may have been set up for GPU nodes.
+    Without a request any device and torch count: a login node may be set up for GPU nodes.
     """
     stamp = read_stamp(venv)
     expected = {**stamp, **requested, "fingerprint": fingerprint(root)}

@@ -1,6 +1,7 @@
-"""TorchX's Slurm scheduler, with what its release 0.7.0 lacks on clusters as they are.
+"""TorchX's Slurm scheduler, with fixes that its release 0.7.0 lacks for real clusters.
 
-`shardrec launch -s slurm` uses it; `torchx run -s slurm` uses TorchX's own.
+`shardrec launch -s slurm` uses it; `torchx run -s slurm` uses TorchX's own. Options of Slurm itself
+need no code: `-cfg partition=gpu,time=60` passes them on.
 """
 
 import shlex
@@ -48,7 +49,7 @@ SENTENCES = {
 
 
 def sentence(state: str) -> str:
-    """What a state of ``sacct`` means for the user; the state itself where it says enough.
+    """A state of ``sacct`` with its meaning for the user, or alone if it needs no explanation.
 
     >>> sentence("CANCELLED by 1000")
     'CANCELLED by 1000: it was cancelled'
@@ -59,21 +60,21 @@ def sentence(state: str) -> str:
 
 @dataclass(repr=False)
 class Request(SlurmBatchRequest):
-    """A job script that sets some variables itself.
+    """A job script that exports some environment variables itself.
 
     Attributes:
-        exported: their names and values.
+        exported: values of these variables, by name.
     """
 
     exported: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, made: SlurmBatchRequest, role: Role) -> "Request":
-        """TorchX's request for the job of a role, made fit for clusters.
+        """TorchX's request for a role, corrected for real clusters.
 
-        Since Slurm 22.05 `srun` gives a task one CPU unless it is told the number again, and it
-        cuts the values in `--export` at commas. A job that cannot resume its run is not put back
-        in the queue, where it would only find its own folder and fail.
+        Since Slurm 22.05 `srun` gives a task one CPU unless the number is repeated, and it cuts the
+        values in `--export` at commas. A job that cannot resume its run is not requeued, because it
+        would only find its own folder and fail.
         """
         exported: dict[str, str] = {}
         for replica in made.replicas.values():
@@ -95,7 +96,7 @@ class Request(SlurmBatchRequest):
 
 
 class Scheduler(SlurmScheduler):
-    """Submits a ``Request``, and takes every state that ``sacct`` reports."""
+    """Submits a ``Request``, and handles every state that ``sacct`` reports."""
 
     @override
     def _submit_dryrun(self, app: AppDef, cfg: SlurmOpts) -> AppDryRunInfo[SlurmBatchRequest]:
@@ -115,13 +116,13 @@ class Scheduler(SlurmScheduler):
 
 
 def can_start_again(role: Role) -> bool:
-    """Whether a stage may be started twice: all may, but training only to resume."""
+    """Whether a stage may be started again: all may, but training only with ``--resume``."""
     words = shlex.split(" ".join(role.args))
     return role.name != "train" or any(word.startswith("--resume") for word in words)
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:
-    """The scheduler, as TorchX's runner makes it."""
+    """The factory that TorchX's runner calls for the scheduler."""
     return Scheduler(session_name=session_name)
 
 

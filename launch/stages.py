@@ -1,6 +1,6 @@
-"""The table of commands, from which help, parsers and TorchX components are made.
+"""The table of commands, from which help, parsers and TorchX components are generated.
 
-It imports nothing of the project, so that ``shardrec --help`` is quick.
+It imports nothing from the project, so that ``shardrec --help`` is fast.
 """
 
 import importlib
@@ -15,15 +15,16 @@ class Command:
     """One subcommand of ``shardrec``.
 
     Attributes:
-        kind: a stage that several workers may run ("distributed"), a stage of one process
-            ("single"), or no stage ("tool"). Each stage has a TorchX component of its name. SIGTERM
-            ends a single stage with exit code 143, see ``shardrec.launch.signals``.
-        summary: its line in ``shardrec --help``.
-        description: what it does, one paragraph for its own help.
-        epilog: examples, and exit codes with another meaning than in ``shardrec --help``.
-        config: dotted name, below ``shardrec``, of the dataclass that gives the options; "" where
+        kind: "distributed" for a stage that several workers may run, "single" for a stage of one
+            process, "tool" for a command that is no stage. Each stage has a TorchX component of the
+            same name. SIGTERM ends a single stage with exit code 143; see
+            ``shardrec.launch.signals``.
+        summary: line of the command in ``shardrec --help``.
+        description: paragraph on what it does, for its own help.
+        epilog: examples, and exit codes whose meaning differs from ``shardrec --help``.
+        config: dotted name, below ``shardrec``, of the dataclass that defines the options; "" if
             the options do not come from one dataclass.
-        cpu: CPUs that its component asks for by default; 0: two for each worker.
+        cpu: CPUs that its component asks for by default; 0: two for each worker, four for each GPU.
         memory_mb: memory that it asks for by default; 0: what the scheduler gives.
     """
 
@@ -56,10 +57,11 @@ COMMANDS = {
     ),
     "prepare": Command(
         kind="single",
-        summary="turn an event log into a prepared folder that training streams",
+        summary="turn an event log into a prepared folder to train on",
         description=(
-            "Reads an event log (Parquet: user, item, time) and writes what training and "
-            "evaluation stream: sequences, splits, item counts, and a manifest, written last. "
+            "Reads an event log (Parquet, CSV or JSON lines: user, item, time) and writes what "
+            "training and evaluation read: sequences, splits, item counts, and a manifest, written "
+            "last. "
             "Sorting spills to disk: the log may be larger than memory. Repeated with the same "
             "options, it does nothing; --force prepares again. For a newer log, --items keeps the "
             "item indices of the earlier folder. --item-attributes reads attributes of the items, "
@@ -78,9 +80,9 @@ COMMANDS = {
         summary="describe an event log before it is prepared",
         description=(
             "Reads an event log as prepare would and prints what is in it: columns and their "
-            "roles, guessed by name where no option says, users, items, times, ties, repeats, "
-            "duplicates, popularity, what each split would leave, and warnings with the option "
-            "that answers each. Writes nothing."
+            "roles (guessed by name where no option says), users, items, times, ties, repeats, "
+            "duplicates, popularity, sizes of the splits, and warnings, each with the option that "
+            "solves it. Writes nothing."
         ),
         epilog="example: shardrec describe 'logs/*.parquet' --user-column customer",
         config="pipeline.describe.DescribeConfig",
@@ -91,8 +93,8 @@ COMMANDS = {
         description=(
             "Counts a baseline from the training sequences: popularity, cosines of items that "
             "occur together (knn), how often one item follows another (next), or knn + 3 next. "
-            "evaluate, recommend, report and gate take its folder as that of a run. Repeated with "
-            "the same options, it does nothing."
+            "evaluate, recommend, report and gate take its folder in place of a run's. Repeated "
+            "with the same options, it does nothing."
         ),
         epilog="example: shardrec baseline --prepared data --kind knn_next",
         config="pipeline.baseline.BaselineConfig",
@@ -104,17 +106,32 @@ COMMANDS = {
             "Trains on a prepared folder and writes a run folder: the best and the last weights, "
             "metrics.jsonl, TensorBoard events, and the complete config. Alone it uses one "
             "process; `shardrec launch train` starts several. Options of the model are set by "
-            "dotted names. After SIGTERM it ends the step, writes a checkpoint and exits with 75:"
-            " start it again."
+            "dotted names. After Ctrl-C or SIGTERM it ends the step and writes a checkpoint (exit "
+            "codes 130 and 75): --resume=auto continues from there."
         ),
         epilog=(
             "example: shardrec train --prepared data --run run --recipe demo loss=cce_minus "
             "encoder.width=64"
         ),
     ),
+    "tune": Command(
+        kind="distributed",
+        summary="search options of training by the metric on the validation users",
+        description=(
+            "Trains with varying options until the time is over, and keeps the run that ranks the "
+            "validation users best. The first trial is the recipe itself; later ones are proposed "
+            "by Optuna, and ended early if their validations are worse than those of most others. "
+            "Started again, it continues the study."
+        ),
+        epilog=(
+            "example: shardrec tune --prepared data --output study --minutes 60 --search "
+            "loss.num_negatives=64:4096:log encoder.num_heads=2"
+        ),
+        config="pipeline.tuning.study.TuneConfig",
+    ),
     "memorize": Command(
         kind="distributed",
-        summary="put a memory of item pairs beside a trained run",
+        summary="add a memory of item pairs to a trained run",
         description=(
             "Counts which items follow each item in the training sequences, and chooses on the "
             "validation users how much these counts add to the scores of the model. It is written "
@@ -155,10 +172,10 @@ COMMANDS = {
     ),
     "similar": Command(
         kind="distributed",
-        summary="write the nearest items of items to Parquet",
+        summary="write the nearest items of each item to Parquet",
         description=(
             "Compares the item vectors of a run, over all shards, and writes item_id, item_ids "
-            "and scores to Parquet, in the order of the items asked for. Any number of workers "
+            "and scores to Parquet, in the order of the requested items. Any number of workers "
             "gives the same lists. Repeated with the same options, it does nothing."
         ),
         epilog="example: shardrec similar --run run --prepared data --output similar --k 20",
@@ -234,6 +251,16 @@ COMMANDS = {
             "be evaluated. An earlier report is replaced."
         ),
         epilog="example: shardrec report runs/cce runs/sce --output report.html",
+    ),
+    "options": Command(
+        kind="tool",
+        summary="explain the options of training, all or some",
+        description=(
+            "Prints what the options of train mean, with their values and the recipe's default: "
+            "all of them, those of a part (optimizer), of a choice (loss=sce), or a single one "
+            "(loss.num_negatives)."
+        ),
+        epilog="example: shardrec options loss=sce optimizer.clip_norm",
     ),
     "plan": Command(
         kind="tool",

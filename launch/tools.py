@@ -1,5 +1,6 @@
-"""The commands that are not stages: describe, report, plan, launch, doctor, demo."""
+"""The commands that are not stages: describe, report, options, plan, launch, doctor, demo."""
 
+import datetime
 import inspect
 import re
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardrec.launch import commands
-from shardrec.launch.commands import parser_for
-from shardrec.launch.options import add_options, read_options, require_set_once
+from shardrec.launch.options import add_options, parser_for, read_options, require_set_once
 from shardrec.launch.stages import STAGES
+from shardrec.launch.train_options import dotted_names
 from shardrec.pipeline.config import unknown_name
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def describe(arguments: Sequence[str]) -> int:
-    """Print what is in an event log, and which options it asks for."""
+    """Print what is in an event log, and which options of prepare it needs."""
     from shardrec.pipeline.describe import DescribeConfig
     from shardrec.pipeline.describe import describe as run_describe
 
@@ -53,8 +54,27 @@ def describe(arguments: Sequence[str]) -> int:
     return 0
 
 
+def options(arguments: Sequence[str]) -> int:
+    """Print the meaning of the options of training, of all or of some parts."""
+    from shardrec.launch.described import as_text, chosen, groups
+    from shardrec.pipeline.config import override
+    from shardrec.pipeline.recipes import recipe_named
+
+    parser = parser_for("options")
+    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="loss=sce, optimizer, loss.share")
+    asked = parser.parse(arguments)
+    choices = [name for name in asked.names if "=" in name]
+    config = override(recipe_named(asked.recipe)("DIR", "DIR"), choices)
+    found = groups(type(config), config)
+    names = [name.partition("=")[0] for name in asked.names]
+    parts = [group for name in names for group in chosen(found, name)]
+    print(as_text(parts if names else found))
+    return 0
+
+
 def plan(arguments: Sequence[str]) -> int:
-    """Print what a run costs each rank: memory, traffic, FLOP."""
+    """Print the cost of a run on each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
@@ -65,15 +85,27 @@ def plan(arguments: Sequence[str]) -> int:
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
     parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="folder of a run with these options that has taken some steps, here or there: its "
+        "times give the time of the whole run",
+    )
     for options_of in (Machine, AttributeCounts):
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
+    parser.dotted = dotted_names()
     options = parser.parse(arguments)
     recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
     config = override(recipe("none", "none"), options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
     print(run_plan(config, options.num_items, *parts).describe())
+    if options.measured is not None:
+        from shardrec.pipeline.duration import duration
+
+        found = duration(config, Path(options.measured))
+        print(found.describe(datetime.datetime.now()))
     return 0
 
 
@@ -100,7 +132,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def read_launch(arguments: Sequence[str]) -> "tuple[Namespace, Job]":
-    """The options of ``launch`` and the job that they describe; exits or raises if one is wrong."""
+    """The options of ``launch`` and the job they describe; exits or raises if one is wrong."""
     from shardrec.launch import components, runner
 
     parser = parser_for("launch")
@@ -151,10 +183,10 @@ def check_component_options(
     Args:
         component: a function of ``shardrec.launch.components``.
         words: the arguments between its name and ``--``.
-        before: options that stand before its name instead.
+        before: options that must come before its name.
 
     Raises:
-        ValueError: with near matches, or with what the value must be.
+        ValueError: an option is unknown (similar names are listed) or has a wrong value.
     """
     known, stage = _annotations(component), component.__name__
     belongs = f"what `shardrec {stage}` itself takes follows `--`"
@@ -237,5 +269,6 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 FUNCTIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (report, describe, plan, launch, doctor, demo)
+    function.__name__: function
+    for function in (report, describe, options, plan, launch, doctor, demo)
 }

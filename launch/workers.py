@@ -1,8 +1,10 @@
-"""Rank, device and process group of this worker, from torchrun's environment variables."""
+"""Set up rank, device and process group of this worker from torchrun's variables."""
 
 import os
+import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,56 +12,23 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from shardrec.launch.heartbeat import LostRankError, Peers
+from shardrec.launch.heartbeat import FINISHED, LostRankError, Peers
+from shardrec.launch.rendezvous import Place, meet
+from shardrec.pipeline.run.agreement import code_facts, require_same
 from shardrec.pipeline.run.interruption import Preempted
 
 __all__ = [
     "TIMEOUT_S",
-    "Place",
     "Workers",
     "check_restarts",
     "choose_device",
+    "joined",
     "process_group",
     "workers",
 ]
 
 TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The position of this process among the workers, as ``torchrun`` gives it.
-
-    Attributes:
-        rank: in [0, world_size).
-        local_rank: its number on this node, which is that of its GPU.
-        world_size: workers of all nodes.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> "Place | None":
-        """The place that ``environment`` gives; None without a launcher.
-
-        Raises:
-            ValueError: only some of the variables are set.
-        """
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in environment]
-        if "RANK" in missing and "WORLD_SIZE" in missing:
-            return None
-        if missing:
-            raise ValueError(
-                f"the launcher must set {', '.join(names)}, got none for {', '.join(missing)}; "
-                "start workers with `shardrec launch` or torchrun"
-            )
-        rank, local_rank, world_size = (int(environment[name]) for name in names[:3])
-        return cls(rank, local_rank, world_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +39,13 @@ class Workers:
         group: of all workers; None in a single process without a launcher.
         device: of this worker.
         peers: heartbeats of the other workers; None where there are none.
+        node_size: workers of this node; None where unknown.
     """
 
     group: dist.ProcessGroup | None
     device: torch.device
     peers: Peers | None
+    node_size: int | None = None
 
 
 @contextmanager
@@ -87,17 +58,31 @@ def process_group(
 
 
 @contextmanager
+def joined(stage: str, options: Namespace) -> Iterator[dist.ProcessGroup | None]:
+    """Context manager: the group of all workers, started with the same command and code.
+
+    Raises:
+        ValueError: a rank has another command, other options or other code than rank 0.
+    """
+    with workers(options.timeout) as found:
+        facts = {"stage": stage, **vars(options)} | code_facts()
+        require_same(facts, found.group)
+        yield found.group
+
+
+@contextmanager
 def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     """Context manager: the process group of this job, with heartbeats.
 
     Without a launcher the group is None: a single process, no collectives.
 
     Args:
-        timeout_s: seconds that a worker waits for the others in a collective.
+        timeout_s: seconds that a worker waits for the other workers in a collective.
 
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
             died, left or did not join.
+        TimeoutError, ValueError: the rendezvous failed; see ``meet``.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
@@ -106,19 +91,26 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     if place is None:
         yield Workers(None, device, None)
         return
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    timeout, rank, world_size = timedelta(seconds=timeout_s), place.rank, place.world_size
+    keeper = None if _launcher_keeps_store(os.environ) else 0
+    store = meet(place, timeout_s, hosts=rank == keeper)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
-    keeper = None if _launcher_keeps_store(os.environ) else 0
     peers = Peers(
-        store, rank, world_size, keeper=keeper, timeout_s=timeout_s, interval_s=interval_s
+        store,
+        rank,
+        world_size,
+        keeper=keeper,
+        timeout_s=timeout_s,
+        interval_s=interval_s,
+        end=_end_process if device.type == "cuda" else None,
     )
     with _heartbeats(peers):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        yield Workers(dist.group.WORLD, device, None if world_size == 1 else peers)
+        known = None if world_size == 1 else peers
+        yield Workers(dist.group.WORLD, device, known, place.node_size)
 
 
 @contextmanager
@@ -127,7 +119,7 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
 
     The process group is destroyed at the end, after its counts of collectives were read.
     """
-    reason, absent = "it has finished", ""
+    reason, absent = FINISHED, ""
     peers.start()
     try:
         yield
@@ -137,16 +129,26 @@ def _heartbeats(peers: Peers) -> Iterator[None]:
         reason = "" if blameless else f"{type(error).__name__}: {error}"
         if not absent:
             raise
-        raise LostRankError(
-            f"every rank must take part to the end, got {absent}; look for its last lines and "
-            "start the job again: training with --resume=auto continues from its last checkpoint"
-        ) from error
+        raise LostRankError(_complaint(absent)) from error
     finally:
         peers.leave(reason)
         if peers.rank == 0 and absent:  # it may host the store that the others still read
             time.sleep(2 * peers.patience_s)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _complaint(absent: str) -> str:
+    return (
+        f"every rank must take part to the end, got {absent}; look for its last lines and "
+        "start the job again: training with --resume=auto continues from its last checkpoint"
+    )
+
+
+def _end_process(lost: str) -> None:
+    """Ends this process from a thread, as the main one waits on a GPU for a rank that is lost."""
+    print(f"{LostRankError.__name__}: {_complaint(lost)}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _may_be_of_another_rank(error: BaseException) -> bool:
@@ -161,8 +163,8 @@ def check_restarts(resume: str, environment: Mapping[str, str]) -> None:
     """Refuse workers that torchrun may restart but that could not resume.
 
     Raises:
-        ValueError: ``resume`` is "no", or torchrun keeps one store for all starts: workers would
-            find the addresses of dead ones in it.
+        ValueError: ``resume`` is "no", or torchrun uses one store for all starts, in which
+            restarted workers would find the addresses of dead workers.
     """
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts == "0":
@@ -186,7 +188,7 @@ def _launcher_keeps_store(environment: Mapping[str, str]) -> bool:
 
 
 def choose_device(place: Place | None) -> torch.device:
-    """The worker's own GPU when there are any, else the CPU.
+    """This worker's GPU if the machine has GPUs, else the CPU.
 
     Raises:
         ValueError: the node has fewer GPUs than workers.

@@ -2,14 +2,14 @@
 
     c_i = k_i * id_i + sum over columns (mean of the column's vectors for item i) + W^T d_i
 
-``id_i`` is the item's row of the table, ``d_i`` are its numbers of all columns of vectors, and
-``k_i`` is 0 or 1: 0 for an item without training events, whose row has learned nothing, and, in
-training, for a random share of the items, so that attributes learn to stand alone. With attributes
-alone (M2TRec, RecSys 2022) there is no ``id_i``.
+``id_i`` is the item's row of the table, ``d_i`` the concatenation of its vector attributes, and
+``k_i`` is 0 or 1: 0 for an item without training events, whose row is untrained, and, in training,
+for a random share of the items, so that the attributes learn to work alone. With attributes alone
+(M2TRec, RecSys 2022) there is no ``id_i``.
 
-The vectors of values and ``W`` are small and the same on every rank; the codes are of one shard.
-Composing is shard-local: losses, look-up and ranking see composed rows. ``pull_back`` takes the
-gradient of composed rows, once a step, to the values, to ``W`` and to the ids.
+The vectors of the values and ``W`` are small and replicated on every rank; a rank holds only the
+codes of its shard. Composing is shard-local: losses, look-up and ranking see composed rows.
+``pull_back`` propagates the gradient of composed rows, once per step, to values, ``W`` and ids.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _DRAWS = 1 << 30  # resolution of the share of dropped ids
 
 @dataclass(frozen=True, slots=True)
 class AttributeSizes:
-    """What the vectors of attributes need to know of a catalog.
+    """The sizes of a catalog's attributes, which determine the shapes of ``AttributeVectors``.
 
     Attributes:
-        num_values: codes of all columns together, those of missing values included.
-        missing: the codes of missing values, one a column.
-        width: numbers of all columns of vectors together.
+        num_values: number of codes over all columns, including those of missing values.
+        missing: code of a missing value in each column.
+        width: length of all vector attributes together.
     """
 
     num_values: int
@@ -57,13 +57,14 @@ class AttributeSizes:
 
 @dataclass(frozen=True, slots=True)
 class AttributeRows:
-    """The attributes of some items, as they lie in memory.
+    """The attributes of R items, as flat tensors.
 
     Attributes:
         codes: (C,) int32 or int64 codes of all columns, item by item.
-        shares: (C,) float32 factor of each code's vector: one over the codes of its column.
-        offsets: (R + 1,) int64 place of each item's first code; the last is C.
-        vectors: (R, width) float32.
+        shares: (C,) float32 weight of each code's vector: one over the item's number of codes in
+            that column.
+        offsets: (R + 1,) int64 index of each item's first code in ``codes``; the last is C.
+        vectors: (R, width) float32 vector attributes of each item, concatenated.
     """
 
     codes: Tensor
@@ -76,7 +77,7 @@ class AttributeRows:
         return self.vectors.shape[0]
 
     def take(self, rows: Tensor) -> AttributeRows:
-        """The attributes of the (M,) int64 rows."""
+        """The attributes of M items, given their (M,) int64 rows."""
         starts, counts = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
         offsets = F.pad(counts.cumsum(0), (1, 0))
         places = torch.arange(int(offsets[-1]), device=rows.device)
@@ -85,34 +86,34 @@ class AttributeRows:
         return AttributeRows(self.codes[places], self.shares[places], offsets, vectors)
 
     def slice(self, start: int, stop: int) -> AttributeRows:
-        """The attributes of rows [start, stop), not copied."""
+        """The attributes of rows [start, stop), as views."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         offsets = self.offsets[start : stop + 1] - first
         vectors = self.vectors[start:stop]
         return AttributeRows(self.codes[first:last], self.shares[first:last], offsets, vectors)
 
     def to(self, device: torch.device) -> AttributeRows:
-        """The same on a device."""
+        """The attributes on another device."""
         parts = (self.codes, self.shares, self.offsets, self.vectors)
         return AttributeRows(*(part.to(device) for part in parts))
 
 
 class ItemAttributes(Protocol):
-    """Where a catalog gets the attributes of its items from."""
+    """The interface from which a catalog reads the attributes of its items."""
 
     @property
     def sizes(self) -> AttributeSizes:
-        """Numbers of values and widths, the same on every rank."""
+        """The sizes of the attributes, the same on every rank."""
 
     def rows(self, items: range) -> AttributeRows:
-        """The attributes of some items, on the CPU."""
+        """The attributes of a range of items, on the CPU."""
 
     def trained(self, items: range) -> Tensor:
-        """(len(items),) bool: whether an item has a training event."""
+        """(len(items),) bool: whether each item has a training event."""
 
 
 def check_attributes(config: CatalogConfig, source: ItemAttributes | None) -> None:
-    """Raise ValueError if the config uses attributes and there are none."""
+    """Raise ValueError if the config uses attributes and ``source`` is None."""
     if config.attributes != "none" and source is None:
         raise ValueError(
             f"catalog.attributes must be none for items without attributes, got "
@@ -121,16 +122,16 @@ def check_attributes(config: CatalogConfig, source: ItemAttributes | None) -> No
 
 
 class AttributeVectors(nn.Module):
-    """Maps attributes to item vectors; the same parameters on every rank."""
+    """Module from attributes to item vectors, replicated on every rank."""
 
     def __init__(self, sizes: AttributeSizes, width: int, *, std: float, seed: int) -> None:
         """Draws the parameters from N(0, std^2), except zeros for missing values.
 
         Args:
-            sizes: numbers of values and of numbers in vectors.
+            sizes: sizes of the attributes.
             width: D.
-            std: standard deviation.
-            seed: of the draws.
+            std: standard deviation of the initial values.
+            seed: seed of the draws.
         """
         super().__init__()
         digest = hashlib.blake2b(f"attributes {seed}".encode(), digest_size=4).digest()
@@ -142,7 +143,7 @@ class AttributeVectors(nn.Module):
         self.projection = nn.Parameter(projection)
 
     def forward(self, rows: AttributeRows) -> Tensor:
-        """(R, D) sums of the vectors of the items' attributes; differentiable."""
+        """(R, D) float32 sum of the vectors of each item's attributes; differentiable."""
         composed = rows.vectors @ self.projection
         if not self.values.shape[0]:
             return composed
@@ -158,10 +159,10 @@ class AttributeVectors(nn.Module):
 
 
 class ComposedRows:
-    """The composed rows of one shard, and the way of their gradient back.
+    """The composed rows of one shard, with their backward pass.
 
     Attributes:
-        rows: (R, D) float32; a row holds what it was when ``compose`` last named it.
+        rows: (R, D) float32 composed rows, each as of the last ``compose`` that included it.
         vectors: the parameters; their ``grad`` is this rank's part, to be summed over the ranks.
     """
 
@@ -176,11 +177,11 @@ class ComposedRows:
         """Stores the parts, and loads the attributes of this shard.
 
         Args:
-            rows: (R, D) memory of the composed rows.
-            ids: (R, D) the table's rows; None for attributes alone.
+            rows: (R, D) buffer for the composed rows.
+            ids: (R, D) rows of the table; None for attributes alone.
             source: attributes of the catalog.
-            vectors: on the device of the rows.
-            first_row: item of ``rows[0]``.
+            vectors: the parameters, on the device of the rows.
+            first_row: global item of ``rows[0]``.
         """
         items = range(first_row, first_row + rows.shape[0])
         self.rows, self.vectors = rows, vectors
@@ -193,13 +194,13 @@ class ComposedRows:
     def of(
         cls, config: CatalogConfig, table: ShardedTable, source: ItemAttributes | None, seed: int
     ) -> ComposedRows | None:
-        """The composed rows of a table, which its look-up then reads; None for no attributes.
+        """The composed rows of a table, which its look-up reads from now on; None if not used.
 
         Args:
-            config: of the catalog.
-            table: its rows are the ids, or, with attributes alone, memory of the composed rows.
+            config: config of the catalog.
+            table: its rows are the ids or, with attributes alone, the buffer for composed rows.
             source: attributes of the catalog.
-            seed: of the parameters.
+            seed: seed of the initial parameters.
         """
         if config.attributes == "none" or source is None:
             return None
@@ -211,16 +212,16 @@ class ComposedRows:
         return composed
 
     def drop_ids(self, share: float, *, seed: int, step: int) -> None:
-        """Leaves ids out from now on: (seed, step, item) decides of which items, not the rank."""
+        """Leaves out the ids of a random share of items, chosen by hashes of (seed, step, item)."""
         self._draw = (share, seed, step) if share else None
 
     def keep_ids(self) -> None:
-        """Ends ``drop_ids``."""
+        """Uses the ids of all items again, after ``drop_ids``."""
         self._draw = None
 
     @torch.no_grad()
     def compose(self, rows: Tensor | None = None) -> None:
-        """Composes the (n,) int64 rows, or all of them, from the present parameters."""
+        """Recomputes the given (n,) int64 rows, or all rows, from the current parameters."""
         if rows is None:
             for start in range(0, len(self.rows), BLOCK_ROWS):
                 part = slice(start, start + BLOCK_ROWS)
@@ -233,7 +234,7 @@ class ComposedRows:
 
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
-        """(n, D) the (n,) int64 rows, composed from the present parameters."""
+        """(n, D) float32 vectors of the (n,) int64 rows, composed from the current parameters."""
         different, places = rows.unique(return_inverse=True)
         found = self.rows.new_empty(len(different), self.rows.shape[1], requires_grad=False)
         for part, out in zip(different.split(BLOCK_ROWS), found.split(BLOCK_ROWS), strict=True):
@@ -241,13 +242,15 @@ class ComposedRows:
         return found[places]
 
     def pull_back(self, gradient: Tensor | None) -> Tensor | None:
-        """Adds to the parameters' ``grad``; returns the gradient of the ids, in the same memory.
+        """Backward pass of ``compose``: adds to the parameters' ``grad``, returns that of the ids.
 
         Args:
-            gradient: of the composed rows, dense (R, D) or coalesced COO; None for none.
+            gradient: gradient of the composed rows, dense (R, D) or coalesced COO, which is
+                overwritten; None if there is none.
 
         Returns:
-            The gradient of the ids, of the same layout; None for attributes alone.
+            The gradient of the ids, in the layout and memory of ``gradient``; None for attributes
+            alone.
         """
         if gradient is None:
             return None

@@ -9,6 +9,8 @@ The phases of a training step:
    ``squared_gradient_norm`` gives its part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
 
+With replicas of the table (``modules/replicas.py``) phase 3 ends with the sum over them.
+
 With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
 the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
 micro-batch takes their gradient back to both. ``begin_step`` says which rows leave their own out.
@@ -26,8 +28,9 @@ from shardrec.kernels.shard import RowShard
 from shardrec.modules.attributes import ComposedRows, ItemAttributes, check_attributes
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.initial_rows import fill_initial_rows
-from shardrec.modules.row_updates import build_update, empty_gradient, sparse_gradient
-from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable
+from shardrec.modules.replicas import Replicas
+from shardrec.modules.row_updates import build_update, empty_gradient, merged_pairs
+from shardrec.modules.torchrec_adapter import FUSED_OPTIMIZERS, ShardedTable, group_of_one
 
 __all__ = ["Catalog"]
 
@@ -36,8 +39,8 @@ class Catalog:
     """A (V, D) table of item vectors; this rank holds rows [first_row, first_row + R).
 
     Every rank of ``group`` must make the same calls of ``lookup`` and run backward through each
-    result (a rank without items looks up an empty tensor). ``step`` and ``merge_gradients`` have no
-    collectives. Gradients are summed over ranks and not averaged, as the losses expect.
+    result (a rank without items looks up an empty tensor). ``merge_gradients`` has no collectives,
+    and ``step`` none without replicas. Gradients are summed and not averaged, as losses expect.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Catalog:
         device: torch.device,
         seed: int,
         attributes: ItemAttributes | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """Creates this rank's rows; initial values depend on (seed, item), not on the rank.
 
@@ -62,6 +66,7 @@ class Catalog:
             device: device of the rows.
             seed: seed of the initial rows.
             attributes: of the items; needed unless ``config.attributes`` is "none".
+            replicas: copies of the table on other ranks; None for one copy.
         """
         _check_shape(num_items, width)
         check_attributes(config, attributes)
@@ -69,9 +74,10 @@ class Catalog:
         self.device = device
         self.num_items = num_items
         self.width = width
+        self.replicas = replicas
         self.num_steps = 0
         self.learning_rate = config.learning_rate
-        self._group = _single_process_group(device) if group is None else group
+        self._group = group_of_one(device) if group is None else group
         optimizer = "sgd" if config.attributes == "only" else config.optimizer
         fused = optimizer if optimizer in FUSED_OPTIMIZERS else "sgd"
         self._table = ShardedTable(
@@ -80,7 +86,7 @@ class Catalog:
         fill_initial_rows(self._table.rows, self._table.first_row, seed, config.init_std)
         self._update = build_update(optimizer, config, self._table)
         self._composed = ComposedRows.of(config, self._table, attributes, seed)
-        self._is_fresh = self._is_pulled_back = False
+        self._is_fresh = self._is_complete = False
         rows = self._table.rows if self._composed is None else self._composed.rows
         self._rows = rows.requires_grad_()
 
@@ -88,6 +94,11 @@ class Catalog:
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share the table; None for one process."""
         return None if dist.get_world_size(self._group) == 1 else self._group
+
+    @property
+    def all_ranks(self) -> dist.ProcessGroup | None:
+        """The ranks of all replicas; None for one process."""
+        return self.group if self.replicas is None else self.replicas.all_ranks
 
     @property
     def shard(self) -> RowShard:
@@ -102,15 +113,18 @@ class Catalog:
 
     @property
     def attributes(self) -> nn.Module:
-        """The vectors of attributes, the same on every rank; a module without parameters if none.
+        """The attribute vectors, replicated on every rank; a module without parameters if unused.
 
-        Who owns their optimizer sums their gradients over the ranks, after
+        The owner of their optimizer must sum their gradients over the ranks, after
         ``squared_gradient_norm``.
         """
         return nn.Module() if self._composed is None else self._composed.vectors
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Leaves out the ids that (seed, step, item) drop, until ``step`` or ``zero_grad``.
+        """Drops the table rows of a random share of items until ``step`` or ``zero_grad``.
+
+        ``catalog.id_dropout`` is the share; the choice depends on (seed, step, item), not on the
+        rank. Does nothing without attributes.
 
         Collectives: none.
         """
@@ -119,13 +133,15 @@ class Catalog:
             self._is_fresh = False
 
     def shard_for(self, used_rows: Callable[[RowShard], Tensor | None]) -> RowShard:
-        """``shard``, of which only some rows are up to date if composing the others can be saved.
+        """``shard``, with at least the rows up to date that a loss will read.
+
+        With attributes, this avoids composing the other rows.
 
         Args:
-            used_rows: returns the (n,) int64 rows of the shard that will be read, None for all;
-                called if rows are composed.
+            used_rows: function that returns the (n,) int64 rows of the shard that will be read, or
+                None for all; called only if rows are composed.
 
-        Collectives: none but those of ``used_rows``.
+        Collectives: those of ``used_rows``.
         """
         shard = self._as_shard()
         used = None if self._composed is None else used_rows(shard)
@@ -141,7 +157,7 @@ class Catalog:
         return range(self._table.first_row, self._table.first_row + self._rows.shape[0])
 
     def lookup(self, items: Tensor) -> Tensor:
-        """(M, D) vectors of ``items``, differentiable.
+        """(M, D) float32 vectors of ``items``; differentiable.
 
         Args:
             items: (M,) int64 global item indices; M may be 0 and differ by rank.
@@ -159,7 +175,7 @@ class Catalog:
         return self.begin_lookup(items)()
 
     def begin_lookup(self, items: Tensor) -> Callable[[], Tensor]:
-        """Starts a look-up: sends the ids, and returns a function that returns the (M, D) vectors.
+        """Starts a look-up by sending the ids; returns a function that returns the (M, D) vectors.
 
         Work between the two calls overlaps with the all-to-all of ids. The returned function may be
         called once, reads the table at that time, and raises the errors of ``lookup``.
@@ -213,15 +229,15 @@ class Catalog:
     def squared_gradient_norm(self) -> Tensor:
         """() float32 squared L2 norm of this rank's merged gradient; 0 if there is none.
 
-        The sum over the ranks of the group is the squared norm of the whole table's gradient. With
-        attributes this is of the ids; the gradient of ``attributes`` is complete on this rank, and
-        no micro-batch may follow.
+        The sum over all ranks is the squared norm of the whole table's gradient: replicas but the
+        first return 0. With attributes this is of the ids, and the gradient of ``attributes`` is
+        complete on this rank. With attributes or replicas no micro-batch may follow.
 
-        Collectives: none.
+        Collectives: those of ``Replicas.sum_gradients``, once a step.
         """
-        self._pull_back()
+        self._complete_gradient()
         gradient = self._rows.grad
-        if gradient is None:
+        if gradient is None or (self.replicas is not None and self.replicas.index):
             return torch.zeros((), device=self.device)
         values = gradient.values() if gradient.is_sparse else gradient
         return torch.linalg.vector_norm(values).square()
@@ -230,12 +246,12 @@ class Catalog:
         """Updates the rows in place by the merged gradient, each at most once, and clears it.
 
         Args:
-            scale: factor of the gradient, e.g. that of clipping by the global norm.
-            learning_rate: of this step and all later ones; None keeps the last one.
+            scale: factor of the gradient, e.g. for clipping by the global norm.
+            learning_rate: learning rate of this step and all later ones; None keeps the last one.
 
-        Collectives: none.
+        Collectives: as ``squared_gradient_norm``, unless that was called in this step.
         """
-        self._pull_back()
+        self._complete_gradient()
         if learning_rate is not None:
             self.learning_rate = learning_rate
         gradient = self._rows.grad
@@ -249,17 +265,17 @@ class Catalog:
             self._update.apply(gradient, self.learning_rate, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Drops all gradients since the last step, recorded pairs too."""
+        """Drops all gradients since the last step, including recorded pairs."""
         self._table.pairs.clear()
         self._end_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state, as plain tensors that alias the live ones.
 
-        Keys: ``rows`` (R, D), or (R, 0) if there are attributes alone, ``optimizer.<name>`` (R,) or
-        (R, D), and () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps``,
-        ``learning_rate``. The first two, concatenated over consecutive ranks, are the state of a
-        table on fewer ranks.
+        Keys: ``rows`` (R, D), or (R, 0) with attributes alone; ``optimizer.<name>`` (R,) or (R, D);
+        and the () int64 or float64 numbers ``first_row``, ``num_rows``, ``num_steps`` and
+        ``learning_rate``. Rows and optimizer states, concatenated over consecutive ranks, are the
+        state of a table on fewer ranks.
         """
         return self._row_states() | {
             "first_row": torch.tensor(self._table.first_row),
@@ -268,10 +284,28 @@ class Catalog:
             "learning_rate": torch.tensor(self.learning_rate, dtype=torch.float64),
         }
 
+    def stored_state(self) -> dict[str, Tensor]:
+        """This rank's part of ``state_dict``: the replicas of a shard save some of its rows each.
+
+        The parts of all ranks are the state of the whole table.
+
+        Raises:
+            RuntimeError: the replicas differ.
+
+        Collectives: those of ``Replicas.require_equal``.
+        """
+        state = self.state_dict()
+        if self.replicas is None:
+            return state
+        self.replicas.require_equal(value for value in state.values() if value.ndim)
+        own = self.replicas.part(self._rows.shape[0])
+        parts = {name: value[own] if value.ndim else value for name, value in state.items()}
+        return parts | {"first_row": state["first_row"] + own.start}
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies this rank's rows and optimizer state from a state that covers them.
 
-        The state may have rows of other ranks too. If it is of a smaller catalog, the rows after
+        The state may also have rows of other ranks. If it is of a smaller catalog, the rows beyond
         its last one stay unchanged.
 
         Raises:
@@ -290,7 +324,8 @@ class Catalog:
 
     def describe(self) -> str:
         """The sharding plan as text: kernel, ranks, rows and bytes."""
-        return self._table.describe(self.config.optimizer, self._row_states())
+        text = self._table.describe(self.config.optimizer, self._row_states())
+        return text if self.replicas is None else f"{self.replicas.count} replicas of this\n{text}"
 
     def _row_states(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": value for name, value in self._update.states().items()}
@@ -305,16 +340,21 @@ class Catalog:
             group=self.group,
         )
 
-    def _pull_back(self) -> None:
-        """Merges the gradient, and with attributes takes it back to the ids, once a step."""
+    def _complete_gradient(self) -> None:
+        """Merges the gradient; once a step takes it back to the ids and sums it over replicas."""
         self.merge_gradients()
-        if self._composed is not None and not self._is_pulled_back:
+        if self._is_complete:
+            return
+        if self._composed is not None:
             self._rows.grad = self._composed.pull_back(self._rows.grad)
-            self._is_pulled_back = True
+            self._is_complete = True
+        if self.replicas is not None:
+            self._rows.grad = self.replicas.sum_gradients(self._rows.grad, self._rows)
+            self._is_complete = True
 
     def _end_step(self) -> None:
         self._rows.grad = None
-        self._is_fresh = self._is_pulled_back = False
+        self._is_fresh = self._is_complete = False
         if self._composed is not None:
             self._composed.keep_ids()
 
@@ -324,13 +364,7 @@ class Catalog:
         if gradient is not None:
             # The public accessors raise an error for a tensor that is not coalesced.
             pairs.append((gradient._indices()[0], gradient._values()))
-        rows, positions = torch.cat([rows for rows, _ in pairs]).unique(return_inverse=True)
-        values = self._rows.new_zeros((rows.numel(), self.width), requires_grad=False)
-        start = 0
-        for part, gradients in pairs:
-            values.index_add_(0, positions[start : start + part.numel()], gradients)
-            start += part.numel()
-        return sparse_gradient(rows, values, self._rows.shape[0])
+        return merged_pairs(pairs, self._rows)
 
     def _describe_outside(self, local: Tensor) -> str:
         found = f"{local[0].item()} on this rank" if local.numel() else "an item on another rank"
@@ -368,19 +402,3 @@ def _check_shape(num_items: int, width: int) -> None:
         raise ValueError(
             f"width must be a positive multiple of 4, got {width}; use {-(-max(width, 1) // 4) * 4}"
         )
-
-
-def _single_process_group(device: torch.device) -> dist.ProcessGroup:
-    """The default process group of one rank, created without a launcher if there is none."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    if dist.get_world_size() != 1:
-        raise ValueError(
-            f"group must be given where there are several ranks, got None among "
-            f"{dist.get_world_size()}; pass torch.distributed.group.WORLD or a subgroup"
-        )
-    group = dist.group.WORLD
-    assert group is not None
-    return group

@@ -1,10 +1,10 @@
 """Dropout and causal attention, with a mask that is a function of the position on the CPU.
 
-On a CPU torch draws one random number for each value, from one sequence: at B = 128, L = 50, D = 64
-that took a fifth of a training step, and the mask depended on the order of the values in memory.
-This implementation hashes a key of the position (the finaliser of SplitMix64; Steele, Lea and
-Flood, OOPSLA 2014) and takes one byte for each value. Equal keys give equal masks, wherever the
-position lies and however it is padded.
+On a CPU torch draws one random number per value, sequentially: at B = 128, L = 50, D = 64 that took
+a fifth of a training step, and the mask depended on the order of the values in memory. This
+implementation hashes a key of the position (the finaliser of SplitMix64; Steele, Lea and Flood,
+OOPSLA 2014) and takes one byte per value. Equal keys give equal masks, wherever the position is in
+the batch and however it is padded.
 """
 
 import math
@@ -20,7 +20,7 @@ _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 class PositionKeys:
-    """Keys of positions; each call of ``next`` gives them anew, for the next use of a mask."""
+    """Random keys of positions; each call of ``next`` returns new ones, for the next mask."""
 
     def __init__(self, keys: Tensor) -> None:
         """Stores the keys.
@@ -33,12 +33,12 @@ class PositionKeys:
 
     @classmethod
     def drawn(cls, shape: torch.Size, device: torch.device) -> "PositionKeys":
-        """Keys of positions in any shape, from torch's global generator."""
+        """Keys for positions of the given shape, drawn from torch's global generator."""
         keys = torch.empty(shape, dtype=torch.int64, device=device)
         return cls(keys.random_(-(2**63), None))
 
     def next(self) -> Tensor:
-        """Keys of that shape, on a CPU (where they count) independent of those before."""
+        """int64 keys of that shape; on a CPU, the only device to use them, new ones each time."""
         if self._keys.device.type != "cpu":
             return self._keys
         self._uses += 1
@@ -46,11 +46,11 @@ class PositionKeys:
 
 
 def random_bytes(keys: Tensor, number: int) -> Tensor:
-    """(..., number) uint8, uniform and independent; a longer row begins like a shorter one.
+    """(..., number) uint8 random bytes; the first bytes of a key do not depend on ``number``.
 
     Args:
-        keys: (...) int64.
-        number: of bytes for each key.
+        keys: (...) int64 keys.
+        number: number of bytes per key.
     """
     # Hashed twice, so that keys one step apart share no words.
     words = torch.arange(1, -(-number // 8) + 1, device=keys.device).mul_(_GOLDEN)
@@ -58,14 +58,14 @@ def random_bytes(keys: Tensor, number: int) -> Tensor:
 
 
 def dropout(values: Tensor, share: float, keys: Tensor | None) -> Tensor:
-    """``values`` with a random share set to zero and the others scaled to keep the expectation.
+    """(..., C) ``values`` with a random share set to 0, the rest scaled to keep the expectation.
 
     Args:
         values: (..., C) float.
-        share: probability of zero, in [0, 1). On a CPU it is rounded to a multiple of 1/256 in
-            [1/256, 255/256], and the scale follows the rounded share.
-        keys: (...) int64; None returns ``values`` unchanged. On other devices than a CPU the mask
-            is drawn by torch instead.
+        share: probability of 0, in [0, 1). On a CPU it is rounded to a multiple of 1/256 in
+            [1/256, 255/256], and the scale is that of the rounded share.
+        keys: (...) int64 keys; None returns ``values`` unchanged. On other devices than a CPU torch
+            draws the mask instead.
     """
     if keys is None or share == 0:
         return values
@@ -81,10 +81,10 @@ def causal_attention(
 
     Args:
         query: (B, heads, L, D / heads).
-        key: as query.
-        value: as query.
-        share: dropout of the attention weights. Above 0 the CPU stores (L, L) weights.
-        drawn: (B, heads, L, L) uint8, the random bytes that a CPU compares with ``share``.
+        key: shape of ``query``.
+        value: shape of ``query``.
+        share: dropout of the attention weights. Above 0 a CPU stores the (L, L) weights.
+        drawn: (B, heads, L, L) uint8 random bytes that a CPU compares with ``share``.
     """
     if share == 0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, dropout_p=share, is_causal=True)

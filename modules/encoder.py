@@ -38,11 +38,13 @@ class EncoderConfig:
         dropout: share of activations dropped in training, on the input and in the residual
             branches.
         attention_dropout: share of attention weights dropped in training. None means ``dropout``
-            for "sasrec" (as published) and 0 for "modern". Above 0 the CPU stores (L, L) weights.
-        norm: "layer" or "rms"; None means "layer" for "sasrec" (the only choice) and "rms".
-        positions: "learned" numbers the items of a sequence from its first, "learned_from_last"
-            from its last, as left padding does, and "rotary" rotates queries and keys; None means
-            "learned" for "sasrec" (which cannot be "rotary") and "rotary".
+            for "sasrec" (as published) and 0 for "modern". Above 0 a CPU stores (L, L) weights.
+        norm: "layer" or "rms"; None means "layer" for "sasrec" (the only choice there) and "rms"
+            for "modern".
+        positions: "learned" counts positions from the first item of a sequence,
+            "learned_from_last" from the last item, as left padding does, and "rotary" rotates
+            queries and keys; None means "learned" for "sasrec" (which cannot be "rotary") and
+            "rotary" for "modern".
         hidden: hidden units of the feed-forward; None means ``width`` for "sasrec" and 8/3 of it,
             rounded up to a multiple of 16, for "modern".
     """
@@ -90,31 +92,31 @@ class EncoderConfig:
 
     @property
     def resolved_attention_dropout(self) -> float:
-        """The attention dropout, with the default filled in."""
+        """The attention dropout, after None is resolved."""
         if self.attention_dropout is not None:
             return self.attention_dropout
         return self.dropout if self.kind == "sasrec" else 0.0
 
     @property
     def resolved_positions(self) -> str:
-        """The kind of positions, with the default filled in."""
+        """The kind of positions, after None is resolved."""
         return self.positions or ("learned" if self.kind == "sasrec" else "rotary")
 
     @property
     def resolved_norm(self) -> str:
-        """The kind of norm, layer or rms, with the default filled in."""
+        """The kind of norm, layer or rms, after None is resolved."""
         return self.norm or ("layer" if self.kind == "sasrec" else "rms")
 
     @property
     def resolved_hidden(self) -> int:
-        """Hidden units of the feed-forward, with the default filled in."""
+        """Hidden units of the feed-forward, after None is resolved."""
         if self.hidden is not None:
             return self.hidden
         return self.width if self.kind == "sasrec" else 16 * math.ceil(self.width / 6)
 
 
 def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> float:
-    """Number of float32 values saved for backward per position of sequences of one length.
+    """Number of float32 values saved for backward per position, if all sequences have this length.
 
     The formula was fitted to counts by saved-tensor hooks. Dropout saves a mask and its input;
     attention weights are saved if attention dropout is used on a CPU.
@@ -136,7 +138,7 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
-    """FLOPs of the matrix products per position, forward and backward, with unmasked attention."""
+    """FLOP of the matrix products per position, forward and backward, with unmasked attention."""
     width, hidden = config.width, config.resolved_hidden
     modern = config.kind == "modern"
     projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
@@ -148,11 +150,11 @@ class TransformerEncoder(nn.Module):
 
     Sequences are padded on the right. A real position then never attends to padding, so no key mask
     is needed; the caller must drop the states at padded positions. ``packed`` takes real positions
-    only, and pads them in attention alone. Item vectors are multiplied by sqrt(D) first.
+    only, and pads them for attention alone. Item vectors are multiplied by sqrt(D) first.
 
-    Learned positions are numbered from the first item; with "learned_from_last" the last item of
-    the window has the number ``max_length - 1``, as in the published SASRec, which pads on the
-    left: a state then depends on no later item, but on how many there are.
+    Learned positions are counted from the first item; with "learned_from_last" the last item of the
+    window has position ``max_length - 1``, as in the published SASRec, which pads on the left. A
+    state then does not depend on later items themselves, but on their number.
     """
 
     def __init__(self, config: EncoderConfig, *, seed: int = 0) -> None:
@@ -196,8 +198,8 @@ class TransformerEncoder(nn.Module):
         Args:
             vectors: (B, L, D) float item vectors in time order, padded on the right; L is at most
                 ``max_length``, B may be 0.
-            lengths: (B,) int64 real positions of each sequence, which only "learned_from_last"
-                reads; None: all L.
+            lengths: (B,) int64 number of real positions of each sequence, which only
+                "learned_from_last" reads; None: all L.
 
         Returns:
             (B, L, D); gradients flow to ``vectors``. Float32 under autocast.
@@ -217,13 +219,14 @@ class TransformerEncoder(nn.Module):
     def packed(
         self, vectors: Tensor, groups: LengthGroups, keys: PositionKeys | None = None
     ) -> Tensor:
-        """(N, D) states of packed positions; attention alone works on padded groups.
+        """(N, D) states at N real positions; only attention works on padded sequences.
 
         Args:
-            vectors: (N, D) float item vectors, sorted as ``groups`` are, N at least 1; (B, L, D)
-                for ``LengthGroups.single``, as the result.
-            groups: of the sequences.
-            keys: decide what dropout drops in training on a CPU; None: torch's generator does.
+            vectors: (N, D) float item vectors in the order of ``groups``, N at least 1; with
+                ``LengthGroups.single``, vectors and result are (B, L, D).
+            groups: groups of sequences of similar length.
+            keys: keys that determine the dropout masks in training on a CPU; None draws them from
+                torch's generator.
         """
         if self.training and keys is None:
             keys = PositionKeys.drawn(vectors.shape[:-1], vectors.device)
@@ -245,7 +248,7 @@ class TransformerEncoder(nn.Module):
     def _numbers(self, groups: LengthGroups) -> Tensor:
         """(N,), (L,) or (B, L) int64 row of ``position_vectors`` for each position."""
         first = self.config.max_length - groups.lengths if self.reads_lengths else 0
-        return (first + groups.places).clamp(max=self.config.max_length - 1)  # for padding
+        return (first + groups.indices).clamp(max=self.config.max_length - 1)  # for padding
 
     def _check(self, vectors: Tensor) -> None:
         config = self.config

@@ -11,7 +11,7 @@ INITIAL_BLOCK = 8_192  # rows per seed; another number would change the rows of 
 
 
 def fill_initial_rows(rows: Tensor, first_row: int, seed: int, std: float) -> None:
-    """Draws rows [first_row, ...) of the table that (seed, width, std) define."""
+    """Fills (R, D) ``rows`` with those from ``first_row`` on of the table that the seed defines."""
     digest = hashlib.blake2b(f"item rows {seed}".encode(), digest_size=4).digest()
     base = int.from_bytes(digest, "little")
     generator = torch.Generator()

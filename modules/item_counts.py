@@ -8,7 +8,7 @@ __all__ = ["ItemCounts"]
 
 
 class ItemCounts:
-    """Training events of each item, with a cache of the proposal tables built from them.
+    """Number of training events of each item, with a cache of the proposals built from it.
 
     Attributes:
         counts: (V,) int64 training events of each item.

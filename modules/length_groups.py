@@ -1,4 +1,4 @@
-"""Packed positions as padded groups of sequences of like lengths: little padding in any batch."""
+"""Pack sequences of similar length into padded groups, so that attention sees little padding."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 __all__ = ["LengthGroups", "PaddedGroup", "cut_lengths", "num_slots"]
 
-# One more group must save this share of the positions in padding. Each costs a few dozen calls of
-# small operators, while padding costs in attention alone.
+# A further group must save at least this share of the real positions in padding: a group costs a
+# few dozen calls of small operators, while padding costs only in attention.
 LEAST_SAVED = 1 / 64
 
 
 def cut_lengths(lengths: Tensor, least_saved: float = LEAST_SAVED) -> list[tuple[int, int]]:
-    """Number of sequences and padded length of each group, shortest first.
+    """Number of sequences and padded length of each group, by ascending length.
 
-    Among all cuts of the sorted lengths it is the one with the fewest padded positions plus
-    ``least_saved`` times the real ones for each group (a shortest path over the distinct lengths).
-    Sequences without a position are in no group.
+    The sorted lengths are cut so that the cost is minimal: the number of positions, padding
+    included, plus a charge per group of ``least_saved`` times the number of real positions. The
+    minimum is a shortest path over the distinct lengths. Sequences of length 0 are in no group.
 
     Args:
         lengths: (B,) int64.
-        least_saved: share of the real positions.
+        least_saved: charge per group, as a share of the number of real positions.
 
     Example:
         >>> cut_lengths(torch.tensor([20, 2, 19, 3, 2, 0]), 0.1)
@@ -47,19 +47,19 @@ def cut_lengths(lengths: Tensor, least_saved: float = LEAST_SAVED) -> list[tuple
 
 
 def num_slots(lengths: Tensor) -> int:
-    """Positions of all groups of sequences with these (B,) lengths, padding included."""
+    """Number of positions in the groups of sequences with (B,) ``lengths``, including padding."""
     return sum(number * length for number, length in cut_lengths(lengths))
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedGroup:
-    """Sequences next to each other in a packed tensor, which are padded to a common length.
+    """Consecutive sequences of a packed tensor, which are padded to a common length.
 
     Attributes:
-        number: b, of sequences.
-        length: l, padded.
-        slots: (n,) int64 indices of their n positions in the flattened (b, l) group; None where
-            these are all of it.
+        number: b, the number of sequences.
+        length: l, the padded length.
+        slots: (n,) int64 index in the flattened (b, l) group of each of the n real positions; None
+            if nothing is padded.
     """
 
     number: int
@@ -68,50 +68,53 @@ class PaddedGroup:
 
     @property
     def size(self) -> int:
-        """Number of positions, n."""
+        """n, the number of real positions."""
         return self.number * self.length if self.slots is None else len(self.slots)
 
     def pad(self, values: Tensor) -> Tensor:
-        """(b, l, ...) values with 0 as padding, from (n, ...)."""
+        """(b, l, ...) values, padded with 0, from (n, ...) packed values."""
         if self.slots is not None:
             empty = values.new_zeros(self.number * self.length, *values.shape[1:])
             values = empty.index_copy(0, self.slots, values)
         return values.view(self.number, self.length, *values.shape[1:])
 
     def unpad(self, values: Tensor) -> Tensor:
-        """(n, ...) values without padding, from (b, l, ...)."""
+        """(n, ...) packed values, from (b, l, ...) padded values."""
         flat = values.flatten(0, 1)
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class LengthGroups:
-    """Sequences in ascending order of length, in groups that are padded to a common length.
+    """A batch's sequences, sorted by length and cut into groups with a common padded length.
 
-    N positions, and values of them, are packed sequence by sequence: as the caller gave the
-    sequences, or sorted by their lengths.
+    Values at the N real positions of the batch are packed sequence by sequence, either in the order
+    of the batch or in sorted order, by ascending length of the sequences.
 
     Attributes:
-        places: (N,) int64 index of each sorted position in its sequence; (L,) of ``single``.
-        lengths: (N,) int64 length of the sequence of each sorted position; (B, 1) of ``single``.
-        order: (N,) int64 index, as given, of each sorted position; None: they are the same.
-        groups: of the sorted positions.
+        indices: (N,) int64 index of each position in its sequence, in sorted order; (L,) for
+            ``single``.
+        lengths: (N,) int64 length of each position's sequence, in sorted order; (B, 1) for
+            ``single``.
+        order: (N,) int64 index in the batch's order of each position in sorted order; None if both
+            orders are the same.
+        groups: the groups, in sorted order.
     """
 
-    places: Tensor
+    indices: Tensor
     lengths: Tensor
     order: Tensor | None
     groups: list[PaddedGroup]
 
     @classmethod
     def of(cls, lengths: Tensor, least_saved: float = LEAST_SAVED) -> LengthGroups:
-        """The groups of ``cut_lengths`` for sequences of (B,) int64 lengths, on their device."""
+        """The groups of ``cut_lengths`` for (B,) int64 lengths, with tensors on their device."""
         given = lengths.cpu()
         ascending, by_length = given.sort(stable=True)
         sequence = torch.repeat_interleave(ascending)
-        places = torch.arange(len(sequence)) - (ascending.cumsum(0) - ascending)[sequence]
-        order = (given.cumsum(0) - given)[by_length][sequence] + places
-        packed = torch.stack((places, ascending[sequence], order, sequence)).to(lengths.device)
+        indices = torch.arange(len(sequence)) - (ascending.cumsum(0) - ascending)[sequence]
+        order = (given.cumsum(0) - given)[by_length][sequence] + indices
+        packed = torch.stack((indices, ascending[sequence], order, sequence)).to(lengths.device)
         groups, first, start = [], int((given == 0).sum()), 0
         for number, length in cut_lengths(ascending, least_saved):
             size = int(ascending[first : first + number].sum())
@@ -123,13 +126,13 @@ class LengthGroups:
 
     @classmethod
     def single(cls, lengths: Tensor, longest: int) -> LengthGroups:
-        """The one group of a batch that is padded to ``longest`` already; values stay (B, L, ...).
+        """A single group for a batch that is already padded to ``longest``; values are (B, L, ...).
 
-        Nothing is flattened: torch.export would not take batches of length 1 then.
+        Values are not flattened, because torch.export would then reject sequences of length 1.
         """
-        places = torch.arange(longest, device=lengths.device)
+        indices = torch.arange(longest, device=lengths.device)
         group = PaddedGroup(lengths.shape[0], longest, None)
-        return cls(places, lengths[:, None], None, [group])
+        return cls(indices, lengths[:, None], None, [group])
 
     @property
     def longest(self) -> int:
@@ -137,21 +140,22 @@ class LengthGroups:
         return self.groups[-1].length
 
     def sort(self, values: Tensor) -> Tensor:
-        """(N, ...) packed values in ascending order of length."""
+        """(N, ...) packed values in sorted order, from the batch's order."""
         return values if self.order is None else values.index_select(0, self.order)
 
     def restore(self, values: Tensor) -> Tensor:
-        """(N, ...) sorted values in the order in which ``sort`` took them."""
+        """(N, ...) packed values in the batch's order, from sorted order; inverts ``sort``."""
         if self.order is None:
             return values
         return torch.empty_like(values).index_copy(0, self.order, values)
 
     def apply(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """(N, ...) sorted values of ``function``, which is called for each group.
+        """(N, ...) results of ``function``, which is called once per group, in sorted order.
 
         Args:
             function: takes (b, l, ...) values, padded with 0, and returns (b, l, ...).
-            values: (N, ...) sorted; of ``single`` (B, L, ...), as the result.
+            values: (N, ...) packed values in sorted order; with ``single``, values and result are
+                (B, L, ...).
         """
         if self.order is None:
             return function(*values)

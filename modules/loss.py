@@ -60,11 +60,11 @@ def check_options(loss: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Further inputs of a loss in one training step, the same on every rank.
+    """Inputs of a loss that belong to the training step, the same on every rank.
 
     Attributes:
         seed: Key of all random choices.
-        step: Training step.
+        step: Number of the training step.
         item_counts: (V,) int64 training events of each item; needed by proposals other than
             uniform. ``ItemCounts`` caches the tables built from them between steps.
     """
@@ -80,7 +80,7 @@ class LossOutput:
 
     Attributes:
         loss: () float32 mean over the positions of all ranks, the same on every rank.
-        statistics: Numbers to log, by name.
+        statistics: Further numbers to log, by name.
     """
 
     loss: Tensor
@@ -117,13 +117,13 @@ class Batch:
 
     @property
     def draws(self) -> dict[str, int]:
-        """Seed and step as keyword arguments of a loss function with random choices."""
+        """Seed and step, as keyword arguments for a loss function with random choices."""
         return {"seed": self.step.seed, "step": self.step.step}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(ABC):
-    """A loss with its options, of which ``normalize`` and ``temperature`` are common to all.
+    """Base class of losses and their options; all have ``normalize`` and ``temperature``.
 
     Attributes:
         name: Name of the loss on the command line.
@@ -190,7 +190,7 @@ class Loss(ABC):
 
     @abstractmethod
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of ``function`` that are particular to this loss."""
+        """Keyword arguments of ``function`` that are specific to this loss."""
 
     @abstractmethod
     def cost(self, work: Workload) -> LossCost:

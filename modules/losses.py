@@ -30,7 +30,7 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.kernels.rece import reduced_cross_entropy_cost
 from shardrec.kernels.sce import scalable_cross_entropy_cost
-from shardrec.modules.baselines import (
+from shardrec.modules.baseline_losses import (
     binary_cross_entropy,
     eager_cross_entropy,
     eager_cross_entropy_cost,
@@ -80,11 +80,12 @@ class CCEMinus(Loss):
     """Options of ``sampled_cross_entropy``; the table's gradient is sparse.
 
     Attributes:
-        num_negatives: K, draws per block of positions.
-        share: Positions per block, which share their draws; 1 as published, 0 for the whole batch.
+        num_negatives: K, number of draws per block of positions.
+        share: Number of positions in a block, which share their draws; 1 as published, 0 for the
+            whole batch.
         proposal: uniform, popularity, in_batch, or mixed (half in-batch, rounded down, the rest
             uniform).
-        popularity_exponent: Power of the training counts in the popularity proposal, in [0, 10].
+        popularity_exponent: Exponent of the training counts in the popularity proposal, in [0, 10].
         parity: Use the paper's correction instead of the unbiased one.
     """
 
@@ -110,7 +111,7 @@ class CCEMinus(Loss):
         }
 
     def used_rows(self, batch: Batch) -> Tensor:
-        """(n,) int64 rows of this rank's shard that are drawn or a target on any rank.
+        """(n,) int64 rows of this rank's shard that are drawn, or are a target, on any rank.
 
         Collectives: an all-gather of the targets.
         """
@@ -216,7 +217,7 @@ class RECE(Loss):
     Attributes:
         num_buckets: n_b, or 0 for ``sqrt(4 min(N, V) (1 + 2 e))``.
         num_chunks: n_c, or 0 for as many as buckets.
-        num_rounds: r, rounds with hashes of their own.
+        num_rounds: r, number of rounds, each with its own hash.
         num_neighbor_chunks: e, chunks on either side of a position's own.
         align: "bucket" aligns positions with the items of their bucket; "rank" by sort order
             alone, as published.

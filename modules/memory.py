@@ -1,7 +1,7 @@
-"""A memory beside the model: what followed each item in training, added to the model's scores.
+"""A memory beside the model: counts of what followed each item, added to the model's scores.
 
 A wide part beside a deep one, as in Cheng et al., "Wide & Deep Learning for Recommender Systems",
-arXiv 1606.07792: counts remember pairs of items that were seen together, vectors generalise.
+arXiv 1606.07792: the counts memorise pairs of items, the vectors generalise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["Memory", "PairScores", "memory_bytes", "recent_items"]
 
 @dataclass(frozen=True, slots=True)
 class PairScores:
-    """Scores of some (item, state) pairs, each pair once, by ascending item.
+    """Scores of P distinct (item, state) pairs, sorted by item, then by state.
 
     Attributes:
-        items: (P,) int64 global items.
-        states: (P,) int64 index of the state.
-        scores: (P,) float32.
+        items: (P,) int64 global item of each pair.
+        states: (P,) int64 index of each pair's state in the batch.
+        scores: (P,) float32 score of each pair.
     """
 
     items: Tensor
@@ -34,7 +34,7 @@ class PairScores:
         return PairScores(self.items[kept], self.states[kept], self.scores[kept])
 
     def of_states(self, chosen: Tensor) -> PairScores:
-        """The pairs of the states that (B,) bool ``chosen`` names, in new indices of states.
+        """The pairs of the chosen states, renumbered as if only these states were in the batch.
 
         >>> pairs = PairScores(torch.tensor([7, 8]), torch.tensor([2, 0]), torch.ones(2))
         >>> pairs.of_states(torch.tensor([False, True, True])).states.tolist()
@@ -46,17 +46,17 @@ class PairScores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Strengths M[h, j] of the successors j of every item h; on a rank, of j among its rows.
+    """Strengths M[h, j] of the successors j of every item h, as a sparse matrix by rows.
 
-    An item j gets ``scale * sum_a decay**a M[h_a, j]`` for a history whose last items are h_0 (the
-    most recent), h_1, … h_(ages-1).
+    The score of item j rises by ``scale * sum_a decay**a M[h_a, j]`` for a history that ends with
+    h_(ages-1), … h_1, h_0 (the most recent). A rank holds only successors among its own rows.
 
     Attributes:
         offsets: (V + 1,) int64 start of each item's list in ``successors``.
-        successors: (E,) int32 global items, distinct in each list.
-        strengths: (E,) float32 numbers of M, above 0.
-        scale: in units of the scores that it is added to.
-        ages: how many of the last items are looked up.
+        successors: (E,) int32 global items, distinct within each list.
+        strengths: (E,) float32 strength of each successor, positive.
+        scale: how much a strength of 1 adds to a score.
+        ages: how many of the most recent items are looked up.
         decay: weight of an item relative to the next more recent one.
     """
 
@@ -71,21 +71,21 @@ class Memory:
         """The same memory with another scale."""
         return dataclasses.replace(self, scale=scale)
 
-    def relabeled(self, places: Tensor) -> Memory:
-        """The memory of another catalog, without the items that this one does not have.
+    def relabeled(self, items: Tensor) -> Memory:
+        """The memory for another catalog of V' items; items that it lacks are left out.
 
         Args:
-            places: (V',) int64 item of this catalog for each item of the other; -1 for none.
+            items: (V',) int64 item of this memory for each item of the other catalog; -1 for none.
         """
-        known = places >= 0
+        known = items >= 0
         renamed = torch.full((len(self.offsets) - 1,), -1, dtype=torch.int32)
-        renamed[places[known]] = known.nonzero()[:, 0].int()
-        starts = self.offsets[places.clamp(min=0)]
-        lengths = (self.offsets[places.clamp(min=0) + 1] - starts) * known
+        renamed[items[known]] = known.nonzero()[:, 0].int()
+        starts = self.offsets[items.clamp(min=0)]
+        lengths = (self.offsets[items.clamp(min=0) + 1] - starts) * known
         found = _ranges(starts, lengths)
         successors = renamed[self.successors[found].long()]
         owners = torch.repeat_interleave(lengths)[successors >= 0]
-        counts = torch.bincount(owners, minlength=len(places))
+        counts = torch.bincount(owners, minlength=len(items))
         return dataclasses.replace(
             self,
             offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
@@ -94,13 +94,14 @@ class Memory:
         )
 
     def scores(self, recent: Tensor) -> PairScores:
-        """What is added to the scores of a batch of states.
+        """What the memory adds to the scores of a batch of B states.
 
-        The sum over ages runs in the order of the ages for every pair, so that it does not depend
-        on the batch, on the ranks or on the device.
+        Each pair's sum runs over the ages in a fixed order, so it does not depend on the batch, the
+        ranks or the device.
 
         Args:
-            recent: (B, ages) int64 last items, the most recent first; -1 for none.
+            recent: (B, ages) int64 last items of each history, the most recent first; -1 for
+                none.
 
         Collectives: none.
         """
@@ -123,7 +124,9 @@ class Memory:
 
 
 def memory_bytes(num_items: int, neighbors: int, num_ranks: int) -> int:
-    """Bytes of a full memory on one of W ranks, its successors spread evenly over the shards.
+    """Bytes of a memory on one of W ranks, with ``neighbors`` successors of every item.
+
+    The successors are assumed to be spread evenly over the shards.
 
     >>> memory_bytes(1_000_000, 32, 4) == 8 * 1_000_001 + 8 * 32_000_000 // 4
     True

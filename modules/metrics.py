@@ -2,7 +2,7 @@
 
 The arguments of each metric's `update` are some of:
 
-- ``ranks`` (T,) int64: rank of each target, 0 the best, any number >= k if not in the list
+- ``ranks`` (T,) int64: rank of each target, 0 the best, any number >= k if it is not in the list
 - ``lengths`` (B,) int64: number of targets of each user, in the order of ``ranks``; None: one each
 - ``targets`` (T,) int64: the target items
 - ``items`` (B, >= k) int64: recommended items, best first, -1 at the end of a short list
@@ -47,16 +47,16 @@ def ranking_metrics(
 ) -> MetricCollection:
     """All metrics at every k, with keys such as "NDCG@10" and "Recall@10/tail".
 
-    `update` takes ``ranks``, ``lengths``, ``targets`` and ``items`` by name.
+    `update` takes ``ranks``, ``lengths``, ``targets`` and ``items`` as keyword arguments.
 
     Args:
         ks: list lengths.
         num_items: V.
         item_counts: (V,) int64 training events of each item.
-        num_users: number of training users.
+        num_users: U, number of training users.
         process_group: ranks to sum over; None means all.
 
-    Collectives: none; `compute` all-gathers the sums.
+    Collectives: none here; `compute` all-gathers the sums.
     """
     metrics: dict[str, Metric] = {}
     for k in ks:
@@ -114,10 +114,10 @@ class MeanOverUsers(_ListMetric):
         return self.total / self.num_users
 
     def standard_error(self) -> Tensor:
-        """() float64: the standard deviation of the users' numbers over the root of their count.
+        """() float64 standard error of the mean over users; NaN for fewer than two users.
 
-        It is the error of the mean as an estimate for all users of whom these are a random sample.
-        NaN for fewer than two users.
+        It is the standard deviation of the users' numbers divided by the square root of their
+        count: the error of the mean if these users are a random sample.
 
         Collectives: as `compute`, all-gathers of the sums.
         """
@@ -147,9 +147,9 @@ class _OfTargets(MeanOverUsers):
 
 
 class NDCG(_OfTargets):
-    """Discounted cumulative gain of the list, divided by that of a perfect list.
+    """Discounted cumulative gain of the list divided by that of an ideal list (NDCG).
 
-    A target at rank r < k gains 1 / log2(r + 2); a perfect list starts with the targets, at most k.
+    A target at rank r < k gains 1 / log2(r + 2); an ideal list starts with the targets, at most k.
 
     >>> metric = NDCG(k=3)
     >>> metric.update(torch.tensor([0, 2, 5]), torch.tensor([2, 1]))  # (1 + 1/2) / (1 + 0.6309), 0
@@ -166,7 +166,7 @@ class NDCG(_OfTargets):
 
 
 class Recall(_OfTargets):
-    """Share of a user's targets in the list; equal to `HitRate` with one target a user.
+    """Share of a user's targets in the list; equal to `HitRate` with one target per user.
 
     >>> metric = Recall(k=3)
     >>> metric.update(torch.tensor([0, 2, 7, 9, 1]), torch.tensor([4, 1]))  # 2/4 and 1/1
@@ -194,7 +194,7 @@ class HitRate(_OfTargets):
 
 
 class MRR(_OfTargets):
-    """Mean of 1 / (1 + rank) of a user's best target, 0 if it is not in the list.
+    """Mean over users of 1 / (1 + rank) of the best target, 0 if it is not in the list (MRR).
 
     >>> metric = MRR(k=3)
     >>> metric.update(torch.tensor([4, 1, 3]), torch.tensor([2, 1]))  # 1/2 and 0
@@ -233,7 +233,7 @@ class Coverage(_ListMetric):
         self.add_state("recommended", marks, dist_reduce_fx="max")
 
     def update(self, items: Tensor) -> None:
-        """Marks the items in the first k places of (B, >= k) lists as recommended."""
+        """Marks the first k items of (B, >= k) lists as recommended."""
         listed = self._lists(items)
         self.recommended[listed[listed >= 0]] = 1
 
@@ -243,7 +243,7 @@ class Coverage(_ListMetric):
 
 
 class Surprisal(MeanOverUsers):
-    """Rarity of the recommended items: 0 if all users know them, 1 if one or none does.
+    """Rarity of the recommended items: 0 if all users know them, 1 if at most one does.
 
     As in RePlay, the self-information of an item that u of U training users know is
     log2(U / u) / log2(U), with u at least 1. A user's number is the sum over the list divided by k,
@@ -291,7 +291,7 @@ class Surprisal(MeanOverUsers):
 
 
 class PopularityRecall(_ListMetric):
-    """Share of targets found in the list, separately for head, torso and tail items.
+    """Share of targets in the list, separately for head, torso and tail items.
 
     Buckets are those of `popularity_buckets`. The share is over targets, not users, because one
     user's targets are in several buckets.
@@ -334,10 +334,10 @@ class PopularityRecall(_ListMetric):
 
 
 def popularity_buckets(item_counts: Tensor) -> Tensor:
-    """(V,) uint8 bucket of each item: 0 head, 1 torso, 2 tail, a third of the events each.
+    """(V,) uint8 bucket of each item: 0 head, 1 torso, 2 tail, each a third of the events.
 
     Items are sorted by falling count, equal counts by index; an item belongs to the third that
-    contains its first event. Items without events are tail.
+    contains its first event. Items without events are in the tail.
 
     Args:
         item_counts: (V,) int64 training events of each item.

@@ -1,4 +1,4 @@
-"""Checks of options that raise ValueError in one wording; NaN is never in range."""
+"""Check options and raise ValueError in a uniform wording; NaN is never in range."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -58,7 +58,7 @@ def require_within(name: str, value: float, low: float, high: float, remedy: str
 
 
 def require_betas(name: str, betas: Sequence[float]) -> None:
-    """Raises ValueError unless ``betas`` are two numbers in [0, 1), as Adam needs.
+    """Raises ValueError unless ``betas`` are two numbers in [0, 1), as Adam requires.
 
     Raises:
         ValueError: There are not two numbers, or one is outside [0, 1).

@@ -41,17 +41,18 @@ def top_items(
     recent: Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) scores and (B, k) items of largest score for each state, best first.
+    """(B, k) scores and (B, k) items with the largest scores for each state, best first.
 
     Args:
         states: (B, D) float; B differs by rank and may be 0.
         shard: the table; rows beyond ``shard.num_rows`` are padding and never returned.
         k: length of the lists, the same on every rank.
-        seen: items of each state that must not be returned.
+        seen: (S,) items that must not be returned, concatenated, and (B,) their number for each
+            state; None excludes none.
         allowed: (V,) bool, the same on every rank; False excludes an item from every list.
-        memory: adds scores to successors of recent items; on a rank those among its rows.
-        recent: (B, ``memory.ages``) int64 last items of each state, the most recent first; -1 for
-            none. Given if there is a memory.
+        memory: adds scores to successors of recent items; holds those among this rank's rows.
+        recent: (B, ``memory.ages``) int64 last items of each history, the most recent first, -1
+            for none; required with a memory.
         blocks: block sizes, the same on every rank.
 
     Returns:
@@ -59,7 +60,8 @@ def top_items(
         the list ends with score -inf and item -1.
 
     Raises:
-        ValueError: an argument is invalid, or a score is NaN, on any rank; raised on every rank.
+        FloatingPointError: a score is NaN on any rank; raised on every rank.
+        ValueError: an argument is invalid on any rank; raised on every rank.
 
     Collectives: on ``shard.group`` one all-gather of sizes; per chunk of states all-gathers of
     states, of seen items and of recent items, and two all-to-alls of (states, k) candidates; at
@@ -90,13 +92,13 @@ def top_items(
 
 
 def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
-    """(T,) int64 ranks of targets in their lists, 0 the best; ``missing`` if not in the list.
+    """(T,) int64 rank of each target in its list, 0 the best; ``missing`` if it is not there.
 
     Lists of k items are enough for all metrics at k or less.
 
     Args:
         items: (B, k) int64 from `top_items`.
-        targets: values (T,) and lengths (B,).
+        targets: (T,) items of all lists, concatenated, and (B,) their number for each list.
         missing: rank of a target that is not in its list, such as the number of items.
 
     Returns:
@@ -115,7 +117,7 @@ def ranks_in_lists(items: Tensor, targets: Ragged, missing: int) -> Tensor:
 
 
 def by_popularity(counts: Tensor) -> Tensor:
-    """(V,) int64 items by falling (V,) counts; equal counts by ``tie_keys``."""
+    """(V,) int64 items, sorted by falling (V,) counts; equal counts by ``tie_keys``."""
     order = tie_keys(torch.arange(len(counts), device=counts.device)).argsort()
     return order[counts[order].argsort(descending=True, stable=True)]
 

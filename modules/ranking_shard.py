@@ -73,14 +73,14 @@ class Blocks:
 class LocalRows:
     """This rank's rows without padding, and which of them must not be recommended.
 
-    A place is an index in the order in which the rows are scored: of equal scores, `TopSearch`
-    keeps those of the first places.
+    A slot is an index in the order in which the rows are scored: of equal scores, `TopSearch`
+    keeps those in the first slots.
     """
 
     rows: Tensor  # (R, D)
     first_row: int
-    blocked: Tensor  # int64 places, ascending
-    order: Tensor | None = None  # (R,) int64, the row in each place; None: the order of the rows
+    blocked: Tensor  # int64 slots, ascending
+    order: Tensor | None = None  # (R,) int64, the row in each slot; None: the order of the rows
 
     @classmethod
     def of(cls, rows: Tensor, first_row: int, allowed: Tensor | None) -> LocalRows:
@@ -94,33 +94,34 @@ class LocalRows:
         """The same rows, to be scored in the order of their ``tie_keys``."""
         rows = torch.arange(len(self.rows), device=self.rows.device)
         order = tie_keys(self.first_row + rows).argsort()
-        places = torch.empty_like(order).index_copy_(0, order, rows)
-        return replace(self, blocked=places[self.blocked].sort().values, order=order)
+        slots = torch.empty_like(order).index_copy_(0, order, rows)
+        return replace(self, blocked=slots[self.blocked].sort().values, order=order)
 
     def tile(self, start: int, stop: int) -> Tensor:
-        """The float32 rows in places [start, stop)."""
+        """(stop - start, D) float32 rows in slots [start, stop)."""
         tile = slice(start, stop)
         return self.rows[tile if self.order is None else self.order[tile]].float()
 
-    def places(self, rows: Tensor) -> Tensor:
-        """The places of some rows."""
+    def slots(self, rows: Tensor) -> Tensor:
+        """(n,) int64 slots of (n,) local rows."""
         if self.order is None:
             return rows
         every = torch.arange(len(self.order), device=rows.device)
         return torch.empty_like(self.order).index_copy_(0, self.order, every)[rows]
 
-    def items(self, places: Tensor) -> Tensor:
-        """The global items in some places."""
-        return self.first_row + (places if self.order is None else self.order[places])
+    def items(self, slots: Tensor) -> Tensor:
+        """The global item in each of the given slots, of any shape."""
+        return self.first_row + (slots if self.order is None else self.order[slots])
 
 
 def tie_keys(items: Tensor) -> Tensor:
-    """int64 keys of distinct items, distinct and unrelated to the order of the items.
+    """(n,) int64 keys that order items with equal scores: the lower key ranks first.
 
-    Of items with equal scores the one with the lower key ranks first. Indices say something of
-    popularity (``prepare`` gives the most popular item index 0): ranked by index, a model whose
-    scores are all equal would do better than chance. The mixing steps (multiplication by an odd
-    number, xor with a shift, modulo 2**63) are those of splitmix64, and each is invertible.
+    Distinct items have distinct keys, in an order unrelated to that of the items. Item indices
+    depend on popularity (``prepare`` gives the most popular item index 0): if ties were broken by
+    index, a model whose scores are all equal would do better than chance. The mixing steps
+    (multiplication by an odd number, xor with a shift, modulo 2**63) are those of splitmix64, and
+    each is invertible.
 
     >>> tie_keys(torch.arange(6)).argsort().tolist()
     [3, 4, 2, 0, 5, 1]
@@ -134,7 +135,7 @@ def tie_keys(items: Tensor) -> Tensor:
 
 
 class _Hidden:
-    """The (place, state) pairs, and whole rows, with scores to set to -inf; sorted by place."""
+    """The (slot, state) pairs, and whole rows, with scores to set to -inf; sorted by slot."""
 
     def __init__(self, local: LocalRows, seen: Ragged | None, tile_rows: int) -> None:
         self.tile_rows, self.blocked = tile_rows, local.blocked
@@ -142,16 +143,16 @@ class _Hidden:
         items, columns = seen if seen is not None else (local.blocked[:0], local.blocked[:0])
         rows = items - local.first_row
         inside = (rows >= 0) & (rows < len(local.rows))
-        self.places, order = local.places(rows[inside]).sort()
+        self.slots, order = local.slots(rows[inside]).sort()
         self.columns = columns[inside][order]
-        self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
+        self.bounds = _tile_bounds(self.slots, len(local.rows), tile_rows)
 
     def cover(self, scores: Tensor, start: int) -> None:
-        """Set hidden scores to -inf in the (rows, columns) tile that starts at place ``start``."""
+        """Set hidden scores to -inf in the (rows, columns) tile that starts at slot ``start``."""
         tile = start // self.tile_rows
         low, high = self.bounds[tile], self.bounds[tile + 1]
         if high > low:
-            cells = (self.places[low:high] - start) * scores.shape[1] + self.columns[low:high]
+            cells = (self.slots[low:high] - start) * scores.shape[1] + self.columns[low:high]
             scores.view(-1).index_fill_(0, cells, -math.inf)
         low, high = self.blocked_bounds[tile], self.blocked_bounds[tile + 1]
         if high > low:
@@ -159,19 +160,19 @@ class _Hidden:
 
 
 class _Added:
-    """What is added to the scores of some (place, state) pairs, each once; sorted by place."""
+    """What is added to the scores of some (slot, state) pairs, each once; sorted by slot."""
 
     def __init__(self, local: LocalRows, pairs: PairScores, tile_rows: int) -> None:
         self.tile_rows = tile_rows
-        self.places, order = local.places(pairs.items - local.first_row).sort()
+        self.slots, order = local.slots(pairs.items - local.first_row).sort()
         self.columns, self.values = pairs.states[order], pairs.scores[order]
-        self.bounds = _tile_bounds(self.places, len(local.rows), tile_rows)
+        self.bounds = _tile_bounds(self.slots, len(local.rows), tile_rows)
 
     def add(self, scores: Tensor, start: int) -> None:
-        """Add to the (rows, columns) tile that starts at place ``start``."""
+        """Add to the (rows, columns) tile that starts at slot ``start``."""
         tile = start // self.tile_rows
         low, high = self.bounds[tile], self.bounds[tile + 1]
-        cells = (self.places[low:high] - start) * scores.shape[1] + self.columns[low:high]
+        cells = (self.slots[low:high] - start) * scores.shape[1] + self.columns[low:high]
         scores.view(-1).index_add_(0, cells, self.values[low:high])
 
 
@@ -183,11 +184,11 @@ def shard_top(
     blocks: Blocks,
     added: PairScores | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(M, k) best scores and global items of this shard for (M, D) float32 states.
+    """(M, k) best scores and (M, k) global items of this shard for (M, D) float32 states.
 
-    ``added`` are scores of this shard's rows that come on top of the inner products. Of equal
-    scores those of the lower ``tie_keys`` are in the list, in any order. A list with fewer than k
-    items ends in -inf; if any score of a state is NaN, its list starts with NaN.
+    ``added`` are scores of some of this shard's rows, added to the inner products. Of equal scores,
+    those with the lower ``tie_keys`` are in the list, in any order. A list with fewer than k items
+    ends in -inf; if any score of a state is NaN, its list starts with NaN.
     """
     # One more than k shows where more rows tie with the last one than fit. Models seldom have such
     # ties, so that only those states pay for reading the rows in another order.
@@ -209,7 +210,7 @@ def _search(
     blocks: Blocks,
     added: PairScores | None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``shard_top``, but of equal scores those of the first places are in the list."""
+    """As ``shard_top``, but of equal scores those of the first slots are in the list."""
     num_states = len(states)
     widened = _widen(states)
     tile = blocks.rows_of_tile(widened, len(local.rows))
@@ -226,9 +227,9 @@ def _search(
         hidden.cover(scores, start)
         # All scores of a padding column are equal, so a search would take all of its rows.
         search.add(scores[:, :num_states], start)
-    best, places, not_numbers = search.result()
+    best, slots, not_numbers = search.result()
     best[not_numbers, 0] = math.nan
-    return best, local.items(places)
+    return best, local.items(slots)
 
 
 def _of_states(seen: Ragged, chosen: Tensor) -> Ragged:
@@ -258,16 +259,24 @@ def _tile_bounds(sorted_rows: Tensor, num_rows: int, tile: int) -> list[int]:
 
 
 class Ranks(Communicator):
-    """The collectives of a ranking over an optional group."""
+    """The collectives of a ranking, over a process group or a single process."""
 
     def agree(
         self, states: Tensor, shard: RowShard, refusal: str | None, form: tuple[int, ...]
     ) -> list[int]:
-        """Number of states on each rank, once all ranks have valid arguments; one all-gather.
+        """Number of states on each rank, after checking that the arguments of all ranks agree.
 
-        Raises ValueError on every rank if one of them has a ``refusal`` (the error message for its
-        arguments), if ``form`` (the options that decide which collectives follow) differs between
-        ranks, or if the shards do not add up to the table.
+        Args:
+            states: (B, D) states of this rank.
+            shard: this rank's rows.
+            refusal: error message for invalid arguments of this rank; None if they are valid.
+            form: the options that decide which collectives follow.
+
+        Raises:
+            ValueError: on every rank, if any rank has a refusal, if ``form`` differs between ranks,
+                or if the shards do not add up to the table.
+
+        Collectives: one all-gather.
         """
         num_states = len(states) if states.dim() else 0
         header = [num_states, len(real_rows(shard)), refusal is not None, *form]
@@ -293,11 +302,11 @@ class Ranks(Communicator):
         return table[:, 0].tolist()
 
     def gather(self, values: Tensor, sizes: list[int], start: int = 0) -> Tensor:
-        """All-gathers ``sizes[r]`` values of each rank r, from its index ``start`` on."""
+        """All-gathered ``sizes[r]`` values of each rank r, from its index ``start`` on."""
         return self.start_all_gather_rows(values[start : start + sizes[self.rank]], sizes)()
 
     def gather_ragged(self, ragged: Ragged, sizes: list[int], start: int) -> Ragged:
-        """All-gathers the items of a chunk of states, with the index in the chunk of each item."""
+        """All-gathered items of a chunk of states, and each item's index of its state there."""
         values, lengths = ragged
         first = int(lengths[:start].sum())
         lengths = self.gather(lengths, sizes, start)
@@ -313,17 +322,17 @@ class Ranks(Communicator):
         return parts.view(self.size, own, found.shape[1]).transpose(0, 1).flatten(1)
 
     def require_numbers(self, scores: Tensor) -> None:
-        """Raises ValueError on every rank if any rank has a NaN; one all-reduce."""
+        """Raises FloatingPointError on every rank if any rank has a NaN; one all-reduce."""
         bad = scores.isnan().sum()
         self.sum_(bad)
         if bad:
-            raise ValueError(
+            raise FloatingPointError(
                 f"scores must be numbers, got {int(bad)} NaN; the model or the table has diverged"
             )
 
 
 def rounds(counts: list[int], num_states: int) -> Iterator[tuple[int, list[int]]]:
-    """For each chunk, the index of its first state on every rank, and its size on each rank.
+    """For each chunk, the index of its first state on every rank, and its (W,) sizes.
 
     >>> list(rounds([3, 0], num_states=4))
     [(0, [2, 0]), (2, [1, 0])]

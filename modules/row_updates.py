@@ -1,4 +1,4 @@
-"""The optimizers of the item table: each updates a row at most once per step.
+"""Optimizers of the item table: each updates a row at most once per step.
 
 A gradient is either dense (R, D) or coalesced sparse COO over rows. The phases of an update: split
 the gradient into ranges of rows, then update one range after the other, so that the extra memory
@@ -8,13 +8,13 @@ as a whole and makes a sparse gradient dense.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig, rows_at_once
 from shardrec.modules.torchrec_adapter import ShardedTable
 
 __all__ = [
@@ -25,14 +25,9 @@ __all__ = [
     "build_update",
     "chunks",
     "empty_gradient",
-    "range_size",
+    "merged_pairs",
     "sparse_gradient",
 ]
-
-# Larger ranges do not fit in the cache: 65,536 rows of 64 floats took twice the time per row of
-# 2,048 rows.
-MAX_RANGE = {"cpu": 4_096, "cuda": 65_536}
-MIN_RANGE = 1_024
 
 
 class RowUpdate(Protocol):
@@ -51,7 +46,7 @@ class FusedUpdate:
     def __init__(self, table: ShardedTable) -> None:
         """Stores the table, which was built with the optimizer."""
         self.table = table
-        self.range = range_size(table.rows)
+        self.range = _range_of(table.rows)
 
     def apply(self, gradient: Tensor, learning_rate: float, step: int) -> None:
         """Updates the rows with an entry in the gradient."""
@@ -60,12 +55,12 @@ class FusedUpdate:
             self.table.update_rows(rows, values)
 
     def states(self) -> dict[str, Tensor]:
-        """``sum`` of squared gradients, (R, D), or of their row means, (R,); empty for sgd."""
+        """``sum``: sums of squared gradients (R, D), or of their row means (R,); empty for sgd."""
         return self.table.optimizer_states()
 
 
 class AdamUpdate:
-    """torch.optim.Adam on the whole shard; rows without an entry have gradient 0."""
+    """torch.optim.Adam on the whole shard; rows without an entry have the gradient 0."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
@@ -95,13 +90,13 @@ class AdamUpdate:
 
 
 class SparseAdamUpdate:
-    """torch.optim.SparseAdam, one per range of rows: moments of other rows stay unchanged."""
+    """torch.optim.SparseAdam, one per range of rows; moments of other rows stay unchanged."""
 
     def __init__(self, rows: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Allocates both moments; ``rows`` (R, D) are updated in place."""
         self.exp_avg = torch.zeros_like(rows, requires_grad=False)
         self.exp_avg_sq = torch.zeros_like(rows, requires_grad=False)
-        size = range_size(rows) // 4  # SparseAdam allocates about a dozen copies of a range
+        size = _range_of(rows) // 4  # SparseAdam allocates about a dozen copies of a range
         self.starts = range(0, rows.shape[0], size)
         self.parameters = [
             rows.detach()[start : start + size].requires_grad_() for start in self.starts
@@ -133,7 +128,7 @@ class SparseAdamUpdate:
 
 
 def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> RowUpdate:
-    """The update of a table by ``optimizer``, with the other options of ``config``."""
+    """The optimizer of this name for a table, with the other options of ``config``."""
     if optimizer == "adam":
         return AdamUpdate(table.rows, config.betas, config.eps)
     if optimizer == "sparse_adam":
@@ -141,13 +136,8 @@ def build_update(optimizer: str, config: CatalogConfig, table: ShardedTable) -> 
     return FusedUpdate(table)
 
 
-def range_size(rows: Tensor) -> int:
-    """Rows per range: 1 % of the shard, within limits that depend on the device.
-
-    >>> [range_size(torch.empty(num_rows, 4)) for num_rows in (10, 200_000, 1_000_000)]
-    [1024, 2000, 4096]
-    """
-    return max(MIN_RANGE, min(MAX_RANGE[rows.device.type], rows.shape[0] // 100))
+def _range_of(rows: Tensor) -> int:
+    return rows_at_once(rows.shape[0], rows.shape[1], rows.device.type)
 
 
 def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,7 +145,7 @@ def chunks(gradient: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
     Args:
         gradient: dense (R, D) or coalesced COO.
-        size: rows.
+        size: number of rows.
     """
     if gradient.is_sparse:
         rows, values = gradient.indices()[0], gradient.values()
@@ -182,6 +172,22 @@ def empty_gradient(rows: Tensor) -> Tensor:
     """A sparse gradient without entries."""
     none = torch.empty(0, dtype=torch.int64, device=rows.device)
     return sparse_gradient(none, rows.new_empty((0, rows.shape[1])), rows.shape[0])
+
+
+def merged_pairs(pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor) -> Tensor:
+    """The sum of (rows (M,), gradients (M, D)) pairs as one coalesced COO (R, D), in their order.
+
+    Args:
+        pairs: at least one; rows are int64 and may occur again.
+        table: (R, D), of which they are gradients.
+    """
+    rows, positions = torch.cat([rows for rows, _ in pairs]).unique(return_inverse=True)
+    values = table.new_zeros((rows.numel(), table.shape[1]), requires_grad=False)
+    start = 0
+    for part, gradients in pairs:
+        values.index_add_(0, positions[start : start + part.numel()], gradients)
+        start += part.numel()
+    return sparse_gradient(rows, values, table.shape[0])
 
 
 def sparse_gradient(rows: Tensor, values: Tensor, num_rows: int) -> Tensor:

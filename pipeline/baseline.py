@@ -46,13 +46,15 @@ class BaselineConfig:
     """Options of ``baseline``: the data, and what is counted.
 
     Attributes:
-        prepared: folder of prepare.
-        kind: popularity: training events of the item. recent: training sequences that end with it.
-            knn: cosine of two items over the sequences that have them. next: how often one item
-            directly followed the other. knn_next: knn + 3 next.
+        prepared: prepared folder, whose training sequences are counted.
+        kind: the score that items are ranked by. popularity: training events of the item. recent:
+            training sequences that end with the item. knn: cosine similarity of two items, each a
+            binary vector over the sequences. next: how often one item directly followed the
+            other. knn_next: the sum knn + 3 next.
         output: folder to write, new or empty; none: baselines/KIND in the prepared folder.
-        neighbors: best neighbours of an item that are kept, of knn and of next each.
-        last_events: of a sequence, counted by knn.
+        neighbors: neighbours with the highest scores that are kept for each item, separately for
+            knn and for next.
+        last_events: how many of the last events of a sequence knn counts.
         force: replace an earlier output of this stage.
     """
 
@@ -76,7 +78,7 @@ class BaselineConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the baseline is written."""
+        """The folder that the baseline is written to."""
         return Path(self.output or Path(self.prepared) / BASELINES / self.kind)
 
 
@@ -85,7 +87,7 @@ class Built:
     """The output of ``baseline``.
 
     Attributes:
-        manifest: of the output folder; ``counts`` has the item pairs that were kept.
+        manifest: manifest of the output folder; its ``counts`` has the number of item pairs kept.
         is_new: False if the output was there and nothing had to be done.
         seconds: wall time.
     """
@@ -96,10 +98,10 @@ class Built:
 
 
 def baseline(config: BaselineConfig) -> Built:
-    """Count a baseline from the training sequences of a prepared folder.
+    """Count a baseline from the training sequences, and write it as a folder to evaluate.
 
-    Memory is that of ``count_neighbors``. At most V (2 m) pairs are written, m being ``neighbors``;
-    ranking takes 8 bytes for each of them on every rank.
+    Memory is that of ``count_neighbors``. With m ``neighbors`` at most 2 m V pairs are written;
+    ranking holds 8 bytes for each pair on every rank.
 
     Raises:
         FileNotFoundError, ValueError: the folder is not a complete prepared folder.
@@ -132,10 +134,11 @@ def baseline(config: BaselineConfig) -> Built:
 def open_baseline(
     folder: Path, prepared: Prepared, group: dist.ProcessGroup | None
 ) -> BaselineRanker:
-    """The ranker of a baseline that was counted on this data.
+    """The ranker of a baseline, after checking that it was counted on this data.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no complete baseline, or of other data.
+        FileNotFoundError, ValueError: the folder is no complete baseline, or was counted on other
+            data.
     """
     manifest = read_output(folder, BASELINE)
     if manifest["data"] != prepared.fingerprint:

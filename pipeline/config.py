@@ -16,6 +16,29 @@ from typing import Any, TypeVar
 from shardrec.pipeline.outputs.addresses import without_keys
 
 Config = TypeVar("Config")
+# What people coming from elsewhere call an option, and the last part of its name here.
+_USUAL = {
+    **dict.fromkeys(("dim", "d_model", "hidden_size", "embedding_dim", "hidden_dim"), "width"),
+    **dict.fromkeys(("layers", "num_layers", "n_layers", "blocks"), "num_blocks"),
+    **dict.fromkeys(("heads", "n_heads"), "num_heads"),
+    **dict.fromkeys(("maxlen", "max_len", "seq_len", "sequence_length"), "max_length"),
+    **dict.fromkeys(("lr", "learningrate"), "learning_rate"),
+    **dict.fromkeys(("wd", "l2"), "weight_decay"),
+    **dict.fromkeys(("bs", "batch", "batchsize"), "batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "max_epochs"),
+    **dict.fromkeys(("steps", "num_steps"), "max_steps"),
+    **dict.fromkeys(("minutes", "time"), "max_minutes"),
+    **dict.fromkeys(("negatives", "num_neg", "n_negatives"), "num_negatives"),
+    **dict.fromkeys(("warmup", "lr_warmup"), "warmup_steps"),
+    **dict.fromkeys(("clip", "grad_clip", "max_grad_norm", "gradient_clip_val"), "clip_norm"),
+    **dict.fromkeys(("accumulate_grad_batches", "gradient_accumulation_steps"), "accumulate"),
+    **dict.fromkeys(("early_stopping", "early_stop"), "patience"),
+    **dict.fromkeys(("amp", "bf16", "fp16", "dtype"), "precision"),
+    **dict.fromkeys(("random_state", "random_seed"), "seed"),
+    "schedule": "decay",
+    "scheduler": "decay",
+}
+_MOST_LISTED = 20
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -47,10 +70,11 @@ def from_json(cls: type[Config], data: Mapping[str, Any], name: str = "config") 
     Args:
         cls: the dataclass to build.
         data: its fields.
-        name: dotted name of this part, for the messages.
+        name: dotted name of this part, for error messages.
 
     Raises:
-        ValueError: a key is unknown (near matches are listed), missing, or out of range.
+        ValueError: a key is unknown (similar names are listed) or missing, or a value is out of
+            range.
         TypeError: a value has the wrong type.
     """
     if not isinstance(data, Mapping):
@@ -77,8 +101,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         assignments: such as ``["loss=sce", "loss.num_buckets=64"]``.
 
     Raises:
-        ValueError: an assignment has no "=", names no option (near matches are listed) or does not
-            parse.
+        ValueError: an assignment has no "=", names no option (similar names are listed) or has an
+            invalid value.
     """
     data = to_json(config)
     pairs = [_split(assignment) for assignment in assignments]
@@ -88,9 +112,9 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and value, one for every leaf, in the order of declaration.
+    """Pairs of dotted name and value for every leaf, in the order of declaration.
 
-    For people: keys in addresses are left out.
+    It is meant for display: access keys in addresses are removed.
     """
     for name, value in to_json(config).items() if not isinstance(config, dict) else config.items():
         if isinstance(value, dict):
@@ -100,40 +124,56 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def describe(config: Any) -> str:
-    """The complete config, one ``dotted.name = value`` a line."""
+    """The complete config as text, one ``dotted.name = value`` per line."""
     return "\n".join(f"{name} = {json.dumps(value)}" for name, value in flatten(config))
 
 
 def describe_changes(config: Any) -> str:
-    """The options that are not defaults, and those without one, one a line as in ``describe``."""
+    """The options that differ from their default or have none, as text like ``describe``."""
     lines = (f"{name} = {json.dumps(value)}" for name, value in _changes(config))
     return without_keys("\n".join(lines))
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """The message for a name that does not exist, with near matches.
+    """The error message for an unknown name, with similar known names.
 
     Example:
         >>> unknown_name("metric", "ndgc@10", ["NDCG@10", "MRR@10"])
         "metric must be a known name, got 'ndgc@10'; did you mean NDCG@10?"
     """
     lower = {one.lower(): one for one in known}
-    near = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5)]
+    near = usual_names(name, known)
+    near += [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5)]
     last = {full.rpartition(".")[2]: full for full in known}
     near += [
         last[key]
         for key in difflib.get_close_matches(name.rpartition(".")[2], last, n=3, cutoff=0.6)
     ]
-    hint = (
-        f"did you mean {', '.join(dict.fromkeys(near))}?"
-        if near
-        else f"known names: {', '.join(known)}"
-    )
+    hint = f"known names: {', '.join(known)}"
+    if near:
+        hint = f"did you mean {', '.join(dict.fromkeys(near))}?"
+    elif len(known) > _MOST_LISTED and any("." in one for one in known):
+        hint = "`shardrec options` explains all of them"
     return f"{what} must be a known name, got {name!r}; {hint}"
 
 
+def usual_names(name: str, known: Sequence[str]) -> list[str]:
+    """The dotted names in ``known`` that end in this name, or in the one we use for it.
+
+    If several match, only those with the fewest parts are returned.
+
+    Example:
+        >>> usual_names("lr", ["optimizer.learning_rate", "optimizer.eps", "catalog.learning_rate"])
+        ['optimizer.learning_rate', 'catalog.learning_rate']
+    """
+    last = name.lower().replace("-", "_").rpartition(".")[2]
+    found = [one for one in known if one.rpartition(".")[2] in (last, _USUAL.get(last))]
+    depth = min((one.count(".") for one in found), default=0)
+    return [one for one in found if one.count(".") == depth]
+
+
 def type_names(annotation: Any) -> list[str]:
-    """The values that a field of this type may have, for messages and help.
+    """The values that a field of this type may have, as words for messages and help.
 
     Example:
         >>> type_names(int | None), type_names(typing.Literal["a", "b"] | tuple[int, ...])
@@ -168,8 +208,8 @@ def parse(annotation: Any, text: str, name: str) -> Any:
 
     Args:
         annotation: bool, int, float, str, Literal, a tuple or a union of these with None.
-        text: as typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
-        name: dotted name, for the message.
+        text: what the user typed, such as ``1_000_000``, ``1e-3``, ``none``, ``0.9,0.98``.
+        name: dotted name of the field, for error messages.
 
     Raises:
         ValueError: the text is not a value of this type.

@@ -1,7 +1,7 @@
-"""Describe an event log before it is prepared: what is in it, and which options it asks for.
+"""Describe an event log before it is prepared: its contents, and the options of prepare it needs.
 
-The log is sorted as ``prepare`` does it, in bounded memory, and nothing is written but temporary
-files. Columns that no option names are guessed by their names.
+The log is sorted as in ``prepare``, in bounded memory; only temporary files are written. A column
+that no option names is guessed from the usual names.
 """
 
 import dataclasses
@@ -43,15 +43,16 @@ _RECENT = (631_152_000_000_000, 4_102_444_800_000_000)  # 1990 and 2100, in micr
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DescribeConfig:
-    """Options of ``describe``; those of ``prepare`` with the same names mean the same.
+    """Options of ``describe``; they have the same meaning as in ``prepare``.
 
     Attributes:
-        layout: "events", or "sequences": a row is a user, and the other columns hold lists.
-        user_column, item_column, time_column: names in the log; guessed by default.
+        layout: "events" (a row is an event) or "sequences" (a row is a user, and all other columns
+            hold lists).
+        user_column, item_column, time_column: names of the columns in the log; guessed by default.
         event_column: column that ``event_types`` selects from.
         event_types: values of ``event_column`` to keep.
-        memory_limit: of DuckDB.
-        threads: of DuckDB; by default all CPUs available to this process.
+        memory_limit: memory limit of DuckDB.
+        threads: threads of DuckDB; by default all CPUs available to this process.
     """
 
     layout: Literal["events", "sequences"] = "events"
@@ -66,36 +67,39 @@ class DescribeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What ``describe`` found.
+    """The result of ``describe``.
 
     Attributes:
-        facts: JSON: columns, counts, times, distributions, splits.
-        warnings: what may go wrong, each with the option that answers it.
+        facts: columns, counts, times, distributions and splits, as JSON.
+        warnings: likely problems, each with the option that solves it.
     """
 
     facts: dict[str, Any]
     warnings: list[str]
 
     def as_json(self) -> str:
-        """The facts and the warnings."""
+        """Facts and warnings as JSON text."""
         return json.dumps(self.facts | {"warnings": self.warnings}, indent=1, ensure_ascii=False)
 
     def as_text(self) -> str:
-        """One fact a line, then the warnings."""
+        """Facts as text, one per line, then the warnings."""
         lines = [f"{name:<34} {value}" for name, value in _lines(self.facts)]
         return "\n".join([*lines, "", *(f"! {warning}" for warning in self.warnings)]).rstrip()
 
 
 def describe(events: str, config: DescribeConfig | None = None) -> Description:
-    """Describe a log.
+    """What an event log holds, and which options of ``prepare`` it needs.
+
+    If a column that may have no nulls has some, the facts are only files, rows, columns and nulls.
 
     Args:
-        events: as for ``prepare``.
+        events: file, folder, glob or URI of the log, as for ``prepare``.
         config: columns and limits; None takes the defaults.
 
     Raises:
         FileNotFoundError: there is no log.
-        ValueError: the log cannot be read exactly, or a column can be neither found nor guessed.
+        ValueError: the log cannot be read without loss, or a column is missing or cannot be
+            guessed.
         MemoryError: ``memory_limit`` is too low.
     """
     config = config or DescribeConfig()
@@ -126,7 +130,7 @@ def describe(events: str, config: DescribeConfig | None = None) -> Description:
 
 
 def _columns(events: str, config: DescribeConfig) -> tuple[EventColumns, dict[str, str]]:
-    """The columns to read, and what each column of the log is: its type and its role."""
+    """The columns to read, and type and role of each column of the log, as text by name."""
     schema = read_schema(events)
     names = {
         role: getattr(config, f"{role}_column") or _guess(role, schema.names) for role in _NAMES
@@ -208,7 +212,7 @@ def _facts(log: EventLog, found: SortedLog, counts: Array) -> dict[str, Any]:
 
 
 def _times(bounds: tuple[int, int], time_type: str) -> dict[str, Any]:
-    """The first and the last time, as dates where they are, or where they look like them."""
+    """First and last time of the log; numbers that look like Unix times also as dates."""
     first, last = bounds
     if time_type == "timestamp[us]":
         return {"first": as_date(first), "last": as_date(last)}
@@ -226,7 +230,7 @@ def _splits(log: SortedLog) -> list[str]:
 
 
 def _split(log: SortedLog, events: EventLog, split: str) -> dict[str, Any]:
-    """What a split with default options would leave; "refused" and why, if nothing."""
+    """Sizes of the parts of a split with default options; "refused" with the reason if it fails."""
     config = PrepareConfig(events=".", output=".", split=split)  # type: ignore[arg-type]
     try:
         cuts = split_log(log, config, events.time_type)
@@ -243,7 +247,7 @@ def _split(log: SortedLog, events: EventLog, split: str) -> dict[str, Any]:
 
 
 def _held_out(cuts: Cuts, start: Array, stop: Array) -> int:
-    """Users whose last event of a part is a target with a history before it."""
+    """Number of users with an event in [start, stop) and a history before their last one there."""
     return int((cuts.kept & (stop > start) & (stop >= 2)).sum())
 
 
@@ -257,15 +261,15 @@ def _warnings(facts: Mapping[str, Any]) -> Iterator[str]:
     lengths = facts["events_of_a_user"]
     if lengths["most"] > 100 * lengths["median"]:
         rules.append(
-            ("of_the_longest_user", 0.0, "are of one user: a bot? leave it out of the log")
+            ("of_the_longest_user", 0.0, "are of one user, perhaps a bot: remove it from the log")
         )
     for name, limit, words in rules:
         if shares[name] > limit:
             yield f"{100 * shares[name]:.1f} % of the events {words}"
     if shares["users_of_one_event"] > 0.5:
         yield (
-            f"{100 * shares['users_of_one_event']:.0f} % of the users have one event: is it a "
-            "session or a row number? another --user-column"
+            f"{100 * shares['users_of_one_event']:.0f} % of the users have one event: if these are "
+            "sessions or row numbers, choose another --user-column"
         )
     if shares["items_of_one_event"] > 0.5:
         yield (
@@ -276,11 +280,11 @@ def _warnings(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "the default split by time leaves nothing to train on: --split leave_one_out"
     elif temporal["items_without_training_events"] > 0.2 * facts["items"]:
         yield (
-            f"{temporal['items_without_training_events']:,} of {facts['items']:,} items come only "
-            "in the test part: no model can know them; read the metrics that end in /known"
+            f"{temporal['items_without_training_events']:,} of {facts['items']:,} items occur "
+            "only in the test part: no model can know them; read the metrics that end in /known"
         )
     if facts["files_passed_over"]:
-        yield f"{facts['files_passed_over']} files hold no events and are passed over: --events"
+        yield f"{facts['files_passed_over']} files hold no events and are not read: check --events"
 
 
 def _lines(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -45,21 +45,20 @@ def evaluate(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Rank the items for every user of a split and write ``metrics.json`` into the run.
+    """Rank the items for every user of a split, write ``metrics.json``, and return its content.
 
-    Beside it ``metrics.users.parquet`` has the rank of each target in the list of its user.
-
-    Runs on any number of ranks, whatever number trained. If the report of the same weights, users
-    and options exists already, logs that and does nothing.
+    Next to it, ``metrics.users.parquet`` has the rank of each target in its user's list. The number
+    of ranks may differ from the training's. If a report on the same weights, users and options
+    exists already, it is returned unchanged, with a log message.
 
     Args:
-        run: the run folder, or a folder of ``baseline``.
+        run: the run folder, or the folder of a baseline.
         data: the prepared folder the run was trained on.
         config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
         checkpoint: the weights to load.
         encoder: the module given to ``train``, if any.
-        output: the report to write; None takes ``metrics.json`` in the run.
+        output: file to write the report to; None takes ``metrics.json`` in the run.
         force: whether to replace an existing report.
 
     Returns:
@@ -67,8 +66,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
-        FileExistsError: a report of other weights, users or options exists.
-        ValueError: the run does not fit the data.
+        FileExistsError: a report on other weights, users or options exists.
+        ValueError: the run was not trained on this data.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -100,20 +99,20 @@ def evaluate_popularity(
     output: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Metrics of ranking every user by training counts alone: a baseline for any model.
+    """Metrics of one list for all users, by training counts alone: a baseline for any model.
 
     Args:
         data: a prepared folder.
         config: list lengths and candidates; None takes the defaults.
         split: the users to rank for.
-        output: the report to write; None writes none.
+        output: file to write the report to; None writes none.
         force: whether to replace an existing report.
 
     Returns:
         The content of the report, written or not.
 
     Raises:
-        FileExistsError: a report of other data or options exists.
+        FileExistsError: a report on other data or with other options exists.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -133,12 +132,15 @@ def evaluate_popularity(
 def evaluate_baselines(
     data: str, config: MeasureConfig, split: Split = "test"
 ) -> dict[str, dict[str, float]]:
-    """Metrics of popularity and of the baselines in ``data`` that were evaluated by this protocol.
+    """Metrics of popularity, and of the baselines in ``data`` evaluated by the same protocol.
 
     Args:
         data: a prepared folder.
         config: list lengths and candidates.
         split: the users to rank for.
+
+    Returns:
+        The metrics of each baseline, by its name.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -264,7 +266,7 @@ def _write_ranks(report: Path, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -
 
     Args:
         report: ``NAME.json``; the ranks are ``NAME.users.parquet``.
-        parts: of each rank: users, ranks of their targets, numbers of targets.
+        parts: users, ranks of their targets, and numbers of targets, from each rank.
 
     Returns:
         JSON: the file's name and checksum.

@@ -3,9 +3,10 @@
 ::
 
     items/part-00000-of-00002.parquet   item_id, item, count, vector; each rank writes its rows,
-                                        and rank 0 one part more for items after training
-    encoder.safetensors                 its weights; encoder.pt2, a program, if it is not ours
-    items.faiss                         if an index is asked for
+                                        and rank 0 one more part for items added after training
+    encoder.safetensors                 weights of the encoder; a module of the user's is written
+                                        as a program, encoder.pt2
+    items.faiss                         if an index was requested
     successors.parquet                  if the run has a memory
     manifest.json                       run, data, catalog version, files; written last
 
@@ -17,7 +18,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,14 +58,14 @@ class ExportConfig:
         run: run folder of train.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
-        items: Parquet with attributes of items, in the columns that `prepare --item-attributes`
-            read; those that the catalog does not have are added, with 0 training events.
+        items: Parquet with attributes of items, with the columns that `prepare --item-attributes`
+            read; items that the catalog lacks are added, with 0 training events.
         checkpoint: the weights to export.
         faiss: a FAISS factory string, such as HNSW32 or IVF1024,Flat, for an index of the items
             that training saw, built on one rank that holds all vectors; none: no index.
-        faiss_search: parameters of its search, such as efSearch=128 or nprobe=16.
+        faiss_search: parameters of the index's search, such as efSearch=128 or nprobe=16.
         force: replace an earlier output of this stage.
-        block_rows: rows of the table that are written at a time.
+        block_rows: number of table rows that are written at a time.
     """
 
     run: str
@@ -98,18 +99,18 @@ class Exported:
     """The output of ``export``.
 
     Attributes:
-        manifest: of the output folder.
+        manifest: manifest of the output folder.
         is_new: False if the output was there and nothing had to be done.
         seconds: wall time.
     """
 
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     is_new: bool
     seconds: float
 
 
 def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exported:
-    """Write item vectors with the log's own ids, and the encoder.
+    """Write item vectors with the log's own ids, and the encoder; returns the manifest.
 
     Args:
         config: the same on every rank.
@@ -121,9 +122,9 @@ def export(config: ExportConfig, *, encoder: nn.Module | None = None) -> Exporte
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, ``torch.export`` cannot trace an encoder of
-            yours, or FAISS cannot make the index.
-        RuntimeError: the encoder that was written gives other states than the live one.
+        ValueError: the run was not trained on this data, ``torch.export`` cannot trace a
+            user-supplied encoder, or FAISS cannot make the index.
+        RuntimeError: the written encoder returns other states than the one in memory.
 
     Collectives: on the default group; every rank must call it.
     """
@@ -195,9 +196,12 @@ class _Work:
         }
 
     def _write_rows(self, folder: Path) -> list[FileEntry]:
-        """Write this rank's rows."""
+        """Write this rank's rows, of the first replica."""
+        catalog = self.model.catalog
+        if catalog.replicas is not None and catalog.replicas.index:
+            return []
         (folder / "items").mkdir(exist_ok=True)
-        shard, name = self.model.catalog.shard, self._part(Communicator(self.model.group).rank)
+        shard, name = catalog.shard, self._part(Communicator(catalog.group).rank)
         with pq.ParquetWriter(folder / name, self._schema()) as writer:
             for start in range(0, shard.rows.shape[0], self.config.block_rows):
                 rows = shard.rows.detach()[start : start + self.config.block_rows].cpu()
@@ -208,7 +212,7 @@ class _Work:
         """Write the items that came after training, after those of the catalog; on rank 0."""
         if self.new is None:
             return []
-        name, first = self._part(Communicator(self.model.group).size), len(self.ids)
+        name, first = self._part(Communicator(self.model.catalog.group).size), len(self.ids)
         ids, rows = self.new.vectors(self.ids.ids, self.model.catalog.attributes)
         self.ids = ItemIds(pa.concat_arrays([self.ids.ids, ids.cast(self.ids.ids.type)]))
         self.counts = torch.cat([self.counts, self.counts.new_zeros(len(ids))])
@@ -217,7 +221,7 @@ class _Work:
         return [describe_parquet(folder, name)]
 
     def _part(self, index: int) -> str:
-        total = Communicator(self.model.group).size + (self.new is not None)
+        total = Communicator(self.model.catalog.group).size + (self.new is not None)
         return f"items/part-{index:05d}-of-{total:05d}.parquet"
 
     def _schema(self) -> pa.Schema:
@@ -276,10 +280,10 @@ class _Work:
 def encoder_difference(
     written: nn.Module, encoder: nn.Module, width: int, max_length: int
 ) -> float:
-    """The largest absolute difference between an encoder read back and the live one.
+    """Largest absolute difference of the states of the written encoder and the one in memory.
 
     Raises:
-        RuntimeError: it is larger than rounding explains.
+        RuntimeError: it is larger than rounding can explain.
     """
     alone = copy.deepcopy(encoder).cpu().eval()
     generator, worst = torch.Generator().manual_seed(1), 0.0
@@ -292,7 +296,7 @@ def encoder_difference(
         worst = max(worst, difference)
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
-                f"the exported encoder must answer as the live one does, got a difference of "
+                f"the exported encoder must return the states of the original, got a difference of "
                 f"{difference:.3g} for a batch of shape {shape}; remove state and randomness "
                 "from its forward"
             )

@@ -1,8 +1,9 @@
 """The gate stage: decide whether an evaluated run may replace the published model.
 
-Both are compared on the same users. If the published model was measured on them when it was
-published, by the same options, that value is used. Otherwise, as after every retraining on newer
-data, its export is measured now, on the users of the new run and with the items it knows.
+Both are compared on the same users. If the published model was measured on these users with the
+same options when it was published, that value is used. Otherwise (as after every retraining on
+newer data) the published export is measured now, on the users of the new run, ranking the items
+that it knows.
 """
 
 import functools
@@ -38,17 +39,18 @@ class GateConfig:
     """Options of ``gate``: what a run must reach to be published.
 
     Attributes:
-        run: run folder of train, with the report of evaluate in it.
+        run: run folder of train that holds the report of evaluate.
         prepared: the folder the run was trained on.
-        published: pointer file of publish; before the first one there is nothing to compare with.
+        published: pointer file of publish; if it does not exist yet there is nothing to compare
+            with.
         metric: the metric to compare; larger is better.
-        tolerance: accepted loss, as a share of the published model's value.
+        tolerance: accepted decrease, as a share of the published model's value.
         minimum: value that the run must reach in any case.
-        at_least: folder of an evaluated baseline, or its report; the run must reach its value on
+        at_least: folder of an evaluated baseline, or its report, whose value the run must reach on
             the same users by the same protocol.
         metrics: report of evaluate; none: metrics.json in the run.
-        output: report to write; none: gate.json in the run.
-        force: decide again, or replace a report of other options.
+        output: file to write the verdict to; none: gate.json in the run.
+        force: decide again, or replace a verdict made with other options.
         trust_code: open a published export whose encoder is a program (encoder.pt2), which can run
             any code; only if you made it or trust who did.
     """
@@ -72,7 +74,7 @@ class GateConfig:
 
     @property
     def report(self) -> Path:
-        """Where the verdict is written."""
+        """The file that the verdict is written to."""
         return Path(self.output or Path(self.run) / "gate.json")
 
 
@@ -83,8 +85,8 @@ class Verdict:
     Attributes:
         passed: whether the run may be published.
         reason: the comparison in one line.
-        is_new: False if the report was there and nothing had to be done.
-        report: content of the report.
+        is_new: False if the verdict was there and nothing had to be done.
+        report: content of the verdict's file.
     """
 
     passed: bool
@@ -94,14 +96,14 @@ class Verdict:
 
 
 def gate(config: GateConfig) -> Verdict:
-    """Compare a run with the published model, and write and return the verdict, pass or fail.
+    """The verdict on a run, after comparing it with the published model; also written to a file.
 
-    An existing verdict on the same run, options and published model is returned as it is. If
-    another model was published since, the report is replaced.
+    An existing verdict on the same run, options and published model is returned unchanged. If
+    another model has been published since, it is replaced.
 
     Raises:
         FileNotFoundError: the run was not evaluated, or the published export is gone.
-        FileExistsError: a report of other options exists.
+        FileExistsError: a verdict made with other options exists.
         ValueError: the metric was not measured, or inputs do not belong together.
 
     Collectives: none; one process holds all published vectors, as a serving process does.
@@ -136,13 +138,13 @@ def judge(
     published: float | None,
     baseline: float | None = None,
 ) -> tuple[bool, str]:
-    """Whether a run's value passes, and why.
+    """Whether a run's value passes, and the reason in one line.
 
     Args:
         config: metric, tolerance and minimum.
-        value: of the run; None if it is not a number.
-        published: of the published model; None if there is none.
-        baseline: of the baseline that the run must reach; None if there is none.
+        value: the run's value of the metric; None if it is not a number.
+        published: value of the published model; None if there is none.
+        baseline: value of the baseline that the run must reach; None if there is none.
 
     Example:
         >>> rule = GateConfig(run="run", prepared="data", published="p.json", tolerance=0.1)
@@ -177,21 +179,21 @@ def measure_export(
     """Metrics of an export on the users of any prepared folder, even a newer one.
 
     Items are matched by the log's own ids. Items that the export does not know are skipped in
-    histories and rank behind all others, so that targets among them are missed, as they are when
+    histories and rank behind all others, so that targets among them count as missed, just as when
     the export serves these users. Items that only the export knows are not ranked.
 
     Args:
         folder: an export.
         prepared: data of the users that are ranked.
-        config: list lengths and the seen filter.
-        split: which users.
-        trust_code: as in ``Recommender.open``.
+        config: list lengths and the filter of seen items.
+        split: the users to rank for.
+        trust_code: whether to open files that can run code; see ``Recommender.open``.
 
     Raises:
         FileNotFoundError, ValueError: the export is incomplete, its ids are of another type, or its
             encoder is a program that is not trusted.
 
-    Collectives: none; the vectors must fit into this process.
+    Collectives: none; the vectors must fit into the memory of this process.
     """
     # Imported late: loads matplotlib.
     from shardrec.modules.ranking import Blocks

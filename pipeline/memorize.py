@@ -1,11 +1,11 @@
-"""The memorize stage: count what followed each item, and choose how much that weighs in ranking.
+"""The memorize stage: count each item's successors, and choose their weight in ranking.
 
 ::
 
     RUN/memory/successors.parquet   item, successor, strength; the strongest successors first
-    RUN/memory/manifest.json        scale, and the metric on the validation users for each one tried
+    RUN/memory/manifest.json        the chosen scale, and the validation metric of each scale tried
 
-From then on evaluate, recommend and export of the run rank by model and memory together.
+Afterwards evaluate, recommend and export of this run rank by model and memory together.
 """
 
 import dataclasses
@@ -48,13 +48,14 @@ class MemorizeConfig:
 
     Attributes:
         run: run folder of train; the memory is written into it.
-        prepared: the folder the run was trained on; with validation users to choose a scale by.
-        neighbors: strongest successors of each item that are kept.
-        scales: how much a strength of 1 adds to a logit, to choose from; 0 is the model alone.
-            Each one ranks the validation users once. One alone is taken as it is, as for a run
-            on all data whose scale was chosen by another run.
-        metric: of the validation users; the scale with the largest is taken.
-        filter_seen: leave out items of the history in choosing, as the lists will.
+        prepared: the folder the run was trained on; to choose among scales it must have validation
+            users.
+        neighbors: number of successors of each item to keep, the strongest.
+        scales: candidate values of the scale: how much a strength of 1 adds to a logit; 0 is the
+            model alone. The validation users are ranked once per value. A single value is taken
+            without ranking, as for a run on all data with the scale that another run chose.
+        metric: metric on the validation users; the scale with the largest value is chosen.
+        filter_seen: leave out items of the history while the scale is chosen, as in the lists.
         checkpoint: the weights that the scale is chosen for.
         force: replace an earlier memory.
         batch_size: users at a time on each rank.
@@ -87,7 +88,7 @@ class MemorizeConfig:
 
     @property
     def measure(self) -> MeasureConfig:
-        """How the validation users are ranked."""
+        """The options by which the validation users are ranked."""
         return MeasureConfig(
             filter_seen=self.filter_seen,
             batch_size=self.batch_size,
@@ -101,8 +102,9 @@ class Memorized:
     """The output of ``memorize``.
 
     Attributes:
-        manifest: of the memory, the same on every rank; "scale" is in units of the scores, and
-            "tried" has the metric of each of the scales.
+        manifest: manifest of the memory, the same on every rank; "scale" is the chosen one times
+            the loss's temperature, in units of the scores, and "tried" has the metric of each
+            scale.
         is_new: False if the memory was there and nothing had to be done.
         seconds: wall time.
     """
@@ -113,7 +115,7 @@ class Memorized:
 
 
 def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Memorized:
-    """Write the memory of a run into its folder.
+    """Count the memory of a run, choose its scale, and write both into the run folder.
 
     Args:
         config: the same on every rank.
@@ -121,9 +123,9 @@ def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Mem
 
     Raises:
         FileNotFoundError: there is no run, no data or no complete checkpoint.
-        FileExistsError: the run has a memory of other options or weights.
-        ValueError: the run does not fit the data, or there are several scales and no validation
-            users.
+        FileExistsError: the run has a memory with other options or for other weights.
+        ValueError: the run was not trained on the data, or there are several scales and no
+            validation users.
         OSError: the disk is full.
 
     Collectives: on the default group; every rank must call it.
@@ -165,7 +167,7 @@ def _try_scales(
     successors: Path,
     encoder: nn.Module | None,
 ) -> dict[float, float]:
-    """The metric on the validation users by scale of a logit."""
+    """The metric on the validation users for each scale, in units of a logit."""
     model, how = source.load(prepared, encoder), config.measure
     group, rows = model.group, model.catalog.row_range
     unscaled = {"scale": 1.0, "ages": AGES, "decay": DECAY}

@@ -1,10 +1,10 @@
-"""Estimates of what a run costs each rank: bytes of memory, bytes of traffic, FLOP.
+"""Estimate what a run costs each rank: bytes of memory, bytes of traffic, FLOP.
 
 The formulas are next to the code they describe (``*_cost`` of the losses, ``saved_floats`` and
 ``encoder_flops`` of the encoder, ``state_floats`` of the optimizers); this file adds them up. On a
-CPU a test compares the sums with measured peaks. For a GPU they are the same sums, not measured:
-activations are counted in float32, though products in bfloat16 keep less. Memory that an allocator
-does not give back is not included, and a plan says so.
+CPU a test compares the sums with measured peaks. For a GPU the same sums are not measured:
+activations are counted in float32, though products in bfloat16 save less. Memory that an allocator
+does not return to the system is not included, and a plan says so.
 """
 
 import dataclasses
@@ -15,11 +15,13 @@ import torch
 
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.ranks.traffic import Workload
-from shardrec.modules.catalog_config import CatalogConfig, state_floats
+from shardrec.modules.catalog_config import CatalogConfig, rows_at_once, state_floats
 from shardrec.modules.encoder import EncoderConfig, TransformerEncoder, encoder_flops, saved_floats
 from shardrec.modules.memory import memory_bytes
 from shardrec.modules.option_checks import require_at_least
+from shardrec.pipeline.checkpoint.pinned import PINNED_BYTES
 from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.layout import choose_layout
 
 __all__ = ["AttributeCounts", "Machine", "Plan", "count_parameters", "plan", "readable_bytes"]
 
@@ -44,13 +46,13 @@ class Machine:
     """The ranks that share a run, and the memory of each.
 
     Attributes:
-        ranks: W, workers in one sharding group.
+        ranks: W, workers of the job; ``parallel.shards`` of the config divides them into replicas.
         memory_gb: of each rank, in 10**9 bytes; none: no largest catalog is computed.
         device: "cpu" or "cuda".
         filled: mean length of the sequences of a batch, as a share of ``encoder.max_length``.
-        libraries_gb: what a process or a CUDA context holds before the model is built, in 10**9
+        libraries_gb: memory of a process or a CUDA context before the model is built, in 10**9
             bytes.
-        neighbors: of `memorize`, whose memory is held beside the model in ranking; 0: none.
+        neighbors: option of `memorize`, if its memory is used in ranking; 0: no memory.
     """
 
     ranks: int = 1
@@ -79,10 +81,10 @@ class AttributeCounts:
     """The attributes of the items, for catalog.attributes=add or only.
 
     Attributes:
-        attribute_values: different values of all columns; `prepare` prints them.
-        attribute_codes: values of an item on average: its columns of single values, and the lengths
-            of its lists.
-        attribute_numbers: numbers in all vectors of an item.
+        attribute_values: number of distinct values in all columns; `prepare` prints it.
+        attribute_codes: average number of values of an item: one per column of single values, plus
+            the lengths of its lists.
+        attribute_numbers: total length of an item's vectors.
     """
 
     attribute_values: int = 0
@@ -95,17 +97,17 @@ class AttributeCounts:
             require_at_least(name, getattr(self, name), 0)
 
     def check(self, config: CatalogConfig) -> None:
-        """Raise ValueError unless there are attributes where the config uses them, and only there.
+        """Raise ValueError unless attributes are given exactly if the config uses them.
 
         Raises:
-            ValueError: there are none, or they are not used.
+            ValueError: they are needed but not given, or given but not used.
         """
         there = bool(self.attribute_values or self.attribute_numbers)
         if there != (config.attributes != "none"):
             raise ValueError(
                 "attribute_values or attribute_numbers must be above 0 where attributes are used, "
                 f"and only there, got {self.attribute_values} and {self.attribute_numbers} with "
-                f"catalog.attributes={config.attributes}; set both or none"
+                f"catalog.attributes={config.attributes}; give the sizes, or change that option"
             )
 
 
@@ -118,23 +120,28 @@ class Plan:
         condition: a sentence on when the peak holds.
         memory: bytes by term; "gradient" is that of the table.
         peak_bytes: most bytes in use at once; below the sum, as not all terms coexist.
-        moved: bytes received from other ranks, by part.
+        layout: a sentence on replicas and shards.
+        moved: bytes received from other ranks, by part; only gradients of encoder, attributes and
+            replicas cross replicas.
         traffic: bytes that the loss reads from memory and writes to it, by part; what stays in a
             cache is not moved so often.
         flops: FLOP of matrix products, by part.
         host_bytes: host memory for the copy that a checkpoint is written from; 0 on a CPU.
+        batch_bytes: host memory for the batch in use and the next one; 0 on a CPU.
         memorized_bytes: of a memory of item pairs beside the model, in ranking, not in training.
         largest_num_items: the largest catalog that fits; None where no memory was given.
     """
 
     num_items: int
     condition: str
+    layout: str
     memory: Mapping[str, int]
     peak_bytes: int
     moved: Mapping[str, float]
     traffic: Mapping[str, float]
     flops: Mapping[str, float]
     host_bytes: int = 0
+    batch_bytes: int = 0
     memorized_bytes: int = 0
     largest_num_items: int | None = None
 
@@ -149,6 +156,8 @@ class Plan:
         rows += [("peak", readable_bytes(self.peak_bytes)), ("dominated by", self.dominant)]
         if self.host_bytes:
             rows += [("host memory for a checkpoint", readable_bytes(self.host_bytes))]
+        if self.batch_bytes:
+            rows += [("host memory for batches", readable_bytes(self.batch_bytes))]
         if self.memorized_bytes:
             rows += [("item pairs, in ranking only", readable_bytes(self.memorized_bytes))]
         rows += [("", ""), ("from other ranks in a step", "")]
@@ -160,7 +169,7 @@ class Plan:
         if self.largest_num_items is not None:
             rows += [("", ""), ("largest catalog that fits", f"{self.largest_num_items:,} items")]
         table = "\n".join(f"{name:<30}{value:>20}".rstrip() for name, value in rows)
-        return f"{table}\n\n{self.condition}"
+        return f"{self.layout}\n\n{table}\n\n{self.condition}"
 
 
 def plan(
@@ -172,13 +181,14 @@ def plan(
     """Costs of ``config`` over a catalog of ``num_items`` on ``machine``.
 
     Args:
-        config: of the run; data and output are not looked at.
+        config: the config of the run; ``data`` and ``output`` are ignored.
         num_items: V.
         machine: ranks and memory.
-        attributes: of the items; None for none.
+        attributes: sizes of the items' attributes; None if they are not used.
 
     Raises:
-        ValueError: the catalog is empty, or ``attributes`` does not go with the config.
+        ValueError: the catalog is empty, ``attributes`` does not go with the config, or the ranks
+            cannot be laid out as it says.
     """
     if num_items < 1:
         raise ValueError(f"num_items must be at least 1, got {num_items}; count the items")
@@ -190,22 +200,24 @@ def plan(
     return Plan(
         num_items=num_items,
         condition=CONDITION[machine.device],
+        layout=made.layout.describe(config.optimizer.accumulate),
         memory=memory,
         peak_bytes=peak,
         moved=made.moved(num_items),
-        traffic={"loss": config.loss.cost(made.work(num_items)).work.bytes},
+        traffic={"loss": made.turns * config.loss.cost(made.work(num_items)).work.bytes},
         flops=made.flops(num_items),
-        host_bytes=0 if made.on_cpu else made.checkpoint_copy(num_items),
+        host_bytes=0 if made.on_cpu else made.host_copy(num_items),
+        batch_bytes=0 if made.on_cpu else made.batches(),
         memorized_bytes=made.memorized(num_items),
         largest_num_items=largest,
     )
 
 
 def count_parameters(config: EncoderConfig) -> int:
-    """Number of weights of an encoder, counted without memory for them.
+    """Number of weights of an encoder; none of them is allocated.
 
     Raises:
-        ValueError: they are more than 64 bits count.
+        ValueError: the number does not fit into 64 bits.
     """
     block = dataclasses.replace(config, num_blocks=1)
     try:
@@ -226,14 +238,20 @@ class _Planner:
     def __init__(self, config: TrainConfig, machine: Machine, attributes: AttributeCounts) -> None:
         self.config, self.machine, self.attributes = config, machine, attributes
         self.on_cpu = machine.device == "cpu"
+        accumulate = config.optimizer.accumulate
+        self.layout = choose_layout(config.parallel.shards, accumulate, machine.ranks, None)
+        self.turns = accumulate // self.layout.num_replicas
         self.width, self.length = config.encoder.width, config.encoder.max_length
         sequences = config.batches.batch_size
         # The encoder sees hardly any padding (``LengthGroups``).
-        self.own_positions = -(-sequences // machine.ranks) * self.length * machine.filled
+        self.own_positions = -(-sequences // self.layout.num_shards) * self.length * machine.filled
         self.num_positions = round(sequences * self.length * machine.filled)
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
+        # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
+        precision = config.precision
+        self.in_bfloat16 = precision == "bfloat16" or (precision == "auto" and not self.on_cpu)
 
     @property
     def state_floats(self) -> int:
@@ -245,8 +263,10 @@ class _Planner:
         return Workload(
             num_positions=self.num_positions,
             num_items=num_items,
-            num_ranks=self.machine.ranks,
+            num_ranks=self.layout.num_shards,
             width=self.width,
+            element_bytes=2 if self.in_bfloat16 else 4,
+            is_cast=self.in_bfloat16,
             on_cpu=self.on_cpu,
         )
 
@@ -279,13 +299,24 @@ class _Planner:
         has_ids = self.config.catalog.attributes != "only"
         floats = self.width * has_ids + self.state_floats
         encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
-        copy = 4 * self.work(num_items).num_rows * floats + encoder
+        rows = -(-self.work(num_items).num_rows // self.layout.num_replicas)
+        copy = 4 * rows * floats + encoder
         return copy * self.config.checkpoints.background
+
+    def host_copy(self, num_items: int) -> int:
+        """Bytes of host memory for the copy of a GPU's state, with the buffers on the way there."""
+        copy = self.checkpoint_copy(num_items)
+        return copy and copy + PINNED_BYTES
+
+    def batches(self) -> int:
+        """Bytes of two batches: items, targets, weights and the indices of real positions."""
+        sequences = -(-self.config.batches.batch_size // self.machine.ranks)
+        return 2 * sequences * self.length * (8 + 8 + 4 + 8)
 
     def memorized(self, num_items: int) -> int:
         """Bytes of the memory beside the model; 0 without one."""
-        neighbors, ranks = self.machine.neighbors, self.machine.ranks
-        return memory_bytes(num_items, neighbors, ranks) if neighbors else 0
+        neighbors, shards = self.machine.neighbors, self.layout.num_shards
+        return memory_bytes(num_items, neighbors, shards) if neighbors else 0
 
     def largest(self, memory_bytes: int) -> int:
         """The largest catalog with a peak within ``memory_bytes``, by bisection; 0 for none."""
@@ -299,23 +330,38 @@ class _Planner:
         return low
 
     def moved(self, num_items: int) -> dict[str, float]:
-        """Bytes received from other ranks."""
-        own, others = self.num_positions / self.machine.ranks, 1 - 1 / self.machine.ranks
+        """Bytes received from other ranks, for all batches of a step."""
+        own, others = self.num_positions / self.layout.num_shards, 1 - 1 / self.layout.num_shards
         vectors = 4.0 * own * self.width * others
-        return {
+        of_batch = {
             "ids and vectors looked up": 8.0 * own * others + vectors,
             "gradients of vectors": vectors,
             **self.config.loss.cost(self.work(num_items)).received,
+        }
+        others = 1 - 1 / self.machine.ranks
+        sums = self._replica_sum(num_items) if self.layout.num_replicas > 1 else None
+        return {
+            **{name: self.turns * value for name, value in of_batch.items()},
             "encoder gradients": 2 * 4.0 * self.parameters * others,
             **self._attribute_gradients(others),
+            **({} if sums is None else {"row gradients of replicas": sums}),
         }
+
+    def _replica_sum(self, num_items: int) -> float:
+        """As ``Replicas.sum_gradients`` does it: dense, or by pairs where these are fewer bytes."""
+        work, copies = self.work(num_items), self.layout.num_replicas
+        cost, dense = self.config.loss.cost(work), 2 * (1 - 1 / copies) * work.num_rows
+        if cost.is_dense:
+            return dense * 4 * self.width
+        touched = min(work.num_rows, self.turns * (cost.touched_rows + work.own_positions))
+        pairs = (copies - 1) * touched * (8 + 4.0 * self.width)
+        return min(pairs, dense * (4 + 4 * self.width))
 
     def flops(self, num_items: int) -> dict[str, float]:
         """FLOP of matrix products, forward and backward."""
-        return {
-            "encoder": self.own_positions * encoder_flops(self.config.encoder, self.length),
-            "loss": self.config.loss.cost(self.work(num_items)).flops,
-        }
+        encoder = self.own_positions * encoder_flops(self.config.encoder, self.length)
+        loss = self.config.loss.cost(self.work(num_items)).flops
+        return {"encoder": self.turns * encoder, "loss": self.turns * loss}
 
     def _attributes(self, work: Workload) -> dict[str, int]:
         """Bytes of codes and vectors, of composed rows, and of composing them."""
@@ -343,12 +389,20 @@ class _Planner:
         """Bytes of the table's gradient, and of merging and applying it."""
         row = 4 * self.width
         if cost.is_dense:
-            return work.num_rows * row, 0
+            return work.num_rows * row, self._range_copy(work.num_rows)
         merged = min(work.num_rows, cost.touched_rows + work.own_positions) * (row + 8)
-        gradient = cost.touched_rows * (row + 8)
+        gradient, copies = cost.touched_rows * (row + 8), self.layout.num_replicas
+        if copies > 1:  # the pairs of all replicas, or the shard
+            merged += min(copies * merged, work.num_rows * (row + 8))
         if self.config.catalog.optimizer == "adam":  # it updates every row, by a dense gradient
             return gradient, max(merged, work.num_rows * row + merged - gradient)
-        return gradient, merged
+        return gradient, merged + self._range_copy(cost.touched_rows)
+
+    def _range_copy(self, rows: int) -> int:
+        """Bytes of what fbgemm reads and sorts of the rows that are updated at a time, on a GPU."""
+        if self.on_cpu or self.config.catalog.optimizer == "adam":
+            return 0
+        return 2 * 4 * self.width * min(rows, rows_at_once(rows, self.width, "cuda"))
 
     def _unit_rows(self, work: Workload) -> int:
         """The rows at unit length, and their gradient on its way to the table's."""

@@ -1,4 +1,4 @@
-"""The prepare stage: turn an event log into a folder of sequences, splits and a manifest.
+"""The prepare stage: turn an event log into a folder of sequences, in splits, with a manifest.
 
 The phases: sort the log; find the cut times; choose the catalog; find each user's cuts; count the
 training events; assign the item indices; join the items' attributes, if there are any; write items
@@ -6,20 +6,22 @@ and sequences; write the manifest.
 
 Splits:
 
-* ``temporal`` (default): events from one global time on are for the test. Counts, popularity,
+* ``temporal`` (default): events from one global time on form the test part. Counts, popularity,
   filters and training sequences come from earlier events only. Validation is by users (the default:
   the last event before the test part of one user in ten, so that training still has the newest
-  weeks) or by time (the part just before the test part, for all users: training ends earlier).
-* ``leave_one_out``: a user's last event tests and the one before it validates; users with fewer
-  than three events only train. Times only give the order, so filters count the whole log.
+  weeks) or by time (the period just before the test part, for all users, so that training ends
+  earlier).
+* ``leave_one_out``: a user's last event is for the test and the one before it for validation; users
+  with fewer than three events are only trained on. Times only give the order, so filters count the
+  whole log.
 
-Targets are the user's ``last`` held-out event, with all events before it as history, or ``all`` of
-them, with the events before the split as history. Items first seen after the split stay in the
-catalog with count 0 (unless ``min_item_events`` requires training events), and users without
-history before it are counted and left out. Events of one user at one time keep the order of the
-log, unless ``ties`` says to shuffle them.
+Targets are the user's ``last`` held-out event, with all events before it as history, or ``all``
+held-out events, with the events before the split as history. Items first seen after the split stay
+in the catalog with count 0 (unless ``min_item_events`` requires training events). Users without any
+history before the split are counted and left out. Events of one user at one time keep the order of
+the log, unless ``ties`` says to shuffle them.
 
-Items that only ``item_attributes`` has get the next indices after those of the log.
+Items that occur only in ``item_attributes`` get the next indices after those of the log.
 
 To prepare a newer log, pass the ``items.parquet`` of the earlier folder as ``items``: its items
 keep their indices (``log/item_indices.py``).
@@ -69,7 +71,7 @@ class Preparation:
     """The result of ``prepare_once``.
 
     Attributes:
-        manifest: of the output folder.
+        manifest: manifest of the output folder.
         is_new: False if the output was complete already.
         seconds: wall time.
     """
@@ -80,21 +82,21 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Prepare a log; returns the manifest of ``config.output``. See ``prepare_once``."""
+    """The manifest of ``config.output``, after preparing it if need be; see ``prepare_once``."""
     return prepare_once(config).manifest
 
 
 def prepare_once(config: PrepareConfig) -> Preparation:
-    """Prepare a log for training, unless the same result exists already.
+    """Prepare a log for training, unless the output already holds the same result.
 
-    The output is complete or absent: it appears by a rename. With ``force`` the earlier output
-    stays until then.
+    The output is complete or absent: it is written elsewhere and renamed at the end. With ``force``
+    the earlier output stays until then.
 
     Args:
         config: what to read, how to split, where to write.
 
     Returns:
-        The manifest of ``config.output``, and whether it is new.
+        The manifest of ``config.output``, whether it is new, and the wall time.
 
     Raises:
         FileNotFoundError: there is no log, or no file of earlier items or of attributes.

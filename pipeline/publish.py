@@ -1,7 +1,7 @@
-"""The publish stage: make the pointer file name an export; ``rollback``: an earlier one again.
+"""The publish stage: let the pointer file name a new export; ``rollback`` returns to an old one.
 
-The report of ``gate`` is required: it must have passed this very export, in a comparison with the
-publication that is still served. Only ``force`` publishes without it.
+The verdict of ``gate`` is required: it must have passed this very export in a comparison with the
+publication that is served now. Only ``force`` publishes without it.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class PublishConfig:
     Attributes:
         export: output folder of export.
         published: pointer file to change (JSON); created if missing.
-        gate: report of gate that this export passed; required unless force.
+        gate: verdict of gate that let this export pass; required unless force.
         lists: output folder of recommend, from the same weights as the export.
-        force: publish without a gate's report, or an export that was rolled back.
+        force: publish without a verdict of gate, or an export that was rolled back.
     """
 
     export: str
@@ -75,8 +75,8 @@ def publish(config: PublishConfig) -> Served:
     Raises:
         FileNotFoundError: an input is missing.
         ValueError: inputs do not belong together.
-        Refused: the gate did not let the export pass, another model was published since, or a
-            rollback moved away from this export.
+        Refused: the gate did not let the export pass, another model has been published since, or
+            this export was rolled back.
     """
     wanted = _publication(config)
     report = None if config.gate is None else _read_gate(Path(config.gate), wanted)
@@ -101,11 +101,12 @@ def publish(config: PublishConfig) -> Served:
 def rollback(config: RollbackConfig) -> Served:
     """Make the pointer file name an earlier publication, after checking that export.
 
-    Without a number every call goes one further back; with one, calling again does nothing.
+    Without a number, every call goes back one more publication; with one, a second call does
+    nothing.
 
     Raises:
-        FileNotFoundError: there is no pointer, or the export is gone.
-        ValueError: there is nothing to go back to, or the export has changed.
+        FileNotFoundError: there is no pointer, or the export is missing.
+        ValueError: there is no earlier publication, or its export has changed.
     """
     pointer = Path(config.published)
     if not pointer.is_file():

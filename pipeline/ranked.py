@@ -1,4 +1,4 @@
-"""Find what ``--run`` names, a checkpoint of a run or a baseline, and make a ranker of it."""
+"""Find what ``--run`` names, a checkpoint of a run or a baseline, and make a ranker from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ class Ranked:
     """A checkpoint or a baseline, found but not loaded.
 
     Attributes:
-        identity: JSON; what it is, and the data's fingerprint under "data".
-        scores: what the scores of its lists are.
+        identity: JSON that identifies the weights or the baseline, with the data's fingerprint
+            under "data".
+        scores: kind of the scores in the lists, such as "cosine".
         load: returns the ranker, and JSON that says what was loaded. Collectives: on the default
             group; every rank must call it.
     """
@@ -42,18 +43,19 @@ class Ranked:
 def find_ranked(
     run: str, prepared: Prepared, which: Which, encoder: nn.Module | None, blocks: Blocks
 ) -> Ranked:
-    """Find the best or last checkpoint of a run, or a baseline; it must belong to ``prepared``.
+    """The best or last checkpoint of a run, or a baseline; it must belong to ``prepared``.
 
     Args:
         run: run folder of train, or folder of baseline.
         prepared: the data.
-        which: checkpoint of a run; "best" for a baseline.
+        which: the checkpoint of a run; must be "best" for a baseline.
         encoder: the module given to ``train``, if any.
         blocks: block sizes of the ranking.
 
     Raises:
-        FileNotFoundError: there is neither, or no complete checkpoint.
-        ValueError: it does not fit the data.
+        FileNotFoundError: the folder is neither a run nor a baseline, or has no complete
+            checkpoint.
+        ValueError: it belongs to other data.
 
     Collectives: one or two all-gathers of small objects on the default group.
     """

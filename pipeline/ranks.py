@@ -21,14 +21,14 @@ Result = TypeVar("Result")
 
 
 def default_group() -> dist.ProcessGroup | None:
-    """The default process group; None where there is none or it has one rank."""
+    """The default process group; None if there is none or it has a single rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
 
 
 def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
-    """Run ``work`` on every rank; returns all results, or raises on all ranks if one failed.
+    """The results of ``work`` on all ranks, in rank order; raises on all ranks if one fails.
 
     Collectives: one all-gather of small objects.
     """
@@ -50,7 +50,7 @@ def on_all_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """Run ``work`` on every rank; returns this rank's result, or raises on all if one failed.
+    """The result of ``work`` on this rank; raises on all ranks if one fails.
 
     Unlike ``on_all_ranks``, only errors are sent, so results may be large.
 
@@ -62,7 +62,7 @@ def on_this_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) ->
 
 
 def on_first_rank(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
-    """Run ``work`` on rank 0 only; returns its result on every rank, or raises on all.
+    """The result of ``work`` on rank 0, returned on every rank; raises on all ranks if it fails.
 
     Collectives: one all-gather of small objects.
     """
@@ -75,21 +75,21 @@ def in_step(
 ) -> Iterator[Result]:
     """Yield ``items``; if producing the next one fails on one rank, all ranks raise.
 
-    Otherwise the other ranks would wait for the failed one in their next collective. Before each
-    item: (1) every rank produces it, or catches the error; (2) an all-reduce counts the errors;
-    (3) with none, all ranks yield, else the errors are gathered and the first is raised on all
-    ranks. Every rank must have the same number of items.
+    Otherwise the other ranks would wait for the failed rank in their next collective. For each
+    item: (1) every rank produces it or catches the error; (2) an all-reduce counts the errors;
+    (3) without errors all ranks yield, otherwise the errors are gathered and the first is raised on
+    all ranks. Every rank must have the same number of items.
 
     Args:
-        items: of this rank.
-        group: the ranks.
-        device: of the group's collectives.
+        items: this rank's items.
+        group: the ranks; None for one process.
+        device: device of the tensors in the group's collectives.
 
     Raises:
         Exception: the error of the first rank that failed, on all ranks; a note names the rank.
 
-    Collectives: one all-reduce of a number for each item, and one at the end; where a rank failed,
-    one all-gather of small objects.
+    Collectives: one all-reduce of a number for each item, and one at the end; if a rank failed, one
+    all-gather of small objects.
     """
     iterator = iter(items)
     if group is None:

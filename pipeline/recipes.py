@@ -2,8 +2,8 @@
 
 Copy one into your own code, or change its options by dotted names on the command line. Tables of
 fewer than a million items are trained with Adam, larger ones with row-wise Adagrad, which keeps one
-number a row. Dropout, batch and length follow the published SASRec settings unless a recipe says
-why not.
+number per row. Dropout, batch size and length follow the published SASRec settings, unless a recipe
+gives a reason not to.
 """
 
 from typing import Protocol
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Recipe(Protocol):
-    """A config for the prepared folder ``data`` and the run folder ``output``."""
+    """A function from the prepared folder ``data`` and the run folder ``output`` to a config."""
 
     __name__: str
 
@@ -39,7 +39,7 @@ class Recipe(Protocol):
 
 
 def tiny_cpu(data: str, output: str) -> TrainConfig:
-    """Twenty steps of a very small model: a smoke test; a refactor must not change its losses."""
+    """Twenty steps of a tiny model: a smoke test, whose losses must not change in a refactoring."""
     return TrainConfig(
         data=data,
         output=output,
@@ -55,7 +55,7 @@ def tiny_cpu(data: str, output: str) -> TrainConfig:
 
 
 def demo(data: str, output: str) -> TrainConfig:
-    """Trains in a minute on two CPU cores, for a catalog of some ten thousand items."""
+    """A config that trains in a minute on two CPU cores, for about ten thousand items."""
     return TrainConfig(
         data=data,
         output=output,
@@ -128,7 +128,7 @@ def recipe_named(name: str) -> Recipe:
     """The recipe with this name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no recipe of that name.
     """
     if name not in RECIPES:
         raise ValueError(unknown_name("recipe", name, list(RECIPES)))

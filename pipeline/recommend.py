@@ -1,4 +1,4 @@
-"""The recommend stage: write the best items of every user as (user_id, item_ids, scores) Parquet.
+"""The recommend stage: write each user's best items as Parquet (user_id, item_ids, scores).
 
 Each rank streams a contiguous share of the users and writes their rows, in the order of the
 histories; the table stays sharded.
@@ -6,18 +6,21 @@ histories; the table stays sharded.
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks, by_popularity
+from shardrec.pipeline.log.user_lists import UserLists
 from shardrec.pipeline.model.baseline_ranker import BaselineRanker
 from shardrec.pipeline.model.config import TIES, describe_lists
 from shardrec.pipeline.model.lists import Lists, list_schema
@@ -31,7 +34,7 @@ from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.histories import Histories, HistoryChunk
 from shardrec.pipeline.prepared.item_ids import ItemIds
 from shardrec.pipeline.ranked import find_ranked
-from shardrec.pipeline.ranks import default_group, in_step, on_this_rank
+from shardrec.pipeline.ranks import default_group, in_step, on_first_rank, on_this_rank
 
 __all__ = ["RecommendConfig", "Recommendations", "recommend"]
 
@@ -43,23 +46,27 @@ class RecommendConfig:
     """Options of ``recommend``: users, candidates and list length.
 
     Attributes:
-        run: run folder of train, or folder of baseline.
+        run: run folder of train, or the folder of a baseline.
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
         histories: Parquet of users and lists of item ids, most recent last; none: the users of
             split in the prepared folder.
-        split: users of the prepared folder, if histories is none.
-        user_column: users of the histories, integers or strings; written as given.
-        items_column: lists of item ids in the histories.
-        k: items for each user.
+        events: instead of histories, an event log, as prepare reads it.
+        split: which users of the prepared folder, if there are neither histories nor events.
+        user_column: column of the user ids in histories or events, integers or strings; written
+            unchanged.
+        items_column: column of the lists of item ids in histories.
+        item_column, time_column: columns of the events.
+        k: number of items for each user.
         filter_seen: leave out items of the user's history.
-        allow: Parquet with a column item_id: nothing else is recommended.
-        deny: Parquet with a column item_id: never recommended.
-        min_count: training events an item must have; one with none has an untrained vector.
+        allow: Parquet with a column item_id; only these items are recommended.
+        deny: Parquet with a column item_id; these items are never recommended.
+        min_count: fewest training events of an item to be recommended; the vector of an item
+            without any is untrained.
         checkpoint: the weights to load.
         force: replace an earlier output of this stage.
-        batch_size: users at a time on each rank.
-        block_states: states of all ranks that are scored at a time.
+        batch_size: users per batch on each rank.
+        block_states: states, over all ranks, that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
     """
 
@@ -67,9 +74,12 @@ class RecommendConfig:
     prepared: str
     output: str
     histories: str | None = None
+    events: str | None = None
     split: Literal["validation", "test"] = "test"
     user_column: str = "user_id"
     items_column: str = "items"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
     k: int = 10
     filter_seen: bool = True
     allow: str | None = None
@@ -86,6 +96,11 @@ class RecommendConfig:
         for name in ("k", "batch_size", "block_states", "block_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.histories is not None and self.events is not None:
+            raise ValueError(
+                f"histories must come without events, got {self.histories} and {self.events}; "
+                "remove one"
+            )
         if self.min_count < 0:
             raise ValueError(f"min_count must be at least 0, got {self.min_count}; 0 takes all")
 
@@ -95,13 +110,13 @@ class Recommendations:
     """The output of ``recommend``.
 
     Attributes:
-        manifest: of the output folder; ``counts`` says what was skipped.
+        manifest: manifest of the output folder; its ``counts`` say what was skipped.
         is_new: False if the output was there and nothing had to be done.
         seconds: wall time, including loading the model.
-        users_per_second: users over the time after loading; 0 if nothing was done.
+        users_per_second: number of users divided by the time after loading; 0 if nothing was done.
     """
 
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     is_new: bool
     seconds: float
     users_per_second: float
@@ -111,9 +126,9 @@ class Recommendations:
 def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> Recommendations:
     """Write the ``k`` best items of every user; the lists are the same on any number of ranks.
 
-    Every history has one row; the part files, read in order of their names, keep the input order.
-    Items that the catalog does not have are counted and skipped; a user without a known item gets
-    the most popular items, with null instead of scores. A list is shorter than ``k`` if fewer items
+    Every history gives one row; the part files, read in the order of their names, keep the input
+    order. Items that the catalog lacks are counted and skipped; a user without a known item gets
+    the most popular items, with null for the scores. A list is shorter than ``k`` if fewer items
     are left.
 
     Args:
@@ -121,12 +136,12 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
         encoder: the module given to ``train``, if any.
 
     Returns:
-        The manifest, the same on every rank, and the rate.
+        The manifest, the same on every rank, whether it is new, and the rate.
 
     Raises:
         FileNotFoundError: there is no run, no data, no histories or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, or an input does not fit the catalog.
+        ValueError: the run was not trained on this data, or an input does not fit the catalog.
 
     Collectives: many, on the default group; every rank must call it.
     """
@@ -134,12 +149,12 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     prepared = on_this_rank(lambda: Prepared.open(config.prepared), group)
     blocks = Blocks(states=config.block_states, rows=config.block_rows)
     ranked = find_ranked(config.run, prepared, config.checkpoint, encoder, blocks)
-    histories, candidates = on_this_rank(
+    source, candidates = on_this_rank(
         lambda: (_open_histories(config, prepared), _Candidates.read(config, prepared)), group
     )
     request = _request(config) | {
         "source": ranked.identity,
-        "histories": histories.files,
+        "histories": source.files,
         "candidates": candidates.digest,
     }
     path = Path(config.output)
@@ -152,11 +167,13 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     ranker, _ = ranked.load()
     counts = on_this_rank(prepared.item_counts, group)
     fallback = BaselineRanker.of_order(by_popularity(counts), group)
-    work = _Work(config, ranker, fallback, histories, candidates)
     loaded = time.monotonic()
-    with output.write() as (folder, _):
+    with output.write() as (folder, temporary):
+        histories = _lists_of(source, prepared, temporary, group)
+        work = _Work(config, ranker, fallback, histories, candidates)
         files = work.write(folder)
         manifest = output.finish(lambda: work.details(ranked.scores), folder, files)
+    _warn_of_unknown(manifest["counts"], group)
     done = time.monotonic()
     rate = histories.num_users / max(1e-9, done - loaded)
     return Recommendations(manifest, True, done - started, rate)
@@ -314,17 +331,45 @@ class _Candidates:
         return cls(allowed, counts)
 
 
-def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories:
+def _warn_of_unknown(counts: dict[str, int], group: dist.ProcessGroup | None) -> None:
+    """Warn if many items of the histories are unknown: they may be ids of another catalog."""
+    unknown, total = counts["unknown_items"], counts["history_items"]
+    if unknown > total / 10 and Communicator(group).rank == 0:
+        message = "%.0f %% of the items in the histories are not in the catalog (%d of %d): %s"
+        advice = "check that they are ids of the log that was prepared"
+        logging.getLogger(__name__).warning(message, 100 * unknown / total, unknown, total, advice)
+
+
+def _open_histories(config: RecommendConfig, prepared: Prepared) -> Histories | UserLists:
+    user = config.user_column
+    if config.events is not None:
+        return UserLists.open(config.events, user, config.item_column, config.time_column)
     catalog = ItemIds(prepared.item_ids())
     if config.histories is not None:
-        users, items = config.user_column, config.items_column
-        return Histories(config.histories, catalog, users=users, items=items)
+        return Histories(config.histories, catalog, users=user, items=config.items_column)
     path = prepared.file(f"{config.split}.parquet")
     return Histories(str(path), catalog, users="user_id", items="items", dense=True)
+
+
+def _lists_of(
+    source: Histories | UserLists,
+    prepared: Prepared,
+    folder: Path,
+    group: dist.ProcessGroup | None,
+) -> Histories:
+    """The histories; those of an event log are sorted into ``folder`` by rank 0 first."""
+    if isinstance(source, Histories):
+        return source
+    path = str(on_first_rank(lambda: source.write(folder), group))
+    catalog = ItemIds(prepared.item_ids())
+    return on_this_rank(lambda: Histories(path, catalog, users="user_id", items="items"), group)
 
 
 def _request(config: RecommendConfig) -> dict[str, Any]:
     """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
+    if config.events is None:  # lists of earlier versions do not name these
+        for name in ("events", "item_column", "time_column"):
+            del asked[name]
     return asked | {"ties": TIES}

@@ -1,4 +1,4 @@
-"""Recommendations from an export, in one process, without the training stack.
+"""Recommend from an export, in one process, without the training stack.
 
 Needs torch, numpy, pyarrow and safetensors: no TorchRec, no fbgemm, no process group; FAISS only
 for approximate search.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,21 +35,24 @@ from shardrec.pipeline.served.pointer import export_folder, read_export
 __all__ = ["Recommender", "read_recommender"]
 
 ItemId = int | str
+# Longest history that an index is asked to search beyond; longer ones are searched exactly.
+_MOST_HIDDEN = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Recommender:
-    """An encoder and the item vectors it was trained with.
+    """Recommends with an exported encoder and the item vectors it was trained with.
 
     Attributes:
-        manifest: of the export: run, data, catalog version.
-        ids: the item id of each row of ``vectors``.
-        vectors: (V, D) float32, the encoder's input.
-        scored: (V, D) float32, scored against states; ``vectors``, or these at unit length.
+        manifest: manifest of the export: run, data, catalog version.
+        ids: item id of each row of ``vectors``.
+        vectors: (V, D) float32 input vectors of the encoder.
+        scored: (V, D) float32 rows to score states against: ``vectors``, or these at unit length.
         allowed: (V,) bool, items that may be recommended.
-        popular: (V,) int64 items, those of most training events first.
-        encoder: (B, L, D) to (B, L, D); also takes (B,) lengths if ``manifest["reads_lengths"]``.
-        index: FAISS index, searched instead of all vectors; None searches exactly.
+        popular: (V,) int64 items, by falling number of training events.
+        encoder: module from (B, L, D) to (B, L, D); also takes (B,) lengths if
+            ``manifest["reads_lengths"]``.
+        index: FAISS index to search instead of all vectors; None searches exactly.
         memory: adds scores to successors of recent items; None adds nothing.
     """
 
@@ -62,6 +66,12 @@ class Recommender:
     index: Any = None
     memory: Memory | None = None
 
+    def __repr__(self) -> str:
+        """The numbers of items and their width, and the version of the catalog."""
+        size = f"{len(self.ids):,} items of width {self.vectors.shape[1]}"
+        how = "exact" if self.index is None else "approximate"
+        return f"Recommender({size}, catalog {self.manifest['catalog_version']}, {how} search)"
+
     @classmethod
     def open(
         cls,
@@ -74,22 +84,22 @@ class Recommender:
     ) -> "Recommender":
         """Load an export after checking that its files belong together.
 
-        Runs no code of the files unless ``trust_code`` says so.
+        No code in the files is run unless ``trust_code`` is set.
 
         Args:
             folder: output of ``shardrec export``, or the pointer of ``shardrec publish``.
-            catalog_version: the version that the export must have; None accepts any.
-            min_count: training events an item must have to be recommended; 0 takes all.
+            catalog_version: the catalog version that the export must have; None accepts any.
+            min_count: fewest training events of an item to be recommended; 0 accepts all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
                 a training event.
-            trust_code: open files that can run any code, too: an encoder.pt2 (an encoder that is
-                not of this package, or an export of version 0.2.0 and before) and a FAISS index.
-                Only for exports that you made, or whose maker you trust.
+            trust_code: also open files that can run arbitrary code: an encoder.pt2 (a user-supplied
+                encoder, or an export of version 0.2.0 or earlier) and a FAISS index. Set it only
+                for exports that you made, or that come from someone you trust.
 
         Raises:
             FileNotFoundError: the export is not complete.
-            ValueError: a file has changed since the export, the catalog is another one, there is no
-                index to search, or a file could run code and is not trusted.
+            ValueError: a file has changed since the export, the catalog version differs, there is
+                no index to search, or a file could run code and ``trust_code`` is not set.
         """
         folder = export_folder(Path(folder))
         manifest = read_export(folder)
@@ -104,46 +114,83 @@ class Recommender:
 
     @torch.no_grad()
     def recommend(
-        self, histories: Sequence[Sequence[ItemId]], k: int = 10, *, filter_seen: bool = True
+        self,
+        histories: Sequence[Sequence[ItemId]],
+        k: int = 10,
+        *,
+        filter_seen: bool = True,
+        allow: Sequence[ItemId] | None = None,
+        deny: Sequence[ItemId] = (),
     ) -> list[list[tuple[ItemId, float]]]:
         """The ``k`` best items and their scores for each history.
 
         Args:
-            histories: item ids, most recent last; ids that the catalog lacks are skipped.
-            k: items wanted, at least 1.
+            histories: item ids of each user, most recent last; ids that the catalog lacks are
+                skipped.
+            k: length of the lists, at least 1.
             filter_seen: leave out items of the history.
+            allow: ids of the only items to return in this call; None allows all that may be
+                recommended. With ``allow`` or ``deny`` the search is exact.
+            deny: ids of items not to return in this call.
 
         Returns:
-            One list of at most ``k`` (id, score) for each history, best first. If no item of the
-            history is known, the most popular items, with NaN for scores.
+            For each history a list of at most ``k`` pairs (id, score), best first. If no item of a
+            history is known, it holds the most popular items, with NaN for the scores.
 
         Raises:
             TypeError: an id is not of the catalog's type; the message says which.
             ValueError: ``k`` is below 1.
         """
         require_at_least("k", k, 1)
-        known = [self.ids.items(ids) for ids in known_ids(histories, self.ids.ids.type)]
-        known = [items[items >= 0] for items in known]
+        kind = self.ids.ids.type
+        lists = [*known_ids(histories, kind), *known_ids([allow or ()], kind, "allow")]
+        lists += known_ids([deny], kind, "deny")
+        *known, named, denied = self._items(lists)
+        allowed = self._allowed(None if allow is None else named, denied)
         k = min(k, len(self.ids))
         rows = [index for index, items in enumerate(known) if len(items)]
-        popular = self.popular[self.allowed[self.popular]][:k]
+        popular = self.popular[allowed[self.popular]][:k]
         fallback = [(name, math.nan) for name in self.ids.of(popular.numpy()).to_pylist()]
         result: list[list[tuple[ItemId, float]]] = [list(fallback) for _ in histories]
         if not rows:
             return result
         asked = [known[row] for row in rows]
-        seen = torch.cat(asked), torch.tensor([len(items) for items in asked])
-        scores, items = self._top(asked, k, seen if filter_seen else None)
+        scores, items = self._top(asked, k, filter_seen, allowed)
         for row, own_scores, own_items in zip(rows, scores, items, strict=True):
-            there = own_items >= 0
-            names = self.ids.of(own_items[there].numpy()).to_pylist()
-            result[row] = list(zip(names, own_scores[there].tolist(), strict=True))
+            result[row] = self._named(own_scores, own_items)
         return result
+
+    @torch.no_grad()
+    def similar(self, items: Sequence[ItemId], k: int = 10) -> list[list[tuple[ItemId, float]]]:
+        """The ``k`` nearest items of each item by the cosine of their vectors, without itself.
+
+        Args:
+            items: item ids.
+            k: length of the lists, at least 1.
+
+        Returns:
+            For each item a list of at most ``k`` pairs (id, cosine), best first; empty for an id
+            that the catalog lacks.
+
+        Raises:
+            TypeError: an id is not of the catalog's type.
+            ValueError: ``k`` is below 1.
+        """
+        require_at_least("k", k, 1)
+        known = self.ids.items(next(known_ids([items], self.ids.ids.type, "items")))
+        there = known[known >= 0]
+        unit = F.normalize(self.vectors)
+        shard = RowShard(unit, 0, len(self.ids), None)
+        seen = there, torch.ones_like(there)
+        k = min(k, len(self.ids))
+        found = zip(*top_items(unit[there], shard, k, seen=seen, allowed=self.allowed), strict=True)
+        return [self._named(*next(found)) if item >= 0 else [] for item in known.tolist()]
 
     def states(self, histories: Sequence[Tensor]) -> Tensor:
         """(B, D) float32 states after the last item of each non-empty history of dense indices.
 
-        With a memory and cosine scores they have unit length, as its scores are added to cosines.
+        With a memory and cosine scores the states have unit length, because the memory's scores are
+        added to cosines.
         """
         padded, lengths = self._padded(histories)
         # Exports of 0.2.0 and before do not say it: none of their encoders did.
@@ -159,39 +206,65 @@ class Recommender:
         lengths = torch.tensor([len(items) for items in recent])
         return nn.utils.rnn.pad_sequence(recent, batch_first=True), lengths
 
+    def _items(self, lists: Sequence[pa.Array]) -> list[Tensor]:
+        """The known items of each list of ids; the catalog is read once for all of them."""
+        items = self.ids.items(pa.chunked_array(lists)).split([len(ids) for ids in lists])
+        return [one[one >= 0] for one in items]
+
+    def _allowed(self, named: Tensor | None, denied: Tensor) -> Tensor:
+        """(V,) bool; ``self.allowed`` itself where a request changes nothing."""
+        if named is None and not len(denied):
+            return self.allowed
+        allowed = self.allowed.clone()
+        if named is not None:
+            only = torch.zeros_like(allowed)
+            only[named] = True
+            allowed &= only
+        allowed[denied] = False
+        return allowed
+
+    def _named(self, scores: Tensor, items: Tensor) -> list[tuple[ItemId, float]]:
+        """A list as pairs of id and score; -1 ends a short one."""
+        there = items >= 0
+        names = self.ids.of(items[there].numpy()).to_pylist()
+        return list(zip(names, scores[there].tolist(), strict=True))
+
     def _top(
-        self, histories: Sequence[Tensor], k: int, seen: tuple[Tensor, Tensor] | None
+        self, histories: Sequence[Tensor], k: int, filter_seen: bool, allowed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scores and items (B, k), by the index where there is one."""
+        lengths = torch.tensor([len(items) for items in histories])
+        seen = (torch.cat(list(histories)), lengths) if filter_seen else None
         states, recent = self.states(histories), None
         if self.memory is not None:
-            padded, lengths = self._padded(histories)
-            is_history = torch.arange(padded.shape[1]) < lengths[:, None]
+            padded, read = self._padded(histories)
+            is_history = torch.arange(padded.shape[1]) < read[:, None]
             recent = recent_items(padded, is_history, self.memory.ages)
-        if self.index is None:
+        hidden = int(lengths.max()) if filter_seen else 0
+        if self.index is None or allowed is not self.allowed or hidden > _MOST_HIDDEN:
             return top_items(
                 states,
                 RowShard(self.scored, 0, len(self.ids), None),
                 k,
                 seen=seen,
-                allowed=self.allowed,
+                allowed=allowed,
                 memory=self.memory,
                 recent=recent,
             )
         if self.memory is None or recent is None:
             return index_top_items(self.index, states, k, seen)
         added = self.memory.scores(recent)
-        added = added.where(self.allowed[added.items])
+        added = added.where(allowed[added.items])
         return index_top_with(self.index, states, k, seen, added, self.scored)
 
 
 def read_recommender(
     folder: Path, manifest: dict[str, Any], min_count: int, *, trust_code: bool
 ) -> Recommender:
-    """A recommender with exact search from the files of an export; arguments as in ``open``.
+    """A recommender with exact search, from the files of an export; arguments as in ``open``.
 
     Raises:
-        ValueError: the items are not the ones of the manifest, or the encoder is refused.
+        ValueError: the items differ from those in the manifest, or the encoder is refused.
     """
     require_choice(f"scores of {folder}", manifest["scores"], ("cosine", "inner product"))
     require_at_least(f"max_length of {folder}", manifest["max_length"], 1, "export the run again")

@@ -1,4 +1,4 @@
-"""The similar stage: write the nearest items of items as (item_id, item_ids, scores) Parquet."""
+"""The similar stage: write each item's nearest items as Parquet (item_id, item_ids, scores)."""
 
 import dataclasses
 import hashlib
@@ -41,13 +41,13 @@ class SimilarConfig:
         prepared: the folder the run was trained on; holds the item ids.
         output: folder to write, new or empty.
         items: Parquet with a column item_id; none: every item of the catalog.
-        k: nearest items of each, itself left out.
-        by: the cosine of two items' vectors, or their inner product (dot).
-        min_count: training events an item must have to be listed; one with none has an untrained
-            vector.
+        k: number of nearest items of each item, not counting itself.
+        by: similarity of two items: the cosine of their vectors, or the inner product (dot).
+        min_count: fewest training events of an item to be listed; the vector of an item without any
+            is untrained.
         checkpoint: the weights to load.
         force: replace an earlier output of this stage.
-        batch_size: items at a time on each rank.
+        batch_size: items per batch on each rank.
         block_rows: rows of a shard that are scored at a time.
     """
 
@@ -76,7 +76,7 @@ class SimilarItems:
     """The output of ``similar``.
 
     Attributes:
-        manifest: of the output folder; ``counts`` says how many items were asked for.
+        manifest: manifest of the output folder; its ``counts`` say how many items were requested.
         is_new: False if the output was there and nothing had to be done.
         seconds: wall time, including loading the model.
     """
@@ -90,8 +90,8 @@ class SimilarItems:
 def similar(config: SimilarConfig) -> SimilarItems:
     """Write the ``k`` nearest items of each item; the lists are the same on any number of ranks.
 
-    The part files, read in order of their names, keep the order of the items asked for. An item
-    that the catalog does not have gets an empty list, with null for scores.
+    The part files, read in the order of their names, keep the order of the requested items. An item
+    that the catalog lacks gets an empty list, with null for the scores.
 
     Args:
         config: items and options; the same on every rank.
@@ -99,7 +99,7 @@ def similar(config: SimilarConfig) -> SimilarItems:
     Raises:
         FileNotFoundError: there is no run, no data, no file of items or no complete checkpoint.
         FileExistsError: the output folder holds something else.
-        ValueError: the run does not fit the data, or the ids are of another type.
+        ValueError: the run was not trained on this data, or the ids are of another type.
 
     Collectives: many, on the default group; every rank must call it.
     """

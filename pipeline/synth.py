@@ -1,4 +1,4 @@
-"""The synth stage: generated event logs with known best possible metrics.
+"""The synth stage: generate event logs for which the best possible metrics are known.
 
 ``shardrec.pipeline.log.generator`` draws the events. This stage writes them to Parquet and measures
 a few simple rankings on them.
@@ -40,15 +40,16 @@ SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestam
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthReport:
-    """Size of the log, and NDCG@10 of four rankings on a sample of the users' last events.
+    """Size of the log, and NDCG@10 of four rankings on the last events of a sample of users.
 
     Attributes:
-        ceiling: ranking by the generator's own probabilities (tastes known).
-        markov_limit: first-order Markov with the clusters known and their transitions counted: what
-            a model that reads only the previous event reaches with unlimited data.
-        markov: first-order Markov on items, counted on the log; popularity where no transition was.
-        popularity: the most popular items for everybody.
-        report_users: last events the four figures are means over.
+        ceiling: ranking by the generator's own probabilities, with each user's tastes known.
+        markov_limit: first-order Markov model of the clusters, which are known, with counted
+            transitions: the limit of a model that reads only the previous event.
+        markov: first-order Markov model of the items, counted on the log; popularity if an item has
+            no transition.
+        popularity: the most popular items for every user.
+        report_users: number of last events that the four figures average over.
     """
 
     events: int
@@ -76,19 +77,19 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
     """Write the log to one Parquet file at ``path`` and evaluate four rankings on it.
 
     Memory is one block of about a million events, plus 8 bytes for each event that the Markov
-    baseline counts. The file is renamed to ``path`` when complete. If it holds the log of this
-    config already, logs that and does nothing.
+    baseline counts. The file is renamed to ``path`` when complete. If ``path`` already holds the
+    log of this config, it is left unchanged, with a log message.
 
     Args:
-        config: sizes, seed and the shape of the process.
-        path: a file name; folders above it are made.
+        config: sizes, seed and parameters of the random process.
+        path: a file name; missing folders above it are created.
         force: whether to replace an existing file.
 
     Returns:
-        Counts and the four NDCG@10 figures.
+        The counts and the four NDCG@10 figures.
 
     Raises:
-        FileExistsError: the file holds something else.
+        FileExistsError: ``path`` holds something else.
         ValueError: the path is invalid.
     """
     check_path("output", str(path))

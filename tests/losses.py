@@ -53,7 +53,7 @@ from shardrec.kernels.reference import (
 )
 from shardrec.kernels.sce import HardBuckets
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
-from shardrec.modules.baselines import (
+from shardrec.modules.baseline_losses import (
     binary_cross_entropy,
     eager_cross_entropy,
     generalized_binary_cross_entropy,

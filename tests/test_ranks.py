@@ -58,6 +58,7 @@ def test_failing_rank_is_named_and_the_next_run_works(ranks: Ranks) -> None:
     assert ranks(2).run(total, Number(0)) == [Number(1)] * 2
 
 
+@pytest.mark.slow
 def test_no_answer_in_time_is_an_error(ranks: Ranks) -> None:
     with pytest.raises(RankError, match="rank"):
         ranks(2).run(end_on, 0, timeout=3)

@@ -1,4 +1,4 @@
-"""Which blocks (positions times rows) of the logit matrix a loss sums, as index lists."""
+"""Index lists that describe the blocks (positions times rows) of logits that a loss sums."""
 
 from dataclasses import dataclass
 
@@ -101,13 +101,13 @@ def blocks_of_items(
     offsets: Tensor | None = None,
     left_out: Tensor | None = None,
 ) -> Blocks:
-    """Blocks that compare groups of positions with those of their items that a shard holds.
+    """Blocks that compare each group of positions with the items of the group that a shard holds.
 
     Args:
         order: (P,) int64 positions, group by group, each once.
         pair_starts: (T + 1,) int64 first pair of each group, and P.
         items: (T, C) int64 global items of each group.
-        row_ids: Which items the rows of the shard are.
+        row_ids: The global item of each row of the shard.
         targets: (N,) int64 global items.
         offsets: (T, C) float32 subtracted from the logits of an item; None: zero.
         left_out: (T, C) bool, the items that are no candidates; None: all are.
@@ -159,10 +159,10 @@ class RowIds:
     """The global item of each row of a tensor, in ascending order: a range or a sorted list.
 
     Attributes:
-        first: First item of the range; with ``places``, the item of its entry 0.
+        first: First item of the range; with ``lookup``, the item of ``lookup[0]``.
         count: Number of rows.
         sparse: (count,) int64 ascending items, if they are not a range; None for a range.
-        places: (n,) int32 row of each item from ``first`` on, or -1; a faster lookup table for
+        lookup: (n,) int32 row of each item from ``first`` on, or -1; a faster lookup table for
             ``sparse``. None: binary search in ``sparse``.
         is_complete: Whether every item that is looked up has a row, so that none is looked for in
             vain: those of the whole table, or all that are in use in a single process.
@@ -171,7 +171,7 @@ class RowIds:
     first: int
     count: int
     sparse: Tensor | None = None
-    places: Tensor | None = None
+    lookup: Tensor | None = None
     is_complete: bool = False
 
     @classmethod
@@ -184,18 +184,18 @@ class RowIds:
 
         Args:
             rows: (count,) int64 ascending rows of ``within``.
-            within: Ids of all rows; a range.
+            within: The global items of all rows; a range.
 
         >>> some = RowIds.of(torch.tensor([1, 3]), RowIds(first=5, count=4))
         >>> some.find(torch.tensor([4, 6, 7, 8, 9]))
         tensor([-1,  0, -1,  1, -1])
         """
-        places = None
+        lookup = None
         if 16 * rows.numel() >= within.count:
-            places = torch.full((within.count,), -1, dtype=torch.int32, device=rows.device)
-            places[rows] = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
+            lookup = torch.full((within.count,), -1, dtype=torch.int32, device=rows.device)
+            lookup[rows] = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
         items = rows + within.first if within.first else rows
-        return cls(within.first, rows.numel(), items, places, within.is_complete)
+        return cls(within.first, rows.numel(), items, lookup, within.is_complete)
 
     def find(self, items: Tensor) -> Tensor:
         """Row of each global item, -1 if it has none; int64 of the shape of ``items``.
@@ -208,10 +208,10 @@ class RowIds:
         if self.sparse is None:
             inside = (items >= self.first) & (items < self.first + self.count)
             return torch.where(inside, items - self.first, -1)
-        if self.places is not None and self.places.numel():
+        if self.lookup is not None and self.lookup.numel():
             offsets = items - self.first
-            inside = (offsets >= 0) & (offsets < self.places.numel())
-            return torch.where(inside, self.places[torch.where(inside, offsets, 0)].long(), -1)
+            inside = (offsets >= 0) & (offsets < self.lookup.numel())
+            return torch.where(inside, self.lookup[torch.where(inside, offsets, 0)].long(), -1)
         if not self.count:
             return torch.full_like(items, -1)
         place = torch.searchsorted(self.sparse, items).clamp_(max=self.count - 1)
@@ -221,6 +221,6 @@ class RowIds:
         offsets = items - self.first if self.first else items
         if self.sparse is None:
             return offsets
-        if self.places is not None and self.places.numel():
-            return self.places[offsets].long()
+        if self.lookup is not None and self.lookup.numel():
+            return self.lookup[offsets].long()
         return torch.searchsorted(self.sparse, items)

@@ -22,14 +22,14 @@ _MOST_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class CpuTiles:
-    """Upper limits of what a tile of the CPU path holds.
+    """Upper limits of the sizes of a tile in the CPU path.
 
     Attributes:
         logits: Logits in a tile.
         positions: Positions in a tile.
         items: Rows in a piece of a listed block.
-        floats: Numbers in the rows that a batch of listed blocks copies,
-        wide_rows: or this many rows, if that is more.
+        floats: Numbers in the rows that a batch of listed blocks copies.
+        wide_rows: Rows that such a batch may copy even if they have more numbers than ``floats``.
     """
 
     logits: int = 1 << 20

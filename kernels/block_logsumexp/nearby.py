@@ -1,4 +1,4 @@
-"""Blocks of positions and rows with nearby chunk numbers, listed for some rows at a time."""
+"""Blocks that pair positions and rows with nearby chunk numbers, made for some rows at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

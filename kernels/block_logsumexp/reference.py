@@ -1,4 +1,4 @@
-"""Reference definition of the block log-sum-exp: dense, any float dtype, with autograd."""
+"""The definition of the block log-sum-exp: dense, in any float dtype, with autograd."""
 
 import torch
 from torch import Tensor

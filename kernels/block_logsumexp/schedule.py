@@ -57,7 +57,7 @@ class Covers:
 def is_gathered(blocks: Blocks) -> bool:
     """Whether every block has one pair, and the lists of the blocks do not overlap.
 
-    The sizes rule out nearly all other blocks, so that index values are rarely read in vain.
+    Sizes are checked first and rule out nearly all other blocks, so index values are rarely read.
     """
     if blocks.pair_positions is None or blocks.rounds is not None:
         return False

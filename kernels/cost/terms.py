@@ -121,8 +121,13 @@ def select_cost(directions: int, vectors: int, work: Workload) -> KernelCost:
 
 
 def accumulator_bytes(rows: int, work: Workload) -> int:
-    """Bytes of the float32 accumulator for the gradient of half-precision rows; 0 for float32."""
-    return 4 * rows * work.width * (work.element_bytes < 4)
+    """Bytes that products in half precision take for rows: 0 for products in float32.
+
+    Under autocast a copy of the float32 rows, whose gradient is the accumulator; for rows stored in
+    half precision a float32 accumulator of their gradient.
+    """
+    size = work.element_bytes if work.is_cast else 4
+    return size * rows * work.width * (work.element_bytes < 4)
 
 
 def expected_distinct(num_draws: float, num_items: int) -> int:

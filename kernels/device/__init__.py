@@ -1,1 +1,1 @@
-"""What depends on the device: the backend, the tile shapes and the matrix product on a CPU."""
+"""Choices that depend on the device: backend, tile shapes, and the matrix product on a CPU."""

@@ -138,6 +138,7 @@ def operand(matrix: Tensor) -> Tensor:
 
 def precision_of(dtype: torch.dtype) -> str:
     """Precision of matrix products in Triton: "ieee", or "tf32" if PyTorch's settings allow it."""
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    # ``torch.get_float32_matmul_precision`` raises an error after this attribute was set, which the
+    # older settings change too.
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if dtype is torch.float32 and allowed == "tf32" else "ieee"

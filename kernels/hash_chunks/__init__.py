@@ -35,11 +35,11 @@ _COUNTED_AT_ONCE = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Number of vectors in each bucket, over all ranks and over the lower ranks.
+    """Number of vectors in each bucket of each round, over all ranks and over the lower ranks.
 
     Attributes:
-        total: (r, n_b) int64, over all ranks.
-        before: (r, n_b) int64, over the ranks below this one; zero in a single process.
+        total: (r, n_b) int64 numbers over all ranks.
+        before: (r, n_b) int64 numbers over the ranks below this one; 0 in a single process.
     """
 
     total: Tensor

@@ -1,4 +1,4 @@
-"""Which items a position is compared with: the interface that every loss implements."""
+"""The interface of a loss: which items a position is compared with."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ Shape = tuple[int | torch.SymInt, ...]
 
 
 class Plan(ABC):
-    """The blocks of logits that a loss sums for every position; derived alike on every rank.
+    """The blocks of logits that a loss sums for every position; the same plan on every rank.
 
     A slot is one log-sum-exp of the output. By default every position has one slot; slots are
     numbered over all ranks in the order of their positions.
 
     Attributes:
-        layout: Which positions each rank holds.
+        layout: The ranges of positions and rows of each rank.
         num_slots: Number of slots of this rank.
         slot_positions: (num_slots,) int64 local position of each slot; None: slot s is position s.
-        per_position: (N, ...) tensors of this rank's positions that ``blocks`` needs; it gets
+        per_position: (N, ...) tensors of this rank's positions that ``blocks`` needs; it receives
             their entries at the positions of a chunk.
     """
 

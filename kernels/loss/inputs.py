@@ -20,7 +20,7 @@ _LEAST_NORM = 1e-12  # as in F.normalize
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How logits follow from states x and rows w: ``s_ij = x_i . w_j / temperature``.
+    """How logits are computed from states x and rows w: ``s_ij = x_i . w_j / temperature``.
 
     Attributes:
         normalize: Scale states and rows to unit L2 norm first.
@@ -77,10 +77,10 @@ class Inputs:
         rows: (R, D) float as the table holds them.
         targets: (N,) int64 global items.
         weights: (N,) float32 weight of each position's loss; None for ones.
-        row_ids: Which global items the rows are.
+        row_ids: The global item of each row.
         num_items: V.
-        scaling: How logits follow from states and rows.
-        layout: Which positions and rows each rank holds.
+        scaling: How logits are computed from states and rows.
+        layout: The ranges of positions and rows of each rank.
         backend: "torch" or "triton", for the operations on states and rows.
     """
 
@@ -169,8 +169,8 @@ def prepare_inputs(
         targets: (N,) integer global items in [0, V).
         weights: (N,) float, not negative, or None for ones.
         reduction: none, mean or sum.
-        scaling: How logits follow from states and rows; if it sets a dtype, states and table may
-            have different ones.
+        scaling: How logits are computed from states and rows; if it sets a dtype, states and table
+            may have different ones.
         backend: "auto", "torch" or "triton"; see ``choose_backend``.
 
     Raises:
@@ -198,7 +198,7 @@ def prepare_inputs(
                 range(shard.first_row, shard.first_row + held),
                 shard.num_rows,
                 shard.rows.device,
-                state_bytes=_state_bytes(states),
+                state_bytes=_state_bytes(states, scaling),
                 failed=error is not None,
             )
         except ValueError as elsewhere:
@@ -220,7 +220,7 @@ def restore_inputs(
         states: As in the forward pass, like ``shard``, ``targets``, ``scaling`` and ``backend``.
         shard: This rank's shard, or the whole table as one.
         targets: (N,) integer global items.
-        scaling: How logits follow from states and rows.
+        scaling: How logits are computed from states and rows.
         backend: "auto", "torch" or "triton".
         sizes: ``Layout.sizes()`` of the forward pass; None without a group.
     """
@@ -229,7 +229,7 @@ def restore_inputs(
     else:
         ranks = Communicator(shard.group)
         positions, rows = sizes.T.tolist()
-        layout = Layout(ranks, positions, rows, states.device, _state_bytes(states))
+        layout = Layout(ranks, positions, rows, states.device, _state_bytes(states, scaling))
     chosen = choose_backend(states, backend)
     return _inputs(states, shard, targets, None, scaling, layout, chosen)
 
@@ -238,8 +238,10 @@ def _single_layout(states: Tensor, rows: Tensor) -> Layout:
     return Layout(Communicator(None), [states.shape[0]], [rows.shape[0]], states.device)
 
 
-def _state_bytes(states: Tensor) -> int:
-    return states.shape[-1] * states.element_size() if states.dim() else 0
+def _state_bytes(states: Tensor, scaling: Scaling) -> int:
+    """Bytes of a state between ranks, where it has the dtype of the products."""
+    dtype = scaling.dtype or states.dtype
+    return states.shape[-1] * dtype.itemsize if states.dim() else 0
 
 
 def _inputs(

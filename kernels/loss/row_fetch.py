@@ -80,6 +80,7 @@ class RowFetch:
             num_ranks=inputs.ranks.size,
             width=inputs.states.shape[1],
             element_bytes=inputs.states.element_size(),
+            is_cast=inputs.states.dtype != inputs.rows.dtype,
         )
         rows = row_traffic(work, self.shared.numel(), self.num_fetched / inputs.ranks.size)
         return sends_fewer_bytes(rows, state_traffic(work))

@@ -29,7 +29,7 @@ def log_of(number: float, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Negatives of each position: a function of (seed, step, global position), not of the rank.
+    """Negatives of each position, determined by (seed, step, global position), not by the rank.
 
     Attributes:
         proposal: Distribution of the draws.

@@ -1,4 +1,4 @@
-"""Collectives over an optional process group; None is a single process."""
+"""Collectives over a process group, or none in a single process."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ Pending = Callable[[], Tensor]
 
 
 class Communicator:
-    """The collectives that the losses use; with ``group`` None each returns its input.
+    """The collectives that the losses use; in a single process each returns its input.
 
     Methods named ``start_...`` return at once; the collective runs asynchronously on the stream or
     thread of the group. Only ``total`` is differentiable.

@@ -30,7 +30,8 @@ class Workload:
         num_items: V.
         num_ranks: W.
         width: D.
-        element_bytes: bytes per number of states and rows.
+        element_bytes: bytes per number of states and rows in products.
+        is_cast: whether states and rows are float32 outside of products, as under autocast.
         on_cpu: True for the plain PyTorch kernels on a CPU, False for Triton.
         architecture: GPU architecture that selects the Triton tiles, 90 for sm_90; 0 for the
             interpreter.
@@ -41,8 +42,14 @@ class Workload:
     num_ranks: int
     width: int
     element_bytes: int = 4
+    is_cast: bool = False
     on_cpu: bool = True
     architecture: int = 90
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes per number of states and rows outside of products."""
+        return 4 if self.is_cast else self.element_bytes
 
     @property
     def own_positions(self) -> int:
@@ -100,7 +107,7 @@ def row_traffic(work: Workload, shared: float, fetched: float) -> dict[str, floa
         fetched: Further rows that only this rank needs, of any shard.
     """
     vectors = (shared + fetched) * (1 - 1 / work.num_ranks) * work.width
-    return {"candidates": work.element_bytes * vectors, "gradients of candidates": 4 * vectors}
+    return {"candidates": work.stored_bytes * vectors, "gradients of candidates": 4 * vectors}
 
 
 def sends_fewer_bytes(one: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -1,4 +1,4 @@
-"""Top-k rows of each query, and best direction of each row, without storing all scores."""
+"""Select the top-k rows of each query, and the best direction of each row, in tiles of scores."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Selections in plain PyTorch, one tile of scores in memory at a time."""
+"""The selections in plain PyTorch, with one tile of scores in memory at a time."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Reference definition of the selections, with all scores in memory."""
+"""The definition of the selections, with all scores in memory."""
 
 import torch
 from torch import Tensor

@@ -50,7 +50,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [first, …) of a tensor that has ``num_rows`` over all ranks."""
+    """One rank's rows of a tensor, from ``first`` on, of ``num_rows`` over all ranks."""
 
     value: Tensor
     first: int
@@ -59,7 +59,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows [first, first + rows) of a tensor, in ``file`` from byte ``start``."""
+    """Rows [first, first + rows) of a tensor, stored in ``file`` from byte ``start`` on."""
 
     first: int
     rows: int
@@ -79,11 +79,11 @@ class StoredTensor:
 def write_pieces(
     folder: Folder, file: str, pieces: Mapping[str, Piece]
 ) -> tuple[dict[str, StoredTensor], FileEntry]:
-    """Write tensors into one file; returns their metadata, and the size and checksum of the file.
+    """Write tensors into one file; return their metadata, and size and checksum of the file.
 
     Raises:
         OSError: the file cannot be written.
-        TypeError: a tensor is of a type that the format does not know.
+        TypeError: the format does not support a tensor's dtype.
     """
     digest, start, stored = hashlib.sha256(), 0, {}
     with folder.create(file) as opened:
@@ -99,7 +99,7 @@ def write_pieces(
 
 
 def joined(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """Merge the metadata of several files: a tensor has its chunks from all of them."""
+    """The merged metadata of several files, where each tensor has its chunks from all files."""
     found: dict[str, StoredTensor] = {}
     for part in parts:
         for name, one in part.items():
@@ -109,7 +109,7 @@ def joined(parts: Iterable[Mapping[str, StoredTensor]]) -> dict[str, StoredTenso
 
 
 class TensorReader:
-    """Reads rows of the tensors of a complete checkpoint, whatever number of ranks wrote them.
+    """Reads rows of the tensors of a complete checkpoint, written on any number of ranks.
 
     Each file is compared with its checksum once, before it is first read.
     """
@@ -120,7 +120,7 @@ class TensorReader:
         self._checked: set[str] = set()
 
     def read(self, wanted: Mapping[str, range]) -> dict[str, Tensor]:
-        """Read the ``wanted`` rows of some tensors; a tensor of shape () has one row.
+        """The ``wanted`` rows of some tensors, by name; a tensor of shape () has one row.
 
         Raises:
             DamagedCheckpointError: a file differs from the manifest, or rows are missing.
@@ -165,14 +165,14 @@ def metadata_to_json(tensors: Mapping[str, StoredTensor]) -> bytes:
 
 
 def metadata_from_json(text: bytes, sizes: Mapping[str, int]) -> dict[str, StoredTensor]:
-    """Parse ``metadata.json``; the inverse of ``metadata_to_json``.
+    """The metadata in the text of ``metadata.json``; the inverse of ``metadata_to_json``.
 
     Args:
-        text: of the file.
-        sizes: bytes of each file of the checkpoint, which must hold all chunks.
+        text: content of the file.
+        sizes: size in bytes of each file of the checkpoint, which must hold all chunks.
 
     Raises:
-        ValueError: it is not such a text, or a tensor is larger than the files.
+        ValueError: the text is malformed, or a chunk lies outside its file.
     """
     remedy = "use another checkpoint"
     tensors = {}

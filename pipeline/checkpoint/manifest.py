@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: its files with sizes and checksums.
+"""The manifest of a checkpoint: its files with their sizes and checksums.
 
-It is written last. A folder without one, or with half of one, is not a checkpoint.
+It is written last: a folder without a manifest, or with a truncated one, is no checkpoint.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class FileEntry:
 
     @classmethod
     def of(cls, content: bytes) -> "FileEntry":
-        """The entry of a file with this content."""
+        """Size and SHA-256 of this content."""
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -44,11 +44,11 @@ class Manifest:
     """The files of a complete checkpoint, and whether it is the best one.
 
     Attributes:
-        folder: of the checkpoint.
-        best: whether it was the best of its run when it was written.
+        folder: folder of the checkpoint.
+        best: whether it was the best checkpoint of its run when it was written.
         files: size and checksum of each file, by name.
-        run: id of its run; None if it was written without, as before version 0.3.
-        name: of the folder that it was written to; None as ``run``.
+        run: id of its run; None for a checkpoint written without, as all before version 0.3.
+        name: name of the folder that it was written to; None where ``run`` is None.
     """
 
     folder: Folder
@@ -62,9 +62,9 @@ class Manifest:
         """The manifest in ``folder``; None if there is none.
 
         Raises:
-            DamagedCheckpointError: it is cut off or malformed.
-            SignatureError: there is a key, and it was not signed with it.
-            ValueError: it is of another format.
+            DamagedCheckpointError: the manifest is truncated or malformed.
+            SignatureError: a signing key is set, and the manifest was not signed with it.
+            ValueError: the manifest is of another format.
         """
         if folder.size(MANIFEST) is None:
             return None
@@ -92,10 +92,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Folder) -> "Manifest":
-        """The manifest of a folder that must have one; raises as ``find`` does.
+        """The manifest of a folder that must have one; also raises what ``find`` raises.
 
         Raises:
-            FileNotFoundError: it has none: the checkpoint is not complete.
+            FileNotFoundError: there is none: the checkpoint is not complete.
         """
         found = cls.find(folder)
         if found is None:
@@ -114,13 +114,13 @@ class Manifest:
         self.folder.write(MANIFEST, json.dumps(signed(stored), indent=1).encode())
 
     def check_sizes(self) -> None:
-        """Raise DamagedCheckpointError where a file is missing or has another size."""
+        """Raise DamagedCheckpointError if a file is missing or has another size."""
         for name in self.files:
             self._check_name(name)
             self._check_size(name)
 
     def check(self, name: str) -> None:
-        """Raise DamagedCheckpointError where a file differs in size or checksum, or is unknown."""
+        """Raise DamagedCheckpointError if a file is not listed or differs in size or checksum."""
         self._check_name(name)
         self._check_size(name)
         with self.folder.open(name) as file:

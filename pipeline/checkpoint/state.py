@@ -1,4 +1,4 @@
-"""The state in a checkpoint, and its conversion to tensors and JSON and back."""
+"""The training state that a checkpoint holds, and its conversion to tensors and JSON and back."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ __all__ = ["CheckpointState", "is_row_name", "join_state", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of shardrec, torch and Python, on which the rounding of a run depends."""
+    """Versions of shardrec, torch and Python; results may round differently with others."""
     return {
         "shardrec": __version__,
         "torch": torch.__version__,
@@ -24,18 +24,18 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointState:
-    """The state in a checkpoint, with one rank's rows of the table.
+    """The training state that a checkpoint holds, with one rank's rows of the table.
 
     Attributes:
         encoder: ``state_dict()`` of the encoder, equal on all ranks.
         optimizer: ``state_dict()`` of the encoder's optimizer.
-        table: tensors of the table shard: row-aligned ones, and numbers of shape () among which
-            ``first_row`` and ``num_rows`` say which rows these are.
-        progress: JSON; steps, data position and best metric, which a resumed run needs.
-        config: JSON; the config of the run.
-        attributes: ``state_dict()`` of the vectors of attributes, equal on all ranks; empty if the
-            run has none.
-        written_by: versions of the software that wrote it, by name.
+        table: ``state_dict()`` of the table shard: tensors with one row per table row, and numbers
+            of shape (), among which ``first_row`` and ``num_rows`` say which rows these are.
+        progress: counters, position in the data and best metric, to resume from, as JSON.
+        config: the config of the run, as JSON.
+        attributes: ``state_dict()`` of the attribute vectors, equal on all ranks; empty if the run
+            has none.
+        written_by: versions of the software that wrote the checkpoint, by name.
     """
 
     encoder: Mapping[str, Tensor]
@@ -48,21 +48,21 @@ class CheckpointState:
 
     @property
     def rows(self) -> range:
-        """The rows of the table that this rank holds."""
+        """The range of table rows that this state holds."""
         first = int(self.table["first_row"])
         count = next(value.shape[0] for value in self.table.values() if value.ndim)
         return range(first, first + count)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, the rows of other ranks included."""
+        """Bytes of all tensors, including the table rows of other ranks."""
         whole, rows = self.tensors()
         of_row = sum(one.element_size() * one.shape[1:].numel() for one in rows.values())
         of_whole = sum(one.element_size() * one.numel() for one in whole.values())
         return of_whole + of_row * int(self.table["num_rows"])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Replicated tensors, and row-aligned ones, by the names in the files.
+        """The replicated tensors, and those sharded by rows, by their names in the files.
 
         Raises:
             TypeError: the encoder's or the optimizer's state holds something other than tensors.
@@ -80,7 +80,7 @@ class CheckpointState:
         return whole, {f"table.{name}": one for name, one in self.table.items() if one.ndim}
 
     def copied(self, copy: Callable[[str, Tensor], Tensor]) -> "CheckpointState":
-        """This state with each tensor replaced by ``copy(name, tensor)``."""
+        """A state in which each tensor is replaced by ``copy(name, tensor)``."""
         whole, rows = self.tensors()
         tensors = {name: copy(name, one) for name, one in (whole | rows).items()}
         return join_state(tensors, self.numbers(), self.rows.start)
@@ -100,7 +100,7 @@ class CheckpointState:
 def join_state(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
 ) -> CheckpointState:
-    """Rebuild a state from ``CheckpointState.tensors`` and ``numbers``."""
+    """The state with these ``CheckpointState.tensors`` and ``numbers``."""
     encoder, attributes, table = dict[str, Tensor](), dict[str, Tensor](), {}
     memory = dict[int, dict[str, Tensor]]()
     for name, value in tensors.items():

@@ -2,8 +2,8 @@
 
 A run keeps the last few and the best::
 
-    checkpoints/step-00000120/rank-00000.bin  tensors that rank 0 wrote, raw bytes; a file a rank
-                              metadata.json   which tensor is where
+    checkpoints/step-00000120/rank-00000.bin  tensors that rank 0 wrote, raw bytes; a file per rank
+                              metadata.json   where each tensor is stored
                               state.json      progress, config, versions, numbers
                               manifest.json   sizes and checksums, written last
 
@@ -63,7 +63,7 @@ _Part = tuple[str, dict[str, StoredTensor], FileEntry]  # a rank's file: name, c
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: the last few and the best."""
+    """The checkpoints of a run, in one folder: the last few and the best."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Checkpoints:
         self.run = run
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> Folder:
-        """Write a checkpoint and return its folder; delete all but the last ``keep`` and the best.
+        """The folder of a new checkpoint; deletes all others except the last ``keep`` and the best.
 
         Raises:
             OSError, TypeError: as ``save_checkpoint``; rank 0 then deletes what was written.
@@ -110,15 +110,15 @@ class Checkpoints:
         return folder
 
     def find(self, which: Literal["last", "best"]) -> Folder:
-        """The last or best checkpoint; without validation the last is the best.
+        """The folder of the last or best checkpoint; without validation the last is the best.
 
-        Checks manifests and file sizes. If the last one is damaged, a warning names it and the one
-        before it is returned.
+        Checks manifests and file sizes. If the last checkpoint is damaged, a warning names it and
+        the previous one is returned.
 
         Raises:
             FileNotFoundError: there is none.
             DamagedCheckpointError: the best one is damaged.
-            ValueError: one is of another run, or renamed, or its signature is wrong.
+            ValueError: a checkpoint is of another run, was renamed, or has a wrong signature.
         """
         if which == "best":
             for manifest in self._manifests():
@@ -134,9 +134,9 @@ class Checkpoints:
         return last.folder
 
     def load_last(self, rows: range) -> tuple[Folder, CheckpointState] | None:
-        """The last checkpoint of which every rank can read its part; None if there is none.
+        """Folder and state of the last checkpoint that every rank can read; None if there is none.
 
-        A damaged checkpoint is skipped with a warning, and the one before it is tried.
+        A damaged checkpoint is skipped with a warning, and the previous one is tried.
 
         Args:
             rows: the table rows that this rank loads.
@@ -144,7 +144,7 @@ class Checkpoints:
         Raises:
             ValueError: as ``find``.
 
-        Collectives: all-gathers of small objects: one, and one for each checkpoint tried.
+        Collectives: one all-gather of small objects, and one for each checkpoint tried.
         """
         for name in on_first_rank(self._whole_names, self.group):
             read = functools.partial(load_checkpoint, self.folder / name, rows)
@@ -215,14 +215,14 @@ def save_checkpoint(
     best: bool = False,
     run: str | None = None,
 ) -> None:
-    """Write a checkpoint to ``folder``, its manifest last; replaces an earlier one.
+    """Write a checkpoint to ``folder``, the manifest last; an earlier one there is replaced.
 
     Args:
         folder: a path or address that all ranks can write.
-        state: ``table`` holds this rank's rows; rank 0 writes all the rest.
+        state: the state to save; each rank writes its rows of ``table``, and rank 0 all the rest.
         group: the ranks that write together; None for one process.
-        best: whether it is the best of its run so far.
-        run: id of its run, which its manifest names.
+        best: whether it is the best checkpoint of its run so far.
+        run: id of the run, stored in the manifest.
 
     Raises:
         OSError: a rank could not write; raised on all ranks, and ``folder`` has no manifest.
@@ -238,15 +238,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> CheckpointState:
-    """Load ``rows`` of the table and all replicated state, whatever number of ranks wrote them.
+    """The state in a checkpoint with the given table rows; any number of ranks may have saved it.
 
-    ``rows`` None means all; rows beyond the saved table are left out. ``table["first_row"]`` of the
-    result is the first row read.
+    ``rows`` None means all rows; rows beyond the saved table are left out. ``table["first_row"]``
+    of the result is the first row read.
 
     Raises:
         FileNotFoundError: the manifest is missing: the checkpoint is not complete.
         DamagedCheckpointError: a file differs from the manifest.
-        ValueError: another version of this package wrote it.
+        ValueError: the checkpoint is of another format version.
 
     Collectives: none.
     """
@@ -254,9 +254,9 @@ def load_checkpoint(folder: Path | str | Folder, rows: range | None = None) -> C
 
 
 class StoredCheckpoint:
-    """A complete checkpoint, read in parts; each file is checked against its checksum once.
+    """A complete checkpoint that is read in parts; checks each file's checksum once.
 
-    Opening it and reading a part raise as ``load_checkpoint`` does.
+    Opening it and reading a part raise the errors of ``load_checkpoint``.
     """
 
     def __init__(self, folder: Path | str | Folder) -> None:
@@ -273,11 +273,11 @@ class StoredCheckpoint:
 
     @property
     def num_rows(self) -> int:
-        """V, the number of rows of its table."""
+        """V, the number of rows of the saved table."""
         return int(self.numbers["table"]["num_rows"])
 
     def load(self, rows: range | None = None) -> CheckpointState:
-        """The whole state with ``rows`` of the table; None for all rows."""
+        """The state with the given table rows; None for all rows."""
         wanted = range(self.num_rows) if rows is None else rows
         tensors = self._read(self._tensors, wanted)
         try:
@@ -286,7 +286,7 @@ class StoredCheckpoint:
             raise self._damaged(f"a state, got {error!r}") from error
 
     def load_rows(self, rows: range, names: Collection[str]) -> dict[str, Tensor]:
-        """``rows`` of some tensors of the table, by name, such as "rows" or "optimizer.sum"."""
+        """The given rows of some table tensors, by name, such as "rows" or "optimizer.sum"."""
         tensors = self._read([f"table.{name}" for name in names], rows)
         return {name.removeprefix("table."): value for name, value in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints in the background while training continues.
+"""Write checkpoints in the background while training continues.
 
 The phases: (1) ``save`` copies the state into host memory, which is all that training waits for;
 (2) a thread writes the copy, over a process group of its own so that its collectives cannot
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
+from shardrec.pipeline.checkpoint.pinned import PinnedBuffers
 from shardrec.pipeline.checkpoint.store import Checkpoints, CheckpointState
 from shardrec.pipeline.outputs.addresses import without_keys
 
@@ -30,7 +31,7 @@ LAST_SECONDS = 60.0
 
 @contextlib.contextmanager
 def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup | None]:
-    """Context manager: a gloo group of the same ranks, for background writes.
+    """Context manager: a gloo group of the same ranks for background writes; None for one process.
 
     Args:
         group: the ranks; None for one process, which needs no group.
@@ -55,18 +56,18 @@ def writing_group(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointReport:
-    """The result of one checkpoint: written to ``folder``, or failed.
+    """The result of writing one checkpoint: complete in ``folder``, or failed.
 
-    Reported after the first step by the end of which every rank has finished writing.
+    It is reported after the first step at whose end every rank has finished writing.
 
     Attributes:
-        step: the step after which it was taken; later steps may have been taken meanwhile.
+        step: the step that the checkpoint was taken after; training may have gone on meanwhile.
         folder: path or address of the checkpoint.
         best: whether the validation of that step was the best so far.
-        seconds: from the step until it was complete.
-        stall_seconds: of these, how long training waited.
-        num_bytes: bytes of its tensors, over all ranks.
-        error: why the write failed; None if it is complete.
+        seconds: time from the step until the checkpoint was complete.
+        stall_seconds: the part of it in which training waited.
+        num_bytes: bytes of the tensors, over all ranks.
+        error: why writing failed; None if the checkpoint is complete.
     """
 
     step: int
@@ -79,7 +80,7 @@ class CheckpointReport:
 
 
 class CheckpointWriter:
-    """Saves one checkpoint after another.
+    """Saves checkpoints one after another, in the background or not.
 
     Every rank must call ``save`` and ``collect`` at the same steps.
     """
@@ -95,31 +96,33 @@ class CheckpointWriter:
         self.background = background
         self.failure: Exception | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._pinned: PinnedBuffers | None = None
         self._thread: threading.Thread | None = None
         self._report: CheckpointReport | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether this rank has finished a write that ``collect`` has not returned yet."""
+        """Whether this rank has finished a write whose report ``collect`` has not returned yet."""
         return self._thread is not None and not self._thread.is_alive()
 
     def save(self, step: int, state: CheckpointState, *, best: bool) -> list[CheckpointReport]:
-        """Wait for the write in flight, copy the state, and start writing it.
+        """Wait for the write in flight, copy the state, and start writing the copy.
 
         Args:
             step: optimizer steps so far; names the checkpoint.
-            state: of this rank; its tensors may change as soon as this returns.
-            best: whether it is the best so far.
+            state: state of this rank; its tensors may change as soon as this returns.
+            best: whether it is the best checkpoint so far.
 
         Returns:
-            Reports of finished writes: the one before, and this one unless in the background.
+            Reports of the writes that have finished: the previous one, if not yet collected, and
+            this one if it is not written in the background.
 
         Collectives: those of ``Checkpoints.save``, on the group for writing.
         """
         started = time.monotonic()
         ended = self.collect()
         if self.background:
-            state = self._copied(state)
+            state = state.copied(self._copy)
         stall = time.monotonic() - started
         report = CheckpointReport(
             step=step,
@@ -136,10 +139,10 @@ class CheckpointWriter:
         return ended if self.background else [*ended, *self.collect()]
 
     def collect(self) -> list[CheckpointReport]:
-        """Wait for the write in flight; returns its report, or none, the same on every rank.
+        """The report of the write in flight, after waiting for it; the same on every rank.
 
-        If the write failed, the report has an ``error``, and ``failure`` holds the exception until
-        another write succeeds.
+        The list is empty if no write is in flight. If the write failed, the report has an
+        ``error``, and ``failure`` holds the exception until another write succeeds.
         """
         if self._thread is None:
             return []
@@ -168,16 +171,15 @@ class CheckpointWriter:
             report, seconds=seconds, stall_seconds=stall, error=words
         )
 
-    def _copied(self, state: CheckpointState) -> CheckpointState:
-        copy = state.copied(self._copy)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return copy
-
     def _copy(self, name: str, value: Tensor) -> Tensor:
         """A copy in host memory, in the buffer of the last copy of the same name if that fits."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            buffer = torch.empty(value.shape, dtype=value.dtype)
             self._buffers[name] = buffer
-        return buffer.copy_(value.detach(), non_blocking=True)
+        if not value.is_cuda:
+            return buffer.copy_(value.detach())
+        if self._pinned is None:
+            self._pinned = PinnedBuffers()
+        self._pinned.copy(value, buffer)
+        return buffer

@@ -43,7 +43,7 @@ class AttributeChoice:
         item: column of the item ids.
         columns: the attributes; empty takes every other column.
         numbers: integer columns that are numbers and not categories.
-        buckets: most buckets of a number.
+        buckets: largest number of buckets that a number is cut into.
     """
 
     item: str
@@ -54,14 +54,14 @@ class AttributeChoice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttributeFile:
-    """Parquet files with one row an item, opened and checked.
+    """Parquet files with one row per item, opened and checked.
 
     Attributes:
         filesystem: holds the files.
         paths: the files, in path order.
         choice: which columns are attributes.
         item_type: kind of the item ids, "int64" or "string".
-        kinds: how each attribute is taken, by name, in the order of the first file.
+        kinds: kind of each attribute by name, in the column order of the first file.
     """
 
     filesystem: fs.FileSystem
@@ -114,14 +114,14 @@ class AttributeFile:
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """JSON for the manifest: path, bytes and checksum of each file."""
+        """JSON for the manifest: path, size in bytes and checksum of each file."""
         return [self._describe(path) for path in self.paths]
 
     def item_ids(self) -> pa.Array:
-        """(n,) the ids of all files.
+        """(n,) item ids of all files.
 
         Raises:
-            ValueError: an id is null, invalid, or comes twice.
+            ValueError: an id is null, invalid, or occurs twice.
         """
         parts = [
             read_ids(self._read(path, self.choice.item), self._place(path)) for path in self.paths
@@ -138,11 +138,11 @@ class AttributeFile:
         return ids
 
     def raw(self, name: str, rows: Array) -> tuple[RawValues, str]:
-        """The values of an attribute at some rows of the files, and the Arrow type of a value.
+        """The values of an attribute in some rows of the files, and the Arrow type of a value.
 
         Args:
-            name: of the column.
-            rows: (n,) int64 rows, -1 for an item without one.
+            name: name of the column.
+            rows: (n,) int64 row of each item in the files, -1 for an item that has none.
 
         Raises:
             ValueError: a value is invalid; the message names file and column.
@@ -184,13 +184,14 @@ class AttributeFile:
 
 
 def attribute_kind(dtype: pa.DataType, name: str, path: str, *, as_number: bool = False) -> Kind:
-    """How a column of this type is taken.
+    """The kind of attribute that a column of this Arrow type becomes.
 
-    Text, integers and booleans are categories (integers may be ``as_number``), floats, decimals and
-    times are numbers, lists of the former are lists, and lists of floats are vectors.
+    Text, integers and booleans are categories; floats, decimals and times are numbers, as are
+    integers with ``as_number``; lists of text, integers or booleans are lists; lists of floats are
+    vectors.
 
     Raises:
-        ValueError: the type is none of these, or ``as_number`` is set for another than integers.
+        ValueError: the type is none of these, or ``as_number`` is set and the type is no integer.
     """
     value = value_type(dtype)
     if as_number and not pa.types.is_integer(value):
@@ -226,11 +227,11 @@ def fit_column(
 ) -> AttributeColumn:
     """The column that encodes these raw values.
 
-    What ``former`` has is kept, so that codes mean what they meant: its values come before new
-    ones, its borders and its scale stay.
+    What ``former`` has is kept, so that codes keep their meaning: its values come before new
+    ones, and its borders and scale do not change.
 
     Raises:
-        ValueError: there are more than ``MOST_VALUES`` different values.
+        ValueError: there are more than ``MOST_VALUES`` distinct values.
     """
     if former is not None and not _continues(former, kind, raw, dtype):
         former = None

@@ -1,4 +1,4 @@
-"""Check the column types of an event log in its footers, and its values as they are read."""
+"""Check the column types of an event log in the file footers, and its values as they are read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ class EventColumns:
     Attributes:
         user: user ids.
         item: item ids.
-        time: event times; None where the order in the lists is all there is.
+        time: event times; None if only the order in the lists is known.
         event: event types; None reads every row.
         event_types: values of ``event`` to keep.
         type_weights: weight of each of ``event_types``; empty if they have none.
@@ -56,8 +56,8 @@ def check_columns(path: str, schema: pa.Schema, columns: EventColumns) -> pa.Sch
     """The schema of the events in a file, after checking that it has every column once.
 
     Raises:
-        ValueError: a column is missing, there twice, or of a nested type where it may not be, or no
-            list where it must be.
+        ValueError: a column is missing, occurs twice, has a nested type where none is allowed, or
+            is no list where it must be.
     """
     for option, name in columns.options().items():
         count = schema.names.count(name)
@@ -102,7 +102,7 @@ def same_kind(
 ) -> str:
     """The kind of a column, after checking that it is the same in all files.
 
-    A column of nulls alone has the kind of the others.
+    A column that holds only nulls has the kind of the others.
 
     Raises:
         ValueError: two files differ, or ``kind`` refuses the type in one of them.

@@ -24,52 +24,61 @@ class PrepareConfig:
     Attributes:
         events: file, folder, glob, or URI that pyarrow opens, of Parquet, CSV or JSON lines.
         output: folder to write; it must be new, or hold the same result.
-        layout: "events", or "sequences": a row is a user, and the other columns hold lists.
-        user_column, item_column, time_column: names in the log. Ids are non-negative integers or
-            strings; times are whole numbers, timestamps, dates or ISO text, in UTC unless they have
-            an offset, and rounded down to microseconds. With layout=sequences the time column may
-            be none: the order of the lists is all there is, and split must be leave_one_out.
+        layout: "events" (a row is an event) or "sequences" (a row is a user, and all other columns
+            hold lists).
+        user_column, item_column, time_column: names of the columns in the log. Ids are non-negative
+            integers or strings; times are whole numbers, timestamps, dates or ISO text, in UTC
+            unless they have an offset, and rounded down to microseconds. With layout=sequences the
+            time column may be none: then only the order of the lists is known, and split must be
+            leave_one_out.
         event_column: column that ``event_types`` or ``event_weights`` selects from.
         event_types: values of ``event_column`` to keep; other events are counted and left out. In
             double quotes a value may hold commas and outer blanks.
         event_weights: instead of event_types, values to keep with a weight for each, such as
             view=1,cart=3,buy=5; multiplies the weight of weight_column, if there is one.
-        weight_column: non-negative numbers that multiply the loss of the event as a target.
+        weight_column: column of non-negative numbers that multiply the loss of an event as a
+            target.
         split: "temporal" or "leave_one_out".
         test_quantile: share of the events, in global time order, before the test part (0.9).
         test_time: instead of test_quantile, the first time of the test part: a number, or ISO
             text if the log has timestamps (numbers are then microseconds).
         validation: "users", "time" (temporal split only), or "none".
-        validation_users: with "users", how many; by default all for leave_one_out, else one in
-            ten, at most 10,000.
-        validation_quantile: with "time", share of the events before the validation part (0.8).
+        validation_users: with validation "users", how many; by default all users with
+            leave_one_out, else one user in ten and at most 10,000.
+        validation_quantile: with validation "time", share of the events before the validation part
+            (0.8).
         validation_time: instead of validation_quantile, the first time of the validation part.
-        targets: "last" or "all" held-out events of a user.
-        min_user_events: events a user needs before the test part (leave_one_out: in all).
-        min_item_events: events an item needs before the test part (leave_one_out: in all); counted
-            before users are dropped.
+        targets: which held-out events of a user are targets: the "last" one, or "all".
+        min_user_events: fewest events of a user before the test part (leave_one_out: in total).
+        min_item_events: fewest events of an item before the test part (leave_one_out: in total),
+            counted before users are dropped.
         keep_duplicates: keep events that equal another one in every column read.
-        ties: events of a user at one time are in the order of the "log", or "shuffle": in one that
-            depends on user, item, time and seed alone, because the log's own may tell the future.
-        drop_repeats: of consecutive events of a user with one item, keep the first.
+        ties: order of a user's events at the same time: that of the "log", or "shuffle", which
+            depends only on user, item, time and seed, because the order of the log may leak the
+            future.
+        drop_repeats: keep only the first of a user's consecutive events with the same item.
         items: items.parquet of an earlier prepared folder: its items keep their indices, even if
             this log or min_item_events would leave them out; new items get the next indices.
-        item_attributes: Parquet with one row an item (file, folder, glob, or URI), for
+        item_attributes: Parquet with one row per item (file, folder, glob, or URI), for
             catalog.attributes of train. Text, integers, booleans and lists of them are categories,
             floats and times are numbers in buckets, lists of floats are vectors.
-        attribute_item_column: column of the item ids there; none: as item_column.
-        attributes: columns to take; by default all others.
+        attribute_item_column: column of the item ids in item_attributes; none: the same as
+            item_column.
+        attributes: columns of item_attributes to read; by default all except the item ids.
         attribute_numbers: integer columns that are numbers and not categories.
-        attribute_buckets: most buckets of a number, of about equally many items (16).
-        admit_items: items that only the attributes have enter the catalog, with 0 training events.
-        rebalance: with items, give every item a new index that spreads popular items evenly, and
-            write item_map.parquet (former_item, item), which train --init-from applies.
-        sequences_per_row_group: rows of a row group in train, validation and test.
-        seed: of the users' order, and of ties=shuffle.
-        memory_limit: of DuckDB, such as "512MB"; the whole process needs about 0.5 GB more.
-        threads: of DuckDB, at most 256; by default all CPUs available to this process.
-        force: prepare again; a prepared folder in output is replaced as a whole once the new one is
-            complete. Anything else is never replaced.
+        attribute_buckets: largest number of buckets for a number, which hold about equally many
+            items each (16).
+        admit_items: add items that occur only in item_attributes to the catalog, with 0 training
+            events.
+        rebalance: with items, give every item a new index, so that popular items are spread evenly
+            over the ranks, and write item_map.parquet (former_item, item), which train --init-from
+            applies.
+        sequences_per_row_group: rows per row group in train, validation and test.
+        seed: seed of the order of the users, and of ties=shuffle.
+        memory_limit: memory limit of DuckDB, such as "512MB"; the process needs about 0.5 GB more.
+        threads: threads of DuckDB, at most 256; by default all CPUs available to this process.
+        force: prepare again; a prepared folder in output is replaced once the new one is complete.
+            Anything else is never replaced.
     """
 
     events: str
@@ -149,7 +158,7 @@ class PrepareConfig:
 
 
 def sort_threads(threads: int | None) -> int:
-    """Threads of DuckDB: as asked, or all CPUs available to this process, at most 256."""
+    """Number of DuckDB threads: as requested, or all available CPUs; at most 256."""
     return threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 

@@ -1,4 +1,4 @@
-"""The files of an event log: what is known before they are read, and their batches of rows."""
+"""The files of an event log: their metadata, and their rows in batches."""
 
 import contextlib
 import dataclasses
@@ -40,25 +40,25 @@ class SourceFile:
 
 
 class LogFile(Protocol):
-    """A file of a log."""
+    """The interface of one file of a log, whatever its format."""
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        """Holds the file."""
+        """The file system that holds the file."""
         ...
 
     @property
     def source(self) -> SourceFile:
-        """Its path, size, rows and digest."""
+        """Path, size, number of rows and digest of the file."""
         ...
 
     @property
     def schema(self) -> pa.Schema:
-        """All its columns."""
+        """The schema of all columns of the file."""
         ...
 
     def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """Batches of at most ``rows`` rows, each with its place in the log for messages.
+        """Batches of at most ``rows`` rows, each with its location in the log for error messages.
 
         Raises:
             ValueError: the file cannot be decoded; the message names the column.
@@ -74,7 +74,7 @@ class ParquetLog:
         filesystem: holds the file.
         source: see ``LogFile``.
         schema: see ``LogFile``.
-        int96: paths of the columns that are stored so.
+        int96: paths of the columns that are stored as INT96.
     """
 
     filesystem: fs.FileSystem
@@ -130,7 +130,7 @@ class ParquetLog:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class WithFolderValues:
-    """A file with further columns, whose values are in the names of its folders."""
+    """A file with further columns from the names of its folders, such as ``day=2024-01-31``."""
 
     file: LogFile
     schema: pa.Schema
@@ -138,9 +138,9 @@ class WithFolderValues:
 
     @classmethod
     def add(cls, files: Sequence[LogFile], names: Iterable[str]) -> list[LogFile]:
-        """Those of ``files`` that lack a column of ``names`` get it from their folders' names.
+        """The ``files``; one that lacks a column of ``names`` takes it from its folders' names.
 
-        Values that are whole numbers in all folders are int64, others text.
+        A column is int64 if its values are whole numbers in all folders, else text.
         """
         found = {file.source.path: partition_values(file.source.path) for file in files}
         types = {}
@@ -185,7 +185,7 @@ class WithFolderValues:
 
 @contextlib.contextmanager
 def unchanged(file: LogFile) -> Iterator[None]:
-    """Context manager: the file is read in it, and is the one that was opened, before and after.
+    """Context manager to read a file in: checks before and after that it has not changed.
 
     Raises:
         ValueError: it has changed, or is gone.
@@ -225,7 +225,7 @@ def tail_of(stream: Any) -> tuple[int, bytes]:
 
 
 def decoding_remedy(error: Exception) -> str:
-    """What to do about values that cannot be decoded, by the words of Arrow's error."""
+    """What to do about values that cannot be decoded, chosen by the text of Arrow's error."""
     text = str(error).lower()
     if "crypt" in text:
         return "the column is encrypted: write the log without encryption"

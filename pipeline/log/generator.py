@@ -46,16 +46,17 @@ class SynthConfig:
         items: size of the catalog; rare items get no event (of the default 80,000, about 56,000
             do).
         events: exact number of events.
-        seed: of all random choices.
+        seed: seed of all random choices.
         clusters: number of groups of items.
-        tastes: clusters that a user likes at a time.
+        tastes: number of clusters that a user likes at any time.
         taste: probability that an event comes from one of the user's tastes, which a model learns
             only from the whole history.
         follow: probability that it comes from the successor of the previous event's cluster, which
             a model learns from the order; the rest is noise.
         drift: probability, at each event, that a new taste replaces an old one.
-        item_exponent: of Zipf's law inside a cluster; the larger, the fewer items get most events.
-        cluster_exponent: of Zipf's law over clusters; 0 makes all of them equally popular.
+        item_exponent: exponent of Zipf's law inside a cluster; the larger, the more uneven.
+        cluster_exponent: exponent of Zipf's law over clusters; 0 makes all clusters equally
+            popular.
         length_spread: standard deviation of the logarithm of events per user.
         start_time: first second of the log, in Unix time.
         duration_s: seconds the log covers; by default a year.
@@ -103,7 +104,7 @@ class SynthConfig:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedBlock:
-    """Events of consecutive users, user by user, and each user's state before the last event."""
+    """Events of consecutive users, and the state of each user just before the last event."""
 
     user: Ints  # (E,)
     item: Ints  # (E,) internal index

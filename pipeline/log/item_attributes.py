@@ -1,4 +1,4 @@
-"""Join a file of item attributes with the catalog, and write them in the order of ``item``."""
+"""Join files of item attributes with the catalog, and write the attributes in item order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,8 +42,9 @@ class ItemAttributes:
 
     Attributes:
         file: the opened files.
-        former: the columns of the folder that ``--items`` names, by name, whose codes are kept.
-        admits: whether items that only the files have enter the catalog.
+        former: the attribute columns of the folder that ``--items`` names, by column name; their
+            codes are kept.
+        admits: whether items that occur only in these files enter the catalog.
     """
 
     file: AttributeFile
@@ -55,7 +56,7 @@ class ItemAttributes:
         """Open the files that the options name; None if they name none.
 
         Args:
-            config: of ``prepare``.
+            config: the options of ``prepare``.
             item_type: kind of the log's item ids.
 
         Raises:
@@ -74,14 +75,14 @@ class ItemAttributes:
         return cls(file=file, former=former, admits=config.admit_items)
 
     def describe(self) -> dict[str, Any]:
-        """JSON for the manifest: path, bytes and checksum of each file."""
+        """JSON for the manifest: path, size in bytes and checksum of each file."""
         return {"files": self.file.describe()}
 
     def write(self, folder: Path, item_ids: pa.Array, seen: pa.Array) -> "WrittenAttributes":
-        """Write codes and vectors in the order of the catalog, and what they mean.
+        """Write codes and vectors in the order of the catalog, and the meaning of the codes.
 
         Args:
-            folder: of the prepared data.
+            folder: the prepared folder.
             item_ids: ids of the catalog's items so far, in the order of their indices.
             seen: ids of the log and of the former items; others are admitted to the catalog.
 
@@ -132,9 +133,9 @@ class WrittenAttributes:
     """The output of ``ItemAttributes.write``.
 
     Attributes:
-        item_ids: (V,) ids of the catalog, those of admitted items last.
+        item_ids: (V,) item ids of the catalog, those of admitted items last.
         files: entries for the manifest.
-        counts: numbers of items and values, by their names in the manifest.
+        counts: numbers of items and values, under their names in the manifest.
     """
 
     item_ids: pa.Array
@@ -143,7 +144,7 @@ class WrittenAttributes:
 
 
 def places(wanted: pa.Array, ids: pa.Array) -> Array:
-    """(n,) int64 place of each of the ``wanted`` ids in ``ids``; -1 for those not there.
+    """(n,) int64 index in ``ids`` of each of the ``wanted`` ids; -1 for an id that is not there.
 
     Example:
         >>> places(pa.array([7, 5]), pa.array([5, 6])).tolist()

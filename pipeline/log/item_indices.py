@@ -31,11 +31,11 @@ class FormerItems:
     """The ``items.parquet`` of an earlier prepared folder, opened by ``prepare --items``.
 
     Attributes:
-        path: of the file.
-        kind: of the ids, "int64" or "string".
+        path: path of the file.
+        kind: kind of the ids, "int64" or "string".
         rows: number of items.
-        sha256: of the file.
-        fingerprint: of its prepared folder; None for a file without a manifest next to it.
+        sha256: SHA-256 of the file, hexadecimal.
+        fingerprint: fingerprint of its prepared folder; None if no manifest lies next to the file.
     """
 
     path: Path
@@ -46,10 +46,10 @@ class FormerItems:
 
     @classmethod
     def open(cls, path: str, item_type: str) -> "FormerItems":
-        """Open the file; checks footer, id type, and the checksum if a manifest is next to it.
+        """Open the file; checks footer, id type and, if a manifest is next to it, the checksum.
 
         Args:
-            path: of the file.
+            path: path of the file.
             item_type: kind of the ids in the new log, "int64" or "string".
 
         Raises:
@@ -78,7 +78,7 @@ class FormerItems:
         )
 
     def tables(self) -> Iterator[pa.Table]:
-        """Tables with ``item_id`` and ``item``, in the order of ``item``.
+        """Tables with the columns ``item_id`` and ``item``, by ascending ``item``.
 
         Raises:
             ValueError: the indices are not 0, 1, 2, ..., or a row group cannot be read.
@@ -106,7 +106,7 @@ class FormerItems:
 
 
 def index_order(counts: Array, catalog: Array, former: Array | None, rebalance: bool) -> Array:
-    """The items in the order of their dense index.
+    """The items of the catalog, sorted by the dense index that each of them gets.
 
     Args:
         counts: (items,) int64 training events of each item.

@@ -1,4 +1,4 @@
-"""Rows of one user with lists of events, as rows of one event."""
+"""Turn rows of one user, with lists of events, into rows of one event."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -7,12 +7,12 @@ __all__ = ["exploded"]
 
 
 def exploded(batch: pa.RecordBatch, user: str, place: str) -> pa.RecordBatch:
-    """The events of a batch in the order of its lists; a user with an empty list has none.
+    """A batch with one row per event, in the order of the lists; an empty list gives no row.
 
     Args:
         batch: a column of users; every other column holds lists.
-        user: name of the column of users.
-        place: of the batch in the log, for messages.
+        user: name of the user column.
+        place: where the batch is in the log, for error messages.
 
     Raises:
         ValueError: two lists of a user have different lengths.

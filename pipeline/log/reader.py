@@ -55,11 +55,11 @@ class EventLog:
         user_type: kind of the user ids, "int64" or "string".
         item_type: kind of the item ids, "int64" or "string".
         time_type: "int64", or "timestamp[us]" when the log holds timestamps, dates or ISO text.
-        passed_over: visible files next to the log's that hold no events.
+        passed_over: visible files next to those of the log that hold no events and are not read.
         events_read: events read so far, before the event-type filter.
         event_types_seen: some of the event types read so far, for messages.
         event_types_found: indices of the kept event types that were read so far.
-        times_cut: whether a time read so far was finer than a microsecond.
+        times_cut: whether any time read so far had to be rounded down to a microsecond.
     """
 
     inputs: tuple[LogFile, ...]
@@ -75,7 +75,7 @@ class EventLog:
 
     @classmethod
     def open(cls, source: str, columns: EventColumns) -> "EventLog":
-        """Find the files of ``source`` and check their column types; those of CSV are read for it.
+        """Find the files of ``source`` and check their column types; reads CSV files once.
 
         Raises:
             FileNotFoundError: there is no file of a log.
@@ -105,11 +105,11 @@ class EventLog:
 
     @property
     def files(self) -> tuple[SourceFile, ...]:
-        """What is known of each file, in natural order."""
+        """Path, size, number of rows and digest of each file, in natural order."""
         return tuple(file.source for file in self.inputs)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Tables of about half a million events in the order of the log.
+        """Tables of about half a million events each, in the order of the log.
 
         Raises:
             ValueError: a value is invalid, or a file cannot be decoded or has changed since
@@ -231,7 +231,7 @@ class EventLog:
 
 
 def read_schema(source: str) -> pa.Schema:
-    """All columns of a log: of its first file with rows, and of the folders' names in its path.
+    """The columns of the log's first file with rows, and those in the names of its folders.
 
     Raises:
         FileNotFoundError: there is no file of a log.

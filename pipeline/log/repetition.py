@@ -1,8 +1,8 @@
-"""Events that repeat: exact duplicates, ties in time, and consecutive events with one item.
+"""Events that repeat: exact duplicates, ties in time, and consecutive events with the same item.
 
-All of them are counted in the stream of sorted events, in the order of these reductions: duplicates
-are dropped or kept, then ties and repeats are counted among what is left, then repeats are dropped
-if asked.
+They are counted in the stream of sorted events, in this order: exact duplicates are counted, and
+dropped unless they are to be kept; ties and repeats are counted among the remaining events; repeats
+are dropped if ``drop_repeats`` is set.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Repetition:
-    """Numbers of events.
+    """How many events of a log repeat, by kind of repetition.
 
     Attributes:
         duplicates: events that equal an earlier one in every column read.
-        duplicates_dropped: those of them that were dropped.
-        tied: events at the time of another one of the user.
-        repeats: events with the item of the user's event before.
-        repeats_dropped: those of them that were dropped.
+        duplicates_dropped: how many of the duplicates were dropped.
+        tied: events that share their time with another event of the same user.
+        repeats: events with the same item as the user's previous event.
+        repeats_dropped: how many of the repeats were dropped.
     """
 
     duplicates: int = 0
@@ -37,7 +37,7 @@ class Repetition:
     repeats_dropped: int = 0
 
     def counts(self) -> dict[str, int]:
-        """The numbers by their names in the manifest, without the dropped duplicates."""
+        """The numbers under their names in the manifest, without the dropped duplicates."""
         return {
             "events_duplicated": self.duplicates,
             "events_tied_in_time": self.tied,
@@ -47,10 +47,11 @@ class Repetition:
 
 
 def describe_repetition(counts: Mapping[str, int]) -> list[str]:
-    """A line for each kind of repetition in the log, with the option that concerns it.
+    """One line for each kind of repetition in the log, with the option that controls it.
 
     Args:
-        counts: of a manifest; those written by earlier versions give no line.
+        counts: ``counts`` of a manifest; a manifest of an earlier version without them gives no
+            line.
 
     Example:
         >>> describe_repetition({"events_read": 40, "events_tied_in_time": 10})
@@ -70,10 +71,10 @@ def describe_repetition(counts: Mapping[str, int]) -> list[str]:
 
 
 class Repetitions:
-    """Counts and drops repetitions in a stream of columns (user, item, time, event[, weight]).
+    """Counts and drops repetitions in a stream of events (user, item, time, event[, weight]).
 
     Attributes:
-        total: over the parts reduced so far.
+        total: the numbers of all parts reduced so far.
     """
 
     def __init__(self, keep_duplicates: bool, drop_repeats: bool) -> None:
@@ -83,7 +84,7 @@ class Repetitions:
         self._last = np.full(2, -1)  # user and item of the event before
 
     def reduce(self, columns: list[Array]) -> list[Array]:
-        """The events of a part that are kept; parts are cut as ``tie_aligned`` does."""
+        """The events of a part that are kept, as columns; parts are those of ``tie_aligned``."""
         duplicate = _duplicates(columns)
         num_duplicates = int(duplicate.sum())
         if num_duplicates and not self.keep_duplicates:
@@ -109,7 +110,7 @@ class Repetitions:
 
 
 def tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
-    """The columns (user, item, time, event[, weight]) in parts cut where user or time changes."""
+    """Columns (user, item, time, event[, weight]) in parts that never cut a tie in time."""
     rest: list[Array] = []
     for batch in reader:
         columns = [column.to_numpy() for column in batch.columns]

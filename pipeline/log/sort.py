@@ -7,8 +7,8 @@ The phases; DuckDB does 1 to 3 and spills to disk at its memory limit:
 3. `_write_columns` joins the numbers to the events and streams them in sorted order.
 4. The stream is cut where user or time changes (`tie_aligned`), exact duplicates are dropped in
    each tie, repeats if asked, and each column is appended to a file of its own.
-Events of one user at one time keep the order of the log, files in natural order and then rows, or
-are in an order by a hash of user, item, time and seed, which does not depend on the log's.
+Events of one user at one time keep the order of the log (files in natural order, then rows), or are
+ordered by a hash of user, item, time and seed, which does not depend on the order of the log.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SortOptions:
-    """How to sort: ``memory_limit`` such as "512MB", and the ``seed`` of the users' order."""
+    """How to sort: limits of DuckDB, seed of the users' order, and treatment of repetitions."""
 
     memory_limit: str
     threads: int
@@ -64,18 +64,18 @@ class UserBlock:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SortedLog:
-    """The sorted columns in ``folder``, and the ids of the users and items in them.
+    """A log sorted by user and time, as column files on disk, with its user and item ids.
 
     Attributes:
-        folder: one file a column.
+        folder: holds one file per column.
         user_ids: (users,) ids in the seeded hash order; columns hold indices into it.
-        item_ids: (items,) ids of the log and of the former items, ascending.
+        item_ids: (items,) ids of the items of the log and of the earlier folder, ascending.
         former: (items,) int64 earlier index of each item, -1 for a new one; None without former
             items.
         user_events: (users,) int64 events of each user.
-        repetition: numbers of events that tie, repeat or duplicate another one.
-        has_weight: whether there is a weight column.
-        time_range: the first and the last time.
+        repetition: numbers of tied, repeated and duplicate events.
+        has_weight: whether the events have weights.
+        time_range: first and last time, as int64 of the log's time type.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class SortedLog:
 
     @property
     def num_events(self) -> int:
-        """Number of events without the dropped duplicates."""
+        """Number of events that were kept."""
         return int(self.user_events.sum())
 
     def blocks(self) -> Iterator[UserBlock]:
@@ -117,10 +117,10 @@ class SortedLog:
         return np.fromfile(self.folder / name, dtype=dtype, count=count, offset=offset)
 
     def time_at(self, share: float) -> int:
-        """The time of event floor(share * events) in global time order.
+        """The time of event number floor(share * num_events), counted from 0, in global time order.
 
-        Counts times in 65,536 cells and repeats inside the cell of the wanted event until one time
-        is left: a few passes over the column of times, and no sort.
+        A histogram of 65,536 bins finds the bin of the event, and the search is repeated inside
+        that bin until it holds one time: a few passes over the column of times, and no sort.
         """
         rank = min(int(share * self.num_events), self.num_events - 1)
         low, high = self.time_range
@@ -147,13 +147,13 @@ class SortedLog:
 def sort_log(
     log: EventLog, folder: Path, options: SortOptions, former: FormerItems | None = None
 ) -> SortedLog:
-    """Read ``log`` once and write its sorted columns to ``folder``.
+    """Read ``log`` once and write its events, sorted by user and time, to ``folder``.
 
     Args:
         log: the events.
         folder: an empty folder on a local disk, for the columns and DuckDB's temporary files.
-        options: limits and seed.
-        former: earlier items, which are in ``item_ids`` even if the log does not have them.
+        options: limits, seed and repetitions.
+        former: items of an earlier folder; they enter ``item_ids`` even if the log lacks them.
 
     Raises:
         ValueError: a value of the log is invalid, no event is left, or ``former`` repeats an id.

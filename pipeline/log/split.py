@@ -19,14 +19,14 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Cuts:
-    """The cut positions of each user, counted in events of catalog items.
+    """Where each user's sequence is cut into the splits, counted in events of catalog items.
 
     Attributes:
         item_kept: (items,) bool, whether the item is in the catalog.
         kept: (users,) bool, whether the user is in the prepared data.
-        total: (users,) int64 events of the user.
-        train_end: (users,) int64; events before it train.
-        test_start: (users,) int64; events from it on are for the test.
+        total: (users,) int64 number of events of the user.
+        train_end: (users,) int64; events before this position are for training.
+        test_start: (users,) int64; events from this position on are for the test.
         test_time: first time of the test part; None with leave_one_out.
         validation_time: first time of the validation part; None unless validation is by time.
     """
@@ -41,7 +41,7 @@ class Cuts:
 
 
 def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
-    """Choose the catalog and the cut positions of every user.
+    """The items of the catalog, and the positions at which each user's sequence is cut.
 
     Args:
         log: the sorted log.
@@ -59,10 +59,10 @@ def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
 
 
 def positions(block: UserBlock, cuts: Cuts) -> tuple[Array, Array]:
-    """Positions of a block's events in their sequences, for kept items and kept users.
+    """Index of each event of a block in its user's sequence, for kept items and kept users.
 
     Returns:
-        (E,) bool mask over the block, and (M,) int64 positions of the masked events.
+        (E,) bool mask of the kept events of the block, and (M,) int64 indices of these events.
     """
     catalog = cuts.item_kept[block.item]
     counts = cuts.total[block.first_user : block.stop_user]

@@ -1,8 +1,8 @@
 """CSV and JSON lines as files of a log, compressed or not.
 
-CSV has no types, so a first pass over the columns finds them: whole numbers in all rows of all
-files, or such numbers that all end in .0, are int64; whatever else is text, as it stands. JSON
-lines has the types of its first megabytes; a later value of another type is an error.
+CSV has no types, so a first pass infers them: a column is int64 if all rows of all files hold whole
+numbers, or numbers that all end in .0; otherwise it is text, unchanged. The types of JSON lines are
+those of the first megabytes; a later value of another type is an error.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ class CsvLog:
 
         Args:
             filesystem: holds the file.
-            path: of the file.
-            kind: says its codec.
-            columns: the columns to read; the schema's others are text.
+            path: path of the file.
+            kind: format and codec of the file.
+            columns: the columns to read; all others are text in the schema.
 
         Raises:
             ValueError: it cannot be read.
@@ -84,7 +84,7 @@ class CsvLog:
         )
 
     def with_texts(self, names: Collection[str]) -> "CsvLog":
-        """The file with text in these columns, which hold numbers alone here but not elsewhere."""
+        """The file with these columns as text, because they hold more than numbers elsewhere."""
         fields = [
             field.with_type(pa.string()) if field.name in names else field for field in self.schema
         ]
@@ -135,7 +135,7 @@ class CsvLog:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JsonLog:
-    """A file with one JSON object a line."""
+    """A file with one JSON object per line."""
 
     filesystem: fs.FileSystem
     kind: FileKind

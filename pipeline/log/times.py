@@ -32,10 +32,10 @@ _DATE_DIGITS = 8
 
 
 def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
-    """The kind of times: "int64", of an unknown unit, or "timestamp[us]".
+    """The kind of a time column: "int64" (of unknown unit) or "timestamp[us]".
 
     Raises:
-        ValueError: it is no type of times, or a float type whose steps are minutes today.
+        ValueError: the type cannot hold times, or is a float type too coarse to tell seconds apart.
     """
     value = value_type(dtype)
     if pa.types.is_float32(value) or pa.types.is_float16(value):
@@ -54,10 +54,10 @@ def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
 
 
 def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bool]:
-    """The times as int64, and whether any was rounded down to microseconds.
+    """(n,) times as int64, and whether any of them was rounded down to microseconds.
 
-    Numbers stay as they are; timestamps, dates and text become microseconds since 1970. Without a
-    zone or offset they are in UTC.
+    Numbers are unchanged; timestamps, dates and text become microseconds since 1970, in UTC if
+    they have no zone or offset.
 
     Raises:
         ValueError: a time is a fraction, out of range, or cannot be parsed.
@@ -77,14 +77,14 @@ def read_times(column: pa.ChunkedArray, place: str) -> tuple[pa.ChunkedArray, bo
 
 
 def parse_time(text: str) -> int:
-    """Microseconds since 1970 of a time as people type it; in UTC without an offset.
+    """Microseconds since 1970 of a time that a user typed; UTC if it has no offset.
 
     Example:
         >>> parse_time("1970-01-02") == parse_time("1970/01/02 01:00:00 +01:00") == 86_400_000_000
         True
 
     Raises:
-        ValueError: it is no time.
+        ValueError: the text is no time.
     """
     try:
         return int(read_times(pa.chunked_array([[text]], pa.string()), "time")[0][0].as_py())

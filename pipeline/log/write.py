@@ -25,10 +25,10 @@ class RowGroupWriter:
     """Writes Parquet files with exactly ``group_rows`` rows per row group (fewer in the last).
 
     Args:
-        folder: of the prepared data.
+        folder: the prepared folder.
         pattern: file name in ``folder``; with "{part:05d}" a new file starts every 256 row groups.
-        schema: of the files; text may be large_string in the tables where it is string here.
-        group_rows: rows of a row group.
+        schema: schema of the files; a text column may be large_string in the tables written.
+        group_rows: number of rows in a row group.
     """
 
     def __init__(self, folder: Path, pattern: str, schema: pa.Schema, group_rows: int) -> None:
@@ -41,7 +41,7 @@ class RowGroupWriter:
         self.entries: list[FileEntry] = []
 
     def write(self, table: pa.Table) -> None:
-        """Add rows; full row groups are written."""
+        """Add rows to the output; row groups are written as they fill up."""
         self.pending = table if self.pending is None else pa.concat_tables([self.pending, table])
         whole = self.pending.num_rows // self.group_rows * self.group_rows
         for start in range(0, whole, self.group_rows):
@@ -49,7 +49,7 @@ class RowGroupWriter:
         self.pending = self.pending.slice(whole).combine_chunks()
 
     def close(self) -> list[FileEntry]:
-        """Write the last row group (an empty file if there were no rows); returns all entries."""
+        """Write the last row group (an empty file without rows); return the manifest entries."""
         pending = self.schema.empty_table() if self.pending is None else self.pending
         if pending.num_rows or not (self.entries or self.file):
             self._write_group(pending)
@@ -91,8 +91,8 @@ class Written:
 
     Attributes:
         files: entries for the manifest.
-        counts: numbers of sequences, users and targets, by their names in the manifest.
-        lengths: (sequences,) int64 events of each training sequence.
+        counts: numbers of sequences, users and targets, under their names in the manifest.
+        lengths: (sequences,) int64 number of events in each training sequence.
     """
 
     files: list[FileEntry]
@@ -101,7 +101,7 @@ class Written:
 
 
 def write_items(folder: Path, item_ids: pa.Array, counts: Array) -> FileEntry:
-    """Write ``items.parquet`` with item_id, item and count, in the order of ``item``."""
+    """Write ``items.parquet`` with item_id, item and count, by ascending ``item``."""
     items = np.arange(len(counts), dtype=np.int64)
     table = pa.table({"item_id": item_ids, "item": items, "count": counts})
     schema = table.schema.set(0, pa.field("item_id", stored_type(item_ids.type)))
@@ -111,10 +111,10 @@ def write_items(folder: Path, item_ids: pa.Array, counts: Array) -> FileEntry:
 
 
 def write_item_map(folder: Path, former: Array, item_index: Array) -> FileEntry:
-    """Write ``item_map.parquet`` with former_item and item, in the order of ``former_item``.
+    """Write ``item_map.parquet`` with former_item and item, by ascending ``former_item``.
 
     Args:
-        folder: of the prepared data.
+        folder: the prepared folder.
         former: (items,) int64 earlier index of each item, -1 for a new one.
         item_index: (items,) int64 index of each item.
     """
@@ -137,12 +137,12 @@ def write_sequences(
     """Write training sequences, validation and test in the order of the sorted log.
 
     Args:
-        folder: of the prepared data.
+        folder: the prepared folder.
         log: the sorted log.
         cuts: cut positions of each user.
-        item_index: (items,) int64 dense index of each item (any value outside the catalog).
-        counts: (items,) int64 training events of each item, to count new items among the targets.
-        config: kind of targets and size of a row group.
+        item_index: (items,) int64 dense index of each item; unused for items outside the catalog.
+        counts: (items,) int64 training events of each item; targets with 0 are counted as new.
+        config: options of ``prepare``; gives the kind of targets and the size of a row group.
     """
     schemas, group_rows = _schemas(log), config.sequences_per_row_group
     train = RowGroupWriter(folder, "train/part-{part:05d}.parquet", schemas[0], group_rows)

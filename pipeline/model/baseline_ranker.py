@@ -1,4 +1,4 @@
-"""Ranks by item-to-item scores and popularity: the baselines, which learn no vectors."""
+"""The ranker of the baselines: item-to-item scores and popularity, no vectors."""
 
 import math
 from dataclasses import dataclass
@@ -18,26 +18,27 @@ _MAX_LENGTH = 50  # items before that weigh less than 2e-8
 _CELLS_AT_ONCE = 2**21
 
 _Cells = tuple[Tensor, Tensor, Tensor]
-"""Users, columns (places in the order of popularity) and scores; a pair may occur again."""
+"""Users, columns (indices in the order of popularity) and scores; a pair may occur again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineRanker:
-    """Ranks an item j for a history h_0 (the most recent), h_1, … by a sparse (V, V) matrix M.
+    """Ranks items by a sparse (V, V) matrix M of item-to-item scores.
 
+    For a history h_0 (the most recent item), h_1, …, item j gets
     ``score(j) = sum_a 0.7**a M[h_a, j]`` over the last 50 items, in float64. Items without a score
-    follow in the order of their popularity and get the scores -1, -2, …, so that every list is
-    full. Equal scores rank by popularity too.
+    follow in the order of popularity, with the scores -1, -2, …, so that every list is full. Equal
+    scores also rank by popularity.
 
-    M takes 8 bytes for each of its numbers on every rank; some hundred MB are the scores of a few
-    users, independent of V.
+    M takes 8 bytes per nonzero on every rank. The scores of some users at a time take a few
+    hundred MB, independent of V.
 
     Attributes:
         order: (V,) int64 items, the most popular first.
         offsets: (V + 1,) int64 start of each row of M in ``neighbors``.
-        neighbors: (E,) int32 columns of M.
-        scores: (E,) float32 numbers of M, above 0.
-        group: ranks that share the users.
+        neighbors: (E,) int32 columns of the nonzeros of M.
+        scores: (E,) float32 nonzeros of M, all positive.
+        group: process group of the ranks that share the users; None for one process.
 
     Collectives: none.
     """
@@ -50,7 +51,7 @@ class BaselineRanker:
 
     @classmethod
     def of_order(cls, order: Tensor, group: dist.ProcessGroup | None) -> "BaselineRanker":
-        """The same list for everybody, but for the items that a user must not get."""
+        """The ranker that gives every user the same list, minus the items a user must not get."""
         offsets = torch.zeros(len(order) + 1, dtype=torch.int64)
         none = torch.zeros(0)
         return cls(
@@ -59,7 +60,7 @@ class BaselineRanker:
 
     @property
     def max_length(self) -> int:
-        """How many of a user's last items it reads."""
+        """Number of a user's most recent items that it reads."""
         return _MAX_LENGTH if len(self.neighbors) else 1
 
     @property
@@ -70,7 +71,7 @@ class BaselineRanker:
     def top(
         self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As ``Ranker.top``."""
+        """(B, k) scores and items, best first; see ``Ranker.top``."""
         columns = self.order if allowed is None else self.order[allowed[self.order]]
         column = torch.full((len(self.order),), -1)
         column[columns] = torch.arange(len(columns))

@@ -1,11 +1,19 @@
 """Precision and evaluation options of a model; imports neither TorchRec nor torchmetrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardrec.modules.option_checks import require_at_least
 
-__all__ = ["DEFAULT_METRIC", "TIES", "MeasureConfig", "Precision", "describe_lists"]
+__all__ = [
+    "DEFAULT_METRIC",
+    "TIES",
+    "MeasureConfig",
+    "Precision",
+    "default_metric",
+    "describe_lists",
+]
 
 # What checkpoints, gates, reports and the demo are judged by, where nothing else is chosen.
 DEFAULT_METRIC = "NDCG@10"
@@ -20,13 +28,15 @@ class MeasureConfig:
 
     Attributes:
         ks: list lengths of the metrics.
-        filter_seen: leave out items of the history; a target among them counts as missed.
-        min_count: training events an item must have to be ranked; a target with fewer counts as
-            missed. 0 ranks all.
-        sample_users: rank for so many users only: the first ones of the prepared data, whose order
-            is by a hash of user and seed. A random sample, the same for every run on this data.
-        batch_size: users at a time on each rank.
-        block_states: states of all ranks that are scored at a time.
+        filter_seen: leave items of the user's history out of the list; a target among them counts
+            as missed.
+        min_count: fewest training events of an item to be ranked; a target with fewer counts as
+            missed. 0 ranks all items.
+        sample_users: rank for this many users only: the first of the prepared data, which is
+            ordered by a hash of user and seed. So it is a random sample, the same for every run on
+            this data.
+        batch_size: users per batch on each rank.
+        block_states: states, over all ranks, that are scored at a time.
         block_rows: rows of a shard that are scored at a time.
     """
 
@@ -48,20 +58,28 @@ class MeasureConfig:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """JSON: all that decides which lists the users get; measurements differ where it does."""
+        """JSON: the options that the lists depend on; metrics compare only if it is equal."""
         lists = {"ks": list(self.ks), "filter_seen": self.filter_seen, "min_count": self.min_count}
         return {**lists, "sample_users": self.sample_users, "ties": TIES}
 
     def metric_names(self) -> list[str]:
-        """The metrics a best checkpoint can be chosen by."""
+        """Names of the metrics by which the best checkpoint can be chosen."""
         kinds = ("NDCG", "Recall", "HitRate", "MRR")
         names = [f"{kind}@{k}" for kind in kinds for k in self.ks]
         coverage = [f"Coverage@{k}" for k in self.ks]
         return names + coverage + [f"{name}/known" for name in names]
 
 
+def default_metric(metrics: Mapping[str, float]) -> str:
+    """The default metric if it was measured, else the same kind at the greatest list length."""
+    kind = DEFAULT_METRIC.partition("@")[0]
+    lengths = [name for name in metrics if name.startswith(f"{kind}@") and "/" not in name]
+    longest = max(lengths, key=lambda name: int(name.partition("@")[2]))
+    return DEFAULT_METRIC if DEFAULT_METRIC in metrics else longest
+
+
 def describe_lists(filter_seen: bool, min_count: int) -> dict[str, str]:
-    """Which items may be in a list, and the order of equal ones, for readers.
+    """Text that says which items may be in a list, and how equal scores are ordered.
 
     >>> describe_lists(True, 1)["candidates"]
     'items with a training event'

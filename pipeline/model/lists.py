@@ -1,4 +1,4 @@
-"""Lists of items as rows of Parquet."""
+"""Recommended lists of items, and their Parquet form."""
 
 import math
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ __all__ = ["Lists", "list_schema"]
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """Scores and items (n, k) of a chunk of rows; item -1 after the end of a list.
+    """(n, k) scores and (n, k) items of n lists; item -1 after the end of a list.
 
-    A list that was never put has NaN for scores, which are written as null.
+    A list that was never ``put`` has NaN scores, which are written as null.
     """
 
     scores: Tensor
@@ -25,16 +25,16 @@ class Lists:
 
     @classmethod
     def of_everybody(cls, items: Tensor, num_rows: int) -> "Lists":
-        """The same (k,) items without scores in every row."""
+        """Lists that all hold the same (k,) items, without scores."""
         items = items.repeat(num_rows, 1)
         return cls(torch.full(items.shape, math.nan), items)
 
     def put(self, rows: Tensor, scores: Tensor, items: Tensor) -> None:
-        """Set the lists of some rows."""
+        """Set the lists in the given rows."""
         self.scores[rows], self.items[rows] = scores, items
 
     def table(self, keys: pa.Array, catalog: ItemIds, schema: pa.Schema) -> pa.Table:
-        """The lists with the log's item ids, one row for each of ``keys``."""
+        """A table of the lists with the log's item ids, one row for each key."""
         there = self.items >= 0
         offsets = torch.zeros(len(there) + 1, dtype=torch.int32)
         torch.cumsum(there.sum(1), 0, out=offsets[1:])
@@ -48,7 +48,7 @@ class Lists:
 
 
 def list_schema(name: str, key: pa.DataType, ids: pa.DataType) -> pa.Schema:
-    """The columns of a file of lists: a key of that name, item_ids and scores."""
+    """The schema of a file of lists: a key column of that name, item_ids and scores."""
     columns = {name: stored_type(key), "item_ids": pa.list_(stored_type(ids))}
     columns["scores"] = pa.list_(pa.float32())
     return pa.schema(columns)

@@ -1,4 +1,4 @@
-"""Metrics of a model, or of popularity, over evaluation users and the whole catalog, at any W."""
+"""Metrics of a model or baseline over evaluation users and the whole catalog, at any W."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The result of ``measure``, the same on every rank where nothing else is said.
+    """The result of ``measure``, the same on every rank unless stated otherwise.
 
     Attributes:
-        metrics: by name; those with the suffix ``/known`` leave out targets that training never
-            saw, those with ``/new`` leave out all others and are there if a target is new.
-            ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` say what was
-            measured.
-        standard_errors: of the metrics that are means over users, by the same names.
-        users: of this rank alone: the (U,) rows of its users in the file of the split.
-        ranks: (T,) int32 ranks of their targets, 0 the best, -1 for those in no list, and (U,)
-            numbers of targets.
+        metrics: value of each metric by name. The suffix ``/known`` leaves out targets without
+            training events, ``/new`` leaves out all others and exists only if a target is new.
+            ``users``, ``targets``, ``new_target_share`` and ``repeated_target_share`` describe what
+            was measured.
+        standard_errors: standard errors of the metrics that are means over users, by name.
+        users: (U,) int64 rows of this rank's users in the file of the split.
+        ranks: for this rank's users, (T,) int32 rank of each target, 0 the best and -1 if it is not
+            in the list, and (U,) number of targets of each user.
     """
 
     metrics: dict[str, float]
@@ -56,7 +56,7 @@ def measure(
         ranker: makes the lists.
         batches: this rank's users; the same number of batches on every rank.
         config: list lengths and candidates.
-        prepared: the data; training counts define popularity and what is new.
+        prepared: the data; its training counts define popularity and which targets are new.
 
     Raises:
         ValueError: a row group is damaged; raised on all ranks.
@@ -78,7 +78,7 @@ def open_users(
     max_length: int,
     group: dist.ProcessGroup | None,
 ) -> EvaluationBatches:
-    """This rank's users of a split; the encoder reads the last ``max_length`` items of each.
+    """Batches of this rank's users of a split, with the last ``max_length`` items of each.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged; raised on all ranks.

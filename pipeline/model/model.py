@@ -1,4 +1,4 @@
-"""Encoder and catalog together: from item sequences to states at real positions."""
+"""The model: an encoder over a catalog, from item sequences to states at real positions."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,10 @@ from shardrec.modules.memory import Memory
 from shardrec.pipeline.model.config import Precision
 from shardrec.pipeline.model.profile_ranges import part
 
-__all__ = ["Model", "real_positions"]
+__all__ = ["Model", "in_bfloat16", "real_positions"]
+
+# Older GPUs have no bfloat16 matrix units.
+_LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Model:
     Attributes:
         encoder: (B, L, D) to (B, L, D), causal; the same on every rank.
         catalog: the item vectors, spread over the ranks.
-        precision: of the encoder's products; "auto" is bfloat16 on CUDA and float32 elsewhere.
+        precision: of the products of encoder and loss (see ``TrainConfig``).
         normalize: whether the loss compares unit-length rows, so that ranking must too.
         memory: adds scores to successors of recent items in ranking; None adds nothing.
     """
@@ -42,18 +45,18 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where encoder and catalog live."""
+        """The device of encoder and catalog."""
         return self.catalog.device
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the catalog; None for one process."""
-        return self.catalog.group
+        """All ranks that work together, of all replicas; None for one process."""
+        return self.catalog.all_ranks
 
     def begin_lookup(self, items: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
-        """Start the look-up of item vectors; returns the function that waits for them.
+        """Start the look-up of item vectors; returns a function that waits for them.
 
-        ``states`` takes that function as ``vectors``.
+        Pass that function to ``states`` as ``vectors``. Arguments are as in ``states``.
 
         Collectives: as ``Catalog.begin_lookup``.
         """
@@ -66,17 +69,18 @@ class Model:
         vectors: Callable[[], Tensor] | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """States at the real positions of this rank's sequences.
+        """(N, D) states at the real positions of this rank's sequences.
 
-        The encoder works on groups of sequences of like lengths (``LengthGroups``); the states
-        come back in the order of the sequences.
+        The encoder works on groups of sequences of similar length (``LengthGroups``); the states
+        are in the order of the sequences.
 
         Args:
             items: (B, L) int64, right padded; B may be 0 and differ by rank.
             lengths: (B,) int64 in [1, L].
-            vectors: what ``begin_lookup`` returned for the same sequences; None: begin it now.
-            keys: (N,) int64, which decide what dropout drops on a CPU, so that it depends neither
-                on groups nor on ranks; None: drawn from torch's generator.
+            vectors: the function that ``begin_lookup`` returned for these sequences; None starts
+                the look-up now.
+            keys: (N,) int64 keys that determine the dropout masks on a CPU, independently of groups
+                and ranks; None draws them from torch's generator.
 
         Returns:
             (N, D) float32, sequence by sequence; N is the sum of ``lengths``.
@@ -90,16 +94,25 @@ class Model:
         with part("encoder"):
             return self._encode(found, lengths, keys)
 
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which encoder and loss run, for products in the dtype of ``precision``.
+
+        Weights, rows, sums and gradients stay in float32.
+        """
+        wanted = in_bfloat16(self.precision, self.device)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
     def scored_shard(self) -> RowShard:
-        """The rows that states are scored against; a normalised copy if ``normalize``."""
+        """This rank's rows to score states against; a copy at unit length if ``normalize``."""
         shard = self.catalog.shard
         rows = shard.rows.detach()
         return dataclasses.replace(shard, rows=F.normalize(rows) if self.normalize else rows)
 
     def last_states(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """(B, D) float32, the state after the last item of each sequence; arguments as ``states``.
+        """(B, D) float32 state after the last item of each sequence; arguments as in ``states``.
 
-        With a memory and ``normalize`` they have unit length: its scores are added to cosines.
+        With a memory and ``normalize`` the states have unit length, because the memory's scores are
+        added to cosines.
 
         Collectives: as ``Catalog.lookup``.
         """
@@ -109,7 +122,7 @@ class Model:
     def _encode(self, vectors: Tensor, lengths: Tensor, keys: Tensor | None) -> Tensor:
         groups = LengthGroups.of(lengths)
         ordered = groups.sort(vectors)
-        with self._autocast():
+        with self.autocast():
             if isinstance(self.encoder, TransformerEncoder):
                 own = None if keys is None else PositionKeys(groups.sort(keys))
                 states = self.encoder.packed(ordered, groups, own)
@@ -117,15 +130,20 @@ class Model:
                 states = groups.apply(self.encoder, ordered)
         return groups.restore(states.to(vectors.dtype))
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        wanted = self.precision == "bfloat16" or (
-            self.precision == "auto" and self.device.type == "cuda"
-        )
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+def in_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether products of encoder and loss are in bfloat16 on a device.
+
+    >>> in_bfloat16("auto", torch.device("cpu")), in_bfloat16("bfloat16", torch.device("cpu"))
+    (False, True)
+    """
+    if precision != "auto" or device.type != "cuda":
+        return precision == "bfloat16"
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def real_positions(lengths: Tensor, max_length: int) -> Tensor:
-    """Flat indices of the real positions of a right-padded (B, L) tensor.
+    """(N,) indices of the real positions in a flattened, right-padded (B, L) tensor.
 
     Args:
         lengths: (B,) int64.

@@ -21,5 +21,5 @@ Part = Literal[
 
 
 def part(name: Part) -> record_function:
-    """Context manager: a range that a running profiler records under this name."""
+    """Context manager: a range that the profiler, if one is running, records by this name."""
     return record_function(PART + name)

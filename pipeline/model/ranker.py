@@ -1,4 +1,4 @@
-"""What makes lists: a model over its sharded rows. Baselines are in ``baseline_ranker``."""
+"""Rankers make the lists of users; this one scores sharded rows. See also ``baseline_ranker``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,30 +21,31 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
 class Ranker(Protocol):
-    """Makes the lists that ``evaluate`` measures and ``recommend`` writes."""
+    """The interface of what makes the lists that ``evaluate`` measures and ``recommend`` writes."""
 
     @property
     def max_length(self) -> int:
-        """How many of a user's last items it reads."""
+        """Number of a user's most recent items that it reads."""
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that call it together."""
+        """The ranks that must call ``top`` together; None for one process."""
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors that it takes and returns are."""
+        """The device of the tensors that it takes and returns."""
 
     def top(
         self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Scores and items (B, k), best first; -inf and -1 at the end of a short list.
+        """(B, k) float32 scores and (B, k) int64 items, best first; -inf and -1 end a short list.
 
         Args:
-            items: (B, L) int64, the last items of each history, padded on the right.
+            items: (B, L) int64 last items of each history, padded on the right.
             lengths: (B,) int64 in [1, L].
             k: length of the lists.
-            seen: items of each user that must not be returned.
+            seen: (S,) items that must not be returned, concatenated, and (B,) their number for each
+                user; None excludes none.
             allowed: (V,) bool, the items that may be returned; None allows all.
 
         Collectives: on ``group``; every rank must call it, with B = 0 where it has no users.
@@ -58,10 +59,11 @@ class StateRanker:
     Attributes:
         scorer: makes the states.
         shard: this rank's rows.
-        max_length: how many of a user's last items the scorer reads.
+        max_length: number of a user's most recent items that the scorer reads.
         blocks: block sizes of the ranking.
         memory: adds scores to successors of recent items; None adds nothing.
         skipped: (V,) bool, items of a history that the memory passes over; None: none of them.
+        all_ranks: those of all replicas of the table; None: those that share it.
     """
 
     scorer: Scorer
@@ -70,26 +72,36 @@ class StateRanker:
     blocks: Blocks
     memory: Memory | None = None
     skipped: Tensor | None = None
+    all_ranks: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, model: Model, max_length: int, blocks: Blocks) -> "StateRanker":
         """The ranker of a model that reads ``max_length`` items."""
-        return cls(model.last_states, model.scored_shard(), max_length, blocks, model.memory)
+        return cls(
+            model.last_states,
+            model.scored_shard(),
+            max_length,
+            blocks,
+            model.memory,
+            all_ranks=model.group,
+        )
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the table."""
-        return self.shard.group
+        """The ranks that share the users."""
+        return self.shard.group if self.all_ranks is None else self.all_ranks
 
     @property
     def device(self) -> torch.device:
-        """Where the table is."""
+        """The device of the table."""
         return self.shard.rows.device
 
     def top(
         self, items: Tensor, lengths: Tensor, k: int, seen: Ragged | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As ``Ranker.top``; scores are inner products, and what a memory adds to them.
+        """(B, k) scores and items; see ``Ranker.top``.
+
+        Scores are inner products of state and row, plus what the memory adds.
 
         Collectives: those of the scorer and of ``top_items``.
         """

@@ -1,7 +1,7 @@
-"""Keys in addresses, and how they stay out of files and messages.
+"""Keep access keys in addresses out of files and messages.
 
-An address such as ``s3://KEY:SECRET@bucket/run`` opens a store, and would otherwise be stored with
-the run, shown in its report and quoted by errors.
+An address such as ``s3://KEY:SECRET@bucket/run`` holds access keys, which would otherwise be stored
+with the run, shown in its report and quoted by errors.
 """
 
 import logging
@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile("secret|token|passw|pwd|key|sig|sas|credential|auth", 
 
 
 def without_keys(text: str) -> str:
-    """A text without the keys in its addresses: user, password and secret query parameters.
+    """The text with user, password and secret query parameters removed from its addresses.
 
     Example:
         >>> without_keys("got 's3://KEY:SECRET@bucket/run?scheme=http&session_token=T'; check it")
@@ -40,7 +40,7 @@ def stored_without_keys(value: Any) -> Any:
 
 
 def warn_of_keys(name: str, address: str | None) -> None:
-    """Warn where the option ``name`` holds keys, which every user of the machine can see."""
+    """Warn if the option ``name`` holds keys, which every user of the machine can see."""
     if address is not None and without_keys(address) != address:
         logging.getLogger(__name__).warning(
             "%s holds keys, which process lists and shell histories show; they are left out of "

@@ -1,4 +1,4 @@
-"""The file system and the path that an address such as ``s3://bucket/folder`` means."""
+"""Open the file system of an address such as ``s3://bucket/folder``."""
 
 import re
 from typing import Any
@@ -17,14 +17,14 @@ _RESERVED = "/:@!$&'()*+,;=~"
 
 
 def open_address(text: str, name: str) -> tuple[Any, str]:
-    """The ``pyarrow.fs`` file system, and the path in it.
+    """The ``pyarrow.fs`` file system of an address, and the path in it.
 
-    Blanks and other characters that a URI cannot hold may be typed as they are. A percent sign
-    starts an escape where that names something that exists, else it stands for itself.
+    Blanks and other characters that a URI cannot hold need no escaping. Percent escapes are decoded
+    if the decoded path exists, and kept as they are otherwise.
 
     Args:
         text: a local path, or an address; settings may follow, as in ``s3://bucket/x?region=eu``.
-        name: what it is, for messages.
+        name: option that holds the address, for messages.
 
     Raises:
         ValueError: pyarrow has no file system for the address.

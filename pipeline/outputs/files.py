@@ -33,7 +33,7 @@ class FileEntry:
 
 
 def describe_file(folder: Path, path: str, rows: int = 0, row_groups: int = 0) -> FileEntry:
-    """The entry of a file that has just been written below ``folder``."""
+    """The entry of a file that was just written below ``folder``."""
     return FileEntry(
         path=path,
         bytes=(folder / path).stat().st_size,
@@ -44,7 +44,7 @@ def describe_file(folder: Path, path: str, rows: int = 0, row_groups: int = 0) -
 
 
 def describe_parquet(folder: Path, path: str) -> FileEntry:
-    """The entry of a Parquet file that has just been written below ``folder``."""
+    """The entry of a Parquet file that was just written below ``folder``."""
     from pyarrow.parquet import read_metadata  # not needed to read manifests
 
     footer = read_metadata(folder / path)
@@ -58,11 +58,11 @@ def check_files(folder: Path, entries: Iterable[Any], remedy: str, *, verify: bo
         folder: the output.
         entries: the value of "files" in its manifest.
         remedy: what to do about a wrong file, for the message.
-        verify: compare checksums, which reads every file, in addition to sizes.
+        verify: also compare checksums, for which every file is read.
 
     Raises:
-        FileNotFoundError: a file is gone.
-        ValueError: a file has changed or is outside of the folder, or an entry is damaged.
+        FileNotFoundError: a file is missing.
+        ValueError: a file has changed or lies outside of the folder, or an entry is damaged.
     """
     for entry in entries:
         require_shape(entry, _ENTRY, f"an entry of 'files' in {folder / MANIFEST_NAME}", remedy)

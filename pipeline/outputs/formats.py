@@ -26,12 +26,12 @@ class Format:
         name: value of the manifest's key "format".
         what: noun phrase for such an output in messages.
         maker: command that writes it.
-        shape: keys that its manifest (a file: itself) must have in addition to format and version.
-        is_folder: False for one file.
+        shape: keys, besides format and version, that its manifest (or the file itself) must have.
+        is_folder: False if the output is one file.
         version: value of the manifest's key "schema_version".
         hint: what to do about a damaged output, if the command cannot make another.
-        is_signed: whether it is signed while there is a key (``outputs/signing.py``).
-        manifest: name of the file; readers of Parquet folders pass over one that begins with "_".
+        is_signed: whether it is signed if a key is set (``outputs/signing.py``).
+        manifest: name of the manifest; readers of Parquet folders ignore names that begin with "_".
     """
 
     name: str
@@ -51,7 +51,7 @@ class Format:
 
     @property
     def noun(self) -> str:
-        """The word for its path in messages: folder or file."""
+        """The noun for its path in messages, "folder" or "file"."""
         return "folder" if self.is_folder else "file"
 
 

@@ -1,7 +1,7 @@
 """Read JSON files with checked keys and types, and write files atomically.
 
-All JSON that this project reads back comes through ``parse_json``. A file may come from anybody:
-its size, depth and kind are limited, and whatever is wrong is one ValueError that names it.
+All JSON that this project reads passes through ``parse_json``. A file may come from an untrusted
+source: its size, depth and kind are limited, and every defect is a ValueError that names the file.
 """
 
 import json
@@ -34,16 +34,16 @@ _DEEPEST = 50
 
 
 def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file, with its keys checked.
+    """The object in a JSON file, after checking its keys and their types.
 
     Args:
         path: the file.
-        shape: the keys it must have.
-        remedy: what to do about a file without them, for the message.
+        shape: the keys that the object must have, with their types.
+        remedy: what to do about a wrong file, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else; the message names file and key.
+        ValueError: the content is something else; the message names file and key.
     """
     try:
         stored = parse_json(read_text(path, LARGEST_BYTES))
@@ -53,7 +53,7 @@ def read_object(path: Path, shape: Shape, remedy: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file or it holds something else."""
+    """The object in a JSON file; empty if the file is missing or holds something else."""
     try:
         stored = parse_json(read_text(path, LARGEST_BYTES))
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -65,7 +65,7 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, too large, nested too deeply, or has a key twice.
+        ValueError: the text is not JSON, too large, nested too deeply, or has a key twice.
 
     Example:
         >>> parse_json('{"a": 1, "a": 2}')
@@ -84,11 +84,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path, most_bytes: int, errors: str = "strict") -> str:
-    """The text of a regular file of at most ``most_bytes``, in UTF-8; ``errors`` as of ``decode``.
+    """The UTF-8 text of a regular file; ``errors`` as in ``bytes.decode``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is larger, no text, or not a file (a folder, or a pipe, which would block).
+        ValueError: it has more than ``most_bytes``, is not UTF-8, or is not a regular file (reading
+            a pipe could block).
     """
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -100,10 +101,10 @@ def read_text(path: Path, most_bytes: int, errors: str = "strict") -> str:
 
 
 def require_inside(path: Path, remedy: str) -> Path:
-    """Return ``path`` after checking that no link in its place leads out of its folder.
+    """``path``, after checking that it is not a link to a file outside its folder.
 
     Raises:
-        ValueError: one does; whoever wrote the folder would choose which file is read.
+        ValueError: it is such a link; the author of the folder could have any file read.
     """
     if not is_inside(path, path.parent):
         raise ValueError(
@@ -113,7 +114,7 @@ def require_inside(path: Path, remedy: str) -> Path:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is below ``folder``, links followed."""
+    """Whether a path, with links resolved, is below ``folder``."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
@@ -126,16 +127,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def require_shape(stored: Any, shape: Shape, where: str, remedy: str) -> dict[str, Any]:
-    """Return ``stored`` after checking that it is an object with these keys.
+    """``stored``, after checking that it is an object with these keys.
 
     Args:
         stored: a value from a JSON file.
         shape: as in ``read_object``.
-        where: the file, or the part of one, for the message.
+        where: the file, or the part of a file, for the message.
         remedy: as in ``read_object``.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not; the message names the key.
 
     Example:
         >>> require_shape({"path": "a", "bytes": 3}, {"bytes": int}, "files[0]", "write it again")

@@ -1,7 +1,7 @@
 """File locks: one process at a time writes a folder, across machines.
 
-The kernel keeps a lock, so a killed process leaves none behind. On a network file system its server
-keeps it for all machines (NFS 4, and Lustre with ``flock``).
+The kernel holds a lock, so a killed process leaves none behind. On a network file system the server
+holds it for all machines (NFS 4, and Lustre with ``flock``).
 """
 
 import contextlib
@@ -14,11 +14,15 @@ import socket
 import time
 from pathlib import Path
 
-__all__ = ["LOCK", "RunLock", "lock_file", "open_lock"]
+__all__ = ["LOCK", "BusyError", "RunLock", "lock_file", "open_lock"]
 
 LOCK = ".lock"
 # Error numbers of a file system without locks; a read-only one returns others.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class BusyError(FileExistsError):
+    """Another process is writing there; the same command may succeed after that process ends."""
 
 
 class RunLock:
@@ -36,14 +40,14 @@ class RunLock:
         """Take the lock, unless this object holds it already.
 
         Raises:
-            FileExistsError: another process holds it; the message says which.
+            BusyError: another process holds it; the message says which.
             OSError: the folder cannot be written.
         """
         while self._file is None:
             file = open_lock(self.path)
             try:
                 if not lock_file(file, self.path):
-                    raise FileExistsError(
+                    raise BusyError(
                         f"output must be trained by one run at a time, got {self.path.parent}, "
                         f"which is held by {self.holder()}; wait for its end, stop it, or choose "
                         "another name"
@@ -63,7 +67,7 @@ class RunLock:
             self._file = None
 
     def holder(self) -> str:
-        """Text for messages: the process that took the lock last."""
+        """The process that took the lock last, as text for messages."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             stored = json.loads(self.path.read_bytes()[:1000])
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(stored["since"]))
@@ -72,10 +76,10 @@ class RunLock:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, made if missing; a link in its place is not followed.
+    """File descriptor of a lock file, which is created if missing; a link is not followed.
 
     Raises:
-        OSError: it cannot be opened, or is a link (which could lead to any file).
+        OSError: it cannot be opened, or is a link (which could point to any file).
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -83,11 +87,11 @@ def open_lock(path: Path) -> int:
 def lock_file(file: int, path: Path, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed; False if another process holds the lock.
 
-    Where the file system has no locks, this is a warning and True.
+    If the file system has no locks, this warns and returns True.
 
     Args:
         file: descriptor, open for writing.
-        path: of the file, for the warning.
+        path: path of the file, for the warning.
         wait: wait for the other process instead of returning False.
     """
     try:

@@ -1,10 +1,10 @@
-"""Signatures of manifests: who wrote an output, where checksums tell only whether it is intact.
+"""Sign manifests: a signature proves who wrote an output, a checksum only that it is intact.
 
-A manifest holds the checksums of its files, so that its signature covers them too. The signature is
+A manifest holds the checksums of its files, so its signature covers them too. The signature is
 HMAC-SHA256 with one key for writers and readers, in the environment variable SHARDREC_SIGNING_KEY.
-While it is set, exports, checkpoints and pointers are signed, and those without a right signature
-are refused. This is the one file outside of ``launch/`` that reads the environment: a key that was
-passed on by hand would be forgotten by one of the many readers.
+While it is set, exports, checkpoints and pointers are signed, and those without a valid signature
+are refused. This is the only file outside of ``launch/`` that reads the environment: if the key had
+to be passed to every reader, one of them would be forgotten.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ _LEAST_BYTES = 16
 
 
 class SignatureError(ValueError):
-    """A manifest has no signature, or one of another key or content; the message names it."""
+    """A manifest has no signature, or one for another key or content; the message names it."""
 
 
 def signed(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a manifest with its signature added; unchanged without a key.
+    """The content of a manifest with its signature added; unchanged if no key is set.
 
     Raises:
         ValueError: the key is too short.
@@ -35,10 +35,10 @@ def signed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_signature(content: dict[str, Any], where: object) -> None:
-    """Refuse the content of a manifest that was not signed with the key; no key accepts any.
+    """Refuse the content of a manifest not signed with the key; without a key accept any.
 
     Args:
-        content: as read from its file.
+        content: the manifest, as read from its file.
         where: the file, for the message.
 
     Raises:

@@ -1,12 +1,12 @@
 """The output of a stage: complete, with the request that produced it, or absent.
 
 An output is a folder with a manifest, which is written last, or one file. The protocol of a stage:
-1. ``find`` returns the manifest if an output of the same request is complete: the stage is
-   idempotent. Other content is refused, unless ``force`` may replace it.
-2. ``write`` locks and creates a staging folder next to ``path``; all ranks write their files in it.
+1. ``find`` returns the manifest if an output for the same request is complete: the stage is
+   idempotent. Other content is refused, unless ``force`` allows replacing it.
+2. ``write`` creates and locks a staging folder next to ``path``; all ranks write their files in it.
 3. ``finish`` gathers the entries of all files; rank 0 writes the manifest.
-4. At the end of ``write`` rank 0 renames the staging folder to ``path`` and releases the lock.
-Each phase ends with an all-gather, so an error on one rank is raised on all.
+4. At the end of ``write``, rank 0 renames the staging folder to ``path`` and releases the lock.
+Each phase ends with an all-gather, so an error on one rank is raised on all ranks.
 """
 
 import contextlib
@@ -52,12 +52,13 @@ class StageOutput:
 
     Attributes:
         path: the folder or file.
-        format: what it holds.
-        request: JSON; everything the content depends on.
-        force: whether an output of another request is replaced.
+        format: the format of its content.
+        request: everything that the content depends on, as JSON.
+        force: whether to replace an output for another request.
         group: the ranks that write it together; None for one process, which needs no torch.
-        stored: reads the manifest, its request under "request", from a path that exists; empty if
-            there is none. Needed where the request is stored in another way.
+        stored: function that reads the manifest, with the request under "request", from an existing
+            path; it returns an empty dict if there is no manifest. Needed if the request is stored
+            in another way.
     """
 
     path: Path
@@ -68,10 +69,10 @@ class StageOutput:
     stored: Callable[[Path], dict[str, Any]] | None = None
 
     def find(self) -> dict[str, Any] | None:
-        """The manifest if the output is already complete, else None: it must be written.
+        """The manifest if the output is already complete; None if it must be written.
 
         Raises:
-            FileExistsError: something else is there that must not be replaced.
+            FileExistsError: the path holds something else that must not be replaced.
 
         Collectives: one all-gather of small objects.
         """
@@ -79,9 +80,9 @@ class StageOutput:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[tuple[Path, Path]]:
-        """Context manager: the staging folder, renamed to ``path`` at the end, and a temporary one.
+        """Context manager: a staging folder, renamed to ``path`` at the end, and a temporary one.
 
-        If the block raises, ``path`` is left as it was; it must then raise on all ranks.
+        If the block raises, ``path`` is left unchanged; the block must then raise on all ranks.
 
         Raises:
             FileExistsError: another process is writing the same output.
@@ -104,12 +105,13 @@ class StageOutput:
         """Write the manifest (or the single output file) and return its content on every rank.
 
         Args:
-            details: more for the manifest; called on rank 0 when all files are written.
-            folder: the result of ``write``; None if the output is one file.
-            files: what this rank has written in the folder.
+            details: returns further content of the manifest; called on rank 0 when all files are
+                written.
+            folder: the staging folder of ``write``; None if the output is one file.
+            files: entries of the files that this rank has written.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the manifest cannot be written.
 
         Collectives: two all-gathers of small objects.
         """
@@ -212,8 +214,7 @@ def read_output(path: Path, format: Format) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such output.
-        ValueError: it is another output, of another version, or damaged; the message says which
-            file and key.
+        ValueError: it is of another format or version, or damaged; the message names file and key.
     """
     maker = f"`{format.maker}`"
     file = _find_manifest(path, format) if format.is_folder else path

@@ -1,18 +1,18 @@
 """Outputs that are complete or absent: written under another name, then renamed.
 
-A folder is written next to ``output``; what is left of it is removed at the end::
+A folder is written in a staging folder next to ``output``, which is removed at the end::
 
-    .output.partial/lock      held by the process that writes
+    .output.partial/lock      held by the writing process
                     result    becomes ``output`` when it is complete
                     work      temporary files
-                    former    the folder that ``result`` replaces, where that takes two renames
+                    former    the folder that ``result`` replaces, if that takes two renames
 
-An output that is a link stays one: what it leads to is written, next to which the staging folder
-is. Replacing a folder is one atomic exchange where the file system has it. Elsewhere it is two
-renames: ``output`` to ``former``, then ``result`` to ``output``. A folder that came with the lower
-layer of an overlay cannot be renamed at all and is deleted instead, while an empty ``former`` says
-so. A process killed in between leaves no ``output``, or half of it; ``settle``, which every later
-reader and writer calls first, does the rest. A complete result that cannot be renamed stays.
+If ``output`` is a link, its target is written, with the staging folder next to the target. A folder
+is replaced by one atomic exchange if the file system supports it, otherwise by two renames:
+``output`` to ``former``, then ``result`` to ``output``. A folder in the lower layer of an overlay
+cannot be renamed at all and is deleted instead; an empty ``former`` marks this case. A process
+killed in between leaves no ``output``, or half of it; ``settle``, which every later reader and
+writer calls first, completes the replacement. A complete result that cannot be renamed is kept.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardrec.pipeline.outputs.lock import lock_file, open_lock
+from shardrec.pipeline.outputs.lock import BusyError, lock_file, open_lock
 
 RESULT, FORMER = "result", "former"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <stdio.h>
@@ -60,8 +60,8 @@ def staged_file(output: Path) -> Iterator[Path]:
 def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path, Path]]:
     """Context manager: a folder that is renamed to ``output`` at the end, and a temporary one.
 
-    Both are removed if the block raises. What a killed process left behind is removed by the next
-    one; a running process holds a lock and so keeps its folder.
+    Both are removed if the block raises. The next process removes what a killed process left
+    behind; the folder of a running process is protected by a lock.
 
     Args:
         output: where the result will be; must not exist, or be an empty folder.
@@ -74,8 +74,8 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
     Raises:
         FileExistsError: another process is writing the same output.
         PermissionError: nothing can be written next to ``output``.
-        ValueError: ``output`` is a mount point, which cannot be renamed, or a link to itself.
-        OSError: the result is complete, but cannot be renamed; the message says where it is.
+        ValueError: ``output`` is a mount point, which cannot be replaced, or a link to itself.
+        OSError: the result is complete but cannot be renamed; the message says where it is.
     """
     output = require_place(output)
     settle(output)
@@ -104,10 +104,10 @@ def staged_folder(output: Path, *, replace: bool = False) -> Iterator[tuple[Path
 
 
 def place_of(output: Path) -> Path:
-    """The absolute path of ``output``, or of what it links to, which need not exist.
+    """The absolute path of ``output`` or, if it is a link, of its target; it need not exist.
 
     Raises:
-        ValueError: it is a link that leads to itself.
+        ValueError: it is a link to itself.
     """
     if not output.is_symlink():
         return output.absolute()
@@ -121,10 +121,10 @@ def place_of(output: Path) -> Path:
 
 
 def require_place(output: Path) -> Path:
-    """``place_of`` an output, after checking that something can be renamed to it.
+    """``place_of`` an output, after checking that a folder can be renamed to it.
 
     Raises:
-        ValueError: it is a mount point, or a link that leads to itself.
+        ValueError: it is a mount point, or a link to itself.
     """
     place = place_of(output)
     if _is_mount_point(place):
@@ -136,7 +136,7 @@ def require_place(output: Path) -> Path:
 
 
 def require_writable(output: Path) -> None:
-    """Raise an OSError if nothing can be written next to ``output``."""
+    """Raise OSError if nothing can be written next to ``output``."""
     folder = next(one for one in place_of(output).parents if one.exists())
     if not folder.is_dir():
         raise NotADirectoryError(_not_writable(folder, f"{str(folder)!r} is a file"))
@@ -145,14 +145,14 @@ def require_writable(output: Path) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """The staging folder of ``output``, next to it or to what it links to."""
+    """Path of the staging folder of ``output``, next to it or to the target of the link."""
     output = place_of(output)
     return output.parent / f".{output.name}.partial"
 
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Context manager: create the staging folder and hold its lock.
+    """Context manager that creates the staging folder and holds its lock.
 
     Raises:
         FileExistsError: another process holds its lock.
@@ -177,8 +177,9 @@ def locked(partial: Path) -> Iterator[None]:
 def put_in_place(result: Path, output: Path) -> None:
     """Replace ``output`` by the complete ``result``; the old folder stays in the staging folder.
 
-    Atomic where the file system can exchange two folders; else two renames, and ``settle`` does the
-    second one if the process is killed between them. A folder that cannot be renamed is deleted.
+    This is atomic if the file system can exchange two folders. Otherwise it takes two renames, and
+    ``settle`` does the second if the process is killed between them. An old folder that cannot be
+    renamed is deleted.
     """
     output = place_of(output)
     if _exchange(result, output):
@@ -203,11 +204,11 @@ def put_in_place(result: Path, output: Path) -> None:
 
 
 def settle(output: Path) -> bool:
-    """Finish a replacement that was killed between its two steps; returns whether there was one.
+    """Complete a replacement that was killed between its steps; returns whether there was one.
 
-    In that state ``output`` is missing or half deleted, and the staging folder holds the former
-    folder and the new, complete one, which is renamed to ``output``. Does nothing if nothing was
-    left, or while another process holds the lock.
+    In that state ``output`` is missing or half deleted, and the staging folder holds the old folder
+    and the new, complete one, which is renamed to ``output``. Does nothing if there is no such
+    state, or while another process holds the lock.
 
     Raises:
         OSError: it cannot be renamed; the message says what to do.
@@ -237,7 +238,7 @@ def settle(output: Path) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The path of a file in an output folder, after ``settle`` if need be; None if missing."""
+    """Path of a file in an output folder, after ``settle`` if it is missing; None if still so."""
     path = folder / name
     if not path.is_file():
         settle(folder)
@@ -274,7 +275,7 @@ def _not_writable(folder: Path, reason: str | None) -> str:
 def _locked(folder: Path) -> Iterator[None]:
     with os.fdopen(open_lock(folder / "lock"), "w") as lock:
         if not lock_file(lock.fileno(), folder / "lock"):
-            raise FileExistsError(
+            raise BusyError(
                 f"output must be written by one process at a time, got {str(folder)!r} in use; "
                 "wait for the other one"
             )

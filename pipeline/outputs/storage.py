@@ -1,7 +1,8 @@
 """Folders of files on a local disk or in an object store, through ``pyarrow.fs``.
 
 A file is durable when it is closed. Nothing is renamed, because object stores cannot rename: a
-folder is complete once the file that is written last exists.
+folder is complete once the file that is written last exists. ``checkpoints.folder`` of a run may be
+any such folder.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ class Folder:
 
     Attributes:
         system: the ``pyarrow.fs`` file system.
-        path: in that file system.
+        path: path in that file system.
         scheme: "file", "s3", "gs", …
     """
 
@@ -53,12 +54,12 @@ class Folder:
         return self.scheme == "file"
 
     def folders(self) -> list[str]:
-        """Sorted names of its subfolders; empty if it does not exist."""
+        """Sorted names of the subfolders; empty if the folder does not exist."""
         found = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted(one.base_name for one in found if one.type == fs.FileType.Directory)
 
     def size(self, name: str) -> int | None:
-        """Size of a file in bytes; None if there is none, or a link that leads elsewhere."""
+        """Size of a file in bytes; None if it is missing, or a link out of the folder."""
         if self.is_local and not _is_inside(self.path, name):
             return None
         found = self.system.get_file_info(f"{self.path}/{name}")
@@ -68,8 +69,8 @@ class Folder:
         """The content of a small file.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it has more than ``most_bytes``.
+            FileNotFoundError: the file is missing.
+            ValueError: the file has more than ``most_bytes``.
         """
         with self.open(name) as file:
             if file.size() > most_bytes:
@@ -77,7 +78,7 @@ class Folder:
             return bytes(file.read())
 
     def open(self, name: str) -> Any:
-        """A file, open for reading: ``read``, ``readinto``, ``seek``, ``close``."""
+        """A file object open for reading, with ``read``, ``readinto``, ``seek`` and ``close``."""
         return self.system.open_input_file(f"{self.path}/{name}")
 
     @contextlib.contextmanager
@@ -85,7 +86,7 @@ class Folder:
         """Context manager: a file open for writing, durable when the block ends.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self.is_local:
             os.makedirs(self.path, exist_ok=True)
@@ -107,7 +108,7 @@ class Folder:
             file.write(content)
 
     def remove(self, first: str) -> None:
-        """Delete the folder with all in it, the file ``first`` before the others."""
+        """Delete the folder and its content, starting with the file ``first``."""
         if self.size(first) is not None:
             self.system.delete_file(f"{self.path}/{first}")
         found = self.system.get_file_info(self.path)
@@ -118,8 +119,8 @@ class Folder:
 def open_folder(location: str | Path | Folder) -> Folder:
     """The folder at a path, or at an address such as ``s3://bucket/prefix``.
 
-    Keys and regions of object stores are found as their own tools find them; settings may follow
-    the address, as in ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http``.
+    Access keys and regions of object stores are taken from where the store's own tools take them.
+    Settings may follow the address: ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http``.
 
     Raises:
         ValueError: pyarrow has no file system for the address.

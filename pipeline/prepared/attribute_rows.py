@@ -30,11 +30,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class PreparedAttributes:
-    """The attributes of a prepared folder, as a catalog reads them.
+    """The attributes in a prepared folder, read by ranges of items.
 
     Attributes:
         prepared: the folder.
-        columns: what its codes mean.
+        columns: the attributes and the meaning of their codes.
         counts: (V,) int64 training events of each item.
         group: the ranks that read together; None for one process.
     """
@@ -62,7 +62,7 @@ class PreparedAttributes:
 
     @property
     def sizes(self) -> AttributeSizes:
-        """Numbers of values and widths."""
+        """Number of values over all columns, and total width of the vectors."""
         return sizes_of(self.columns)
 
     def trained(self, items: range) -> Tensor:
@@ -70,7 +70,7 @@ class PreparedAttributes:
         return self.counts[items.start : items.stop] > 0
 
     def rows(self, items: range) -> AttributeRows:
-        """The attributes of some items.
+        """Codes and vectors of a range of items.
 
         Raises:
             FileNotFoundError, ValueError: the file is missing or damaged; raised on all ranks.
@@ -95,7 +95,7 @@ class PreparedAttributes:
 
 
 def sizes_of(columns: Iterable[AttributeColumn]) -> AttributeSizes:
-    """The sizes of the vectors of some columns.
+    """The sizes that ``AttributeVectors`` needs for some columns.
 
     Example:
         >>> brand = AttributeColumn(name="brand", kind="category", values=("a", "b"))
@@ -109,7 +109,7 @@ def sizes_of(columns: Iterable[AttributeColumn]) -> AttributeSizes:
 
 
 def labels(columns: Iterable[AttributeColumn]) -> tuple[list[str], list[str]]:
-    """What each code and each number of a vector means, in the order of ``sizes_of``."""
+    """The meaning of each code and of each number of a vector, in the order of ``sizes_of``."""
     of_values, of_vectors = list[str](), list[str]()
     for column in columns:
         (of_vectors if column.kind == "vector" else of_values).extend(column.labels)
@@ -119,11 +119,11 @@ def labels(columns: Iterable[AttributeColumn]) -> tuple[list[str], list[str]]:
 def as_rows(
     columns: Sequence[AttributeColumn], arrays: Sequence[pa.Array], num_rows: int
 ) -> AttributeRows:
-    """Encoded columns as one list of codes for each row, and one vector.
+    """Encoded columns as ``AttributeRows``: a list of codes and one vector for each row.
 
     Args:
         columns: the columns.
-        arrays: (num_rows,) what ``AttributeColumn.encode`` gave for each.
+        arrays: for each column, the (num_rows,) result of ``AttributeColumn.encode``.
         num_rows: number of rows.
     """
     first, lists, vectors = 0, [], [np.zeros((num_rows, 0), np.float32)]

@@ -3,10 +3,10 @@
 ::
 
     item_attributes.parquet   row k: the codes and vectors of item k, a column for each attribute
-    item_attributes.json      what they mean: values, borders of buckets, scales of vectors
+    item_attributes.json      their meaning: values, borders of buckets, scales of vectors
 
-Codes count from 1; code 0 is a missing value, a value that the folder does not know, or an item
-without a row. A list has one code or more, a vector that is missing is zero.
+Codes count from 1; code 0 stands for a missing value, a value that the folder does not know, or an
+item without a row. A list has one or more codes; a missing vector is zero.
 """
 
 import dataclasses
@@ -56,13 +56,14 @@ class AttributeColumn:
     """One attribute: how its values become codes or vectors.
 
     Attributes:
-        name: of the column.
-        kind: "category" (one value), "list" (several), "number" (in buckets) or "vector".
-        type: Arrow type of a value of a category or list: string, int64 or bool.
-        values: the values of a category or list; code k + 1 is value k.
-        borders: ascending borders of a number's buckets; a border is in the bucket above it.
-        width: numbers in a vector.
-        scale: factor of a vector, by which the mean square of the vectors' norms is 1.
+        name: name of the column.
+        kind: "category" (one value), "list" (several values), "number" (cut into buckets) or
+            "vector".
+        type: Arrow type of the values of a category or list: string, int64 or bool.
+        values: the values of a category or list; code k + 1 stands for ``values[k]``.
+        borders: ascending borders of a number's buckets; a border belongs to the bucket above it.
+        width: length of a vector.
+        scale: factor of all vectors, chosen so that the mean of their squared norms is 1.
     """
 
     name: str
@@ -75,14 +76,14 @@ class AttributeColumn:
 
     @property
     def num_codes(self) -> int:
-        """Number of codes, that of a missing value included; 0 for a vector."""
+        """Number of codes, including the one for a missing value; 0 for a vector."""
         if self.kind == "vector":
             return 0
         return 1 + (len(self.borders) + 1 if self.kind == "number" else len(self.values))
 
     @property
     def labels(self) -> list[str]:
-        """What each code means, as text that is equal where the meaning is; for a vector, places.
+        """The meaning of each code (of each index of a vector), as text; equal text, equal meaning.
 
         Example:
             >>> AttributeColumn(name="price", kind="number", borders=(2.5,)).labels
@@ -99,13 +100,13 @@ class AttributeColumn:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """Type of the column in ``item_attributes.parquet``."""
+        """Arrow type of the column in ``item_attributes.parquet``."""
         if self.kind == "vector":
             return pa.list_(pa.float32(), self.width)
         return pa.list_(pa.int32()) if self.kind == "list" else pa.int32()
 
     def encode(self, raw: RawValues) -> pa.Array:
-        """The (n,) codes or vectors of raw values of this kind; values not known are missing."""
+        """(n,) codes or vectors of raw values; an unknown value is encoded as missing."""
         if self.kind == "vector":
             return _scaled(raw, self.width, self.scale)
         if self.kind == "number":

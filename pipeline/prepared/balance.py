@@ -1,4 +1,4 @@
-"""Assign item indices so that every rank has an equal load of popular items, at any W."""
+"""Assign item indices so that popular items are spread evenly over the ranks, for any W."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ TOO_UNEVEN = 1.5
 
 
 def spread_by_popularity(counts: Array) -> Array:
-    """The items in the order of their dense index: a permutation of the popularity ranking.
+    """The items sorted by their dense index: a permutation of the popularity ranking.
 
     Popularity ranks (0 the most popular, ties by position) are sorted by the reversed bits of their
-    Gray code. Any range of ranks is thereby distributed evenly over the contiguous blocks of
+    Gray code. This distributes any range of popularity ranks evenly over contiguous blocks of
     indices, in alternating direction, so that no block always gets the more popular item.
 
     Args:
@@ -48,15 +48,16 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
 
 
 def loads(counts: Array) -> dict[str, list[float]]:
-    """``load_per_rank`` for W = 2, 3, 4 and 8; the key is W as text."""
+    """``load_per_rank`` for W = 2, 3, 4 and 8, by W as text."""
     return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 3, 4, 8)}
 
 
 def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float, int]:
-    """The largest load of a rank as a multiple of the mean, and its number of ranks.
+    """The largest load of any rank as a multiple of the mean, and the W at which it occurs.
 
     Args:
-        shares_by_ranks: the shares of all ranks, which sum to 1, by the number of ranks.
+        shares_by_ranks: each rank's share of the load, by the number of ranks W; sums to 1 for
+            each.
 
     Example:
         >>> largest_load({"2": [0.5, 0.5], "4": [0.5, 0.25, 0.125, 0.125]})
@@ -66,10 +67,11 @@ def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float,
 
 
 def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
-    """One line for each number of ranks: each rank's load as a multiple of the mean.
+    """For each number of ranks, a line with each rank's load as a multiple of the mean.
 
     Args:
-        shares_by_ranks: the shares of all ranks, which sum to 1, by the number of ranks.
+        shares_by_ranks: each rank's share of the load, by the number of ranks W; sums to 1 for
+            each.
 
     Example:
         >>> describe_loads({"2": [0.55, 0.45]})
@@ -83,7 +85,7 @@ def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def describe_uneven_load(counts: Array) -> str | None:
-    """A warning if some rank has more than 1.5 times the mean load; None otherwise.
+    """A warning if a rank has more than 1.5 times the mean load; None otherwise.
 
     Args:
         counts: (V,) int64 training events of each item, by dense index.

@@ -1,5 +1,6 @@
 """Batches of tensors, and the index arithmetic that cuts them out of flat tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,15 +30,17 @@ class Batch:
 
     Attributes:
         items: (B, L) int64, oldest first, padded with 0 on the right.
-        lengths: (B,) int64 real positions.
-        targets: (B, L) int64 next items, padded with 0.
+        lengths: (B,) int64 number of real positions of each sequence.
+        targets: (B, L) int64 next item at each position, padded with 0.
         weights: (B, L) float32 weights of the targets, padded with 0; None if the data has none.
+        real: what ``real_positions`` returns, where it was counted before.
     """
 
     items: Tensor
     lengths: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -46,16 +49,23 @@ class Batch:
 
     def real_positions(self) -> Tensor:
         """(N,) int64 indices of the real positions in the flattened (B * L,) batch."""
+        if self.real is not None:
+            return self.real
         length = self.items.shape[1]
         real = torch.arange(length, device=self.lengths.device) < self.lengths[:, None]
         return real.flatten().nonzero().flatten()
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return Batch(
-            self.items.to(device), self.lengths.to(device), self.targets.to(device), weights
-        )
+        """The batch copied to another device, with the real positions as counted on this one."""
+        return self._map(lambda one: one.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in pinned memory, from which ``to`` does not wait for a GPU."""
+        return self._map(lambda one: one.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        parts = self.items, self.lengths, self.targets, self.weights, self.real_positions()
+        return Batch(*(None if one is None else change(one) for one in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +74,10 @@ class EvaluationBatch:
 
     Attributes:
         items: (B, L) int64, the last L items of each history, padded with 0 on the right.
-        lengths: (B,) int64.
-        targets: values (T,) and lengths (B,): the next items of each user, oldest first.
-        seen: values (S,) and lengths (B,): the whole history of each user.
+        lengths: (B,) int64 number of real positions of each sequence.
+        targets: (T,) and (B,) int64: the targets of all users, oldest first, concatenated, and
+            their number for each user.
+        seen: (S,) and (B,) int64: the whole histories, concatenated, and their lengths.
         users: (B,) int64 row of each user in the file of the split.
     """
 
@@ -77,7 +88,7 @@ class EvaluationBatch:
     users: Tensor
 
     def to(self, device: torch.device | str) -> "EvaluationBatch":
-        """The batch on another device."""
+        """The batch copied to another device."""
         return EvaluationBatch(
             self.items.to(device),
             self.lengths.to(device),
@@ -89,7 +100,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Samples in one flat tensor: sample s has ``length[s]`` positions from ``start[s]`` on."""
+    """Training samples as ranges of a flat tensor: sample s starts at ``start[s]``."""
 
     items: Tensor
     weights: Tensor | None
@@ -107,9 +118,10 @@ class Samples:
 
 
 def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Ints]:
-    """Start and number of positions of each sample, from (rows + 1,) list offsets.
+    """(S,) start and (S,) number of positions of each sample, from (rows + 1,) list offsets.
 
-    A sequence of n items has n - 1 positions. Windows are cut from its end, so the first is short.
+    A sequence of n items has n - 1 positions. Windows are cut from its end, so that the earliest
+    one may be short.
 
     >>> start, length = cut_windows(np.array([0, 6]), 2, "all")
     >>> start.tolist(), length.tolist()
@@ -127,12 +139,12 @@ def cut_windows(offsets: Ints, max_length: int, windows: str) -> tuple[Ints, Int
 
 
 def num_windows(lengths: Ints, max_length: int) -> Ints:
-    """Number of windows of sequences with these lengths; at least one, even for no position."""
+    """(rows,) number of windows of each sequence; at least 1, even for a sequence of one item."""
     return np.maximum(-(-(lengths - 1) // max_length), 1)
 
 
 def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ranges of ``values`` as rows of equal length.
+    """Ranges of ``values``, padded to rows of equal length.
 
     Returns:
         (B, L) values padded with 0; (B, L) bool, True at real values; (B, L) indices in ``values``,
@@ -146,7 +158,7 @@ def padded(values: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tenso
 
 
 def gathered(values: Tensor, offsets: Tensor, rows: Tensor) -> Ragged:
-    """The lists of ``rows``: (T,) concatenated values and (B,) lengths."""
+    """The lists of the given rows: (T,) concatenated values and (B,) lengths."""
     lengths = offsets[rows + 1] - offsets[rows]
     before = lengths.cumsum(0) - lengths
     shift = torch.repeat_interleave(offsets[rows] - before, lengths)

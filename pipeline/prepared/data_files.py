@@ -46,7 +46,7 @@ _CODEC_SUFFIXES = (".gz", ".gzip", ".bz2", ".zst", ".zstd", ".lz4", ".xz", ".zip
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FileKind:
-    """What a file holds: ``format`` ("parquet", "csv" or "json"), compressed by ``codec``."""
+    """Format of a file, "parquet", "csv" or "json", and the codec that compresses it, if any."""
 
     format: str
     codec: str | None = None
@@ -54,12 +54,12 @@ class FileKind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The files of a log.
+    """The result of ``find_files``: the files of a log.
 
     Attributes:
         filesystem: holds the files.
-        kinds: what each file holds, by path, in natural order.
-        passed_over: visible files that hold no events, in natural order.
+        kinds: format and codec of each file by path, in natural order.
+        passed_over: visible files that hold no events and are not read, in natural order.
     """
 
     filesystem: fs.FileSystem
@@ -72,7 +72,10 @@ class Found:
         return list(self.kinds)
 
     def parquet_paths(self, name: str) -> list[str]:
-        """The paths, if all files are Parquet; ``name`` says what they are, for the message.
+        """The paths of the files, after checking that all are Parquet.
+
+        Args:
+            name: option that names the files, for the message.
 
         Raises:
             ValueError: a file is CSV or JSON lines.
@@ -86,7 +89,7 @@ class Found:
 
 
 def check_path(name: str, path: str) -> None:
-    """Raise ValueError, naming the option ``name``, for an empty path, a NUL, or no UTF-8."""
+    """Raise ValueError, naming the option ``name``, if a path is empty, has a NUL or no UTF-8."""
     if not path:
         raise ValueError(f"{name} must be a path, got ''; the current folder is '.'")
     if "\0" in path:
@@ -102,14 +105,14 @@ def check_path(name: str, path: str) -> None:
 def find_files(source: str, name: str = "events") -> Found:
     """The Parquet, CSV and JSON lines files at ``source``.
 
-    Parquet is known by its first bytes, whatever the file's name; CSV and JSON lines by a suffix,
-    before the one of a codec.
+    Parquet is recognised by its first bytes, whatever the file's name; CSV and JSON lines by the
+    suffix, which the suffix of a codec may follow.
 
     Args:
         source: a file, a folder (searched recursively, without names that start with "_" or "."),
             a glob of files and folders, or a URI that pyarrow opens. An existing path is never
             treated as a glob.
-        name: what the files are, for messages.
+        name: option that names the files, for messages.
 
     Raises:
         FileNotFoundError: there is no such path, or no file that can be read.
@@ -138,7 +141,7 @@ def find_files(source: str, name: str = "events") -> Found:
 
 
 def partition_values(path: str) -> dict[str, str | None]:
-    """The values in the names of a path's folders, such as ``day=2024-01-31``; the innermost wins.
+    """The values in a path's folder names, such as ``day=2024-01-31``; the innermost folder wins.
 
     Example:
         >>> partition_values("log/day=2024-01-31 08%3A00/kind=__HIVE_DEFAULT_PARTITION__/a.parquet")
@@ -149,10 +152,10 @@ def partition_values(path: str) -> dict[str, str | None]:
 
 
 def read_item_ids(name: str, source: str) -> pa.Array:
-    """The column ``item_id`` of some Parquet files, as int64 or large_string.
+    """(n,) the column ``item_id`` of some Parquet files, as int64 or large_string.
 
     Args:
-        name: of the option, for messages.
+        name: option that names the files, for messages.
         source: a file, a folder, a glob or a URI.
 
     Raises:
@@ -181,7 +184,7 @@ def read_item_ids(name: str, source: str) -> pa.Array:
 
 
 def natural_order(paths: Iterable[str]) -> list[str]:
-    """The paths sorted with numbers in them by value.
+    """The paths sorted, with the numbers in them compared by value.
 
     Example:
         >>> natural_order(["h=10/a", "h=2/a", "h=2/B"])

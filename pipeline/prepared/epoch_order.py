@@ -1,23 +1,24 @@
 """The order of an epoch: which batch each training sample is in, at any number of ranks.
 
 The phases:
-1. Permute the row groups; the samples of all row groups in this order are the list.
+1. Permute the row groups; the samples of all row groups in this order form the list.
 2. Cut the list into shuffle windows of whole batches (`EpochOrder.window`).
-3. A window is a matrix of batches x places, filled place by place: place p of all its batches is a
-   contiguous range of the list, in one or two row groups. A rank takes a contiguous range of places
-   of every batch, so a contiguous range of the list (`Window.places`, `EpochOrder.pieces`).
-4. Samples are shuffled inside their row group, and each place's samples over its batches
-   (`EpochOrder.assign`): a batch is a random draw of the window, one sample from each place.
-   Lengths play no part. Batches of like lengths would hold little padding, but a step of few
-   positions would then count as much as one of many; the encoder avoids padding inside a batch.
+3. A window is a matrix of batches x slots, filled slot by slot: slot s of all its batches is a
+   contiguous range of the list, in one or two row groups. A rank takes a contiguous range of slots
+   of every batch, and so a contiguous range of the list (`Window.slots`, `EpochOrder.pieces`).
+4. Samples are shuffled inside their row group, and each slot's samples over the batches
+   (`EpochOrder.assign`): a batch is a random draw from the window, one sample from each slot.
+   Batches do not depend on sequence lengths. Batches of similar lengths would need less padding,
+   but a step with few positions would then count as much as one with many; the encoder avoids
+   padding inside a batch instead.
 
-A rank's positions in a batch are therefore a sum of random lengths: even over an epoch, and in a
-single step the more even the more sequences a rank has (the table is sharded by items, so what the
-loss costs a rank does not depend on it).
+The number of positions of a rank in a batch is therefore a sum of random lengths: balanced over an
+epoch, and the more balanced in a single step the more sequences a rank has. (The table is sharded
+by items, so the cost of the loss on a rank does not depend on this number.)
 
-All ranks together open at most W - 1 row groups twice inside a window, and one more at the border
-of two windows: with G row groups and w in a window, at most G * (1 + W / w). Only the range of
-places depends on the rank.
+All ranks together open at most W - 1 row groups twice inside a window, and one more where two
+windows meet: with G row groups and w per window, at most G * (1 + W / w) reads. Only the range of
+slots depends on the rank.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ ORDER_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Samples ``first .. last`` (in the epoch's shuffled order) of one row group."""
+    """Samples [first, last) of one row group, in the epoch's shuffled order."""
 
     row_group: int
     first: int
@@ -45,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Batches ``first_step .. first_step + num_steps`` and the range of samples in them."""
+    """Batches [first_step, first_step + num_steps) of an epoch and the range of their samples."""
 
     first_step: int
     num_steps: int
@@ -54,21 +55,21 @@ class Window:
     batch_size: int
 
     @property
-    def full_places(self) -> int:
-        """Number of places that every batch of the window fills; the epoch's last has only these.
+    def full_slots(self) -> int:
+        """Number of slots filled in every batch of the window; the epoch's last batch has no more.
 
-        >>> Window(0, num_steps=3, first_sample=0, num_samples=8, batch_size=3).full_places
+        >>> Window(0, num_steps=3, first_sample=0, num_samples=8, batch_size=3).full_slots
         2
         """
         return self.num_samples - (self.num_steps - 1) * self.batch_size
 
-    def place_start(self, place: Ints | int) -> Ints:
-        """Start of the range of a place, counted from the window's first sample."""
-        place = np.asarray(place, dtype=np.int64)
-        return place * self.num_steps - np.maximum(place - self.full_places, 0)
+    def slot_start(self, slot: Ints | int) -> Ints:
+        """Index of the first sample of a slot, counted from the window's first sample."""
+        slot = np.asarray(slot, dtype=np.int64)
+        return slot * self.num_steps - np.maximum(slot - self.full_slots, 0)
 
-    def places(self, rank: int, world_size: int) -> tuple[int, int]:
-        """The range of places of each batch that belongs to a rank."""
+    def slots(self, rank: int, world_size: int) -> tuple[int, int]:
+        """First slot of a rank in every batch, and the slot after its last."""
         return (
             self.batch_size * rank // world_size,
             self.batch_size * (rank + 1) // world_size,
@@ -87,7 +88,7 @@ class EpochOrder:
             samples: (G,) number of samples in each row group.
             batch_size: samples in a global batch.
             shuffle_row_groups: least number of row groups in a window (or all, if there are fewer).
-            seed: of the run.
+            seed: seed of the run.
             epoch: counted from 0.
         """
         self.seed, self.epoch = seed, epoch
@@ -108,7 +109,7 @@ class EpochOrder:
         return Window(first, last - first, start, stop - start, self.batch_size)
 
     def pieces(self, window: Window, start: int, stop: int) -> list[Piece]:
-        """The parts of row groups that hold samples ``start .. stop`` of the window."""
+        """The parts of row groups that hold samples [start, stop) of the window."""
         if start >= stop:
             return []
         opening, closing = window.first_sample + start, window.first_sample + stop
@@ -121,32 +122,32 @@ class EpochOrder:
         return [Piece(*map(int, part)) for part in parts]
 
     def shuffled(self, row_group: int, num_samples: int) -> tuple[Ints, Floats]:
-        """The epoch's order inside a row group, and a random key in [0, 1) for each sample."""
+        """(n,) order of the samples in a row group, and (n,) a random key in [0, 1) for each."""
         generator = self._generator(1, row_group)
         return generator.permutation(num_samples), generator.random(num_samples)
 
     def assign(
-        self, window: Window, places: tuple[int, int], random_keys: Floats
+        self, window: Window, slots: tuple[int, int], random_keys: Floats
     ) -> tuple[Ints, Ints]:
-        """Assign the samples of a range of places to the batches of a window.
+        """Assign the samples of a range of slots to the batches of a window.
 
         Args:
             window: the window.
-            places: the range.
-            random_keys: (T,) random keys of its samples, in the order of the list.
+            slots: the range, as from ``Window.slots``.
+            random_keys: (T,) random keys of the samples in these slots, in the order of the list.
 
         Returns:
-            (T,) indices of the samples, batch by batch and by place inside a batch, and
-            (num_steps,) how many of them are in each batch.
+            (T,) indices of the samples, batch by batch and by slot inside a batch, and
+            (num_steps,) number of samples in each batch.
         """
-        starts = window.place_start(np.arange(places[0], places[1] + 1))
+        starts = window.slot_start(np.arange(slots[0], slots[1] + 1))
         index = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-        # The samples of a place by their keys; the first goes to the window's first batch, and so
-        # on. The last batch of an epoch has fewer places: they are one sample shorter.
-        by_place = np.lexsort((random_keys, index))
+        # The samples of a slot by their keys; the first goes to the window's first batch, and so
+        # on. Slots that the last batch of an epoch lacks hold one sample less.
+        by_slot = np.lexsort((random_keys, index))
         step = np.arange(len(index)) + starts[0] - starts[index]
         by_batch = np.argsort(step, kind="stable")
-        return by_place[by_batch], np.bincount(step, minlength=window.num_steps)
+        return by_slot[by_batch], np.bincount(step, minlength=window.num_steps)
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(

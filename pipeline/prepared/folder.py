@@ -46,7 +46,7 @@ class Prepared:
 
     @property
     def train_files(self) -> list[Path]:
-        """The training files in order."""
+        """Paths of the training files, in order."""
         names = sorted(file.path for file in self.manifest.files)
         return [self.path / name for name in names if name.startswith("train/")]
 
@@ -56,7 +56,7 @@ class Prepared:
         return self.manifest.fingerprint
 
     def file(self, name: str) -> Path:
-        """The path of a file that the manifest lists, and ``open`` has looked at.
+        """The path of a file that the manifest lists and ``open`` has checked.
 
         Raises:
             ValueError: the manifest does not list it.
@@ -73,7 +73,7 @@ class Prepared:
         return torch.from_numpy(self._items("count").to_numpy().astype(np.int64))
 
     def item_ids(self) -> pa.Array:
-        """(V,) the log's item ids (int64 or large_string) by item."""
+        """(V,) item ids of the log (int64 or large_string), by dense index."""
         return self._items("item_id")
 
     def _items(self, name: str) -> pa.Array:

@@ -21,17 +21,19 @@ from shardrec.pipeline.prepared.item_ids import ItemIds
 __all__ = ["Histories", "HistoryChunk"]
 
 _BUFFER_BYTES = 1 << 20
+# The item lists of prepared sequences, and the columns of which there is one beside them.
+_DENSE = (pa.list_(pa.field("element", pa.int64(), nullable=False)), {"length", "targets"})
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryChunk:
-    """A chunk of users with their histories, in the order of the file.
+    """Consecutive users of a file with their histories.
 
     Attributes:
-        user_ids: (n,) ids.
+        user_ids: (n,) user ids.
         items: (T,) int64 known items of all users, oldest first, concatenated.
         offsets: (n + 1,) int64 start of each user's items in ``items``.
-        num_unknown: number of items left out because the catalog does not have them.
+        num_unknown: number of items left out because the catalog lacks them.
     """
 
     user_ids: pa.Array
@@ -44,7 +46,7 @@ class Histories:
     """Parquet files with a user column and a list column of items, most recent item last.
 
     Attributes:
-        num_users: rows of all files.
+        num_users: number of rows in all files.
         user_type: Arrow type of the user column.
         files: path, rows and size of each file, in order.
     """
@@ -89,7 +91,7 @@ class Histories:
         ]
 
     def chunks(self, first: int, last: int, size: int) -> Iterator[HistoryChunk]:
-        """Users [first, last) in chunks of ``size``; only the last one may be shorter."""
+        """Users [first, last) in chunks of ``size``; only the last chunk may be shorter."""
         pending: list[pa.Table] = []
         held = 0
         for table in self._tables(first, last):
@@ -179,6 +181,8 @@ class Histories:
             for name in self.columns:
                 if name not in schema.names:
                     raise ValueError(f"{path!r}: " + unknown_name("column", name, schema.names))
+            if not self.dense and schema.field(self.columns[1]).type == _DENSE[0]:
+                _refuse_prepared(path, schema)
             self._check_lists(path, schema.field(self.columns[1]).type)
             dtype = schema.field(self.columns[0]).type
             if dtype != pa.null():
@@ -208,6 +212,15 @@ class Histories:
                 f"column {self.columns[1]!r} of {path!r} must be a list of {wanted} ids as in the "
                 f"catalog, got {dtype}; convert it, or name another column"
             )
+
+
+def _refuse_prepared(path: str, schema: pa.Schema) -> None:
+    """Refuse prepared sequences: their items are indices, which would be taken for ids."""
+    if schema.names[:2] == ["user_id", "items"] and _DENSE[1] & set(schema.names):
+        raise ValueError(
+            f"histories must hold item ids of the log, got {path!r} of a prepared folder, which "
+            "holds indices; leave histories out to recommend to the prepared users"
+        )
 
 
 def _has_fractions(dtype: pa.DataType) -> bool:

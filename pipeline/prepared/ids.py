@@ -1,7 +1,7 @@
-"""Ids as logs and warehouses store them: their kind, and their values as int64 or text.
+"""Ids as logs and warehouses store them: their kind, and conversion to int64 or text.
 
-Text is held as Arrow's ``large_string``, whose columns may be larger than 2 GiB; ``stored`` turns
-it into ``string`` chunk by chunk where a Parquet file is written.
+Text is held as Arrow's ``large_string``, because a ``string`` array cannot exceed 2 GiB; ``stored``
+converts it to ``string``, chunk by chunk, before a Parquet file is written.
 """
 
 import numpy as np
@@ -55,10 +55,10 @@ def require_ids(dtype: pa.DataType, name: str, path: str) -> str:
 
 
 def plain_ids(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """The ids as int64 or large_string, by their kind; nulls stay nulls.
+    """(n,) ids as int64 or large_string, by their kind; nulls stay nulls.
 
     Raises:
-        ValueError: an id is no whole number, beyond int64, or not UTF-8; the message starts with
+        ValueError: an id is not a whole number, beyond int64, or not UTF-8; the message starts with
             ``place``.
     """
     dtype = value_type(column.type)
@@ -70,7 +70,7 @@ def plain_ids(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
 
 
 def plain_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """The values as large_string; nulls stay nulls.
+    """(n,) values as large_string; nulls stay nulls.
 
     Raises:
         ValueError: a value is not UTF-8, which Parquet does not guarantee.
@@ -88,7 +88,7 @@ def plain_text(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
 
 
 def whole_numbers(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """Integers, and floats and decimals that are whole, as int64; nulls stay nulls.
+    """(n,) integers, or floats and decimals that are whole, as int64; nulls stay nulls.
 
     Raises:
         ValueError: a value has a fraction, is beyond int64, or is a float so large that its
@@ -116,17 +116,17 @@ def whole_numbers(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
 
 
 def wide(ids: pa.Array) -> pa.Array:
-    """Text as large_string, which may be joined and taken beyond 2 GiB; other ids unchanged."""
+    """Text as large_string, which may exceed 2 GiB when concatenated; other ids unchanged."""
     return ids.cast(pa.large_string()) if is_text(ids.type) else ids
 
 
 def stored_type(dtype: pa.DataType) -> pa.DataType:
-    """The type of ids in the Parquet files of the stages: text is ``string``."""
+    """The type in which the stages write ids to Parquet: ``string`` for text, else unchanged."""
     return pa.string() if is_text(dtype) else dtype
 
 
 def stored(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table in the types of ``schema``, where text is ``string``, in chunks below 2 GiB."""
+    """The table cast to ``schema``, where text is ``string``, in chunks below 2 GiB."""
     if table.nbytes <= _MOST_BYTES or table.num_rows < 2:
         return table.cast(schema)
     half = table.num_rows // 2

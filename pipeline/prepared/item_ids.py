@@ -19,10 +19,10 @@ _CHUNK_IDS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ItemIds:
-    """The ids of a catalog by dense index: ``ids[item]`` is the id of ``item``.
+    """The item ids of a catalog by dense index: ``ids[item]`` is the id of ``item``.
 
     Attributes:
-        ids: (V,) int64 or text, without repetition.
+        ids: (V,) int64 or text, all distinct.
     """
 
     ids: pa.Array
@@ -39,10 +39,11 @@ class ItemIds:
     def items(self, ids: pa.Array | pa.ChunkedArray) -> Tensor:
         """(n,) int64 dense indices of ``ids``; -1 for nulls and for ids not in the catalog.
 
-        Each call reads the catalog's ids once, whatever n is: pass many ids at a time.
+        Each call reads all ids of the catalog, whatever n is: pass many ids at a time.
 
         Raises:
-            ValueError: the ids are not of the catalog's kind, or one is no whole number or no text.
+            ValueError: the ids are not of the catalog's kind, or one is not a whole number or not
+                UTF-8.
         """
         if id_kind(ids.type) not in (self.kind, "null"):
             raise ValueError(
@@ -62,12 +63,12 @@ class ItemIds:
         return torch.from_numpy(found[pc.fill_null(asked.indices, -1).to_numpy()])
 
     def of(self, items: npt.NDArray[np.int64]) -> pa.Array:
-        """The ids of (n,) dense indices."""
+        """(n,) ids of the given dense indices."""
         return self.ids.take(pa.array(items))
 
     @property
     def version(self) -> str:
-        """Short hash of the ids and their order; equal if every index means the same item."""
+        """Short hash of the ids in order; equal if every index stands for the same item."""
         digest = hashlib.sha256(self.kind.encode())
         for start in range(0, len(self), _CHUNK_IDS):
             part = self.ids.slice(start, _CHUNK_IDS)

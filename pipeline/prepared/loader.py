@@ -47,10 +47,11 @@ class BatchConfig:
 
     Attributes:
         batch_size: sequences in a global batch, over all ranks.
-        windows: of a sequence longer than the encoder takes, its "last" window or "all" of them.
-        shuffle_row_groups: least number of row groups in a shuffle window (or all, if there are
-            fewer). More shuffle better and take more memory; fewer row groups are then read by two
-            ranks.
+        windows: train on the "last" window of a sequence that is longer than the encoder takes, or
+            on "all" its windows.
+        shuffle_row_groups: minimum number of row groups in a shuffle window (or all, if there are
+            fewer). A larger window shuffles better and takes more memory, and two ranks read the
+            same row group less often.
     """
 
     batch_size: int = 128
@@ -67,9 +68,11 @@ class BatchConfig:
 class TrainingBatches:
     """This rank's parts of the global batches, epoch after epoch.
 
-    ``for batch in batches`` runs from the current step to the end of the epoch, and the next loop
-    is the next epoch. Over all ranks every real position comes exactly once in an epoch. All ranks
-    take the same number of steps; in the last, short batch of an epoch some may have no sequences.
+    ``for batch in batches`` runs from the current step to the end of the epoch; the next such loop
+    runs through the next epoch. Over all ranks, every real position occurs exactly once per epoch.
+    All ranks take the same number of steps; in the last, short batch of an epoch some may have no
+    sequences. With R replicas, replica r has batches r, r + R, … of an epoch, and no sequences in
+    the others.
 
     Collectives: none.
 
@@ -87,6 +90,8 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        replica: int = 0,
+        num_replicas: int = 1,
     ) -> None:
         """Read the training files' footers, and for windows="all" the lengths of all sequences.
 
@@ -94,9 +99,11 @@ class TrainingBatches:
             prepared: an open prepared folder.
             config: batch size and windows; the same on every rank.
             max_length: largest number of positions in a window.
-            rank: this process.
-            world_size: W.
-            seed: of the order; the same on every rank.
+            rank: rank of this process in its replica.
+            world_size: ranks of a replica, which share its batches.
+            seed: seed of the order; the same on every rank.
+            replica: index of this rank's replica.
+            num_replicas: R.
 
         Raises:
             FileNotFoundError: a training file is missing.
@@ -104,7 +111,9 @@ class TrainingBatches:
         """
         require_at_least("max_length", max_length, 1)
         _check_rank(rank, world_size)
+        _check_rank(replica, num_replicas)
         self.prepared, self.config = prepared, config
+        self.replica, self.num_replicas = replica, num_replicas
         self.max_length, self.rank, self.world_size, self.seed = max_length, rank, world_size, seed
         self.epoch = self.step = 0
         self._columns = ["items", "weights"] if prepared.has_weights else ["items"]
@@ -113,16 +122,16 @@ class TrainingBatches:
         self._num_steps = -(-int(self._samples.sum()) // config.batch_size)
 
     def __len__(self) -> int:
-        """Global batches in an epoch."""
+        """Number of global batches in an epoch."""
         return self._num_steps
 
     @property
     def bytes_read(self) -> int:
-        """Stored bytes of footers and column chunks read by this rank."""
+        """Compressed bytes of footers and column chunks that this rank has read."""
         return int(self._groups.bytes_read)
 
     def target_share(self) -> float:
-        """The share of the training targets that an epoch has; below 1 where windows are cut off.
+        """Share of all training targets that an epoch trains on; below 1 if sequences are cut.
 
         Reads the lengths of all sequences unless windows="all".
         """
@@ -133,14 +142,14 @@ class TrainingBatches:
         return float(np.minimum(targets, self.max_length).sum() / max(1, targets.sum()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, step, and everything the order depends on (not the number of ranks)."""
+        """Epoch, step, and everything that the order depends on (not the number of ranks)."""
         return {"epoch": self.epoch, "step": self.step, "order": self._order_key()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state, at any number of ranks.
 
-        A state within an epoch that was begun in the order of another version of shardrec goes on
-        at the same step of this version's order, with a warning on rank 0.
+        If the epoch was begun by a version of shardrec with another order, it continues at the same
+        step in the order of this version, with a warning on rank 0.
 
         Raises:
             ValueError: the state belongs to another order (data, seed, batch size, ...).
@@ -148,7 +157,7 @@ class TrainingBatches:
         for name, value in self._order_key().items():
             if name != "version" and state["order"].get(name) != value:
                 raise ValueError(
-                    f"{name} must be {state['order'].get(name)} to go on from this state,"
+                    f"{name} must be {state['order'].get(name)} to continue from this state,"
                     f" got {value}; restore the setting or start a new run"
                 )
         if not 0 <= state["step"] <= len(self):
@@ -159,8 +168,8 @@ class TrainingBatches:
         is_other = state["order"].get("version", 1) != ORDER_VERSION
         if is_other and 0 < self.step < len(self) and self.rank == 0:
             logging.getLogger(__name__).warning(
-                "the first %d of the %d batches of epoch %d came in the order of another version "
-                "of shardrec: the epoch goes on at the same step in the order of this one, so it "
+                "the first %d of the %d batches of epoch %d were in the order of another version "
+                "of shardrec: the epoch continues at the same step in the order of this one, so it "
                 "has some sequences twice and others not at all; later epochs are complete",
                 *(self.step, len(self), self.epoch + 1),
             )
@@ -189,14 +198,15 @@ class TrainingBatches:
 
     def _window_batches(self, order: EpochOrder, window: Window) -> Iterator[Batch]:
         """The batches of a window from ``step`` on; ``step`` is advanced before each yield."""
-        places = window.places(self.rank, self.world_size)
-        run = window.place_start(np.array(places))
+        slots = window.slots(self.rank, self.world_size)
+        run = window.slot_start(np.array(slots))
         samples, random_keys = self._read(order, order.pieces(window, int(run[0]), int(run[1])))
-        chosen, counts = order.assign(window, places, random_keys)
+        chosen, counts = order.assign(window, slots, random_keys)
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
+            own = (window.first_step + index) % self.num_replicas == self.replica
             self.step = window.first_step + index + 1
-            yield samples.batch(parts[index])
+            yield samples.batch(parts[index] if own else parts[index][:0])
 
     def _read(
         self, order: EpochOrder, pieces: list[Piece]
@@ -237,7 +247,7 @@ class TrainingBatches:
         values, own = flat_list(table, "weights")
         if not np.array_equal(own, offsets):
             raise ValueError(
-                f"{self._groups.name(row_group)}, column weights must have one weight an item,"
+                f"{self._groups.name(row_group)}, column weights must have one weight per item,"
                 " got lists of other lengths; prepare the data again"
             )
         return values.astype(np.float32, copy=False)
@@ -272,8 +282,8 @@ class TrainingBatches:
 class EvaluationBatches:
     """Batches of this rank's contiguous share of the users of a split.
 
-    Every rank has the same number of batches, the last ones empty where it has fewer users. Inside
-    a row group users are sorted by the length of their history, which reduces padding.
+    Every rank has the same number of batches; the last ones are empty on ranks with fewer users.
+    Inside a row group users are sorted by the length of their history, which reduces padding.
     """
 
     def __init__(
@@ -295,7 +305,7 @@ class EvaluationBatches:
             batch_size: users of one rank in a batch.
             max_length: largest number of items of a history that the encoder reads.
             sample_users: number of users, the first ones of the split; None takes all.
-            rank: this process.
+            rank: rank of this process.
             world_size: W.
         """
         require_at_least("batch_size", batch_size, 1)

@@ -1,6 +1,6 @@
-"""The manifest of a prepared folder: its files, their source, and whether it is complete.
+"""The manifest of a prepared folder: its files, their source, their counts and checksums.
 
-``manifest.json`` is written last, so a folder that has one is complete; sizes and checksums show
+``manifest.json`` is written last, so a folder that has one is complete; sizes and checksums reveal
 later changes.
 """
 
@@ -33,26 +33,26 @@ class Manifest:
     Attributes:
         shardrec_version: version that wrote the folder.
         config: the options of ``prepare`` that change its output.
-        source: ``{"files": [{path, bytes, rows, footer_sha256}]}`` of the event log, and ``items``,
-            ``{path, rows, sha256, fingerprint}``, where the items of a former folder were kept, and
-            ``item_attributes``, ``{files}``, where the items have attributes.
+        source: ``{"files": [{path, bytes, rows, footer_sha256}]}`` of the event log; ``items``, as
+            ``{path, rows, sha256, fingerprint}``, if the items of an earlier folder were kept; and
+            ``item_attributes``, as ``{files}``, if the items have attributes.
         columns: name and type of user, item, time and weight (None without weights).
-        split: kind, targets, validation, and the cuts in the log's own time unit.
-        counts: events, users, items, sequences and targets, kept and dropped.
-        quantiles: of the training sequences' lengths and of the items' counts.
+        split: kind, targets, validation, and the cut times in the log's own unit.
+        counts: numbers of events, users, items, sequences and targets, kept and dropped.
+        quantiles: quantiles of the training sequences' lengths and of the items' counts.
         load_per_rank: for 2, 3, 4 and 8 ranks, each rank's share of the training events.
-        files: every file of the folder but this one.
+        files: every file of the folder except this one.
     """
 
     shardrec_version: str
-    config: dict[str, Any]
-    source: dict[str, Any]
-    columns: dict[str, Any]
-    split: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(repr=False)
+    source: dict[str, Any] = dataclasses.field(repr=False)
+    columns: dict[str, Any] = dataclasses.field(repr=False)
+    split: dict[str, Any] = dataclasses.field(repr=False)
     counts: dict[str, int]
-    quantiles: dict[str, dict[str, int]]
-    load_per_rank: dict[str, list[float]]
-    files: tuple[FileEntry, ...]
+    quantiles: dict[str, dict[str, int]] = dataclasses.field(repr=False)
+    load_per_rank: dict[str, list[float]] = dataclasses.field(repr=False)
+    files: tuple[FileEntry, ...] = dataclasses.field(repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +61,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
     def file(self, path: str) -> FileEntry:
-        """The entry of one file.
+        """The entry of a file with this path.
 
         Raises:
             KeyError: the manifest lists no such file.
@@ -82,7 +82,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(
     folder: Path, *, verify_checksums: bool = False, only: Collection[str] | None = None
 ) -> Manifest:
-    """The manifest of ``folder``, after checking that the files it lists are there.
+    """The manifest of ``folder``, after checking existence and sizes of the files it lists.
 
     Args:
         folder: output of ``prepare``.
@@ -101,10 +101,10 @@ def read_manifest(
 
 
 def parse_manifest(stored: dict[str, Any], folder: Path) -> Manifest:
-    """Parse the JSON of a manifest.
+    """The manifest in a JSON object.
 
     Raises:
-        ValueError: a part of it is damaged.
+        ValueError: a part is missing or damaged.
     """
     path = folder / MANIFEST_NAME
     for part, shape in _PARTS.items():

@@ -1,4 +1,4 @@
-"""Item-to-item scores of the training sequences, counted for a range of items at a time."""
+"""Count item-to-item scores over the training sequences, for a range of items at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,16 @@ _PAIRS_AT_ONCE = 2**22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counting:
-    """Which item-to-item scores, and how many of them.
+    """Which item-to-item scores are counted, and how many are kept.
 
     Attributes:
-        knn: weight of the cosine of two items' columns in the binary sequence-item matrix,
-            ``c_ij / sqrt(n_i n_j)``, for i != j.
+        knn: weight of ``c_ij / sqrt(n_i n_j)``, the cosine similarity of items i != j: n_i is the
+            number of sequences that hold i, c_ij of those that hold both.
         next: weight of the number of times that j directly followed i.
-        most: neighbours of an item to keep of each kind; of equal ones the more popular.
-        last_events: of a sequence, counted in ``c`` and ``n``: pairs grow with the square.
+        most: how many neighbours of an item to keep, for knn and for next separately; of equal
+            scores the more popular ones.
+        last_events: how many of the last events of a sequence knn counts; the number of pairs
+            grows with its square.
     """
 
     knn: float
@@ -39,25 +41,25 @@ class Counting:
 
 
 def count_neighbors(files: Sequence[Path], order: Ints, how: Counting) -> Iterator[pa.Table]:
-    """Tables of the columns item, neighbor, score, of rising items, best neighbours first.
+    """Tables of item, neighbor and score, by ascending item, best neighbours first.
 
-    Memory is about 20 bytes for each counted event, 8 of which stay, and 8 for each transition; and
-    about 100 bytes for each pair of a range: 4 million pairs, or those of one item if more. Time is
-    that of sorting all pairs of items of a sequence.
+    Memory is about 20 bytes per counted event (8 of them until the end), 8 per transition, and 100
+    per pair of items in a range of about 4 million pairs (more if a single item has more). Time is
+    that of sorting all pairs of items that occur in one sequence.
 
     Args:
         files: training files of a prepared folder.
-        order: (V,) items, the most popular first.
-        how: what to count.
+        order: (V,) int64 items, the most popular first.
+        how: what to count and to keep.
     """
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
     members = _Members.read(files, len(order), how.last_events) if how.knn else None
-    steps = _Steps.read(files, place) if how.next else None
+    steps = _Steps.read(files, rank) if how.next else None
     for low, high in _ranges(members, len(order)):
         parts = []
         if members is not None:
-            parts.append((how.knn, members.cosines(low, high, place)))
+            parts.append((how.knn, members.cosines(low, high, rank)))
         if steps is not None:
             parts.append((how.next, steps.counts(low, high)))
         weighted = [
@@ -68,8 +70,8 @@ def count_neighbors(files: Sequence[Path], order: Ints, how: Counting) -> Iterat
         keys, inverse = np.unique(np.concatenate([k for k, _ in weighted]), return_inverse=True)
         sums = np.bincount(inverse, np.concatenate([s for _, s in weighted]), len(keys))
         pairs = _Pairs(keys, sums.astype(np.float32), len(order)).best(len(order))
-        rows, places = np.divmod(pairs.keys, len(order))
-        columns = [rows + low, order[places], pairs.scores]
+        rows, ranks = np.divmod(pairs.keys, len(order))
+        columns = [rows + low, order[ranks], pairs.scores]
         yield pa.table(
             [pa.array(one, t) for one, t in zip(columns, NEIGHBORS.types, strict=True)],
             schema=NEIGHBORS,
@@ -77,7 +79,7 @@ def count_neighbors(files: Sequence[Path], order: Ints, how: Counting) -> Iterat
 
 
 def count_last_items(files: Sequence[Path], num_items: int) -> Ints:
-    """(V,) number of training sequences that end with each item."""
+    """(V,) int64 number of training sequences that end with each item."""
     counts = np.zeros(num_items, dtype=np.int64)
     for values, offsets in _lists(files):
         counts += np.bincount(values[offsets[1:] - 1], minlength=num_items)
@@ -86,9 +88,10 @@ def count_last_items(files: Sequence[Path], num_items: int) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Scores above 0 of pairs; a key is ``row * width + place``, row 0 the first of a range.
+    """Positive scores of pairs of items of a range; the key is ``row * width + rank``.
 
-    Keys rise within a row, or scores fall.
+    A row is an item's index in the range, a rank the popularity rank of its neighbour. Within a
+    row either the keys ascend or the scores descend.
     """
 
     keys: Ints
@@ -96,20 +99,20 @@ class _Pairs:
     width: int
 
     def best(self, most: int) -> "_Pairs":
-        """The ``most`` largest scores of each row, falling; of equal ones those of lower place."""
+        """The ``most`` largest scores of each row, descending; of equal scores the lower rank."""
         rows = self.keys // self.width
         # The bits of positive floats are in the order of the floats.
         falling = rows << 32 | (2**31 - 1 - self.scores.view(np.int32).astype(np.int64))
         by_score = np.argsort(falling, kind="stable")
         first = np.flatnonzero(np.diff(rows[by_score], prepend=-1))  # of each row
-        places = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
-        kept = by_score[places < most]
+        ranks = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
+        kept = by_score[ranks < most]
         return _Pairs(self.keys[kept], self.scores[kept], self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """The binary matrix of M pairs (sequence, item), by sequence and by item."""
+    """The binary sequence-item matrix with M ones, stored by sequence and by item."""
 
     items: npt.NDArray[np.int32]  # (M,) by sequence
     starts: Ints  # (S + 1,) first entry of each sequence
@@ -137,7 +140,7 @@ class _Members:
         sums = _starts(np.diff(self.starts)[self.sequences])
         return np.diff(sums[self.item_starts])
 
-    def cosines(self, low: int, high: int, place: Ints) -> _Pairs:
+    def cosines(self, low: int, high: int, rank: Ints) -> _Pairs:
         """The cosines of items [low, high) with all others."""
         start, stop = self.item_starts[low], self.item_starts[high]
         sequences = self.sequences[start:stop]
@@ -147,32 +150,32 @@ class _Members:
         others = self.items[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
         own = np.repeat(own, lengths)
         differs = own != others
-        width = len(place)
-        keys, counts = _counted((own[differs] - low) * width + place[others[differs]])
+        width = len(rank)
+        keys, counts = _counted((own[differs] - low) * width + rank[others[differs]])
         sizes = np.diff(self.item_starts)
-        by_place = np.empty_like(sizes)
-        by_place[place] = sizes
-        lengths = sizes[keys // width + low] * by_place[keys % width]
+        by_rank = np.empty_like(sizes)
+        by_rank[rank] = sizes
+        lengths = sizes[keys // width + low] * by_rank[keys % width]
         return _Pairs(keys, (counts / np.sqrt(lengths)).astype(np.float32), width)
 
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """How often each item was directly followed by the item in each place; keys rise."""
+    """How often one item directly followed another; keys as in ``_Pairs``, ascending."""
 
     keys: Ints
     times: Ints
     width: int
 
     @classmethod
-    def read(cls, files: Sequence[Path], place: Ints) -> "_Steps":
+    def read(cls, files: Sequence[Path], rank: Ints) -> "_Steps":
         found = [np.zeros(0, np.int64)]
         for values, offsets in _lists(files):
             inside = np.ones(len(values), dtype=bool)
             inside[offsets[1:] - 1] = False  # the last item of a sequence is followed by nothing
             at = np.flatnonzero(inside)
-            found.append(values[at] * len(place) + place[values[at + 1]])
-        return cls(*_counted(np.concatenate(found)), len(place))
+            found.append(values[at] * len(rank) + rank[values[at + 1]])
+        return cls(*_counted(np.concatenate(found)), len(rank))
 
     def counts(self, low: int, high: int) -> _Pairs:
         """The followers of items [low, high)."""
@@ -199,7 +202,7 @@ def _lists(files: Sequence[Path]) -> Iterator[tuple[Ints, Ints]]:
 
 
 def _counted(keys: Ints) -> tuple[Ints, Ints]:
-    """The different keys, rising, and how often each occurs.
+    """The distinct keys, ascending, and how often each occurs.
 
     ``np.unique`` of numpy 2.3 and later hashes: 1.2 µs a key, where sorting takes 0.03.
     """

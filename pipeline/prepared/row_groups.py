@@ -17,7 +17,7 @@ class RowGroups:
     """The row groups of several files, numbered consecutively.
 
     Attributes:
-        rows: (G,) rows in each row group.
+        rows: (G,) number of rows in each row group.
         bytes_read: compressed bytes of footers and column chunks read so far.
     """
 
@@ -48,16 +48,17 @@ class RowGroups:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """File and row group, for messages."""
+        """Text that names the file and row group, for messages."""
         file = int(self._file[index])
         return f"{self._paths[file]}, row group {index - int(self._first[file])}"
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
-        """The columns of one row group.
+        """A table of the named columns of one row group.
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: a column chunk is damaged, or has nulls or other rows than the footer says.
+            ValueError: a column chunk is damaged, has nulls, or has another length than the footer
+                says.
         """
         try:
             table = self._read(index, columns)
@@ -101,7 +102,7 @@ class RowGroups:
 
 
 def flat_list(table: pa.Table, name: str) -> tuple[npt.NDArray[np.generic], Ints]:
-    """A list column as concatenated values and (rows + 1,) offsets into them, from 0."""
+    """A list column as (T,) concatenated values and (rows + 1,) offsets into them."""
     column = table.column(name).combine_chunks()
     offsets = column.offsets.to_numpy().astype(np.int64)
     values = column.values.slice(offsets[0], offsets[-1] - offsets[0])

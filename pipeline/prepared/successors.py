@@ -1,4 +1,4 @@
-"""Which items follow each item in the training sequences, and how strongly."""
+"""Count which items follow each item in the training sequences, and how strongly."""
 
 from collections.abc import Iterator
 
@@ -20,14 +20,15 @@ _MERGE_AT = 1 << 22
 
 
 def count_successors(prepared: Prepared, most: int) -> pa.Table:
-    """The strongest successors of each item: columns item, successor, strength, by rising item.
+    """The strongest successors of each item, as a table of item, successor and strength.
 
-    The strength of j after i is ``sum_lag c_lag / lag / sqrt(n_i)``: c_lag counts how often j came
-    lag = 1, 2, 3 events after i in one sequence, n_i the training events of i. It lies between a
-    count and a probability, so that an item with much evidence says more. Weights of events are
-    not used. An item's strongest successor comes first, of equal ones the lower item.
+    The strength of j after i is ``sum_lag (c_lag / lag) / sqrt(n_i)``: c_lag is how often j came
+    lag = 1, 2, 3 events after i in a sequence, n_i the number of training events of i. Dividing by
+    the root lies between a count and a probability, so that items with more evidence weigh more.
+    Event weights are not used. Rows are sorted by item, then by falling strength, then by
+    successor.
 
-    Memory and time are those of sorting the different pairs, at most three for each event.
+    Memory and time are those of sorting the distinct pairs, at most three per event.
 
     Raises:
         FileNotFoundError, ValueError: a training file is missing or damaged.

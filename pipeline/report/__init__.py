@@ -1,7 +1,7 @@
 """Write one self-contained HTML page about run folders (``shardrec report``).
 
-The page loads nothing and runs no script; its drawings use the colours of the page, light or dark.
-Equal runs give an equal page.
+The page loads nothing and runs no script; its drawings follow the page's colours, light or dark.
+The same runs always give the same page.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def report(runs: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """The page as text."""
+    """The HTML page as text."""
     metric, k = _deciding_metric(records), _list_length(records)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

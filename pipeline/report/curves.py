@@ -1,4 +1,4 @@
-"""Curves of several runs over their steps, as SVG in the page's own colours."""
+"""Draw curves of several runs over their steps, as SVG in the page's own colours."""
 
 import dataclasses
 import math
@@ -29,9 +29,9 @@ class Curve:
     """A panel of the report: the quantity, and how it is drawn.
 
     Attributes:
-        title: of the panel.
+        title: title of the panel.
         explanation: the quantity and its unit.
-        value: the number in a logged event; None where it has none.
+        value: function that takes a logged event and returns its number; None if it has none.
         to_text: formats the number at the end of a line.
         from_zero: whether the axis begins at 0.
         may_be_log: whether the axis may be logarithmic.
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One run in a panel: (n,) rising steps and their values, and the index of the run."""
+    """One run in a panel: (n,) ascending steps, their (n,) values, and the run's index."""
 
     name: str
     index: int
@@ -58,7 +58,7 @@ class Line:
 
     @classmethod
     def of(cls, name: str, index: int, events: Sequence[Mapping[str, Any]], curve: Curve) -> "Line":
-        """The finite numbers of a run's events."""
+        """The line of a run's events with a finite number."""
         pairs = [(event["step"], curve.value(event)) for event in events]
         kept = [(s, float(v)) for s, v in pairs if v is not None and math.isfinite(v)]
         numbers = np.array(kept, dtype=np.float64).reshape(-1, 2)
@@ -66,12 +66,12 @@ class Line:
 
     @property
     def colour(self) -> str:
-        """A colour of the page."""
+        """The line's colour, as a CSS variable of the page."""
         return f"var(--hue-{self.index % NUM_HUES})"
 
 
 def draw(curve: Curve, lines: Sequence[Line]) -> str:
-    """An ``<svg>`` with a label at the end of every line; each line has at least one point."""
+    """An ``<svg>`` with a label at the end of every line; a line needs at least one point."""
     is_log = _spans_decades(lines)
     most = max(_LEAST_POINTS, _MOST_POINTS // len(lines))
     lines = [thin(line, most, is_log=is_log) for line in lines]
@@ -93,7 +93,7 @@ def draw(curve: Curve, lines: Sequence[Line]) -> str:
 
 
 def thin(line: Line, most: int, *, is_log: bool) -> Line:
-    """The line with at most ``most`` points: neighbours on the axis become their mean.
+    """The line with at most ``most`` points, each the mean of neighbouring points.
 
     Example:
         >>> line = Line("run", 0, np.arange(1.0, 5), np.array([0.0, 2.0, 4.0, 6.0]))
@@ -114,9 +114,9 @@ def thin(line: Line, most: int, *, is_log: bool) -> Line:
 
 
 def place_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights in [low, high], ``gap`` apart and as near to the (rising) wanted ones as possible.
+    """Heights of labels in [low, high], ``gap`` apart and near the (ascending) wanted heights.
 
-    They are closer where there is no room for ``gap``.
+    They are closer together if there is no room for ``gap``.
 
     Example:
         >>> place_labels([10, 11, 50], gap=5, low=0, high=100)
@@ -186,6 +186,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
         yield f'<path d="M{left:.1f} {place:.1f}H{right:.1f}" stroke="var(--grid)"/>'
         yield _text(left - 5, place, text, 'text-anchor="end" fill="var(--muted)"')
     yield f'<path d="M{left:.1f} {y.ends[0]:.1f}H{right:.1f}" stroke="var(--grid)"/>'
+    yield _text(left - 5, _HEIGHT - 10, "step", 'text-anchor="end" fill="var(--muted)"')
     for place, text in x.ticks(whole=True):
         yield _text(place, _HEIGHT - 10, text, 'text-anchor="middle" fill="var(--muted)"')
 

@@ -1,4 +1,4 @@
-"""Whether the difference of two runs on the same users is noise: a paired comparison."""
+"""Compare runs pairwise on the same users: is their difference more than noise?"""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ _LEAST_ERRORS = 2.0  # standard errors from zero; noise alone is farther in 5 of
 
 
 def compare_pairs(records: Sequence[RunRecord], k: int) -> list[str]:
-    """A sentence for each run but the best by NDCG@k: how far it is behind, and if that is noise.
+    """For each run except the best by NDCG@k, a sentence on its distance, and if that is noise.
 
-    Runs are left out that were not evaluated, or whose ranks of targets are not there.
+    Runs that were not evaluated, or without a file of their targets' ranks, are left out.
     """
     values = {record.name: found for record in records if (found := _ndcg_of_users(record, k))}
     if len(values) < 2 or len({users for users, _ in values.values()}) > 1:
@@ -70,7 +70,9 @@ def _ndcg_of_users(
     if not path.is_file() or k > max(evaluation["request"]["ks"]):
         return None
     if sha256(path) != evaluation["users"]["sha256"]:
-        raise ValueError(f"{path} must be of metrics.json beside it, got another; evaluate again")
+        raise ValueError(
+            f"{path} must belong to the metrics.json next to it, got other ranks; evaluate again"
+        )
     import torch  # imported late, as a report of one run needs neither
 
     from shardrec.modules.metrics import NDCG

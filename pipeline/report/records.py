@@ -1,4 +1,4 @@
-"""Read the files of run folders as records; loads no model and changes nothing."""
+"""Read the files of run folders into records, without loading a model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -49,17 +49,17 @@ class RunRecord:
     """The content of one run folder.
 
     Attributes:
-        name: printable and unique in the report.
+        name: name of the run in the report, printable and unique.
         config: every option, by dotted name.
-        details: run.json: data, encoder, versions.
-        steps: logged steps with rising step numbers.
-        validations: the same for validations.
-        end: the end event; None while the run has not ended.
+        details: content of run.json: data, encoder, versions.
+        steps: logged steps, by ascending step number.
+        validations: logged validations, by ascending step number.
+        end: the end event; None if the run has not ended.
         last_time: seconds since 1970 of the last event; None before the first.
-        evaluation: metrics.json; None before ``evaluate``.
+        evaluation: content of metrics.json; None before ``evaluate``.
         num_resumes: how often the run was resumed.
-        num_unreadable: lines of metrics.jsonl cut off by a crash.
-        folder: of the run; None for a record that was not read from one.
+        num_unreadable: number of lines in metrics.jsonl that a crash truncated.
+        folder: the run folder; None for a record that was not read from a folder.
     """
 
     name: str
@@ -76,11 +76,11 @@ class RunRecord:
 
     @property
     def test_metrics(self) -> Mapping[str, float | None]:
-        """Metrics of ``evaluate`` by name; empty before it ran."""
+        """Metrics of ``evaluate`` by name; empty before ``evaluate``."""
         return {} if self.evaluation is None else self.evaluation["metrics"]
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add one event; a resumed run logs some steps again, and the later event counts."""
+        """Add one logged event; if a resumed run logs a step again, the later event replaces it."""
         kind, step = event.get("event"), event.get("step")
         self.last_time = event.get("time", self.last_time)
         if kind == "step" and isinstance(step, int):
@@ -102,11 +102,12 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """The runs in the order given, under unique names.
+    """The records of the runs, in the order given, under unique names.
 
     Raises:
         FileNotFoundError: a folder is not a run.
-        ValueError: no folder, too many, one twice, or a damaged file.
+        ValueError: there is no folder, there are too many, one is given twice, or a file is
+            damaged.
     """
     paths = [Path(folder) for folder in folders]
     if not 1 <= len(paths) <= MOST_RUNS:
@@ -122,9 +123,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def read_record(folder: Path, name: str) -> RunRecord:
-    """The record of one run folder, finished or in progress; raises as `read_runs` does.
+    """The record of one run folder, finished or in progress; raises the errors of `read_runs`.
 
-    A folder of ``baseline`` has its options, and metrics where it was evaluated.
+    The record of a baseline's folder has its options, and its metrics if it was evaluated.
     """
     config, details = _config_and_details(folder)
     where = str(folder / "run.json")

@@ -1,4 +1,4 @@
-"""The tables of a report, which compare runs by rows or by columns."""
+"""The tables of a report, with the runs as rows or as columns."""
 
 import math
 import statistics
@@ -84,7 +84,7 @@ def compare_runs(
 
 
 def split_of(records: Sequence[RunRecord]) -> str:
-    """The split the runs were evaluated on: "test", unless all were on another."""
+    """The split that the runs were evaluated on: "test", unless all used the same other split."""
     splits = {record.evaluation["protocol"]["split"] for record in records if record.evaluation}
     return splits.pop() if len(splits) == 1 else "test"
 
@@ -102,7 +102,7 @@ def popularity(records: Sequence[RunRecord], k: int) -> list[tuple[RunRecord, li
 
 
 def all_metrics(records: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
-    """Every number of ``evaluate``: a name and one cell a run."""
+    """Every number of ``evaluate``: its name and one cell per run."""
     names = dict.fromkeys(name for record in records for name in record.test_metrics)
     return [(name, _test_cells(records, name)) for name in names]
 
@@ -121,7 +121,7 @@ def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 
 def remarks(records: Sequence[RunRecord]) -> list[str]:
-    """Warnings about the comparison: other data, protocol or loss, and unreadable lines."""
+    """Warnings about the comparison: different data, protocols or losses, and unreadable lines."""
     found = []
     if len({record.details.get("data", {}).get("fingerprint") for record in records}) > 1:
         found.append("The runs were trained on different data: do not compare their metrics.")
@@ -145,7 +145,7 @@ def remarks(records: Sequence[RunRecord]) -> list[str]:
 
 
 def state_of(record: RunRecord) -> str:
-    """Why a run has ended, or the time of its last event."""
+    """Why a run ended, or the time of its last event."""
     again = f"; resumed {record.num_resumes}×" if record.num_resumes else ""
     if record.end is not None:
         return f"ended: {record.end['reason']}{again}"
@@ -156,7 +156,7 @@ def state_of(record: RunRecord) -> str:
 
 
 def format_metric(value: float | None) -> str:
-    """Four digits after the point; whole numbers in full.
+    """A metric as text: four decimals, or a whole number with separators.
 
     Example:
         >>> format_metric(0.12345), format_metric(21313), format_metric(None)
@@ -168,7 +168,7 @@ def format_metric(value: float | None) -> str:
 
 
 def format_option(value: Any) -> str:
-    """A value of the config as a user types it."""
+    """A config value as the user types it."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,6 +1,7 @@
 """Build a run from its config: data, model, optimizers, and the run folder, new or resumed."""
 
 import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.attributes import ItemAttributes
 from shardrec.modules.catalog import Catalog
 from shardrec.modules.encoder import TransformerEncoder
+from shardrec.modules.replicas import Replicas
 from shardrec.pipeline.checkpoint.writer import CheckpointWriter, writing_group
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.outputs.lock import RunLock
@@ -19,9 +21,17 @@ from shardrec.pipeline.prepared.attribute_rows import PreparedAttributes
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.prepared.loader import TrainingBatches
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.agreement import require_same
+from shardrec.pipeline.run.config import (
+    LimitConfig,
+    ParallelConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.run.folder import encoder_name, open_checkpoints, run_id, start_run
+from shardrec.pipeline.run.layout import Layout, choose_layout
 from shardrec.pipeline.run.loop import Run
+from shardrec.pipeline.run.mesh import agreed_node_size, open_layout
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.reasonable import require_reasonable
 from shardrec.pipeline.run.resume import Resume, check_folder, restore, rewind, started
@@ -31,24 +41,36 @@ from shardrec.pipeline.run.warm_start import start_from
 __all__ = ["build", "build_model", "check_encoder", "open_attributes", "pick_device"]
 
 
-def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resume = "no") -> Run:
+def build(
+    config: TrainConfig,
+    *,
+    encoder: nn.Module | None = None,
+    resume: Resume = "no",
+    node_size: int | None = None,
+) -> Run:
     """Build a run, new or resumed, that is ready for its next step.
 
     Opens the data, checks the run folder, makes the model and its optimizers, and then either
-    loads the last checkpoint or creates the run folder. Arguments and errors as in ``train``.
+    loads the last checkpoint or creates the run folder. Arguments and errors are those of
+    ``train``.
 
     Collectives: on the default group.
     """
     group, folder, name = default_group(), Path(config.output), encoder_name(encoder)
+    layout = _choose_layout(config, node_size)
+    if layout.num_replicas > 1:  # stored, so that later stages spread the table alike
+        parallel = ParallelConfig(shards=layout.num_shards)
+        config = dataclasses.replace(config, parallel=parallel)
     with contextlib.ExitStack() as held:
         lock = RunLock(folder)
         held.callback(lock.release)
         prepared = on_this_rank(lambda: Prepared.open(config.data), group)
+        require_same({"fingerprint of the data": prepared.fingerprint}, group)
         is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
-        batches = on_this_rank(lambda: _open_batches(config, prepared, group), group)
+        batches = on_this_rank(lambda: _open_batches(config, prepared, layout), group)
         _check_validation(config.validation, prepared)
-        on_this_rank(lambda: _require_reasonable(config, prepared, encoder, group), group)
-        stepper = _build_stepper(config, prepared, encoder, len(batches))
+        on_this_rank(lambda: _require_reasonable(config, prepared, encoder, layout), group)
+        stepper = _build_stepper(config, prepared, encoder, len(batches), layout)
         checkpoints = open_checkpoints(folder, config, group)
         found = None if is_new else restore(checkpoints, stepper, batches)
         progress = found or Progress()
@@ -69,6 +91,9 @@ def build(config: TrainConfig, *, encoder: nn.Module | None = None, resume: Resu
             writer=CheckpointWriter(checkpoints, background=config.checkpoints.background),
             progress=progress,
             is_new=is_new,
+            layout=layout,
+            # On a CPU the threads of a step have every core already.
+            ahead=stepper.model.device.type == "cuda",
             held=held.pop_all(),
         )
 
@@ -79,31 +104,34 @@ def build_model(
     encoder: nn.Module | None,
     group: dist.ProcessGroup | None,
     attributes: ItemAttributes | None = None,
+    replicas: Replicas | None = None,
 ) -> Model:
     """An untrained model: the same encoder on every rank, and this rank's rows.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         num_items: V.
-        encoder: used instead of the one the config describes; rank 0's weights are broadcast.
+        encoder: module to use instead of the encoder in the config; rank 0's weights are broadcast.
         group: the ranks that share the catalog; None for one process.
         attributes: of the items, for ``catalog.attributes``.
+        replicas: of the catalog; None for one.
 
     Raises:
-        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or the device is
-            not there, on this rank or another.
+        ValueError: the encoder is not a causal module from (B, L, D) to (B, L, D), or a device is
+            not available; raised on all ranks.
 
     Collectives: an all-gather of small objects, a broadcast of the encoder's weights, and the
     collectives of ``Catalog``.
     """
-    device = on_this_rank(lambda: pick_device(config.device), group)
+    all_ranks = group if replicas is None else replicas.all_ranks
+    device = on_this_rank(lambda: pick_device(config.device), all_ranks)
     own = TransformerEncoder(config.encoder, seed=config.seed) if encoder is None else encoder
     own = own.to(device)
     if encoder is not None:
-        on_this_rank(lambda: check_encoder(own, config.encoder.width, device), group)
-    if group is not None:
+        on_this_rank(lambda: check_encoder(own, config.encoder.width, device), all_ranks)
+    if all_ranks is not None:
         for tensor in own.state_dict().values():
-            dist.broadcast(tensor, 0, group=group)
+            dist.broadcast(tensor, 0, group=all_ranks)
     catalog = Catalog(
         num_items,
         config.encoder.width,
@@ -112,6 +140,7 @@ def build_model(
         device=device,
         seed=config.seed,
         attributes=attributes,
+        replicas=replicas,
     )
     return Model(own, catalog, config.precision, normalize=config.loss.normalize)
 
@@ -119,7 +148,7 @@ def build_model(
 def open_attributes(
     config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
 ) -> PreparedAttributes | None:
-    """The attributes of the items, if the config uses any and the data has some.
+    """The attributes of the items; None if the config uses none or the data has none.
 
     Collectives: as ``PreparedAttributes.open``.
     """
@@ -130,10 +159,10 @@ def open_attributes(
 
 @torch.no_grad()
 def check_encoder(encoder: nn.Module, width: int, device: torch.device) -> None:
-    """Refuse an encoder of the wrong shape, or one that is not causal.
+    """Refuse an encoder that returns the wrong shape or is not causal.
 
     Raises:
-        ValueError: it returns another shape, or its first state changes with the last vector.
+        ValueError: the shape is wrong, or the first state changes with a later vector.
     """
     was_training = encoder.training
     vectors = torch.ones(2, 2, width, device=device)
@@ -167,27 +196,30 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 
 
+def _choose_layout(config: TrainConfig, node_size: int | None) -> Layout:
+    size = Communicator(default_group()).size
+    shards, accumulate = config.parallel.shards, config.optimizer.accumulate
+    return choose_layout(shards, accumulate, size, agreed_node_size(node_size))
+
+
 def _require_reasonable(
-    config: TrainConfig,
-    prepared: Prepared,
-    encoder: nn.Module | None,
-    group: dist.ProcessGroup | None,
+    config: TrainConfig, prepared: Prepared, encoder: nn.Module | None, layout: Layout
 ) -> None:
     if encoder is None:  # of another module nothing is known
-        size, device = Communicator(group).size, pick_device(config.device)
-        require_reasonable(config, prepared, size, device)
+        require_reasonable(config, prepared, layout.num_shards, pick_device(config.device))
 
 
-def _open_batches(
-    config: TrainConfig, prepared: Prepared, group: dist.ProcessGroup | None
-) -> TrainingBatches:
+def _open_batches(config: TrainConfig, prepared: Prepared, layout: Layout) -> TrainingBatches:
+    replica, rank = divmod(Communicator(default_group()).rank, layout.num_shards)
     batches = TrainingBatches(
         prepared,
         config.batches,
         max_length=config.encoder.max_length,
-        rank=Communicator(group).rank,
-        world_size=Communicator(group).size,
+        rank=rank,
+        world_size=layout.num_shards,
         seed=config.seed,
+        replica=replica,
+        num_replicas=layout.num_replicas,
     )
     if not prepared.train_files or not len(batches):
         raise ValueError(
@@ -197,13 +229,16 @@ def _open_batches(
 
 
 def _build_stepper(
-    config: TrainConfig, prepared: Prepared, encoder: nn.Module | None, num_batches: int
+    config: TrainConfig,
+    prepared: Prepared,
+    encoder: nn.Module | None,
+    num_batches: int,
+    layout: Layout,
 ) -> Stepper:
-    group = default_group()
-    counts = on_this_rank(prepared.item_counts, group)
-    model = build_model(
-        config, prepared.num_items, encoder, group, open_attributes(config, prepared, group)
-    )
+    counts = on_this_rank(prepared.item_counts, default_group())
+    attributes = open_attributes(config, prepared, default_group())
+    group, replicas = open_layout(layout, pick_device(config.device))
+    model = build_model(config, prepared.num_items, encoder, group, attributes, replicas)
     return Stepper(
         model,
         config.loss,

@@ -1,7 +1,7 @@
-"""Callbacks of a training run: the interface (four hooks), and the built-in ones.
+"""Callbacks of a training run: the interface with four hooks, and the built-in callbacks.
 
-Every rank calls its hooks at the same steps with the same numbers. The callbacks below are attached
-to rank 0 only; a callback of yours runs on every rank and may use collectives.
+Every rank calls its hooks at the same steps with the same numbers. The built-in callbacks are
+attached to rank 0 only; a user's callback runs on every rank and may use collectives.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ __all__ = [
     "StepReport",
     "TensorBoard",
     "ValidationReport",
+    "in_notebook",
     "progress",
     "step_scalars",
 ]
@@ -42,19 +43,19 @@ class StepReport:
     """One optimizer step, over all ranks.
 
     Attributes:
-        step: steps taken so far, this one included.
+        step: steps taken so far, including this one.
         epoch: epochs completed, as a fraction.
-        loss: mean over the positions of the global batch.
-        learning_rate: of the encoder, after warm-up and decay.
-        gradient_norm: over encoder and table, before clipping.
-        positions: N, real positions in the global batch.
-        padding_share: share of attention's positions that were padding; the encoder's other layers
-            see none.
-        seconds: wall time of the step, data loading included.
+        loss: mean loss over the positions of the global batch.
+        learning_rate: learning rate of the encoder, after warm-up and decay.
+        gradient_norm: L2 norm over encoder and table, before clipping.
+        positions: N, number of real positions in the global batch.
+        padding_share: share of padding among the positions that attention processes; the encoder's
+            other layers process no padding.
+        seconds: wall time of the step, including data loading.
         skipped: whether the step was skipped because loss or gradients were not finite.
-        num_skipped: steps skipped so far.
-        memory_bytes: highest memory use so far of the process (or of its GPU) that uses most.
-        statistics: what the loss reports, averaged over the micro-batches.
+        num_skipped: number of steps skipped so far.
+        memory_bytes: peak memory so far, over all ranks, of a process (or of its GPU).
+        statistics: ``LossOutput.statistics`` of the loss, averaged over the micro-batches.
     """
 
     step: int
@@ -79,7 +80,7 @@ class ValidationReport:
         step: optimizer steps taken.
         epoch: epochs completed, as a fraction.
         metric: name of the metric that decides which checkpoint is best.
-        metrics: values by name.
+        metrics: value of every metric, by name.
         improved: whether this is the best validation so far.
         seconds: wall time of the validation.
     """
@@ -101,13 +102,13 @@ class EndReport:
         reason: why the run ended, as text.
         step: optimizer steps taken.
         epoch: epochs completed, as a fraction.
-        seconds: wall time of the run, validation and checkpoints included.
-        seconds_per_step: median over the steps, the first one left out.
+        seconds: wall time of the run, including validations and checkpoints.
+        seconds_per_step: median over the steps, without the first.
         positions_per_second: real positions trained per second of step time, over all ranks.
-        padding_share: share of attention's positions that were padding, over the run.
-        memory_bytes: highest memory use of the process (or of its GPU) that used most.
-        num_skipped: steps skipped because loss or gradients were not finite.
-        best_step: the step of the best validation; None when there was none.
+        padding_share: share of padding among the positions that attention processed.
+        memory_bytes: peak memory, over all ranks, of a process (or of its GPU).
+        num_skipped: number of steps skipped because loss or gradients were not finite.
+        best_step: the step of the best validation; None if there was none.
         best_metrics: the metrics of that validation.
     """
 
@@ -126,27 +127,27 @@ class EndReport:
 
 
 class Callback(Protocol):
-    """Four hooks; those that a subclass leaves out do nothing."""
+    """Base class of callbacks; hooks that a subclass does not define do nothing."""
 
     def on_step(self, report: StepReport) -> None:
-        """After every optimizer step, skipped ones included."""
+        """Called after every optimizer step, including skipped ones."""
         return None
 
     def on_validation(self, report: ValidationReport) -> None:
-        """After every validation."""
+        """Called after every validation."""
         return None
 
     def on_checkpoint(self, report: CheckpointReport) -> None:
-        """After every checkpoint that is complete or has failed."""
+        """Called after every checkpoint, when it is complete or has failed."""
         return None
 
     def on_end(self, report: EndReport) -> None:
-        """Once, when training is over."""
+        """Called once, at the end of training."""
         return None
 
 
 class JsonLines(Callback):
-    """Appends one JSON object a line to a file: every ``every``-th step and every other event."""
+    """Appends a JSON line per event to a file: every ``every``-th step, and all other events."""
 
     def __init__(self, path: Path, every: int = 1) -> None:
         """Store the path; the file is opened for each line, so nothing is lost in a crash."""
@@ -192,10 +193,10 @@ class TensorBoard(Callback):
         """Store the folder; the event file is opened by the first event.
 
         Args:
-            folder: of the event files.
+            folder: folder of the event files.
             every: steps between two points.
-            first_step: of a resumed run; events of this step and later ones in existing files are
-                discarded. None: the run is new.
+            first_step: first step of a resumed run; events of it and later steps in existing files
+                are discarded. None: the run is new.
         """
         self.folder = folder
         self.every = every
@@ -246,7 +247,7 @@ class TensorBoard(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar on a terminal, with the loss, the last validation and positions per second."""
+    """A progress bar on a terminal, with loss, last validation and positions per second."""
 
     def __init__(self, total: int | None, stream: TextIO) -> None:
         """Start the bar; ``total`` is the number of steps where known."""
@@ -268,20 +269,20 @@ class ProgressBar(Callback):
 
 
 class MinuteLines(Callback):
-    """One line per minute, and one per validation: for the logs of a scheduler."""
+    """Prints a line per minute, per validation and for the last step: for a scheduler's logs."""
 
     def __init__(self, total: int | None, stream: TextIO, interval_seconds: float = 60.0) -> None:
         """Store where to write; the first step writes the first line."""
         self.total, self.stream, self.interval_seconds = total, stream, interval_seconds
         self.last = float("-inf")
+        self.unwritten: StepReport | None = None
 
     @override
     def on_step(self, report: StepReport) -> None:
-        if time.monotonic() - self.last < self.interval_seconds:
-            return
-        self.last = time.monotonic()
-        of_total = f"/{self.total}" if self.total else ""
-        self._write(f"step {report.step}{of_total} epoch {report.epoch:.2f} {_summary(report)}")
+        self.unwritten = report
+        if time.monotonic() - self.last >= self.interval_seconds:
+            self.last = time.monotonic()
+            self._write_step()
 
     @override
     def on_validation(self, report: ValidationReport) -> None:
@@ -289,19 +290,34 @@ class MinuteLines(Callback):
 
     @override
     def on_end(self, report: EndReport) -> None:
+        self._write_step()
         self._write(f"stopped at step {report.step}: {report.reason}")
+
+    def _write_step(self) -> None:
+        if self.unwritten is not None:
+            step, epoch = self.unwritten.step, self.unwritten.epoch
+            of_total = f"/{self.total}" if self.total else ""
+            self._write(f"step {step}{of_total} epoch {epoch:.2f} {_summary(self.unwritten)}")
+            self.unwritten = None
 
     def _write(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
 
 def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
-    """A bar where ``stream`` is a terminal, one line a minute elsewhere."""
-    return ProgressBar(total, stream) if stream.isatty() else MinuteLines(total, stream)
+    """A ``ProgressBar`` if ``stream`` is a terminal or a notebook, otherwise ``MinuteLines``."""
+    has_bar = stream.isatty() or in_notebook()
+    return ProgressBar(total, stream) if has_bar else MinuteLines(total, stream)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def step_scalars(report: StepReport) -> dict[str, float]:
-    """The numbers of a step that TensorBoard and MLflow draw curves of."""
+    """The numbers of a step that TensorBoard and MLflow plot, by name."""
     values = {
         "loss": report.loss,
         "learning_rate": report.learning_rate,

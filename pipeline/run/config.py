@@ -24,6 +24,8 @@ __all__ = [
     "LimitConfig",
     "MLflowConfig",
     "OptimizerConfig",
+    "OwnEncoderConfig",
+    "ParallelConfig",
     "ProfileConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -34,13 +36,13 @@ LARGEST_SEED = 2**63 - 1  # the largest that torch operators take
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitConfig:
-    """When a run ends; the first limit reached counts.
+    """When a run ends: at the first limit that is reached.
 
     Attributes:
         max_epochs: passes over the training sequences.
         max_steps: optimizer steps.
-        max_minutes: wall time of the run on rank 0's clock, with a last validation as long as the
-            one before; the last checkpoint comes on top.
+        max_minutes: wall time of the run on rank 0's clock, which reserves time for a last
+            validation as long as the previous one, but none for the last checkpoint.
     """
 
     max_epochs: int | None = 20
@@ -61,10 +63,10 @@ class ValidationConfig:
     """When the model is measured on the validation users, and when to stop.
 
     Attributes:
-        every_epochs: after this many epochs; None: not by epochs.
-        every_steps: after this many steps; None: not by steps.
-        metric: decides which checkpoint is best and when to stop; larger is better.
-        patience: validations without a better one before the run stops; None: never.
+        every_epochs: number of epochs between validations; None: not by epochs.
+        every_steps: number of steps between validations; None: not by steps.
+        metric: metric that decides which checkpoint is best and when to stop; larger is better.
+        patience: number of validations without improvement after which the run stops; None: never.
         measure: how the users are ranked.
     """
 
@@ -84,7 +86,7 @@ class ValidationConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether there are validations at all."""
+        """Whether the run has validations."""
         return self.every_epochs is not None or self.every_steps is not None
 
 
@@ -93,15 +95,16 @@ class OptimizerConfig:
     """How encoder and table are updated; the table's own options are in ``CatalogConfig``.
 
     Attributes:
-        learning_rate: of the encoder; the table's is ``catalog.learning_rate``.
-        betas: decay of Adam's two moments.
-        eps: added to the root in Adam's update.
-        weight_decay: of the encoder, decoupled (AdamW).
-        warmup_steps: steps over which both learning rates rise from 0.
-        decay: after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
-        clip_norm: largest norm of the gradient over encoder and table together; None: no limit.
-        accumulate: batches whose gradients make one step, as if they were one batch.
-        max_skipped: consecutive steps with a loss or gradient that is not finite before giving up.
+        learning_rate: learning rate of the encoder; the table's is ``catalog.learning_rate``.
+        betas: decay rates of Adam's two moments.
+        eps: constant added to the square root in Adam's update.
+        weight_decay: decoupled weight decay (AdamW) of the encoder.
+        warmup_steps: steps over which both learning rates rise linearly from 0.
+        decay: schedule after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
+        clip_norm: largest L2 norm of the gradient over encoder and table together; None: no limit.
+        accumulate: micro-batches per optimizer step, with gradients as of one large batch.
+        max_skipped: number of consecutive steps with a loss or gradient that is not finite after
+            which the run fails.
     """
 
     learning_rate: float = 1e-3
@@ -129,19 +132,37 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the ranks of a job are laid out; does not change the result.
+
+    Attributes:
+        shards: ranks that share one table. More ranks than that hold replicas of it, which take
+            the batches of a step (``optimizer.accumulate``) side by side. 0: all ranks; None: those
+            of a node, if there are several nodes and their number divides the batches of a step,
+            else all.
+    """
+
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 0."""
+        require_at_least("parallel.shards", self.shards, 0, "0 is all ranks")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """When checkpoints are written, where to, and how many are kept.
 
-    One is written after each validation and at the end of the run in any case.
+    A checkpoint is always written after each validation and at the end of the run.
 
     Attributes:
-        folder: a folder, or an address that pyarrow opens (s3://bucket/prefix), for this run alone;
-            None: "checkpoints" in the run folder.
-        every_steps: after this many steps; None: not by steps.
-        every_minutes: after this long on rank 0's clock; None: not by time.
-        keep: the last so many are kept, and the best.
-        background: train on while a copy of table and optimizer is written; needs their memory
-            once more. Otherwise training waits.
+        folder: a folder, or an address that pyarrow opens (s3://bucket/prefix), that no other run
+            uses; None: "checkpoints" in the run folder.
+        every_steps: number of steps between checkpoints; None: not by steps.
+        every_minutes: minutes between checkpoints, on rank 0's clock; None: not by time.
+        keep: number of the latest checkpoints to keep, in addition to the best.
+        background: continue training while a copy of table and optimizer state is written, which
+            takes host memory of the same size. Otherwise training waits.
     """
 
     folder: str | None = None
@@ -159,17 +180,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """Warm start: the earlier run to start from, and what is taken over from it.
+    """Warm start: the earlier run to start from, and what is taken from it.
 
     Attributes:
         run: folder of an earlier run; None: random weights.
-        checkpoint: which of its weights.
-        prepared: prepared folder of the earlier run, to match items by their ids; None: follow the
-            item indices recorded by `prepare --items`, else read the ids in the folder that the
+        checkpoint: which checkpoint of that run, "best" or "last".
+        prepared: prepared folder of the earlier run, to match items by their ids; None: match by
+            the item indices that `prepare --items` kept, or else by the ids in the folder that the
             earlier run's config names.
         optimizer: "keep" the state and the step counters of both optimizers, or "reset" them.
-        new_rows: vectors of items that the earlier run did not know: "random" as in a new table, or
-            the "mean" of those it did know. Their optimizer state is that of a new table.
+        new_rows: initial vectors of items that the earlier run did not know: "random" as in a new
+            table, or the "mean" of the known items' vectors. Their optimizer state starts fresh.
     """
 
     run: str | None = None
@@ -193,10 +214,10 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MLflowConfig:
-    """Where a run is logged in addition to its own folder.
+    """The MLflow store that a run is logged to, in addition to its own folder.
 
     Attributes:
-        uri: of the tracking store, such as sqlite:///runs.db or a server's address; None: nowhere.
+        uri: address of the tracking store, such as sqlite:///runs.db or a server; None: no logging.
         experiment: name of the experiment; created if missing.
         run_name: name of the MLflow run; None: the name of the run folder.
     """
@@ -219,8 +240,8 @@ class ProfileConfig:
     """Which steps of a run are profiled.
 
     Attributes:
-        steps: how many; 0: none.
-        warmup: steps before them; the first ones load libraries and grow memory.
+        steps: number of steps to profile; 0: none.
+        warmup: number of steps before them; the first steps load libraries and allocate memory.
     """
 
     steps: int = 0
@@ -236,28 +257,56 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OwnEncoderConfig:
+    """An encoder of your own; `encoder=package.module:Class` on the command line sets it.
+
+    Attributes:
+        module: a class of torch.nn.Module, as package.module:Class, whose objects turn (B, L, D)
+            item vectors into (B, L, D) states; None: the encoder that encoder.kind names.
+        options: arguments of its constructor, as name=value; options of encoder whose name equals
+            that of an argument are passed to it as well.
+    """
+
+    module: str | None = None
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse options without a module."""
+        if self.options and self.module is None:
+            raise ValueError(
+                f"own_encoder.options must come with own_encoder.module, got "
+                f"{','.join(self.options)}; name the class"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything a run depends on.
+    """All options of a run.
 
     Attributes:
         data: the prepared folder.
-        output: the run folder; must not exist or be empty.
-        loss: what is minimised.
+        output: the run folder, new or empty.
+        loss: the loss to minimise, with its options.
         catalog: initialisation and optimizer of the item table.
         encoder: sizes and kind of the encoder; its width is the table's too.
         batches: how sequences become batches.
         optimizer: learning rates of the encoder, clipping, accumulation.
+        parallel: how many ranks share a table.
         limits: when to stop.
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
         init_from: the earlier run to take weights from (a warm start).
-        seed: of all random choices, in [0, 2**63).
+        seed: seed of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA if available.
-        precision: of the encoder's products; "auto" is bfloat16 on CUDA, float32 elsewhere.
+        precision: of the products of encoder and loss, and of states between ranks; "auto" is
+            bfloat16 on GPUs of compute capability 8.0 or more, float32 elsewhere. Weights, table,
+            gradients and optimizer states are float32.
         log_every: steps between two step lines in metrics.jsonl, TensorBoard and MLflow.
         show_progress: whether rank 0 prints config, plan and progress.
-        mlflow: where the run is logged in addition to its folder.
-        profile: the steps that are profiled; `profile/` in the run folder then holds the result.
+        mlflow: the MLflow store to log to, in addition to the run folder.
+        profile: the steps to profile; the result is written to `profile/` in the run folder.
+        own_encoder: a module of your own in place of the encoder.
+        callbacks: classes or functions that make callbacks of your own, as package.module:Class.
     """
 
     data: str
@@ -267,6 +316,7 @@ class TrainConfig:
     encoder: EncoderConfig
     batches: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -278,6 +328,8 @@ class TrainConfig:
     show_progress: bool = True
     mlflow: MLflowConfig = field(default_factory=MLflowConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    own_encoder: OwnEncoderConfig = field(default_factory=OwnEncoderConfig)
+    callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse unknown names, and numbers that no run can use."""

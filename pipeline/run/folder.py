@@ -1,15 +1,15 @@
-"""The run folder: its files, and how they are written and read.
+"""Write and read the files of a run folder.
 
 ::
 
     config.json       the complete config
-    run.json          which data it belongs to, which encoder it trains, versions
-    item_attributes.json    what the codes of the items' attributes mean, if it uses any
+    run.json          fingerprint of the data, kind of encoder, versions
+    item_attributes.json    meaning of the codes of the items' attributes, if the run uses them
     metrics.jsonl     steps, validations, checkpoints, end
     tensorboard/      the same as scalars
-    checkpoints/      the last few and the best, unless they are elsewhere
-    memory/           what memorize wrote, if it was run
-    end.json          how the run ended; until it is there the run is interrupted
+    checkpoints/      the last few and the best, unless checkpoints.folder is set
+    memory/           output of memorize, if it was run
+    end.json          how the run ended; a run without it is interrupted
 """
 
 import hashlib
@@ -55,8 +55,11 @@ __all__ = [
 ]
 
 # Options that a resumed run may change: they affect neither weights nor the choice of the best.
-_FREE = ("data", "output", "device", "log_every", "show_progress", "limits.max_minutes")
-_FREE_PARTS = ("checkpoints.", "mlflow.", "profile.")
+_FREE = (
+    *("data", "output", "device", "log_every", "show_progress", "limits.max_minutes"),
+    "callbacks",
+)
+_FREE_PARTS = ("checkpoints.", "mlflow.", "parallel.", "profile.")
 
 END = "end.json"
 MEMORY = "memory"
@@ -66,7 +69,7 @@ _REMEDY = "use the version of shardrec that wrote it, or train again in another 
 
 
 def encoder_name(encoder: nn.Module | None) -> str:
-    """The encoder's name in run.json: "shardrec", or the class of a user-supplied module."""
+    """The encoder's name in run.json: "shardrec", or the class name of a user-supplied module."""
     return OWN_ENCODER if encoder is None else type(encoder).__qualname__
 
 
@@ -84,10 +87,10 @@ def start_run(
     """Create the run folder with config.json and run.json; returns its path.
 
     Args:
-        config: of the run; ``config.output`` is the folder.
+        config: the config of the run; ``config.output`` is the folder.
         prepared: the data.
-        encoder: its name, as ``encoder_name`` gives it.
-        origin: JSON; what ``start_from`` took over from an earlier run.
+        encoder: result of ``encoder_name``.
+        origin: JSON result of ``start_from``, if the run starts from an earlier one.
     """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def start_run(
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Write the complete config into a run folder, without keys in addresses."""
+    """Write the complete config into a run folder, without the access keys in addresses."""
     stored = stored_without_keys(to_json(config))
     write_atomically(folder / "config.json", json.dumps(stored, indent=1))
 
@@ -115,22 +118,22 @@ def write_config(config: TrainConfig, folder: Path) -> None:
 def open_checkpoints(
     folder: Path, config: TrainConfig, group: dist.ProcessGroup | None = None
 ) -> Checkpoints:
-    """The checkpoints of the run in ``folder``, which may have been moved since it started."""
+    """The checkpoints of the run in ``folder``, even if the folder was moved after the start."""
     where = config.checkpoints.folder or folder / "checkpoints"
     return Checkpoints(where, group, config.checkpoints.keep, run_id(folder))
 
 
 def run_id(folder: Path) -> str | None:
-    """The id of the run in ``folder``, which its checkpoints carry; None for runs before 0.3."""
+    """The id of a run, which its checkpoints store too; None for a run before version 0.3."""
     found = read_json(folder / "run.json").get("id")
     return found if isinstance(found, str) else None
 
 
 def require_new(folder: Path) -> Path:
-    """Return the folder after checking that it does not exist or is empty.
+    """The folder, after checking that it does not exist or is empty.
 
     Raises:
-        FileExistsError: it holds something.
+        FileExistsError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
@@ -141,14 +144,14 @@ def require_new(folder: Path) -> Path:
 
 
 def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> TrainConfig:
-    """Read the config of a run, after checking that it was trained on ``prepared``.
+    """The config of a run, after checking that it was trained on ``prepared``.
 
-    ``own_encoder`` says whether the encoder will be built from the config.
+    ``own_encoder`` tells whether the encoder will be built from the config.
 
     Raises:
         FileNotFoundError: it is not a run folder.
-        ValueError: the run was trained on other data, or with a user-supplied encoder, or a file
-            of it is damaged.
+        ValueError: the run was trained on other data, it needs a user-supplied encoder, or one of
+            its files is damaged.
     """
     details, config = read_run(folder)
     data = details["data"]
@@ -158,7 +161,8 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
             f"{data['num_items']} items, and data with {prepared.num_items} items and another "
             "fingerprint; give the folder the run was trained on, or train again"
         )
-    if own_encoder and details["encoder"] != OWN_ENCODER:
+    is_built = details["encoder"] == OWN_ENCODER or config.own_encoder.module is not None
+    if own_encoder and not is_built:
         raise ValueError(
             f"encoder must be given for a run that trained {details['encoder']}, got none; "
             "pass a module of the same shapes"
@@ -167,7 +171,7 @@ def open_run(folder: Path, prepared: Prepared, *, own_encoder: bool = True) -> T
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """The content of run.json in a run folder, and the config.
+    """The content of run.json in a run folder, and the config of the run.
 
     Raises:
         FileNotFoundError: it is not a run folder.

@@ -1,14 +1,14 @@
 """The training loop: steps, validations, checkpoints, and what ends a run.
 
 The phases of a step:
-1. Take it; the micro-batches of the next step are fetched before, so that its look-up can start
-   during the backward pass.
+1. Take the step. The micro-batches of the next step are loaded before it, so that the next look-up
+   can start during the backward pass.
 2. If all ranks have finished writing the checkpoint in flight, report it.
-3. Validate if due, or if a limit ends the run.
-4. Start a checkpoint if due, after a validation, or if the run stops here.
-5. End the run at a limit or out of patience; if interrupted, wait for the checkpoint and raise
-   ``Preempted``.
-All ranks take the same decisions: they depend on step counts and on all-reduced ``StepFlags``.
+3. Validate if a validation is due, or if a limit ends the run.
+4. Start a checkpoint if one is due, after a validation, or if the run stops here.
+5. End the run at a limit or when patience runs out; if interrupted, wait for the checkpoint and
+   raise ``Preempted``.
+All ranks take the same decisions, which depend on step counts and on all-reduced ``StepFlags``.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.ranking import Blocks
@@ -32,9 +32,11 @@ from shardrec.pipeline.model.ranker import StateRanker
 from shardrec.pipeline.outputs.addresses import stored_without_keys
 from shardrec.pipeline.prepared.loader import Batch, Prepared, TrainingBatches
 from shardrec.pipeline.ranks import in_step, on_first_rank
+from shardrec.pipeline.run.ahead import made_ahead
 from shardrec.pipeline.run.callbacks import Callback, EndReport, StepReport, ValidationReport
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.interruption import Preempted
+from shardrec.pipeline.run.layout import Layout
 from shardrec.pipeline.run.progress import Progress
 from shardrec.pipeline.run.resume import write_end
 from shardrec.pipeline.run.step import StepFlags, StepOutcome, Stepper
@@ -44,16 +46,18 @@ __all__ = ["Loop", "Run"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The parts of a run, as ``build`` makes them and ``Loop`` uses them.
+    """The parts of a run, made by ``build`` and used by ``Loop``.
 
     Attributes:
-        config: of the run.
+        config: the config of the run.
         prepared: the data.
         batches: data loader, at the position where the run starts or resumes.
         stepper: model and optimizers, initialised or restored.
         writer: writes the checkpoints.
         progress: counters, from 0 or restored.
         is_new: whether the run is new, and not resumed.
+        layout: how the ranks are laid out.
+        ahead: whether a thread makes the next batch during a step.
         held: closing it releases the lock of the run folder and the writer's process group.
     """
 
@@ -64,22 +68,38 @@ class Run:
     writer: CheckpointWriter
     progress: Progress
     is_new: bool
+    layout: Layout
+    ahead: bool
     held: contextlib.ExitStack
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this process is rank 0."""
         return Communicator(self.stepper.model.group).rank == 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Number of optimizer steps in an epoch."""
         return -(-len(self.batches) // self.config.optimizer.accumulate)
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None if only time or patience ends it."""
+        """Number of optimizer steps of the whole run; None if only time or patience ends it."""
         return self.stepper.total_steps
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A batch, and the state of the data loader after it."""
+
+    batch: Batch
+    state: dict[str, Any]
+
+
+def _placed(batches: TrainingBatches, *, pinned: bool) -> Iterator[_Placed]:
+    """The batches to the end of the epoch; no one else may ask for the loader's state."""
+    for batch in batches:
+        yield _Placed(batch.pinned() if pinned else batch, batches.state_dict())
 
 
 class Loop:
@@ -102,11 +122,12 @@ class Loop:
         self.validation_seconds = 0.0
 
     def run_to_end(self) -> EndReport:
-        """Train, validate and save until the run ends; returns how it ended.
+        """Train, validate and save until the run ends; return the report on its end.
 
         Raises:
             Preempted: the run was interrupted; the checkpoint of its last step is complete.
-            FloatingPointError: too many steps in a row were not finite, or the weights are not.
+            FloatingPointError: loss or gradients were not finite in too many steps in a row, or
+                weights to be saved are not finite.
             OSError: the last checkpoint could not be written.
 
         Collectives: many, on the model's group; every rank must call it.
@@ -133,23 +154,26 @@ class Loop:
         """The micro-batches of each step, and the first one of the step after it."""
         self.fetch_started = time.monotonic()
         coming = self._batches()
-        batches = next(coming, None)
-        while batches is not None:
+        taken = next(coming, None)
+        while taken is not None:
             # The state after this step must not count the batches that are fetched ahead.
-            self.at_data = self.run.batches.state_dict()
+            self.at_data = taken[-1].state
             is_last = self.at.step + 1 == self.run.total_steps
             following = None if is_last else next(coming, None)
-            yield batches, None if following is None else following[0]
+            own = (following or [])[self.run.batches.replica :]
+            yield [one.batch for one in taken], own[0].batch if own else None
             self.fetch_started = time.monotonic()
-            batches = following
+            taken = following
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self) -> Iterator[list["_Placed"]]:
         """The micro-batches of each step, epoch after epoch."""
         model = self.run.stepper.model
         while self.run.steps_per_epoch:
-            epoch = in_step(self.run.batches, model.group, model.device)
-            while batches := list(islice(epoch, self.run.config.optimizer.accumulate)):
-                yield batches
+            placed = _placed(self.run.batches, pinned=model.device.type == "cuda")
+            made = made_ahead(placed) if self.run.ahead else placed
+            epoch = in_step(made, model.group, model.device)
+            while taken := list(islice(epoch, self.run.config.optimizer.accumulate)):
+                yield taken
 
     def _take(self, batches: list[Batch], following: Batch | None) -> StepOutcome:
         at = self.at
@@ -274,21 +298,22 @@ class Loop:
         """Start a checkpoint of this step.
 
         Raises:
-            FloatingPointError: the run has diverged; it would replace checkpoints that are good.
+            FloatingPointError: weights are not finite (the run has diverged); saving them would
+                replace good checkpoints.
         """
         stepper = self.run.stepper
         if not stepper.weights_are_finite():
             self._finish_checkpoint()
             raise FloatingPointError(
-                f"weights must be finite to be saved, got others after step {self.at.step}; lower "
-                "the learning rates, or set optimizer.clip_norm. The checkpoints written before "
-                "are complete"
+                "weights must be finite to be saved, got NaN or infinity after step "
+                f"{self.at.step}; lower the learning rates, or set optimizer.clip_norm. The "
+                "checkpoints written before are complete"
             )
         self.at.seconds = time.monotonic() - self.started
         state = CheckpointState(
             encoder=stepper.model.encoder.state_dict(),
             optimizer=stepper.optimizer.state_dict(),
-            table=stepper.model.catalog.state_dict(),
+            table=stepper.model.catalog.stored_state(),
             attributes=stepper.model.catalog.attributes.state_dict(),
             progress=self.at.to_json() | {"data": self.at_data},
             config=stored_without_keys(to_json(self.run.config)),

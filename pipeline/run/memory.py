@@ -1,4 +1,4 @@
-"""The memory in a run folder, which ``memorize`` writes."""
+"""Find the memory that ``memorize`` wrote into a run folder."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def find_memory(run: Path, source: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         run: run folder.
-        source: identity of the weights that the memory is used with.
+        source: ``Source.identity`` of the weights that the memory is to be used with.
 
     Raises:
         ValueError: its scale was chosen for other weights, or it is damaged.

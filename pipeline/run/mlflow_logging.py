@@ -1,4 +1,4 @@
-"""MLflow as a callback: the config as parameters, steps and validations as metrics."""
+"""Log to MLflow in a callback: the config as parameters, steps and validations as metrics."""
 
 import json
 import math
@@ -33,7 +33,7 @@ _LONGEST_VALUE = 500
 
 
 class MLflow(Callback):
-    """Logs to one MLflow run; a resumed training continues the MLflow run of its folder.
+    """Callback that logs to one MLflow run; a resumed training continues the same MLflow run.
 
     If the store stops responding, one warning is given and training continues without it.
     """
@@ -48,9 +48,9 @@ class MLflow(Callback):
         """Store the parts; the first event begins the run.
 
         Args:
-            client: of the store.
+            client: client of the store.
             start: makes or finds the run and returns its id.
-            parameters: of a new run, by dotted name.
+            parameters: the options of a new run, by dotted name.
             every: steps between two that are logged.
         """
         self.client: MlflowClient | None = client
@@ -135,13 +135,13 @@ def open_mlflow(
 ) -> MLflow:
     """The MLflow callback, after checking that the store responds.
 
-    Its MLflow run starts with the first event.
+    The MLflow run starts with the first event.
 
     Args:
-        config: names the store.
-        folder: run folder; stores the id of its MLflow run once that has started.
-        parameters: of the run, by dotted name.
-        every: steps between two that are logged.
+        config: the store, experiment and run name.
+        folder: run folder; it stores the id of the MLflow run once that has started.
+        parameters: the options of the run, by dotted name.
+        every: number of steps between logged steps.
 
     Raises:
         ValueError: the store does not respond.

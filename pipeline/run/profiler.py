@@ -1,12 +1,14 @@
-"""A profile of a few steps: a Chrome trace of every rank, and a table of the parts of a step.
+"""Profile a few steps: a Chrome trace of every rank, and a table of the parts of a step.
 
-A part is a profiler range named ``step/...``. Collectives are the events of gloo or NCCL. On a GPU
-the times are those of the kernels, elsewhere those of the calls.
+A part is a profiler range named ``step/...``. Collectives are the events of gloo or NCCL. On a CPU
+the time of a part is that of its calls. On a GPU it is that of the kernels launched while the part
+ran, by any thread: autograd launches those of backward from its own, which ranges of the main
+thread do not reach.
 """
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,24 +71,28 @@ class Profiler(Callback):
 
 
 def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> str:
-    """A table of the time of each part of a step and of its collectives, in s and %.
+    """A table, as text, of the time of each part of a step and of its collectives, in s and %.
+
+    On a GPU kernels on several streams count one by one, and "idle" is when none runs.
 
     Args:
-        events: of the profiled steps.
+        events: profiler events of the profiled steps.
         seconds: wall time of all profiled steps.
         num_steps: number of profiled steps.
     """
     events = list(events)
     on_gpu = any(event.device_type.name == "CUDA" for event in events)
     chosen = [event for event in events if (event.device_type.name == "CUDA") == on_gpu]
-    parts: dict[str, list[Span]] = {}
-    for event in chosen:
-        if event.name.startswith(PART):
-            parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
     in_flight = union(_span(event) for event in chosen if event.name.startswith(COLLECTIVES))
     work = union(_span(event) for event in chosen if _is_work(event, on_gpu))
-    taken = {name: length(union(spans)) for name, spans in parts.items()}
-    taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
+    parts = _parts(event for event in events if event.device_type.name == "CPU")
+    if on_gpu:
+        taken = _kernel_times(events, parts)
+        running = union(_span(event) for event in chosen if not event.name.startswith(PART))
+        taken["idle"] = max(0.0, seconds * 1e6 - length(running))
+    else:
+        taken = {name: length(union(spans)) for name, spans in parts.items()}
+        taken["between steps"] = max(0.0, seconds * 1e6 - sum(taken.values()))
     taken["collectives in flight"] = length(in_flight)
     taken["  during other work"] = length(common(in_flight, work))
     lines = [f"{num_steps} steps, {seconds / num_steps:.4f} s each", f"{'':<28}s/step   share"]
@@ -95,8 +101,35 @@ def summary(events: Iterable[FunctionEvent], seconds: float, num_steps: int) -> 
     return "\n".join(lines)
 
 
+def _parts(events: Iterable[FunctionEvent]) -> dict[str, list[Span]]:
+    """The spans of each part of a step."""
+    parts: dict[str, list[Span]] = {}
+    for event in events:
+        if event.name.startswith(PART):
+            parts.setdefault(event.name.removeprefix(PART), []).append(_span(event))
+    return parts
+
+
+def _kernel_times(
+    events: Iterable[FunctionEvent], parts: Mapping[str, list[Span]]
+) -> dict[str, float]:
+    """Microseconds of the kernels launched during each part, and outside of all of them."""
+    taken = dict.fromkeys([*parts, "outside of parts"], 0.0)
+    for event in events:
+        spent = sum(kernel.duration for kernel in event.kernels)
+        if event.device_type.name == "CPU" and spent:
+            at = event.time_range.start
+            within = (name for name, spans in parts.items() if _holds(spans, at))
+            taken[next(within, "outside of parts")] += spent
+    return taken
+
+
+def _holds(spans: Iterable[Span], at: float) -> bool:
+    return any(start <= at <= end for start, end in spans)
+
+
 def union(spans: Iterable[Span]) -> list[Span]:
-    """Merge overlapping spans: disjoint, sorted spans that cover the same time.
+    """Disjoint, sorted spans that cover the same time as the given ones.
 
     >>> union([(5, 6), (0, 2), (1, 3)])
     [(0, 3), (5, 6)]

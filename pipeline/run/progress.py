@@ -1,4 +1,4 @@
-"""Training state saved in addition to weights and the position in the data."""
+"""The counters of a run, which are saved besides weights and the position in the data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ __all__ = ["Progress"]
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """Counters of a run, resumes included; the same on every rank except ``seconds``.
+    """Counters of a run since its start, across resumes; equal on all ranks except ``seconds``.
 
     Attributes:
         step: optimizer steps taken.
-        num_skipped: of these, skipped because loss or gradients were not finite.
-        skipped_in_a_row: skipped steps since the last one that was not.
-        best: the best validation; None before the first.
-        validations_since_best: how many were not better.
-        positions: real positions trained.
-        slots: positions of attention, padding included.
-        seconds: wall time.
+        num_skipped: number of steps skipped because loss or gradients were not finite.
+        skipped_in_a_row: number of consecutive skipped steps up to now.
+        best: report of the best validation; None before the first.
+        validations_since_best: number of validations since the best one.
+        positions: number of real positions trained.
+        slots: number of positions that attention processed, including padding.
+        seconds: wall time of the run.
     """
 
     step: int = 0
@@ -35,12 +35,12 @@ class Progress:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON that ``from_json`` reads back."""
+        """The counters as JSON that ``from_json`` reads back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Progress":
-        """Read what ``to_json`` wrote; other keys are ignored.
+        """The counters in the result of ``to_json``; other keys are ignored.
 
         Raises:
             ValueError: a counter is missing.

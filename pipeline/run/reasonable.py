@@ -1,7 +1,7 @@
 """Refuse a run that this machine cannot hold or finish, before anything is allocated.
 
-The estimates are those of ``plan``. They are upper bounds made for choosing a machine, so only what
-exceeds a whole machine is refused: no run that would have worked.
+The estimates are those of ``plan``, which are upper bounds. Only a run whose estimate exceeds the
+memory of the whole machine is refused, so that no run that would have worked is.
 """
 
 import dataclasses
@@ -16,23 +16,28 @@ from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = ["require_reasonable"]
 
-# A sampled loss is for less work than the exact one; small catalogs cost little either way.
+# A sampled loss should take less work than the exact one; on small catalogs both are cheap.
 _MOST_TIMES_EXACT, _SMALL_FLOPS = 20, 1e10
 
 
 def require_reasonable(
     config: TrainConfig, prepared: Prepared, num_ranks: int, device: torch.device
 ) -> None:
-    """Check a run's memory against this machine's, and its loss against the exact one.
+    """Refuse a run that needs more memory than there is, or a loss dearer than the exact one.
+
+    Memory is that of this rank's GPU, or of the whole machine on a CPU. A loss is refused if it
+    takes over 10**10 FLOP a step and over 20 times those of ``cce``.
 
     Args:
-        config: of the run.
-        prepared: its data, whose sequences bound batches and lengths.
+        config: the config of the run.
+        prepared: the data; number and length of its sequences bound those of a batch.
         num_ranks: W.
-        device: of this rank.
+        device: device of this rank.
 
     Raises:
-        ValueError: it is out of all proportion; the message names the largest term.
+        ValueError: the run is refused; the message names the largest term of its memory.
+
+    Collectives: none.
     """
     room = _memory_bytes(device)
     _require_room(20 * count_parameters(config.encoder), room, "encoder", "encoder.width")
@@ -40,7 +45,10 @@ def require_reasonable(
     machine = Machine(ranks=num_ranks, device=device.type, libraries_gb=0.0)
     real = _as_the_data_allows(config, prepared)
     found = plan(real, num_items, machine)
-    _require_room(found.peak_bytes, room, found.dominant, "batches.batch_size")
+    lower = "batches.batch_size"
+    if config.parallel.shards:
+        lower += ", the number of replicas (parallel.shards=0)"
+    _require_room(found.peak_bytes, room, found.dominant, lower)
     exact = plan(dataclasses.replace(real, loss=CCE()), num_items, machine).flops["loss"]
     own = found.flops["loss"]
     if own > _SMALL_FLOPS and own > _MOST_TIMES_EXACT * exact:
@@ -61,7 +69,7 @@ def _require_room(needed: int, room: int, term: str, option: str) -> None:
 
 
 def _as_the_data_allows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
-    """The config with a batch no larger, and sequences no longer, than there are in the data."""
+    """The config with batch size and length limited to the sequences that the data has."""
     lengths = prepared.manifest.quantiles.get("train_sequence_length", {})
     longest = lengths.get("1", config.encoder.max_length)
     encoder = dataclasses.replace(
@@ -75,7 +83,7 @@ def _as_the_data_allows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """Memory of this rank's GPU, or of the whole machine."""
+    """Bytes of memory of this rank's GPU, or of the whole machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

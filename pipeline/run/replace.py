@@ -52,11 +52,11 @@ def check_force(force: bool, resume: Resume) -> None:
 def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Path]:
     """Context manager: the folder to train in, ``output`` or, to replace a run, a staging folder.
 
-    Locks both folders. With "auto" an interrupted run is resumed where it is: the one in the
-    staging folder first, then the one in ``output``.
+    Locks both folders. With "auto" an interrupted run is resumed where it is: first the one in the
+    staging folder, then the one in ``output``.
 
     Raises:
-        FileExistsError: ``output`` holds more than a run, or another process writes there.
+        FileExistsError: ``output`` holds more than a run, or another process is writing there.
         ValueError: ``output`` is a mount point, which cannot be replaced.
         PermissionError: the staging folder cannot be written.
     """
@@ -83,7 +83,7 @@ def training_folder(output: Path, resume: Resume, *, force: bool) -> Iterator[Pa
 
 
 def moved_to(folder: Path, config: TrainConfig) -> TrainConfig:
-    """The config with another output folder; the name of the MLflow run stays the same."""
+    """The config with ``folder`` as output; the name of the MLflow run stays the same."""
     if folder == Path(config.output):
         return config
     name = config.mlflow.run_name or Path(config.output).name

@@ -1,11 +1,12 @@
 """Start or resume a run: check and lock its folder, and restore its last checkpoint.
 
-A run is interrupted until its folder has ``end.json``. An interrupted run resumes from its last
-complete checkpoint as if nothing had happened, on any number of ranks; without one it restarts. The
-phases, in this order:
-1. ``find_end``: a finished run of the same config has nothing left to do.
-2. ``check_folder``: the folder is new, or holds this run; that one is locked.
-3. ``restore``: load the last complete checkpoint into model, optimizers and data loader.
+A run counts as interrupted until its folder has ``end.json``. An interrupted run resumes from its
+last complete checkpoint as if nothing had happened, on any number of ranks; without a checkpoint it
+restarts. The phases, in this order:
+1. ``find_end``: a finished run with the same config has nothing left to do.
+2. ``check_folder``: the folder is new, or holds this run and is locked.
+3. ``restore``: load the last complete checkpoint into model, optimizers and data loader; the latter
+   (``prepared/loader.py``) continues at the saved epoch and step.
 4. Without a checkpoint, ``started``: lock the folder and write its first files; a new run that
    fails before its first step removes them. When resuming, ``rewind``: truncate the records to the
    step of the checkpoint.
@@ -61,7 +62,7 @@ BEGINNING = {LOCK, *_JSON, *(f".{name}.partial" for name in _JSON)}
 
 
 def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | None:
-    """The end report of the run in ``config.output`` if it is this run, finished; else None.
+    """The report on how this run ended, if ``config.output`` holds it finished; else None.
 
     Raises:
         FileNotFoundError: the prepared data is gone.
@@ -75,17 +76,17 @@ def find_end(config: TrainConfig, resume: Resume, encoder: str) -> EndReport | N
         return None
     end = _read_end(folder / END)
     message = "%s is finished already (%s): nothing to do"
-    logging.getLogger(__name__).warning(message, folder, end.reason)
+    logging.getLogger(__name__).info(message, folder, end.reason)
     return end
 
 
 def check_folder(
     config: TrainConfig, prepared: Prepared, encoder: str, resume: Resume, lock: RunLock
 ) -> bool:
-    """Whether the run is new; if it is to be resumed, its folder is locked.
+    """Whether the run is new; if it is resumed instead, its folder is locked.
 
     Raises:
-        FileExistsError: the folder holds something that is not to be continued, or is in use.
+        FileExistsError: the folder holds something that must not be continued, or is in use.
         FileNotFoundError: ``resume`` is "yes" and the folder holds no run.
         ValueError: the folder holds a run of another config, data or encoder.
     """
@@ -114,10 +115,10 @@ def check_folder(
 def started(
     config: TrainConfig, start: Callable[[], Path], lock: RunLock, at: Progress, *, is_new: bool
 ) -> Iterator[None]:
-    """Context manager: lock the run folder, start the run; removes a new run without a step.
+    """Context manager: lock the run folder and start the run; undo that if no step is taken.
 
-    An exception inside the ``with`` removes what a new run wrote if ``at`` is still at step 0, so
-    that a command with corrected options finds the folder as this one did.
+    If the block raises while ``at`` is still at step 0, the files of a new run are removed, so that
+    a command with corrected options finds the folder unchanged.
 
     Raises:
         FileExistsError: another process has started a run there since ``check_folder``.
@@ -147,10 +148,11 @@ def restore(
     If another version of torch or shardrec wrote it, a warning names both versions.
 
     Returns:
-        The progress stored with it; None where there is no checkpoint yet.
+        The progress stored with the checkpoint; None if there is no checkpoint yet.
 
     Raises:
-        ValueError: the checkpoint does not fit the model or the data.
+        RuntimeError: the checkpoint does not fit the model.
+        ValueError: the checkpoint does not fit the data or the table.
 
     Collectives: as ``Checkpoints.load_last``.
     """
@@ -162,7 +164,7 @@ def restore(
         _warn_of_other_versions(folder, state.written_by)
     try:
         stepper.model.encoder.load_state_dict(dict(state.encoder))
-        stepper.optimizer.load_state_dict(dict(state.optimizer))
+        stepper.load_optimizer(state.optimizer)
         stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
         stepper.model.catalog.load_state_dict(state.table)
         batches.load_state_dict(state.progress["data"])

@@ -1,4 +1,4 @@
-"""What a run prints at its start and at its end."""
+"""The text that a run prints at its start and at its end."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ __all__ = ["ending", "opening"]
 
 
 def opening(config: TrainConfig, plan: str, target_share: float) -> str:
-    """The options that are not defaults, how the table is sharded, and what is not trained on.
+    """Text for the start: options that are not defaults, sharding plan, targets left out.
 
     Args:
-        config: of the run.
-        plan: the description of the sharded table.
-        target_share: the share of the training targets that an epoch has.
+        config: the config of the run.
+        plan: description of the sharded table, from ``Catalog.describe``.
+        target_share: share of the training targets that an epoch trains on, in [0, 1].
     """
     heading = f"options other than the defaults (all of them: {config.output}/config.json):"
     changes = [f"  {line}" for line in describe_changes(config).splitlines()]
@@ -29,7 +29,7 @@ def opening(config: TrainConfig, plan: str, target_share: float) -> str:
 
 
 def ending(report: EndReport, config: TrainConfig) -> str:
-    """The best validation, whether training longer is likely to help, and the next command."""
+    """Text for the end: best validation, whether longer training may help, and the next command."""
     return "\n".join(_ending(report, config))
 
 
@@ -41,7 +41,7 @@ def _ending(report: EndReport, config: TrainConfig) -> Iterator[str]:
     limit = report.reason.partition(" ")[0]
     if report.best_step == report.step and hasattr(config.limits, limit):
         yield (
-            "the last validation is the best: quality was still rising; raise "
+            "the last validation is the best: the metric was still rising; raise "
             f"limits.{limit} (now {getattr(config.limits, limit):g}) to train longer"
         )
     data, run = config.data, config.output

@@ -1,4 +1,4 @@
-"""One optimizer step on a list of micro-batches, taken by all ranks together."""
+"""Take one optimizer step on a list of micro-batches, on all ranks together."""
 
 import functools
 import hashlib
@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from shardrec.modules.losses import Loss, Step
 from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
+from shardrec.pipeline.ranks import on_all_ranks
 from shardrec.pipeline.run.config import OptimizerConfig
 
 __all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
@@ -30,10 +32,10 @@ class StepFlags:
     """Per-rank control flags, all-reduced before each step.
 
     Attributes:
-        stop: end the run after this step; one rank is enough.
-        save: write a checkpoint after this step; one rank is enough.
-        interrupt: write a checkpoint after this step and stop; one rank is enough.
-        written: the checkpoint in flight is written; it takes all ranks.
+        stop: end the run after this step, if any rank sets it.
+        save: write a checkpoint after this step, if any rank sets it.
+        interrupt: write a checkpoint after this step and stop, if any rank sets it.
+        written: the checkpoint in flight is written, if all ranks set it.
     """
 
     stop: bool = False
@@ -49,7 +51,7 @@ _InFlight = tuple[Batch, Callable[[], Tensor]]  # on the device; gives the vecto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutcome:
-    """Loss, norm and counts of one step, the same on every rank (see ``StepReport``)."""
+    """Loss, gradient norm and counts of one step, the same on every rank; see ``StepReport``."""
 
     loss: float
     gradient_norm: float
@@ -63,7 +65,7 @@ class StepOutcome:
 
 
 class Stepper:
-    """Takes optimizer steps: forward, backward, clip, update of encoder and table."""
+    """Takes optimizer steps: forward, backward, clipping, update of encoder and table."""
 
     def __init__(
         self,
@@ -81,8 +83,8 @@ class Stepper:
             model: encoder and catalog.
             loss: called with the states and the table shard.
             config: learning rates, clipping, accumulation.
-            seed: of dropout and of the random draws of the loss.
-            total_steps: of the whole run; cosine decay ends there.
+            seed: seed of dropout and of the random draws of the loss.
+            total_steps: steps of the whole run, after which cosine decay reaches 0.
             item_counts: (V,) int64 training events of each item, for the loss.
         """
         if config.decay == "cosine" and total_steps is None:
@@ -105,7 +107,14 @@ class Stepper:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=model.device.type == "cuda" or None,
         )
+
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load the state of the optimizer, which another kind of device may have written."""
+        fused = self.optimizer.defaults["fused"]
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
     def take(
         self,
@@ -114,14 +123,15 @@ class Stepper:
         flags: StepFlags = NO_FLAGS,
         following: Batch | None = None,
     ) -> StepOutcome:
-        """Take one optimizer step on ``batches``; a step that is not finite changes no weights.
+        """Take one optimizer step; if loss or gradient are not finite, no weights change.
 
         Args:
-            batches: this rank's parts of as many global batches on every rank.
+            batches: this rank's parts of as many global batches on every rank; of R replicas,
+                replica r has sequences in batches r, r + R, … alone.
             step: number of the step, counted from 1; seeds the random draws.
             flags: of this rank.
-            following: the first batch of the next call, on every rank or on none; its ids are sent
-                during the backward pass of this step.
+            following: this replica's first batch of the next call, on all of its ranks or none;
+                its ids are sent during the backward pass of this step.
 
         Returns:
             The same outcome on every rank.
@@ -133,7 +143,7 @@ class Stepper:
         torch.manual_seed(self._dropout_seed(step))
         self.model.catalog.begin_step(self.seed, step)
         totals = self._reduce_totals(batches, flags)
-        losses, statistics = self._backward(batches, step, totals, following)
+        losses, statistics = self._over_replicas(*self._backward(batches, step, totals, following))
         with part("gradients over ranks"):
             norm = self._reduce_gradients()
         finite = math.isfinite(norm) and math.isfinite(losses)
@@ -153,7 +163,7 @@ class Stepper:
         )
 
     def weights_are_finite(self) -> bool:
-        """Whether the norms of all weights are numbers in float32; the same on every rank.
+        """Whether the norms of all weights are finite in float32; the same on every rank.
 
         Collectives: an all-reduce of one number.
         """
@@ -205,8 +215,10 @@ class Stepper:
         if not sum(totals.weights) <= LARGEST_WEIGHT:
             return math.nan, {}
         mean, statistics = 0.0, dict[str, float]()
-        coming = [*batches[1:], following]
-        for index, (batch, after) in enumerate(zip(batches, coming, strict=True)):
+        own = self._own_batches(batches)
+        coming = [*(batches[index] for index in own[1:]), following]
+        for index, after in zip(own, coming, strict=False):
+            batch = batches[index]
             if not totals.positions[index]:
                 continue
             share = totals.weights[index] / (sum(totals.weights) or 1.0)
@@ -226,7 +238,8 @@ class Stepper:
             with part("loss"):
                 asked = functools.partial(self._used_rows, seen, targets, weights, draw)
                 shard = self.model.catalog.shard_for(asked)
-                output = self.loss(seen, shard, targets, weights=weights, step=draw)
+                with self.model.autocast():
+                    output = self.loss(seen, shard, targets, weights=weights, step=draw)
             if after is not None:
                 with part("next ids"):
                     self._ahead = after, self._start_lookup(after)
@@ -239,6 +252,28 @@ class Stepper:
                 statistics[name] = statistics.get(name, 0.0) + value * share
         return mean, statistics
 
+    def _own_batches(self, batches: Sequence[Batch]) -> range:
+        """The indices of the micro-batches of this replica."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return range(len(batches))
+        own = range(replicas.index, len(batches), replicas.count)
+        others = [batch for index, batch in enumerate(batches) if index not in own]
+        assert not any(len(batch.lengths) for batch in others), "each batch is of one replica"
+        return own
+
+    def _over_replicas(
+        self, mean: float, statistics: dict[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """The sums of loss and statistics over the replicas, in their order."""
+        replicas = self.model.catalog.replicas
+        if replicas is None:
+            return mean, statistics
+        found = on_all_ranks(lambda: (mean, statistics), replicas.group)
+        names = dict.fromkeys(name for _, told in found for name in told)
+        sums = {name: sum(told.get(name, 0.0) for _, told in found) for name in names}
+        return sum(one for one, _ in found), sums
+
     def _used_rows(
         self, states: Tensor, targets: Tensor, weights: Tensor | None, draw: Step, shard: RowShard
     ) -> Tensor | None:
@@ -247,7 +282,8 @@ class Stepper:
 
     def _start_lookup(self, batch: Batch) -> "_InFlight":
         there = batch.to(self.model.device)
-        return there, self.model.begin_lookup(there.items, there.lengths)
+        ids = there.items.reshape(-1)[there.real_positions()]
+        return there, self.model.catalog.begin_lookup(ids)
 
     def _in_flight(self, batch: Batch) -> "_InFlight":
         """The batch on the device, with its look-up in flight; started before, or else now."""
@@ -274,9 +310,8 @@ class Stepper:
         catalog, limit = self.model.catalog, self.config.clip_norm
         if finite:
             scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(scale)
+            if self.parameters:
+                torch._foreach_mul_([_gradient(one) for one in self.parameters], scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * factor
             self.optimizer.step()
@@ -307,7 +342,7 @@ class _Totals:
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int | None) -> float:
-    """The factor in [0, 1] on both learning rates at ``step``, counted from 1.
+    """The factor in [0, 1] by which both learning rates are multiplied at ``step``, from 1 on.
 
     Example:
         >>> config = OptimizerConfig(warmup_steps=2, decay="cosine")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.checkpoint.manifest import MANIFEST
 from shardrec.pipeline.checkpoint.store import load_checkpoint
 from shardrec.pipeline.model.model import Model
@@ -19,10 +20,13 @@ from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
-from shardrec.pipeline.run.build import build_model, open_attributes
+from shardrec.pipeline.run.build import build_model, open_attributes, pick_device
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
+from shardrec.pipeline.run.layout import layout_for_ranking
 from shardrec.pipeline.run.memory import find_memory
+from shardrec.pipeline.run.mesh import open_layout
+from shardrec.pipeline.run.own_code import own_encoder
 from shardrec.pipeline.served.memory import SUCCESSORS, read_memory
 
 __all__ = ["Source", "load_model"]
@@ -32,9 +36,13 @@ __all__ = ["Source", "load_model"]
 class Source:
     """A checkpoint of a run, found but not loaded.
 
-    ``identity`` is JSON: run id, checkpoint, its weights' hash, the data's fingerprint, and the
-    memory's hash if there is one. ``memory`` is the manifest of the run's memory, and
-    ``successors`` its file.
+    Attributes:
+        config: the config of the run.
+        checkpoint: folder of the checkpoint.
+        identity: JSON: run id, checkpoint, hash of the weights, fingerprint of the data, and hash
+            of the memory if there is one.
+        memory: manifest of the run's memory; None if there is none.
+        successors: file of the memory's successors; None if there is none.
     """
 
     config: TrainConfig
@@ -53,14 +61,14 @@ class Source:
         *,
         with_memory: bool = True,
     ) -> "Source":
-        """Find the best or last checkpoint of ``run``, which must belong to ``prepared``.
+        """The best or last checkpoint of a run, which must have been trained on ``prepared``.
 
         ``encoder`` is the module given to ``train``, if any. The run's memory, if it has one, is
-        found too, unless ``with_memory`` is False.
+        included unless ``with_memory`` is False.
 
         Raises:
             FileNotFoundError: there is no run, or no complete checkpoint.
-            ValueError: the run does not fit the data, or its memory does not fit the weights.
+            ValueError: the run was trained on other data, or its memory was made for other weights.
 
         Collectives: one all-gather of small objects on the default group.
         """
@@ -72,7 +80,7 @@ class Source:
         return on_first_rank(find, default_group())
 
     def load(self, prepared: Prepared, encoder: nn.Module | None = None) -> Model:
-        """The model with the checkpoint's weights; raises as ``load_model``.
+        """The model with the checkpoint's weights; raises the errors of ``load_model``.
 
         Collectives: on the default group; every rank must call it.
         """
@@ -82,7 +90,7 @@ class Source:
     def load_with_progress(
         self, prepared: Prepared, encoder: nn.Module | None = None
     ) -> tuple[Model, Mapping[str, Any]]:
-        """As ``load``, and the progress stored with the checkpoint."""
+        """The model as from ``load``, and the progress stored with the checkpoint."""
         model, progress = load_model(self.config, self.checkpoint, prepared, encoder)
         if self.memory is None or self.successors is None or not self.memory["scale"]:
             return model, progress
@@ -106,16 +114,21 @@ def load_model(
     """The model of a complete checkpoint, and the progress stored with it.
 
     Raises:
-        DamagedCheckpointError: a file is missing or differs from the manifest; on all ranks.
-        ValueError: another version wrote the checkpoint, or the encoder is not causal from
-            (B, L, D) to (B, L, D).
-        RuntimeError: the encoder has other weights than the checkpoint.
+        DamagedCheckpointError: a file is missing or differs from the manifest; raised on all
+            ranks.
+        ValueError: the checkpoint is of another format version, or the encoder is not a causal
+            module from (B, L, D) to (B, L, D).
+        RuntimeError: the encoder's weights differ from the checkpoint's in name or shape.
 
     Collectives: on the default group; every rank must call it.
     """
     group = default_group()
+    encoder = on_this_rank(lambda: own_encoder(config) if encoder is None else encoder, group)
     attributes = open_attributes(config, prepared, group)
-    model = build_model(config, prepared.num_items, encoder, group, attributes)
+    layout = layout_for_ranking(config.parallel.shards, Communicator(group).size)
+    device = on_this_rank(lambda: pick_device(config.device), group)
+    sharing, replicas = open_layout(layout, device)
+    model = build_model(config, prepared.num_items, encoder, sharing, attributes, replicas)
     state = on_this_rank(lambda: load_checkpoint(checkpoint, model.catalog.row_range), group)
     try:
         model.encoder.load_state_dict(state.encoder)

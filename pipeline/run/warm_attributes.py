@@ -1,7 +1,8 @@
-"""Warm start of the vectors of attributes: each value finds its own vector by what it means.
+"""Warm start of the attribute vectors: they are matched by the meaning of their codes.
 
-The run folder says what each code of the earlier run means, so the folder that it was trained on is
-not needed. A bucket of numbers means its two borders: ``prepare --items`` keeps them.
+The run folder stores the meaning of each code of the earlier run, so the prepared folder that it
+was trained on is not needed. The meaning of a bucket of numbers is its two borders, which
+``prepare --items`` keeps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,12 @@ __all__ = ["CarriedAttributes"]
 
 @dataclass(frozen=True, slots=True)
 class CarriedAttributes:
-    """Which vectors of attributes an earlier run has learned.
+    """Which attribute vectors are taken from an earlier run.
 
     Attributes:
-        sources: for each parameter by name, (n,) int64 rows of the earlier run, -1 for new ones.
-        num_former: for each parameter, its rows in the earlier run.
+        sources: for each parameter, by name, (n,) int64 row in the earlier run of each of its rows;
+            -1 for a new row.
+        num_former: for each parameter, by name, its number of rows in the earlier run.
     """
 
     sources: Mapping[str, Tensor]
@@ -47,7 +49,7 @@ class CarriedAttributes:
         )
 
     def check(self, state: CheckpointState) -> None:
-        """Raise ValueError if the checkpoint has other vectors than its run folder names."""
+        """Raise ValueError if the checkpoint's vectors do not match its run folder."""
         found = {name: value.shape[0] for name, value in state.attributes.items()}
         if found != dict(self.num_former):
             raise ValueError(
@@ -57,19 +59,19 @@ class CarriedAttributes:
 
     @torch.no_grad()
     def load(self, vectors: nn.Module, state: CheckpointState) -> None:
-        """Copy the vectors that were carried over."""
+        """Copy the matched vectors of the earlier run into ``vectors``."""
         for name, parameter in vectors.named_parameters():
             parameter.copy_(self._moved(name, state.attributes[name], parameter))
 
     def memory(
         self, state: CheckpointState, vectors: nn.Module, first: int
     ) -> dict[int, dict[str, Any]]:
-        """The state of the optimizer, with that of the vectors moved and zeros for new ones.
+        """The optimizer's state of the vectors, by parameter index, with zeros for new rows.
 
         Args:
-            state: of the earlier run.
-            vectors: of this run.
-            first: the optimizer's index of their first parameter.
+            state: checkpoint of the earlier run.
+            vectors: the attribute vectors of this run.
+            first: index of their first parameter in the optimizer.
         """
         moved: dict[int, dict[str, Any]] = dict(state.optimizer["state"])
         for index, (name, parameter) in enumerate(vectors.named_parameters(), first):
@@ -82,7 +84,7 @@ class CarriedAttributes:
 
     @property
     def counts(self) -> dict[str, int]:
-        """JSON: how many values were carried over, and how many are new."""
+        """JSON: how many values were matched, and how many are new."""
         carried = int((self.sources["values"] >= 0).sum())
         total = self.sources["values"].numel()
         return {"attribute_values_carried_over": carried, "attribute_values_new": total - carried}

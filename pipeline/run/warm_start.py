@@ -1,15 +1,15 @@
-"""Warm start: a run starts from the weights of an earlier one with a smaller or another catalog.
+"""Warm start: start a run from the weights of an earlier run, whose catalog may differ.
 
 Items are matched to rows of the old table without guessing, by the first of these that applies:
 
-* *same data*: the run was trained on this very prepared folder, so every row is its own;
-* *former items*: this folder was prepared with ``items`` of the very folder that the run was
-  trained on, so items have kept their rows;
-* *item map*: the same with ``rebalance``: ``item_map.parquet`` says where each row has gone;
-* *item ids*: otherwise the ids of both folders are compared, which needs the run's own folder.
+* *same data*: the earlier run was trained on this prepared folder, so every item keeps its row;
+* *former items*: this folder was prepared with ``items`` of the folder that the earlier run was
+  trained on, so the earlier items have kept their rows;
+* *item map*: the same with ``rebalance``: ``item_map.parquet`` maps old rows to new ones;
+* *item ids*: otherwise the ids of both folders are compared, which needs the earlier run's folder.
 
-"This very folder" means equal fingerprints, that is equal checksums of all files; the files that
-the matching reads are compared with their checksums first.
+Folders are the same if their fingerprints, and thus the checksums of all files, are equal; files
+that the matching reads are compared with their checksums first.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardrec.kernels.ranks.communicator import Communicator
@@ -50,15 +49,16 @@ def start_from(
 ) -> dict[str, Any] | None:
     """Load the weights that ``config.init_from`` names into a new model.
 
-    Every rank reads from the checkpoint what its rows need; after ``rebalance`` that may be all of
-    it, in pieces of at most ``BLOCK_ROWS`` rows, of which it keeps its own.
+    Every rank reads the rows that it needs; after ``rebalance`` it may have to read the whole
+    table, in pieces of at most ``BLOCK_ROWS`` rows, and keeps only its own.
 
     Returns:
-        JSON for the run folder: from which run and step, how items were matched, and how many were
-        carried over, are new, and were left out. None where the run starts from random weights.
+        JSON for the run folder: the earlier run and step, how items were matched, and how many are
+        carried over, new, and left out. None if the run starts from random weights.
 
     Raises:
-        FileNotFoundError: there is no such run or checkpoint, or the folder with its ids is gone.
+        FileNotFoundError: there is no such run or checkpoint, or the folder with its ids is
+            missing.
         ValueError: encoder, table optimizer or items do not fit; raised on all ranks before any
             weight changes.
 
@@ -70,7 +70,7 @@ def start_from(
     origin = on_first_rank(lambda: _find(config, prepared, encoder), group)
     former = on_this_rank(lambda: _former_rows(origin, prepared, catalog.row_range), group)
     carried = torch.tensor(int((former >= 0).sum()), device=catalog.device)
-    Communicator(group).sum_(carried)
+    Communicator(catalog.group).sum_(carried)
     if not carried:
         raise ValueError(
             f"init_from.run must know some of the items, got {config.init_from.run} of "
@@ -82,7 +82,7 @@ def start_from(
     attributes = on_this_rank(lambda: _carried_attributes(config, prepared, first), group)
     on_this_rank(lambda: _copy_rows(stored, former, catalog, keep), group)
     if config.init_from.new_rows == "mean":
-        _fill_new_rows(catalog, former, int(carried), group)
+        _fill_new_rows(catalog, former, int(carried))
     _load_replicated(first, stepper, attributes, keep)
     if keep:
         catalog.num_steps = int(first.table["num_steps"])
@@ -277,18 +277,17 @@ def _copy_rows(stored: StoredCheckpoint, former: Tensor, catalog: Catalog, keep:
 
 
 @torch.no_grad()
-def _fill_new_rows(
-    catalog: Catalog, former: Tensor, num_carried: int, group: dist.ProcessGroup | None
-) -> None:
-    """Give new items the mean of all rows that were carried over."""
+def _fill_new_rows(catalog: Catalog, former: Tensor, num_carried: int) -> None:
+    """Give new items the mean of all rows that were carried over, the same bits everywhere."""
     rows = catalog.state_dict()["rows"]
     is_new = (former < 0).to(rows.device)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[0], BLOCK_ROWS):
         part = slice(start, start + BLOCK_ROWS)
         total += rows[part][~is_new[part]].sum(0, dtype=torch.float64)
-    Communicator(group).sum_(total)
-    rows[is_new] = (total / num_carried).to(rows)
+    Communicator(catalog.all_ranks).sum_(total)
+    num_copies = 1 if catalog.replicas is None else catalog.replicas.count
+    rows[is_new] = (total / (num_carried * num_copies)).to(rows)
 
 
 def _load_replicated(

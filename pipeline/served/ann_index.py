@@ -35,7 +35,7 @@ class IndexConfig:
     search: str | None = None
 
     def empty(self, width: int) -> Any:
-        """An empty index of inner products for rows of width D.
+        """An empty FAISS index for inner products of vectors of this width.
 
         Raises:
             ValueError: FAISS does not know the factory string or a parameter.
@@ -59,17 +59,17 @@ class IndexConfig:
 def build_index(
     path: Path, config: IndexConfig, scored: Tensor, allowed: Tensor, states: Tensor
 ) -> dict[str, Any]:
-    """Write an index of the allowed rows, and measure its recall.
+    """Write an index of the allowed rows; returns its options, size and recall.
 
     Args:
         path: the file to write.
         config: options of the index.
-        scored: (V, D) float32, scored against states.
-        allowed: (V,) bool, items that belong in the index.
-        states: (Q, D) float32, queries that the recall is measured on.
+        scored: (V, D) float32 rows to score states against.
+        allowed: (V,) bool, items to put into the index.
+        states: (Q, D) float32 queries to measure the recall on.
 
     Returns:
-        JSON: the options, the number of items, and the recall@10 of ``states`` against exact
+        JSON: the options, the number of items, and the recall@10 of the queries relative to exact
         search.
 
     Raises:
@@ -98,7 +98,7 @@ def build_index(
 
 
 def open_index(path: Path) -> Any:
-    """Read an index file, which FAISS does not check: open only files that you trust."""
+    """The index in a file; FAISS does not validate it, so open only files that you trust."""
     import faiss
 
     return faiss.read_index(str(path))
@@ -107,13 +107,14 @@ def open_index(path: Path) -> Any:
 def index_top_items(
     index: Any, states: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items that the index finds for each state, best first.
+    """(B, k) scores and (B, k) items that the index finds for each state, best first.
 
     Args:
-        index: of ``open_index``.
+        index: result of ``open_index``.
         states: (B, D) float32.
         k: length of the lists.
-        seen: items of each state that must not be returned, values and lengths.
+        seen: (S,) items that must not be returned, concatenated, and (B,) their number for each
+            state; None excludes none.
 
     Returns:
         Scores (B, k) float32 and items (B, k) int64. Where fewer are found, the list ends with
@@ -142,17 +143,18 @@ def index_top_with(
     added: PairScores,
     scored: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` best items by the index and a memory together, best first.
+    """(B, k) scores and (B, k) items by the index and a memory together, best first.
 
-    The items of ``added`` are scored exactly; the index finds the best of all others.
+    The items in ``added`` are scored exactly; the index finds the best of all others.
 
     Args:
-        index: of ``open_index``.
+        index: result of ``open_index``.
         states: (B, D) float32.
         k: length of the lists.
-        seen: items of each state that must not be returned, values and lengths.
-        added: what the memory adds to the scores of some items that may be returned.
-        scored: (V, D) float32, scored against states.
+        seen: (S,) items that must not be returned, concatenated, and (B,) their number for each
+            state; None excludes none.
+        added: scores that the memory adds to some items; only items that may be returned.
+        scored: (V, D) float32 rows to score states against.
 
     Returns:
         As ``index_top_items``.

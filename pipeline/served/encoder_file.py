@@ -1,9 +1,9 @@
-"""The encoder of an export: the weights of one of our own, or a program of ``torch.export``.
+"""The encoder of an export: weights of our own encoder, or a ``torch.export`` program.
 
-Our own encoder is written as its weights, in safetensors, and its config, in the manifest; it is
-rebuilt from this package, so that opening it runs no code of the file. Another module can only be
-stored as a program. PyTorch unpickles and evaluates parts of that file, so that it can run any code
-when it is opened: this needs an explicit ``trust_code``.
+Our own encoder is stored as its weights, in safetensors, and its config, in the manifest. It is
+rebuilt from this package, so opening it runs no code of the file. Any other module can only be
+stored as a program. PyTorch unpickles and evaluates parts of that file, so it can run arbitrary
+code when it is opened: this needs an explicit ``trust_code``.
 """
 
 import copy
@@ -37,16 +37,16 @@ _REMEDY = "export the run again"
 def write_encoder(
     folder: Path, encoder: nn.Module, width: int, max_length: int
 ) -> tuple[str, dict[str, Any] | None]:
-    """Write an encoder; returns the name of its file, and its config if it is one of ours.
+    """Write an encoder; returns the name of its file, and its config if it is our own.
 
     Args:
-        folder: to write the file in.
-        encoder: (B, L, D) to (B, L, D); left as it is.
+        folder: folder to write the file to.
+        encoder: module from (B, L, D) to (B, L, D); not modified.
         width: D.
         max_length: the longest L.
 
     Raises:
-        ValueError: it is not ours, and ``torch.export`` cannot trace it.
+        ValueError: it is not our own, and ``torch.export`` cannot trace it.
     """
     if type(encoder) is not TransformerEncoder:
         torch.export.save(export_program(encoder, width, max_length), folder / PROGRAM)
@@ -60,8 +60,8 @@ def export_program(encoder: nn.Module, width: int, max_length: int) -> torch.exp
     """The encoder as a ``torch.export`` program: CPU, float32, any B and any L.
 
     Args:
-        encoder: (B, L, D) to (B, L, D), and with (B,) lengths if it ``reads_lengths``; left as
-            it is.
+        encoder: module from (B, L, D) to (B, L, D) that also takes (B,) lengths if it
+            ``reads_lengths``; not modified.
         width: D.
         max_length: the longest L.
 
@@ -85,22 +85,22 @@ def export_program(encoder: nn.Module, width: int, max_length: int) -> torch.exp
 
 
 def reads_lengths(encoder: nn.Module) -> bool:
-    """Whether an encoder takes the (B,) lengths of its sequences too."""
+    """Whether an encoder also takes the (B,) lengths of its sequences."""
     return isinstance(encoder, TransformerEncoder) and encoder.reads_lengths
 
 
 def inputs(encoder: nn.Module, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """What an encoder is called with: (B, L, D) vectors, and (B,) lengths if it reads them."""
+    """The arguments of an encoder: (B, L, D) vectors, and (B,) lengths if it reads them."""
     return (vectors, lengths) if reads_lengths(encoder) else (vectors,)
 
 
 def read_encoder(folder: Path, manifest: Mapping[str, Any], *, trust_code: bool) -> nn.Module:
-    """The encoder of an export whose files were compared with their checksums.
+    """The encoder of an export; the caller has checked the checksums of the files.
 
     Args:
         folder: the export.
-        manifest: of the export; the encoder's file must be among its files.
-        trust_code: whether a program may be opened, which can run any code.
+        manifest: manifest of the export, which must list the encoder's file.
+        trust_code: whether a program, which can run arbitrary code, may be opened.
 
     Raises:
         ValueError: the manifest lists no encoder, the encoder is a program that is not trusted, or
@@ -114,14 +114,21 @@ def read_encoder(folder: Path, manifest: Mapping[str, Any], *, trust_code: bool)
             f"the manifest of {folder} must list {WEIGHTS} or {PROGRAM}, got neither; {_REMEDY}"
         )
     require_trust(folder / PROGRAM, "a program of PyTorch", trust_code, _REMEDY)
-    return torch.export.load(folder / PROGRAM).module()
+    try:
+        return torch.export.load(folder / PROGRAM).module()
+    except Exception as error:  # of another release it can be anything, deep in torch
+        wrote = manifest.get("versions", {}).get("torch", "an unknown release")
+        raise ValueError(
+            f"{folder / PROGRAM} must be of a torch that this one ({torch.__version__}) can read, "
+            f"got one that {wrote} wrote ({type(error).__name__}: {error}); {_REMEDY} with this one"
+        ) from error
 
 
 def require_trust(path: Path, what: str, trust_code: bool, otherwise: str) -> None:
     """Refuse a file that can run code when it is opened, unless the caller trusts it.
 
     Raises:
-        ValueError: the caller does not.
+        ValueError: ``trust_code`` is False.
     """
     if not trust_code:
         raise ValueError(

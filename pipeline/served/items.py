@@ -1,4 +1,4 @@
-"""The items of an export: ids, training counts and vectors; and ids that a service is asked for."""
+"""Read the items of an export, and check the ids that a service receives."""
 
 import math
 import numbers
@@ -25,10 +25,10 @@ _REMEDY = "export the run again"
 
 
 def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor, Tensor]:
-    """Ids, training counts (V,) int64 and vectors (V, D) float32 of an export, by item.
+    """Item ids, (V,) int64 training counts and (V, D) float32 vectors of an export, by item.
 
     Raises:
-        ValueError: a file is not as ``export`` writes it, or the manifest has other sizes.
+        ValueError: a file is not as ``export`` writes it, or its sizes differ from the manifest's.
     """
     num_items, width = manifest["num_items"], manifest["width"]
     entries = [entry for entry in manifest["files"] if entry["path"].startswith("items/")]
@@ -55,7 +55,7 @@ def read_items(folder: Path, manifest: dict[str, Any]) -> tuple[ItemIds, Tensor,
             f"items of {folder} must be {num_items} with ids of one type, got {first}; {_REMEDY}"
         )
     if not math.isfinite(torch.linalg.vector_norm(vectors)):
-        raise ValueError(f"vectors of {folder} must be finite, got others; {_REMEDY}")
+        raise ValueError(f"vectors of {folder} must be finite, got NaN or infinity; {_REMEDY}")
     return ItemIds(pa.concat_arrays(ids)), torch.from_numpy(np.concatenate(counts)), vectors
 
 
@@ -81,10 +81,12 @@ def _batches(path: Path, width: int) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"{path} must hold items of an export, got {error}; {_REMEDY}") from error
 
 
-def known_ids(histories: Iterable[Sequence[Any]], kind: pa.DataType) -> Iterator[pa.Array]:
-    """The ids of each history as an array of the catalog's type.
+def known_ids(
+    histories: Iterable[Sequence[Any]], kind: pa.DataType, name: str = "history"
+) -> Iterator[pa.Array]:
+    """For each history (or other list, called ``name``), an array of ids in the catalog's type.
 
-    Whole numbers beyond 64 bits are left out: no catalog has them.
+    Whole numbers beyond 64 bits are left out: they are in no catalog.
 
     Raises:
         TypeError: an id is of another type; the message says which.
@@ -96,7 +98,7 @@ def known_ids(histories: Iterable[Sequence[Any]], kind: pa.DataType) -> Iterator
         except TypeError as error:
             what = "whole numbers" if is_number else "texts"
             raise TypeError(
-                f"ids of history {index} must be {what} as in the catalog, got {error}; convert "
+                f"ids of {name} {index} must be {what} as in the catalog, got {error}; convert "
                 "them, or leave the history out"
             ) from None
         near = [one for one in ids if not is_number or _LEAST_ID <= one <= _LARGEST_ID]

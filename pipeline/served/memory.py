@@ -1,4 +1,4 @@
-"""The file of a memory, as ``memorize`` writes it and an export holds it."""
+"""Read the successors of a memory, as ``memorize`` writes them and an export holds them."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ def read_memory(
     rows: range,
     device: torch.device,
 ) -> Memory:
-    """The successors among the items ``rows`` of a file that ``memorize`` wrote.
+    """The memory of one rank: the successors in a file that are among its ``rows``.
 
     Args:
-        path: the file.
-        manifest: scale, ages and decay.
+        path: the ``successors.parquet``.
+        manifest: holds scale, ages and decay.
         num_items: V.
-        rows: items of this rank.
-        device: where the memory is put.
+        rows: range of items in this rank's shard.
+        device: device of the result.
 
     Raises:
-        FileNotFoundError, ValueError: the file is gone or damaged, or holds other items.
+        FileNotFoundError, ValueError: the file is missing or damaged, or an item is not in [0, V).
     """
     groups = RowGroups([path], PAIRS.names)
     parts: dict[str, list[npt.NDArray[Any]]] = {

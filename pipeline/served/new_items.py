@@ -1,4 +1,4 @@
-"""Vectors of items that came after training, from their attributes alone."""
+"""Make vectors for items added after training, from their attributes alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ __all__ = ["NewItems"]
 
 @dataclass(frozen=True, slots=True)
 class NewItems:
-    """A file of attributes with items that a prepared folder may not have.
+    """Files of item attributes, with items that the prepared folder may lack.
 
     Attributes:
         file: the opened files.
-        columns: what the codes of the prepared folder mean.
+        columns: attributes of the prepared folder, with the meaning of their codes.
     """
 
     file: AttributeFile
@@ -32,7 +32,7 @@ class NewItems:
 
     @classmethod
     def open(cls, source: str, prepared: Prepared) -> "NewItems":
-        """Open the files, which must have the columns that the folder was prepared with.
+        """Open the files, after checking that they have the columns the folder was prepared with.
 
         Raises:
             FileNotFoundError: there is no Parquet file.
@@ -62,13 +62,13 @@ class NewItems:
 
     @torch.no_grad()
     def vectors(self, known: pa.Array, model: nn.Module) -> tuple[pa.Array, Tensor]:
-        """The ids of the items that are not ``known``, and their (n, D) vectors.
+        """(n,) ids of the items that are not ``known``, and their (n, D) float32 vectors.
 
         Values that training did not know count as missing.
 
         Args:
-            known: ids of the catalog.
-            model: the vectors of attributes.
+            known: (V,) item ids of the catalog.
+            model: the trained ``AttributeVectors``.
 
         Raises:
             ValueError: an id or a value is invalid.

@@ -3,10 +3,10 @@
 ::
 
     current         number of the publication that is served
-    publications    one entry each: the export, what it was trained on, how it was measured
-    swaps           changes of ``current``: time, action, from which number to which
+    publications    for each the export, the data it was trained on, and its metrics
+    swaps           changes of ``current``: time, action, number before and number after
 
-The file is replaced by a rename, so that readers see it before a change or after it, also on a
+The file is replaced by a rename, so that readers see it either before or after a change, also on a
 shared file system.
 """
 
@@ -39,15 +39,15 @@ class Publication:
     """An export that was published.
 
     Attributes:
-        number: 1 for the first of a pointer.
-        export: its folder; relative to the pointer's folder where it is below that.
+        number: number of the publication, counted from 1.
+        export: folder of the export; relative to the pointer's folder if it lies below it.
         manifest: SHA-256 of the export's manifest, which holds the checksums of its files.
-        lists: folder of recommendations of the same weights, or None.
-        source: JSON; run id, checkpoint, its weights' hash, and the data's fingerprint.
-        catalog_version: of the export's items.
-        evaluation: JSON; its metrics according to the gate, or None.
+        lists: folder of recommendations from the same weights, or None.
+        source: run id, checkpoint, hash of its weights, and fingerprint of the data, as JSON.
+        catalog_version: catalog version of the export's items.
+        evaluation: metrics in the gate's verdict, as JSON, or None.
         previous: number of the publication that it replaced.
-        left_by_rollback: whether a rollback moved away from it.
+        left_by_rollback: whether it has been rolled back.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Publication:
     left_by_rollback: bool = False
 
     def is_same_as(self, other: "Publication") -> bool:
-        """Whether both publish the same export and lists."""
+        """Whether two publications have the same export and lists."""
         ours, theirs = ((p.export, p.manifest, p.lists) for p in (self, other))
         return ours == theirs
 
@@ -71,7 +71,7 @@ class Published:
     """The content of a pointer file.
 
     Attributes:
-        number: of the publication that is served; None before the first.
+        number: number of the publication that is served; None before the first.
         publications: all publications, in order of their numbers.
         swaps: changes of ``number`` as JSON: time, action, number before and after.
     """
@@ -86,10 +86,10 @@ class Published:
         return None if self.number is None else self.find(self.number)
 
     def find(self, number: int) -> Publication:
-        """The publication with a number.
+        """The publication with this number.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such publication.
         """
         for publication in self.publications:
             if publication.number == number:
@@ -120,7 +120,7 @@ class Served:
     """The result of ``publish`` or ``rollback``: the publication that is served now.
 
     Attributes:
-        publication: the one that is served.
+        publication: the publication that is served now.
         is_new: False if it was served already and nothing was done.
     """
 
@@ -129,10 +129,10 @@ class Served:
 
 
 def read_published(path: Path) -> Published:
-    """Read a pointer file; an empty ``Published`` if there is no file yet.
+    """The content of a pointer file; an empty ``Published`` if there is no file yet.
 
     Raises:
-        ValueError: the file is no pointer of this version, or it is damaged.
+        ValueError: the file is not a pointer of this version, or is damaged.
     """
     if not path.exists():
         return Published()
@@ -155,11 +155,11 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
     """Apply ``change`` to a pointer file and replace it atomically; concurrent writers wait.
 
     Args:
-        path: the pointer; made if there is none.
+        path: the pointer file; created if it is missing.
         change: function from the current content to the new one; if it raises, nothing changes.
 
     Raises:
-        ValueError: the file is no pointer of this version, or it is damaged.
+        ValueError: the file is not a pointer of this version, or is damaged.
         OSError: the file or its lock cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,11 +174,11 @@ def update(path: Path, change: Callable[[Published], Published]) -> Served:
 
 
 def export_folder(path: Path) -> Path:
-    """The export that a pointer file names; any other path is returned as it is.
+    """The export that a pointer file names; a folder is returned unchanged.
 
     Raises:
-        FileNotFoundError: the pointer names nothing yet, or the export is gone.
-        ValueError: the file is no pointer, or the export has changed since it was published.
+        FileNotFoundError: the pointer names nothing yet, or the export is missing.
+        ValueError: the file is not a pointer, or the export has changed since it was published.
     """
     if not path.is_file():
         return path
@@ -192,8 +192,8 @@ def require_unchanged(pointer: Path, publication: Publication) -> Path:
     """The folder of a published export, after checking that its manifest is unchanged.
 
     Raises:
-        FileNotFoundError: it is gone.
-        ValueError: another export is there.
+        FileNotFoundError: the export is missing.
+        ValueError: its folder now holds another export.
     """
     folder = pointer.parent / publication.export
     manifest = find_file(folder, MANIFEST_NAME)
@@ -214,8 +214,8 @@ def read_export(folder: Path) -> dict[str, Any]:
     """The manifest of a complete export, after comparing the checksums of its files.
 
     Raises:
-        FileNotFoundError: there is no manifest, or a file is gone.
-        ValueError: it is no export, or a file has changed.
+        FileNotFoundError: there is no manifest, or a file is missing.
+        ValueError: the folder is not an export, or a file has changed.
     """
     manifest = read_output(folder, EXPORT)
     where = f"'request' in {folder / MANIFEST_NAME}"

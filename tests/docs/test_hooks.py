@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +70,6 @@ def test_a_table_has_name_type_default_and_meaning_of_every_option() -> None:
 def test_an_option_without_a_meaning_fails_the_build() -> None:
     with pytest.raises(ValueError, match="width must have a line in the docstring of Silent"):
         hook("configuration").options(Silent)
-
-
-def test_the_examples_of_the_hooks_hold() -> None:
-    result = doctest.testmod(hook("configuration"))
-    assert result.attempted and not result.failed
 
 
 def test_decisions_are_sections_of_one_page(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_rows_are_found_alike_by_search_and_by_table(count: int) -> None:
     within = RowIds(first=100, count=64)
     rows = torch.randperm(64, generator=torch.Generator().manual_seed(count))[:count].sort().values
     some = RowIds.of(rows, within)
-    assert (some.places is None) == (count < 4)  # a table pays from a sixteenth on
+    assert (some.lookup is None) == (count < 4)  # a table pays from a sixteenth on
     items = torch.arange(90, 180).reshape(2, 45)
     searched = RowIds(100, count, rows + 100).find(items)
     assert torch.equal(some.find(items), searched)

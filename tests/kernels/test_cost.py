@@ -38,6 +38,7 @@ SHARED["sce-many"], SHARED["rece-many"] = SCE(items_per_bucket=16), RECE()
 
 
 @pytest.mark.parametrize("case", COSTED)
+@pytest.mark.slow
 def test_the_products_said_are_the_products_made(case: str) -> None:
     loss, inputs = COSTED[case], problem()
     made = product_flops(lambda: loss(*inputs, step=Step(seed=1, step=0)).loss.backward())
@@ -85,6 +86,7 @@ def test_ranks_share_the_products_of_triton(case: str) -> None:
     assert part.bytes < whole.bytes < 6 * part.bytes
 
 
+@pytest.mark.slow
 def test_rows_of_two_bytes_have_a_gradient_of_four_beside_their_own() -> None:
     num_positions, num_items, width = 256, 100_000, 64
     states = torch.randn(num_positions, width, dtype=torch.bfloat16).requires_grad_()

@@ -238,6 +238,7 @@ def gradients_under_ddp(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_ddp_averages_the_gradients(ranks: Ranks, name: str) -> None:
     model = Model(name)
     items, targets = items_and_targets(20)

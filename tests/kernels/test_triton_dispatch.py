@@ -165,3 +165,13 @@ def test_precision_follows_pytorch() -> None:
         assert device.precision_of(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_precision_follows_the_newer_setting_of_pytorch() -> None:
+    """After it was set, ``torch.get_float32_matmul_precision`` raises an error."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert device.precision_of(torch.float32) == "tf32"
+        assert device.precision_of(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"

@@ -192,19 +192,19 @@ class Kill:
     seconds: float
 
 
-def kill_at_random(run: Path, job: Job, luck: random.Random) -> Kill:
+def kill_at_random(run: Path, job: Job, rng: random.Random) -> Kill:
     """SIGKILL a worker at a random moment and wait until the run goes on."""
     workers, step = wait_for_workers(job), last_step(run)
-    rank, moment = luck.randrange(2), luck.choice(["write", "step", "step", "start"])
+    rank, moment = rng.randrange(2), rng.choice(["write", "step", "step", "start"])
     starts = len(lines(run, "resume"))
     if moment == "write":
         kill_during_a_write(run, job, rank, step)
     else:
-        target = step + luck.randint(1, 60)
+        target = step + rng.randint(1, 60)
         for _ in until(60, f"step {target}", job) if moment == "step" else ():
             if last_step(run) >= target:
                 break
-        time.sleep(luck.uniform(0, 0.05 if moment == "step" else 6))
+        time.sleep(rng.uniform(0, 0.05 if moment == "step" else 6))
         workers[rank].kill()
     killed_at, step, whole = time.time(), last_step(run), last_whole(run)
     for _ in until(120, "step after a restart", job):

@@ -1,6 +1,7 @@
 """The command line: help, exit codes, one line for a user's mistake, a traceback for a bug."""
 
 import linecache
+import os
 import subprocess
 import sys
 
@@ -142,3 +143,16 @@ def test_a_variable_shows_the_traceback_of_every_error(
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("shardrec synth: users must be at least 1, got 0")
     assert ("Traceback" in said) == (value == "1")
+
+
+def test_gpu_memory_is_kept_in_segments_that_grow_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["publish", "--help"])
+    assert os.environ.pop(names[0]) == "expandable_segments:True"
+    monkeypatch.setenv(names[1], "max_split_size_mb:64")
+    cli.main(["publish", "--help"])
+    assert names[0] not in os.environ

@@ -44,8 +44,11 @@ def test_prepare_says_how_much_of_the_log_each_rank_gets(
     words = ["prepare", "--events", str(data / "log.parquet"), "--output", str(data / "prepared")]
     capsys.readouterr()
     assert cli.main(words) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "load of each" in line]
-    stored = json.loads((data / "prepared" / "manifest.json").read_text())["load_per_rank"]
+    said = capsys.readouterr().out.splitlines()
+    manifest = json.loads((data / "prepared" / "manifest.json").read_text())
+    assert f"test: the events from {manifest['split']['test_time']} on" in "\n".join(said)
+    assert any(line.startswith("training sequences: median ") for line in said)
+    lines, stored = [line for line in said if "load of each" in line], manifest["load_per_rank"]
     assert [line.split()[4] for line in lines] == list(stored) == ["2", "3", "4", "8"]
     for line, shares in zip(lines, stored.values(), strict=True):
         loads = [float(word) for word in line.partition(": ")[2].split()]

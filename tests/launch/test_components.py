@@ -121,6 +121,12 @@ def test_by_default_a_job_asks_for_two_cpus_a_worker_and_no_memory() -> None:
     assert "OMP_NUM_THREADS=2" in text
 
 
+def test_a_job_on_gpus_asks_for_four_cpus_each() -> None:
+    text = dry_run(["slurm"], "train", "-j", "4x8", "--gpu", "8", *STAGE)
+    assert "--cpus-per-task=32 --gpus-per-task=8" in text and "--mem" not in text
+    assert "OMP_NUM_THREADS=4" in text
+
+
 @pytest.mark.parametrize("option", ["--max_retries", "--max_restarts"])
 def test_training_that_may_start_twice_must_resume(option: str) -> None:
     words = ["--workspace", "", "launch/components.py:train", option, "2", *STAGE]

@@ -7,21 +7,23 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rich.console import Console
 
 from shardrec.launch import cli
 from shardrec.launch.demo import (
     CLUSTERS,
     LOSS_SETTINGS,
-    METRICS,
     SETTINGS,
     DemoConfig,
-    Row,
+    check_stages,
     next_steps,
     program,
     start_folder,
-    table,
 )
+from shardrec.launch.demo_table import METRICS, Row, table
+from shardrec.launch.rendezvous import Place
+from shardrec.launch.workers import choose_device
 from shardrec.pipeline.config import override, snake_case
 from shardrec.pipeline.log.generator import SynthConfig, World, blocks
 from shardrec.pipeline.recipes import RECIPES
@@ -59,9 +61,39 @@ def test_the_table_shows_the_share_of_the_gap_where_the_true_model_is_known() ->
 def shown(rows: list[Row], ceiling: float | None) -> str:
     """The table as text."""
     console = Console(file=StringIO(), width=80)
-    console.print(table(rows, DemoConfig(), ceiling))
+    console.print(table(rows, 400, 2, ceiling))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_demo_takes_as_many_workers_as_the_machine_has_gpus_for(
+    gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, gpus)
+    config = DemoConfig()
+    assert config.num_workers == expected
+    check_stages(config)
+    places = [Place(rank=rank, local_rank=rank, world_size=expected) for rank in range(expected)]
+    devices = {str(choose_device(place)) for place in places}
+    assert devices == ({f"cuda:{rank}" for rank in range(expected)} if gpus else {"cpu"})
+    told = next_steps(config, "log", Path("data"), "shardrec")
+    assert f"launch train -j 1x{expected} --" in told
+
+
+def test_more_workers_than_gpus_are_refused_before_an_earlier_demo_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpus(monkeypatch, 1)
+    with pytest.raises(ValueError, match=r"workers must be at most the 1 GPU\(s\) .* got 2"):
+        check_stages(DemoConfig(workers=2))
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Lets torch say that there are GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
 
 
 SMALL = ["--users", "400", "--items", "300", "--size", "4000", "--steps", "3"]

@@ -101,6 +101,20 @@ def test_each_mismatch_is_explained_in_a_line(facts: Facts, level: str, words: s
     assert f"{level}: {matching[0].text}" in report(facts)
 
 
+def test_a_login_node_without_a_driver_can_submit_and_says_so() -> None:
+    error = "libnvidia-ml.so.1: cannot open shared object file: No such file or directory"
+    login = replace(
+        with_versions(fbgemm_gpu_cpu=None, fbgemm_gpu="1.8.0"),
+        torch_cuda="13.0",
+        load_errors={"fbgemm_gpu": error, "torchrec": error},
+    )
+    assert {finding.level for finding in diagnose(login)} == {"note"}
+    assert "fbgemm_gpu and torchrec load where there is a driver" in report(login)
+    assert report(login).endswith("ready to submit jobs to machines with a driver")
+    with_driver = replace(login, driver="550.54.15", gpus=1, torch_sees_gpu=True)
+    assert "wrong" in {finding.level for finding in diagnose(with_driver)}
+
+
 class Management:
     """The driver's library as it answers on a machine that has a driver, loaded or not."""
 
@@ -165,3 +179,14 @@ def test_the_environment_of_the_tests_is_a_matching_set() -> None:
     assert [finding for finding in diagnose(facts) if finding.level == "wrong"] == []
     assert "gloo" in facts.backends
     assert facts.load_errors == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [(None, "node-7, has no address"), ("127.0.1.1", "node-7, has the address 127.0.1.1")],
+)
+def test_a_name_that_others_cannot_reach_is_noted(address: str | None, words: str) -> None:
+    (finding,) = diagnose(replace(HEALTHY, host=("node-7", address)))
+    assert finding.level == "note"
+    assert words in finding.text and "GLOO_SOCKET_IFNAME" in finding.text
+    assert not diagnose(replace(HEALTHY, host=("node-7", "10.0.0.7")))

@@ -5,9 +5,14 @@ import json
 import random
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.launch.killing import (
     Job,
@@ -16,17 +21,23 @@ from tests.launch.killing import (
     kill_at_random,
     kill_during_a_write,
     last_step,
+    last_whole,
     lines,
     stage,
+    stopped,
     train_undisturbed,
     until,
+    wait_for_workers,
 )
 from tests.pipeline.small_data import prepare_small
 from tests.ranks import Ranks
 
 from shardrec.launch import cli, components
+from shardrec.launch.orphans import logs_of_launch
 
 STEPS, KILLS = 90, 20
+# A checkpoint is written when it is asked for, and never else.
+ENDLESS = ["limits.max_steps=1_000_000", "validation.every_steps=none"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +88,86 @@ def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["launcher", "torchrun", "both"])
+def test_workers_end_with_a_checkpoint_when_what_started_them_is_killed(
+    lost: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs, run = tmp_path / "logs", tmp_path / "run"
+    logs.mkdir()
+    monkeypatch.setenv("TMPDIR", str(logs))
+    monkeypatch.setattr(tempfile, "tempdir", str(logs))
+    words = stage(data, run, *ENDLESS)
+    with Job(words, tmp_path / "log") as job:
+        workers = wait_for_workers(job)
+        for _ in until(60, "step", job):
+            if last_step(run) > 3:
+                break
+        torchrun = psutil.Process(workers[0].ppid())
+        with stopped(workers.values()):  # so that it is still held when another one starts
+            assert cli.main(["train", *words]) == 75, "busy: try again"
+        for name, process in (("torchrun", torchrun), ("launcher", job.process)):
+            if lost in (name, "both"):
+                process.kill()
+        job.process.wait(40)
+        gone, alive = psutil.wait_procs([*workers.values(), torchrun], timeout=40)
+        assert not alive
+    assert last_whole(run) == last_step(run) > 3, "the last step is in a checkpoint"
+    with logs_of_launch() as folder:
+        assert list(logs.glob("shardrec-launch-*")) == [folder], "those of the dead are removed"
+    assert not list(logs.glob("torchx_*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_workers_of_a_launch(data: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = stage(data, run, *ENDLESS)
+    with Job(words, tmp_path / "log") as job:
+        for _ in until(60, "step", job):
+            if last_step(run) > 3:
+                break
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(timeout=40) == 130, job.said()
+    assert "shardrec launch: Ctrl-C: the workers are asked to end" in job.said()
+    assert f"shardrec launch: the run stopped after step {last_step(run)}" in job.said()
+    assert last_whole(run) == last_step(run) > 3
+    with Job(words, tmp_path / "log") as job:
+        workers = wait_for_workers(job)
+        for worker in workers.values():  # they cannot answer
+            worker.suspend()
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(timeout=20) == 130, job.said()
+        assert not psutil.wait_procs(workers.values(), timeout=20)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_plain_torchrun_leaves_a_checkpoint_however_it_ends(
+    number: signal.Signals, data: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = [*torchrun, "-m", "shardrec.launch.cli", "--", "train", *stage(data, run, *ENDLESS)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while last_step(run) <= 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(40)
+        _, alive = psutil.wait_procs(workers, timeout=40)
+    finally:
+        process.kill()
+        process.wait()
+    assert not alive, (tmp_path / "log").read_text()[-3000:]
+    assert last_whole(run) == last_step(run) > 3, (tmp_path / "log").read_text()[-3000:]
+
+
 def test_workers_are_started_again_only_where_they_may_go_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -92,13 +183,13 @@ def test_workers_are_started_again_only_where_they_may_go_on(
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_twenty_kills_lose_nothing(data: str, ranks: Ranks, tmp_path: Path) -> None:
-    run, whole, luck = tmp_path / "run", tmp_path / "whole", random.Random(4)
+    run, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(4)
     settings = options(KILLS * 150)
     ranks(2).run(train_undisturbed, stage(data, whole, *settings), timeout=600)
     with Job(stage(data, run, *settings), tmp_path / "log", max_restarts=KILLS) as job:
         kills = []
         for number in range(KILLS):
-            kills.append(kill_at_random(run, job, luck))
+            kills.append(kill_at_random(run, job, rng))
             print(f"kill {number + 1} of {KILLS}: {kills[-1]}", flush=True)
         assert job.end(timeout=600) == 0, job.said()
     assert all(kill.resumed >= kill.whole for kill in kills), "a whole checkpoint was passed over"

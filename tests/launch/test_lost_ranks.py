@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import io
+import json
 import logging
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -19,8 +21,8 @@ import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 
-from shardrec.launch import cli
-from shardrec.launch.heartbeat import LostRankError
+from shardrec.launch import cli, heartbeat
+from shardrec.launch.heartbeat import LostRankError, Peers
 from shardrec.launch.workers import workers
 
 # Runs of several processes: seconds each.
@@ -184,6 +186,61 @@ def test_a_rank_that_does_not_come_is_named(ranks: Ranks, how: str, words: str) 
     if how != "raising":
         (warning,) = answers[0][2]
         assert warning.startswith("no progress for 1 s, of at most 2: rank 1"), warning
+
+
+def leave_heartbeat(store: Any, left: str | None) -> None:
+    """The last heartbeat of rank 1."""
+    beat = {"number": 3, "process": "process 7 on node", "collectives": 5}
+    text = json.dumps(beat | {"where": "pipeline/run/step.py:1 (take)", "left": left})
+    store.set("heartbeat/1", text)
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        (None, "rank 1 (process 7 on node) sends no heartbeat, it was last at pipeline/run/step"),
+        ("KeyError: 1", "rank 1 has left: KeyError: 1"),
+        ("it has finished", ""),
+        ("not started", ""),
+    ],
+)
+def test_where_a_wait_never_returns_a_thread_ends_the_process_with_the_name(
+    left: str | None, words: str
+) -> None:
+    """As on NCCL, whose collectives wait for a dead rank until the process is aborted."""
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    said, ended = list[str](), threading.Event()
+
+    def end(lost: str) -> None:
+        said.append(lost)
+        ended.set()
+
+    if left != "not started":
+        leave_heartbeat(store, left)
+    peers = Peers(
+        store,
+        *(0, 2),
+        timeout_s=0.4,
+        interval_s=0.05,
+        end=end,
+    )
+    peers.start()
+    try:
+        assert ended.wait(30 if words else 3.0) is bool(words)
+    finally:
+        peers.leave("")
+    assert all(words in one for one in said) and bool(said) is bool(words)
+
+
+def test_collectives_of_every_backend_are_counted() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("cpu:gloo", store=store, rank=0, world_size=1)
+    try:
+        before = heartbeat._collectives()
+        dist.all_gather_object([None], 1)  # which travels over gloo beside NCCL
+        assert heartbeat._collectives() > before
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "recommend", "export"])

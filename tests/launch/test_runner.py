@@ -102,6 +102,7 @@ def test_a_failing_worker_is_quoted_and_its_exit_code_passed_on(tmp_path: Path) 
     assert list((tmp_path / "logs").rglob("combined.log"))
 
 
+@pytest.mark.slow
 def test_a_stage_without_torchrun_passes_its_exit_code_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +147,7 @@ def test_the_command_checks_the_stage_s_options_before_it_starts_anything(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
     log = prepared.parent / "log.parquet"
     stage = ("--events", str(log), "--output", str(tmp_path / "out"))

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from tests.launch.killing import last_step, last_whole
 from tests.pipeline.event_logs import write_random_log
+from tests.pipeline.small_data import prepare_small
 
 from shardrec.launch.heartbeat import Peers
-from shardrec.launch.signals import exit_on_sigterm, grace_seconds, stop_on_sigterm
+from shardrec.launch.signals import exit_on_sigterm, grace_seconds, stop_on_signals
+from shardrec.pipeline.run.interruption import Interrupted, Preempted
 
 # Runs of several processes: seconds each.
 pytestmark = pytest.mark.slow
@@ -24,16 +27,36 @@ pytestmark = pytest.mark.slow
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
 
 
-def test_sigterm_is_a_question_for_the_next_step() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm(60.0, None) as asked:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_is_a_question_for_the_next_step(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    by_hand = number == signal.SIGINT
+    with pytest.raises(Preempted) as stopped, stop_on_signals(60.0, None) as asked:
         assert not asked()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         deadline = time.monotonic() + 5
         while not asked() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert asked()
-    assert signal.getsignal(signal.SIGTERM) is before
+        time.sleep(0.1)  # what follows is said by another thread
+        raise Preempted("the checkpoint is complete")
+    assert type(stopped.value) is (Interrupted if by_hand else Preempted)
+    assert ("Ctrl-C again ends at once" in capfd.readouterr().err) == by_hand
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_a_shell_has_set_to_be_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(60.0, None) as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert not asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def hang(grace_s: float, peers: bool, ready: Connection) -> None:
@@ -41,22 +64,30 @@ def hang(grace_s: float, peers: bool, ready: Connection) -> None:
     store: Any = dist.TCPStore("localhost", 0, is_master=True)  # type: ignore[attr-defined]
     others = Peers(store, rank=0, world_size=2, interval_s=0.1) if peers else None
     mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-    with stop_on_sigterm(grace_s, others):
+    with stop_on_signals(grace_s, others):
         lock(mutex)
         ready.send("ready")
         lock(mutex)
 
 
 @pytest.mark.parametrize(
-    ("grace_s", "peers", "code", "words"),
+    ("grace_s", "peers", "signals", "code", "words"),
     [
-        (1.0, False, 75, "no checkpoint within 1 s after SIGTERM"),
-        (60.0, True, 1, "no checkpoint can be written: rank 1 has not started"),
+        (1.0, False, "TERM", 75, "no checkpoint within 1 s after SIGTERM"),
+        (60.0, True, "TERM", 1, "no checkpoint can be written: rank 1 has not started"),
+        (60.0, False, "INT INT", 130, "ended at once; --resume=auto continues from the last"),
+        (60.0, False, "INT TERM", 130, "ended at once"),  # as torchrun passes them on
+        (60.0, False, "TERM INT", 130, "ended at once"),
     ],
-    ids=["alone", "without-rank-1"],
+    ids=["alone", "without-rank-1", "Ctrl-C-twice", "Ctrl-C-by-torchrun", "SIGTERM-and-Ctrl-C"],
 )
 def test_a_worker_that_hangs_ends_when_there_is_nothing_to_wait_for(
-    grace_s: float, peers: bool, code: int, words: str, capfd: pytest.CaptureFixture[str]
+    grace_s: float,
+    peers: bool,
+    signals: str,
+    code: int,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     context = multiprocessing.get_context("fork")  # torch is imported already
     ours, theirs = context.Pipe(duplex=False)
@@ -64,7 +95,9 @@ def test_a_worker_that_hangs_ends_when_there_is_nothing_to_wait_for(
     worker.start()
     try:
         assert ours.poll(30) and ours.recv() == "ready"
-        worker.terminate()
+        for name in signals.split():
+            os.kill(worker.pid or 0, getattr(signal, f"SIG{name}"))
+            time.sleep(0.2)
         worker.join(30)
     finally:
         worker.kill()
@@ -79,6 +112,8 @@ def test_the_grace_fits_into_what_torchrun_leaves() -> None:
     assert grace_seconds(100, {}) == 100
     with pytest.raises(ValueError, match="--grace must be at most the 30 s"):
         grace_seconds(100, UNDER_TORCHRUN)
+    with pytest.raises(ValueError, match="SHUTDOWN_TIMEOUT must be a number of seconds, got 'abc'"):
+        grace_seconds(None, UNDER_TORCHRUN | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "abc"})
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="--grace must be a number above 0"):
             grace_seconds(wrong, {})
@@ -117,6 +152,26 @@ def test_a_signal_ends_a_stage_without_a_trace(
         process.wait()
     assert (process.returncode, said) == (CODES[number], "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
+    data, run = prepare_small(tmp_path), tmp_path / "run"
+    words = ["train", "--prepared", data, "--run", str(run), "--recipe", "tiny_cpu"]
+    endless = ["limits.max_steps=1_000_000", "validation.every_steps=none", "log_every=1"]
+    process = subprocess.Popen([*CLI, *words, *endless], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(run / "metrics.jsonl", process)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, said
+    assert "Ctrl-C: a checkpoint is written after this step" in said
+    *_, last = said.splitlines()
+    assert last.startswith("shardrec train: the run stopped after step")
+    assert "start it again with --resume=auto" in last
+    assert last_whole(run) == last_step(run) > 0
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -138,6 +138,7 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(
         path.write_text(whole)
 
 
+@pytest.mark.slow
 def test_a_forced_stage_is_done_again(folder: Path) -> None:
     stages = [stage for stage in STAGES if stage not in ("publish", "report")]
     for stage in stages:

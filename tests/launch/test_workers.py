@@ -6,29 +6,8 @@ import torch
 import torch.distributed as dist
 from tests.ranks import Ranks
 
-from shardrec.launch.workers import Place, check_restarts, choose_device, workers
-
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "MASTER_ADDR": "first",
-    "MASTER_PORT": "29500",
-}
-
-
-def test_the_place_is_what_the_launcher_says() -> None:
-    assert Place.read(TORCHRUN) == Place(rank=5, local_rank=1, world_size=8)
-
-
-def test_without_a_launcher_there_is_no_place() -> None:
-    assert Place.read({"MASTER_PORT": "29500"}) is None
-
-
-def test_half_a_launcher_is_refused_before_anything_waits() -> None:
-    without = {name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"}
-    with pytest.raises(ValueError, match=r"got none for MASTER_ADDR; start workers with"):
-        Place.read(without)
+from shardrec.launch.rendezvous import Place
+from shardrec.launch.workers import check_restarts, choose_device, workers
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

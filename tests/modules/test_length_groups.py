@@ -49,7 +49,9 @@ def test_sorted_values_come_back_in_their_order() -> None:
         for place, position in enumerate(range(start, start + length))
     ]
     assert groups.order is not None
-    found = zip(groups.order.tolist(), groups.places.tolist(), groups.lengths.tolist(), strict=True)
+    found = zip(
+        groups.order.tolist(), groups.indices.tolist(), groups.lengths.tolist(), strict=True
+    )
     assert list(found) == expected
 
 

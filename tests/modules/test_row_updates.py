@@ -53,6 +53,7 @@ def memory(field: str) -> int:
 
 @pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.slow
 def test_a_step_needs_one_dense_gradient_and_a_tenth_of_the_shard(
     ranks: Ranks, optimizer: str, gradient: str
 ) -> None:

@@ -9,8 +9,14 @@ import torch
 import torch.distributed as dist
 from tests.every_loss import config_cases, config_of, dense
 from tests.losses import LOSSES
-from tests.pipeline.choices import Choice, assert_same_choices, recorded_choices
+from tests.pipeline.choices import (
+    Choice,
+    assert_same_choices,
+    of_all_ranks,
+    recorded_choices,
+)
 from tests.ranks import RankError, Ranks
+from tests.tolerance import TOLERANCE
 
 from shardrec.kernels import RowShard
 from shardrec.modules.losses import CCE, Step
@@ -45,15 +51,18 @@ def part(ends: tuple[int, ...], rank: int) -> slice:
     return slice(ends[rank - 1] if rank else 0, ends[rank])
 
 
-def sharded_loss(case: str, with_group: bool = True) -> Result:
+def sharded_loss(case: str, with_group: bool = True, in_bfloat16: bool = False) -> Result:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     states, table, targets, weights, counts = batch()
+    if in_bfloat16:  # eighths have exact sums, so every shape of a product chooses alike
+        states, table = (one.mul(8).round().div(8) for one in (states, table))
     own, held = part(POSITION_ENDS[num_ranks], rank), part(ROW_ENDS[num_ranks], rank)
     own_states = states[own].clone().requires_grad_()
     rows = table[held].clone().requires_grad_()
     group = dist.group.WORLD if with_group else None
     shard = RowShard(rows, held.start, NUM_ITEMS, group)
-    with recorded_choices() as choices:
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16)
+    with recorded_choices() as choices, autocast:
         output = config_of(case)(
             own_states,
             shard,
@@ -87,6 +96,27 @@ def test_ranks_do_not_change_a_loss_or_its_gradients(ranks: Ranks, case: str) ->
         grad_rows = torch.cat([result.grad_rows for result in results])
         torch.testing.assert_close(grad_states, alone.grad_states, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(grad_rows, alone.grad_rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", config_cases())
+def test_ranks_do_not_change_a_loss_in_bfloat16(ranks: Ranks, case: str) -> None:
+    alone = ranks(1).run(sharded_loss, case, False, True)[0]
+    exact = ranks(1).run(sharded_loss, case, False)[0]
+    near = TOLERANCE[torch.bfloat16]
+    assert alone.loss == pytest.approx(exact.loss, rel=10 * near)
+    for num_ranks in (1, 2, 3):
+        results = ranks(num_ranks).run(sharded_loss, case, True, True)
+        for choice in alone.choices:
+            found = of_all_ranks([result.choices[0] for result in results])
+            assert all(map(torch.equal, found.chosen, choice.chosen))
+        for result in results:
+            assert result.loss == pytest.approx(alone.loss, rel=near)
+        for name in ("grad_states", "grad_rows"):
+            gradient = torch.cat([getattr(result, name) for result in results])
+            assert gradient.dtype == torch.float32
+            expected = getattr(alone, name)
+            atol = near * float(expected.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=near, atol=atol)
 
 
 def refused_on_one_rank() -> str:

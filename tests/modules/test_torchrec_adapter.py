@@ -143,3 +143,23 @@ def test_shards_are_equal_blocks_and_the_last_may_be_short_or_empty(
     ranks: Ranks, num_rows: int, expected: list[tuple[int, int]]
 ) -> None:
     assert ranks(3).run(first_rows, num_rows) == expected
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 1023, 5000])
+def test_ids_travel_in_many_small_bags_whatever_their_number(
+    num_items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a thread sorts the ids of a bag, so that one bag would leave all others idle."""
+    table, seen = build(), list[torch.Tensor]()
+    send = torch.ops.fbgemm.block_bucketize_sparse_features
+
+    def recorded(lengths: torch.Tensor, *args: object, **options: object) -> object:
+        seen.append(lengths)
+        return send(lengths, *args, **options)
+
+    monkeypatch.setattr(torch.ops.fbgemm, "block_bucketize_sparse_features", recorded)
+    found = table.begin_lookup(torch.arange(num_items) % 10)()
+    assert torch.equal(found, table.rows[torch.arange(num_items) % 10])
+    (lengths,) = seen
+    assert lengths.numel() == torchrec_adapter.BAGS and lengths.sum() == num_items
+    assert lengths.max() - lengths.min() <= 1

@@ -128,6 +128,7 @@ def evaluate_all(data: str, folders: Mapping[Any, str]) -> dict[str, dict[str, f
     }
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, data: str, tmp_path: Path) -> None:
     folders = {kind: built(data, tmp_path, kind) for kind in KINDS}
     alone = evaluate_all(data, folders)

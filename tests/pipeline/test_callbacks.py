@@ -118,8 +118,8 @@ def test_a_log_gets_one_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_gets_every_validation_and_the_end() -> None:
     stream = io.StringIO()
     play(progress(3, stream))
-    first, validation, end = stream.getvalue().splitlines()
-    assert first.startswith("step 1/3")
+    first, validation, last, end = stream.getvalue().splitlines()
+    assert first.startswith("step 1/3") and last.startswith("step 3/3"), "with the last loss"
     assert validation == "validation at step 2 (best): ndcg@10 0.2500"
     assert end == "stopped at step 3: max_steps"
 

@@ -123,6 +123,7 @@ def train_and_record(config: TrainConfig) -> list[CheckpointReport]:
 
 
 @pytest.mark.parametrize("background", [True, False])
+@pytest.mark.slow
 def test_each_checkpoint_is_reported_once_with_its_stall(
     data: str, tmp_path: Path, background: bool
 ) -> None:
@@ -148,6 +149,7 @@ def train_over_an_obstacle(config: TrainConfig) -> list[tuple[int, bool]]:
     return [(report.step, report.error is None) for report in train_and_record(config)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_fails_is_reported_on_all_ranks_and_training_goes_on(
     ranks: Ranks, data: str, tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def test_restoring_at_every_step_gives_the_same_tail_at_any_number_of_ranks(
 
 def test_a_state_of_another_order_is_refused(folder: Path) -> None:
     state = loader(folder).state_dict()
-    with pytest.raises(ValueError, match="batch_size must be 10 to go on from this state, got 20"):
+    with pytest.raises(ValueError, match="must be 10 to continue from this state, got 20"):
         loader(folder, batch_size=20).load_state_dict(state)
     state["step"] = 99
     with pytest.raises(ValueError, match=r"step must be in \[0, 16\], got 99"):
@@ -134,7 +134,7 @@ def test_a_state_of_an_earlier_order_goes_on_at_its_step_and_says_so(
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == (step == 5)  # at the border of two epochs nothing is lost
     if told:
-        assert told[0].startswith("the first 5 of the 16 batches of epoch 1 came in the order of")
+        assert told[0].startswith("the first 5 of the 16 batches of epoch 1 were in the order of")
     if step < 16:
         rest = [sequences(batch) for batch in parts[0]]
         assert rest == [sequences(batch)[:5] for batch in whole[step:]]

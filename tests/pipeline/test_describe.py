@@ -59,7 +59,7 @@ WARNED: dict[str, tuple[dict[str, Any], str]] = {
     "sessions": ({"user_id": np.arange(180)}, "another --user-column"),
     "one time": ({"timestamp": np.zeros(180, int)}, "--split leave_one_out"),
     "rare items": ({"item_id": np.arange(180)}, "--min-item-events 2"),
-    "a bot": ({"user_id": np.append(np.arange(50), np.full(130, 99))}, "are of one user: a bot?"),
+    "a bot": ({"user_id": np.append(np.arange(50), np.full(130, 99))}, "perhaps a bot"),
 }
 
 

@@ -18,15 +18,15 @@ def epoch_of(
         step = 0
         while step < order.num_steps:
             window = order.window(step)
-            places = window.places(rank, num_ranks)
-            run = window.place_start(np.array(places))
+            slots = window.slots(rank, num_ranks)
+            run = window.slot_start(np.array(slots))
             samples, keys = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
             for piece in order.pieces(window, int(run[0]), int(run[1])):
                 shuffled, random_keys = order.shuffled(piece.row_group, sizes[piece.row_group])
                 own = slice(piece.first, piece.last)
                 samples.append(first[piece.row_group] + shuffled[own])
                 keys.append(random_keys[own])
-            chosen, counts = order.assign(window, places, np.concatenate(keys))
+            chosen, counts = order.assign(window, slots, np.concatenate(keys))
             parts = np.split(np.concatenate(samples)[chosen], np.cumsum(counts)[:-1])
             for index, part in enumerate(parts):
                 batches[window.first_step + index] += part.tolist()

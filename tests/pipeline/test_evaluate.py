@@ -159,6 +159,7 @@ def measure_on_ranks(run: str, data: str) -> tuple[dict[str, float], dict[str, f
     return evaluate(run, data, config, force=True)["metrics"], popularity["metrics"]
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_metric(ranks: Ranks, run: str, data: str) -> None:
     alone = measure_on_ranks(run, data)
     for num_ranks in (2, 3):
@@ -208,6 +209,7 @@ def ranks_on_ranks(run: str, data: str, folder: str) -> list[list[int]]:
     return lists
 
 
+@pytest.mark.slow
 def test_the_ranks_of_all_targets_are_written_in_the_order_of_the_users(
     ranks: Ranks, run: str, data: str, tmp_path: Path
 ) -> None:
@@ -254,6 +256,7 @@ def test_a_trained_model_beats_popularity_and_validates_as_it_evaluates(
     assert best > evaluate_popularity(data, config, split="validation")["metrics"]["NDCG@10"]
 
 
+@pytest.mark.slow
 def test_normalised_losses_are_ranked_by_angle(data: str, tmp_path: Path) -> None:
     # Rows that start so far apart in length that the longest would win by inner products.
     catalog = CatalogConfig(optimizer="adam", learning_rate=1e-2, init_std=1.0)

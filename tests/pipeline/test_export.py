@@ -271,7 +271,7 @@ class Noisy(torch.nn.Module):
 def test_export_is_compared_with_the_live_encoder(exported: Path) -> None:
     told = json.loads((exported / "manifest.json").read_text())
     assert 0 <= told["encoder_difference"] < 1e-5
-    with pytest.raises(RuntimeError, match="must answer as the live one does"):
+    with pytest.raises(RuntimeError, match="must return the states of the original"):
         encoder_difference(export_program(Noisy(), 4, 6).module(), Noisy(), 4, 6)
 
 

@@ -388,7 +388,7 @@ def test_a_second_run_on_the_same_folder_learns_who_has_it(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     for resume in ("yes", "auto"):
         for said in ranks(2).run(train_and_catch, config, resume):
-            assert said.startswith("FileExistsError: output must be trained by one run at a time")
+            assert said.startswith("BusyError: output must be trained by one run at a time")
             assert f"is held by {lock.holder()}" in said
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     lock.release()

@@ -106,6 +106,7 @@ def test_the_former_run_is_as_it_was_until_the_new_one_is_complete(
     assert_replaced(run, data, seed=2)
 
 
+@pytest.mark.slow
 def test_workers_replace_a_run_together(
     ranks: Ranks, data: str, tmp_path: Path, former: dict[str, bytes]
 ) -> None:
@@ -115,6 +116,7 @@ def test_workers_replace_a_run_together(
     assert_replaced(run, data, seed=2)
 
 
+@pytest.mark.slow
 def test_a_forced_run_that_was_interrupted_goes_on_or_begins_again(
     data: str, tmp_path: Path, former: dict[str, bytes]
 ) -> None:

@@ -119,6 +119,7 @@ def assert_items_kept_their_rows(
         ("sgd", "item ids", 2, 1),
     ],
 )
+@pytest.mark.slow
 def test_rows_and_their_memory_follow_the_items(
     ranks: Ranks, days: Path, tmp_path: Path, optimizer: str, match: str, writers: int, readers: int
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_skipped_step_changes_nothing(data: str, tmp_path: Path) -> None:
     assert torch.equal(saved.table["rows"], rows)
 
 
+@pytest.mark.slow
 def test_the_run_stops_when_nothing_improves(data: str, tmp_path: Path) -> None:
     recorder = Recorder()
     config = small_config(

@@ -83,5 +83,5 @@ def test_other_users_and_missing_files_are_not_compared(tmp_path: Path) -> None:
     other = evaluated(tmp_path / "four", ranks)
     path = tmp_path / "four" / "metrics.users.parquet"
     pq.write_table(pa.table({"ranks": pa.array([[1], [1, 1]], pa.list_(pa.int32()))}), path)
-    with pytest.raises(ValueError, match="must be of metrics.json beside it, got another"):
+    with pytest.raises(ValueError, match="must belong to the metrics.json next to it"):
         compare_pairs([one, other], 10)

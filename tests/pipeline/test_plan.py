@@ -12,6 +12,7 @@ from tests.ranks import Ranks
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.launch.cli import main
 from shardrec.modules.losses import LOSSES
+from shardrec.pipeline.checkpoint.pinned import PINNED_BYTES
 from shardrec.pipeline.config import override
 from shardrec.pipeline.plan import AttributeCounts, Machine, Plan, plan
 from shardrec.pipeline.recipes import large_catalog, tiny_cpu
@@ -70,6 +71,8 @@ CASES = {
     "two-ranks-sampled": Case(600_000, (512, 40), "loss=cce_minus", 2),
     "two-ranks-buckets": Case(400_000, (64, 20), "loss=sce", 2),
     "two-ranks-hashes": Case(400_000, (16, 20), "loss=rece", 2),
+    "bfloat16-softmax": Case(400_000, (16, 20), "loss=cce precision=bfloat16"),
+    "bfloat16-buckets": Case(300_000, (128, 20), "loss=sce precision=bfloat16"),
     "two-ranks-checkpoint": Case(600_000, (256, 20), "loss=cce_minus", 2, True),
 }
 
@@ -120,6 +123,34 @@ def test_terms_are_those_that_one_counts_by_hand() -> None:
     halved = plan(config, 1_000_000, Machine(ranks=2, libraries_gb=0.0))
     assert halved.memory["table"] == 128_000_000
     assert halved.moved["states, twice"] == 2 * 4 * 32 * 16 * 64 / 2
+
+
+def test_replicas_move_states_of_their_own_batches_and_sum_row_gradients() -> None:
+    options = "encoder.width=64 catalog.optimizer=adam loss=cce optimizer.accumulate=4"
+    config = override(tiny_cpu("none", "none"), options.split())
+    shared, replicas, alone = (
+        plan(override(config, [f"parallel.shards={shards}"]), 10**6, Machine(ranks=ranks))
+        for shards, ranks in ((0, 8), (2, 8), (0, 2))
+    )
+    assert "4 replicas x 2 shards" in replicas.describe() and "1 replica x 8" in shared.describe()
+    # All four batches over eight ranks, or one of them over two.
+    batch = 2 * 4 * 32 * 16 * 64
+    assert shared.moved["states, twice"] == 4 * batch * 7 / 8
+    assert replicas.moved["states, twice"] == batch / 2
+    assert replicas.moved["row gradients of replicas"] == 2 * 3 / 4 * 4 * 500_000 * 64
+    assert "row gradients of replicas" not in shared.moved
+    assert replicas.memory["table"] == alone.memory["table"] == 4 * shared.memory["table"]
+    assert 4 * replicas.flops["encoder"] == alone.flops["encoder"]
+    assert replicas.memory["checkpoint copy"] < alone.memory["checkpoint copy"] / 3
+
+
+def test_replicas_send_sparse_row_gradients_as_pairs_or_as_the_shard() -> None:
+    options = "encoder.width=64 loss=cce_minus optimizer.accumulate=2 parallel.shards=1"
+    config = override(tiny_cpu("none", "none"), options.split())
+    few, many = (plan(config, size, Machine(ranks=2)).moved for size in (10**7, 50))
+    touched = few["row gradients of replicas"] / (8 + 4 * 64)
+    assert 1_000 < touched < 100_000
+    assert many["row gradients of replicas"] == 50 * (4 + 4 * 64)
 
 
 def test_attributes_are_codes_of_the_shard_and_vectors_on_every_rank() -> None:
@@ -214,7 +245,8 @@ def test_the_copy_of_a_checkpoint_counts_where_it_lies(device: str) -> None:
     copied = without.memory["table"] + without.memory["optimizer state"] + encoder
     on_cpu = device == "cpu"
     assert with_copy.peak_bytes - without.peak_bytes == copied * on_cpu
-    assert with_copy.host_bytes == copied * (not on_cpu)
+    assert with_copy.host_bytes == (copied + PINNED_BYTES) * (not on_cpu)
+    assert (with_copy.batch_bytes == 2 * 32 * 16 * 28) is not on_cpu
     assert ("host memory for a checkpoint" in with_copy.describe()) is not on_cpu
 
 

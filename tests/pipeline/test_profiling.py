@@ -13,13 +13,15 @@ import pytest
 import torch
 from tests.pipeline.small_data import prepare_small, small_config
 from tests.ranks import Ranks
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
 from shardrec.kernels.device.matmul import times_transposed
 from shardrec.launch.commands import read_train
 from shardrec.pipeline.model.profile_ranges import PART, Part
 from shardrec.pipeline.run.config import LimitConfig, ProfileConfig, TrainConfig, ValidationConfig
-from shardrec.pipeline.run.profiler import OPERATORS
+from shardrec.pipeline.run.profiler import OPERATORS, summary
 from shardrec.pipeline.train import train
 
 
@@ -45,6 +47,7 @@ def shares(text: str) -> dict[str, float]:
     return {name: float(percent) for name, percent in rows}
 
 
+@pytest.mark.slow
 def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConfig) -> None:
     ranks(2).run(run_on_rank, config)
     folder = Path(config.output) / "profile"
@@ -67,6 +70,7 @@ def test_every_rank_writes_a_trace_and_a_summary(ranks: Ranks, config: TrainConf
         assert 0 <= percent["during other work"] <= percent["collectives in flight"]
 
 
+@pytest.mark.slow
 def test_the_ids_of_the_next_batch_travel_before_backward(
     ranks: Ranks, config: TrainConfig
 ) -> None:
@@ -87,6 +91,7 @@ def starts(events: list[dict[str, Any]], name: str) -> list[float]:
     return sorted(float(event["ts"]) for event in events if event["name"] == name)
 
 
+@pytest.mark.slow
 def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) -> None:
     alone = dataclasses.replace(config, output=config.output + "-alone")
     plain = dataclasses.replace(config, output=config.output + "-plain", profile=ProfileConfig())
@@ -98,6 +103,35 @@ def test_a_profile_changes_no_step_and_is_off_by_default(config: TrainConfig) ->
     assert losses[0] == losses[1]
     assert (Path(alone.output) / "profile" / "rank0.json.gz").exists()
     assert not (Path(plain.output) / "profile").exists()
+
+
+def event(name: str, start: float, end: float, *, thread: int = 1, on: str = "CPU") -> Any:
+    """An event of a profile, in microseconds."""
+    made = FunctionEvent(id=0, name=name, thread=thread, start_us=start, end_us=end)
+    made.device_type = getattr(DeviceType, on)
+    return made
+
+
+def test_on_a_gpu_backward_has_the_time_of_its_kernels() -> None:
+    """They are launched by autograd's thread, and run after the range of the main thread ended."""
+    launches = event("shardrec::cce_backward", 25, 28, thread=7)
+    launches.append_kernel("full_rows_backward", 0, 300)
+    before = event("shardrec::cce", 5, 9)
+    before.append_kernel("full_forward", 0, 100)
+    late = event("aten::add_", 95, 96)
+    late.append_kernel("add", 0, 40)
+    events = [
+        *(event(PART + "loss", 0, 10), event(PART + "loss backward", 20, 30)),
+        *(before, launches, late),
+        event("full_forward", 50, 150, on="CUDA"),
+        event("full_rows_backward", 150, 450, on="CUDA"),
+        event("add", 460, 500, on="CUDA"),
+        event(PART + "loss", 50, 150, on="CUDA"),
+    ]
+    percent = shares(summary(events, 1000e-6, 1))
+    expected = {"loss": 10.0, "loss backward": 30.0, "outside of parts": 4.0, "idle": 56.0}
+    assert {name: percent[name] for name in expected} == expected
+    assert "between steps" not in percent
 
 
 def test_products_of_both_libraries_count_as_work() -> None:

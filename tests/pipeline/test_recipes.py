@@ -32,6 +32,7 @@ def test_a_misspelt_option_of_a_loss_lists_near_matches() -> None:
         override(config, ["validation.measure.filter_sen=true"])
 
 
+@pytest.mark.slow
 def test_tiny_cpu_takes_twenty_steps_that_repeat_bit_by_bit(tmp_path: Path) -> None:
     data = prepare_small(tmp_path / "data")
     losses = []

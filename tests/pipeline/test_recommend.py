@@ -111,6 +111,69 @@ def test_lists_are_those_of_brute_force(
     assert counts["untrained_items"] == len(untrained) > 0
 
 
+@pytest.mark.parametrize("name", ["test.parquet", "validation.parquet", "train"])
+def test_sequences_of_a_prepared_folder_are_no_histories(
+    run: str, data: str, tmp_path: Path, name: str
+) -> None:
+    config = configured(run, data, tmp_path / "out", histories=f"{data}/{name}")
+    with pytest.raises(ValueError, match="histories must hold item ids of the log, got .*indices"):
+        recommend(config)
+
+
+@pytest.mark.parametrize(("known", "is_warned"), [(9, False), (8, True)])
+def test_many_unknown_items_are_warned_of(
+    run: str,
+    data: str,
+    tmp_path: Path,
+    known: int,
+    is_warned: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (item, *_) = pq.read_table(f"{data}/items.parquet")["item_id"].to_pylist()
+    users = {"user_id": [1], "items": [[item] * known + [10**9] * (10 - known)]}
+    pq.write_table(pa.table(users), tmp_path / "histories.parquet")
+    histories = str(tmp_path / "histories.parquet")
+    recommend(configured(run, data, tmp_path / "out", histories=histories))
+    said = "20 % of the items in the histories are not in the catalog (2 of 10)" in caplog.text
+    assert said == is_warned
+
+
+def test_an_event_log_gives_the_lists_of_its_histories(
+    ranks: Ranks, run: str, data: str, tmp_path: Path
+) -> None:
+    (*items,) = pq.read_table(f"{data}/items.parquet")["item_id"].to_pylist()
+    generator = np.random.default_rng(3)
+    events = [
+        (f"u{user}", int(generator.choice([*items, 10**9])), int(generator.integers(10**6)))
+        for user in range(30)
+        for _ in range(1 + user % 5)
+    ]
+    names = ("who", "what", "when")
+    columns = dict(zip(names, zip(*events, strict=True), strict=True))
+    pq.write_table(pa.table({name: list(one) for name, one in columns.items()}), tmp_path / "log")
+    by_hand: dict[str, list[int]] = {}
+    for user, item, _ in sorted(events, key=lambda event: event[2]):
+        by_hand.setdefault(user, []).append(item)
+    users = {"user_id": list(by_hand), "items": list(by_hand.values())}
+    pq.write_table(pa.table(users), tmp_path / "users.parquet")
+    wanted = configured(run, data, tmp_path / "of-lists", histories=str(tmp_path / "users.parquet"))
+    recommend(wanted)
+    named = dict(zip(("user_column", "item_column", "time_column"), names, strict=True))
+    of_log = {"events": str(tmp_path / "log"), **named}
+    for num_ranks in (1, 2):
+        output = tmp_path / f"of-log-{num_ranks}"
+        ranks(num_ranks).run(recommend_on_ranks, configured(run, data, output, **of_log))
+        found, expected = (
+            sorted(rows_of(folder), key=lambda row: row["user_id"])
+            for folder in (output, tmp_path / "of-lists")
+        )
+        assert found == expected and len(found) == 30
+    again = configured(run, data, tmp_path / "of-log-2", **of_log)
+    assert not recommend(again).is_new
+    with pytest.raises(ValueError, match="histories must come without events"):
+        configured(run, data, tmp_path / "x", histories="a", events="b")
+
+
 def recommend_on_ranks(config: RecommendConfig) -> dict[str, Any]:
     return recommend(config).manifest
 

@@ -159,6 +159,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [config.output for config in configs]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_about_real_runs(
     trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

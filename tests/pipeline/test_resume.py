@@ -117,6 +117,7 @@ def test_auto_starts_goes_on_and_then_does_nothing(
     assert list(train_and_read(config, "auto", 3)["losses"]) == [1, 2, 3]
     assert list(train_and_read(config, "auto")["losses"]) == [3, 4, 5, 6]
     before = times_in(tmp_path / "run")
+    caplog.set_level("INFO")
     report = train(config, resume="auto")
     assert report == train(config, resume="yes") and report.step == STEPS
     assert "finished already (max_steps reached): nothing to do" in caplog.text

@@ -78,6 +78,7 @@ def similar_on_ranks(config: SimilarConfig) -> dict[str, Any]:
     return similar(config).manifest
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_list(
     ranks: Ranks, run: str, data: str, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def origin(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else origin(error.__cause__)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_prepare_cleanly_wherever_it_strikes(disk: Path, tmp_path: Path) -> None:
     output = str(disk / "out")
     old = prepare(

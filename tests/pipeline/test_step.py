@@ -12,9 +12,10 @@ from tests.pipeline.small_data import small_config
 from torch import Tensor, nn
 
 from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.prepared.loader import Batch, BatchConfig
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, ValidationConfig
-from shardrec.pipeline.run.step import learning_rate_factor
+from shardrec.pipeline.run.step import Stepper, learning_rate_factor
 from shardrec.pipeline.train import Run, build
 
 OFF = ValidationConfig(every_epochs=None)
@@ -167,3 +168,21 @@ def test_items_and_targets_outside_the_catalog_are_refused(data: str, tmp_path: 
     wrong[0, 0] = -1
     with pytest.raises(ValueError, match="targets must"):
         run.stepper.take([Batch(batch.items, batch.lengths, wrong, batch.weights)], 1)
+
+
+def test_the_optimizer_of_a_gpu_is_fused_and_that_of_a_cpu_is_not(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kind of device wrote the state that it goes on from."""
+    on_cpu = build_run(data, tmp_path / "cpu").stepper
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "device", torch.device("cuda", 0))
+        on_gpu = Stepper(
+            on_cpu.model, on_cpu.loss, on_cpu.config, seed=1, total_steps=on_cpu.total_steps
+        )
+    steppers = {None: on_cpu, True: on_gpu}
+    saved = {fused: one.optimizer.state_dict() for fused, one in steppers.items()}
+    for fused, one in steppers.items():
+        for state in saved.values():
+            one.load_optimizer(state)
+            assert [group["fused"] for group in one.optimizer.param_groups] == [fused]

@@ -102,11 +102,11 @@ def met_before(
     LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
     """(LEFT, RIGHT) bool: whether a round before ``round_index`` already has this candidate."""
-    met = tl.zeros((LEFT, RIGHT), dtype=tl.int1)
+    found = tl.zeros((LEFT, RIGHT), dtype=tl.int1)
     for earlier in range(0, round_index):
         b_left = tl.load(chunks_left + o_left * num_rounds + earlier, mask=m_left, other=0)
         b_right = tl.load(chunks_right + o_right * num_rounds + earlier, mask=m_right, other=0)
         # Chunks of rows are stored in one or two bytes.
         b_distance = b_left.to(tl.int32)[:, None] - b_right.to(tl.int32)[None, :]
-        met = met | (tl.abs(b_distance) <= reach)
-    return met
+        found = found | (tl.abs(b_distance) <= reach)
+    return found

@@ -1,4 +1,8 @@
-"""Baseline losses in plain PyTorch, with all logits in memory, over a tensor or a row shard."""
+"""Baseline losses in plain PyTorch, with all logits in memory, over a tensor or a row shard.
+
+The baselines that a model must beat (popularity, item-to-item scores) are in
+``pipeline/baseline.py``.
+"""
 
 from typing import Any
 
@@ -35,8 +39,9 @@ def eager_cross_entropy(
 ) -> Tensor:
     """Full softmax cross-entropy that stores the logits of all positions and rows.
 
-    Arguments, results and errors are those of ``cut_cross_entropy``, but products are float32
-    under autocast too. Memory is O(N V / W) on each of W ranks; each rank gathers all states.
+    Arguments, results and errors are those of ``cut_cross_entropy``, except that products are in
+    float32 even under autocast. Memory is O(N V / W) on each of W ranks; each rank gathers all
+    states.
 
     Collectives: none for a tensor. For a shard, in forward one all-gather of five integers per
     rank, all-gathers of targets and of (N, D) states, all-reduces of the maximum and of the sums,
@@ -106,7 +111,7 @@ def generalized_binary_cross_entropy(
     normalize: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """gBCE: binary cross-entropy with the positive probability raised to the power beta.
+    """Binary cross-entropy with the positive probability raised to the power beta (gBCE).
 
     ``loss_i = -beta log sigmoid(s_iy) - sum_k log(1 - sigmoid(s_in_k))`` with
     ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)`` and ``alpha = K / (V - 1)`` (Petrov and
@@ -230,7 +235,7 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
 
 
 def eager_cross_entropy_cost(work: Workload) -> LossCost:
-    """Cost of one step with stored logits on one rank: up to five (N, R) float32 tensors."""
+    """Cost of one step on one rank, with up to five (N, R) float32 tensors of logits stored."""
     pairs = work.num_positions * work.num_rows
     return LossCost(
         touched_rows=work.num_rows,
@@ -242,7 +247,7 @@ def eager_cross_entropy_cost(work: Workload) -> LossCost:
 
 
 def paired_cross_entropy_cost(work: Workload, num_negatives: int) -> LossCost:
-    """Cost of one step with K own negatives per position on one rank, with copies of their rows."""
+    """Cost of one step on one rank, with K negatives per position and copies of their rows."""
     vectors = work.num_positions * (num_negatives + 1) * work.width
     return LossCost(
         touched_rows=work.num_rows,

@@ -1,0 +1,1 @@
+"""What ``tune`` searches, and the study that remembers it."""

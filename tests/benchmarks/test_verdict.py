@@ -1,0 +1,90 @@
+"""The verdict on a GPU, at toy size in Triton's interpreter: every stage, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import verdict_gpu
+from verdict import checks
+from verdict.checks import LOSSES, Case, cases, check
+from verdict.lines import Lines
+from verdict.speed import Size
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MORE = {"torchrec", "fbgemm_gpu", "pyarrow", "duckdb", "rich", "torchx", "torchmetrics"}
+
+
+def test_every_stage_runs_and_leaves_its_lines(tmp_path: Path) -> None:
+    """As a command of its own, so that the interpreter is on, and nothing but torch is needed."""
+    code = "import sys, verdict_gpu; done = verdict_gpu.main(); print(*sys.modules); sys.exit(done)"
+    variables = {"TRITON_INTERPRET": "1", "OUT": str(tmp_path)}
+    path = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'benchmarks'}"}
+    command = [sys.executable, "-P", "-c", code, "--toy"]
+    done = subprocess.run(
+        command, env=os.environ | variables | path, capture_output=True, text=True, timeout=300
+    )
+    text = (tmp_path / "verdict_gpu.jsonl").read_text()
+    assert done.returncode == 0, text[-3000:] + done.stderr[-3000:]
+    assert not MORE & set(done.stdout.splitlines()[-1].split())
+    rows = [json.loads(line) for line in text.splitlines()]
+    (counted,) = (row for row in rows if row["kind"] == "checks")
+    assert (counted["of"], counted["done"], counted["bad"]) == (len(LOSSES), len(LOSSES), 0)
+    timed = [row for row in rows if row["kind"] == "speed"]
+    assert {row["loss"] for row in timed if row["by"] == "ours"} == set(LOSSES)
+    assert "ours, autocast" in {row["by"] for row in timed}
+    assert [row["kind"] for row in (rows[0], rows[-1])] == ["begin", "end"]
+
+
+def test_every_loss_is_checked_at_every_width_in_both_usual_dtypes() -> None:
+    wanted = cases("cuda", toy=False)
+    for loss in LOSSES:
+        seen = {(case.D, case.dtype) for case in wanted if case.loss == loss}
+        widths = {256, 128, 64, 100}
+        assert {(width, kind) for width in widths for kind in ("bfloat16", "float32")} <= seen
+
+
+def test_a_failure_is_a_line_and_the_next_stage_comes(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "lines.jsonl", 60)
+
+    def broken() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("no room")
+
+    lines.attempt("speed", {"loss": "cce"}, broken)
+    lines.attempt("speed", {"loss": "sce"}, lambda: {"ms": 1.0})
+    lines.attempt("speed", {"loss": "rece"}, lambda: {"ms": 1.0}, needs=1e9)
+    rows = [json.loads(line) for line in lines.path.read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["speed_failed", "speed", "left_out"]
+    assert "no room" in rows[0]["error"] and "broken" in " ".join(rows[0]["where"])
+
+
+def test_a_wrong_gradient_is_bad_and_an_error_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("cce", "float32", 8, 16, 24, "cpu")
+
+    def evaluate(factor: float) -> Any:
+        def found(loss: str, batch: Any, backend: str, **options: Any) -> list[torch.Tensor]:
+            return [torch.ones(3, dtype=torch.float64) * (factor if backend == "triton" else 1)]
+
+        return found
+
+    monkeypatch.setattr(checks, "run", evaluate(1.0))
+    assert check(case)["ok"] and check(case)["same_bits"]
+    monkeypatch.setattr(checks, "run", evaluate(1.01))
+    assert not check(case)["ok"] and check(case)["errors"] == [0.01]
+    monkeypatch.setattr(checks, "run", None)
+    row = check(case)
+    assert not row["ok"] and "TypeError" in row["error"] and row["where"]
+
+
+def test_what_the_budget_leaves_out_is_named(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "lines.jsonl", 0.0)
+    verdict = verdict_gpu.Verdict(lines, "cpu")
+    verdict.speed(("cce", "sce"), Size(8, 16, 24), most_s=0, needs=10)
+    assert [(row["kind"], row["loss"]) for row in lines.rows] == [
+        ("left_out", "cce"),
+        ("left_out", "sce"),
+    ]

@@ -1,0 +1,85 @@
+"""Ranks that were started with other options, data or code are named before they train."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from tests.pipeline.small_data import prepare_small, small_config, write_log
+from tests.ranks import Ranks
+
+from shardrec.pipeline.ranks import default_group
+from shardrec.pipeline.run import agreement
+from shardrec.pipeline.run.agreement import code_facts, require_same
+from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.resume import Resume
+from shardrec.pipeline.train import train
+
+
+def agree(facts: list[dict[str, Any]]) -> str:
+    try:
+        require_same(facts[dist.get_rank()], default_group())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_the_rank_and_its_facts_are_named_on_all_ranks(ranks: Ranks) -> None:
+    facts = {"seed": 1, "loss": "cce"}
+    assert ranks(3).run(agree, [facts, facts, facts]) == ["", "", ""]
+    said = ranks(3).run(agree, [facts, facts, {"seed": 9, "ks": (1,)}])
+    assert said[0] == said[1] == said[2]
+    assert "got ks=(1,) for nothing, loss=nothing for cce, seed=9 for 1 on rank 2;" in said[0]
+
+
+def train_differently(
+    config: TrainConfig, other: TrainConfig, resumes: tuple[Resume, Resume] = ("auto", "auto")
+) -> str:
+    rank = dist.get_rank()
+    try:
+        train(other if rank else config, resume=resumes[rank])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_two_ranks_with_different_options_do_not_train(ranks: Ranks, tmp_path: Path) -> None:
+    config = small_config(prepare_small(tmp_path), str(tmp_path / "run"))
+    faster = dataclasses.replace(config.optimizer, learning_rate=0.5)
+    others = {
+        "seed=9 for 1": dataclasses.replace(config, seed=9),
+        "optimizer.learning_rate=0.5 for": dataclasses.replace(config, optimizer=faster),
+    }
+    for words, other in others.items():
+        assert all(f"{words}" in said for said in ranks(2).run(train_differently, config, other))
+    said = ranks(2).run(train_differently, config, config, ("auto", "no"))
+    assert all("resume=no for auto on rank 1" in one for one in said)
+    assert not (tmp_path / "run").exists(), "nothing was written"
+    ranks(2).run(train_differently, config, config)
+    assert (tmp_path / "run" / "end.json").exists()
+
+
+def test_two_ranks_with_different_data_do_not_train(ranks: Ranks, tmp_path: Path) -> None:
+    config = small_config(prepare_small(tmp_path / "a"), str(tmp_path / "run"))
+    log = write_log(tmp_path / "log.parquet", seed=1)
+    other = prepare_small(tmp_path / "b", events=str(log))
+    said = ranks(2).run(train_differently, config, dataclasses.replace(config, data=other))
+    assert all("fingerprint of the data=" in one and "on rank 1" in one for one in said)
+    # A copy in another place is the same data.
+    shutil.copytree(config.data, tmp_path / "copy")
+    copy = dataclasses.replace(config, data=str(tmp_path / "copy"))
+    assert ranks(2).run(train_differently, config, copy) == ["", ""]
+
+
+def other_code() -> str:
+    with pytest.MonkeyPatch.context() as patched:
+        if dist.get_rank() == 1:
+            patched.setattr(agreement, "_code_digest", lambda: "changed")
+        return agree([code_facts()] * 2)
+
+
+def test_ranks_of_another_version_are_named(ranks: Ranks) -> None:
+    said = ranks(2).run(other_code)
+    assert all("code=changed for" in one for one in said)
