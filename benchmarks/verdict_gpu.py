@@ -33,7 +33,7 @@ COLUMNS = (
 )
 CHECK_S = 150.0  # of the budget, at most
 RESERVED_S = 200.0  # that the checks leave for what comes after them
-MIDDLE, LARGE = Size(16_384, 128, 100_000), Size(131_072, 256, 1_000_000)
+MIDDLE = Size(16_384, 128, 100_000)
 TOY = Size(16, 16, 40, "float32")
 
 
@@ -131,7 +131,7 @@ def on_gpu(verdict: Verdict) -> None:
         check_all(lines, "cuda", seconds, toy=False)
         return {}
 
-    lines.attempt("check", {}, checked)
+    lines.attempt("checking", {}, checked)
     for catalog in (100_000, 1_000_000):
         verdict.speed(LOSSES, Size(131_072, 256, catalog), most_s=4, needs=60)
         print(verdict.table(), flush=True)
@@ -154,6 +154,11 @@ def in_interpreter(verdict: Verdict) -> None:
     verdict.autocast(TOY, 0)
 
 
+def bad_rows(lines: Lines) -> list[dict[str, Any]]:
+    """The checks that were not right, and whatever failed."""
+    return [row for row in lines.rows if row["kind"] == "check" or row["kind"].endswith("_failed")]
+
+
 def main() -> int:
     """Runs the stages; 0 if every check that ran was right and nothing failed, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,7 +170,7 @@ def main() -> int:
     verdict = Verdict(lines, "cpu" if options.toy else "cuda")
     verdict.machine()
     in_interpreter(verdict) if options.toy else on_gpu(verdict)
-    bad = [row for row in lines.rows if row["kind"] == "check" or row["kind"].endswith("_failed")]
+    bad = bad_rows(lines)
     print(verdict.table(), flush=True)
     lines.say("end", bad=len(bad), left_s=round(lines.left))
     return int(bool(bad))

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        from shardrec.pipeline.config import unknown_name
+        from shardrec.pipeline.near_names import unknown_name
 
         print(f"shardrec: {unknown_name('command', name, list(COMMANDS))}", file=sys.stderr)
         return BAD_INPUT

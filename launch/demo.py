@@ -24,10 +24,10 @@ from shardrec.launch.runner import Job, run_here
 from shardrec.modules.losses import LOSSES
 from shardrec.modules.option_checks import require_at_least
 from shardrec.pipeline.baseline import BaselineConfig, Kind, baseline
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.evaluate import evaluate, evaluate_popularity
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import docstring_parser
 
-from shardrec.pipeline.config import snake_case, unknown_name
+from shardrec.pipeline.config import snake_case
+from shardrec.pipeline.near_names import unknown_name
 
 __all__ = [
     "REQUIRED",

@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from shardrec.launch.described import descriptions
 from shardrec.launch.stages import COMMANDS
-from shardrec.pipeline.config import parse, type_names, unknown_name, usual_names
+from shardrec.pipeline.config import parse, type_names
+from shardrec.pipeline.near_names import unknown_name, usual_names
 
 __all__ = [
     "Parser",

@@ -276,7 +276,7 @@ COMMANDS = {
             "example: shardrec plan --num-items 10_000_000 --ranks 8 --memory-gb 80 --device cuda"
             " --recipe large_catalog encoder.width=128"
         ),
-        config="pipeline.plan.Machine",
+        config="pipeline.run.machine.Machine",
     ),
     "launch": Command(
         kind="tool",

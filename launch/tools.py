@@ -14,7 +14,7 @@ from shardrec.launch import commands
 from shardrec.launch.options import add_options, parser_for, read_options, require_set_once
 from shardrec.launch.stages import STAGES
 from shardrec.launch.train_options import dotted_names
-from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.near_names import unknown_name
 
 if TYPE_CHECKING:
     from shardrec.launch.runner import Job

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.attributes import ComposedRows, ItemAttributes, check_attributes
-from shardrec.modules.catalog_config import CatalogConfig
+from shardrec.modules.catalog_config import CatalogConfig, check_shape
 from shardrec.modules.initial_rows import fill_initial_rows
 from shardrec.modules.replicas import Replicas
 from shardrec.modules.row_updates import build_update, empty_gradient, merged_pairs
@@ -68,7 +68,7 @@ class Catalog:
             attributes: of the items; needed unless ``config.attributes`` is "none".
             replicas: copies of the table on other ranks; None for one copy.
         """
-        _check_shape(num_items, width)
+        check_shape(num_items, width)
         check_attributes(config, attributes)
         self.config = config
         self.device = device
@@ -393,12 +393,3 @@ class Catalog:
                 f"state must cover rows [{first}, {stop}) of {self.num_items}, got "
                 f"[{start}, {start + state['rows'].shape[0]}) of {num_old}; join the saved shards"
             )
-
-
-def _check_shape(num_items: int, width: int) -> None:
-    if num_items < 1:
-        raise ValueError(f"num_items must be at least 1, got {num_items}; is the item list empty?")
-    if width < 4 or width % 4:
-        raise ValueError(
-            f"width must be a positive multiple of 4, got {width}; use {-(-max(width, 1) // 4) * 4}"
-        )

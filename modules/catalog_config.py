@@ -11,7 +11,7 @@ from shardrec.modules.option_checks import (
     require_within,
 )
 
-__all__ = ["OPTIMIZERS", "CatalogConfig", "rows_at_once", "state_floats"]
+__all__ = ["OPTIMIZERS", "CatalogConfig", "check_shape", "rows_at_once", "state_floats"]
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "sparse_adam")
 MIN_RANGE, CPU_RANGE, GPU_RANGE_BYTES = 1_024, 4_096, 256 << 20
@@ -92,3 +92,17 @@ def state_floats(optimizer: str, width: int) -> int:
     """
     known = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width}
     return known.get(optimizer, 2 * width)  # adam and sparse_adam have two moments
+
+
+def check_shape(num_items: int, width: int) -> None:
+    """Raise ValueError unless there are items, and ``width`` is a multiple of 4.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    if num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}; is the item list empty?")
+    if width < 4 or width % 4:
+        raise ValueError(
+            f"width must be a positive multiple of 4, got {width}; use {-(-max(width, 1) // 4) * 4}"
+        )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels.shard import RowShard
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.outputs.formats import GATE, METRICS
 from shardrec.pipeline.outputs.json_files import Shape, require_shape
 from shardrec.pipeline.outputs.stage_output import StageOutput, read_output

@@ -22,10 +22,10 @@ from shardrec import __version__
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.modules.option_checks import require_at_least
 from shardrec.modules.ranking import Blocks
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig
 from shardrec.pipeline.model.measure import measure, open_users
 from shardrec.pipeline.model.ranker import StateRanker
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import MEMORY
 from shardrec.pipeline.outputs.stage_output import StageOutput

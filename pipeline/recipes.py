@@ -11,8 +11,8 @@ from typing import Protocol
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import MeasureConfig
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepared.loader import BatchConfig
 from shardrec.pipeline.run.config import LimitConfig, OptimizerConfig, TrainConfig, ValidationConfig
 

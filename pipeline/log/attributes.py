@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.log.columns import read_ids, same_kind
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.outputs.files import digest
 from shardrec.pipeline.prepared.attributes import AttributeColumn, Kind, RawValues
 from shardrec.pipeline.prepared.data_files import find_files

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepared.ids import id_kind, plain_ids, plain_text, value_type
 
 LARGEST_WEIGHT = 1e30  # sums of a batch must fit float32

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from shardrec.pipeline.config import unknown_name
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepared.data_files import find_files
 from shardrec.pipeline.prepared.ids import id_kind, plain_ids, require_ids, short_message
 from shardrec.pipeline.prepared.item_ids import ItemIds

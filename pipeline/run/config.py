@@ -14,8 +14,8 @@ from shardrec.modules.option_checks import (
     require_choice,
     require_within,
 )
-from shardrec.pipeline.config import unknown_name
 from shardrec.pipeline.model.config import DEFAULT_METRIC, MeasureConfig, Precision
+from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepared.loader import BatchConfig
 
 __all__ = [

@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shardrec.pipeline.config import parse, unknown_name
+from shardrec.pipeline.config import parse
+from shardrec.pipeline.near_names import unknown_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MORE = {"torchrec", "fbgemm_gpu", "pyarrow", "duckdb", "rich", "torchx", "torchmetrics"}
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_leaves_its_lines(tmp_path: Path) -> None:
     """As a command of its own, so that the interpreter is on, and nothing but torch is needed."""
     code = "import sys, verdict_gpu; done = verdict_gpu.main(); print(*sys.modules); sys.exit(done)"
@@ -88,3 +89,30 @@ def test_what_the_budget_leaves_out_is_named(tmp_path: Path) -> None:
         ("left_out", "cce"),
         ("left_out", "sce"),
     ]
+
+
+def test_on_a_gpu_the_most_telling_comes_first_and_only_failures_are_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages as they would follow one another, with stand-ins for what needs a GPU."""
+    lines = Lines(tmp_path / "lines.jsonl", 440)
+    out = {"wrong": False}
+
+    def checked(lines: Lines, device: str, seconds: float, *, toy: bool) -> None:
+        if out["wrong"]:
+            lines.say("check", loss="cce", ok=False)
+        lines.say("checks", of=2, done=2, bad=int(out["wrong"]))
+
+    monkeypatch.setattr(verdict_gpu, "check_all", checked)
+    monkeypatch.setattr(verdict_gpu, "contests", lambda *_: {"ours": int, "other": int})
+    monkeypatch.setattr(verdict_gpu, "measured", lambda *_: {"ms": 1.0})
+    monkeypatch.setattr(Size, "make", lambda *_: None)
+    verdict_gpu.on_gpu(verdict_gpu.Verdict(lines, "cpu"))
+    kinds = [row["kind"] for row in lines.rows]
+    assert kinds[: len(LOSSES) + 1] == [*["speed"] * len(LOSSES), "checks"]
+    largest = [row["loss"] for row in lines.rows if row.get("V") == 10_000_000]
+    assert largest == ["cce_minus", "sce", "rece", "cce"]
+    assert verdict_gpu.bad_rows(lines) == []
+    out["wrong"] = True
+    verdict_gpu.on_gpu(verdict_gpu.Verdict(lines, "cpu"))
+    assert [row["loss"] for row in verdict_gpu.bad_rows(lines)] == ["cce"]

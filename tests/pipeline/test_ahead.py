@@ -57,6 +57,7 @@ def config_of(data: str, folder: Path, steps: int, accumulate: int) -> TrainConf
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_run_is_the_same_bit_by_bit_with_validations_between_and_after_a_resume(
     plain_data: str, tmp_path: Path, accumulate: int
