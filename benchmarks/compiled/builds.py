@@ -20,6 +20,7 @@ from compiled.least_work import LeastWork, least_work
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shardrec.kernels.block_logsumexp.gpu import add_rows as gpu_add_rows
 from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
 from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
@@ -304,7 +305,7 @@ def shipped_cases() -> list[Case]:
             "",
             {"ITEMS": select_gpu.CANDIDATES},
         ),
-        Case("add_rows", gpu_listed.add_rows_kernel, "", {"LINES": 32, "scale": None}),
+        Case("add_rows", gpu_add_rows.add_rows_kernel, "", {"LINES": 32, "scale": None}),
         Case("target_logits", gpu_targets.target_logits_kernel, "", {"LINES": 16}),
         Case(
             "target_states_backward", gpu_targets.target_states_backward_kernel, "", {"LINES": 16}

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardrec.kernels.block_logsumexp.gpu.add_rows import add_rows
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
-from shardrec.kernels.block_logsumexp.gpu.listed import add_rows
 from shardrec.kernels.block_logsumexp.gpu.tile_math import load_tile
 from shardrec.kernels.device.backend import alignment
 
