@@ -160,4 +160,5 @@ def test_rece_holds_a_byte_for_each_row_and_round_and_sorts_one_round(
     (small, said_small), (large, said_large) = rece(128), rece(256)
     assert large - small <= said_large - said_small == (2 + 28) * 128
     for held, said in ((small, said_small), (large, said_large)):
-        assert 0.5 * said < held < 1.5 * said
+        # The sort of a CPU makes none of the copies that the radix sort of a GPU makes.
+        assert 0.25 * said < held < 1.5 * said
