@@ -28,7 +28,7 @@ TEST_PROCESSES ?= 2
 SHARED_OUT := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-quick test-slow test-slurm test-image lint format docs lock bench bench-compile verdict-gpu clean
+.PHONY: help setup install demo test test-quick test-slow test-slurm test-image test-spark lint format docs lock bench bench-compile verdict-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,10 +42,10 @@ demo: setup  ## generate, prepare, train on 2 workers, evaluate, compare (EVENTS
 	@$(BIN)/shardrec demo $${SHARDREC_EVENTS:+--events "$$SHARDREC_EVENTS"} $(ARGS)
 
 test: setup  ## all tests that need no GPU
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not soak and not slurm and not image" $(ARGS)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not soak and not slurm and not image and not spark" $(ARGS)
 
 test-quick: setup  ## the tests that take seconds
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image" $(ARGS)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image and not spark" $(ARGS)
 
 test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m soak tests/launch/test_elastic.py \
@@ -56,6 +56,9 @@ test-slurm: setup  ## training as a job of a real Slurm on this machine (root, S
 
 test-image: setup  ## the Dockerfile's instructions in a fresh Debian, without Docker (root, debootstrap)
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m image tests/launch/test_dockerfile.py $(ARGS)
+
+test-spark: setup  ## prepare on Spark clusters of several processes (Java, pip install pyspark)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m spark tests/pipeline/test_spark_clusters.py $(ARGS)
 
 lint: setup  ## what CI checks besides the tests
 	$(AT_ROOT).venv/bin/ruff check .

@@ -2,8 +2,8 @@ r"""Generate event logs of any size for benchmarks; equal arguments give equal l
 
 ``integers`` and ``strings`` are the same draws with the two kinds of ids: a million users and
 200,000 items for 20 million events, both skewed, in no order of time. In ``one-user`` one of
-100,000 users has three fifths of the events. ``synth`` is the log of ``shardrec synth``, which
-lies in order of time.
+100,000 users has three fifths of the events, and in ``text-users`` most users have one event.
+``synth`` is the log of ``shardrec synth``, which lies in order of time.
 
     python benchmarks/logs.py strings log.parquet --events 20_000_000
 """
@@ -43,7 +43,17 @@ def one_user(draw: np.random.Generator, count: int, total: int) -> tuple[Ints, I
     return user, draw.integers(0, items, count)
 
 
-DRAWS: dict[str, Draw] = {"integers": skewed, "strings": skewed, "one-user": one_user}
+def many_users(draw: np.random.Generator, count: int, _: int) -> tuple[Ints, Ints]:
+    """Users and items of ``count`` events, nearly all of them of a user of their own."""
+    user = draw.integers(0, 1 << 40, count)
+    user[: count // 1000] = np.arange(count // 1000) % 100  # some have enough to train on
+    return user, draw.integers(0, 100_000, count)
+
+
+DRAWS: dict[str, Draw] = {
+    **{"integers": skewed, "strings": skewed},
+    **{"one-user": one_user, "text-users": many_users},
+}
 KINDS = ("synth", *DRAWS)
 
 
@@ -63,7 +73,7 @@ def write_log(
         users, items = num_events // 20, num_events // 100
         write_synth(SynthConfig(users=users, items=items, events=num_events, seed=seed), path)
         return
-    text = kind == "strings"
+    text = kind in ("strings", "text-users")
     ids = pa.string() if text else pa.int64()
     columns = [("user_id", ids), ("item_id", ids), ("timestamp", pa.int64())]
     draw = np.random.default_rng(seed)

@@ -7,11 +7,14 @@ tenth as many events of another seed are prepared before, and their items keep t
     python benchmarks/prepare.py --generate integers --events 20_000_000
     python benchmarks/prepare.py --generate one-user --events 6_000_000 --repeats 1
     python benchmarks/prepare.py --generate strings --keep-items
+    python benchmarks/prepare.py --generate integers engine=spark 'master=local[2]'
     python benchmarks/prepare.py --log events.parquet split=leave_one_out user_column=customer
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,29 +22,38 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from logs import KINDS, write_log
-from record import RESULTS, Results, call_fresh, median, peak_rss_bytes, timed
+from record import RESULTS, Results, Watch, call_fresh, median, peak_rss_bytes, timed
 
 from shardrec.pipeline.config import override
 from shardrec.pipeline.prepare import PrepareConfig, prepare
+
+ALIKE = (
+    *("types", "output_bytes", "counts", "quantiles"),
+    *("peak_by_process", "peak_disk_bytes", "fingerprint"),
+)
 
 
 def run_once(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds, peak memory and counts of one ``prepare`` in this process."""
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
-        config = PrepareConfig(
-            events=job["events"],
-            items=job["items"],
-            output=str(Path(folder) / "prepared"),
-            threads=job["threads"],
-            memory_limit=job["memory_limit"],
-        )
+        output = str(Path(folder) / "prepared")
+        config = PrepareConfig(events=job["events"], items=job["items"], output=output)
+        if "engine=spark" in job["options"]:
+            os.environ["SPARK_LOCAL_DIRS"] = folder
+        else:
+            limits = {"threads": job["threads"], "memory_limit": job["memory_limit"]}
+            config = dataclasses.replace(config, **limits)
         config = override(config, job["options"])
         manifests = []
-        seconds = timed(lambda: manifests.append(prepare(config)))
+        with Watch(folder) as watch:
+            seconds = timed(lambda: manifests.append(prepare(config)))
         manifest = manifests[0]
         return {
             "seconds": round(seconds, 2),
             "peak_bytes": peak_rss_bytes(),
+            "peak_by_process": watch.memory,
+            "peak_disk_bytes": watch.disk,
+            "fingerprint": manifest.fingerprint,
             "output_bytes": sum(file.bytes for file in manifest.files),
             "types": {name: manifest.columns[name]["type"] for name in ("user", "item", "time")},
             "counts": manifest.counts,
@@ -66,7 +78,7 @@ def measure(options: argparse.Namespace, results: Results, key: dict[str, Any]) 
         seconds=median(times),
         peak_bytes=max(answer["peak_bytes"] for answer in answers),
         times_s=times,
-        **{name: answers[0][name] for name in ("types", "output_bytes", "counts", "quantiles")},
+        **{name: answers[0][name] for name in ALIKE},
     )
 
 

@@ -1,5 +1,6 @@
 """Benchmark results as JSON lines, with the command, commit, versions and machine."""
 
+import contextlib
 import json
 import os
 import platform
@@ -8,16 +9,20 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 __all__ = [
     "RESULTS",
     "SHARDREC",
     "Results",
+    "Watch",
     "call_fresh",
     "median",
     "peak_rss_bytes",
@@ -132,6 +137,48 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process since its start, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Watch:
+    """The most bytes that processes and a folder held, looked at a few times a second.
+
+    Attributes:
+        memory: peak resident memory of this process and those it started, by name; processes of one
+            name are added up.
+        disk: peak bytes of the files in the folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Watch this process's descendants and ``folder``."""
+        self.folder, self.memory, self.disk = folder, dict[str, int](), 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.3):
+            found: dict[str, int] = {}
+            me = psutil.Process()
+            for process in (me, *me.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    name = "driver" if process == me else process.name()
+                    found[name] = found.get(name, 0) + process.memory_info().rss
+            for name, held in found.items():
+                self.memory[name] = max(self.memory.get(name, 0), held)
+            sizes = 0
+            for path in Path(self.folder).rglob("*"):
+                with contextlib.suppress(OSError):
+                    sizes += path.stat().st_size if path.is_file() else 0
+            self.disk = max(self.disk, sizes)
 
 
 def reset_peak_rss() -> None:

@@ -96,6 +96,8 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
     from shardrec.pipeline.prepare import prepare_once
     from shardrec.pipeline.prepared.balance import describe_loads
 
+    if config.engine == "spark":
+        _make_ready_for_spark(config.master)
     done = prepare_once(config)
     print_counts(done.manifest.counts)
     print_split(done.manifest)
@@ -103,6 +105,19 @@ def prepare(_: Namespace, config: "PrepareConfig") -> int:
     print("\n".join(lines))
     print_end(done.is_new, config.output, "is complete already: nothing was done")
     return 0
+
+
+def _make_ready_for_spark(master: str | None) -> None:
+    """Check that there is Java; on this machine, Spark's Python is the one that runs this."""
+    from shardrec.launch.doctor import find_java
+
+    if find_java() is None:
+        raise ValueError(
+            "engine=spark must have Java 17 or newer on PATH or in JAVA_HOME, got none; install "
+            "one, such as the package openjdk-17-jre-headless"
+        )
+    if master is None or master.startswith("local["):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 
 
 def train(options: Namespace, config: "TrainConfig") -> int:

@@ -6,7 +6,9 @@ The module imports at its top nothing that a broken environment could lack.
 import ctypes
 import importlib
 import importlib.metadata
+import os
 import platform
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -43,6 +45,7 @@ class Facts:
     backends: tuple[str, ...]  # communication backends that torch has
     load_errors: dict[str, str]  # first line, by installed module that fails to import
     host: tuple[str, str | None] | None = None  # this machine's name and its address, if it has one
+    has_java: bool = True
 
     @property
     def fbgemm_builds(self) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def gather() -> Facts:
     return Facts(
         python=sys.version_info[:2],
         machine=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in (*NEEDED, *FBGEMM_BUILDS.values())},
+        versions={name: _version(name) for name in (*NEEDED, *FBGEMM_BUILDS.values(), "pyspark")},
         driver=driver_release(),
         gpus=count_gpus(),
         torch_cuda=torch_cuda,
@@ -76,6 +79,7 @@ def gather() -> Facts:
         backends=backends,
         load_errors=load_errors,
         host=_host(),
+        has_java=find_java() is not None,
     )
 
 
@@ -85,6 +89,12 @@ def _host() -> tuple[str, str | None]:
         return name, socket.gethostbyname(name)
     except OSError:
         return name, None
+
+
+def find_java() -> str | None:
+    """The Java that Spark would start; None where there is none."""
+    home = os.environ.get("JAVA_HOME")
+    return shutil.which(f"{home}/bin/java" if home else "java")
 
 
 def driver_release() -> str | None:
@@ -134,7 +144,12 @@ def _ask_torch() -> tuple[str | None, bool, tuple[str, ...]]:
 def diagnose(facts: Facts) -> list[Finding]:
     """Every mismatch, each with its remedy; empty when all is well."""
     errors = [*_packages(facts), *_matching_set(facts)]
-    return [*(Finding("wrong", text) for text in errors), *_device(facts), *_network(facts)]
+    return [
+        *(Finding("wrong", text) for text in errors),
+        *_device(facts),
+        *_network(facts),
+        *_spark(facts),
+    ]
 
 
 def _packages(facts: Facts) -> Iterator[str]:
@@ -229,6 +244,15 @@ def _network(facts: Facts) -> Iterator[Finding]:
             f"the name of this machine, {name}, {found}: workers on other machines cannot reach "
             "those here by it; for jobs on several, correct /etc/hosts, or name the interface "
             "(one alone) in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+        )
+
+
+def _spark(facts: Facts) -> Iterator[Finding]:
+    if facts.versions.get("pyspark") and not facts.has_java:
+        yield Finding(
+            "note",
+            "pyspark is installed, but there is no Java for prepare --engine spark; install one of "
+            "17 or newer, such as openjdk-17-jre-headless, or set JAVA_HOME",
         )
 
 

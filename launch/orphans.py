@@ -87,7 +87,7 @@ def logs_of_launch() -> Iterator[Path]:
     It also removes such folders of launchers that were killed.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{LOGS}*"):
-        process = left.name.removeprefix(LOGS).rpartition("_")[0]
+        process = left.name.removeprefix(LOGS).partition("_")[0]
         with contextlib.suppress(ValueError):
             if not is_running(process):
                 shutil.rmtree(left, ignore_errors=True)

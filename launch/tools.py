@@ -47,10 +47,15 @@ def describe(arguments: Sequence[str]) -> int:
     parser = parser_for("describe")
     parser.add_argument("events", metavar="LOG", help="file, folder, glob or URI, as for prepare")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with curves")
     add_options(parser, DescribeConfig)
     options = parser.parse(arguments)
     found = run_describe(options.events, read_options(DescribeConfig, options))
     print(found.as_json() if options.json else found.as_text())
+    if options.html is not None:
+        from shardrec.pipeline.report.log_page import write_log_page  # needs shardrec[report]
+
+        write_log_page(found, options.events, options.html)
     return 0
 
 

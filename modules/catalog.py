@@ -6,10 +6,9 @@ The phases of a training step:
 2. backward: the gradients of the look-up are recorded as (row, gradient) pairs, and those of the
    loss are accumulated in ``shard.rows.grad``; no row changes yet;
 3. ``merge_gradients``: both are summed on the rank that owns the row, and
-   ``squared_gradient_norm`` gives its part of the norm for clipping;
+   ``squared_gradient_norm`` sums over replicas (``modules/replicas.py``), if there are any, and
+   gives this rank's part of the norm for clipping;
 4. ``step``: one optimizer update for each row.
-
-With replicas of the table (``modules/replicas.py``) phase 3 ends with the sum over them.
 
 With attributes (``modules/attributes.py``) look-up and loss see rows composed of the table's and of
 the attributes' vectors, and the first ``squared_gradient_norm`` or ``step`` after the last
@@ -287,10 +286,8 @@ class Catalog:
     def stored_state(self) -> dict[str, Tensor]:
         """This rank's part of ``state_dict``: the replicas of a shard save some of its rows each.
 
-        The parts of all ranks are the state of the whole table.
-
         Raises:
-            RuntimeError: the replicas differ.
+            RuntimeError: the replicas differ; raised on all ranks.
 
         Collectives: those of ``Replicas.require_equal``.
         """
@@ -347,10 +344,9 @@ class Catalog:
             return
         if self._composed is not None:
             self._rows.grad = self._composed.pull_back(self._rows.grad)
-            self._is_complete = True
         if self.replicas is not None:
             self._rows.grad = self.replicas.sum_gradients(self._rows.grad, self._rows)
-            self._is_complete = True
+        self._is_complete = self._composed is not None or self.replicas is not None
 
     def _end_step(self) -> None:
         self._rows.grad = None

@@ -27,6 +27,7 @@ __all__ = ["DescribeConfig", "Description", "describe"]
 Array = npt.NDArray[Any]
 _BATCH_ROWS = 65_536
 _QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+_TIME_PARTS = 50
 _SHARES = (0.001, 0.01, 0.1, 0.5)
 # Names of columns as logs have them, without case and punctuation, the likeliest first.
 _NAMES = {
@@ -72,18 +73,25 @@ class Description:
     Attributes:
         facts: columns, counts, times, distributions and splits, as JSON.
         warnings: likely problems, each with the option that solves it.
+        curves: points of distributions, at equal distances up to 100 %; none without events.
     """
 
     facts: dict[str, Any]
     warnings: list[str]
+    curves: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> str:
-        """Facts and warnings as JSON text."""
-        return json.dumps(self.facts | {"warnings": self.warnings}, indent=1, ensure_ascii=False)
+        """Facts, curves and warnings as JSON text."""
+        more = {"curves": self.curves, "warnings": self.warnings}
+        return json.dumps(self.facts | more, indent=1, ensure_ascii=False)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Name and text of each fact."""
+        return list(_lines(self.facts))
 
     def as_text(self) -> str:
         """Facts as text, one per line, then the warnings."""
-        lines = [f"{name:<34} {value}" for name, value in _lines(self.facts)]
+        lines = [f"{name:<34} {value}" for name, value in self.lines()]
         return "\n".join([*lines, "", *(f"! {warning}" for warning in self.warnings)]).rstrip()
 
 
@@ -126,7 +134,8 @@ def describe(events: str, config: DescribeConfig | None = None) -> Description:
         counts = _item_counts(found)
         facts = _facts(log, found, counts) | {"nulls": nulls, "columns": roles}
         facts["splits"] = {split: _split(found, log, split) for split in _splits(found)}
-    return Description(facts=facts, warnings=list(_warnings(facts)))
+        curves = _curves(found, counts)
+    return Description(facts=facts, warnings=list(_warnings(facts)), curves=curves)
 
 
 def _columns(events: str, config: DescribeConfig) -> tuple[EventColumns, dict[str, str]]:
@@ -209,6 +218,28 @@ def _facts(log: EventLog, found: SortedLog, counts: Array) -> dict[str, Any]:
             "of_the_longest_user": round(int(found.user_events.max()) / read, 4),
         },
     }
+
+
+def _curves(log: SortedLog, counts: Array) -> dict[str, list[float]]:
+    """Shares of events in % over time and over the items, and events of users and items."""
+    cells, (first, last) = np.zeros(_TIME_PARTS, np.int64), log.time_range
+    width = -(-(last - first + 1) // _TIME_PARTS)
+    for block in log.blocks():
+        # Two times may lie 2**64 apart, so their distance is unsigned and wraps.
+        distances = block.time.view(np.uint64) - np.uint64(first % 2**64)
+        parts = (distances // np.uint64(width)).astype(np.int64)
+        cells += np.bincount(parts, minlength=_TIME_PARTS)
+    items = np.sort(counts)[::-1]
+    heads = -(-np.arange(1, 101) * len(items) // 100) - 1
+    curves = {
+        "events_over_time": 100 * cells / cells.sum(),
+        "popularity": 100 * np.cumsum(items)[heads] / items.sum(),
+        "user_events": np.sort(log.user_events)[::-1][
+            -(-np.arange(1, 101) * len(log.user_events) // 100) - 1
+        ],
+        "item_events": items[heads],
+    }
+    return {name: np.round(points, 4).tolist() for name, points in curves.items()}
 
 
 def _times(bounds: tuple[int, int], time_type: str) -> dict[str, Any]:

@@ -36,33 +36,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-
 import shardrec
 from shardrec.pipeline.config import to_json
-from shardrec.pipeline.log.config import ATTRIBUTES, PrepareConfig, sort_threads
+from shardrec.pipeline.log.config import ATTRIBUTES, PrepareConfig
+from shardrec.pipeline.log.engine import Content, Engine, Folders, Source
 from shardrec.pipeline.log.item_attributes import ItemAttributes
-from shardrec.pipeline.log.item_indices import FormerItems, index_order
+from shardrec.pipeline.log.item_indices import FormerItems
+from shardrec.pipeline.log.on_duckdb import DuckDB
 from shardrec.pipeline.log.reader import EventLog
-from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
-from shardrec.pipeline.log.split import Cuts, split_log, training_counts
-from shardrec.pipeline.log.write import Written, write_item_map, write_items, write_sequences
 from shardrec.pipeline.outputs.files import MANIFEST_NAME
 from shardrec.pipeline.outputs.formats import PREPARED
 from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.stage_output import StageOutput
-from shardrec.pipeline.prepared.balance import describe_uneven_load, loads
 from shardrec.pipeline.prepared.manifest import Manifest, parse_manifest, write_manifest
 
-__all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once"]
+__all__ = ["PrepareConfig", "Preparation", "prepare", "prepare_once", "prepare_with"]
 
-Array = npt.NDArray[Any]
-_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 _WITHOUT_EFFECT = (
     *("events", "output", "items", "item_attributes"),
-    *("memory_limit", "threads", "force"),
+    *("engine", "master", "memory_limit", "threads", "force"),
 )
 
 
@@ -107,20 +99,28 @@ def prepare_once(config: PrepareConfig) -> Preparation:
         OSError: the disk is full.
         PermissionError: the folder above the output is not writable.
     """
+    if config.engine == "spark":
+        from shardrec.pipeline.spark.prepare import prepare_in_own_session  # needs pyspark
+
+        return prepare_in_own_session(config)
+    return prepare_with(DuckDB(), config)
+
+
+def prepare_with(engine: Engine, config: PrepareConfig) -> Preparation:
+    """The same by a given engine."""
     started = time.monotonic()
-    log = EventLog.open(config.events, config.columns())
+    log = engine.open(config.events, config.columns())
     former = None if config.items is None else FormerItems.open(config.items, log.item_type)
-    attributes = ItemAttributes.open(config, log.item_type)
-    source = _source(log, former, attributes)
-    output = _stage_output(config, source)
+    source = Source(log, former, ItemAttributes.open(config, log.item_type))
+    output = _stage_output(config, _described(source))
     found = output.find()
     if found is not None:
         logging.getLogger(__name__).info("%s is complete already: nothing to do", config.output)
         manifest = parse_manifest(found, output.path)
         return Preparation(manifest, False, time.monotonic() - started)
     with _explain_full_disk(config.output), output.write() as (folder, work):
-        events = sort_log(log, work, _sort_options(config), former)
-        manifest = _write(config, source, log, events, attributes, folder)
+        content = engine.write(config, source, Folders(folder, work))
+        manifest = _manifest(config, source, content)
         write_manifest(folder, manifest)
     return Preparation(manifest, True, time.monotonic() - started)
 
@@ -164,118 +164,41 @@ def _explain_full_disk(output: str) -> Iterator[None]:
         ) from error
 
 
-def _sort_options(config: PrepareConfig) -> SortOptions:
-    return SortOptions(
-        memory_limit=config.memory_limit,
-        threads=sort_threads(config.threads),
-        seed=config.seed,
-        keep_duplicates=config.keep_duplicates,
-        drop_repeats=config.drop_repeats,
-        shuffle_ties=config.ties == "shuffle",
-    )
-
-
-def _write(
-    config: PrepareConfig,
-    source: dict[str, Any],
-    log: EventLog,
-    events: SortedLog,
-    attributes: ItemAttributes | None,
-    folder: Path,
-) -> Manifest:
-    cuts = split_log(events, config, log.time_type)
-    counts = training_counts(events, cuts)
-    catalog = np.flatnonzero(cuts.item_kept)
-    order = index_order(counts, catalog, events.former, config.rebalance)
-    item_index = np.zeros(len(counts), np.int64)
-    item_index[order] = np.arange(len(order))
-    item_ids, catalog_counts = events.item_ids.take(pa.array(order)), counts[order]
-    joined = None
-    if attributes is not None:
-        joined = attributes.write(folder, item_ids, events.item_ids)
-        item_ids, new = joined.item_ids, len(joined.item_ids) - len(order)
-        catalog_counts = np.append(catalog_counts, np.zeros(new, np.int64))
-    files = [write_items(folder, item_ids, catalog_counts), *(joined.files if joined else ())]
-    if config.rebalance and events.former is not None:
-        files.append(write_item_map(folder, events.former, item_index))
-    written = write_sequences(folder, events, cuts, item_index, counts, config)
-    _check_written(config, written)
-    uneven = describe_uneven_load(catalog_counts)
-    if uneven:
-        logging.getLogger(__name__).warning(uneven)
+def _manifest(config: PrepareConfig, source: Source, content: Content) -> Manifest:
     return Manifest(
         shardrec_version=shardrec.__version__,
         config=_stored_config(config),
-        source=source,
-        columns=_columns(config, log),
+        source=_described(source),
+        columns=_columns(config, source.log),
         split={
             "kind": config.split,
             "targets": config.targets,
             "validation": config.validation,
-            "test_time": cuts.test_time,
-            "validation_time": cuts.validation_time,
+            "test_time": content.test_time,
+            "validation_time": content.validation_time,
         },
-        counts=_counts(log, events, cuts, counts, catalog_counts)
-        | written.counts
-        | (joined.counts if joined else {}),
+        counts={**content.former_counts, **_log_counts(source.log, content), **content.counts},
         quantiles={
-            "train_sequence_length": _quantiles(written.lengths),
-            "item_count": _quantiles(catalog_counts),
+            "train_sequence_length": content.lengths.quantiles(),
+            "item_count": content.item_counts.quantiles(),
         },
-        load_per_rank=loads(catalog_counts),
-        files=(*files, *written.files),
+        load_per_rank=content.load_per_rank,
+        files=content.files,
     )
 
 
-def _check_written(config: PrepareConfig, written: Written) -> None:
-    if written.counts["train_sequences"] == 0:
-        raise ValueError(
-            "at least one user must have 2 or more training events, got none; check user_column "
-            f"(is it a session or a row number?), lower min_user_events={config.min_user_events} "
-            "or move the split"
-        )
-
-
-def _counts(
-    log: EventLog, events: SortedLog, cuts: Cuts, counts: Array, catalog_counts: Array
-) -> dict[str, int]:
-    unique, repetition = events.num_events, events.repetition
+def _log_counts(log: EventLog, content: Content) -> dict[str, int]:
+    repetition = content.repetition
     dropped = repetition.duplicates_dropped + repetition.repeats_dropped
-    in_catalog = int(cuts.total.sum())
-    return _former_counts(events, cuts, counts) | {
+    return {
         "files_read": len(log.files),
         "files_passed_over": len(log.passed_over),
         "events_read": log.events_read,
-        "events_other_type": log.events_read - unique - dropped,
+        "events_other_type": log.events_read - content.num_events - dropped,
         "duplicates_dropped": repetition.duplicates_dropped,
         **repetition.counts(),
-        "events_of_dropped_items": unique - in_catalog,
-        "events_of_dropped_users": int(cuts.total[~cuts.kept].sum()),
-        "users": int(cuts.kept.sum()),
-        "users_dropped": int((~cuts.kept).sum()),
-        "items": len(catalog_counts),
-        "items_dropped": int((~cuts.item_kept).sum()),
-        "items_without_training_events": int((catalog_counts == 0).sum()),
-        "train_events": int(catalog_counts.sum()),
-        "train_users": int((cuts.kept & (cuts.train_end > 0)).sum()),
-        "test_users_without_history": int(((cuts.total > 0) & (cuts.test_start == 0)).sum()),
+        "events_of_dropped_items": content.num_events - content.events_in_catalog,
     }
-
-
-def _former_counts(events: SortedLog, cuts: Cuts, counts: Array) -> dict[str, int]:
-    if events.former is None:
-        return {}
-    is_former = events.former >= 0
-    return {
-        "former_items": int(is_former.sum()),
-        "former_items_without_training_events": int((counts[is_former] == 0).sum()),
-        "new_items": int((cuts.item_kept & ~is_former).sum()),
-    }
-
-
-def _quantiles(values: Array) -> dict[str, int]:
-    found = np.quantile(values, _QUANTILES, method="inverted_cdf")
-    return {f"{q:g}": int(value) for q, value in zip(_QUANTILES, found, strict=True)}
 
 
 def _stored_config(config: PrepareConfig) -> dict[str, Any]:
@@ -285,12 +208,11 @@ def _stored_config(config: PrepareConfig) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name not in left_out}
 
 
-def _source(
-    log: EventLog, former: FormerItems | None, attributes: ItemAttributes | None
-) -> dict[str, Any]:
-    source: dict[str, Any] = {"files": [dataclasses.asdict(file) for file in log.files]}
-    source |= {} if former is None else {"items": former.describe()}
-    return source | ({} if attributes is None else {"item_attributes": attributes.describe()})
+def _described(source: Source) -> dict[str, Any]:
+    found: dict[str, Any] = {"files": [dataclasses.asdict(file) for file in source.log.files]}
+    found |= {} if source.former is None else {"items": source.former.describe()}
+    attributes = source.attributes
+    return found | ({} if attributes is None else {"item_attributes": attributes.describe()})
 
 
 def _columns(config: PrepareConfig, log: EventLog) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from shardrec.pipeline.log.columns import EventColumns
 from shardrec.pipeline.prepared.data_files import check_path
 
 MAX_THREADS = 256
+DUCKDB_MEMORY = "512MB"
 MAX_GROUP_ROWS = 1 << 30
 # Options that do nothing without item_attributes.
 ATTRIBUTES = ("attribute_item_column", "attributes", "attribute_numbers", "attribute_buckets")
@@ -75,6 +76,9 @@ class PrepareConfig:
             applies.
         sequences_per_row_group: rows per row group in train, validation and test.
         seed: seed of the order of the users, and of ties=shuffle.
+        engine: "duckdb", in this process, or "spark", on a cluster; both write the same files.
+        master: with engine=spark, the URL of the master, such as local[4] or spark://host:7077; by
+            default the one that Spark is configured for.
         memory_limit: memory limit of DuckDB, such as "512MB"; the process needs about 0.5 GB more.
         threads: threads of DuckDB, at most 256; by default all CPUs available to this process.
         force: prepare again; a prepared folder in output is replaced once the new one is complete.
@@ -114,7 +118,9 @@ class PrepareConfig:
     rebalance: bool = False
     sequences_per_row_group: int = 2048
     seed: int = 0
-    memory_limit: str = "512MB"
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    master: str | None = None
+    memory_limit: str = DUCKDB_MEMORY
     threads: int | None = None
     force: bool = False
 
@@ -125,6 +131,7 @@ class PrepareConfig:
         _check_choice("targets", self.targets, ("last", "all"))
         _check_choice("layout", self.layout, ("events", "sequences"))
         _check_choice("ties", self.ties, ("log", "shuffle"))
+        _check_choice("engine", self.engine, ("duckdb", "spark"))
         for name in ("events", "output", "items", "item_attributes"):
             path = getattr(self, name)
             if path is not None:
@@ -132,6 +139,7 @@ class PrepareConfig:
         _check_columns(self)
         _check_numbers(self)
         _check_used(self)
+        _check_engine(self)
         _check_event_weights(self)
         if "://" in self.output:
             raise ValueError(
@@ -222,6 +230,20 @@ def _check_numbers(config: PrepareConfig) -> None:
             raise ValueError(f"{name} must be between 0 and 1, got {value}; use 0.9")
 
 
+def _check_engine(config: PrepareConfig) -> None:
+    """Refuse options that the engine does not have."""
+    if config.engine != "spark":
+        return
+    others = {"memory_limit": DUCKDB_MEMORY, "threads": None, "item_attributes": None}
+    for name, left_out in others.items():
+        value = getattr(config, name)
+        if value != left_out:
+            raise ValueError(
+                f"{name} must come with engine=duckdb, got {value!r} with engine=spark; remove it "
+                "or prepare with engine=duckdb"
+            )
+
+
 def _check_used(config: PrepareConfig) -> None:
     """Refuse options that have no effect with the others."""
     temporal, by_time = config.split == "temporal", config.validation == "time"
@@ -242,6 +264,7 @@ def _check_used(config: PrepareConfig) -> None:
         ("event_weights", config.event_column is not None, "event_column"),
         ("event_weights", not config.event_types, "no event_types"),
         ("rebalance", config.items is not None, "items"),
+        ("master", config.engine == "spark", "engine=spark"),
         *((name, config.item_attributes is not None, "item_attributes") for name in ATTRIBUTES),
     ]
     for name, used, needs in rules:

@@ -49,7 +49,7 @@ class LogFile(Protocol):
 
     @property
     def source(self) -> SourceFile:
-        """Path, size, number of rows and digest of the file."""
+        """Path, size, number of rows and digest of the file; of a piece, the rows of the piece."""
         ...
 
     @property
@@ -65,6 +65,10 @@ class LogFile(Protocol):
         """
         ...
 
+    def pieces(self, rows: int) -> "Sequence[LogFile]":
+        """The file in pieces of about ``rows`` rows, in order; itself if it cannot be cut."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetLog:
@@ -75,12 +79,18 @@ class ParquetLog:
         source: see ``LogFile``.
         schema: see ``LogFile``.
         int96: paths of the columns that are stored as INT96.
+        group_rows: number of rows of each row group.
+        first_group: first row group to read.
+        stop_group: row group after the last one to read.
     """
 
     filesystem: fs.FileSystem
     source: SourceFile
     schema: pa.Schema
     int96: frozenset[str]
+    group_rows: tuple[int, ...]
+    first_group: int
+    stop_group: int
 
     @classmethod
     def open(cls, filesystem: fs.FileSystem, path: str) -> "ParquetLog":
@@ -93,7 +103,7 @@ class ParquetLog:
             size, tail = tail_of(stream)
             try:
                 file = _parquet(stream)
-                rows, schema = file.metadata.num_rows, file.schema_arrow
+                rows, schema, footer = file.metadata.num_rows, file.schema_arrow, file.metadata
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 reason = short_message(error)
                 remedy = "it may be truncated: copy it again"
@@ -107,7 +117,31 @@ class ParquetLog:
         int96 = frozenset(one.path for one in columns if one.physical_type == "INT96")
         digest = hashlib.sha256(tail).hexdigest()
         source = SourceFile(path=path, bytes=size, rows=rows, footer_sha256=digest)
-        return cls(filesystem=filesystem, source=source, schema=schema, int96=int96)
+        groups = range(footer.num_row_groups)
+        return cls(
+            filesystem=filesystem,
+            source=source,
+            schema=schema,
+            int96=int96,
+            group_rows=tuple(footer.row_group(group).num_rows for group in groups),
+            first_group=0,
+            stop_group=len(groups),
+        )
+
+    def pieces(self, rows: int) -> "list[ParquetLog]":
+        """The file in pieces of whole row groups; see ``LogFile``."""
+        pieces, first, count = [], self.first_group, 0
+        for group in range(self.first_group, self.stop_group):
+            count += self.group_rows[group]
+            if count >= rows or group + 1 == self.stop_group:
+                source = dataclasses.replace(self.source, rows=count)
+                pieces.append(
+                    dataclasses.replace(
+                        self, source=source, first_group=first, stop_group=group + 1
+                    )
+                )
+                first, count = group + 1, 0
+        return pieces or [self]
 
     def batches(self, names: Sequence[str], rows: int) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Batches of at most ``rows`` rows; see ``LogFile``."""
@@ -115,7 +149,7 @@ class ParquetLog:
         with self.filesystem.open_input_file(self.source.path) as stream:
             file = _parquet(stream)
             coarse = _parquet(stream, "ms") if int96 else file
-            for group in range(file.num_row_groups):
+            for group in range(self.first_group, self.stop_group):
                 place = f"{self.source.path!r}, row group {group}"
                 decoded = _decoded(file, group, names, rows, place)
                 if not int96:
@@ -181,6 +215,10 @@ class WithFolderValues:
                 if name in names:
                     batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
             yield place, batch
+
+    def pieces(self, rows: int) -> "list[WithFolderValues]":
+        """Pieces of the file, each with the columns; see ``LogFile``."""
+        return [dataclasses.replace(self, file=piece) for piece in self.file.pieces(rows)]
 
 
 @contextlib.contextmanager

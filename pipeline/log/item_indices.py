@@ -7,7 +7,7 @@ ranks; ``rebalance`` gives every item a new index instead and writes ``item_map.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,32 @@ class FormerItems:
         Raises:
             ValueError: the indices are not 0, 1, 2, ..., or a row group cannot be read.
         """
-        groups, expected = RowGroups([self.path], _COLUMNS), 0
+        groups = self.groups()
         for index in range(len(groups)):
-            table = groups.read(index, _COLUMNS)
-            items = table.column("item").to_numpy()
-            if not np.array_equal(items, np.arange(expected, expected + len(items))):
-                raise ValueError(
-                    f"{groups.name(index)}, column item must count from {expected}, got other "
-                    f"numbers; use the {ITEMS_NAME} that prepare wrote"
-                )
-            expected += len(items)
-            yield table
+            yield self.table(groups, index)
+
+    def groups(self) -> RowGroups:
+        """The row groups of the file."""
+        return RowGroups([self.path], _COLUMNS)
+
+    def table(self, groups: RowGroups, index: int) -> pa.Table:
+        """One of the tables; see ``tables``."""
+        table, first = groups.read(index, _COLUMNS), int(groups.rows[:index].sum())
+        items = table.column("item").to_numpy()
+        if not np.array_equal(items, np.arange(first, first + len(items))):
+            raise ValueError(
+                f"{groups.name(index)}, column item must count from {first}, got other "
+                f"numbers; use the {ITEMS_NAME} that prepare wrote"
+            )
+        return table
+
+    def require_once(self, twice: Sequence[Any] | None) -> None:
+        """Raise ValueError if a row with an id is given: one that the file names more than once."""
+        if twice is not None:
+            raise ValueError(
+                f"items must name each id once, got {twice[0]!r} more than once in "
+                f"{str(self.path)!r}; use the items.parquet that prepare wrote"
+            )
 
     def describe(self) -> dict[str, Any]:
         """JSON for the manifest: path, rows, sha256, fingerprint."""

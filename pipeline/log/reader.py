@@ -6,8 +6,9 @@ index into the kept event types; 0 without a filter) and ``weight`` (float32, on
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,10 @@ _BATCH_LISTS = 1024
 _CHUNK_ROWS = 491_520
 _TYPES_SHOWN = 10
 _NAMES_SHOWN = 3
+_MOST_EVENTS = 1 << 40  # of a piece of lists, to number the events of the next one
+
+# Like ``map``.
+Apply = Callable[[Callable[[str], LogFile], Iterable[str]], Iterable[LogFile]]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -74,15 +79,20 @@ class EventLog:
     times_cut: bool = False
 
     @classmethod
-    def open(cls, source: str, columns: EventColumns) -> "EventLog":
+    def open(cls, source: str, columns: EventColumns, apply: "Apply" = map) -> "EventLog":
         """Find the files of ``source`` and check their column types; reads CSV files once.
+
+        Args:
+            source: as ``find_files`` takes it.
+            columns: the columns to read.
+            apply: opens the files: the results of a function for many arguments, in order.
 
         Raises:
             FileNotFoundError: there is no file of a log.
             ValueError: a file cannot be read, or a column is missing or of an unsuitable type.
         """
         found = find_files(source)
-        inputs = _open_files(found, columns)
+        inputs = _open_files(found, columns, apply)
         # A writer without rows may not know its types.
         with_rows = [file for file in inputs if file.source.rows]
         schemas = {
@@ -116,15 +126,48 @@ class EventLog:
                 ``open``; the message names file, row group and column.
         """
         pending: list[pa.Table] = []
-        for file in self.inputs:
-            for table in self._file_tables(file) if file.source.rows else ():
-                pending.append(table)
-                if sum(part.num_rows for part in pending) >= _CHUNK_ROWS:
-                    yield pa.concat_tables(pending)
-                    pending = []
+        for table in self.small_tables():
+            pending.append(table)
+            if sum(part.num_rows for part in pending) >= _CHUNK_ROWS:
+                yield pa.concat_tables(pending)
+                pending = []
         if pending:
             yield pa.concat_tables(pending)
-        self._report_missing_types()
+        self.report_missing_types()
+
+    def small_tables(self) -> Iterator[pa.Table]:
+        """The same in tables of at most 65,536 rows of the log; nothing is reported at the end."""
+        for file in self.inputs:
+            if file.source.rows:
+                yield from self._file_tables(file)
+
+    def parts(self, rows: int) -> list["EventLog"]:
+        """The log as logs of about ``rows`` rows, whose events are numbered in one order.
+
+        Lists are not counted before they are read, so the numbers of their events have gaps.
+        """
+        pieces = [piece for file in self.inputs for piece in file.pieces(rows)]
+        counts = [piece.source.rows for piece in pieces]
+        if self.columns.is_lists:
+            counts = [_MOST_EVENTS] * len(pieces)
+        firsts = np.cumsum([0, *counts]).tolist()
+        return [
+            dataclasses.replace(
+                self,
+                inputs=(piece,),
+                events_read=first,
+                event_types_seen=set(),
+                event_types_found=set(),
+            )
+            for piece, first in zip(pieces, firsts, strict=False)
+        ]
+
+    def add(self, part: "EventLog", first: int) -> None:
+        """Take over what a part has seen that was read from event ``first`` on."""
+        self.events_read += part.events_read - first
+        self.event_types_seen |= part.event_types_seen
+        self.event_types_found |= part.event_types_found
+        self.times_cut |= part.times_cut
 
     def describe_event_types(self) -> str:
         """Some of the event types read so far, for messages."""
@@ -210,7 +253,8 @@ class EventLog:
             )
         return times
 
-    def _report_missing_types(self) -> None:
+    def report_missing_types(self) -> None:
+        """Warn of event types that no event read so far has."""
         kinds = enumerate(self.columns.event_types)
         missing = [kind for index, kind in kinds if index not in self.event_types_found]
         if missing and self.event_types_found:  # none at all is an error
@@ -248,24 +292,24 @@ def read_schema(source: str) -> pa.Schema:
     return WithFolderValues.add([file], named)[0].schema
 
 
-def _open_files(found: Found, columns: EventColumns) -> list[LogFile]:
+def _open_files(found: Found, columns: EventColumns, apply: Apply = map) -> list[LogFile]:
     """The files with their schemas; columns that only their folders' names hold are added."""
-    kinds = found.kinds.items()
-    if all(kind.format == "csv" for _, kind in kinds):
-        texts = [CsvLog.open(found.filesystem, path, kind, columns) for path, kind in kinds]
-        files = _with_common_types(texts, columns.names())
-    else:
-        files = [
-            ParquetLog.open(found.filesystem, path)
-            if kind.format == "parquet"
-            else JsonLog.open(found.filesystem, path, kind)
-            for path, kind in kinds
-        ]
+    files = list(apply(functools.partial(_open_file, found, columns), found.paths))
+    files = _with_common_types(files, columns.names())
     return WithFolderValues.add(files, columns.names())
 
 
-def _with_common_types(files: Sequence[CsvLog], names: Sequence[str]) -> list[LogFile]:
-    """The files with text wherever one of them has text; those without rows have no say."""
+def _open_file(found: Found, columns: EventColumns, path: str) -> LogFile:
+    kind = found.kinds[path]
+    if kind.format == "csv":
+        return CsvLog.open(found.filesystem, path, kind, columns)
+    if kind.format == "json":
+        return JsonLog.open(found.filesystem, path, kind)
+    return ParquetLog.open(found.filesystem, path)
+
+
+def _with_common_types(files: Sequence[LogFile], names: Sequence[str]) -> list[LogFile]:
+    """CSV files with text wherever one of them has text; those without rows have no say."""
     schemas = [file.schema for file in files if file.source.rows]
     texts = [
         name
@@ -275,4 +319,4 @@ def _with_common_types(files: Sequence[CsvLog], names: Sequence[str]) -> list[Lo
             for schema in schemas
         )
     ]
-    return [file.with_texts(texts) for file in files]
+    return [file.with_texts(texts) if isinstance(file, CsvLog) else file for file in files]

@@ -6,7 +6,7 @@ are dropped if ``drop_repeats`` is set.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ __all__ = ["Repetition", "Repetitions", "describe_repetition", "tie_aligned"]
 Array = npt.NDArray[Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Repetition:
     """How many events of a log repeat, by kind of repetition.
 
@@ -35,6 +35,11 @@ class Repetition:
     tied: int = 0
     repeats: int = 0
     repeats_dropped: int = 0
+
+    def __add__(self, other: "Repetition") -> "Repetition":
+        """The sums of both."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Repetition(*(one + another for one, another in pairs))
 
     def counts(self) -> dict[str, int]:
         """The numbers under their names in the manifest, without the dropped duplicates."""
@@ -109,7 +114,7 @@ class Repetitions:
         return repeat
 
 
-def tie_aligned(reader: pa.RecordBatchReader) -> Iterator[list[Array]]:
+def tie_aligned(reader: Iterable[pa.RecordBatch]) -> Iterator[list[Array]]:
     """Columns (user, item, time, event[, weight]) in parts that never cut a tie in time."""
     rest: list[Array] = []
     for batch in reader:

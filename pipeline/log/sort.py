@@ -33,6 +33,7 @@ from shardrec.pipeline.prepared.ids import short_message
 Array = npt.NDArray[Any]
 _BLOCK_EVENTS = 1 << 20
 _ARROW_ROWS = 131_072
+TIME_CELLS = 65_536
 _DISK_IS_FULL = ("No space left on device", "Disk quota exceeded", "max_temp_directory_size")
 _INTERRUPT_EVERY_S = 0.1
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
@@ -117,31 +118,51 @@ class SortedLog:
         return np.fromfile(self.folder / name, dtype=dtype, count=count, offset=offset)
 
     def time_at(self, share: float) -> int:
-        """The time of event number floor(share * num_events), counted from 0, in global time order.
+        """The time of event floor(share * num_events), from 0, in global time order."""
+        return time_of_share(share, self.num_events, self.time_range, self._count_times)
 
-        A histogram of 65,536 bins finds the bin of the event, and the search is repeated inside
-        that bin until it holds one time: a few passes over the column of times, and no sort.
-        """
-        rank = min(int(share * self.num_events), self.num_events - 1)
-        low, high = self.time_range
-        while low < high:
-            width = -(-(high - low + 1) // 65_536)
-            counts = np.zeros(65_536, np.int64)
-            below = 0
-            for times in self._time_parts():
-                inside = times[(times >= low) & (times <= high)]
-                below += int((times < low).sum())
-                # Two times may lie 2**64 apart, so their distance is unsigned and wraps.
-                distances = inside.view(np.uint64) - np.uint64(low % 2**64)
-                cells = (distances // np.uint64(width)).astype(np.int64)
-                counts += np.bincount(cells, minlength=65_536)
-            cell = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
-            low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
-        return low
+    def _count_times(self, low: int, high: int, width: int) -> tuple[int, Array]:
+        counts, below = np.zeros(TIME_CELLS, np.int64), 0
+        for times in self._time_parts():
+            inside = times[(times >= low) & (times <= high)]
+            below += int((times < low).sum())
+            # Two times may lie 2**64 apart, so their distance is unsigned and wraps.
+            distances = inside.view(np.uint64) - np.uint64(low % 2**64)
+            cells = (distances // np.uint64(width)).astype(np.int64)
+            counts += np.bincount(cells, minlength=TIME_CELLS)
+        return below, counts
 
     def _time_parts(self) -> Iterator[Array]:
         for start in range(0, self.num_events, _BLOCK_EVENTS):
             yield self._read("time", np.int64, start, _BLOCK_EVENTS)
+
+
+def time_of_share(
+    share: float,
+    num_events: int,
+    time_range: tuple[int, int],
+    count: Callable[[int, int, int], tuple[int, Array]],
+) -> int:
+    """The time of event floor(share * events) in global time order.
+
+    Counts times in cells and repeats inside the cell of the wanted event until one time is left: a
+    few passes over the times, and no sort.
+
+    Args:
+        share: of the events before it.
+        num_events: number of events.
+        time_range: the first and the last time.
+        count: for low, high and a width: the number of times below ``low``, and (TIME_CELLS,) int64
+            numbers of times from ``low`` to ``high`` in cells of ``width``.
+    """
+    rank = min(int(share * num_events), num_events - 1)
+    low, high = time_range
+    while low < high:
+        width = -(-(high - low + 1) // TIME_CELLS)
+        below, counts = count(low, high, width)
+        cell = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
+        low, high = low + cell * width, min(high, low + (cell + 1) * width - 1)
+    return low
 
 
 def sort_log(
@@ -193,7 +214,8 @@ def _sort(
     former: FormerItems | None,
 ) -> SortedLog:
     _ingest(database, log)
-    _check_not_empty(database, log)
+    row = database.execute("SELECT count(*) FROM events").fetchone()
+    require_events(row[0] if row else 0, log)
     seeded = f"md5_number(concat('{options.seed}:', id)), id"
     user_ids = _number(database, "user", seeded)
     item_ids, former_index = _number_items(database, former)
@@ -269,9 +291,9 @@ def _ingest(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
         database.unregister("part")
 
 
-def _check_not_empty(database: duckdb.DuckDBPyConnection, log: EventLog) -> None:
-    row = database.execute("SELECT count(*) FROM events").fetchone()
-    if row is not None and row[0]:
+def require_events(num_events: int, log: EventLog) -> None:
+    """Raise ValueError if no event of the log was selected; it must have been read."""
+    if num_events:
         return
     if log.events_read:
         raise ValueError(
@@ -302,14 +324,11 @@ def _ingest_former(database: duckdb.DuckDBPyConnection, former: FormerItems) -> 
         database.register("part", table)
         database.execute("INSERT INTO former_items SELECT item_id, item FROM part")
         database.unregister("part")
-    twice = database.execute(
-        "SELECT id FROM former_items GROUP BY id HAVING count(*) > 1 LIMIT 1"
-    ).fetchone()
-    if twice is not None:
-        raise ValueError(
-            f"items must name each id once, got {twice[0]!r} more than once in "
-            f"{str(former.path)!r}; use the items.parquet that prepare wrote"
-        )
+    former.require_once(
+        database.execute(
+            "SELECT id FROM former_items GROUP BY id HAVING count(*) > 1 LIMIT 1"
+        ).fetchone()
+    )
 
 
 def _number(database: duckdb.DuckDBPyConnection, kind: str, order: str, more: str = "") -> pa.Array:

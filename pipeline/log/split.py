@@ -5,7 +5,7 @@ and the rest for the test. Each split of ``prepare`` is a way to choose these tw
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,23 @@ from shardrec.pipeline.log.sort import SortedLog, UserBlock
 from shardrec.pipeline.log.times import as_date, date_of_digits, parse_time
 
 Array = npt.NDArray[Any]
+
+
+# Events that a user needs for one of them to be held out: its target, and two that train.
+LEAST_TO_HOLD_OUT = 3
+
+
+class Times(Protocol):
+    """The times of a sorted log."""
+
+    @property
+    def time_range(self) -> tuple[int, int]:
+        """The first and the last one."""
+        ...
+
+    def time_at(self, share: float) -> int:
+        """The time of event floor(share * events) in global time order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +70,7 @@ def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
     """
     if config.split == "leave_one_out":
         return _leave_one_out_cuts(log, _kept_items(log, config, None), config)
-    test_time, validation_time = _cut_times(log, config, time_type)
+    test_time, validation_time = cut_times(log, config, time_type)
     item_kept = _kept_items(log, config, test_time)
     return _temporal_cuts(log, item_kept, config, test_time, validation_time)
 
@@ -84,8 +101,12 @@ def training_counts(log: SortedLog, cuts: Cuts) -> Array:
     return counts
 
 
-def _cut_times(log: SortedLog, config: PrepareConfig, time_type: str) -> tuple[int, int | None]:
-    """First time of the test part, and of the validation part if validation is by time."""
+def cut_times(log: Times, config: PrepareConfig, time_type: str) -> tuple[int, int | None]:
+    """First time of the test part, and of the validation part if validation is by time.
+
+    Raises:
+        ValueError: a cut is not inside the log.
+    """
     first, last = log.time_range
     test = _parse_time("test_time", config.test_time, time_type)
     test = log.time_at(config.test_quantile or 0.9) if test is None else test
@@ -143,12 +164,34 @@ def _kept_items(log: SortedLog, config: PrepareConfig, test_time: int | None) ->
     kept: Array = counts >= config.min_item_events
     if log.former is not None:
         kept |= log.former >= 0
-    if kept.sum() < 2:
+    require_catalog(int(kept.sum()))
+    return kept
+
+
+def require_catalog(num_items: int) -> None:
+    """Raise ValueError if a catalog is too small."""
+    if num_items < 2:
         raise ValueError(
-            f"the catalog must have at least 2 items, got {int(kept.sum())}; "
+            f"the catalog must have at least 2 items, got {num_items}; "
             "check item_column and lower min_item_events"
         )
-    return kept
+
+
+def is_kept(num_events: Any, config: PrepareConfig) -> Any:
+    """Whether users are kept, by their events before the test part (leave_one_out: in all).
+
+    The numbers may be an array, or a column of a table elsewhere; so is the result.
+    """
+    return num_events >= max(config.min_user_events, 1)
+
+
+def num_validation_users(config: PrepareConfig, num_eligible: int) -> int:
+    """How many of the eligible users are for validation."""
+    if config.validation != "users":
+        return 0
+    tenth = min(-(-num_eligible // 10), 10_000)
+    default = num_eligible if config.split == "leave_one_out" else tenth
+    return min(config.validation_users or default, num_eligible)
 
 
 def _temporal_cuts(
@@ -160,14 +203,13 @@ def _temporal_cuts(
 ) -> Cuts:
     times = [None, test_time] + ([] if validation_time is None else [validation_time])
     total, test_start, *train_ends = _user_events(log, item_kept, times)
-    kept = test_start >= max(config.min_user_events, 1)
+    kept = is_kept(test_start, config)
     if train_ends:
         train_end = train_ends[0]
     else:
-        eligible = np.flatnonzero(kept & (test_start >= 3))
-        tenth = min(-(-len(eligible) // 10), 10_000)
+        eligible = np.flatnonzero(kept & (test_start >= LEAST_TO_HOLD_OUT))
         train_end = test_start.copy()
-        train_end[_validation_users(config, eligible, tenth)] -= 1
+        train_end[_evenly(eligible, num_validation_users(config, len(eligible)))] -= 1
     return Cuts(
         item_kept=item_kept,
         kept=kept,
@@ -182,11 +224,11 @@ def _temporal_cuts(
 def _leave_one_out_cuts(log: SortedLog, item_kept: Array, config: PrepareConfig) -> Cuts:
     """The last event is for the test, the one before for validation; none of a user with < 3."""
     total = _user_events(log, item_kept, [None])[0]
-    kept = total >= max(config.min_user_events, 1)
-    test_start = total - (total >= 3)
+    kept = is_kept(total, config)
+    test_start = total - (total >= LEAST_TO_HOLD_OUT)
     train_end = test_start.copy()
-    eligible = np.flatnonzero(kept & (total >= 3))
-    train_end[_validation_users(config, eligible, len(eligible))] -= 1
+    eligible = np.flatnonzero(kept & (total >= LEAST_TO_HOLD_OUT))
+    train_end[_evenly(eligible, num_validation_users(config, len(eligible)))] -= 1
     return Cuts(
         item_kept=item_kept, kept=kept, total=total, train_end=train_end, test_start=test_start
     )
@@ -203,12 +245,6 @@ def _user_events(log: SortedLog, item_kept: Array, before: list[int | None]) -> 
             users = block.user[mask] - block.first_user
             result[block.first_user : block.stop_user] = np.bincount(users, minlength=size)
     return results
-
-
-def _validation_users(config: PrepareConfig, eligible: Array, default: int) -> Array:
-    if config.validation == "none":
-        return eligible[:0]
-    return _evenly(eligible, config.validation_users or default)
 
 
 def _evenly(chosen_from: Array, count: int) -> Array:

@@ -99,6 +99,10 @@ class CsvLog:
                 columns = [_cast(*pair) for pair in zip(batch.columns, types, strict=True)]
                 yield place, pa.RecordBatch.from_arrays(columns, list(names))
 
+    def pieces(self, rows: int) -> "list[CsvLog]":
+        """The file, which cannot be cut; see ``LogFile``."""
+        return [self]
+
     def _types(
         self, columns: EventColumns, header: Sequence[str]
     ) -> tuple[int, Mapping[str, pa.DataType]]:
@@ -164,6 +168,10 @@ class JsonLog:
         with _errors_of(path), _json_reader(self.filesystem, path, self.kind, asked) as reader:
             for batch in _sliced(reader, rows):
                 yield repr(path), batch.select(list(names))
+
+    def pieces(self, rows: int) -> "list[JsonLog]":
+        """The file, which cannot be cut; see ``LogFile``."""
+        return [self]
 
 
 def _describe(filesystem: fs.FileSystem, path: str) -> SourceFile:

@@ -17,8 +17,11 @@ from shardrec.pipeline.prepared.ids import stored, stored_type
 from shardrec.pipeline.prepared.manifest import ITEM_MAP_NAME, ITEMS_NAME
 
 Array = npt.NDArray[Any]
-_GROUPS_PER_PART = 256
+GROUPS_PER_PART = 256
 _ITEM_GROUP_ROWS = 262_144
+HELD_OUT = ("validation", "test")
+TRAIN_FILES = "train/part-{part:05d}.parquet"
+LEAST_TO_TRAIN = 2
 
 
 class RowGroupWriter:
@@ -68,10 +71,12 @@ class RowGroupWriter:
                 use_dictionary=False,
                 write_page_checksum=True,
             )
-        self.file.write_table(stored(table, self.schema), row_group_size=self.group_rows)
+        # In one chunk, so that pages end at the same rows however the rows came here.
+        whole = stored(table.combine_chunks(), self.schema)
+        self.file.write_table(whole, row_group_size=self.group_rows)
         self.rows += table.num_rows
         self.groups += 1 if table.num_rows else 0
-        if self.groups == _GROUPS_PER_PART and "{" in self.pattern:
+        if self.groups == GROUPS_PER_PART and "{" in self.pattern:
             self._finish_file()
 
     def _finish_file(self) -> None:
@@ -103,11 +108,21 @@ class Written:
 def write_items(folder: Path, item_ids: pa.Array, counts: Array) -> FileEntry:
     """Write ``items.parquet`` with item_id, item and count, by ascending ``item``."""
     items = np.arange(len(counts), dtype=np.int64)
-    table = pa.table({"item_id": item_ids, "item": items, "count": counts})
-    schema = table.schema.set(0, pa.field("item_id", stored_type(item_ids.type)))
-    writer = RowGroupWriter(folder, ITEMS_NAME, schema, _ITEM_GROUP_ROWS)
-    writer.write(table)
+    writer = items_writer(folder, item_ids.type)
+    writer.write(pa.table({"item_id": item_ids, "item": items, "count": counts}))
     return writer.close()[0]
+
+
+def items_writer(folder: Path, ids: pa.DataType) -> RowGroupWriter:
+    """The writer of ``items.parquet``: item_id, item and count, in the order of ``item``."""
+    fields = {"item_id": stored_type(ids), "item": pa.int64(), "count": pa.int64()}
+    return RowGroupWriter(folder, ITEMS_NAME, pa.schema(fields), _ITEM_GROUP_ROWS)
+
+
+def item_map_writer(folder: Path) -> RowGroupWriter:
+    """The writer of ``item_map.parquet``: former_item and item, in the order of the first."""
+    schema = pa.schema({"former_item": pa.int64(), "item": pa.int64()})
+    return RowGroupWriter(folder, ITEM_MAP_NAME, schema, _ITEM_GROUP_ROWS)
 
 
 def write_item_map(folder: Path, former: Array, item_index: Array) -> FileEntry:
@@ -120,9 +135,8 @@ def write_item_map(folder: Path, former: Array, item_index: Array) -> FileEntry:
     """
     known = np.flatnonzero(former >= 0)
     known = known[np.argsort(former[known])]
-    table = pa.table({"former_item": former[known], "item": item_index[known]})
-    writer = RowGroupWriter(folder, ITEM_MAP_NAME, table.schema, _ITEM_GROUP_ROWS)
-    writer.write(table)
+    writer = item_map_writer(folder)
+    writer.write(pa.table({"former_item": former[known], "item": item_index[known]}))
     return writer.close()[0]
 
 
@@ -144,25 +158,26 @@ def write_sequences(
         counts: (items,) int64 training events of each item; targets with 0 are counted as new.
         config: options of ``prepare``; gives the kind of targets and the size of a row group.
     """
-    schemas, group_rows = _schemas(log), config.sequences_per_row_group
-    train = RowGroupWriter(folder, "train/part-{part:05d}.parquet", schemas[0], group_rows)
+    user, group_rows = stored_type(log.user_ids.type), config.sequences_per_row_group
+    schema = train_schema(user, log.has_weight)
+    train = RowGroupWriter(folder, TRAIN_FILES, schema, group_rows)
     held_out = {
-        split: RowGroupWriter(folder, f"{split}.parquet", schemas[1], group_rows)
-        for split in ("validation", "test")
+        split: RowGroupWriter(folder, f"{split}.parquet", held_out_schema(user), group_rows)
+        for split in HELD_OUT
     }
     tallies = {split: np.zeros(3, np.int64) for split in held_out}
     is_new = np.zeros(len(item_index), bool)
     is_new[item_index[cuts.item_kept]] = counts[cuts.item_kept] == 0
     lengths = []
     for block in log.blocks():
-        sequences = _Sequences.of(block, cuts, item_index)
-        train.write(_train_table(log, sequences))
-        lengths.append(sequences.train_end[sequences.train_end >= 2])
-        bounds = [sequences.train_end, sequences.test_start, sequences.total]
-        for (split, writer), start, stop in zip(held_out.items(), bounds, bounds[1:], strict=False):
-            table = _evaluation_table(log, sequences, start, stop, config.targets == "last")
+        sequences = _sequences(log, block, cuts, item_index)
+        rows, table = sequences.train()
+        train.write(table)
+        lengths.append(sequences.train_end[rows])
+        for split, file in held_out.items():
+            _, table = sequences.held_out(split, config.targets == "last")
             tallies[split] += _tally(table, is_new)
-            writer.write(table)
+            file.write(table)
     files = [entry for writer in (train, *held_out.values()) for entry in writer.close()]
     numbers = {
         f"{split}_{counted}": int(value)
@@ -177,75 +192,93 @@ def write_sequences(
     return Written(files=files, counts=numbers, lengths=all_lengths)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Sequences:
-    """The sequences of one block: U users, M events."""
+def _sequences(log: SortedLog, block: UserBlock, cuts: Cuts, item_index: Array) -> "Sequences":
+    users = np.arange(block.first_user, block.stop_user)
+    users = users[cuts.kept[users]]
+    mask, _ = positions(block, cuts)
+    return Sequences(
+        user_ids=log.user_ids.take(pa.array(users)),
+        total=cuts.total[users],
+        train_end=cuts.train_end[users],
+        test_start=cuts.test_start[users],
+        items=item_index[block.item[mask]],
+        weights=None if block.weight is None else block.weight[mask],
+    )
 
-    user: Array  # (U,) index into SortedLog.user_ids
-    starts: Array  # (U,) first event of each user in items
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """The sequences of some users: U users, M events."""
+
+    user_ids: pa.Array  # (U,)
     total: Array  # (U,) as in Cuts
     train_end: Array  # (U,)
     test_start: Array  # (U,)
     items: Array  # (M,) dense indices
     weights: Array | None  # (M,)
 
-    @classmethod
-    def of(cls, block: UserBlock, cuts: Cuts, item_index: Array) -> "_Sequences":
-        users = np.arange(block.first_user, block.stop_user)
-        users = users[cuts.kept[users]]
-        mask, _ = positions(block, cuts)
-        total = cuts.total[users]
-        return cls(
-            user=users,
-            starts=np.cumsum(total) - total,
-            total=total,
-            train_end=cuts.train_end[users],
-            test_start=cuts.test_start[users],
-            items=item_index[block.item[mask]],
-            weights=None if block.weight is None else block.weight[mask],
-        )
+    @property
+    def starts(self) -> Array:
+        """(U,) first event of each user."""
+        starts: Array = np.cumsum(self.total) - self.total
+        return starts
+
+    def train(self) -> tuple[Array, pa.Table]:
+        """The users whose events train, and the rows of the training files for them."""
+        rows = np.flatnonzero(self.train_end >= LEAST_TO_TRAIN)
+        starts, lengths = self.starts[rows], self.train_end[rows]
+        schema = train_schema(self.user_ids.type, self.weights is not None)
+        columns = [
+            self.user_ids.take(pa.array(rows)),
+            _lists(self.items, starts, lengths, schema.field("items").type),
+            pa.array(lengths, pa.int32()),
+        ]
+        if self.weights is not None:
+            columns.append(_lists(self.weights, starts, lengths, schema.field("weights").type))
+        return rows, pa.Table.from_arrays(columns, schema=schema)
+
+    def held_out(self, split: str, last_only: bool) -> tuple[Array, pa.Table]:
+        """The users who have targets in a split, and the rows of its file for them."""
+        bounds = [self.train_end, self.test_start, self.total]
+        start, stop = bounds[HELD_OUT.index(split) :][:2]
+        first = np.maximum(start, stop - 1) if last_only else start
+        rows = np.flatnonzero((stop > start) & (first >= 1))
+        begin, first = self.starts[rows], first[rows]
+        schema = held_out_schema(self.user_ids.type)
+        columns = [
+            self.user_ids.take(pa.array(rows)),
+            _lists(self.items, begin, first, schema.field("items").type),
+            _lists(self.items, begin + first, stop[rows] - first, schema.field("targets").type),
+        ]
+        return rows, pa.Table.from_arrays(columns, schema=schema)
 
 
-def _schemas(log: SortedLog, user_type: pa.DataType | None = None) -> tuple[pa.Schema, pa.Schema]:
-    """Of the training sequences, and of histories with targets; by default as in the files."""
-    user = pa.field("user_id", user_type or stored_type(log.user_ids.type), nullable=False)
-    items = pa.list_(pa.field("element", pa.int64(), nullable=False))
-    weights = pa.list_(pa.field("element", pa.float32(), nullable=False))
-    length = pa.field("length", pa.int32(), nullable=False)
-    train = [user, pa.field("items", items, nullable=False), length]
-    if log.has_weight:
-        train.append(pa.field("weights", weights, nullable=False))
-    evaluation = [user, train[1], pa.field("targets", items, nullable=False)]
-    return pa.schema(train), pa.schema(evaluation)
+_ITEMS = pa.list_(pa.field("element", pa.int64(), nullable=False))
+_WEIGHTS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 
-def _train_table(log: SortedLog, sequences: _Sequences) -> pa.Table:
-    schema = _schemas(log, log.user_ids.type)[0]
-    rows = np.flatnonzero(sequences.train_end >= 2)
-    starts, lengths = sequences.starts[rows], sequences.train_end[rows]
-    columns = [
-        log.user_ids.take(pa.array(sequences.user[rows])),
-        _lists(sequences.items, starts, lengths, schema.field("items").type),
-        pa.array(lengths, pa.int32()),
-    ]
-    if sequences.weights is not None:
-        columns.append(_lists(sequences.weights, starts, lengths, schema.field("weights").type))
-    return pa.Table.from_arrays(columns, schema=schema)
+def train_schema(user: pa.DataType, has_weight: bool) -> pa.Schema:
+    """Of training sequences."""
+    weights = [pa.field("weights", _WEIGHTS, nullable=False)] if has_weight else []
+    return pa.schema(
+        [
+            pa.field("user_id", user, nullable=False),
+            pa.field("items", _ITEMS, nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            *weights,
+        ]
+    )
 
 
-def _evaluation_table(
-    log: SortedLog, sequences: _Sequences, start: Array, stop: Array, last_only: bool
-) -> pa.Table:
-    schema = _schemas(log, log.user_ids.type)[1]
-    first = np.maximum(start, stop - 1) if last_only else start
-    rows = np.flatnonzero((stop > start) & (first >= 1))
-    begin, first = sequences.starts[rows], first[rows]
-    columns = [
-        log.user_ids.take(pa.array(sequences.user[rows])),
-        _lists(sequences.items, begin, first, schema.field("items").type),
-        _lists(sequences.items, begin + first, stop[rows] - first, schema.field("targets").type),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+def held_out_schema(user: pa.DataType) -> pa.Schema:
+    """Of histories with targets."""
+    return pa.schema(
+        [
+            pa.field("user_id", user, nullable=False),
+            pa.field("items", _ITEMS, nullable=False),
+            pa.field("targets", _ITEMS, nullable=False),
+        ]
+    )
 
 
 def _lists(values: Array, starts: Array, lengths: Array, dtype: pa.DataType) -> pa.Array:

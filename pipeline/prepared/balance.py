@@ -1,6 +1,6 @@
 """Assign item indices so that popular items are spread evenly over the ranks, for any W."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 TOO_UNEVEN = 1.5
+NUMBERS_OF_RANKS = (2, 3, 4, 8)
 
 
 def spread_by_popularity(counts: Array) -> Array:
@@ -28,10 +29,21 @@ def spread_by_popularity(counts: Array) -> Array:
         [0, 3, 1, 2]
     """
     ranking = np.argsort(-counts, kind="stable")
-    ranks = np.arange(len(counts), dtype=np.uint64)
-    keys = _reversed_bits(ranks ^ (ranks >> np.uint64(1)), max(len(counts) - 1, 1).bit_length())
+    keys = spread_keys(np.arange(len(counts)), len(counts))
     order: Array = ranking[np.argsort(keys, kind="stable")]
     return order
+
+
+def spread_keys(ranks: Array, num_items: int) -> Array:
+    """For popularity ranks of ``num_items`` items, int64 keys in whose order they are spread.
+
+    Example:
+        >>> spread_keys(np.arange(4), 4).tolist()
+        [0, 2, 3, 1]
+    """
+    codes = ranks.astype(np.uint64)
+    num_bits = max(num_items - 1, 1).bit_length()
+    return _reversed_bits(codes ^ (codes >> np.uint64(1)), num_bits).astype(np.int64)
 
 
 def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
@@ -42,14 +54,18 @@ def load_per_rank(counts: Array, num_ranks: int) -> list[float]:
         [0.5, 0.5]
     """
     rows = -(-len(counts) // num_ranks)
-    total = max(int(counts.sum()), 1)
     blocks = [counts[rank * rows : (rank + 1) * rows] for rank in range(num_ranks)]
-    return [round(int(block.sum()) / total, 6) for block in blocks]
+    return load_shares([int(block.sum()) for block in blocks])
+
+
+def load_shares(events: Sequence[int]) -> list[float]:
+    """The share of each rank, for the training events of the items on it."""
+    return [round(count / max(sum(events), 1), 6) for count in events]
 
 
 def loads(counts: Array) -> dict[str, list[float]]:
-    """``load_per_rank`` for W = 2, 3, 4 and 8, by W as text."""
-    return {str(ranks): load_per_rank(counts, ranks) for ranks in (2, 3, 4, 8)}
+    """``load_per_rank`` for W = 2, 3, 4 and 8; the key is W as text."""
+    return {str(ranks): load_per_rank(counts, ranks) for ranks in NUMBERS_OF_RANKS}
 
 
 def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float, int]:
@@ -90,10 +106,18 @@ def describe_uneven_load(counts: Array) -> str | None:
     Args:
         counts: (V,) int64 training events of each item, by dense index.
     """
-    load, ranks = largest_load(loads(counts))
+    return describe_uneven_loads(loads(counts), lambda: loads(counts[spread_by_popularity(counts)]))
+
+
+def describe_uneven_loads(
+    shares_by_ranks: Mapping[str, Sequence[float]],
+    spread: Callable[[], Mapping[str, Sequence[float]]],
+) -> str | None:
+    """The same for the loads themselves; ``spread`` says what they would be after a rebalance."""
+    load, ranks = largest_load(shares_by_ranks)
     if load <= TOO_UNEVEN:
         return None
-    best, _ = largest_load(loads(counts[spread_by_popularity(counts)]))
+    best, _ = largest_load(spread())
     remedy = (
         f"prepare with rebalance would make it {best:.2f} times, and train with init_from follows "
         "the items to their new indices"

@@ -36,6 +36,7 @@ class Curve:
         from_zero: whether the axis begins at 0.
         may_be_log: whether the axis may be logarithmic.
         is_validation: whether its events are validations; they are few, so each point is marked.
+        along: what the horizontal axis counts.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Curve:
     from_zero: bool = False
     may_be_log: bool = False
     is_validation: bool = False
+    along: str = "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,8 @@ def _spans_decades(lines: Sequence[Line]) -> bool:
 
 def _in_words(curve: Curve, lines: Sequence[Line]) -> str:
     ends = [
-        f"{line.name} {curve.to_text(float(line.values[-1]))} at step {int(line.steps[-1]):,}"
+        f"{line.name} {curve.to_text(float(line.values[-1]))} "
+        f"at {curve.along} {int(line.steps[-1]):,}"
         for line in lines
     ]
-    return f"{curve.title} by step. Last values: {'; '.join(ends)}."
+    return f"{curve.title} by {curve.along}. Last values: {'; '.join(ends)}."

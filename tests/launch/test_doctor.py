@@ -42,6 +42,12 @@ def test_a_matching_set_has_no_findings() -> None:
     assert report(HEALTHY).endswith("ready to train on cpu")
 
 
+def test_pyspark_without_java_is_a_note() -> None:
+    (finding,) = diagnose(replace(with_versions(pyspark="4.3.0"), has_java=False))
+    assert finding.level == "note" and "no Java" in finding.text
+    assert diagnose(replace(HEALTHY, has_java=False)) == []
+
+
 @pytest.mark.parametrize(
     "versions",
     [

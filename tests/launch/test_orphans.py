@@ -32,11 +32,12 @@ def test_folders_of_dead_launchers_are_removed_and_those_of_others_stay(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead, odd = tmp_path / f"shardrec-launch-{os.getpid()}-1_abc", tmp_path / "shardrec-launch-x"
-    dead.mkdir()
-    odd.mkdir()
+    ours = tmp_path / f"shardrec-launch-{this_process()}_a_b"  # a random name may have such a part
+    for folder in (dead, odd, ours):
+        folder.mkdir()
     with logs_of_launch() as first, logs_of_launch() as second:
-        assert {path.name for path in tmp_path.iterdir()} == {odd.name, first.name, second.name}
-    assert list(tmp_path.iterdir()) == [odd]
+        assert set(tmp_path.iterdir()) == {odd, ours, first, second}
+    assert set(tmp_path.iterdir()) == {odd, ours}
 
 
 def test_a_process_that_was_started_by_hand_is_left_alone() -> None:

@@ -19,6 +19,8 @@ TORCHRUN = {
 def test_the_place_is_what_the_launcher_says() -> None:
     place = Place(rank=5, local_rank=1, world_size=8, host="first", port=29500)
     assert Place.read(TORCHRUN) == place
+    node = Place.read(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"})
+    assert node is not None and node.node_size == 4
 
 
 def test_without_a_launcher_there_is_no_place() -> None:

@@ -125,3 +125,35 @@ def test_lists_and_event_types_are_described_as_they_are_prepared(tmp_path: Path
     log = write(tmp_path / "log.parquet", kind=["buy", "view"] * 90)
     config = DescribeConfig(event_column="kind", event_types=("buy",))
     assert describe(log, config).facts["events_other_type"] == 90
+
+
+def test_the_page_is_one_file_without_scripts_and_the_same_again(tmp_path: Path) -> None:
+    log, page = write_log(tmp_path / "<log>.parquet", make_events()), tmp_path / "page.html"
+    assert main(["describe", log, "--html", str(page)]) == 0
+    first = page.read_text()
+    assert first.count("<svg ") == 4 and "&lt;log&gt;" in first and "<log>" not in first
+    assert "<script" not in first and "http" not in first.replace("http-equiv", "")
+    assert main(["describe", log, "--html", str(page)]) == 0
+    assert page.read_text() == first
+    other = tmp_path / "other.html"
+    other.write_text("mine")
+    assert main(["describe", log, "--html", str(other)]) == 2
+    assert other.read_text() == "mine"
+
+
+def test_the_curves_are_those_of_plain_python(tmp_path: Path) -> None:
+    events = make_events()
+    curves = describe(write_log(tmp_path / "log.parquet", events)).curves
+    unique = list(dict.fromkeys(events))
+    of_items = sorted(Counter(item for _, item, _ in unique).values(), reverse=True)
+    assert curves["popularity"][-1] == pytest.approx(100)
+    half = -(-50 * len(of_items) // 100)
+    assert curves["popularity"][49] == pytest.approx(
+        100 * sum(of_items[:half]) / len(unique), abs=1e-3
+    )
+    assert curves["item_events"][49] == of_items[half - 1]
+    assert sum(curves["events_over_time"]) == pytest.approx(100, abs=1e-2)
+    first, last = min(e[2] for e in unique), max(e[2] for e in unique)
+    width = -(-(last - first + 1) // 50)
+    early = sum((time - first) // width == 0 for _, _, time in unique)
+    assert curves["events_over_time"][0] == pytest.approx(100 * early / len(unique), abs=1e-3)

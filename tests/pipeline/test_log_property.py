@@ -1,6 +1,7 @@
 """Any log is read exactly, or refused by name: logs of random types, formats and values."""
 
 import csv
+import dataclasses
 import datetime
 import decimal
 import io
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from shardrec.pipeline.log.columns import EventColumns
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortOptions, sort_log
+from shardrec.pipeline.prepared.data_files import natural_order
 
 COLUMNS = EventColumns(user="user_id", item="item_id", time="timestamp")
 OPTIONS = SortOptions(memory_limit="200MB", threads=1, seed=0, keep_duplicates=True)
@@ -102,8 +104,10 @@ def in_order(events: list[tuple[Any, Any, int]]) -> dict[Any, list[tuple[Any, in
     return users
 
 
-def sorted_events(source: str, folder: Path) -> dict[Any, list[tuple[Any, int]]]:
-    log = sort_log(EventLog.open(source, COLUMNS), folder, OPTIONS)
+def sorted_events(
+    source: str, folder: Path, columns: EventColumns
+) -> dict[Any, list[tuple[Any, int]]]:
+    log = sort_log(EventLog.open(source, columns), folder, OPTIONS)
     users, items = log.user_ids.to_pylist(), log.item_ids.to_pylist()
     found: dict[Any, list[tuple[Any, int]]] = {user: [] for user in users}
     for block in log.blocks():
@@ -113,7 +117,11 @@ def sorted_events(source: str, folder: Path) -> dict[Any, list[tuple[Any, int]]]
 
 
 def require_exact_or_refused(
-    write: Any, events: list[tuple[Any, Any, int]], *, text: bool = False
+    write: Any,
+    events: list[tuple[Any, Any, int]],
+    *,
+    text: bool = False,
+    columns: EventColumns = COLUMNS,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "log")
@@ -121,7 +129,7 @@ def require_exact_or_refused(
         write(source)
         Path(folder, "work").mkdir()
         try:
-            found = sorted_events(str(source), Path(folder, "work"))
+            found = sorted_events(str(source), Path(folder, "work"), columns)
         except ValueError as error:
             assert " must " in str(error) and str(source) in str(error), error
             return
@@ -192,3 +200,65 @@ def test_any_csv_log_is_read_exactly_or_refused(
         (folder / "a.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
 
     require_exact_or_refused(write, events, text=True)
+
+
+lists_of_users = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.lists(st.tuples(texts, st.integers(-(2**63), 2**63 - 1)), max_size=5),
+    ),
+    min_size=1,
+    max_size=6,
+).filter(lambda rows: any(events for _, events in rows))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(rows=lists_of_users, kind=st.sampled_from([pa.list_, pa.large_list]))
+def test_any_log_of_lists_is_read_exactly_or_refused(
+    rows: list[tuple[int, list[tuple[str, int]]]], kind: Any
+) -> None:
+    events = [(user, item, time) for user, listed in rows for item, time in listed]
+
+    def write(folder: Path) -> None:
+        columns = {
+            "user_id": [user for user, _ in rows],
+            "item_id": pa.array([[i for i, _ in listed] for _, listed in rows], kind(pa.string())),
+            "timestamp": pa.array([[t for _, t in listed] for _, listed in rows], kind(pa.int64())),
+        }
+        pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=2)
+
+    require_exact_or_refused(write, events, columns=dataclasses.replace(COLUMNS, is_lists=True))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(
+    events=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from(["1", "01", "a b", "é", "12"]), st.integers()),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_any_log_with_items_in_the_names_of_its_folders_is_read_exactly_or_refused(
+    events: list[tuple[int, str, int]],
+) -> None:
+    events = [(user, item, time % 2**40) for user, item, time in events]
+    items = sorted({item for _, item, _ in events})
+    whole = all(re.fullmatch("0|[1-9][0-9]*", item) for item in items)
+    events.sort(
+        key=lambda event: natural_order([f"item_id={item}" for item in items]).index(
+            f"item_id={event[1]}"
+        )
+    )
+
+    def write(folder: Path) -> None:
+        for item in items:
+            chosen = [(user, time) for user, one, time in events if one == item]
+            users, times = zip(*chosen, strict=True)
+            (folder / f"item_id={item}").mkdir()
+            table = pa.table({"user_id": users, "timestamp": times})
+            pq.write_table(table, folder / f"item_id={item}" / "a.parquet")
+
+    meant = [(user, int(item) if whole else item, time) for user, item, time in events]
+    require_exact_or_refused(write, meant)

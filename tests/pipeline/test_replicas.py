@@ -150,7 +150,7 @@ def train_all(num_replicas: int, num_shards: int) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def alone(ranks: Ranks) -> list[Outcome]:
-    found: list[Outcome] = ranks(1).run(train_all, 1, 1)[0]
+    found: list[Outcome] = ranks(1).run(train_all, 1, 1, timeout=600)[0]
     return found
 
 
@@ -158,7 +158,7 @@ def alone(ranks: Ranks) -> list[Outcome]:
 def test_a_step_is_the_same_for_any_number_of_replicas_and_shards(
     ranks: Ranks, alone: list[Outcome], num_replicas: int, num_shards: int
 ) -> None:
-    found = ranks(num_replicas * num_shards).run(train_all, num_replicas, num_shards)
+    found = ranks(num_replicas * num_shards).run(train_all, num_replicas, num_shards, timeout=600)
     for case, expected, *outcomes in zip(CASES, alone, *found, strict=True):
         for one in outcomes:
             assert one.losses == pytest.approx(expected.losses, rel=2e-5), case

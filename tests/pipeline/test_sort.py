@@ -1,17 +1,22 @@
 """Sorting in bounded memory: a log that does not fit spills to disk, and the result is the same."""
 
 import contextlib
+import hashlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.event_logs import write_random_log
 
 from shardrec.pipeline.log.columns import EventColumns
+from shardrec.pipeline.log.files import ParquetLog
 from shardrec.pipeline.log.reader import EventLog
 from shardrec.pipeline.log.sort import SortOptions, sort_log
 from shardrec.pipeline.prepare import PrepareConfig, prepare
@@ -82,6 +87,43 @@ def test_an_interrupted_query_ends_at_once_as_an_interruption(log: str, tmp_path
         signal.signal(signal.SIGINT, former)
     assert time.monotonic() - started < 60
     assert not (tmp_path / "events.duckdb").exists()
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["integers", "text"])
+def test_the_orders_of_users_and_items_are_the_same_under_any_release(
+    text: bool, tmp_path: Path
+) -> None:
+    ids = [str(number) if number % 3 else f"é{number}" for number in range(500)]
+    values = ids if text else list(range(500))
+    table = {"user_id": values, "item_id": values, "timestamp": list(range(500))}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    columns = EventColumns(user="user_id", item="item_id", time="timestamp")
+    options = SortOptions(memory_limit="1GB", threads=1, seed=3, keep_duplicates=False)
+    found = sort_log(EventLog.open(str(tmp_path / "log.parquet"), columns), tmp_path, options)
+
+    def digest(value: object) -> bytes:  # read from its last byte
+        return hashlib.md5(f"3:{value}".encode()).digest()[::-1]
+
+    assert found.user_ids.to_pylist() == sorted(values, key=digest)
+    by_bytes = sorted(values, key=lambda value: str(value).encode() if text else value)
+    assert found.item_ids.to_pylist() == by_bytes
+
+
+def test_a_log_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = range(300)
+    table = {"user_id": [k % 9 for k in times], "item_id": [k % 7 for k in times]}
+    for part in range(3):
+        pq.write_table(pa.table(table | {"timestamp": times}), tmp_path / f"{part}.parquet")
+    read: list[str] = []
+    batches = ParquetLog.batches
+
+    def counted(file: ParquetLog, names: Sequence[str], rows: int) -> Any:
+        read.append(Path(file.source.path).name)
+        return batches(file, names, rows)
+
+    monkeypatch.setattr(ParquetLog, "batches", counted)
+    prepare(PrepareConfig(events=f"{tmp_path}/*.parquet", output=str(tmp_path / "out")))
+    assert read == ["0.parquet", "1.parquet", "2.parquet"]
 
 
 def interrupt_when_read(log: EventLog) -> None:
