@@ -24,6 +24,7 @@ __all__ = [
     "eager_rece",
     "eager_sce",
     "fair_cce_minus",
+    "torch_cce",
 ]
 
 Body = Callable[..., Tensor]
@@ -41,6 +42,12 @@ def chunked_cce(
     for part, wanted in zip(states.split(block), targets.split(block), strict=True):
         loss = body(part, table, wanted) * (len(part) / len(states))
         loss.backward()
+
+
+def torch_cce(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """The same by PyTorch's ``linear_cross_entropy``, from 2.13 on, which chooses the chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(states, table, targets, options=options)
 
 
 def eager_cce_minus(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:

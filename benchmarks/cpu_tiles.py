@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from loss_checks import make_batch
 from record import RESULTS, Results, call_fresh, timed
 
-from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, cpu
 from shardrec.kernels.block_logsumexp.cpu_tiles import (
     LEAST_FUSED,
     CpuTiles,
@@ -72,7 +72,7 @@ Run = Callable[[], object]
 def two_pass(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Run]:
     """The full softmax in two passes, by the shape of its tiles."""
     states, table, targets = (part.detach() for part in batch)
-    blocks = every_pair(len(table), targets)
+    blocks = EveryPair(len(table), targets)
     grad = torch.full((len(states),), 1 / len(states))
     grad_rows = torch.zeros_like(table)
 

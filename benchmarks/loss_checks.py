@@ -6,6 +6,7 @@ from typing import Any
 
 import baselines
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec import kernels
@@ -107,7 +108,8 @@ def _mean(losses: Callable[..., Tensor], **choices: Any) -> Operation:
 
 
 def _cce(batch: Batch) -> Case:
-    return _mean(reference.cross_entropy_reference), {
+    of_torch = {"torch": baselines.torch_cce} if hasattr(F, "linear_cross_entropy") else {}
+    return _mean(reference.cross_entropy_reference), of_torch | {
         "ours": kernels.cut_cross_entropy,
         "eager": baselines.eager_cce,
         "chunked": partial(baselines.chunked_cce, block=100),

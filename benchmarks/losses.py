@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -120,9 +121,9 @@ def fair(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 
 
 def operation(loss: str, name: str) -> Operation:
-    """The operation of a name: ours, ours_sparse, eager, chunked_BLOCK or fair."""
-    if name == "fair":
-        return fair
+    """The operation of a name: ours, ours_sparse, eager, chunked_BLOCK, torch or fair."""
+    if name in ("fair", "torch"):
+        return fair if name == "fair" else baselines.torch_cce
     if name.startswith("ours"):
         return ours(loss, sparse_grad=name == "ours_sparse")
     return baseline(loss, int(name.removeprefix("chunked_")) if name != "eager" else None)
@@ -138,7 +139,7 @@ def num_lines(loss: str, work: Workload) -> int:
 def stored_gib(loss: str, name: str, work: Workload, rounds: int = ROUNDS) -> float:
     """GiB that a baseline stores: logits and what backward keeps of them, counted, not measured.
 
-    ``chunked`` without a number is the loop at its leanest.
+    ``chunked`` without a number is the loop at its leanest, as is ``torch``, which chooses itself.
     """
     N, V, D, size = work.num_positions, work.num_items, work.width, work.element_bytes
     lines = num_lines(loss, work)
@@ -153,7 +154,9 @@ def stored_gib(loss: str, name: str, work: Workload, rounds: int = ROUNDS) -> fl
     if name == "fair":
         return (6 * size * N * NUM_NEGATIVES + held) / 2**30
     held += size * lines * V if loss == "rece" else 0  # hashes, of the loop too
-    block = {"eager": lines, "chunked": 1}.get(name) or int(name.removeprefix("chunked_"))
+    block = {"eager": lines, "chunked": 1, "torch": 1}.get(name) or int(
+        name.removeprefix("chunked_")
+    )
     return (whole[loss] * block / lines + held) / 2**30
 
 
@@ -310,7 +313,9 @@ def baselines_to_run(
 ) -> tuple[list[str], dict[str, str]]:
     """Baselines, and why others are left out."""
     run, not_run = [], {}
-    for name in ["chunked", "eager"] + ["fair"] * (loss == "cce_minus"):
+    more = ["fair"] * (loss == "cce_minus")
+    more += ["torch"] * (loss == "cce" and hasattr(F, "linear_cross_entropy"))
+    for name in ["chunked", "eager", *more]:
         needed = stored_gib(loss, name, work)
         if needed > options.memory_gib:
             not_run[name] = f"stores {needed:.1f} GiB"

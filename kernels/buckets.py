@@ -145,6 +145,8 @@ def _best_of_all_ranks(
     Collectives: two all-gathers of (n_b, k).
     """
     scores, indices = found
+    if ranks.group is None:
+        return indices
     missing = k - scores.shape[1]
     scores = F.pad(scores, (0, missing), value=-torch.inf)
     # Larger than every index. F.pad takes a double, which holds 2**62 exactly but not 2**63 - 1.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, RowIds, every_pair
+from shardrec.kernels.block_logsumexp import EveryPair, RowIds
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.cost.terms import (
     KernelCost,
@@ -110,13 +110,13 @@ class EveryItem(Candidates):
 
 
 class _EveryPair(Plan):
-    def chunk_of(self) -> Tensor:
+    def chunk_of(self) -> Tensor | None:
         return self.layout.even_chunks(self.layout.num_chunks(listed=False))
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
-    ) -> Blocks:
-        return every_pair(row_ids.count, row_ids.find(targets))
+    ) -> EveryPair:
+        return EveryPair(row_ids.count, row_ids.find(targets))
 
 
 _cut_cross_entropy = Operator("cut_cross_entropy", EveryItem, fused_cross_entropy)

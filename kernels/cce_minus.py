@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import Blocks, RowIds, blocks_of_items
@@ -26,7 +27,7 @@ from shardrec.kernels.loss.operator import Operator
 from shardrec.kernels.loss.options import Common, autocast_dtype
 from shardrec.kernels.loss.row_fetch import RowFetch
 from shardrec.kernels.negatives import Proposal, Uniform, pack, require_catalog, unpack
-from shardrec.kernels.negatives.sampler import DRAWS_AT_ONCE, Sampler
+from shardrec.kernels.negatives.sampler import Sampler, draws_at_once
 from shardrec.kernels.ranks.chunks import Chunk
 from shardrec.kernels.ranks.traffic import (
     Workload,
@@ -218,15 +219,17 @@ class _SampledItems(Plan):
         self._shift = shift
         self._targets = inputs.targets
 
-    def correction(self) -> Tensor:
-        positions = torch.arange(self.num_slots, device=self._targets.device) + self._shift
-        positions += self.layout.first_position
-        return self._sampler.correction(positions, self._targets)
+    def correction(self) -> Tensor | float:
+        first = self.layout.first_position + self._shift
+        return self._sampler.correction(first, self._targets)
 
-    def chunk_of(self) -> Tensor:
+    def chunk_of(self) -> Tensor | None:
         sampler, layout = self._sampler, self.layout
         num_blocks = sampler.num_blocks
-        num_chunks = max(layout.num_chunks(listed=True), -(-num_blocks // sampler.blocks_at_once))
+        at_once = sampler.blocks_at_once(self._targets.device)
+        num_chunks = max(layout.num_chunks(listed=True), -(-num_blocks // at_once))
+        if min(num_chunks, num_blocks) == 1:
+            return None
         positions = torch.arange(layout.num_positions, device=self._targets.device)
         positions += self._shift
         return positions % num_blocks * min(num_chunks, num_blocks) // num_blocks
@@ -234,14 +237,24 @@ class _SampledItems(Plan):
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
-        block_of = (chunk.positions + self._shift) % self._sampler.num_blocks
-        order = torch.argsort(block_of, stable=True)
-        present, sizes = torch.unique_consecutive(block_of[order], return_counts=True)
+        order, starts, present = self._groups(chunk.positions)
         items = self._sampler.draw(present)
         if items.device.type == "cpu":
             items = items.sort(dim=1).values  # so that targets are found by binary search
         offsets = self._sampler.log_probability(items)
-        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
+        return blocks_of_items(order, starts, items, row_ids, targets, offsets)
+
+    def _groups(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of positions by block, first place of each block and the end, and the blocks."""
+        num_blocks = self._sampler.num_blocks
+        shifted = positions + self._shift if self._shift else positions
+        in_order, order = (shifted % num_blocks).sort(stable=True)
+        if positions.numel() == self._sampler.num_positions:
+            # Every block has a position, which need not be read from the device.
+            blocks = torch.arange(num_blocks + 1, device=order.device)
+            return order, torch.searchsorted(in_order, blocks), blocks[:-1]
+        present, sizes = torch.unique_consecutive(in_order, return_counts=True)
+        return order, F.pad(sizes.cumsum(0), (1, 0)), present
 
 
 _sampled_cross_entropy = Operator("sampled_cross_entropy", SampledItems)
@@ -264,7 +277,7 @@ def sampled_cross_entropy_cost(
     rows = min(work.num_rows, round(touched))
     is_fused = work.on_cpu and work.num_ranks == 1 and work.element_bytes == 4
     copy = 0 if is_fused else rows * work.width * work.stored_bytes
-    draws = 8 * min(max(num_draws, num_negatives), DRAWS_AT_ONCE)
+    draws = 8 * min(max(num_draws, num_negatives), draws_at_once(on_cpu=work.on_cpu))
     received, in_flight = state_traffic(work), streaming_bytes(work)
     shared = expected_distinct(num_draws, work.num_items)
     by_rows = row_traffic(work, shared, work.own_positions)

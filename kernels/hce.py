@@ -35,6 +35,7 @@ from shardrec.kernels.cost.triton import (
     listed_bytes,
     listed_kernels,
     sign_kernels,
+    topk_bytes,
     topk_kernels,
 )
 from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
@@ -217,7 +218,10 @@ class _HybridPlan(Plan):
         order = torch.argsort(buckets, stable=True)
         present, sizes = torch.unique_consecutive(buckets[order], return_counts=True)
         items, offsets = self._items[present], self._offsets[present]
-        return blocks_of_items(order, sizes, items, row_ids, targets, offsets)
+        starts = F.pad(sizes.cumsum(0), (1, 0))
+        left_out = items < 0
+        items = items.clamp(min=0)
+        return blocks_of_items(order, starts, items, row_ids, targets, offsets, left_out)
 
 
 _hybrid_cross_entropy = Operator("hybrid_cross_entropy", HardAndSampled)
@@ -256,7 +260,7 @@ def hybrid_cross_entropy_cost(
         kernels += sign_kernels("mixed_signs", num_buckets, work.own_positions, work)
         kernels += topk_kernels(num_buckets, work.num_rows, items_per_bucket, work)
         kernels += select_cost(num_buckets, work.own_positions, work)
-        tiles = listed_bytes(entries, work)
+        tiles = max(listed_bytes(entries, work), topk_bytes(num_buckets, work.num_rows))
     copy = rows * work.width * work.stored_bytes
     return LossCost(
         touched_rows=rows,

@@ -30,13 +30,14 @@ from shardrec.kernels.cost.terms import (
     select_cost,
     streaming_bytes,
 )
-from shardrec.kernels.cost.triton import Listed, listed_bytes, listed_kernels, sign_kernels
+from shardrec.kernels.cost.triton import Listed, listed_kernels, sign_kernels
 from shardrec.kernels.hash_chunks import (
     gather_histogram,
     hash_buckets,
     index_dtype,
     item_chunks,
     position_chunks,
+    sort_bytes,
 )
 from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
 from shardrec.kernels.loss.inputs import Inputs
@@ -178,10 +179,15 @@ class HashedChunks(Candidates):
             )
             for vectors in (inputs.scaled_rows(), inputs.states)
         )
-        rows = gather_histogram(row_buckets, num_buckets, inputs.ranks)
-        own = gather_histogram(own_buckets, num_buckets, inputs.ranks)
-        own_chunks = position_chunks(own_buckets, own, rows, num_chunks, self.align)
-        return own_chunks, item_chunks(row_buckets, rows, num_chunks).view(torch.uint8)
+        ranks, backend = inputs.ranks, inputs.backend
+        rows = gather_histogram(row_buckets, num_buckets, ranks, backend)
+        own = gather_histogram(own_buckets, num_buckets, ranks, backend)
+        counts = inputs.layout.num_positions, inputs.num_items
+        own_chunks = position_chunks(
+            own_buckets, own, rows, num_chunks, self.align, counts, backend
+        )
+        row_chunks = item_chunks(row_buckets, rows, num_chunks, inputs.num_items, backend)
+        return own_chunks, row_chunks.view(torch.uint8)
 
     def choice_shapes(
         self, num_positions: int, num_rows: int
@@ -197,7 +203,8 @@ class HashedChunks(Candidates):
         own_chunks, row_bytes = tensors
         bytes_of_chunk = row_bytes.shape[1] // self.num_rounds
         row_chunks = row_bytes.view(_DTYPE_OF_BYTES[bytes_of_chunk])
-        return _HashedPlan(local, self.num_neighbor_chunks, own_chunks, row_chunks)
+        _, num_chunks = self._numbers(inputs.layout.num_positions, inputs.num_items)
+        return _HashedPlan(local, self.num_neighbor_chunks, num_chunks, own_chunks, row_chunks)
 
     def _numbers(self, num_positions: int, num_items: int) -> tuple[int, int]:
         """n_b and n_c, with the defaults filled in."""
@@ -211,19 +218,29 @@ class _HashedPlan(Plan):
     """The candidates of a position are the items of its chunk and of ``reach`` on either side."""
 
     def __init__(
-        self, inputs: Inputs, reach: int, position_chunks: Tensor, row_chunks: Tensor
+        self,
+        inputs: Inputs,
+        reach: int,
+        num_chunks: int,
+        position_chunks: Tensor,
+        row_chunks: Tensor,
     ) -> None:
         super().__init__(inputs)
         self.per_position = (position_chunks,)
         self._row_chunks = row_chunks
-        self._reach = reach
+        self._reach, self._num_chunks = reach, num_chunks
 
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> NearbyChunks:
         (position_chunks,) = per_position
-        found = row_ids.find(targets)
-        return NearbyChunks(position_chunks, self._row_chunks, self._reach, found)
+        return NearbyChunks(
+            position_chunks,
+            self._row_chunks,
+            self._reach,
+            self._num_chunks,
+            row_ids.find(targets),
+        )
 
 
 _reduced_cross_entropy = Operator("reduced_cross_entropy", HashedChunks)
@@ -274,7 +291,8 @@ def reduced_cross_entropy_cost(
 
     In memory until backward: per row and round the chunk, one or two bytes, and per position and
     round five int32. Some rows at a time are sorted by their chunk of one round (three int64 each,
-    four on a GPU).
+    four on a GPU). On a GPU all rows are sorted by their bucket, of as many rounds as
+    ``hash_chunks.KEYS_AT_ONCE`` allows, and the signs of all rounds are stored.
     """
     reach = num_neighbor_chunks
     num_buckets = num_buckets or default_num_buckets(work.num_positions, work.num_items, reach)
@@ -301,7 +319,8 @@ def reduced_cross_entropy_cost(
             rounds=True,
         )
         blocks = listed_kernels(listed, work)
-        held += 32 * at_once + listed_bytes(at_once, work)
+        held += max(32 * at_once, sort_bytes(work.num_rows, num_rounds))
+        held += num_rounds * num_buckets * work.width * work.element_bytes
     return LossCost(
         touched_rows=work.num_rows,
         is_dense=True,

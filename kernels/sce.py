@@ -27,6 +27,7 @@ from shardrec.kernels.cost.triton import (
     listed_bytes,
     listed_kernels,
     sign_kernels,
+    topk_bytes,
     topk_kernels,
 )
 from shardrec.kernels.loss.candidates import Candidates, Plan, Shape
@@ -191,15 +192,20 @@ class _BucketItems(Plan):
         # Ascending items let a CPU find the targets among them by binary search.
         self._positions, self._buckets, self._items = positions, buckets, items.sort(1).values
         layout = inputs.layout
-        borders = torch.tensor(layout.borders, device=positions.device)
-        self._slot_borders = torch.searchsorted(positions, borders).tolist()
+        self._slot_borders = [0, positions.numel()]
+        if layout.ranks.group is not None:
+            borders = torch.tensor(layout.borders, device=positions.device)
+            self._slot_borders = torch.searchsorted(positions, borders).tolist()
         start, end = self._slot_borders[layout.ranks.rank : layout.ranks.rank + 2]
         self.num_slots = end - start
         self.slot_positions = positions[start:end] - layout.first_position
 
     def slots(self, chunk: Chunk) -> Chunk:
+        rank = self.layout.ranks.rank
+        if isinstance(chunk.own, slice):
+            return Chunk.whole(self._slot_borders, rank, self.layout.device)
         slots = (self._places(chunk) >= 0).nonzero()[:, 0]
-        return Chunk.of(slots, self._slot_borders, self.layout.ranks.rank)
+        return Chunk.of(slots, self._slot_borders, rank)
 
     def _places(self, chunk: Chunk) -> Tensor:
         """(P,) int64 index in the chunk of the position of each pair, -1 for none."""
@@ -208,12 +214,15 @@ class _BucketItems(Plan):
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
     ) -> Blocks:
-        place = self._places(chunk)
-        slots = (place >= 0).nonzero()[:, 0]
-        order = torch.argsort(self._buckets[slots], stable=True)
-        sizes = torch.bincount(self._buckets[slots], minlength=self._items.shape[0])
-        positions = place[slots][order]
-        blocks = blocks_of_items(positions, sizes, self._items, row_ids, targets)
+        positions, buckets = self._positions, self._buckets
+        if not isinstance(chunk.own, slice):
+            place = self._places(chunk)
+            slots = (place >= 0).nonzero()[:, 0]
+            positions, buckets = place[slots], buckets[slots]
+        in_order, order = buckets.sort(stable=True)
+        numbers = torch.arange(self._items.shape[0] + 1, device=order.device)
+        starts = torch.searchsorted(in_order, numbers)
+        blocks = blocks_of_items(positions[order], starts, self._items, row_ids, targets)
         return replace(blocks, pair_slots=order)
 
 
@@ -253,7 +262,7 @@ def scalable_cross_entropy_cost(
         )
         kernels = _choice_kernels(work, num_buckets, per_bucket, items_per_bucket)
         kernels += listed_kernels(shape, work)
-        tiles = listed_bytes(shape.entries, work)
+        tiles = max(listed_bytes(shape.entries, work), topk_bytes(num_buckets, work.num_rows))
     return LossCost(
         touched_rows=rows,
         is_dense=False,

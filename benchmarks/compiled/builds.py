@@ -20,11 +20,15 @@ from compiled.least_work import LeastWork, least_work
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shardrec.kernels.block_logsumexp.gpu import add_rows as gpu_add_rows
 from shardrec.kernels.block_logsumexp.gpu import full as gpu_full
 from shardrec.kernels.block_logsumexp.gpu import gathered as gpu_gathered
 from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
+from shardrec.kernels.block_logsumexp.gpu import tables as gpu_tables
+from shardrec.kernels.block_logsumexp.gpu import targets as gpu_targets
 from shardrec.kernels.device.backend import alignment
 from shardrec.kernels.device.tiles import Tile, tile_for
+from shardrec.kernels.hash_chunks import gpu as gpu_hash
 from shardrec.kernels.negatives import gpu as negatives_gpu
 from shardrec.kernels.select import gpu as select_gpu
 
@@ -37,13 +41,18 @@ MAX_SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POINTERS_TO_FLOAT = (
-    "partials logsumexp grad_logsumexp scale grad_states grad_rows grad_entries offsets source "
-    "weights total maxima scores signs shares"
+    "partials logsumexp grad_logsumexp scale grad_states grad_rows offsets source weights total "
+    "signs shares logits"
 ).split()
 # Chunks of rows have a dtype of one byte too, where there are at most 256.
-_POINTERS_TO_INT = {"position_chunks": "*i32", "item_chunks": "*i16"}
-_OPERANDS = ("states", "rows", "queries", "vectors")
-_NUMBERS_64 = "first_entry first_row first_line seed step stream bound".split()
+_POINTERS_TO_INT = dict.fromkeys(("item_chunks", "best", "in_order", "chunks"), "*i16")
+_POINTERS_TO_INT["position_chunks"] = "*i32"
+_OPERANDS = ("states", "rows", "queries", "vectors", "directions")
+_NUMBERS_64 = "first_entry end_entry first_row first_line seed step stream bound".split()
+_NUMBERS = ("width", "reach", "round_of_all", "first_round")
+
+
+Constants = dict[str, int | bool | str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,7 @@ class Build:
 def build(
     kernel: triton.JITFunction,
     tile: Tile,
-    constants: dict[str, int | bool | str],
+    constants: Constants,
     *,
     width: int,
     dtype: torch.dtype,
@@ -154,7 +163,7 @@ def _type_of(name: str, dtype: torch.dtype) -> str:
         return _POINTERS_TO_INT[name]
     if name in _NUMBERS_64:
         return "i64"
-    return "i32" if name.startswith("num_") or name in ("width", "reach") else "*i64"
+    return "i32" if name.startswith("num_") or name in _NUMBERS else "*i64"
 
 
 def _tool(name: str) -> str:
@@ -205,7 +214,7 @@ class Case:
     name: str
     kernel: triton.JITFunction
     tiles: str
-    constants: dict[str, int | bool | str]
+    constants: Constants
 
     @property
     def has_product(self) -> bool:
@@ -214,7 +223,7 @@ class Case:
 
     def form(
         self, width: int, dtype: torch.dtype, architecture: int, precision: str = "ieee"
-    ) -> tuple[Tile, dict[str, int | bool | str]]:
+    ) -> tuple[Tile, Constants]:
         """The shipped tile and the compile-time arguments; widths with the same share their code.
 
         Two widths do not, if 16 divides only one of them.
@@ -255,16 +264,17 @@ class Case:
 def shipped_cases() -> list[Case]:
     """Every kernel of the package, each in the forms that the losses use."""
     full = [
-        Case(name, getattr(gpu_full, f"{name}_kernel"), name, {})
+        Case(name, getattr(gpu_full, f"{name}_kernel"), name, {"scale": None})
         for name in ("full_forward", "full_states_backward", "full_rows_backward")
     ]
     forms = {"": (False, False), "_offsets": (True, False), "_rounds": (False, True)}
+    none = dict.fromkeys(("scale", "covers", "block_rounds"))
     listed = [
         Case(
             name + form,
             getattr(gpu_listed, f"{name}_kernel"),
             f"{name}_rounds" if rounds else name,
-            {"OFFSETS": offsets, "ROUNDS": rounds},
+            {"OFFSETS": offsets, "ROUNDS": rounds, "BY_ROW": rounds, **none},
         )
         for name in ("listed_forward", "listed_states_backward", "listed_rows_backward")
         for form, (offsets, rounds) in forms.items()
@@ -295,7 +305,28 @@ def shipped_cases() -> list[Case]:
             "",
             {"ITEMS": select_gpu.CANDIDATES},
         ),
-        Case("add_rows", gpu_listed.add_rows_kernel, "", {"LINES": 32}),
+        Case("add_rows", gpu_add_rows.add_rows_kernel, "", {"LINES": 32, "scale": None}),
+        Case("target_logits", gpu_targets.target_logits_kernel, "", {"LINES": 16}),
+        Case(
+            "target_states_backward", gpu_targets.target_states_backward_kernel, "", {"LINES": 16}
+        ),
+        Case(
+            "pair_tiles",
+            gpu_tables.pair_tiles_kernel,
+            "",
+            {
+                "TILE": 64,
+                "COLUMNS": 64,
+                **dict.fromkeys(("item_starts", "item_ends", "block_rounds")),
+            },
+        ),
+        Case(
+            "row_tiles",
+            gpu_tables.row_tiles_kernel,
+            "",
+            {"TILE": 64, "COLUMNS": 64, "cover_starts": None},
+        ),
+        Case("chunks", gpu_hash.chunks_kernel, "", {"VECTORS": 256}),
         Case("draw_below", negatives_gpu.draw_below_kernel, "", {"CALLS": 256}),
         Case("random_signs", negatives_gpu.random_signs_kernel, "", {"LINES": 16}),
     ]

@@ -42,7 +42,7 @@ class LeastWork:
 
 
 def least_work(
-    name: str, constants: Mapping[str, int | bool | str], element_bytes: int
+    name: str, constants: Mapping[str, int | bool | str | None], element_bytes: int
 ) -> LeastWork:
     """The lower bounds of a kernel; all 0 for one that only draws from counters.
 
@@ -60,8 +60,8 @@ def least_work(
     kind = name.removesuffix("_offsets")
     if kind not in _LIST_BYTES:
         return LeastWork(0, 0, 0)
-    lines = int(constants.get("ITEMS", 0)) or int(constants["LINES"])
-    width = int(constants.get("WIDTH", 0)) or int(constants["OUT"])
+    lines = int(constants.get("ITEMS") or constants["LINES"] or 0)
+    width = int(constants.get("WIDTH") or constants["OUT"] or 0)
     size = 4 if kind == "add_rows" else element_bytes
     in_lists = lines * (_LIST_BYTES[kind] + 4 * bool(constants.get("OFFSETS")))
     query = width * size if kind == "score_groups" else 0
@@ -71,16 +71,17 @@ def least_work(
 
 
 def _of_products(
-    name: str, constants: Mapping[str, int | bool | str], element_bytes: int
+    name: str, constants: Mapping[str, int | bool | str | None], element_bytes: int
 ) -> LeastWork:
-    width, out = int(constants["WIDTH"]), int(constants.get("OUT", 0))
-    positions = int(constants["POSITIONS"])
+    width, out = int(constants["WIDTH"] or 0), int(constants.get("OUT") or 0)
+    positions = int(constants["POSITIONS"] or 0)
     if name == "mixed_signs":
         # Signs, 128 columns of them, are made and not read.
         return LeastWork(positions * 128 * width, 0, positions * width * element_bytes)
-    items = int(constants["ITEMS"])
+    items = int(constants["ITEMS"] or 0)
     if name == "best_sign_direction":
-        return LeastWork(positions * items * width, 0, items * width * element_bytes)
+        read = (positions + items) * width * element_bytes
+        return LeastWork(positions * items * width, 0, read)
     turning = positions if "rows_backward" in name else items
     elements = (positions + items) * width + turning * out
     if constants.get("HOLD"):

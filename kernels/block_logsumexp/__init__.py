@@ -7,8 +7,8 @@ Terms in this package:
 - slot: one log-sum-exp of the output; by default one for each position.
 - block: a set of pairs times a list of rows. A pair is a (position, slot) of a block; an entry is
   an element of the concatenated row lists ``Blocks.items``.
-- full: one block of all positions and rows; gathered: every block has one pair and a row list of
-  its own; listed: all other blocks.
+- full: one block of all positions and rows (``EveryPair``); gathered: every block has one pair and
+  a row list of its own; listed: all other blocks.
 - part, layer: a subset of the blocks in which no slot, or no position, occurs twice, so that a
   kernel can write without atomics.
 - round: blocks of different rounds may repeat a candidate, which then counts once (``Rounds``).
@@ -16,21 +16,21 @@ Terms in this package:
 
 from shardrec.kernels.block_logsumexp.blocks import (
     Blocks,
+    EveryPair,
     Rounds,
     RowIds,
     blocks_of_items,
-    every_pair,
 )
 from shardrec.kernels.block_logsumexp.dispatch import backward, forward
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
 
 __all__ = [
     "Blocks",
+    "EveryPair",
     "NearbyChunks",
     "Rounds",
     "RowIds",
     "backward",
     "blocks_of_items",
-    "every_pair",
     "forward",
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Blocks", "RowIds", "Rounds", "blocks_of_items", "every_pair"]
+__all__ = ["Blocks", "EveryPair", "RowIds", "Rounds", "blocks_of_items"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class Rounds:
         position_chunks: (N, r) int32, chunk of each position in each round.
         item_chunks: (R, r) uint8, int16 or int32, chunk of each row in each round.
         reach: Number of neighbouring chunks on each side.
-        block_rounds: (T,) int64, round of each block.
+        block_rounds: (T,) int64, round of each block; a number if it is the same for all.
     """
 
     position_chunks: Tensor
     item_chunks: Tensor
     reach: int
-    block_rounds: Tensor
+    block_rounds: Tensor | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,86 +35,123 @@ class Blocks:
     """Index lists of T blocks of the logit matrix, each some positions times some rows.
 
     Block t holds the pairs ``pair_positions[pair_starts[t]:pair_starts[t + 1]]`` and the rows
-    ``items[item_starts[t]:item_ends[t]]``. Pair p adds its log-sum-exp to slot ``pair_slots[p]``.
-    Within a round no slot occurs in two blocks.
+    ``items[item_starts[t]:item_ends[t]]``, or those that ``borders`` names. Pair p adds its
+    log-sum-exp to slot ``pair_slots[p]``. Within a round no slot occurs in two blocks.
 
     Attributes:
         pair_positions: (P,) int64 index into ``states`` of each pair; None: pair p is position p.
         pair_starts: (T + 1,) int64 first pair of each block, and P.
-        items: (Q,) int64 rows, in any order, repeats allowed; None: entry q is row q. The plain
-            PyTorch path accepts int32 too.
-        item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap.
-        item_ends: (T,) int64 into ``items``.
+        items: (Q,) int64 rows, in any order, repeats allowed. The plain PyTorch path accepts int32
+            too.
+        item_starts: (T,) int64 into ``items``; ranges of different blocks may overlap. None with
+            ``borders``.
+        item_ends: (T,) int64 into ``items``; None with ``borders``.
         targets: (N,) int64 row of each position's target, which is never its candidate; -1 if
             the target is not among the rows.
         num_slots: Number of log-sum-exps of the output.
         pair_slots: (P,) int64 slot of each pair; None: the slot of a pair is its position.
         offsets: (Q,) float32 subtracted from the logits of each entry of ``items``; None: zero.
         rounds: Rule that counts a repeated candidate once; None: every entry counts.
+        borders: (T + 1,) int64 entries; block t lists those from ``borders[max(t - e, 0)]`` to
+            ``borders[min(t + e + 1, T)]``, e being ``reach``, no slot occurs twice, and no
+            position with a gradient. Every block has a pair, unless there are slots or rounds.
+            Triton then has nothing to look for on the device.
     """
 
     pair_positions: Tensor | None
     pair_starts: Tensor
-    items: Tensor | None
-    item_starts: Tensor
-    item_ends: Tensor
+    items: Tensor
+    item_starts: Tensor | None
+    item_ends: Tensor | None
     targets: Tensor
     num_slots: int
     pair_slots: Tensor | None = None
     offsets: Tensor | None = None
     rounds: Rounds | None = None
+    borders: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks T."""
-        return self.item_starts.numel()
+        return self.pair_starts.numel() - 1
+
+    @property
+    def reach(self) -> int:
+        """e: how many blocks on either side list the entries between two ``borders`` too."""
+        return 0 if self.rounds is None else self.rounds.reach
+
+    def item_ranges(self) -> tuple[Tensor, Tensor]:
+        """First and end entry of each block, both (T,) int64."""
+        if self.borders is None:
+            assert self.item_starts is not None and self.item_ends is not None
+            return self.item_starts, self.item_ends
+        if not self.reach:
+            return self.borders[:-1], self.borders[1:]
+        block = torch.arange(self.num_blocks, device=self.borders.device)
+        starts = self.borders[(block - self.reach).clamp_(min=0)]
+        return starts, self.borders[(block + 1 + self.reach).clamp_(max=self.num_blocks)]
 
 
 def blocks_of_items(
     order: Tensor,
-    sizes: Tensor,
+    pair_starts: Tensor,
     items: Tensor,
     row_ids: "RowIds",
     targets: Tensor,
     offsets: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> Blocks:
     """Blocks that compare each group of positions with the items of the group that a shard holds.
 
     Args:
-        order: (P,) int64 positions, group by group.
-        sizes: (T,) int64 positions of each group.
-        items: (T, C) int64 global items of each group; -1 for none.
+        order: (P,) int64 positions, group by group, each once.
+        pair_starts: (T + 1,) int64 first pair of each group, and P.
+        items: (T, C) int64 global items of each group.
         row_ids: The global item of each row of the shard.
         targets: (N,) int64 global items.
         offsets: (T, C) float32 subtracted from the logits of an item; None: zero.
+        left_out: (T, C) bool, the items that are no candidates; None: all are.
     """
     rows = row_ids.find(items)
-    held = rows >= 0
-    item_ends = held.sum(1).cumsum(0)
+    if row_ids.is_complete and left_out is None:
+        end = items.numel() + 1
+        borders = torch.arange(0, end, max(1, items.shape[1]), device=items.device)
+        rows, offsets = rows.flatten(), None if offsets is None else offsets.flatten()
+    else:
+        held = rows >= 0 if left_out is None else (rows >= 0) & ~left_out
+        borders = F.pad(held.sum(1).cumsum(0), (1, 0))
+        index = held.flatten().nonzero()[:, 0]
+        rows = rows.flatten()[index]
+        offsets = None if offsets is None else offsets.flatten()[index]
     return Blocks(
         pair_positions=order,
-        pair_starts=F.pad(sizes.cumsum(0), (1, 0)),
-        items=rows[held],
-        item_starts=F.pad(item_ends[:-1], (1, 0)),
-        item_ends=item_ends,
+        pair_starts=pair_starts,
+        items=rows,
+        item_starts=None,
+        item_ends=None,
         targets=row_ids.find(targets),
         num_slots=order.numel(),
-        offsets=None if offsets is None else offsets[held],
+        offsets=offsets,
+        borders=borders,
     )
 
 
-def every_pair(num_rows: int, targets: Tensor) -> Blocks:
-    """The full softmax as one block: all N positions times all R rows."""
-    device = targets.device
-    return Blocks(
-        pair_positions=None,
-        pair_starts=torch.tensor([0, targets.numel()], device=device),
-        items=None,
-        item_starts=torch.zeros(1, dtype=torch.int64, device=device),
-        item_ends=torch.full((1,), num_rows, dtype=torch.int64, device=device),
-        targets=targets,
-        num_slots=targets.numel(),
-    )
+@dataclass(frozen=True, slots=True)
+class EveryPair:
+    """The full softmax as one block: all N positions times all R rows.
+
+    Attributes:
+        num_rows: R.
+        targets: (N,) int64 row of each position's target, -1 if it is not among the rows.
+    """
+
+    num_rows: int
+    targets: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots: one for each position."""
+        return self.targets.numel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +164,15 @@ class RowIds:
         sparse: (count,) int64 ascending items, if they are not a range; None for a range.
         lookup: (n,) int32 row of each item from ``first`` on, or -1; a faster lookup table for
             ``sparse``. None: binary search in ``sparse``.
+        is_complete: Whether every item that is looked up has a row, so that none is looked for in
+            vain: those of the whole table, or all that are in use in a single process.
     """
 
     first: int
     count: int
     sparse: Tensor | None = None
     lookup: Tensor | None = None
+    is_complete: bool = False
 
     @classmethod
     def of(cls, rows: Tensor, within: "RowIds") -> "RowIds":
@@ -154,7 +194,8 @@ class RowIds:
         if 16 * rows.numel() >= within.count:
             lookup = torch.full((within.count,), -1, dtype=torch.int32, device=rows.device)
             lookup[rows] = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
-        return cls(within.first, rows.numel(), rows + within.first, lookup)
+        items = rows + within.first if within.first else rows
+        return cls(within.first, rows.numel(), items, lookup, within.is_complete)
 
     def find(self, items: Tensor) -> Tensor:
         """Row of each global item, -1 if it has none; int64 of the shape of ``items``.
@@ -162,6 +203,8 @@ class RowIds:
         >>> RowIds(first=5, count=3).find(torch.tensor([4, 5, 9]))
         tensor([-1,  0, -1])
         """
+        if self.is_complete:
+            return self._find_present(items)
         if self.sparse is None:
             inside = (items >= self.first) & (items < self.first + self.count)
             return torch.where(inside, items - self.first, -1)
@@ -173,3 +216,11 @@ class RowIds:
             return torch.full_like(items, -1)
         place = torch.searchsorted(self.sparse, items).clamp_(max=self.count - 1)
         return torch.where(self.sparse[place] == items, place, -1)
+
+    def _find_present(self, items: Tensor) -> Tensor:
+        offsets = items - self.first if self.first else items
+        if self.sparse is None:
+            return offsets
+        if self.lookup is not None and self.lookup.numel():
+            return self.lookup[offsets].long()
+        return torch.searchsorted(self.sparse, items)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
+from shardrec.kernels.block_logsumexp.blocks import Blocks, EveryPair, Rounds
 from shardrec.kernels.block_logsumexp.cpu_batches import Batch, batches, take
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, cpu_tiles
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
@@ -28,13 +28,16 @@ LINE_LOGITS = 1 << 20
 
 
 def forward(
-    states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, tiles: CpuTiles | None = None
+    states: Tensor,
+    rows: Tensor,
+    blocks: Blocks | EveryPair | NearbyChunks,
+    tiles: CpuTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(num_slots,) log-sum-exps and (N,) target logits, float32; see ``dispatch.forward``."""
     tiles = tiles or cpu_tiles()
     # Padded pairs add to one extra slot, which is dropped.
     logsumexp = states.new_full((blocks.num_slots + 1,), -torch.inf, dtype=torch.float32)
-    if isinstance(blocks, Blocks) and blocks.items is None:
+    if isinstance(blocks, EveryPair):
         for positions, _, logits in _contiguous_tiles(states, rows, blocks.targets, tiles):
             logsumexp[positions] = torch.logaddexp(logsumexp[positions], softmax_(logits))
             del logits  # as below: frees the memory for the next tile
@@ -48,7 +51,7 @@ def forward(
 def backward(
     states: Tensor,
     rows: Tensor,
-    blocks: Blocks | NearbyChunks,
+    blocks: Blocks | EveryPair | NearbyChunks,
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
@@ -61,7 +64,7 @@ def backward(
     """
     tiles = tiles or cpu_tiles()
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    if isinstance(blocks, Blocks) and blocks.items is None:
+    if isinstance(blocks, EveryPair):
         whole = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
         for positions, items, shares in _contiguous_tiles(states, rows, blocks.targets, tiles):
             # torch.softmax is faster than torch.exp; each line is scaled to its share afterwards.

@@ -84,8 +84,11 @@ class _Pieces:
 def _cut(blocks: Blocks, tiles: CpuTiles) -> _Pieces:
     """The pieces of all blocks with at least one pair and item."""
     heights = blocks.pair_starts.diff()
-    widths = blocks.item_ends - blocks.item_starts
-    rounds = torch.zeros_like(widths) if blocks.rounds is None else blocks.rounds.block_rounds
+    item_starts, item_ends = blocks.item_ranges()
+    widths = item_ends - item_starts
+    rounds = torch.zeros_like(widths)
+    if blocks.rounds is not None:
+        rounds += blocks.rounds.block_rounds
     most_pairs = (tiles.logits // widths.clamp(1, tiles.items)).clamp(max=tiles.positions)
     pair_parts = -(-heights // most_pairs)
     item_parts = -(-widths // tiles.items)
@@ -94,12 +97,12 @@ def _cut(blocks: Blocks, tiles: CpuTiles) -> _Pieces:
     number = torch.arange(of_block.numel(), device=of_block.device) - first_piece[of_block]
     pair_part, item_part = number // item_parts[of_block], number % item_parts[of_block]
     first_pair = blocks.pair_starts[:-1][of_block] + pair_part * most_pairs[of_block]
-    first_item = blocks.item_starts[of_block] + item_part * tiles.items
+    first_item = item_starts[of_block] + item_part * tiles.items
     return _Pieces(
         first_pair=first_pair,
         end_pair=torch.minimum(first_pair + most_pairs[of_block], blocks.pair_starts[1:][of_block]),
         first_item=first_item,
-        end_item=torch.minimum(first_item + tiles.items, blocks.item_ends[of_block]),
+        end_item=torch.minimum(first_item + tiles.items, item_ends[of_block]),
         round=rounds[of_block],
         item_part=item_part,
     )
@@ -132,7 +135,6 @@ def _runs(
 
 
 def _padded(blocks: Blocks, pieces: _Pieces) -> Batch:
-    assert blocks.items is not None
     pairs, is_pair = _ranges(pieces.first_pair, pieces.end_pair)
     entries, is_item = _ranges(pieces.first_item, pieces.end_item)
     positions = pairs if blocks.pair_positions is None else blocks.pair_positions[pairs]

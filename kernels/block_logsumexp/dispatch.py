@@ -5,27 +5,24 @@ In Triton one block of all positions and rows goes to ``gpu.full``, blocks of on
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import cpu, nearby
-from shardrec.kernels.block_logsumexp.blocks import Blocks
+from shardrec.kernels.block_logsumexp.blocks import Blocks, EveryPair
 from shardrec.kernels.block_logsumexp.nearby import NearbyChunks
-from shardrec.kernels.block_logsumexp.schedule import (
-    is_full,
-    is_gathered,
-    layers,
-    without_idle_pairs,
-)
+from shardrec.kernels.block_logsumexp.schedule import is_gathered, layers, without_idle_pairs
 from shardrec.kernels.device.backend import choose_backend
 
 __all__ = ["backward", "forward"]
 
 
 def forward(
-    states: Tensor, rows: Tensor, blocks: Blocks | NearbyChunks, backend: str = "auto"
+    states: Tensor,
+    rows: Tensor,
+    blocks: Blocks | EveryPair | NearbyChunks,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the candidates of every slot, and the logit of every target.
 
@@ -46,32 +43,31 @@ def forward(
     """
     if choose_backend(states, backend) == "torch":
         return cpu.forward(states, rows, blocks)
-    from shardrec.kernels.block_logsumexp.gpu import full, gathered, listed
+    from shardrec.kernels.block_logsumexp.gpu import full, gathered, listed, targets
     from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
 
-    target_logits = _target_logits(states, rows, blocks.targets)
-    logsumexp = states.new_full((blocks.num_slots,), -torch.inf, dtype=torch.float32)
     if not (rows.numel() and states.numel()):
-        return logsumexp, target_logits
+        empty = states.new_full((blocks.num_slots,), -torch.inf, dtype=torch.float32)
+        return empty, states.new_zeros(states.shape[0], dtype=torch.float32)
+    problem = LaunchProblem.of(states, rows, blocks.targets)
+    target_logits = targets.forward(problem)
+    if isinstance(blocks, EveryPair):
+        return full.forward(problem), target_logits
+    logsumexp = states.new_full((blocks.num_slots,), -torch.inf, dtype=torch.float32)
     for part in _parts(blocks):
-        problem = LaunchProblem.of(states, rows, part)
-        if problem.is_empty:
+        if is_gathered(part):
+            gathered.forward(problem, part, logsumexp)
             continue
-        if is_full(part):
-            logsumexp = full.forward(problem)
-        elif is_gathered(part):
-            gathered.forward(states, rows, part, logsumexp)
-        else:
-            slots = part.pair_positions if part.pair_slots is None else part.pair_slots
-            for layer in _layers(blocks, part, slots):
-                listed.forward(replace(problem, blocks=layer), logsumexp)
+        slots = part.pair_positions if part.pair_slots is None else part.pair_slots
+        for layer in layers(part, slots):
+            listed.forward(problem, layer, logsumexp)
     return logsumexp, target_logits
 
 
 def backward(
     states: Tensor,
     rows: Tensor,
-    blocks: Blocks | NearbyChunks,
+    blocks: Blocks | EveryPair | NearbyChunks,
     logsumexp: Tensor,
     grad_logsumexp: Tensor,
     grad_target_logits: Tensor,
@@ -100,54 +96,33 @@ def backward(
         return cpu.backward(
             states, rows, blocks, logsumexp, grad_logsumexp, grad_target_logits, grad_rows
         )
-    from shardrec.kernels.block_logsumexp.gpu import full, gathered, listed
+    from shardrec.kernels.block_logsumexp.gpu import full, gathered, listed, targets
     from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
 
     grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    if states.numel() and rows.numel():
-        upstream = Upstream.of(logsumexp, grad_logsumexp, states.dtype)
+    if not (states.numel() and rows.numel()):
+        return grad_states
+    problem = LaunchProblem.of(states, rows, blocks.targets)
+    upstream = Upstream.of(logsumexp, grad_logsumexp, states.dtype)
+    if isinstance(blocks, EveryPair):
+        full.states_backward(problem, upstream, grad_states)
+        full.rows_backward(problem, upstream, grad_rows)
+    else:
         for part in _parts(blocks):
-            problem = LaunchProblem.of(states, rows, without_idle_pairs(part, grad_logsumexp))
-            if problem.is_empty:
-                continue
-            if is_full(part):
-                full.states_backward(problem, upstream, grad_states)
-                full.rows_backward(problem, upstream, grad_rows)
-            elif is_gathered(part):
+            kept = without_idle_pairs(part, grad_logsumexp)
+            if is_gathered(part):
                 gathered.backward(
-                    problem.states,
-                    problem.rows,
-                    part,
-                    upstream.shift,
-                    grad_logsumexp,
-                    grad_states,
-                    grad_rows,
+                    problem, part, upstream.shift, grad_logsumexp, grad_states, grad_rows
                 )
-            else:
-                for layer in _layers(blocks, problem.blocks, problem.blocks.pair_positions):
-                    listed.states_backward(replace(problem, blocks=layer), upstream, grad_states)
-                listed.rows_backward(problem, upstream, grad_rows)
-    if rows.shape[0]:
-        found = rows[blocks.targets.clamp(min=0)].float().mul_(grad_target_logits[:, None])
-        grad_states += found.masked_fill_((blocks.targets < 0)[:, None], 0.0)
-        listed.add_rows(states.contiguous(), grad_target_logits, blocks.targets, grad_rows)
+                continue
+            for layer in layers(kept, kept.pair_positions):
+                listed.states_backward(problem, layer, upstream, grad_states)
+            listed.rows_backward(problem, kept, upstream, grad_rows)
+    targets.backward(problem, grad_target_logits, grad_states, grad_rows)
     return grad_states
 
 
 def _parts(blocks: Blocks | NearbyChunks) -> Iterator[Blocks]:
     """The blocks as one part; nearby chunks as several parts in which no position occurs twice."""
-    if isinstance(blocks, Blocks):
-        return iter((blocks,))
-    return blocks.parts(nearby.GPU_ROWS_AT_ONCE)
-
-
-def _layers(blocks: Blocks | NearbyChunks, part: Blocks, keys: Tensor | None) -> Iterator[Blocks]:
-    """Layers of a part in which no key occurs twice; a part of nearby chunks is one layer."""
-    return layers(part, keys) if isinstance(blocks, Blocks) else iter((part,))
-
-
-def _target_logits(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    if not rows.shape[0]:
-        return states.new_zeros(states.shape[0], dtype=torch.float32)
-    found = rows[targets.clamp(min=0)].float()
-    return torch.where(targets >= 0, torch.linalg.vecdot(states.float(), found), 0.0)
+    parts = [blocks] if isinstance(blocks, Blocks) else blocks.parts(nearby.GPU_ROWS_AT_ONCE)
+    return (part for part in parts if part.num_blocks)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks, Rounds
@@ -14,7 +13,7 @@ __all__ = ["GPU_ROWS_AT_ONCE", "ROWS_AT_ONCE", "NearbyChunks"]
 # Default number of rows sorted at a time; their order is int64.
 ROWS_AT_ONCE = 1 << 16
 # On a GPU, fewer rows would make blocks too narrow to keep it busy.
-GPU_ROWS_AT_ONCE = 1 << 20
+GPU_ROWS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +27,14 @@ class NearbyChunks:
         position_chunks: (N, r) int32.
         row_chunks: (R, r) uint8, int16 or int32.
         reach: e, the largest distance of near chunks.
+        num_chunks: n_c, above every chunk number.
         targets: (N,) int64 row of each position's target, -1 if it is not among the rows.
     """
 
     position_chunks: Tensor
     row_chunks: Tensor
     reach: int
+    num_chunks: int
     targets: Tensor
 
     @property
@@ -44,37 +45,34 @@ class NearbyChunks:
     def parts(self, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Blocks]:
         """The blocks in parts, one for each round and each ``rows_at_once`` rows.
 
-        A position occurs in at most one block of a part.
+        A part has one block for each chunk, of its positions and the rows of the chunks near it. A
+        position occurs in at most one block of a part.
         """
-        num_rows, num_rounds = self.row_chunks.shape
-        for index in range(num_rounds):
-            pairs, present, sizes = _group(self.position_chunks[:, index])
-            pair_starts = F.pad(sizes.cumsum(0), (1, 0))
+        num_rows = self.row_chunks.shape[0]
+        device = self.row_chunks.device
+        borders_of = torch.arange(self.num_chunks + 1, device=device, dtype=torch.int32)
+        of_rounds = zip(self.position_chunks.unbind(1), self.row_chunks.unbind(1), strict=True)
+        for index, (of_positions, of_rows) in enumerate(of_rounds):
+            pairs, pair_starts = _sorted(of_positions, borders_of)
+            rounds = Rounds(self.position_chunks, self.row_chunks, self.reach, index)
             for first in range(0, num_rows, rows_at_once):
-                sorted_chunks, order = self.row_chunks[first : first + rows_at_once, index].sort(
-                    stable=True
-                )
-                sorted_chunks = sorted_chunks.to(present.dtype)
-                low, high = present - self.reach, present + self.reach
+                whole = num_rows <= rows_at_once
+                part = of_rows if whole else of_rows[first : first + rows_at_once]
+                order, borders = _sorted(part, borders_of)
                 yield Blocks(
                     pair_positions=pairs,
                     pair_starts=pair_starts,
-                    items=order.add_(first),
-                    item_starts=torch.searchsorted(sorted_chunks, low),
-                    item_ends=torch.searchsorted(sorted_chunks, high, right=True),
+                    items=order.add_(first) if first else order,
+                    item_starts=None,
+                    item_ends=None,
                     targets=self.targets,
                     num_slots=self.num_slots,
-                    rounds=Rounds(
-                        self.position_chunks,
-                        self.row_chunks,
-                        self.reach,
-                        torch.full_like(sizes, index),
-                    ),
+                    rounds=rounds,
+                    borders=borders,
                 )
 
 
-def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Order that sorts ``keys``, the distinct keys, and how often each occurs."""
-    order = torch.argsort(keys, stable=True)
-    distinct, sizes = torch.unique_consecutive(keys[order], return_counts=True)
-    return order, distinct, sizes
+def _sorted(chunks: Tensor, borders_of: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts (n,) chunks, and the first place of each chunk in it, and n; int64."""
+    in_order, order = chunks.sort(stable=True)
+    return order, torch.searchsorted(in_order.int(), borders_of)

@@ -155,6 +155,7 @@ def streaming_bytes(work: Workload, *, listed: bool = True) -> int:
     """
     if work.num_ranks == 1:
         return 0
-    parts = num_chunks(work.num_positions, work.width * work.element_bytes, listed=listed)
+    state_bytes = work.width * work.element_bytes
+    parts = num_chunks(work.num_positions, state_bytes, listed=listed, on_cpu=work.on_cpu)
     chunk = -(-work.num_positions // parts) * work.width
     return chunk * (3 * work.element_bytes + 2 * 4)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES
+from shardrec.kernels.block_logsumexp.schedule import entries_at_once
 from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.device.tiles import Tile, tile_for
 from shardrec.kernels.ranks.traffic import Workload
+from shardrec.kernels.select.search import KEYS_AT_ONCE
 
 __all__ = [
     "Listed",
@@ -20,10 +21,11 @@ __all__ = [
     "listed_bytes",
     "listed_kernels",
     "sign_kernels",
+    "topk_bytes",
     "topk_kernels",
 ]
 
-_FLOAT = 4
+_FLOAT, _KEY = 4, 8
 # A long loop is split into parts below this number of programs: two per multiprocessor of an H100
 # or H200, or of the four assumed for the interpreter.
 _PROGRAMS = {0: 8}
@@ -57,7 +59,13 @@ class Listed:
 
 def full_kernels(work: Workload) -> KernelCost:
     """Cost of the full softmax: forward, gradient of states and gradient of rows."""
-    return sum((_full_pass(one, work) for one in _full_passes(work)), KernelCost(0, 0))
+    return sum((_full_pass(one, work) for one in _full_passes(work)), _of_targets(work))
+
+
+def _of_targets(work: Workload) -> KernelCost:
+    """Cost of the targets' logits and gradients: states and rows twice, gradients of states."""
+    numbers = work.num_positions / work.num_ranks * work.width
+    return KernelCost(0, numbers * (4 * work.element_bytes + 2 * _FLOAT))
 
 
 def full_bytes(work: Workload) -> int:
@@ -134,13 +142,16 @@ def listed_kernels(listed: Listed, work: Workload) -> KernelCost:
     """Cost of listed blocks, or of gathered ones (one position per block), forward and backward."""
     if listed.positions <= 1:
         vectors = 3 * work.element_bytes * listed.pairs + 2 * _FLOAT * listed.touched
-        return KernelCost(8 * listed.pairs * work.width, vectors * work.width)
+        gathered = KernelCost(8 * listed.pairs * work.width, vectors * work.width)
+        return gathered + _of_targets(work)
     forward = _listed_pass(work, "listed_forward", listed)
     states = _listed_pass(work, "listed_states_backward", listed)
     rows = _listed_pass(work, "listed_rows_backward", listed)
-    # The gradient of each entry is written once, and read once to sum it by row.
-    gradients = 2 * _FLOAT * (listed.entries + listed.touched) * work.width
-    return forward + states + rows + KernelCost(0, gradients)
+    # The gradient of each entry is written once, and read once to sum it by row. In rounds an entry
+    # is a row, whose gradient is read and written.
+    lines = listed.entries + listed.touched * (not listed.rounds)
+    gradients = KernelCost(0, 2 * _FLOAT * lines * work.width)
+    return forward + states + rows + gradients + _of_targets(work)
 
 
 def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
@@ -164,15 +175,16 @@ def _listed_pass(work: Workload, kernel: str, listed: Listed) -> KernelCost:
 def listed_bytes(entries: float, work: Workload) -> int:
     """Peak bytes of listed blocks in addition to states, rows, their gradients and the lists.
 
-    This is the larger of the gradients of a chunk of entries, to be sorted by row, and the float32
-    rows of the targets.
+    These are the gradients of a chunk of entries, to be sorted by row.
     """
-    chunk = min(max(LEAST_ENTRIES, work.num_positions), round(entries))
-    return max(chunk * (_FLOAT * work.width + 28), _FLOAT * work.num_positions * work.width)
+    chunk = entries_at_once(round(entries), work.width)
+    return chunk * (_FLOAT * work.width + 28)
 
 
 def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> KernelCost:
     """Cost of products with random signs; the vectors are read once for each tile of signs.
+
+    The signs of "best_sign_direction" are stored, and read once for each tile of vectors.
 
     Args:
         kernel: "best_sign_direction" or "mixed_signs".
@@ -183,7 +195,8 @@ def sign_kernels(kernel: str, signs: int, vectors: int, work: Workload) -> Kerne
     tile, work_bytes = _tile(work, kernel), work.element_bytes * work.width * vectors
     flops = 2.0 * signs * vectors * work.width
     if kernel == "best_sign_direction":
-        return KernelCost(flops, float(work_bytes * -(-signs // tile.positions)))
+        of_signs = work.element_bytes * work.width * signs * (1 + -(-vectors // tile.items))
+        return KernelCost(flops, float(work_bytes * -(-signs // tile.positions) + of_signs))
     programs = -(-signs // _MIXED_SIGNS) * -(-work.width // tile.width)
     parts = min(-(-_programs(work) // programs), -(-vectors // tile.positions))
     written = _FLOAT * parts * signs * work.width
@@ -199,6 +212,11 @@ def topk_kernels(queries: int, vectors: int, k: int, work: Workload) -> KernelCo
     reads = vectors * -(-queries // tile.positions) + queries * -(-vectors // tile.items) + again
     flops = 2.0 * (queries * vectors + again) * work.width
     return KernelCost(flops, reads * work.element_bytes * work.width)
+
+
+def topk_bytes(queries: int, vectors: int) -> int:
+    """Peak bytes of the keys that top-k chooses from: one for each query and 16 vectors."""
+    return _KEY * min(KEYS_AT_ONCE, queries * -(-vectors // 16))
 
 
 def _programs(work: Workload) -> int:

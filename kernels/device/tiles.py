@@ -8,7 +8,6 @@ GPU of the machine and prints such entries. A training run does no autotuning.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,17 +127,21 @@ _SINGLE_EXCEPTIONS: dict[tuple[int, str, int], Tile] = {}
 _INTERPRETED = Tile(32, 32, 64, 64, 4, 1, "small, so that a test of small sizes has several")
 
 KERNELS = tuple(_HALF)
-_TRIAL: ContextVar[tuple[str, Tile] | None] = ContextVar("trial", default=None)
+# Of all threads: on a GPU a backward pass runs in a thread of its own.
+_TRIED: dict[str, Tile] = {}
 
 
 @contextmanager
 def trial(kernel: str, tile: Tile) -> Iterator[None]:
-    """Context in which ``tile_for`` returns this tile for this kernel, to time candidates."""
-    token = _TRIAL.set((kernel, tile))
+    """Context in which ``tile_for`` returns this tile for this kernel, to time candidates.
+
+    It holds in every thread, so that a process can have one trial of a kernel at a time.
+    """
+    _TRIED[kernel] = tile
     try:
         yield
     finally:
-        _TRIAL.reset(token)
+        del _TRIED[kernel]
 
 
 def entry_width(kernel: str, width: int, dtype: torch.dtype) -> int:
@@ -163,9 +166,8 @@ def tile_for(kernel: str, width: int, dtype: torch.dtype, architecture: int) -> 
     >>> tile_for("full_forward", 20, torch.bfloat16, 90).width
     32
     """
-    tried = _TRIAL.get()
-    if tried is not None and tried[0] == kernel:
-        return tried[1]
+    if kernel in _TRIED:
+        return _TRIED[kernel]
     if architecture == 0:
         return _narrowed(_INTERPRETED, width)
     table, exceptions = _HALF, _HALF_EXCEPTIONS

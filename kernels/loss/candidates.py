@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, NearbyChunks, RowIds
 from shardrec.kernels.loss.inputs import Inputs
 from shardrec.kernels.loss.row_fetch import RowFetch
 from shardrec.kernels.ranks.chunks import Chunk
@@ -37,8 +37,11 @@ class Plan(ABC):
         self.slot_positions: Tensor | None = None
         self.per_position: Sequence[Tensor] = ()
 
-    def chunk_of(self) -> Tensor:
-        """(num_positions,) int64 index of the chunk in which each global position is processed."""
+    def chunk_of(self) -> Tensor | None:
+        """(num_positions,) int64 index of the chunk in which each global position is processed.
+
+        None if one chunk has all positions.
+        """
         return self.layout.even_chunks(self.layout.num_chunks(listed=True))
 
     def slots(self, chunk: Chunk) -> Chunk:
@@ -48,14 +51,14 @@ class Plan(ABC):
     @abstractmethod
     def blocks(
         self, chunk: Chunk, targets: Tensor, row_ids: RowIds, per_position: Sequence[Tensor]
-    ) -> Blocks | NearbyChunks:
+    ) -> Blocks | EveryPair | NearbyChunks:
         """The blocks of logits of one chunk: its positions times rows of this shard.
 
         Positions of the result are indices into the chunk, slots are indices into ``slots(chunk)``.
         """
 
-    def correction(self) -> Tensor | None:
-        """(num_slots,) float32 to subtract from the log-sum-exps; None for zero."""
+    def correction(self) -> Tensor | float | None:
+        """(num_slots,) float32 or a number to subtract from the log-sum-exps; None for zero."""
         return None
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, RowIds
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, NearbyChunks, RowIds
 from shardrec.kernels.block_logsumexp.cpu import add_tile_gradient, softmax_, softmax_tiles
 from shardrec.kernels.block_logsumexp.cpu_tiles import LEAST_FUSED, cpu_tiles, fused_positions
 from shardrec.kernels.device.matmul import STEP, times_transposed
@@ -69,7 +69,7 @@ def fused_cross_entropy(
     position, in flight during a product.
     """
     states, rows, layout = inputs.states, inputs.scaled_rows(), inputs.layout
-    grad_states = Gradients(inputs.ranks, states.new_empty(states.shape))
+    grad_states = Gradients(inputs.ranks, states)
     grad_rows = rows.new_zeros(rows.shape)
     total = torch.zeros((), device=states.device)
     group = positions_at_once or max(1, fused_positions(layout.largest_shard))
@@ -198,14 +198,15 @@ def fused_blocks(
     fused = _RowGradient(inputs.rows, RowIds.of(used[0], every_row) if used else every_row)
     plan = candidates.plan(inputs, inputs, tuple(tables))
     correction = plan.correction()
-    if correction is None:
-        correction = torch.zeros_like(coefficients)
+    if not isinstance(correction, Tensor):
+        correction = torch.full_like(coefficients, correction or 0.0)
     grad_states = torch.empty_like(inputs.states)
     total = torch.zeros((), device=inputs.states.device)
     of_positions = inputs.states, inputs.targets, coefficients, correction
     for chunk in layout.chunks(plan.chunk_of()):
         states, targets, *columns = (layout.start_gather(one, chunk)() for one in of_positions)
         blocks = plan.blocks(chunk, targets, whole, ())
+        assert not isinstance(blocks, EveryPair)
         losses, grad_states[chunk.own] = fused.add(states, blocks, *columns)
         total += losses.sum()
     return total, grad_states, fused.grad_rows, *used

@@ -76,7 +76,7 @@ class Inputs:
         states: (N, D) float, scaled by ``scaling``.
         rows: (R, D) float as the table holds them.
         targets: (N,) int64 global items.
-        weights: (N,) float32 weight of each position's loss.
+        weights: (N,) float32 weight of each position's loss; None for ones.
         row_ids: The global item of each row.
         num_items: V.
         scaling: How logits are computed from states and rows.
@@ -87,7 +87,7 @@ class Inputs:
     states: Tensor
     rows: Tensor
     targets: Tensor
-    weights: Tensor
+    weights: Tensor | None
     row_ids: RowIds
     num_items: int
     scaling: Scaling
@@ -122,7 +122,14 @@ class Inputs:
 
         Collectives: one all-reduce of a number for the mean.
         """
-        weights = self.weights if covered is None else self.weights * covered
+        alone = self.ranks.group is None
+        if alone and self.weights is None and covered is None and reduction == "mean":
+            factor = 1 / max(1, self.layout.num_positions)
+            return torch.full(self.states.shape[:1], factor, device=self.states.device)
+        weights = self.weights
+        if weights is None:
+            weights = torch.ones(self.states.shape[0], device=self.states.device)
+        weights = weights if covered is None else weights * covered
         if reduction != "mean":
             return weights
         norm = self.ranks.sum(weights.sum())
@@ -246,13 +253,13 @@ def _inputs(
     layout: Layout,
     backend: str,
 ) -> Inputs:
-    ones = torch.ones(states.shape[0], device=states.device)
+    count = shard.rows.shape[0]
     return Inputs(
         states=scaling.states(states),
         rows=shard.rows,
         targets=targets.long(),
-        weights=ones if weights is None else weights.float(),
-        row_ids=RowIds(first=shard.first_row, count=shard.rows.shape[0]),
+        weights=None if weights is None else weights.float(),
+        row_ids=RowIds(shard.first_row, count, is_complete=count == shard.num_rows),
         num_items=shard.num_rows,
         scaling=scaling,
         layout=layout,
@@ -306,15 +313,22 @@ def _lone_shard_error(shard: RowShard) -> ValueError | None:
 
 
 def _value_error(targets: Tensor, weights: Tensor | None, num_items: int) -> ValueError | None:
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_items:
+    """The error in the values of targets or weights, or None; waits for the device once."""
+    if not targets.numel():
+        return None
+    limits = list(targets.aminmax())
+    if weights is not None:
+        # Integers up to 2**53 are exact, and a minimum is NaN if any weight is.
+        limits = [limit.double() for limit in (*limits, *weights.aminmax())]
+    low, high, *of_weights = torch.stack(limits).tolist()
+    if not 0 <= low <= high < num_items:
         return ValueError(
-            f"targets must be in [0, {num_items}), got {int(targets.min())}..{int(targets.max())}; "
+            f"targets must be in [0, {num_items}), got {int(low)}..{int(high)}; "
             "remove padding and use indices of this catalog"
         )
-    if weights is not None:
+    if weights is not None and not 0 <= of_weights[0] <= of_weights[1] < torch.inf:
         bad = weights[~(weights.isfinite() & (weights >= 0))]
-        if bad.numel():
-            return ValueError(
-                f"weights must be finite and not negative, got {float(bad[0])}; replace them"
-            )
+        return ValueError(
+            f"weights must be finite and not negative, got {float(bad[0])}; replace them"
+        )
     return None

@@ -150,16 +150,29 @@ def streamed_logsumexp(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     all-reduces, of the maximum and of the sum of exponentials and the target logits.
     """
     states, rows = inputs.states, inputs.scaled_rows()
-    logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
-    target_logits = states.new_zeros(states.shape[0], dtype=torch.float32)
+    logsumexp: Tensor | None = None
+    target_logits: Tensor | None = None
     for chunk, (chunk_states, targets, *rest) in _chunks(inputs, plan):
         blocks = plan.blocks(chunk, targets, inputs.row_ids, rest)
         shard = block_logsumexp.forward(chunk_states, rows, blocks, inputs.backend)
         chunk_logsumexp, chunk_target_logits = _combine_shards(*shard, inputs.ranks)
         slots = plan.slots(chunk)
-        logsumexp[slots.own] = chunk_logsumexp[slots.own_slice]
-        target_logits[chunk.own] = chunk_target_logits[chunk.own_slice]
+        logsumexp = _with_own(logsumexp, chunk_logsumexp, slots, plan.num_slots)
+        target_logits = _with_own(target_logits, chunk_target_logits, chunk, states.shape[0])
+    if logsumexp is None or target_logits is None:
+        logsumexp = states.new_full((plan.num_slots,), -torch.inf, dtype=torch.float32)
+        target_logits = states.new_zeros(states.shape[0], dtype=torch.float32)
     return logsumexp, target_logits
+
+
+def _with_own(total: Tensor | None, values: Tensor, chunk: Chunk, size: int) -> Tensor:
+    """(size,) values of this rank, with those of a chunk; the first chunk makes the tensor."""
+    own = values if values.numel() == size else values[chunk.own_slice]
+    if isinstance(chunk.own, slice):
+        return own
+    total = values.new_empty(size) if total is None else total
+    total[chunk.own] = own
+    return total
 
 
 def streamed_gradients(
@@ -184,19 +197,23 @@ def streamed_gradients(
     gradients of target logits and ``plan.per_position``, and a reduce-scatter of state gradients.
     """
     states, rows = inputs.states, inputs.scaled_rows()
-    shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-    of_slots = torch.stack([shift, grad_logsumexp], dim=1)
-    total = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-    grad_states = Gradients(inputs.ranks, total)
+    of_slots = [logsumexp, grad_logsumexp]
+    if inputs.ranks.group is not None:  # one collective for both
+        of_slots = [torch.stack(of_slots, dim=1)]
+    grad_states = Gradients(inputs.ranks, states)
     grad_rows = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    chunks = _chunks(inputs, plan, (of_slots, grad_target_logits))
-    for chunk, (chunk_states, targets, columns, of_targets, *rest) in chunks:
+    for chunk, gathered in _chunks(inputs, plan, (of_slots, grad_target_logits)):
+        chunk_states, targets, of_targets, *rest = gathered
+        columns, rest = rest[: len(of_slots)], rest[len(of_slots) :]
+        if len(columns) == 1:
+            columns = [column.contiguous() for column in columns[0].unbind(1)]
+        chunk_logsumexp, chunk_grad = columns
         part = block_logsumexp.backward(
             chunk_states,
             rows,
             plan.blocks(chunk, targets, inputs.row_ids, rest),
-            columns[:, 0].contiguous(),
-            columns[:, 1].contiguous(),
+            chunk_logsumexp,
+            chunk_grad,
             of_targets,
             grad_rows,
             inputs.backend,
@@ -230,8 +247,9 @@ def largest_slots(values: Tensor, slot_positions: Tensor, num_positions: int) ->
     # A NaN counts as the best, so that the loss becomes NaN.
     is_best = (values == best[slot_positions]) | values.isnan()
     slots = torch.arange(values.numel(), device=values.device)
+    slots = torch.where(is_best, slots, values.numel())
     winner = torch.full((num_positions,), values.numel(), device=values.device)
-    return winner.scatter_reduce_(0, slot_positions[is_best], slots[is_best], "amin")
+    return winner.scatter_reduce_(0, slot_positions, slots, "amin")
 
 
 def loss_of_margin(margin: Tensor) -> Tensor:
@@ -279,21 +297,25 @@ def _over_items(inputs: Inputs, items: Tensor, saved: dict[str, Tensor]) -> Inpu
 
 def _rows_of(inputs: Inputs, items: Tensor) -> Tensor:
     found = inputs.row_ids.find(items)
-    return torch.unique(found[found >= 0])
+    return torch.unique(found if inputs.row_ids.is_complete else found[found >= 0])
 
 
 def _chunks(
-    inputs: Inputs, plan: Plan, grads: tuple[Tensor, Tensor] | None = None
+    inputs: Inputs, plan: Plan, grads: tuple[list[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Each chunk with its gathered tensors: states, targets, ``grads`` if any, per_position."""
+    """Each chunk with its gathered tensors: states, targets, ``grads`` if any, per_position.
+
+    ``grads`` are tensors of slots, and one of positions, which is gathered first.
+    """
     gather = inputs.layout.start_gather
 
     def start(chunk: Chunk) -> list[Pending]:
         pending = [gather(one, chunk) for one in (inputs.states, inputs.targets)]
         if grads is not None:
             of_slots, of_targets = grads
-            pending.append(gather(of_slots, plan.slots(chunk)))
             pending.append(gather(of_targets, chunk))
+            slots = plan.slots(chunk)
+            pending += [gather(one, slots) for one in of_slots]
         return [*pending, *(gather(one, chunk) for one in plan.per_position)]
 
     # All chunks are listed first, so that no iteration waits for the device to count positions.
@@ -304,6 +326,8 @@ def _combine_shards(
     logsumexp: Tensor, target_logits: Tensor, ranks: Communicator
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exps and target logits over all shards; two all-reduces, a maximum and a sum."""
+    if ranks.group is None:
+        return logsumexp, target_logits
     largest = ranks.max(logsumexp)
     shift = largest.masked_fill(largest == -torch.inf, 0.0)
     sums = ranks.sum(torch.cat([(logsumexp - shift).exp_(), target_logits]))

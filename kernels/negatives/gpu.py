@@ -19,6 +19,7 @@ from shardrec.kernels.device.tiles import tile_for
 __all__ = [
     "draw_below",
     "draw_below_kernel",
+    "fill_signs",
     "mixed_signs",
     "mixed_signs_kernel",
     "random_signs",
@@ -72,7 +73,7 @@ def sign_tile(o_lines, first_column, seed, step, stream, WIDTH: tl.constexpr):
     return tl.where(bits == 1, -1.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "stream"])
+@triton.jit(do_not_specialize=["seed", "step", "stream", "bound", "num_draws"])
 def draw_below_kernel(
     blocks, draws, seed, step, stream, bound, num_draws, CALLS: tl.constexpr
 ):  # fmt: skip
@@ -87,21 +88,25 @@ def draw_below_kernel(
     tl.store(draws + o_draws + 1, scale_below(w2, w3, bound), mask=2 * o_calls + 1 < num_draws)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "stream", "first_line"])
+@triton.jit(do_not_specialize=["seed", "step", "stream", "first_line", "num_lines"])
 def random_signs_kernel(
     signs, seed, step, stream, first_line, num_lines, width, LINES: tl.constexpr,
 ):  # fmt: skip
-    """(num_lines, width) float32 signs. Grid: (tiles of lines, calls)."""
+    """(streams, num_lines, width) signs. Grid: (tiles of lines, calls, streams from ``stream``)."""
     o_lines = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     first_column = tl.program_id(1) * SIGNS
+    i_stream = tl.program_id(2).to(tl.int64)
     seed, step, stream = seed.to(tl.int64), step.to(tl.int64), stream.to(tl.int64)
-    b_signs = sign_tile(first_line + o_lines, first_column, seed, step, stream, SIGNS)
+    b_signs = sign_tile(first_line + o_lines, first_column, seed, step, stream + i_stream, SIGNS)
+    signs += i_stream * num_lines * width
     o_columns = first_column + tl.arange(0, SIGNS)
     mask = (o_lines < num_lines)[:, None] & (o_columns < width)[None, :]
     tl.store(signs + o_lines[:, None] * width + o_columns[None, :], b_signs, mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "stream", "first_line"])
+@triton.jit(
+    do_not_specialize=["seed", "step", "stream", "first_line", "num_positions", "num_columns"]
+)
 def mixed_signs_kernel(
     states, partials, seed, step, stream, first_line, num_positions, num_columns, width,
     POSITIONS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,8 +163,14 @@ def random_signs(
 ) -> Tensor:
     """(num_lines, width) float32 of +1 and -1; see ``draws.random_signs``."""
     signs = torch.empty((num_lines, width), dtype=torch.float32, device=device)
+    return fill_signs(signs[None], first_line, seed=seed, step=step, stream=stream)[0]
+
+
+def fill_signs(signs: Tensor, first_line: int, *, seed: int, step: int, stream: int) -> Tensor:
+    """The (S, num_lines, width) tensor, filled with the signs of S streams from ``stream`` on."""
+    num_streams, num_lines, width = signs.shape
     if signs.numel():
-        random_signs_kernel[(triton.cdiv(num_lines, 16), triton.cdiv(width, 128))](
+        random_signs_kernel[(triton.cdiv(num_lines, 16), triton.cdiv(width, 128), num_streams)](
             signs, *counters(seed, step, stream), first_line, num_lines, width, 16
         )
     return signs

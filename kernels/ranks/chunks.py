@@ -22,13 +22,14 @@ class Chunk:
 
     Attributes:
         positions: (n,) int64 global positions, ascending.
-        own: (n_own,) int64 local positions of this rank among them, ascending.
+        own: (n_own,) int64 local positions of this rank among them, ascending; a slice if the chunk
+            has all positions.
         own_slice: The slice of ``positions`` that belongs to this rank.
         counts: Number of positions of each rank.
     """
 
     positions: Tensor
-    own: Tensor
+    own: Tensor | slice
     own_slice: slice
     counts: tuple[int, ...]
 
@@ -49,6 +50,13 @@ class Chunk:
         own = slice(splits[rank], splits[rank + 1])
         counts = tuple(end - start for start, end in pairwise(splits))
         return cls(positions, positions[own] - borders[rank], own, counts)
+
+    @classmethod
+    def whole(cls, borders: Sequence[int], rank: int, device: torch.device) -> "Chunk":
+        """The chunk of all positions, made without reading anything from the device."""
+        own = slice(borders[rank], borders[rank + 1])
+        counts = tuple(end - start for start, end in pairwise(borders))
+        return cls(torch.arange(borders[-1], device=device), slice(0, counts[rank]), own, counts)
 
 
 class Layout:
@@ -142,18 +150,31 @@ class Layout:
         """Number of chunks in which the states are sent; see ``traffic.num_chunks``."""
         if self.ranks.group is None:
             return 1
-        return num_chunks(self.num_positions, self.state_bytes, listed=listed)
+        on_cpu = self.device.type == "cpu"
+        return num_chunks(self.num_positions, self.state_bytes, listed=listed, on_cpu=on_cpu)
 
-    def even_chunks(self, count: int) -> Tensor:
-        """(num_positions,) int64 chunk of each global position; each rank's are split evenly."""
+    def even_chunks(self, count: int) -> Tensor | None:
+        """(num_positions,) int64 chunk of each global position; each rank's are split evenly.
+
+        None for one chunk of all positions.
+        """
+        if count == 1:
+            return None
         parts = [
             torch.arange(end - start, device=self.device) * count // max(end - start, 1)
             for start, end in pairwise(self.borders)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def chunks(self, chunk_of: Tensor) -> Iterator[Chunk]:
-        """The chunks of a (num_positions,) int64 assignment, in the same order on every rank."""
+    def chunks(self, chunk_of: Tensor | None) -> Iterator[Chunk]:
+        """The chunks of a (num_positions,) int64 assignment, in the same order on every rank.
+
+        None is one chunk of all positions.
+        """
+        if chunk_of is None:
+            if self.num_positions:
+                yield Chunk.whole(self.borders, self.ranks.rank, self.device)
+            return
         for positions in chunk_members(chunk_of):
             if self.ranks.group is None:  # nothing to read from the device, which would wait
                 count = positions.numel()
@@ -171,7 +192,7 @@ class Layout:
         """
 
         def own() -> Tensor:
-            return local if chunk.own.numel() == local.shape[0] else local[chunk.own]
+            return local if isinstance(chunk.own, slice) else local[chunk.own]
 
         return (
             own
@@ -228,14 +249,13 @@ class Gradients:
 
     The gradients of one chunk are in flight while the next chunk is processed.
 
-    Attributes:
-        total: (N, D) gradient of this rank's positions; complete after ``finish``.
     """
 
-    def __init__(self, ranks: Communicator, total: Tensor) -> None:
-        """Stores the communicator, and the (N, D) tensor that receives the gradients."""
-        self.total = total
+    def __init__(self, ranks: Communicator, states: Tensor) -> None:
+        """Stores the communicator, and the (N, D) states whose gradient is collected."""
         self._ranks = ranks
+        self._states = states
+        self._total: Tensor | None = None
         self._in_flight: tuple[Chunk, Pending] | None = None
 
     def send(self, part: Tensor, chunk: Chunk) -> None:
@@ -244,16 +264,28 @@ class Gradients:
         Collectives: one reduce-scatter.
         """
         sent = chunk, self._ranks.start_reduce_scatter(part, chunk.counts)
-        self.finish()
+        self._receive()
         self._in_flight = sent
 
     def finish(self) -> Tensor:
-        """Waits for the reduce-scatter in flight and returns the (N, D) gradient."""
-        if self._in_flight is not None:
-            chunk, wait = self._in_flight
-            self.total[chunk.own] = wait().to(self.total.dtype)
-            self._in_flight = None
-        return self.total
+        """Waits for the reduce-scatter in flight and returns the (N, D) float32 gradient."""
+        self._receive()
+        return self._empty() if self._total is None else self._total
+
+    def _receive(self) -> None:
+        if self._in_flight is None:
+            return
+        chunk, wait = self._in_flight
+        self._in_flight = None
+        if isinstance(chunk.own, slice):
+            self._total = wait().float()
+            return
+        # Every position is in one chunk, so that all of it is written.
+        self._total = self._empty() if self._total is None else self._total
+        self._total[chunk.own] = wait().float()
+
+    def _empty(self) -> Tensor:
+        return self._states.new_empty(self._states.shape, dtype=torch.float32)
 
 
 def _require_whole_table(num_rows: Tensor, first_rows: Tensor, num_items: Tensor) -> None:

@@ -90,7 +90,7 @@ class Communicator:
 
     def sum(self, local: Tensor) -> Tensor:
         """Sum over ranks, of the shape of ``local``, without gradient; one all-reduce."""
-        return self._all_reduce(local.detach(), dist.ReduceOp.SUM)
+        return self._all_reduce(_constant(local), dist.ReduceOp.SUM)
 
     def sum_(self, values: Tensor) -> None:
         """Sum over ranks, in place; one all-reduce."""
@@ -99,7 +99,7 @@ class Communicator:
 
     def max(self, local: Tensor) -> Tensor:
         """Maximum over ranks, of the shape of ``local``, without gradient; one all-reduce."""
-        return self._all_reduce(local.detach(), dist.ReduceOp.MAX)
+        return self._all_reduce(_constant(local), dist.ReduceOp.MAX)
 
     def total(self, local: Tensor) -> Tensor:
         """Differentiable sum over ranks; each rank's term gets the gradient of the sum."""
@@ -134,6 +134,10 @@ def _after(work: Any, result: Pending) -> Pending:
         return result()
 
     return wait
+
+
+def _constant(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -16,6 +16,9 @@ LEAST_FULL_BYTES = MIB
 LEAST_LISTED_BYTES = 8 * MIB
 # With four chunks, a quarter of the states is sent before computation can start.
 LEAST_CHUNKS = 4
+# On a GPU all of these are larger: it waits for the launches of a chunk, and every chunk reads and
+# writes the gradient of the rows in use once more.
+GPU_TIMES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,7 @@ class Workload:
         return -(-self.num_items // self.num_ranks)
 
 
-def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
+def num_chunks(num_positions: int, state_bytes: int, *, listed: bool, on_cpu: bool = True) -> int:
     """Number of chunks in which the states of all ranks are sent.
 
     Enough that no chunk exceeds ``MOST_CHUNK_BYTES``, and at least ``LEAST_CHUNKS`` as long as
@@ -70,6 +73,7 @@ def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
         num_positions: N over all ranks.
         state_bytes: Bytes of one state.
         listed: True if the loss lists blocks for each chunk, False for the full softmax.
+        on_cpu: False for a GPU, whose chunks are ``GPU_TIMES`` as large.
 
     >>> [num_chunks(n, 256, listed=False) for n in (1_000, 10_000, 20_000, 1_000_000)]
     [1, 2, 4, 16]
@@ -77,8 +81,9 @@ def num_chunks(num_positions: int, state_bytes: int, *, listed: bool) -> int:
     [1, 2, 16]
     """
     total = num_positions * state_bytes
-    least = LEAST_LISTED_BYTES if listed else LEAST_FULL_BYTES
-    return max(1, -(-total // MOST_CHUNK_BYTES), min(LEAST_CHUNKS, total // least))
+    times = 1 if on_cpu else GPU_TIMES
+    least = times * (LEAST_LISTED_BYTES if listed else LEAST_FULL_BYTES)
+    return max(1, -(-total // (times * MOST_CHUNK_BYTES)), min(LEAST_CHUNKS, total // least))
 
 
 def state_traffic(work: Workload, gathers: int = 2) -> dict[str, float]:

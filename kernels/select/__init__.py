@@ -66,12 +66,14 @@ def best_sign_direction(
         seed: Key of the generator.
         step: Training step.
         stream: Purpose of the draws.
-        backend: "auto", "torch" or "triton"; Triton generates the signs inside the product.
+        backend: "auto", "torch" or "triton".
     """
     if choose_backend(vectors, backend) == "triton":
         from shardrec.kernels.select import gpu
 
-        return gpu.best_sign_direction(vectors, num_directions, seed=seed, step=step, stream=stream)
+        best = torch.empty((1, len(vectors)), dtype=torch.int64, device=vectors.device)
+        gpu.best_sign_direction(vectors, best, num_directions, seed=seed, step=step, stream=stream)
+        return best[0]
     width = vectors.shape[1]
     directions = random_signs(
         0, num_directions, width, seed=seed, step=step, stream=stream, device=vectors.device

@@ -6,6 +6,9 @@ and choose the k best rows. They are in the k best groups, with ties too: a grou
 comes after k groups that are at least as good. FLOP: 2 Q R D + 32 Q k D; the workspace does not
 depend on R.
 
+What is chosen from are int64 keys, the score above the complement of the index: they are distinct,
+so that ``torch.topk`` has no ties to break, and the lower of two indices with equal scores wins.
+
 Tiles have the same shape for any number of rows, so a score depends on its two vectors alone, and
 equal vectors have equal scores. Scores are compared at coarse precision, as on a CPU.
 """
@@ -17,9 +20,9 @@ from torch import Tensor
 
 from shardrec.kernels.device.backend import alignment, architecture_of, operand, precision_of
 from shardrec.kernels.device.tiles import tile_for
-from shardrec.kernels.negatives.gpu import counters, sign_tile
+from shardrec.kernels.negatives.gpu import fill_signs
+from shardrec.kernels.select import search
 from shardrec.kernels.select.coarse import DROPPED
-from shardrec.kernels.select.search import top_lowest
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -33,8 +36,7 @@ __all__ = [
 
 GROUP = tl.constexpr(16)
 COARSE = tl.constexpr(-(1 << DROPPED))  # the bits of a score that are compared
-# Group maxima, or scores of candidates, in memory at a time.
-TILE_SCORES = 1 << 21
+LOW_WORD = tl.constexpr((1 << 32) - 1)
 # Candidates per program of ``score_groups_kernel``.
 CANDIDATES = 128
 
@@ -46,18 +48,28 @@ def coarse_tile(b_scores):
 
 
 @triton.jit
+def keys_of(b_scores, o_index):
+    """int64 keys, larger for a larger float32 score, and of equal scores for a lower index."""
+    b_bits = tl.where(b_scores == 0.0, 0.0, b_scores).to(tl.int32, bitcast=True)
+    b_ordered = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    return (b_ordered.to(tl.int64) << 32) | (LOW_WORD - o_index)
+
+
+@triton.jit(do_not_specialize=["first_row", "num_queries", "num_rows", "num_groups"])
 def group_maxima_kernel(
-    queries, rows, maxima, first_row, num_queries, num_rows, num_groups, width,
+    queries, rows, keys, first_row, num_queries, num_rows, num_groups, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(num_queries, num_groups) largest coarse score of each group of rows from ``first_row`` on.
+    """(num_queries, num_groups) keys of the largest score in each group from ``first_row`` on.
 
-    Grid: (tiles of rows, tiles of queries); one writer per maximum.
+    Grid: for each tile of rows, the tiles of queries, so that rows are read from memory once; one
+    writer per key.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
-    o_queries = tl.program_id(1).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
-    first = tl.program_id(0).to(tl.int64) * ITEMS
+    num_tiles = tl.cdiv(num_queries, POSITIONS)
+    o_queries = (tl.program_id(0) % num_tiles).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
+    first = (tl.program_id(0) // num_tiles).to(tl.int64) * ITEMS
     o_rows = first_row + first + tl.arange(0, ITEMS)
     m_queries, m_rows = o_queries < num_queries, o_rows < num_rows
     b_scores = tl.zeros((POSITIONS, ITEMS), dtype=tl.float32)
@@ -79,18 +91,19 @@ def group_maxima_kernel(
     b_maxima = tl.max(tl.reshape(b_scores, (POSITIONS, ITEMS // GROUP, GROUP)), 2)
     b_maxima = coarse_tile(b_maxima)
     o_groups = first // GROUP + tl.arange(0, ITEMS // GROUP)
+    b_keys = keys_of(b_maxima, (first_row // GROUP + o_groups)[None, :])
     mask = m_queries[:, None] & (o_groups < num_groups)[None, :]
-    tl.store(maxima + o_queries[:, None] * num_groups + o_groups[None, :], b_maxima, mask=mask)
+    tl.store(keys + o_queries[:, None] * num_groups + o_groups[None, :], b_keys, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def score_groups_kernel(
-    queries, rows, groups, scores, num_rows, num_groups, width,
+    queries, rows, groups, keys, num_rows, num_groups, width,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """(Q, num_groups * 16) coarse scores of the rows of (Q, num_groups) groups.
+    """(Q, num_groups * 16) keys of the rows of (Q, num_groups) groups.
 
-    Grid: tiles of candidates of every query; one writer per score. No matrix product, as each query
+    Grid: tiles of candidates of every query; one writer per key. No matrix product, as each query
     has other rows.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
@@ -114,28 +127,31 @@ def score_groups_kernel(
         )
         b_scores += tl.sum(b_rows.to(tl.float32) * b_query.to(tl.float32)[None, :], 1)
     b_scores = coarse_tile(tl.where(m_rows, b_scores, -float("inf")))
-    o_scores = i_query * num_groups * GROUP + o_candidates
-    tl.store(scores + o_scores, b_scores, mask=m_candidates)
+    o_keys = i_query * num_groups * GROUP + o_candidates
+    tl.store(keys + o_keys, keys_of(b_scores, o_rows), mask=m_candidates)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "stream"])
+@triton.jit(do_not_specialize=["num_vectors", "num_directions"])
 def best_sign_direction_kernel(
-    vectors, best, seed, step, stream, num_vectors, num_directions, width,
+    vectors, directions, best, num_vectors, num_directions, width,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(num_vectors,) int64 sign vector of largest inner product; ties: the lower index.
+    """(rounds, num_vectors) integers: the direction of largest inner product; ties: the lower one.
 
-    Grid: tiles of ITEMS vectors. Sign vectors are generated from counters, POSITIONS at a time.
+    Grid: (tiles of ITEMS vectors, rounds). ``directions`` is (rounds, num_directions, width), of
+    which a program reads POSITIONS lines at a time.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     o_vectors = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     m_vectors = o_vectors < num_vectors
-    seed, step, stream = seed.to(tl.int64), step.to(tl.int64), stream.to(tl.int64)
+    i_round = tl.program_id(1).to(tl.int64)
+    directions += i_round * num_directions * width
     b_best = tl.full((ITEMS,), -float("inf"), dtype=tl.float32)
     b_index = tl.zeros((ITEMS,), dtype=tl.int32)
     for direction in range(0, num_directions, POSITIONS):
         o_directions = direction + tl.arange(0, POSITIONS)
+        m_directions = o_directions < num_directions
         b_scores = tl.zeros((ITEMS, POSITIONS), dtype=tl.float32)
         for first_column in range(0, width, WIDTH):
             o_columns = first_column + tl.arange(0, WIDTH)
@@ -144,14 +160,19 @@ def best_sign_direction_kernel(
                 mask=m_vectors[:, None] & (o_columns < width)[None, :],
                 other=0.0,
             )
-            b_signs = sign_tile(o_directions, first_column, seed, step, stream, WIDTH)
-            b_signs = tl.trans(b_signs.to(b_vectors.dtype))
-            b_scores = tl.dot(b_vectors, b_signs, b_scores, input_precision=PRECISION)
-        b_scores = tl.where((o_directions < num_directions)[None, :], b_scores, -float("inf"))
+            b_signs = tl.load(
+                directions + o_directions[:, None] * width + o_columns[None, :],
+                mask=m_directions[:, None] & (o_columns < width)[None, :],
+                other=0.0,
+            )
+            b_scores = tl.dot(b_vectors, tl.trans(b_signs), b_scores, input_precision=PRECISION)
+        b_scores = tl.where(m_directions[None, :], b_scores, -float("inf"))
         b_largest, b_where = tl.max(b_scores, 1, return_indices=True)
         b_index = tl.where(b_largest > b_best, b_where + direction, b_index)
         b_best = tl.maximum(b_best, b_largest)
-    tl.store(best + o_vectors, b_index.to(tl.int64), mask=m_vectors)
+    tl.store(
+        best + i_round * num_vectors + o_vectors, b_index.to(best.dtype.element_ty), mask=m_vectors
+    )
 
 
 def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -167,27 +188,34 @@ def topk_rows(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return scores, scores.long()
     queries, rows = operand(queries), operand(rows)
     groups = _best_groups(queries, rows, k)
-    at_once = max(1, TILE_SCORES // (groups.shape[1] * GROUP.value))
+    at_once = max(1, search.KEYS_AT_ONCE // (groups.shape[1] * GROUP.value))
     parts = [
-        _best_of_groups(part, rows, part_groups, k)
+        _row_keys(part, rows, part_groups).topk(k).values
         for part, part_groups in zip(queries.split(at_once), groups.split(at_once), strict=True)
     ]
-    return torch.cat([scores for scores, _ in parts]), torch.cat([index for _, index in parts])
+    keys = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _scores_of(keys), _index_of(keys)
 
 
 def best_sign_direction(
-    vectors: Tensor, num_directions: int, *, seed: int, step: int, stream: int
-) -> Tensor:
-    """(n,) int64 index of the best of ``num_directions`` sign vectors, which are never stored."""
-    num_vectors, width = vectors.shape
-    best = torch.zeros(num_vectors, dtype=torch.int64, device=vectors.device)
+    vectors: Tensor, best: Tensor, num_directions: int, *, seed: int, step: int, stream: int
+) -> None:
+    """Writes the best of ``num_directions`` sign vectors of each round to (r, n) ``best``.
+
+    Round i has the stream ``stream + i``. The signs are stored meanwhile, in the dtype of the
+    vectors, r n_b D of them: they are made once and not by every program.
+    """
     if not vectors.numel():
-        return best
+        best.zero_()
+        return
+    (num_vectors, width), num_rounds = vectors.shape, best.shape[0]
     tile = tile_for("best_sign_direction", width, vectors.dtype, architecture_of(vectors.device))
-    best_sign_direction_kernel[(triton.cdiv(num_vectors, tile.items),)](
-        operand(vectors),
+    precision, vectors = precision_of(vectors.dtype), operand(vectors)
+    signs = vectors.new_empty((num_rounds, num_directions, width))
+    best_sign_direction_kernel[(triton.cdiv(num_vectors, tile.items), num_rounds)](
+        vectors,
+        fill_signs(signs, 0, seed=seed, step=step, stream=stream),
         best,
-        *counters(seed, step, stream),
         num_vectors,
         num_directions,
         width,
@@ -195,45 +223,50 @@ def best_sign_direction(
         ITEMS=tile.items,
         WIDTH=tile.width,
         ALIGN=alignment(width),
-        PRECISION=precision_of(vectors.dtype),
+        PRECISION=precision,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return best
+
+
+def _scores_of(keys: Tensor) -> Tensor:
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _index_of(keys: Tensor) -> Tensor:
+    return LOW_WORD.value - (keys & LOW_WORD.value)
 
 
 def _best_groups(queries: Tensor, rows: Tensor, k: int) -> Tensor:
-    """(Q, min(k, groups)) int64 groups with the largest maxima, in ascending order."""
+    """(Q, min(k, groups)) int64 groups with the largest maxima, in any order."""
     num_queries, num_rows = queries.shape[0], rows.shape[0]
     num_groups = triton.cdiv(num_rows, GROUP.value)
     if num_groups <= k:
         return torch.arange(num_groups, device=rows.device).expand(num_queries, -1).contiguous()
-    maxima = torch.empty((num_queries, 0), dtype=torch.float32, device=rows.device)
-    groups = torch.empty((num_queries, 0), dtype=torch.int64, device=rows.device)
-    at_once = max(2 * k, TILE_SCORES // num_queries)
+    best: Tensor | None = None
+    at_once = max(k, search.KEYS_AT_ONCE // num_queries)
     for first in range(0, num_groups, at_once):
-        part = _group_maxima(queries, rows, first, min(at_once, num_groups - first))
-        best, index = top_lowest(part, min(k, part.shape[1]))
-        # Earlier groups come first, so ``top_lowest`` keeps the lower of two equal groups.
-        maxima, groups = torch.cat([maxima, best], 1), torch.cat([groups, index + first], 1)
-        maxima, kept = top_lowest(maxima, min(k, maxima.shape[1]))
-        groups = groups.gather(1, kept)
-    return groups.sort(dim=1).values
+        keys = _group_keys(queries, rows, first, min(at_once, num_groups - first))
+        found = keys.topk(min(k, keys.shape[1]), sorted=False).values
+        if best is not None:
+            merged = torch.cat([best, found], 1)
+            found = merged.topk(min(k, merged.shape[1]), sorted=False).values
+        best = found
+    assert best is not None
+    return _index_of(best)
 
 
-def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: int) -> Tensor:
-    """(Q, num_groups) float32 largest coarse score of each group from ``first_group`` on."""
+def _group_keys(queries: Tensor, rows: Tensor, first_group: int, num_groups: int) -> Tensor:
+    """(Q, num_groups) int64 keys of the largest score of each group from ``first_group`` on."""
     width = rows.shape[1]
     tile = tile_for("group_maxima", width, rows.dtype, architecture_of(rows.device))
-    maxima = torch.empty((queries.shape[0], num_groups), dtype=torch.float32, device=rows.device)
-    grid = (
-        triton.cdiv(num_groups * GROUP.value, tile.items),
-        triton.cdiv(queries.shape[0], tile.positions),
-    )
-    group_maxima_kernel[grid](
+    keys = torch.empty((queries.shape[0], num_groups), dtype=torch.int64, device=rows.device)
+    num_tiles = triton.cdiv(num_groups * GROUP.value, tile.items)
+    group_maxima_kernel[(num_tiles * triton.cdiv(queries.shape[0], tile.positions),)](
         queries,
         rows,
-        maxima,
+        keys,
         first_group * GROUP.value,
         queries.shape[0],
         rows.shape[0],
@@ -247,21 +280,19 @@ def _group_maxima(queries: Tensor, rows: Tensor, first_group: int, num_groups: i
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return maxima
+    return keys
 
 
-def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(Q, k) coarse scores and rows of the best rows of each query's groups."""
+def _row_keys(queries: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
+    """(Q, 16 m) int64 keys of the rows of each query's m groups."""
     num_candidates = groups.shape[1] * GROUP.value
-    scores = torch.empty(
-        (queries.shape[0], num_candidates), dtype=torch.float32, device=rows.device
-    )
+    keys = torch.empty((queries.shape[0], num_candidates), dtype=torch.int64, device=rows.device)
     width = rows.shape[1]
     score_groups_kernel[(queries.shape[0] * triton.cdiv(num_candidates, CANDIDATES),)](
         queries,
         rows,
         groups.contiguous(),
-        scores,
+        keys,
         rows.shape[0],
         groups.shape[1],
         width,
@@ -269,5 +300,4 @@ def _best_of_groups(queries: Tensor, rows: Tensor, groups: Tensor, k: int) -> tu
         WIDTH=min(64, triton.next_power_of_2(width)),
         ALIGN=alignment(width),
     )
-    best, columns = top_lowest(scores, k)
-    return best, groups.gather(1, columns // GROUP.value) * GROUP.value + columns % GROUP.value
+    return keys

@@ -12,6 +12,8 @@ from shardrec.kernels.select.coarse import Pairs, above, coarse
 
 __all__ = ["GROUP", "TopSearch", "top_lowest"]
 
+# Keys in memory at a time in Triton: 1 GiB.
+KEYS_AT_ONCE = 1 << 27
 GROUP = 64  # rows per group, unless k is large
 MOST_PENDING = 64  # tiles until pending rows are merged
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import glob
 import importlib.util
 import io
 import os
@@ -63,7 +64,16 @@ def run(command: str, folder: Path, place: str) -> None:
     """Carry out a command of ours."""
     words = shlex.split(command, comments=True)
     assert words[0] == "shardrec", f"{place}: do not know how to run {command!r}; mark it"
-    call([*words[1:], *smaller(words)], folder, place)
+    call([*expanded(words[1:], command, folder), *smaller(words)], folder, place)
+
+
+def expanded(words: list[str], command: str, folder: Path) -> list[str]:
+    """The words, with those that a shell takes for names of files in place of their pattern."""
+    found: list[str] = []
+    for word in words:
+        is_pattern = "*" in word and f"'{word}'" not in command
+        found += sorted(glob.glob(word, root_dir=folder)) if is_pattern else [word]
+    return found
 
 
 def smaller(words: list[str]) -> list[str]:

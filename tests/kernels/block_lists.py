@@ -9,11 +9,12 @@ import torch
 from tests.tolerance import assert_as_close_as_eager
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp import Blocks, Rounds, every_pair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, Rounds
 from shardrec.kernels.block_logsumexp.reference import block_logsumexp_reference
 
 # Of states, rows, blocks and the gradients of both values: the values, and both gradients.
-Run = Callable[[Tensor, Tensor, Blocks, tuple[Tensor, Tensor]], list[Tensor]]
+AnyBlocks = Blocks | EveryPair
+Run = Callable[[Tensor, Tensor, AnyBlocks, tuple[Tensor, Tensor]], list[Tensor]]
 KINDS = ("full", "listed", "offsets", "gathered", "gathered-offsets", "slots", "rounds")
 
 
@@ -110,20 +111,25 @@ def with_rounds(n: int, r: int) -> Blocks:
     )
 
 
-def blocks_of(kind: str, n: int, r: int) -> Blocks:
-    return {
-        "full": lambda: every_pair(r, some_targets(n, r)),
+def blocks_of(kind: str, n: int, r: int) -> AnyBlocks:
+    made: dict[str, Callable[[], AnyBlocks]] = {
+        "full": lambda: EveryPair(r, some_targets(n, r)),
         "listed": lambda: listed(n, r, offsets=False),
         "offsets": lambda: listed(n, r, offsets=True),
         "gathered": lambda: gathered(n, r, offsets=False),
         "gathered-offsets": lambda: gathered(n, r, offsets=True),
         "slots": lambda: with_slots(n, r),
         "rounds": lambda: with_rounds(n, r),
-    }[kind]()
+    }
+    return made[kind]()
 
 
 def by_autograd(
-    states: Tensor, rows: Tensor, blocks: Blocks, dtype: torch.dtype, grads: tuple[Tensor, Tensor]
+    states: Tensor,
+    rows: Tensor,
+    blocks: AnyBlocks,
+    dtype: torch.dtype,
+    grads: tuple[Tensor, Tensor],
 ) -> list[Tensor]:
     """Values and gradients of the definition in a dtype."""
     states = states.detach().to(dtype).requires_grad_()
@@ -137,7 +143,7 @@ def by_autograd(
 
 
 def assert_as_close_as_definition(
-    run: Run, states: Tensor, rows: Tensor, blocks: Blocks, slack: float = 0.0
+    run: Run, states: Tensor, rows: Tensor, blocks: AnyBlocks, slack: float = 0.0
 ) -> None:
     """Values and gradients of ``run`` are as exact as those of the definition in the same dtype."""
     generator = torch.Generator().manual_seed(5)

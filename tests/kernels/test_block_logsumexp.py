@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.kernels.block_lists import (
     KINDS,
+    AnyBlocks,
     assert_as_close_as_definition,
     blocks_of,
     draw,
@@ -14,22 +15,22 @@ from torch import Tensor
 
 from shardrec.kernels.block_logsumexp import (
     Blocks,
+    EveryPair,
     RowIds,
     backward,
     cpu,
-    every_pair,
     forward,
 )
 from shardrec.kernels.block_logsumexp.cpu_tiles import CpuTiles, core_cache_bytes, cpu_tiles
 
 
-def blocks_for_cpu(kind: str) -> Blocks:
+def blocks_for_cpu(kind: str) -> AnyBlocks:
     """Of the kinds that Triton is tested with too, or of one that only a CPU treats differently."""
     if kind == "full":
         return blocks_of(kind, 23, 31)
     of = {"ascending": "offsets", "rounds-offsets": "rounds"}
     blocks = blocks_of(of.get(kind, kind), 23, 31)
-    assert blocks.items is not None and blocks.pair_positions is not None
+    assert isinstance(blocks, Blocks) and blocks.pair_positions is not None
     if kind == "ascending":
         return replace(blocks, items=blocks.items.sort().values)
     if kind == "rounds-offsets":
@@ -46,7 +47,7 @@ def test_values_and_gradients_equal_the_definition(kind: str, tile: int) -> None
     tiles = CpuTiles(tile, 5, 7, tile, 1) if tile < 100 else CpuTiles()
 
     def on_cpu(
-        states: Tensor, rows: Tensor, blocks: Blocks, grads: tuple[Tensor, Tensor]
+        states: Tensor, rows: Tensor, blocks: AnyBlocks, grads: tuple[Tensor, Tensor]
     ) -> list[Tensor]:
         logsumexp, target_logits = cpu.forward(states, rows, blocks, tiles)
         grad_rows = torch.ones_like(rows)
@@ -87,7 +88,7 @@ def test_padded_pairs_with_huge_logits_leave_no_trace() -> None:
 
 
 def test_a_slot_without_candidates_is_minus_infinity_and_has_no_gradient() -> None:
-    blocks = every_pair(1, torch.tensor([0, -1]))
+    blocks = EveryPair(1, torch.tensor([0, -1]))
     states, rows = torch.ones(2, 4), torch.ones(1, 4)
     logsumexp, target_logits = forward(states, rows, blocks)
     assert logsumexp.tolist() == [-torch.inf, 4.0] and target_logits.tolist() == [4.0, 0.0]
@@ -100,7 +101,7 @@ def test_a_slot_without_candidates_is_minus_infinity_and_has_no_gradient() -> No
 
 def test_an_empty_shard_gives_nothing() -> None:
     states, rows = torch.ones(2, 4), torch.zeros(0, 4)
-    logsumexp, target_logits = forward(states, rows, every_pair(0, torch.tensor([-1, -1])))
+    logsumexp, target_logits = forward(states, rows, EveryPair(0, torch.tensor([-1, -1])))
     assert logsumexp.tolist() == [-torch.inf] * 2 and target_logits.tolist() == [0.0, 0.0]
 
 
@@ -114,3 +115,7 @@ def test_rows_are_found_alike_by_search_and_by_table(count: int) -> None:
     searched = RowIds(100, count, rows + 100).find(items)
     assert torch.equal(some.find(items), searched)
     assert int((searched >= 0).sum()) == count
+    # What is known to be there is found without a look at what is not.
+    present = rows.flip(0).reshape(1, -1) + 100
+    for whole in (within, RowIds(first=100, count=64, is_complete=True)):
+        assert RowIds.of(rows, whole).find(present).tolist() == [list(range(count))[::-1]]

@@ -12,7 +12,7 @@ from tests.losses import LOSSES
 from torch import Tensor
 
 from shardrec.kernels import cut_cross_entropy
-from shardrec.kernels.block_logsumexp import cpu, every_pair
+from shardrec.kernels.block_logsumexp import EveryPair, cpu
 from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cost.terms import KernelCost, full_cost, listed_cost, select_cost
 from shardrec.kernels.ranks.traffic import Workload
@@ -56,7 +56,7 @@ def test_the_products_of_the_softmax_are_three_or_four() -> None:
 
 def test_the_block_of_every_pair_takes_four_products() -> None:
     states, rows, targets = (one.detach() for one in problem())
-    blocks, grad = every_pair(V, targets), torch.ones(N)
+    blocks, grad = EveryPair(V, targets), torch.ones(N)
 
     def both_passes() -> None:
         logsumexp, _ = cpu.forward(states, rows, blocks)

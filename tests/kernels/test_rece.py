@@ -23,8 +23,8 @@ def test_positions_are_compared_with_items_of_their_own_buckets() -> None:
         buckets = hash_buckets(states, 20, 1, seed=0, step=0)
         alone = Communicator(None)
         of_rows, of_own = (gather_histogram(b, 20, alone) for b in (row_buckets, buckets))
-        chunks = position_chunks(buckets, of_own, of_rows, 20, align)
-        row_chunks = item_chunks(row_buckets, of_rows, 20)
+        chunks = position_chunks(buckets, of_own, of_rows, 20, align, (500, 2000))
+        row_chunks = item_chunks(row_buckets, of_rows, 20, 2000)
         near = chunks[:, None, 0] == row_chunks[None, :, 0]
         same = buckets[:, None, 0] == row_buckets[None, :, 0]
         own_share[align] = float((near & same).sum() / near.sum())

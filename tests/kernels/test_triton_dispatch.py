@@ -12,7 +12,7 @@ from tests.losses import LOSSES
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp, cut_cross_entropy, select
-from shardrec.kernels.block_logsumexp import Blocks, cpu, every_pair
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, cpu
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
 from shardrec.kernels.device import backend as device
 from shardrec.kernels.device.backend import choose_backend, gpu_refusal
@@ -48,7 +48,7 @@ def test_plain_pytorch_serves_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "forward", spy)
     states, rows = torch.ones(3, 8), torch.ones(5, 8)
     for backend in ("auto", "torch"):
-        block_logsumexp.forward(states, rows, every_pair(5, torch.arange(3)), backend)
+        block_logsumexp.forward(states, rows, EveryPair(5, torch.arange(3)), backend)
     assert ran == ["torch", "torch"]
 
 

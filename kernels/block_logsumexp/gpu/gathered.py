@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
+from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem
 from shardrec.kernels.block_logsumexp.gpu.tile_math import LN2, LOG2E, load_tile
-from shardrec.kernels.device.backend import alignment, architecture_of, operand
-from shardrec.kernels.device.tiles import Tile, tile_for
+from shardrec.kernels.device.backend import alignment
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -94,6 +94,7 @@ def gathered_states_backward_kernel(
     b_state = tl.load(states + position * width + o_columns, mask=m_columns, other=0.0)
     b_state = b_state.to(tl.float32)
     shift = tl.load(logsumexp + position) * LOG2E
+    shift = tl.where(shift == -float("inf"), 0.0, shift)  # no candidates
     grad = tl.load(grad_logsumexp + position)
     o_out = position * width + o_columns
     b_total = tl.load(grad_states + o_out, mask=m_columns, other=0.0)
@@ -141,13 +142,12 @@ def gathered_rows_backward_kernel(
     tl.store(grad_rows + o_out, b_total, mask=m_columns)
 
 
-def forward(states: Tensor, rows: Tensor, blocks: Blocks, logsumexp: Tensor) -> None:
+def forward(problem: LaunchProblem, blocks: Blocks, logsumexp: Tensor) -> None:
     """Writes the log-sum-exps of the positions that have a block to (N,) float32 ``logsumexp``."""
-    tile = _tile("gathered_forward", states)
-    width = states.shape[1]
+    tile, width = problem.tile("gathered_forward"), problem.width
     gathered_forward_kernel[(blocks.num_blocks,)](
-        operand(states),
-        operand(rows),
+        problem.states,
+        problem.rows,
         *_lists(blocks),
         logsumexp,
         width,
@@ -161,8 +161,7 @@ def forward(states: Tensor, rows: Tensor, blocks: Blocks, logsumexp: Tensor) -> 
 
 
 def backward(
-    states: Tensor,
-    rows: Tensor,
+    problem: LaunchProblem,
     blocks: Blocks,
     shift: Tensor,
     grad_logsumexp: Tensor,
@@ -170,13 +169,12 @@ def backward(
     grad_rows: Tensor,
 ) -> None:
     """Adds to the (N, D) and (R, D) float32 gradients; the workspace is a few (Q,) tensors."""
-    tile = _tile("gathered_states_backward", states)
-    width = states.shape[1]
+    tile, width = problem.tile("gathered_states_backward"), problem.width
     pair_positions, items, starts, ends, *_ = _lists(blocks)
-    shares = torch.empty(items.numel(), device=states.device)
+    shares = torch.empty(items.numel(), device=items.device)
     gathered_states_backward_kernel[(blocks.num_blocks,)](
-        operand(states),
-        operand(rows),
+        problem.states,
+        problem.rows,
         *_lists(blocks),
         shift,
         grad_logsumexp.float().contiguous(),
@@ -190,19 +188,14 @@ def backward(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if not items.numel():
+        return
     positions = pair_positions.repeat_interleave(ends - starts, output_size=items.numel())
-    _add_rows(operand(states), positions, shares, items, grad_rows)
-
-
-def _add_rows(
-    states: Tensor, positions: Tensor, shares: Tensor, items: Tensor, grad_rows: Tensor
-) -> None:
-    tile = _tile("gathered_rows_backward", states)
-    width = states.shape[1]
+    tile = problem.tile("gathered_rows_backward")
     sorted_rows, order = items.sort(stable=True)
     run_ends = torch.searchsorted(sorted_rows, sorted_rows, right=True)
     gathered_rows_backward_kernel[(items.numel(), triton.cdiv(width, tile.out))](
-        states,
+        problem.states,
         positions,
         shares,
         order,
@@ -218,23 +211,20 @@ def _add_rows(
     )
 
 
-def _tile(kernel: str, states: Tensor) -> Tile:
-    return tile_for(kernel, states.shape[1], states.dtype, architecture_of(states.device))
-
-
 def _whole(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
 def _lists(blocks: Blocks) -> tuple[Tensor, ...]:
     """Positions, items, where the list of each pair starts and ends, targets, offsets."""
-    assert blocks.items is not None and blocks.pair_positions is not None
+    assert blocks.pair_positions is not None
+    item_starts, item_ends = blocks.item_ranges()
     unused = blocks.targets
     return (
         blocks.pair_positions,
         blocks.items,
-        blocks.item_starts,
-        blocks.item_ends,
+        item_starts,
+        item_ends,
         blocks.targets,
         unused if blocks.offsets is None else blocks.offsets,
     )

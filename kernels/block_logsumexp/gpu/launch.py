@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from shardrec.kernels.block_logsumexp.blocks import Blocks
 from shardrec.kernels.device.backend import alignment, architecture_of, operand, precision_of
 from shardrec.kernels.device.tiles import Tile, tile_for
 
@@ -15,22 +14,17 @@ __all__ = ["LaunchProblem", "Upstream"]
 
 @dataclass(frozen=True, slots=True)
 class LaunchProblem:
-    """The inputs of one launch: states and rows as kernels read them, blocks, original dtype."""
+    """The inputs of all launches: states and rows as kernels read them, targets, original dtype."""
 
     states: Tensor
     rows: Tensor
-    blocks: Blocks
+    targets: Tensor
     dtype: torch.dtype
 
     @staticmethod
-    def of(states: Tensor, rows: Tensor, blocks: Blocks) -> "LaunchProblem":
+    def of(states: Tensor, rows: Tensor, targets: Tensor) -> "LaunchProblem":
         """The problem with (N, D) states and (R, D) rows made readable for kernels."""
-        return LaunchProblem(operand(states), operand(rows), blocks, states.dtype)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are no states, rows or blocks."""
-        return 0 in (self.states.numel(), self.rows.numel(), self.blocks.num_blocks)
+        return LaunchProblem(operand(states), operand(rows), targets, states.dtype)
 
     @property
     def width(self) -> int:
@@ -38,10 +32,8 @@ class LaunchProblem:
         return self.states.shape[1]
 
     def tile(self, kernel: str) -> Tile:
-        """The tile shape of a kernel, or of its variant for rounds, on this device."""
-        architecture = architecture_of(self.states.device)
-        kernel = kernel if self.blocks.rounds is None else f"{kernel}_rounds"
-        return tile_for(kernel, self.width, self.dtype, architecture)
+        """The tile shape of a kernel on this device."""
+        return tile_for(kernel, self.width, self.dtype, architecture_of(self.states.device))
 
     def options(self, tile: Tile) -> dict[str, int | str]:
         """Compile-time arguments that all kernels with matrix products share."""
@@ -64,25 +56,24 @@ class LaunchProblem:
 class Upstream:
     """Upstream gradients of the log-sum-exps: dL/dlogit = exp(logit - shift) * grad * scale."""
 
-    shift: Tensor  # (num_slots,) log-sum-exp, 0 for a slot without candidates
+    shift: Tensor  # (num_slots,) log-sum-exp; a slot with -inf has no candidate and no dL/dlogit
     grad: Tensor  # (num_slots,) gradient of the log-sum-exp, divided by ``scale``
-    scale: Tensor  # (1,) power of two
+    scale: Tensor | None  # (1,) power of two; None for 1
 
     @staticmethod
     def of(logsumexp: Tensor, grad_logsumexp: Tensor, dtype: torch.dtype) -> "Upstream":
         """The upstream gradients for (num_slots,) log-sum-exps and their gradients."""
-        shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-        return Upstream(shift, *_scaled(grad_logsumexp, dtype))
+        return Upstream(logsumexp, *_scaled(grad_logsumexp, dtype))
 
 
-def _scaled(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _scaled(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The gradient divided by a power of two, so that float16 neither underflows nor overflows.
 
     dL/dlogits are rounded to the dtype of the states before the second matrix product; in float16
     those of a uniform softmax over a million rows would round to 0.
     """
     if dtype is not torch.float16 or not grad.numel():
-        return grad.float().contiguous(), torch.ones(1, device=grad.device)
+        return grad.float().contiguous(), None
     exponent = torch.frexp(grad.float().abs().max()).exponent.reshape(1) - 14
     one = torch.ones(1, device=grad.device)
     return torch.ldexp(grad.float(), -exponent), torch.ldexp(one, exponent)

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from shardrec.kernels.block_logsumexp.blocks import Blocks
+from shardrec.kernels.block_logsumexp.gpu.add_rows import add_rows
 from shardrec.kernels.block_logsumexp.gpu.launch import LaunchProblem, Upstream
+from shardrec.kernels.block_logsumexp.gpu.tables import pair_tiles, row_tiles
 from shardrec.kernels.block_logsumexp.gpu.tile_math import (
     LN2,
     LOG2E,
@@ -23,14 +25,12 @@ from shardrec.kernels.block_logsumexp.gpu.tile_math import (
     met_before,
     streamed_logits,
 )
-from shardrec.kernels.block_logsumexp.schedule import LEAST_ENTRIES, pair_tiles, row_tiles
-from shardrec.kernels.device.backend import alignment, operand
+from shardrec.kernels.block_logsumexp.schedule import entries_at_once
+from shardrec.kernels.device.tiles import Tile
 
 # mypy: disable-error-code="no-untyped-def"
 
 __all__ = [
-    "add_rows",
-    "add_rows_kernel",
     "forward",
     "listed_forward_kernel",
     "listed_rows_backward_kernel",
@@ -51,6 +51,18 @@ def _load_pairs(pair_positions, pair_slots, targets, o_pairs, end):
 
 
 @triton.jit
+def _load_cover(covers, pair_starts, block_rounds, round_of_all, cover):
+    """First and end pair and round of a cover; see ``listed_rows_backward_kernel``."""
+    block = cover
+    if covers is not None:
+        block = tl.load(covers + cover)
+    round_index = round_of_all
+    if block_rounds is not None:
+        round_index = tl.load(block_rounds + block).to(tl.int32)
+    return tl.load(pair_starts + block), tl.load(pair_starts + block + 1), round_index
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
 def listed_forward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, logsumexp, num_tiles, width, num_rounds, reach,
@@ -98,7 +110,7 @@ def listed_forward_kernel(
     tl.store(logsumexp + b_slots, (b_new + tl.log2(b_sum)) * LN2, mask=m_pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def listed_states_backward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
     position_chunks, item_chunks, tiles, logsumexp, grad_logsumexp, scale, grad_states,
@@ -126,8 +138,9 @@ def listed_states_backward_kernel(
     o_columns = first_column + tl.arange(0, OUT)
     o_out = b_positions[:, None] * width + o_columns[None, :]
     mask = m_pairs[:, None] & (o_columns < width)[None, :]
-    b_scale = tl.load(scale)
-    b_total = tl.load(grad_states + o_out, mask=mask, other=0.0) / b_scale
+    b_total = tl.load(grad_states + o_out, mask=mask, other=0.0)
+    if scale is not None:
+        b_total /= tl.load(scale)
     for entry in range(first, end, ITEMS):
         o_entries = entry + tl.arange(0, ITEMS)
         m_entries = o_entries < end
@@ -148,37 +161,47 @@ def listed_states_backward_kernel(
         b_rows = load_tile(rows, b_items, m_entries, first_column, width, OUT)
         b_share = (tl.exp2(b_logits) * b_grad[:, None]).to(b_rows.dtype)
         b_total = tl.dot(b_share, b_rows, b_total, input_precision=PRECISION)
-    tl.store(grad_states + o_out, b_total * b_scale, mask=mask)
+    if scale is not None:
+        b_total *= tl.load(scale)
+    tl.store(grad_states + o_out, b_total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "first_entry", "end_entry", "round_of_all"])
 def listed_rows_backward_kernel(
     states, rows, pair_positions, pair_slots, items, targets, offsets,
-    position_chunks, item_chunks, tiles, covers, logsumexp, grad_logsumexp, grad_entries,
-    num_tiles, num_covers, first_entry, width, num_rounds, reach,
+    position_chunks, item_chunks, tiles, covers, pair_starts, block_rounds,
+    logsumexp, grad_logsumexp, scale, total,
+    num_tiles, first_entry, end_entry, round_of_all, width, num_rounds, reach,
     POSITIONS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     OUT: tl.constexpr, PRECISION: tl.constexpr, OFFSETS: tl.constexpr, ROUNDS: tl.constexpr,
+    BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of each entry of ``items``, summed over the blocks that contain it.
+    """The gradient of each entry of ``items``, summed over the blocks that contain it.
 
     Grid: (tiles, parts of the width); one writer per element. ``tiles`` is (4, num_tiles) int64:
-    first and end entry, first and end cover; ``covers`` is (3, num_covers) int64: first and end
-    pair and round of a block. ``grad_entries`` is (.., D) float32 from entry ``first_entry`` on.
+    first and end entry, first and end cover; a cover is an index into ``covers``, the list of
+    blocks, or a block if that is None. ``total`` is (.., D) float32, a line for each entry from
+    ``first_entry`` to ``end_entry``, and is written. BY_ROW: no row occurs twice in ``items``, and
+    its gradient is added to the (R, D) ``total``.
     """
     width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
     i_tile = tl.program_id(0)
     first_column = tl.program_id(1) * OUT
-    o_entries = tl.load(tiles + i_tile) + tl.arange(0, ITEMS)
-    m_entries = o_entries < tl.load(tiles + num_tiles + i_tile)
+    first, end = tl.load(tiles + i_tile), tl.load(tiles + num_tiles + i_tile)
+    if (first >= end_entry) | (end <= first_entry):
+        return
+    o_entries = first + tl.arange(0, ITEMS)
+    m_entries = o_entries < end
     b_items = tl.load(items + o_entries, mask=m_entries, other=0)
     if OFFSETS:
         b_offsets = tl.load(offsets + o_entries, mask=m_entries, other=0.0)
     b_total = tl.zeros((ITEMS, OUT), dtype=tl.float32)
     first_cover = tl.load(tiles + 2 * num_tiles + i_tile)
     for cover in range(first_cover, tl.load(tiles + 3 * num_tiles + i_tile)):
-        end_pair = tl.load(covers + num_covers + cover)
-        round_index = tl.load(covers + 2 * num_covers + cover).to(tl.int32)
-        for pair in range(tl.load(covers + cover), end_pair, POSITIONS):
+        first_pair, end_pair, round_index = _load_cover(
+            covers, pair_starts, block_rounds, round_of_all, cover
+        )
+        for pair in range(first_pair, end_pair, POSITIONS):
             b_positions, b_slots, b_targets, m_pairs = _load_pairs(
                 pair_positions, pair_slots, targets, pair + tl.arange(0, POSITIONS), end_pair
             )
@@ -201,48 +224,18 @@ def listed_rows_backward_kernel(
             b_share = (tl.exp2(b_logits) * b_grad[None, :]).to(b_states.dtype)
             b_total = tl.dot(b_share, b_states, b_total, input_precision=PRECISION)
     o_columns = first_column + tl.arange(0, OUT)
-    o_out = (o_entries - first_entry)[:, None] * width + o_columns[None, :]
-    tl.store(grad_entries + o_out, b_total, mask=m_entries[:, None] & (o_columns < width)[None, :])
-
-
-@triton.jit
-def add_rows_kernel(
-    source, weights, order, sorted_rows, run_ends, total, scale, width,
-    LINES: tl.constexpr, OUT: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Adds weighted lines of ``source`` to (R, D) float32 ``total``, each to the row of its entry.
-
-    Grid: (entries, parts of the width). Entries are sorted by row; the program of a row's first
-    entry sums all entries of the row in order and the others return, so each row has one writer.
-    Entries of a negative row are skipped.
-    """
-    width = width // ALIGN * ALIGN  # tells the compiler how rows are aligned
-    i_entry = tl.program_id(0).to(tl.int64)
-    row = tl.load(sorted_rows + i_entry)
-    before = tl.load(sorted_rows + i_entry - 1, mask=i_entry > 0, other=-1)
-    if row == before:
-        return
-    o_columns = tl.program_id(1) * OUT + tl.arange(0, OUT)
-    m_columns = o_columns < width
-    end = tl.load(run_ends + i_entry)
-    b_total = tl.zeros((OUT,), dtype=tl.float32)
-    for entry in range(i_entry, end, LINES):
-        o_entries = entry + tl.arange(0, LINES)
-        m_entries = o_entries < end
-        b_lines = tl.load(order + o_entries, mask=m_entries, other=0)
-        b_weights = tl.load(weights + b_lines, mask=m_entries, other=0.0)
-        b_source = tl.load(
-            source + b_lines[:, None] * width + o_columns[None, :],
-            mask=m_entries[:, None] & m_columns[None, :],
-            other=0.0,
-        )
-        b_total += tl.sum(b_source.to(tl.float32) * b_weights[:, None], 0)
-    o_out = row * width + o_columns
-    b_total = b_total * tl.load(scale) + tl.load(total + o_out, mask=m_columns, other=0.0)
-    tl.store(total + o_out, b_total, mask=m_columns)
-
-
-_LINES = 32
+    if BY_ROW:
+        o_lines, m_lines = b_items, m_entries
+    else:
+        o_lines = o_entries - first_entry
+        m_lines = m_entries & (o_lines >= 0) & (o_entries < end_entry)
+    o_out = o_lines[:, None] * width + o_columns[None, :]
+    mask = m_lines[:, None] & (o_columns < width)[None, :]
+    if BY_ROW:
+        if scale is not None:
+            b_total *= tl.load(scale)
+        b_total += tl.load(total + o_out, mask=mask, other=0.0)
+    tl.store(total + o_out, b_total, mask=mask)
 
 
 def _positions(blocks: Blocks) -> Tensor:
@@ -251,33 +244,30 @@ def _positions(blocks: Blocks) -> Tensor:
     return blocks.pair_positions
 
 
-def _items(problem: LaunchProblem) -> Tensor:
-    if problem.blocks.items is None:
-        return torch.arange(problem.rows.shape[0], device=problem.rows.device)
-    return problem.blocks.items
-
-
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """Arguments that all listed kernels share, in the order of their signatures."""
+    """Arguments that all listed kernels share, in the order of their signatures, and the tile."""
 
+    tile: Tile
     tensors: tuple[Tensor, ...]
     num_rounds: int
     reach: int
-    switches: dict[str, bool]
+    options: dict[str, int | str]
 
     @staticmethod
-    def of(problem: LaunchProblem) -> "_Listed":
-        blocks, rounds = problem.blocks, problem.blocks.rounds
-        positions, items = _positions(blocks), _items(problem)
-        unused = blocks.targets
+    def of(kernel: str, problem: LaunchProblem, blocks: Blocks) -> "_Listed":
+        rounds = blocks.rounds
+        positions, unused = _positions(blocks), blocks.targets
+        tile = problem.tile(kernel if rounds is None else f"{kernel}_rounds")
+        switches = {"OFFSETS": blocks.offsets is not None, "ROUNDS": rounds is not None}
         return _Listed(
+            tile=tile,
             tensors=(
                 problem.states,
                 problem.rows,
                 positions,
                 positions if blocks.pair_slots is None else blocks.pair_slots,
-                items,
+                blocks.items,
                 blocks.targets,
                 unused if blocks.offsets is None else blocks.offsets,
                 unused if rounds is None else rounds.position_chunks.contiguous(),
@@ -285,19 +275,14 @@ class _Listed:
             ),
             num_rounds=0 if rounds is None else rounds.position_chunks.shape[1],
             reach=0 if rounds is None else rounds.reach,
-            switches={"OFFSETS": blocks.offsets is not None, "ROUNDS": rounds is not None},
+            options=problem.options(tile) | switches,
         )
 
-    @property
-    def items(self) -> Tensor:
-        return self.tensors[4]
 
-
-def forward(problem: LaunchProblem, logsumexp: Tensor) -> None:
+def forward(problem: LaunchProblem, blocks: Blocks, logsumexp: Tensor) -> None:
     """Adds candidates to the (num_slots,) float32 log-sum-exps; no slot may occur twice."""
-    tile = problem.tile("listed_forward")
-    listed = _Listed.of(problem)
-    tiles = pair_tiles(problem.blocks, tile.positions)
+    listed = _Listed.of("listed_forward", problem, blocks)
+    tiles = pair_tiles(blocks, listed.tile.positions)
     listed_forward_kernel[(tiles.shape[1],)](
         *listed.tensors,
         tiles,
@@ -306,17 +291,17 @@ def forward(problem: LaunchProblem, logsumexp: Tensor) -> None:
         problem.width,
         listed.num_rounds,
         listed.reach,
-        **problem.options(tile),
-        **listed.switches,
+        **listed.options,
     )
 
 
-def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Tensor) -> None:
+def states_backward(
+    problem: LaunchProblem, blocks: Blocks, upstream: Upstream, grad_states: Tensor
+) -> None:
     """Adds the gradient of states to (N, D) float32; no position may occur twice in the blocks."""
-    tile = problem.tile("listed_states_backward")
-    listed = _Listed.of(problem)
-    tiles = pair_tiles(problem.blocks, tile.positions)
-    listed_states_backward_kernel[(tiles.shape[1], problem.num_out(tile))](
+    listed = _Listed.of("listed_states_backward", problem, blocks)
+    tiles = pair_tiles(blocks, listed.tile.positions)
+    listed_states_backward_kernel[(tiles.shape[1], problem.num_out(listed.tile))](
         *listed.tensors,
         tiles,
         upstream.shift,
@@ -327,67 +312,50 @@ def states_backward(problem: LaunchProblem, upstream: Upstream, grad_states: Ten
         problem.width,
         listed.num_rounds,
         listed.reach,
-        OUT=tile.out,
-        **problem.options(tile),
-        **listed.switches,
+        OUT=listed.tile.out,
+        **listed.options,
     )
 
 
-def rows_backward(problem: LaunchProblem, upstream: Upstream, grad_rows: Tensor) -> None:
-    """Adds the gradient of rows to (R, D) float32: per entry, a chunk at a time, summed by row."""
-    tile = problem.tile("listed_rows_backward")
-    listed = _Listed.of(problem)
-    num_entries = listed.items.numel()
-    chunk = min(max(LEAST_ENTRIES, problem.states.shape[0]), max(num_entries, 1))
-    plan = row_tiles(problem.blocks, num_entries, tile.items, chunk)
-    workspace = torch.empty((chunk, problem.width), dtype=torch.float32, device=grad_rows.device)
-    ones = torch.ones(chunk, device=grad_rows.device)
-    for first_entry, end_entry, first_tile, end_tile in plan.chunks:
-        if first_entry == end_entry:
-            continue
-        tiles = plan.tiles[:, first_tile:end_tile].contiguous()
-        listed_rows_backward_kernel[(tiles.shape[1], problem.num_out(tile))](
+def rows_backward(
+    problem: LaunchProblem, blocks: Blocks, upstream: Upstream, grad_rows: Tensor
+) -> None:
+    """Adds the gradient of rows to (R, D) float32.
+
+    In a round of nearby chunks each row is one entry. Else entries get gradients of their own, some
+    entries at a time, which are then summed by row.
+    """
+    listed = _Listed.of("listed_rows_backward", problem, blocks)
+    num_entries = blocks.items.numel()
+    if not num_entries:
+        return
+    tiles, covers = row_tiles(blocks, listed.tile.items)
+    by_row = blocks.rounds is not None and blocks.borders is not None
+    rounds = blocks.rounds.block_rounds if blocks.rounds is not None else 0
+    chunk = num_entries if by_row else entries_at_once(num_entries, problem.width)
+    total = grad_rows if by_row else grad_rows.new_empty((chunk, problem.width))
+    for first_entry in range(0, num_entries, chunk):
+        end_entry = min(first_entry + chunk, num_entries)
+        listed_rows_backward_kernel[(tiles.shape[1], problem.num_out(listed.tile))](
             *listed.tensors,
             tiles,
-            plan.covers,
+            covers,
+            blocks.pair_starts,
+            None if isinstance(rounds, int) else rounds,
             upstream.shift,
             upstream.grad,
-            workspace,
+            upstream.scale,
+            total,
             tiles.shape[1],
-            plan.covers.shape[1],
             first_entry,
+            end_entry,
+            rounds if isinstance(rounds, int) else 0,
             problem.width,
             listed.num_rounds,
             listed.reach,
-            OUT=tile.out,
-            **problem.options(tile),
-            **listed.switches,
+            OUT=listed.tile.out,
+            BY_ROW=by_row,
+            **listed.options,
         )
-        rows = listed.items[first_entry:end_entry]
-        add_rows(workspace, ones, rows, grad_rows, upstream.scale)
-
-
-def add_rows(
-    source: Tensor, weights: Tensor, rows: Tensor, total: Tensor, scale: Tensor | None = None
-) -> None:
-    """Adds ``weights[e] * source[e]`` to ``total[rows[e]]``, in a fixed order."""
-    if not rows.numel() or not total.numel():
-        return
-    width = total.shape[1]
-    sorted_rows, order = rows.sort(stable=True)
-    run_ends = torch.searchsorted(sorted_rows, sorted_rows, right=True)
-    out = min(256, triton.next_power_of_2(width))
-    add_rows_kernel[(rows.numel(), triton.cdiv(width, out))](
-        operand(source),
-        weights.contiguous(),
-        order,
-        sorted_rows,
-        run_ends,
-        total,
-        torch.ones(1, device=total.device) if scale is None else scale,
-        width,
-        LINES=_LINES,
-        OUT=out,
-        ALIGN=alignment(width),
-        num_warps=4,
-    )
+        if not by_row:
+            add_rows(total, blocks.items[first_entry:end_entry], grad_rows, scale=upstream.scale)

@@ -31,14 +31,18 @@ def load_tile(matrix, o_rows, m_rows, first_column, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_span(matrix, first, count, first_column, width, LINES: tl.constexpr, WIDTH: tl.constexpr):
+def load_span(matrix, first, count, first_column, width, LINES: tl.constexpr, WIDTH: tl.constexpr,
+              WHOLE: tl.constexpr):  # fmt: skip
     """(LINES, WIDTH) tile of a (.., width) matrix from line ``first`` on, 0 beyond ``count`` lines.
 
-    The address is an int64 scalar plus int32 offsets, which saves registers.
+    WHOLE: ``count`` is LINES and not compared with. The address is an int64 scalar plus int32
+    offsets, which saves registers.
     """
     o_lines = tl.arange(0, LINES)
     o_columns = tl.arange(0, WIDTH)
-    mask = (o_lines < count)[:, None] & (o_columns < width - first_column)[None, :]
+    mask = (o_columns < width - first_column)[None, :]
+    if not WHOLE:
+        mask = mask & (o_lines < count)[:, None]
     # In the interpreter ``first`` may be a Python integer: without the cast, a 32-bit product.
     tile = matrix + (first * tl.cast(width, tl.int64) + first_column)
     return tl.load(tile + (o_lines[:, None] * width + o_columns[None, :]), mask=mask, other=0.0)
@@ -54,12 +58,16 @@ def held_logits(b_left, b_right, PRECISION: tl.constexpr):
 def span_logits(
     left, first_left, num_left, right, first_right, num_right, width,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(LEFT, RIGHT) float32 inner products of contiguous lines, looping over parts of the width."""
+    """(LEFT, RIGHT) float32 inner products of contiguous lines, looping over parts of the width.
+
+    WHOLE: ``num_right`` is RIGHT and not compared with.
+    """
     b_logits = tl.zeros((LEFT, RIGHT), dtype=tl.float32)
     for first_column in range(0, width, WIDTH):
-        b_left = load_span(left, first_left, num_left, first_column, width, LEFT, WIDTH)
-        b_right = load_span(right, first_right, num_right, first_column, width, RIGHT, WIDTH)
+        b_left = load_span(left, first_left, num_left, first_column, width, LEFT, WIDTH, False)
+        b_right = load_span(right, first_right, num_right, first_column, width, RIGHT, WIDTH, WHOLE)
         b_logits = tl.dot(b_left, tl.trans(b_right), b_logits, input_precision=PRECISION)
     return b_logits
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.block_lists import (
     KINDS,
+    AnyBlocks,
     assert_as_close_as_definition,
     blocks_of,
     by_autograd,
@@ -19,12 +20,11 @@ from tests.kernels.counted import counted_launches
 from torch import Tensor
 
 from shardrec.kernels import block_logsumexp
-from shardrec.kernels.block_logsumexp import Blocks, every_pair
-from shardrec.kernels.block_logsumexp.gpu import listed as gpu_listed
+from shardrec.kernels.block_logsumexp import Blocks, EveryPair, schedule
 
 
 def by_triton(
-    states: Tensor, rows: Tensor, blocks: Blocks, grads: tuple[Tensor, Tensor]
+    states: Tensor, rows: Tensor, blocks: AnyBlocks, grads: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
     logsumexp, target_logits = block_logsumexp.forward(states, rows, blocks, "triton")
     grad_rows = torch.zeros(rows.shape)
@@ -34,12 +34,12 @@ def by_triton(
     return [logsumexp, target_logits, grad_states, grad_rows]
 
 
-def check(states: Tensor, rows: Tensor, blocks: Blocks, slack: float = 0.0) -> None:
+def check(states: Tensor, rows: Tensor, blocks: AnyBlocks, slack: float = 0.0) -> None:
     assert_as_close_as_definition(by_triton, states, rows, blocks, slack)
 
 
 def by_triton_twice(
-    states: Tensor, rows: Tensor, blocks: Blocks, grads: tuple[Tensor, Tensor]
+    states: Tensor, rows: Tensor, blocks: AnyBlocks, grads: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
     """The same inputs give the same bits."""
     first, second = (by_triton(states, rows, blocks, grads) for _ in range(2))
@@ -61,7 +61,7 @@ def test_rows_wider_than_a_tile(kind: str) -> None:
 @pytest.mark.parametrize("d", [8, 16, 64], ids=lambda d: f"D{d}")
 def test_widths_that_fill_their_tile(d: int) -> None:
     states, rows = draw(67, 45, d, torch.float32)
-    check(states, rows, every_pair(45, some_targets(67, 45)))
+    check(states, rows, EveryPair(45, some_targets(67, 45)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +82,7 @@ def test_logits_that_saturate(kind: str) -> None:
 @pytest.mark.parametrize("n,r", [(1, 1), (1, 70), (70, 1), (5, 0), (0, 5), (0, 0)])
 def test_one_or_none_of_anything(n: int, r: int) -> None:
     states, rows = draw(n, r, 4, torch.float32)
-    check(states, rows, every_pair(r, some_targets(n, r)))
+    check(states, rows, EveryPair(r, some_targets(n, r)))
 
 
 @pytest.mark.parametrize("n,r", [(1, 3), (2, 1)])
@@ -113,7 +113,7 @@ def test_no_block_at_all() -> None:
 
 def test_a_float16_gradient_far_below_its_smallest_number_survives() -> None:
     states, rows = draw(40, 60, 16, torch.float16, scale=0.1)
-    blocks = every_pair(60, some_targets(40, 60))
+    blocks = EveryPair(60, some_targets(40, 60))
     grads = (torch.full((40,), 1e-9), torch.zeros(40))
     truth = by_autograd(states, rows, blocks, torch.float64, grads)
     for ours, true in zip(by_triton(states, rows, blocks, grads)[2:], truth[2:], strict=True):
@@ -132,7 +132,7 @@ def test_gradients_of_rows_add_to_what_is_there() -> None:
 
 
 def test_entries_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_listed, "LEAST_ENTRIES", 13)
+    monkeypatch.setattr(schedule, "ENTRY_FLOATS", 13 * 8)
     check(*draw(11, 45, 8, torch.float32), listed(11, 45, offsets=True))
 
 

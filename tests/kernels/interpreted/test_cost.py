@@ -14,6 +14,7 @@ from shardrec.kernels import block_logsumexp, reduced_cross_entropy, select
 from shardrec.kernels.block_logsumexp import Blocks, NearbyChunks, nearby
 from shardrec.kernels.cost.terms import KernelCost
 from shardrec.kernels.cost.triton import Listed, listed_kernels, sign_kernels, topk_kernels
+from shardrec.kernels.hash_chunks import sizes
 from shardrec.kernels.negatives import mixed_signs
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.losses import RECE
@@ -83,7 +84,7 @@ def nearby_blocks() -> tuple[NearbyChunks, Listed]:
     of_rows = torch.stack([chunks, chunks.flip(0)], 1).to(torch.uint8)
     of_positions = of_rows[::2].int().contiguous()
     of_positions = torch.arange(2, dtype=torch.int32).repeat_interleave(32)[:, None].repeat(1, 2)
-    blocks = NearbyChunks(of_positions, of_rows, 0, torch.arange(64))
+    blocks = NearbyChunks(of_positions, of_rows, 0, 2, torch.arange(64))
     pairs = 2 * 64 * 64
     return blocks, Listed(pairs=pairs, positions=32, rows=64, entries=256, touched=256, rounds=True)
 
@@ -151,13 +152,13 @@ def rece(num_items: int) -> tuple[int, int]:
     return peak_bytes(call) - gradients, said
 
 
-def test_rece_holds_a_byte_for_each_row_and_round_and_a_part_of_the_list(
+def test_rece_holds_a_byte_for_each_row_and_round_and_sorts_one_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(nearby, "GPU_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(sizes, "KEYS_AT_ONCE", 1)
     (small, said_small), (large, said_large) = rece(128), rece(256)
-    # A list of both rounds at once and chunks in int32 would take 24 bytes for each row.
-    assert large - small <= 6 * 128
-    assert said_large - said_small == 2 * 128
+    assert large - small <= said_large - said_small == (2 + 28) * 128
     for held, said in ((small, said_small), (large, said_large)):
-        assert 0.5 * said < held < 1.5 * said
+        # The sort of a CPU makes none of the copies that the radix sort of a GPU makes.
+        assert 0.25 * said < held < 1.5 * said

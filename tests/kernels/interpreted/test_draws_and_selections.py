@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardrec.kernels import negatives, select
-from shardrec.kernels.select import gpu as select_gpu
+from shardrec.kernels.select import search
 from shardrec.kernels.select.reference import best_direction_reference, topk_rows_reference
 
 SEEDS = (0, 1, 12345678901234567890, (1 << 64) - 1, 1 << 31)
@@ -99,7 +99,7 @@ def test_of_equal_directions_the_lower_one_is_best() -> None:
 
 @pytest.mark.parametrize("r,k", [(1, 1), (5, 9), (40, 1), (333, 7), (333, 40), (400, 24)])
 def test_topk_equals_the_definition(r: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_gpu, "TILE_SCORES", 256)
+    monkeypatch.setattr(search, "KEYS_AT_ONCE", 256)
     queries, rows = normal(9, 20), normal(r, 20, seed=1)
     scores, found = select.topk_rows(queries, rows, k, backend="triton")
     true_scores, true_rows = topk_rows_reference(queries, rows, k)
@@ -113,7 +113,7 @@ def test_topk_of_any_width_and_dtype(
     width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact scores, many of them equal at the smallest width."""
-    monkeypatch.setattr(select_gpu, "TILE_SCORES", 256)
+    monkeypatch.setattr(search, "KEYS_AT_ONCE", 256)
     queries, rows = exact(5, width, dtype), exact(400, width, dtype, seed=1)
     scores, found = select.topk_rows(queries, rows, 7, backend="triton")
     true_scores, true_rows = topk_rows_reference(queries, rows, 7)

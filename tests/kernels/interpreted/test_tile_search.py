@@ -1,5 +1,7 @@
 """The search for tiles at toy size, where no time means anything."""
 
+import threading
+
 import pytest
 import torch
 from compiled import tile_search
@@ -49,6 +51,18 @@ def test_a_trial_ends_with_its_block() -> None:
         assert tile_for("mixed_signs", 64, torch.bfloat16, 90) == other
         assert tile_for("group_maxima", 64, torch.bfloat16, 90) != other
     assert tile_for("mixed_signs", 64, torch.bfloat16, 90) == shipped
+
+
+def test_a_trial_reaches_the_thread_of_a_backward_pass() -> None:
+    """On a GPU autograd runs backward in a thread of its own."""
+    tried, found = Tile(16, 16, 16, 16, 2, 1), []
+    with trial("full_rows_backward", tried):
+        thread = threading.Thread(
+            target=lambda: found.append(tile_for("full_rows_backward", 64, torch.bfloat16, 90))
+        )
+        thread.start()
+        thread.join()
+    assert found == [tried]
 
 
 def test_neighbours_stay_within_what_kernels_take() -> None:
