@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Place", "meet"]
+__all__ = ["Place", "connect"]
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START = "start workers with `shardrec launch` or torchrun"
@@ -70,13 +70,13 @@ class Place:
         )
 
 
-def meet(place: Place, timeout_s: float, *, hosts: bool) -> Any:
+def connect(place: Place, timeout_s: float, *, is_host: bool) -> Any:
     """The store that all workers share, after all of them have joined.
 
     Args:
         place: ranks of this worker.
         timeout_s: seconds to wait for the other workers.
-        hosts: whether this worker creates the store, rather than torchrun or another worker.
+        is_host: whether this worker creates the store, rather than torchrun or another worker.
 
     Raises:
         TimeoutError: a worker has not joined; the message names it.
@@ -89,13 +89,13 @@ def meet(place: Place, timeout_s: float, *, hosts: bool) -> Any:
             place.host,
             place.port,
             place.world_size,
-            is_master=hosts,
+            is_master=is_host,
             timeout=timeout,
             wait_for_workers=False,
             multi_tenant=True,
         )
     except RuntimeError as error:
-        raise _unreachable(error, at, timeout_s, hosts=hosts) from error
+        raise _unreachable(error, at, timeout_s, is_host=is_host) from error
     keys = [f"here/{rank}" for rank in range(place.world_size)]
     store.set(keys[place.rank], "")
     try:
@@ -129,13 +129,13 @@ def _require_address(host: str) -> None:
         ) from None
 
 
-def _unreachable(error: RuntimeError, at: str, timeout_s: float, *, hosts: bool) -> Exception:
+def _unreachable(error: RuntimeError, at: str, timeout_s: float, *, is_host: bool) -> Exception:
     if "EADDRINUSE" in str(error):
         return ValueError(
             f"MASTER_PORT must be free on the machine of rank 0, got {at}, which another process "
             "uses; choose another port for all ranks"
         )
-    if hosts:
+    if is_host:
         return ValueError(
             f"MASTER_ADDR must be of the machine of rank 0, got {at}, where rank 0 cannot listen "
             f"({str(error).partition(chr(10))[0]}); start rank 0 on that machine"

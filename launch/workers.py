@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shardrec.launch.heartbeat import FINISHED, LostRankError, Peers
-from shardrec.launch.rendezvous import Place, meet
+from shardrec.launch.rendezvous import Place, connect
 from shardrec.pipeline.run.agreement import code_facts, require_same
 from shardrec.pipeline.run.interruption import Preempted
 
@@ -82,7 +82,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
     Raises:
         LostRankError: a collective failed or took too long, and the message names the rank that
             died, left or did not join.
-        TimeoutError, ValueError: the rendezvous failed; see ``meet``.
+        TimeoutError, ValueError: the rendezvous failed; see ``connect``.
 
     Collectives: the rendezvous on entry; none on exit, so that one failed worker ends alone.
     """
@@ -93,7 +93,7 @@ def workers(timeout_s: float = TIMEOUT_S) -> Iterator[Workers]:
         return
     timeout, rank, world_size = timedelta(seconds=timeout_s), place.rank, place.world_size
     keeper = None if _launcher_keeps_store(os.environ) else 0
-    store = meet(place, timeout_s, hosts=rank == keeper)
+    store = connect(place, timeout_s, is_host=rank == keeper)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     interval_s = min(1.0, timeout_s / 10)
     peers = Peers(

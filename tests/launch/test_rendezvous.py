@@ -1,11 +1,11 @@
-"""Workers that cannot meet are told why, in one line, before torch has waited in vain."""
+"""Workers that cannot connect are told why, in one line, before torch has waited in vain."""
 
 import socket
 from collections.abc import Iterator
 
 import pytest
 
-from shardrec.launch.rendezvous import Place, meet
+from shardrec.launch.rendezvous import Place, connect
 
 TORCHRUN = {
     "RANK": "5",
@@ -75,21 +75,21 @@ def free() -> int:
 
 def test_the_ranks_that_do_not_come_are_named(free: int) -> None:
     with pytest.raises(TimeoutError, match=f"ranks must come to localhost:{free} .* of rank 1, 2;"):
-        meet(at(free), 0.5, hosts=True)
+        connect(at(free), 0.5, is_host=True)
 
 
 def test_a_rank_0_that_is_not_there_is_named(free: int) -> None:
     with pytest.raises(TimeoutError, match=f"rank 0 must answer at localhost:{free} within 0.5 s"):
-        meet(at(free, rank=1), 0.5, hosts=False)
+        connect(at(free, rank=1), 0.5, is_host=False)
 
 
 def test_a_port_in_use_is_named(taken: int) -> None:
     with pytest.raises(ValueError, match=f"MASTER_PORT must be free .* got localhost:{taken}"):
-        meet(at(taken), 0.5, hosts=True)
+        connect(at(taken), 0.5, is_host=True)
 
 
 def test_a_host_without_an_address_is_named(free: int) -> None:
     with pytest.raises(
         ValueError, match="MASTER_ADDR must be a host name .* 'no-such-host.invalid'"
     ):
-        meet(at(free, host="no-such-host.invalid"), 0.5, hosts=True)
+        connect(at(free, host="no-such-host.invalid"), 0.5, is_host=True)
