@@ -74,7 +74,10 @@ _HALF = {
         128: Tile(64, 64, 64, 128, 8, 2),
         _WIDEST: Tile(64, 64, 64, 256, 8, 2),
     },
-    "listed_rows_backward_rounds": {_WIDEST: Tile(32, 64, 64, 256, 8, 2)},
+    "listed_rows_backward_rounds": {
+        64: Tile(32, 64, 64, 64, 8, 2),
+        _WIDEST: Tile(32, 64, 64, 256, 8, 2),
+    },
     # A program of the gathered kernels has one position, and loads whole rows.
     "gathered_forward": {
         64: Tile(16, 64, 64, 64, 4, 3),
@@ -122,6 +125,7 @@ _HALF_EXCEPTIONS = {
     (90, "full_states_backward", 256): Tile(128, 64, 256, 256, 8, 2),
     (80, "listed_states_backward", _WIDEST): Tile(64, 32, 64, 256, 8, 2),
     (80, "listed_rows_backward", 128): Tile(64, 64, 64, 128, 8, 3),
+    (100, "listed_rows_backward_rounds", 64): Tile(32, 64, 64, 64, 4, 2),
 }
 _SINGLE_EXCEPTIONS: dict[tuple[int, str, int], Tile] = {}
 _INTERPRETED = Tile(32, 32, 64, 64, 4, 1, "small, so that a test of small sizes has several")

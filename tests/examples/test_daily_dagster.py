@@ -99,8 +99,10 @@ def test_a_day_that_is_run_again_does_nothing_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = stamps(root)
+    caplog.set_level("INFO", "shardrec.pipeline.train")
     assert run_day(example, root, "2026-11-19", GOOD).success
-    said = capfd.readouterr().out + caplog.text
+    shown = capfd.readouterr()
+    said = shown.out + shown.err + caplog.text
     assert said.count("nothing to do") + said.count("nothing was done") == len(STAGES)
     assert stamps(root) == before
 
