@@ -115,9 +115,9 @@ def wait_for_ids(port: int, service: subprocess.Popen[bytes]) -> int:
 
 def ask(port: int, items: int, end: float, times: list[float], seed: int) -> None:
     """Ask for the lists of random histories until the end; seconds of each answer."""
-    luck, connection = random.Random(seed), http.client.HTTPConnection("127.0.0.1", port)
+    generator, connection = random.Random(seed), http.client.HTTPConnection("127.0.0.1", port)
     while time.monotonic() < end:
-        history = [luck.randrange(items) for _ in range(luck.randint(1, 50))]
+        history = [generator.randrange(items) for _ in range(generator.randint(1, 50))]
         body = json.dumps({"histories": [history], "k": 10})
         started = time.monotonic()
         connection.request("POST", "/recommend", body, {"Content-Type": "application/json"})

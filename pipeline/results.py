@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ __all__ = ["Evaluation", "Export", "Lists", "PreparedLog", "TrainedRun"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
-class _Result:
+class _Result(ABC):
     """What a stage has written; it stands for its path wherever a path is asked for."""
 
     path: Path
@@ -30,13 +31,13 @@ class _Result:
     def __repr__(self) -> str:
         return f"{self.summary()} ({self.path})"
 
+    @abstractmethod
     def summary(self) -> str:
         """What it is, in one line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self) -> pa.Table:
         """Its content as an Arrow table, which polars and DuckDB take as it is."""
-        raise NotImplementedError
 
     def to_pandas(self) -> Any:
         """Its content as a pandas data frame."""
