@@ -21,6 +21,18 @@ __all__ = ["pair_tiles", "pair_tiles_kernel", "row_tiles", "row_tiles_kernel"]
 _COLUMNS = 64
 
 
+@triton.jit
+def _store_ranges(
+    tiles, num_tiles, o_columns, b_first, end, first_listed, end_listed, TILE: tl.constexpr
+):  # fmt: skip
+    """Rows 0 to 3 of a table: the range of each tile, and the range of what it is paired with."""
+    mask = b_first < end
+    tl.store(tiles + o_columns, b_first, mask=mask)
+    tl.store(tiles + num_tiles + o_columns, tl.minimum(b_first + TILE, end), mask=mask)
+    tl.store(tiles + 2 * num_tiles + o_columns, b_first * 0 + first_listed, mask=mask)
+    tl.store(tiles + 3 * num_tiles + o_columns, b_first * 0 + end_listed, mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_tiles", "reach", "round_of_all"])
 def pair_tiles_kernel(
     starts, borders, item_starts, item_ends, block_rounds, tiles, num_tiles, reach, round_of_all,
@@ -41,12 +53,9 @@ def pair_tiles_kernel(
     for column in range(first_column, end // TILE + i_block + 1, COLUMNS):
         o_columns = column + tl.arange(0, COLUMNS)
         b_first = start + (o_columns - first_column) * TILE
-        mask = b_first < end
-        tl.store(tiles + o_columns, b_first, mask=mask)
-        tl.store(tiles + num_tiles + o_columns, tl.minimum(b_first + TILE, end), mask=mask)
-        tl.store(tiles + 2 * num_tiles + o_columns, b_first * 0 + first_entry, mask=mask)
-        tl.store(tiles + 3 * num_tiles + o_columns, b_first * 0 + end_entry, mask=mask)
-        tl.store(tiles + 4 * num_tiles + o_columns, b_first * 0 + round_index, mask=mask)
+        _store_ranges(tiles, num_tiles, o_columns, b_first, end, first_entry, end_entry, TILE)
+        b_round = b_first * 0 + round_index
+        tl.store(tiles + 4 * num_tiles + o_columns, b_round, mask=b_first < end)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "reach"])
@@ -66,11 +75,7 @@ def row_tiles_kernel(
     for column in range(first_column, end // TILE + i_segment + 1, COLUMNS):
         o_columns = column + tl.arange(0, COLUMNS)
         b_first = start + (o_columns - first_column) * TILE
-        mask = b_first < end
-        tl.store(tiles + o_columns, b_first, mask=mask)
-        tl.store(tiles + num_tiles + o_columns, tl.minimum(b_first + TILE, end), mask=mask)
-        tl.store(tiles + 2 * num_tiles + o_columns, b_first * 0 + first_cover, mask=mask)
-        tl.store(tiles + 3 * num_tiles + o_columns, b_first * 0 + end_cover, mask=mask)
+        _store_ranges(tiles, num_tiles, o_columns, b_first, end, first_cover, end_cover, TILE)
 
 
 def pair_tiles(blocks: Blocks, tile: int) -> Tensor:
