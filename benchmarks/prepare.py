@@ -1,4 +1,4 @@
-r"""Time and peak memory of ``prepare`` for an event log.
+r"""Time and peak memory of ``prepare``, or with ``--describe`` of ``describe``, for an event log.
 
 Each run is a process of its own, so its peak memory is the stage's whole: Python, Arrow, DuckDB.
 Without a log, one is generated first, of a kind that ``logs.py`` makes. With ``--keep-items`` a
@@ -27,11 +27,13 @@ from logs import KINDS, write_log
 from record import RESULTS, Results, Watch, call_fresh, median, peak_rss_bytes, timed
 
 from shardrec.pipeline.config import override
+from shardrec.pipeline.describe import DescribeConfig, describe
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 
 ALIKE = (
     *("types", "output_bytes", "counts", "quantiles", "cpu_seconds", "peak_by_process"),
     *("peak_disk_bytes", "peak_disk_by_name", "shuffle_bytes", "spilled_bytes", "fingerprint"),
+    "refused",
 )
 # DuckDB's spilled rows and its tables; Spark's shuffled and spilled rows, and the held tables.
 ON_DISK = ("spill", "events.duckdb", "blockmgr", "table")
@@ -49,10 +51,10 @@ def run_once(job: dict[str, Any]) -> dict[str, Any]:
             limits = {"threads": job["threads"], "memory_limit": job["memory_limit"]}
             config = dataclasses.replace(config, **limits)
         config = override(config, job["options"])
-        manifests = []
+        results: list[dict[str, Any]] = []
+        work = described if job["describe"] else prepared
         with Watch(folder, ON_DISK) as watch:
-            seconds = timed(lambda: manifests.append(prepare(config)))
-        manifest = manifests[0]
+            seconds = timed(lambda: results.append(work(config, folder)))
         moved = spark_bytes(Path(folder)) if on_spark else {}
         return {
             "seconds": round(seconds, 2),
@@ -63,12 +65,31 @@ def run_once(job: dict[str, Any]) -> dict[str, Any]:
             "peak_disk_by_name": {name: held for name, held in watch.disk_by_name.items() if held},
             "spilled_bytes": watch.disk_by_name["spill"],
             **moved,
-            "fingerprint": manifest.fingerprint,
-            "output_bytes": sum(file.bytes for file in manifest.files),
-            "types": {name: manifest.columns[name]["type"] for name in ("user", "item", "time")},
-            "counts": manifest.counts,
-            "quantiles": manifest.quantiles,
+            **results[0],
         }
+
+
+def prepared(config: PrepareConfig, folder: str) -> dict[str, Any]:
+    """What ``prepare`` counts; or the line in which it refuses, if memory does not suffice."""
+    try:
+        manifest = prepare(config)
+    except MemoryError as error:
+        return {"refused": str(error).replace(folder, "")}
+    return {
+        "fingerprint": manifest.fingerprint,
+        "output_bytes": sum(file.bytes for file in manifest.files),
+        "types": {name: manifest.columns[name]["type"] for name in ("user", "item", "time")},
+        "counts": manifest.counts,
+        "quantiles": manifest.quantiles,
+    }
+
+
+def described(config: PrepareConfig, folder: str) -> dict[str, Any]:
+    """What ``describe`` counts, with its temporary files in ``folder``."""
+    tempfile.tempdir = folder
+    limits = DescribeConfig(memory_limit=config.memory_limit or "512MB", threads=config.threads)
+    facts = describe(config.events, limits).facts
+    return {"counts": {name: facts[name] for name in ("events", "users", "items")}}
 
 
 def set_spark(folder: str, heap: str) -> None:
@@ -108,6 +129,7 @@ def measure(options: argparse.Namespace, results: Results, key: dict[str, Any]) 
         "memory_limit": options.memory_limit,
         "options": options.options,
         "folder": options.folder,
+        "describe": options.describe,
     }
     answers = [call_fresh(__file__, job) for _ in range(options.repeats)]
     times = [answer["seconds"] for answer in answers]
@@ -149,6 +171,7 @@ def main() -> None:
     parser.add_argument("--log", help="file, folder, glob or URI; default: one is generated")
     parser.add_argument("--generate", choices=KINDS, default="integers", help="kind of log")
     parser.add_argument("--events", type=int, default=20_000_000, help="of a generated log")
+    parser.add_argument("--describe", action="store_true", help="measure describe instead")
     parser.add_argument("--keep-items", action="store_true", help="of a log prepared before")
     parser.set_defaults(items=None)
     parser.add_argument("--results", default=str(RESULTS / "prepare.jsonl"))
@@ -169,6 +192,7 @@ def main() -> None:
         "options": options.options,
         "keep_items": options.keep_items,
     }
+    key |= {"stage": "describe"} if options.describe else {}
     results = Results(options.results)
     if results.has(key) and not options.again:
         print(f"measured already: {key}")
