@@ -1,8 +1,8 @@
 """CSV and JSON lines as files of a log, compressed or not.
 
 CSV has no types, so a first pass infers them: a column is int64 if all rows of all files hold whole
-numbers, or numbers that all end in .0; otherwise it is text, unchanged. The types of JSON lines are
-those of the first megabytes; a later value of another type is an error.
+numbers, or numbers that all end in .0 or .00; otherwise it is text, unchanged. The types of JSON
+lines are those of the first megabytes; a later value of another type is an error.
 """
 
 import codecs
