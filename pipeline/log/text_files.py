@@ -253,7 +253,8 @@ def _has_closed_quotes(stream: Any, delimiter: str, encoding: str) -> bool:
         rest += block if encoding == "utf8" else decode(block).encode()
         rest = rest.replace(codecs.BOM_UTF8, b"", 1)
         opened = _open_value(value, rest)
-        rest = rest[-1:] if opened is None else b"\n" + opened
+        # A quote at the end that opens nothing stands inside of a value; so must what follows it.
+        rest = rest[-1:].replace(b'"', b"-") if opened is None else b"\n" + opened
         if len(rest) > 2 * _BLOCK_BYTES:
             return False
     return _open_value(value, rest + b"\n") is None
