@@ -87,7 +87,7 @@ def sort_log(workspace: Workspace, source: Source, config: PrepareConfig) -> Spa
     key = _hash_key(F.concat(F.lit(seed), F.col("user_id").cast("string")))
     users = workspace.hold(events.select("user_id").distinct().withColumn("key", key))
     users, num_users = workspace.numbered(users, "user", "key", "user_id")
-    users = users.drop("key")
+    users = workspace.hold(users.drop("key"))  # small, so that it may be broadcast
     items, num_items = _number_items(workspace, events, source.former)
     found = Tallies(workspace)
     ordered = _ordered(events, users, items, config, log.columns.has_weights)
