@@ -33,18 +33,17 @@ from shardrec.pipeline.recipes import recipe_named
 from shardrec.pipeline.synth import SynthConfig, generate
 from shardrec.pipeline.train import train
 
-LATE = "timestamp > (SELECT quantile_cont(timestamp, 0.75) FROM read_parquet('{0}'))"
+LATE = "timestamp > (SELECT quantile_cont(timestamp, 0.93) FROM read_parquet('{0}'))"
 LOO = ["split=leave_one_out"]
 # The file, or users, items and events of a generated log; the events that are used; options of
-# prepare. Parts of the larger logs, so that a run takes one to three minutes.
+# prepare. Parts of the larger logs, so that a run takes a minute.
 LOGS: dict[str, tuple[str, str, list[str]]] = {
-    "beauty": ("amazon_beauty_5core", "true", LOO),
-    "sessions": ("diginetica_sessions", "user_id % 4 = 0", [*LOO, "validation_users=6000"]),
+    "beauty": ("amazon_beauty_5core", "true", [*LOO, "validation_users=4000"]),
+    "sessions": ("diginetica_sessions", "user_id % 10 = 0", [*LOO, "validation_users=3000"]),
     "baskets": ("complete_journey", LATE, ["validation=time"]),
-    "ratings": ("epinions", "user_id % 4 = 0", [*LOO, "min_item_events=2"]),
-    "ratings_time": ("epinions", "user_id % 4 = 0", ["validation_users=2000"]),
-    "synth_shop": ("15000,15000,150000", "true", LOO),
-    "synth_long": ("5000,60000,250000", "true", ["validation_users=2500"]),
+    "ratings": ("epinions", "user_id % 10 = 0", [*LOO, "min_item_events=2"]),
+    "synth_shop": ("6000,6000,60000", "true", [*LOO, "validation_users=3000"]),
+    "synth_long": ("2000,20000,80000", "true", ["validation_users=1500"]),
 }
 BASE = [
     *("loss=cce_minus", "loss.num_negatives=1024", "loss.share=128"),
