@@ -8,17 +8,22 @@ own, whose CPU seconds (user and system, of all threads) the row has.
     python benchmarks/default_recipe.py plan.txt --data DIR --work runs/default
     # plan.txt:  beauty encoder.width=128
     #            sessions seed=2 batches.windows=last
+    #            beauty_all recipe=default judge=test
 """
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, call_fresh, peak_rss_bytes
@@ -30,6 +35,7 @@ from shardrec.pipeline.memorize import MemorizeConfig, memorize
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.recipes import recipe_named
+from shardrec.pipeline.report.paired import paired
 from shardrec.pipeline.synth import SynthConfig, generate
 from shardrec.pipeline.train import train
 
@@ -39,6 +45,7 @@ LOO = ["split=leave_one_out"]
 # prepare. Parts of the larger logs, so that a run takes a minute.
 LOGS: dict[str, tuple[str, str, list[str]]] = {
     "beauty": ("amazon_beauty_5core", "true", [*LOO, "validation_users=4000"]),
+    "beauty_all": ("amazon_beauty_5core", "true", [*LOO, "validation=none"]),
     "sessions": ("diginetica_sessions", "user_id % 10 = 0", [*LOO, "validation_users=3000"]),
     "baskets": ("complete_journey", LATE, ["validation=time"]),
     "ratings": ("epinions", "user_id % 10 = 0", [*LOO, "min_item_events=2"]),
@@ -56,6 +63,7 @@ BASE = [
     *("show_progress=no", "log_every=100", "checkpoints.keep=1"),
 ]
 METRIC = "NDCG@10"
+SHOWN = (METRIC, "HitRate@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
 
 
@@ -99,12 +107,42 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     row["curve"] = [
         round(line["metrics"][METRIC], 5) for line in lines if line["event"] == "validation"
     ]
+    if job["judge"] == "test":
+        return row | judged(run, data) | {"peak_bytes": peak_rss_bytes()}
     row["model"] = ranked(run, data)
     memory = memorize(
-        MemorizeConfig(run=str(run), prepared=str(data), scales=(0.0, 2.0, 4.0, 8.0, 12.0))
+        MemorizeConfig(
+            run=str(run), prepared=str(data), scales=(0.0, 2.0, 4.0, 8.0, 16.0, 32.0), force=True
+        )
     )
     row["memory"] = {f"{one['scale']:g}": round(one[METRIC], 5) for one in memory.manifest["tried"]}
     return row | {"peak_bytes": peak_rss_bytes()}
+
+
+def judged(run: Path, data: Path) -> dict[str, Any]:
+    """Metrics of the test users, and the paired difference to knn_next, without and with seen."""
+    row: dict[str, Any] = {"scale": json.loads((run / "memory/manifest.json").read_text())["scale"]}
+    for name, filter_seen in (("unseen", True), ("all", False)):
+        how = replace(MEASURE, filter_seen=filter_seen)
+        values = {}
+        for kind in ("popularity", "knn_next", "default"):
+            folder = run if kind == "default" else data / kind
+            if kind != "default":
+                config = BaselineConfig(prepared=str(data), kind=kind, output=str(folder))  # type: ignore
+                baseline(config)
+            report = evaluate(str(folder), str(data), how, force=True)
+            shown = {metric: round(report["metrics"][metric], 5) for metric in SHOWN}
+            row[name] = row.get(name, {}) | {kind: shown}
+            lists = pq.read_table(folder / report["users"]["file"])["ranks"].to_pylist()
+            values[kind] = np.array([gain(ranks[0]) for ranks in lists])
+        mean, error = paired(values["default"] - values["knn_next"])
+        row[name]["above_knn_next"] = [round(mean, 5), round(error, 5)]
+    return row
+
+
+def gain(rank: int) -> float:
+    """NDCG@10 of a user with one target at this rank, 0 the best and -1 if it is not listed."""
+    return 1 / math.log2(rank + 2) if 0 <= rank < 10 else 0.0
 
 
 def counted(job: dict[str, Any]) -> dict[str, Any]:
@@ -123,16 +161,23 @@ def run_line(line: str, options: argparse.Namespace, results: Results) -> bool:
     """Measure a line of the plan if it has no row; whether it was measured."""
     name, *changes = line.split()
     recipe = next((word[7:] for word in changes if word.startswith("recipe=")), "demo")
-    changes = [word for word in changes if not word.startswith("recipe=")]
+    judge = "test" if "judge=test" in changes else "validation"
+    changes = [word for word in changes if not word.startswith(("recipe=", "judge="))]
     base = BASE if recipe == "demo" else ["show_progress=no", "log_every=100"]
-    key = {"log": name, "recipe": recipe, "options": changes}
+    key = {"log": name, "recipe": recipe, "options": changes, "judge": judge}
     if results.has(key):
         return False
     data = prepared_log(name, options.data, options.work)
     own = {"log": name, "recipe": "baselines", "options": []}
-    if not results.has(own):
+    if judge == "validation" and not results.has(own):
         results.append(own, **call_fresh(__file__, {"data": str(data), "kind": "baselines"}))
-    job = {"kind": "run", "data": str(data), "run": str(options.work / "run"), "recipe": recipe}
+    job = {
+        "kind": "run",
+        "judge": judge,
+        "data": str(data),
+        "run": str(options.work / "run"),
+        "recipe": recipe,
+    }
     job["options"] = [*base, *changes]
     try:
         row = call_fresh(__file__, job)

@@ -23,11 +23,13 @@ from shardrec.pipeline.run.config import (
 
 __all__ = ["LogSize", "default", "options_for", "read_size", "said"]
 
+LEARNING_RATE = 4e-3  # of unit-length vectors, with Adam
 MANY_ITEMS = 1_000_000  # one number of optimizer state a row instead of two vectors
+WIDE_ITEMS = 200_000
 FEW_ITEMS = 4_096  # the exact softmax costs no more than a sampled one
 MOST_EVENTS_IN_MEMORY = 50_000_000  # pairs are counted in one process, up to three an event
-SCALES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-USUAL_SCALE = 3.0
+SCALES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 24.0)
+USUAL_SCALE = 4.0  # where no validation users choose one
 SAMPLED_USERS = 10_000
 
 
@@ -93,14 +95,13 @@ def read_size(data: str) -> LogSize:
 def options_for(size: LogSize, data: str, output: str) -> TrainConfig:
     """The options for a log of this size."""
     has_many, is_measured = size.items > MANY_ITEMS, size.validation_users > 0
-    batch_size = _batch_size(size)
     return TrainConfig(
         data=data,
         output=output,
         loss=_loss(size.items),
         catalog=CatalogConfig(
             optimizer="rowwise_adagrad" if has_many else "adam",
-            learning_rate=0.02 if has_many else 1e-3,
+            learning_rate=0.02 if has_many else LEARNING_RATE,
             betas=(0.9, 0.98),
         ),
         encoder=EncoderConfig(
@@ -109,11 +110,11 @@ def options_for(size: LogSize, data: str, output: str) -> TrainConfig:
             num_heads=2,
             dropout=_dropout(size),
         ),
-        batches=BatchConfig(batch_size=batch_size, windows="all"),
+        batches=BatchConfig(batch_size=_batch_size(size), windows="all"),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=100, decay="cosine", clip_norm=5.0
+            learning_rate=LEARNING_RATE, warmup_steps=100, decay="cosine", clip_norm=5.0
         ),
-        limits=LimitConfig(max_epochs=_epochs(size, batch_size)),
+        limits=LimitConfig(max_epochs=_epochs(size)),
         validation=ValidationConfig(
             every_epochs=1 if is_measured else None,
             patience=3 if is_measured else None,
@@ -134,7 +135,8 @@ def _loss(items: int) -> AnyLoss:
 
 
 def _width(size: LogSize) -> int:
-    return 128
+    """Narrower where the update of the table would be most of a step."""
+    return 128 if size.items <= WIDE_ITEMS else 64
 
 
 def _length(size: LogSize) -> int:
@@ -143,13 +145,13 @@ def _length(size: LogSize) -> int:
 
 
 def _dropout(size: LogSize) -> float:
-    return 0.3
+    """Less where items have many events to learn from, as SASRec was published with."""
+    return 0.3 if size.events_per_item < 100 else 0.2
 
 
 def _batch_size(size: LogSize) -> int:
-    """A power of two that makes a few hundred steps an epoch, in [64, 512]."""
-    steps = 256
-    return min(512, max(64, 2 ** round(math.log2(max(1, _windows(size)) / steps))))
+    """A power of two that makes about 200 steps an epoch, in [32, 512]."""
+    return min(512, max(32, 2 ** round(math.log2(max(1, _windows(size)) / 200))))
 
 
 def _windows(size: LogSize) -> int:
@@ -157,8 +159,9 @@ def _windows(size: LogSize) -> int:
     return size.sequences + size.events // _length(size)
 
 
-def _epochs(size: LogSize, batch_size: int) -> int:
-    return 15
+def _epochs(size: LogSize) -> int:
+    """12 up to 300,000 events, fewer above: with four times the events half the epochs."""
+    return max(3, min(12, round(12 * math.sqrt(3e5 / max(1, size.events)))))
 
 
 def said(size: LogSize) -> str:

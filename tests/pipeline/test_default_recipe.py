@@ -47,9 +47,22 @@ def test_an_epoch_has_some_hundred_steps_whatever_the_log() -> None:
     for sequences in (1, 1_000, 22_363, 200_000, 10**9):
         size = LogSize(sequences=sequences, events=5 * sequences)
         batch = options_for(size, "data", "run").batches.batch_size
-        assert 64 <= batch <= 512 and batch & (batch - 1) == 0
-        if 64 < batch < 512:
-            assert 150 < 1.1 * sequences / batch < 400
+        assert 32 <= batch <= 512 and batch & (batch - 1) == 0
+        if 32 < batch < 512:
+            assert 140 < 1.1 * sequences / batch < 290
+
+
+def test_larger_logs_take_fewer_epochs_and_narrower_vectors() -> None:
+    epochs = {0: 12, 300_000: 12, 1_200_000: 6, 10**9: 3}
+    for events, expected in epochs.items():
+        assert chosen(events=events).limits.max_epochs == expected
+    assert chosen(items=200_000).encoder.width == 128
+    assert chosen(items=200_001).encoder.width == 64
+
+
+def test_dropout_is_less_where_items_have_many_events() -> None:
+    assert chosen(items=100, events=9_999).encoder.dropout == 0.3
+    assert chosen(items=100, events=10_000).encoder.dropout == 0.2
 
 
 def test_pairs_of_a_huge_log_are_not_counted_in_one_process() -> None:
