@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Results, call_fresh, peak_rss_bytes
 
-from shardrec.pipeline.baseline import BaselineConfig, baseline
+from shardrec.pipeline.baseline import BaselineConfig, Kind, baseline
 from shardrec.pipeline.config import override
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.memorize import MemorizeConfig, memorize
@@ -65,6 +65,7 @@ BASE = [
 METRIC = "NDCG@10"
 SHOWN = (METRIC, "HitRate@10", "Coverage@10")
 MEASURE = MeasureConfig(ks=(10,))
+BASELINES: tuple[Kind, ...] = ("popularity", "next", "knn_next")
 
 
 def prepared_log(name: str, data: Path, work: Path) -> Path:
@@ -122,21 +123,18 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def judged(run: Path, data: Path) -> dict[str, Any]:
     """Metrics of the test users, and the paired difference to knn_next, without and with seen."""
     row: dict[str, Any] = {"scale": json.loads((run / "memory/manifest.json").read_text())["scale"]}
+    folders: dict[str, Path] = {"default": run} | {str(kind): data / kind for kind in BASELINES}
+    for kind in BASELINES:
+        baseline(BaselineConfig(prepared=str(data), kind=kind, output=str(folders[kind])))
     for name, filter_seen in (("unseen", True), ("all", False)):
-        how = replace(MEASURE, filter_seen=filter_seen)
-        values = {}
-        for kind in ("popularity", "knn_next", "default"):
-            folder = run if kind == "default" else data / kind
-            if kind != "default":
-                config = BaselineConfig(prepared=str(data), kind=kind, output=str(folder))  # type: ignore
-                baseline(config)
+        how, found, values = replace(MEASURE, filter_seen=filter_seen), dict[str, Any](), {}
+        for kind, folder in folders.items():
             report = evaluate(str(folder), str(data), how, force=True)
-            shown = {metric: round(report["metrics"][metric], 5) for metric in SHOWN}
-            row[name] = row.get(name, {}) | {kind: shown}
+            found[kind] = {metric: round(report["metrics"][metric], 5) for metric in SHOWN}
             lists = pq.read_table(folder / report["users"]["file"])["ranks"].to_pylist()
             values[kind] = np.array([gain(ranks[0]) for ranks in lists])
         mean, error = paired(values["default"] - values["knn_next"])
-        row[name]["above_knn_next"] = [round(mean, 5), round(error, 5)]
+        row[name] = {**found, "above_knn_next": [round(mean, 5), round(error, 5)]}
     return row
 
 
@@ -148,10 +146,10 @@ def gain(rank: int) -> float:
 def counted(job: dict[str, Any]) -> dict[str, Any]:
     """The baselines of a log."""
     data, row = Path(job["data"]), dict[str, Any]()
-    for kind in ("popularity", "next", "knn_next"):
+    for kind in BASELINES:
         folder = data / "measured"
         shutil.rmtree(folder, ignore_errors=True)
-        baseline(BaselineConfig(prepared=str(data), kind=kind, output=str(folder)))  # type: ignore
+        baseline(BaselineConfig(prepared=str(data), kind=kind, output=str(folder)))
         row[kind] = ranked(folder, data)
     manifest = json.loads((data / "manifest.json").read_text())
     return row | {"counts": manifest["counts"], "quantiles": manifest["quantiles"]}
@@ -177,8 +175,8 @@ def run_line(line: str, options: argparse.Namespace, results: Results) -> bool:
         "data": str(data),
         "run": str(options.work / "run"),
         "recipe": recipe,
+        "options": [*base, *changes],
     }
-    job["options"] = [*base, *changes]
     try:
         row = call_fresh(__file__, job)
     except RuntimeError as error:

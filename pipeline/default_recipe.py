@@ -151,7 +151,8 @@ def _dropout(size: LogSize) -> float:
 
 def _batch_size(size: LogSize) -> int:
     """A power of two that makes about 200 steps an epoch, in [32, 512]."""
-    return min(512, max(32, 2 ** round(math.log2(max(1, _windows(size)) / 200))))
+    power = round(math.log2(max(1, _windows(size)) / 200))
+    return 1 << min(9, max(5, power))
 
 
 def _windows(size: LogSize) -> int:
