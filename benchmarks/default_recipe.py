@@ -128,11 +128,11 @@ def judged(run: Path, data: Path) -> dict[str, Any]:
         baseline(BaselineConfig(prepared=str(data), kind=kind, output=str(folders[kind])))
     for name, filter_seen in (("unseen", True), ("all", False)):
         how, found, values = replace(MEASURE, filter_seen=filter_seen), dict[str, Any](), {}
-        for kind, folder in folders.items():
+        for label, folder in folders.items():
             report = evaluate(str(folder), str(data), how, force=True)
-            found[kind] = {metric: round(report["metrics"][metric], 5) for metric in SHOWN}
+            found[label] = {metric: round(report["metrics"][metric], 5) for metric in SHOWN}
             lists = pq.read_table(folder / report["users"]["file"])["ranks"].to_pylist()
-            values[kind] = np.array([gain(ranks[0]) for ranks in lists])
+            values[label] = np.array([gain(ranks[0]) for ranks in lists])
         mean, error = paired(values["default"] - values["knn_next"])
         row[name] = {**found, "above_knn_next": [round(mean, 5), round(error, 5)]}
     return row
