@@ -53,6 +53,7 @@ def test_item_ids_beyond_2_gib_are_prepared_trained_on_and_recommended(
     assert catalog.items(pa.array(ids(numbers))).tolist() == dense[:20]
     del items, catalog
     train = ["train", "--prepared", "prepared", "--run", "run", "--recipe", "tiny_cpu"]
+    train += ["validation.every_epochs=none", "validation.every_steps=none"]
     assert main([*train, "limits.max_steps=1", "encoder.width=8", "show_progress=false"]) == 0
     stage = ["--prepared", "prepared", "--run", "run"]
     assert main(["export", *stage, "--output", "model"]) == 0
