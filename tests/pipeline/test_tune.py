@@ -24,7 +24,7 @@ SEARCH = (
     "encoder.num_blocks=1:2",
     "encoder.kind=sasrec,modern",
 )
-MEASURE = MeasureConfig(ks=(10,), batch_size=9)
+MEASURE = MeasureConfig(ks=(10,), batch_size=50)
 
 
 @pytest.fixture(scope="module")
