@@ -151,16 +151,8 @@ def test_plain_torchrun_leaves_a_checkpoint_however_it_ends(
 ) -> None:
     run = tmp_path / "run"
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run"]
-    words = [
-        *torchrun,
-        "--nproc-per-node",
-        str(workers),
-        "-m",
-        "shardrec.launch.cli",
-        "--",
-        "train",
-        *stage(data, run, *ENDLESS),
-    ]
+    ours = ["-m", "shardrec.launch.cli", "--", "train", *stage(data, run, *ENDLESS)]
+    words = [*torchrun, "--nproc-per-node", str(workers), *ours]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
     try:
