@@ -144,16 +144,21 @@ def lists(example: ModuleType, copied: Path) -> Path:
 
 
 def export_on_rank(words: list[str]) -> None:
-    given = zip(words[::2], words[1::2], strict=True)
-    export(ExportConfig(**{name.removeprefix("--"): value for name, value in given}))
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    export(ExportConfig(run=given["--run"], prepared=given["--prepared"], output=given["--output"]))
 
 
 @pytest.fixture(scope="module")
 def exported(example: ModuleType, copied: Path, ranks: Ranks) -> Path:
     """Made by the workers of the job that the example asks for, without a launcher."""
     asked = list[list[str]]()
+
+    def record(words: list[str]) -> int:
+        asked.append(words)
+        return 0
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(example, "main", lambda words: bool(asked.append(words)))
+        patch.setattr(example, "main", record)
         result = run_day(example, copied, "2026-11-19", GOOD, workers="1x2", stages=("exported",))
     assert result.success and finished(result) == ["exported"]
     job = ["launch", "-s", "local_cwd", "--wait", "export", "-j", "1x2", "--"]
