@@ -158,7 +158,9 @@ def train(
     )
 
 
-def train_all(cases: list[tuple[str, str, str]], num_replicas: int, num_shards: int) -> list[Outcome]:
+def train_all(
+    cases: list[tuple[str, str, str]], num_replicas: int, num_shards: int
+) -> list[Outcome]:
     return [train(*case, num_replicas, num_shards) for case in cases]
 
 
