@@ -18,17 +18,17 @@ def near_ties(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_equal_vectors_are_chosen_alike_on_any_number_of_ranks(near_ties: ModuleType) -> None:
-    counts = near_ties.count_flips("exact", range(100))
+    counts = near_ties.count_flips("exact", range(200))
     compared = [counts[f"{name} compared"] for name in ("positions", "items", "hashes")]
-    assert compared[:2] == [100 * 3 * 16] * 2 and compared[2] > 100 * 3 * 120
+    assert compared[:2] == [200 * 3 * 16] * 2 and compared[2] > 200 * 3 * 120
     assert [counts[name] for name in ("positions", "items", "hashes", "batches")] == [0] * 4
 
 
 def test_vectors_that_differ_by_rounding_are_nearly_always_chosen_alike(
     near_ties: ModuleType,
 ) -> None:
-    counts = near_ties.count_flips("near", range(50))
-    assert counts["positions"] + counts["items"] < 1e-3 * 50 * 3 * 2 * 16
+    counts = near_ties.count_flips("near", range(100))
+    assert counts["positions"] + counts["items"] < 1e-3 * 100 * 3 * 2 * 16
     assert counts["hashes"] < 1e-3 * counts["hashes compared"]
 
 

@@ -131,7 +131,7 @@ def test_ctrl_c_reaches_the_workers_of_a_launch(data: str, tmp_path: Path) -> No
     assert "shardrec launch: Ctrl-C: the workers are asked to end" in job.said()
     assert f"shardrec launch: the run stopped after step {last_step(run)}" in job.said()
     assert last_whole(run) == last_step(run) > 3
-    with Job(words, tmp_path / "log", workers=1) as job:
+    with Job(words, tmp_path / "log") as job:
         workers = wait_for_workers(job)
         for worker in workers.values():  # they cannot answer
             worker.suspend()
