@@ -35,5 +35,5 @@ def test_the_notebook_runs_and_runs_again(tmp_path: Path) -> None:
             printed, values = outputs(notebook)
             assert "training sequences, 200 items" in values
             assert "NDCG@10 of " in values and "popularity 0." in values
-            assert "Recommender(200 items of width 64" in values
+            assert "Recommender(200 items of width 128" in values
             assert "options other than the defaults" not in printed, "a notebook has the bar alone"
