@@ -6,14 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.interpreted.shortcuts import take_shortcuts
 from torch import Tensor
 
-IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if IS_INTERPRETING else ["test_*.py"]
-
-if IS_INTERPRETING:
-    take_shortcuts()
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
