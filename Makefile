@@ -57,8 +57,9 @@ test-slurm: setup  ## training as a job of a real Slurm on this machine (root, S
 test-image: setup  ## the Dockerfile's instructions in a fresh Debian, without Docker (root, debootstrap)
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m image tests/launch/test_dockerfile.py $(ARGS)
 
-test-spark: setup  ## prepare on Spark clusters of several processes (Java, pip install pyspark)
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m spark tests/pipeline/test_spark_clusters.py $(ARGS)
+test-spark: setup  ## prepare on Spark, in one process and on clusters (Java, pip install pyspark)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m spark tests/pipeline/test_spark.py \
+		tests/pipeline/test_spark_clusters.py $(ARGS)
 
 lint: setup  ## what CI checks besides the tests
 	$(AT_ROOT).venv/bin/ruff check .
