@@ -39,9 +39,10 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
             if first.get(name) != theirs.get(name)
         ]
         if differing:
+            shown = differing[:5] + [f"{len(differing) - 5} more"] * (len(differing) > 5)
             raise ValueError(
                 "all ranks must be started with the same options, data and code as rank 0, got "
-                f"{', '.join(differing[:5])} on rank {rank}; start them with the same command"
+                f"{', '.join(shown)} on rank {rank}; start them with the same command"
             )
 
 

@@ -18,6 +18,13 @@ def outputs(notebook: Any) -> tuple[str, str]:
     return "".join(one.get("text", "") for one in found), "\n".join(values)
 
 
+def drawings(notebook: Any) -> list[str]:
+    """The curves as they stand in the end."""
+    found = [one for cell in notebook.cells for one in cell.get("outputs", [])]
+    data = [one["data"] for one in found if one["output_type"] == "display_data"]
+    return [one["image/svg+xml"] for one in data if "image/svg+xml" in one]
+
+
 def test_the_notebook_runs_and_runs_again(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -29,4 +36,7 @@ def test_the_notebook_runs_and_runs_again(tmp_path: Path) -> None:
         assert "training sequences, 500 items" in values
         assert "NDCG@10 of " in values and "popularity 0." in values
         assert "Recommender(500 items of width 64" in values
-        assert "options other than the defaults" not in printed, "a notebook has the bar alone"
+        assert "options other than the defaults" not in printed, "only the bar and the curve"
+        (curve, *others) = drawings(notebook)
+        assert "Validation NDCG@10" in curve and "Loss" in curve and len(curve) < 30_000
+        assert len(others) == 3, "one for each run that trains"

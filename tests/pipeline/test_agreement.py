@@ -1,7 +1,11 @@
 """Ranks that were started with other options, data or code are named before they train."""
 
 import dataclasses
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,43 @@ def test_two_ranks_with_different_options_do_not_train(ranks: Ranks, tmp_path: P
     assert not (tmp_path / "run").exists(), "nothing was written"
     ranks(2).run(train_differently, config, config)
     assert (tmp_path / "run" / "end.json").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_that_were_started_by_hand_are_refused_alike(tmp_path: Path) -> None:
+    """Two real commands with the environment of a launcher, as from two scripts that drifted."""
+    data, run = prepare_small(tmp_path), tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    words = [sys.executable, "-P", "-m", "shardrec.launch.cli", "train", "--prepared", data]
+    words += ["--run", str(run), "--recipe", "tiny_cpu", "--timeout", "60"]
+    others = [[], ["optimizer.learning_rate=0.5", "batches.batch_size=7", "seed=9"]]
+    started = []
+    for rank, other in enumerate(others):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        started.append(
+            subprocess.Popen(
+                [*words, *other],
+                env=os.environ | place | own | sizes,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [2, 2], said
+    for one in said:
+        (line,) = [line for line in one.splitlines() if "must be started with the same" in line]
+        assert "batches.batch_size=7 for" in line and "on rank 1" in line
+        assert "seed=9 for" in line and "learning_rate=0.5 for" in line
+        assert "Traceback" not in one
+    assert not run.exists()
 
 
 def test_two_ranks_with_different_data_do_not_train(ranks: Ranks, tmp_path: Path) -> None:
