@@ -90,6 +90,8 @@ def print_beside(
 ) -> None:
     """Print one metric of a run and of the baselines that it must beat, best first.
 
+    A line follows if a baseline is better.
+
     Args:
         metrics: metrics of the run.
         baselines: metrics of each baseline, by its name.
@@ -100,8 +102,11 @@ def print_beside(
 
     name = name or default_metric(metrics)
     rows = {**baselines, label: metrics}
-    for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
+    best, *others = sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True)
+    for row in (best, *others):
         print(f"{name} {rows[row][name] or 0.0:.4f} {row}")
+    if best != label and (rows[best][name] or 0.0) > (metrics[name] or 0.0):
+        print(f"{label} is worse than {best}: see `When it fails` in the docs")
 
 
 def print_lists(report: Mapping[str, Any]) -> None:

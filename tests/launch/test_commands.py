@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shardrec.launch import cli
+from shardrec.launch.printing import print_beside
 
 TINY = ("--recipe", "tiny_cpu", "limits.max_steps=2", "validation.every_steps=none")
 
@@ -36,6 +37,14 @@ def test_the_stages_follow_one_another(data: Path, capsys: pytest.CaptureFixture
     assert values == sorted(values, reverse=True)
     written = json.loads((data / "run" / "metrics.json").read_text())
     assert 0 <= written["metrics"]["NDCG@10"] <= 1
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.1, True), (0.2, False), (0.3, False)])
+def test_a_run_that_a_baseline_beats_is_told_so(
+    value: float, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_beside({"NDCG@10": value}, {"popularity": {"NDCG@10": 0.2}}, "run")
+    assert ("run is worse than popularity" in capsys.readouterr().out) is said
 
 
 def test_prepare_says_how_much_of_the_log_each_rank_gets(
