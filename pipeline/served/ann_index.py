@@ -94,8 +94,8 @@ def build_index(
     if recall < _LEAST_RECALL:
         message = (
             "the index finds only %.0f %% of the %d best items (%d of %d vectors are equal to "
+            "another); search more widely (faiss_search), or exactly"
         )
-        message += "another); search more widely (faiss_search), or exactly"
         equal = len(items) - len(scored[items].unique(dim=0))
         logging.getLogger(__name__).warning(message, 100 * recall, RECALL_K, equal, len(items))
     return {
