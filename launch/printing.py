@@ -1,6 +1,6 @@
 """Print the results of the stages."""
 
-import datetime
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +39,20 @@ def print_split(manifest: "Manifest") -> None:
 
 
 def _shown_time(time: int, of: str) -> str:
-    """A time of the log; numbers as they are, microseconds as a date.
+    """A time of the log; microseconds as a date, numbers as they are, with the date they look like.
 
     Example:
         >>> _shown_time(1409529600000000, "timestamp[us]"), _shown_time(7, "int64")
-        ('2014-09-01 00:00:00 UTC', '7')
+        ('2014-09-01T00:00:00Z', '7')
+        >>> _shown_time(1409529600, "int64")
+        '1409529600 (2014-09-01T00:00:00Z)'
     """
-    if not of.startswith("timestamp"):
-        return str(time)
-    began = datetime.datetime(1970, 1, 1)
-    return f"{began + datetime.timedelta(microseconds=time):%Y-%m-%d %H:%M:%S} UTC"
+    from shardrec.pipeline.log.times import as_date, unix_unit
+
+    if of.startswith("timestamp"):
+        return as_date(time)
+    found = unix_unit(time, time)
+    return str(time) if found is None else f"{time} ({as_date(int(time * found[1]))})"
 
 
 def print_end(
@@ -62,7 +66,8 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
     """Print one metric per line and one list length per column, then user and target counts.
 
     Means over users are followed by their standard errors. Metrics of some of the targets alone
-    (those that end in /known and the like) are counted, and left to the report.
+    (those that end in /known and the like) are left to the report. With three list lengths 60
+    columns are enough.
     """
     table: dict[str, dict[int, str]] = {}
     for name, value in metrics.items():
@@ -71,15 +76,18 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
             error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
             table.setdefault(kind, {})[int(length)] = f"{value:.4f}{error}"
     lengths = sorted({length for row in table.values() for length in row})
-    print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
+    print(f"{'':<11}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
     for kind, row in table.items():
-        print(f"{kind:<22}" + "".join(f"{row[length]:>16}" for length in lengths).rstrip())
-    for name in (name for name in metrics if "@" not in name):
-        value = metrics[name]
-        print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+        print(f"{kind:<11}" + "".join(f"{row[length]:>16}" for length in lengths).rstrip())
+    print(f"{metrics['users']:,} users, {metrics['targets']:,} targets; meanings: evaluate --help")
     parts = dict.fromkeys(name.partition("/")[2] for name in metrics if "@" in name and "/" in name)
     if parts:
-        print(f"in the report also of parts of the targets: {', '.join(parts)}")
+        _print_wrapped(f"in the report also of parts of the targets: {', '.join(parts)}")
+
+
+def _print_wrapped(line: str) -> None:
+    """Print a line in lines of at most 60 columns, broken at blanks."""
+    print(textwrap.fill(line, 60, subsequent_indent="  ", break_long_words=False))
 
 
 def print_beside(
@@ -121,8 +129,8 @@ def print_lists(report: Mapping[str, Any]) -> None:
 
 
 def print_protocol(protocol: Mapping[str, str]) -> None:
-    """Print in one line which items may be in the lists."""
-    print(
+    """Print which items may be in the lists."""
+    _print_wrapped(
         f"candidates: {protocol['candidates']}; seen items: {protocol['seen_items']}; ties: "
         f"{protocol['ties']}"
     )
