@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -85,7 +86,16 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH."""
+    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH.
+
+    Raises:
+        ValueError: Slurm's programs are not on this machine.
+    """
+    if job.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise ValueError(
+            "-s slurm must find Slurm's sbatch on PATH, got none; submit on a login node, or see "
+            "the request with --dryrun"
+        )
     _find_our_programs()
     with open_runner() as runner:
         return str(runner.schedule(request_of(runner, job)))

@@ -19,6 +19,7 @@ from shardrec.launch.runner import (
     run_here,
     share_cores,
     split,
+    submit,
 )
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
@@ -189,6 +190,12 @@ def test_a_request_for_another_scheduler_is_described_and_not_submitted() -> Non
     text = describe(Job(component="train", arguments=("-j", "2x8"), scheduler="slurm"))
     assert "sbatch" in text
     assert "--nproc_per_node 8" in text
+
+
+def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="must find Slurm's sbatch on PATH, got none; .* --dryrun"):
+        submit(Job(component="train", arguments=("-j", "2x8"), scheduler="slurm"))
 
 
 def test_the_stage_s_arguments_follow_two_dashes() -> None:
