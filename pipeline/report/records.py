@@ -145,8 +145,9 @@ def read_record(folder: Path, name: str) -> RunRecord:
     if (folder / "metrics.json").is_file():
         record.evaluation = _evaluation(folder)
     if (folder / BESIDE).is_file():
-        stored = require_shape(_required(folder, BESIDE), {"metrics": dict}, str(folder), _REMEDY)
-        record.beside = _baselines(stored["metrics"], f"'metrics' in {folder / BESIDE}")
+        beside = str(folder / BESIDE)
+        stored = require_shape(_required(folder, BESIDE), {"metrics": dict}, beside, _REMEDY)
+        record.beside = _baselines(stored["metrics"], f"'metrics' in {beside}")
     log = folder / "metrics.jsonl"
     text = ""
     if log.is_file():

@@ -35,7 +35,9 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
     for rank, theirs in enumerate(others, start=1):
         differing = [
             f"{name}={_shown(theirs, name)} for {_shown(first, name)}"
-            for name in sorted(first.keys() | theirs.keys())
+            for name in sorted(
+                first.keys() | theirs.keys(), key=lambda name: (name != "stage", name)
+            )
             if first.get(name) != theirs.get(name)
         ]
         if differing:

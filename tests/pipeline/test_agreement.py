@@ -121,6 +121,23 @@ def other_code() -> str:
         return agree([code_facts()] * 2)
 
 
+def agree_or_evaluate(config: TrainConfig) -> str:
+    try:
+        if dist.get_rank() == 0:
+            train(config)
+        else:
+            require_same({"stage": "evaluate", "options": 1}, default_group())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_two_ranks_of_different_commands_are_told_so(ranks: Ranks, tmp_path: Path) -> None:
+    config = small_config(prepare_small(tmp_path), str(tmp_path / "run"))
+    for said in ranks(2).run(agree_or_evaluate, config):
+        assert "got stage=evaluate for train, options=1 for nothing on rank 1" in said
+
+
 def test_ranks_of_another_version_are_named(ranks: Ranks) -> None:
     said = ranks(2).run(other_code)
     assert all("code=changed for" in one for one in said)
