@@ -1,6 +1,7 @@
 """Log to MLflow in a callback: the config as parameters, steps and validations as metrics."""
 
 import json
+import logging
 import math
 import time
 import warnings
