@@ -136,8 +136,8 @@ def train(options: Namespace, config: "TrainConfig") -> int:
             job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
             end = run_train(config, resume=options.resume, force=options.force, **job)
         if end.best_metrics:
-            users = (config.data, config.validation.measure, "validation")
-            beside = evaluate_baselines(*users, output=Path(config.output) / BESIDE)
+            measure, output = config.validation.measure, Path(config.output) / BESIDE
+            beside = evaluate_baselines(config.data, measure, "validation", output=output)
             if Communicator(found.group).rank == 0:
                 print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric

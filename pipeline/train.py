@@ -156,7 +156,7 @@ def _built_in_callbacks(run: Run) -> list[Callback]:
         return written
     shown = [progress(run.total_steps)]
     if in_notebook():
-        from shardrec.pipeline.run.live_curve import live_curve  # loads IPython
+        from shardrec.pipeline.run.live_curve import live_curve
 
         shown.append(live_curve())
     return [*written, *shown]

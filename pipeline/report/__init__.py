@@ -103,7 +103,9 @@ def _panels(
 ) -> list[tuple[Curve, str]]:
     """The curves for which a run has a number, and their drawings."""
     beside = baselines(records, [record.beside for record in records])
-    levels = {name: found[metric] for name, found in beside.items() if found.get(metric)}
+    levels = {
+        name: value for name, found in beside.items() if (value := found.get(metric)) is not None
+    }
     panels = []
     for curve in curves:
         lines = []

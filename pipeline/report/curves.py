@@ -94,7 +94,8 @@ def draw(
         levels: values by name, such as those of baselines, drawn as dashed lines across the plot.
         width: pixels, for a drawing within another; None takes the width of the page's column.
     """
-    levels, is_log = levels or {}, _spans_decades(lines)
+    levels = levels or {}
+    is_log = _spans_decades(lines)
     most = max(_LEAST_POINTS, _MOST_POINTS // len(lines))
     lines = [thin(line, most, is_log=is_log) for line in lines]
     labels = [_label(curve, line, alone=len(lines) == 1 and not levels) for line in lines]

@@ -134,7 +134,9 @@ def _rows(
     records: Sequence[RunRecord], columns: Iterable[Sequence[Cell]], names: Sequence[str] = ()
 ) -> list[Row]:
     """A row for each run, then for each baseline."""
-    heads = [(record.name, place, state_of(record)) for place, record in enumerate(records)]
+    heads: list[tuple[str, int | None, str]] = [
+        (record.name, place, state_of(record)) for place, record in enumerate(records)
+    ]
     heads += [(name, None, "baseline") for name in names]
     return [
         Row(*head, cells) for head, cells in zip(heads, zip(*columns, strict=True), strict=True)

@@ -1,11 +1,11 @@
 """A drawing of loss and validation metric that grows in the output of a notebook's cell."""
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from IPython.display import display
 from typing_extensions import override
 
 from shardrec.pipeline.report.curves import HEIGHT, Curve, Line, draw, thin
@@ -97,7 +97,8 @@ class LiveCurve(Callback):
 
 def live_curve() -> LiveCurve:
     """A ``LiveCurve`` in the cell that runs; this process must be a notebook's kernel."""
-    handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
+    display: Any = importlib.import_module("IPython.display").display
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def show(drawing: Mapping[str, str]) -> None:
         handle.update(drawing, raw=True)
