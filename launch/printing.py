@@ -87,7 +87,10 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
 
 def _print_wrapped(line: str) -> None:
     """Print a line in lines of at most 60 columns, broken at blanks."""
-    print(textwrap.fill(line, 60, subsequent_indent="  ", break_long_words=False))
+    indented = textwrap.TextWrapper(
+        60, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    print(indented.fill(line))
 
 
 def print_beside(
@@ -114,7 +117,7 @@ def print_beside(
     for row in (best, *others):
         print(f"{name} {rows[row][name] or 0.0:.4f} {row}")
     if best != label and (rows[best][name] or 0.0) > (metrics[name] or 0.0):
-        print(f"{label} is worse than {best}: see `When it fails` in the docs")
+        print(f"{label} is worse than {best}: see docs, When it fails")
 
 
 def print_lists(report: Mapping[str, Any]) -> None:
@@ -123,9 +126,9 @@ def print_lists(report: Mapping[str, Any]) -> None:
     print_protocol(protocol)
     seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
     if protocol["seen_items"] == "removed" and seen > 0.05:
-        print(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
+        _print_wrapped(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
     if protocol["candidates"] != "the whole catalog" and new > 0.05:
-        print(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
+        _print_wrapped(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
 
 
 def print_protocol(protocol: Mapping[str, str]) -> None:
