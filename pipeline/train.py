@@ -92,7 +92,6 @@ def train(
     """
     check_force(force, resume)
     group, output = default_group(), Path(config.output)
-    require_same({"stage": "train"}, group)  # another command has other collectives
     encoder = on_this_rank(lambda: own_encoder(config) if encoder is None else encoder, group)
     require_same(_start(config, encoder_name(encoder), resume, force), group)
     if Communicator(group).rank == 0:

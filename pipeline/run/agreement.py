@@ -31,7 +31,12 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
 
     Collectives: one all-gather of small objects.
     """
-    first, *others = on_all_ranks(lambda: dict(facts), group)
+    first, *others = found = on_all_ranks(lambda: dict(facts), group)
+    if not all(isinstance(one, dict) for one in found):  # they are at another collective
+        raise ValueError(
+            "all ranks must be started with the same command, got another on one of them; start "
+            "them with the same command"
+        )
     for rank, theirs in enumerate(others, start=1):
         differing = [
             f"{name}={_shown(theirs, name)} for {_shown(first, name)}"
