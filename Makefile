@@ -47,9 +47,9 @@ test: setup  ## all tests that need no GPU
 test-quick: setup  ## the tests that take seconds
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image and not spark" $(ARGS)
 
-test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files
+test-slow: setup  ## workers killed twenty times and nodes ten times at random (ARGS=-s shows each); 5,000 spoiled files
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m soak tests/launch/test_elastic.py \
-		tests/pipeline/test_spoiled_files.py $(ARGS)
+		tests/launch/test_lost_nodes.py tests/pipeline/test_spoiled_files.py $(ARGS)
 
 test-slurm: setup  ## training as a job of a real Slurm on this machine (root, Slurm)
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m slurm tests/launch/test_slurm.py $(ARGS)
