@@ -40,6 +40,9 @@ class Catalog:
     Every rank of ``group`` must make the same calls of ``lookup`` and run backward through each
     result (a rank without items looks up an empty tensor). ``merge_gradients`` has no collectives,
     and ``step`` none without replicas. Gradients are summed and not averaged, as losses expect.
+
+    Attributes:
+        beside_rows: further (R, D) tensors by name, stored and loaded with the rows.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Catalog:
         self.width = width
         self.replicas = replicas
         self.num_steps = 0
+        self.beside_rows: dict[str, Tensor] = {}
         self.learning_rate = config.learning_rate
         self._group = group_of_one(device) if group is None else group
         optimizer = "sgd" if config.attributes == "only" else config.optimizer
@@ -327,7 +331,8 @@ class Catalog:
     def _row_states(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": value for name, value in self._update.states().items()}
         rows = self._table.rows.detach()
-        return {"rows": rows[:, :0] if self.config.attributes == "only" else rows} | optimizer
+        rows = rows[:, :0] if self.config.attributes == "only" else rows
+        return {"rows": rows} | self.beside_rows | optimizer
 
     def _as_shard(self) -> RowShard:
         return RowShard(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardrec.kernels import RowShard
 from shardrec.kernels.cost.terms import LossCost
+from shardrec.kernels.label_smoothing import label_smoothing, with_label_smoothing
 from shardrec.kernels.ranks.traffic import Workload
 from shardrec.modules.item_counts import ItemCounts
 from shardrec.modules.option_checks import (
@@ -20,7 +21,7 @@ from shardrec.modules.option_checks import (
     require_within,
 )
 
-__all__ = ["Batch", "Loss", "LossOutput", "Step", "check_options", "option"]
+__all__ = ["Batch", "Loss", "LossOutput", "SmoothedLoss", "Step", "check_options", "option"]
 
 
 def option(default: Any, **rule: Any) -> Any:
@@ -195,3 +196,39 @@ class Loss(ABC):
     @abstractmethod
     def cost(self, work: Workload) -> LossCost:
         """Cost of one training step on one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmoothedLoss(Loss):
+    """Base class of the losses over the whole catalog, exact or sampled without bias.
+
+    Attributes:
+        label_smoothing: Share of the target distribution that is spread evenly over all items, in
+            [0, 0.99]; 0 turns it off.
+    """
+
+    label_smoothing: float = option(0.0, within=(0, 0.99, "0 turns it off, 0.1 is common"))
+
+    def output(self, batch: Batch) -> LossOutput:
+        """The mean loss over the positions of all ranks; with smoothing its term is added."""
+        loss = self.evaluate(batch)
+        if self.label_smoothing:
+            loss = loss + label_smoothing(
+                batch.states,
+                batch.table,
+                batch.targets,
+                share=self.label_smoothing,
+                drawn=self.drawn_for_smoothing(batch),
+                weights=batch.weights,
+                normalize=self.normalize,
+                temperature=self.temperature,
+            )
+        return LossOutput(loss)
+
+    def drawn_for_smoothing(self, batch: Batch) -> Tensor | None:
+        """(K,) int64 items whose mean stands for that of the catalog; None for all items."""
+        return None
+
+    def smoothed(self, cost: LossCost, work: Workload, drawn: int | None = None) -> LossCost:
+        """The cost of this loss from that of its cross-entropy alone."""
+        return with_label_smoothing(cost, work, drawn) if self.label_smoothing else cost

@@ -23,7 +23,7 @@ from shardrec.kernels.cce import cut_cross_entropy_cost
 from shardrec.kernels.cce_minus import sampled_cross_entropy_cost
 from shardrec.kernels.cost.terms import LossCost
 from shardrec.kernels.hce import hybrid_cross_entropy_cost
-from shardrec.kernels.negatives import Mixture, Proposal, Uniform
+from shardrec.kernels.negatives import STREAM_SMOOTHING, Mixture, Proposal, Uniform, draw_below
 from shardrec.kernels.negatives.sampler import Sampler
 from shardrec.kernels.ranks.chunks import Layout
 from shardrec.kernels.ranks.communicator import Communicator
@@ -38,7 +38,7 @@ from shardrec.modules.baseline_losses import (
     paired_cross_entropy_cost,
 )
 from shardrec.modules.item_counts import ItemCounts
-from shardrec.modules.loss import Batch, Loss, LossOutput, Step, option
+from shardrec.modules.loss import Batch, Loss, LossOutput, SmoothedLoss, Step, option
 
 __all__ = [
     "BCE",
@@ -55,12 +55,13 @@ __all__ = [
     "ItemCounts",
     "Loss",
     "LossOutput",
+    "SmoothedLoss",
     "Step",
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CCE(Loss):
+class CCE(SmoothedLoss):
     """Options of ``cut_cross_entropy``: the exact softmax over the catalog."""
 
     name = "cce"
@@ -72,15 +73,15 @@ class CCE(Loss):
 
     def cost(self, work: Workload) -> LossCost:
         """Cost of one training step on one rank."""
-        return cut_cross_entropy_cost(work)
+        return self.smoothed(cut_cross_entropy_cost(work), work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CCEMinus(Loss):
+class CCEMinus(SmoothedLoss):
     """Options of ``sampled_cross_entropy``; the table's gradient is sparse.
 
     Attributes:
-        num_negatives: K, number of draws per block of positions.
+        num_negatives: K, number of draws per block of positions; of label smoothing in a step.
         share: Number of positions in a block, which share their draws; 1 as published, 0 for the
             whole batch.
         proposal: uniform, popularity, in_batch, or mixed (half in-batch, rounded down, the rest
@@ -126,13 +127,26 @@ class CCEMinus(Loss):
             step=batch.step.step,
         )
         first = batch.table.first_row
+        if self.label_smoothing:  # as if they were targets
+            targets = torch.cat([targets, self.drawn_for_smoothing(batch)])
         return sampler.drawn_rows(RowIds(first, batch.table.rows.shape[0]), targets) - first
+
+    def drawn_for_smoothing(self, batch: Batch) -> Tensor:
+        """(K,) int64 uniform draws of the step."""
+        return draw_below(
+            batch.num_items,
+            torch.zeros(1, dtype=torch.int64, device=batch.states.device),
+            self.num_negatives,
+            seed=batch.step.seed,
+            step=batch.step.step,
+            stream=STREAM_SMOOTHING,
+        )[0]
 
     def cost(self, work: Workload) -> LossCost:
         """Cost of one training step on one rank."""
-        return sampled_cross_entropy_cost(
-            work, self.num_negatives, self.share or None, self.proposal
-        )
+        share = self.share or None
+        cost = sampled_cross_entropy_cost(work, self.num_negatives, share, self.proposal)
+        return self.smoothed(cost, work, drawn=self.num_negatives)
 
     def _proposal(self, batch: Batch) -> Proposal:
         num_items, counts = batch.num_items, batch.step.item_counts
@@ -292,7 +306,7 @@ class HCE(Loss):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EagerCE(Loss):
+class EagerCE(SmoothedLoss):
     """Options of ``eager_cross_entropy``, full softmax with all logits in memory: a baseline."""
 
     name = "eager_ce"
@@ -305,7 +319,7 @@ class EagerCE(Loss):
 
     def cost(self, work: Workload) -> LossCost:
         """Cost of one training step on one rank."""
-        return eager_cross_entropy_cost(work)
+        return self.smoothed(eager_cross_entropy_cost(work), work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

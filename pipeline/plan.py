@@ -180,6 +180,7 @@ class _Planner:
         self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
         # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
+        self.is_averaged = config.optimizer.ema_decay > 0
         precision = config.precision
         self.in_bfloat16 = precision == "bfloat16" or (precision == "auto" and not self.on_cpu)
 
@@ -212,6 +213,7 @@ class _Planner:
             "optimizer state": state,
             "gradient": gradient,
             "encoder": 5 * 4 * self.parameters,  # weights, gradients twice, two moments
+            **self._averages(work),
             **self._attributes(work),
             # An int64 of the whole catalog on every rank, whatever its shard.
             "item counts": 8 * num_items + cost.table_bytes,
@@ -227,8 +229,9 @@ class _Planner:
     def checkpoint_copy(self, num_items: int) -> int:
         """Bytes of host memory for the copy that a background checkpoint is written from."""
         has_ids = self.config.catalog.attributes != "only"
-        floats = self.width * has_ids + self.state_floats
-        encoder = 3 * 4 * (self.parameters + self.of_attributes)  # weights, two moments
+        copies = 1 + self.is_averaged
+        floats = copies * self.width * has_ids + self.state_floats
+        encoder = (copies + 2) * 4 * (self.parameters + self.of_attributes)  # and two moments
         rows = -(-self.work(num_items).num_rows // self.layout.num_replicas)
         copy = 4 * rows * floats + encoder
         return copy * self.config.checkpoints.background
@@ -292,6 +295,12 @@ class _Planner:
         encoder = self.own_positions * encoder_flops(self.config.encoder, self.length)
         loss = self.config.loss.cost(self.work(num_items)).flops
         return {"encoder": self.turns * encoder, "loss": self.turns * loss}
+
+    def _averages(self, work: Workload) -> dict[str, int]:
+        """Bytes of the averages of all weights."""
+        has_ids = self.config.catalog.attributes != "only"
+        floats = work.num_rows * self.width * has_ids + self.parameters + self.of_attributes
+        return {"averaged weights": 4 * floats} if self.is_averaged else {}
 
     def _attributes(self, work: Workload) -> dict[str, int]:
         """Bytes of codes and vectors, of composed rows, and of composing them."""

@@ -209,8 +209,10 @@ LOSSES: dict[str, Entry] = {
         function=cut_cross_entropy,
         config=CCE,
         definition=cce,
+        config_variants={"smoothed": {"label_smoothing": 0.2, "normalize": True}},
         has_draws=False,
         in_forward=True,
+        refused_options={"label_smoothing": (-0.1, 1.0)},
         workspaces={
             "": Workspace(stored=LARGE[0] * LARGE[1]),
             "streamed": Workspace(stored=LARGE[0] * LARGE[1], reduction="none"),
@@ -230,6 +232,7 @@ LOSSES: dict[str, Entry] = {
             "in_batch": {"num_negatives": 30, "share": 16, "proposal": "in_batch"},
             "mixed": {"num_negatives": 31, "share": 16, "proposal": "mixed"},
             "parity": {"num_negatives": 50, "share": 8, "parity": True},
+            "smoothed": {"num_negatives": 40, "share": 8, "label_smoothing": 0.3},
             "mixed_parity": {"num_negatives": 9, "share": 0, "proposal": "mixed", "parity": True},
         },
         has_sparse_grad=True,
@@ -243,6 +246,7 @@ LOSSES: dict[str, Entry] = {
         ],
         refused_options={
             "num_negatives": (0, -3),
+            "label_smoothing": (-0.1, 1.0),
             "share": (-1,),
             "proposal": ("unigram",),
             "popularity_exponent": (float("nan"), -0.5, float("inf"), 11),
@@ -373,6 +377,7 @@ LOSSES: dict[str, Entry] = {
         config=EagerCE,
         definition=cce,
         has_draws=False,
+        refused_options={"label_smoothing": (-0.1, 1.0)},
         is_operator=False,
     ),
     "bce": Entry(

@@ -11,6 +11,7 @@ __all__ = [
     "STREAM_ID_DROPOUT",
     "STREAM_MIX",
     "STREAM_NEGATIVES",
+    "STREAM_SMOOTHING",
     "draw_below",
     "mixed_signs",
     "random_signs",
@@ -24,6 +25,7 @@ STREAM_NEGATIVES = 0
 STREAM_MIX = 1 << 8
 STREAM_HASH = 1 << 16
 STREAM_ID_DROPOUT = 1 << 24
+STREAM_SMOOTHING = 1 << 25
 
 
 def draw_below(

@@ -27,7 +27,8 @@ class CheckpointState:
     """The training state that a checkpoint holds, with one rank's rows of the table.
 
     Attributes:
-        encoder: ``state_dict()`` of the encoder, equal on all ranks.
+        encoder: ``state_dict()`` of the encoder, equal on all ranks; like attributes and rows, an
+            average over steps if the run asks for it.
         optimizer: ``state_dict()`` of the encoder's optimizer.
         table: ``state_dict()`` of the table shard: tensors with one row per table row, and numbers
             of shape (), among which ``first_row`` and ``num_rows`` say which rows these are.
@@ -35,6 +36,8 @@ class CheckpointState:
         config: the config of the run, as JSON.
         attributes: ``state_dict()`` of the attribute vectors, equal on all ranks; empty if the run
             has none.
+        unaveraged: trained parameters of encoder and attributes, by their index, where those above
+            are averages; empty otherwise. Those of the rows are in ``table``.
         written_by: versions of the software that wrote the checkpoint, by name.
     """
 
@@ -44,6 +47,7 @@ class CheckpointState:
     progress: Mapping[str, Any]
     config: Mapping[str, Any]
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    unaveraged: Mapping[str, Tensor] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=versions)
 
     @property
@@ -69,6 +73,7 @@ class CheckpointState:
         """
         whole = {f"encoder.{name}": value for name, value in self.encoder.items()}
         whole |= {f"attributes.{name}": value for name, value in self.attributes.items()}
+        whole |= {f"unaveraged.{name}": value for name, value in self.unaveraged.items()}
         for index, memory in self.optimizer["state"].items():
             whole |= {f"optimizer.{index}.{name}": value for name, value in memory.items()}
         for name, value in whole.items():
@@ -101,14 +106,13 @@ def join_state(
     tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], first: int
 ) -> CheckpointState:
     """The state with these ``CheckpointState.tensors`` and ``numbers``."""
-    encoder, attributes, table = dict[str, Tensor](), dict[str, Tensor](), {}
+    whole: dict[str, dict[str, Tensor]] = {"encoder": {}, "attributes": {}, "unaveraged": {}}
+    table = dict[str, Tensor]()
     memory = dict[int, dict[str, Tensor]]()
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
-        if part == "encoder":
-            encoder[rest] = value
-        elif part == "attributes":
-            attributes[rest] = value
+        if part in whole:
+            whole[part][rest] = value
         elif part == "optimizer":
             index, _, key = rest.partition(".")
             memory.setdefault(int(index), {})[key] = value
@@ -118,12 +122,11 @@ def join_state(
         dtype = torch.int64 if isinstance(number, int) else torch.float64
         table[name] = torch.tensor(number, dtype=dtype)
     return CheckpointState(
-        encoder=encoder,
+        **whole,
         optimizer={"state": memory, "param_groups": numbers["optimizer"]},
         table=table,
         progress=numbers["progress"],
         config=numbers["config"],
-        attributes=attributes,
         written_by=numbers["versions"],
     )
 

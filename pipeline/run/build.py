@@ -76,6 +76,7 @@ def build(
         progress = found or Progress()
         if found is None:
             origin = start_from(config, prepared, stepper, name)
+            stepper.start_average()
             start = functools.partial(start_run, config, prepared, name, origin)
             begun = started(config, start, lock, progress, is_new=is_new)
             on_first_rank(lambda: held.enter_context(begun), group)

@@ -103,6 +103,9 @@ class OptimizerConfig:
         decay: schedule after warm-up, "constant" or "cosine" (to 0 at the last step of the run).
         clip_norm: largest L2 norm of the gradient over encoder and table together; None: no limit.
         accumulate: micro-batches per optimizer step, with gradients as of one large batch.
+        ema_decay: share of an exponential moving average of all weights that a step leaves, such as
+            0.999; validation, checkpoints and all later stages use the average. 0: no average.
+        ema_every: steps between two updates of that average; each reads and writes all weights.
         max_skipped: number of consecutive steps with a loss or gradient that is not finite after
             which the run fails.
     """
@@ -115,12 +118,21 @@ class OptimizerConfig:
     decay: Literal["constant", "cosine"] = "constant"
     clip_norm: float | None = None
     accumulate: int = 1
+    ema_decay: float = 0.0
+    ema_every: int = 10
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
         """Refuse numbers that no run can use."""
-        for name, least in (("accumulate", 1), ("max_skipped", 1), ("warmup_steps", 0)):
-            require_at_least(f"optimizer.{name}", getattr(self, name), least)
+        least = {"accumulate": 1, "ema_every": 1, "max_skipped": 1, "warmup_steps": 0}
+        for name, bound in least.items():
+            require_at_least(f"optimizer.{name}", getattr(self, name), bound)
+        require_within("optimizer.ema_decay", self.ema_decay, 0, 0.999999, "give e.g. 0.999")
+        if self.ema_every != 10 and not self.ema_decay:
+            raise ValueError(
+                f"optimizer.ema_every must come with optimizer.ema_decay, got {self.ema_every} "
+                "without; set optimizer.ema_decay=0.999"
+            )
         require_at_least("optimizer.learning_rate", self.learning_rate, 0, "give e.g. 1e-3")
         require_within("optimizer.learning_rate", self.learning_rate, 0, 1e30, "give e.g. 1e-3")
         require_at_least("optimizer.weight_decay", self.weight_decay, 0, "0 turns it off")

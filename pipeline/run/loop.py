@@ -248,7 +248,8 @@ class Loop:
         validation, improved = self.run.config.validation, False
         is_validated = self._validation_is_due() or (reason is not None and validation.is_on)
         if is_validated:
-            improved = self._validate()
+            with self.run.stepper.averaged():
+                improved = self._validate()
             reason = reason or self._time_is_up()
         reason = reason or self._patience_is_over()
         asked = outcome.flags.save or outcome.flags.interrupt
@@ -310,15 +311,18 @@ class Loop:
                 "checkpoints written before are complete"
             )
         self.at.seconds = time.monotonic() - self.started
-        state = CheckpointState(
-            encoder=stepper.model.encoder.state_dict(),
-            optimizer=stepper.optimizer.state_dict(),
-            table=stepper.model.catalog.stored_state(),
-            attributes=stepper.model.catalog.attributes.state_dict(),
-            progress=self.at.to_json() | {"data": self.at_data},
-            config=stored_without_keys(to_json(self.run.config)),
-        )
-        self._report_checkpoints(self.run.writer.save(self.at.step, state, best=best))
+        with stepper.averaged():
+            state = CheckpointState(
+                encoder=stepper.model.encoder.state_dict(),
+                optimizer=stepper.optimizer.state_dict(),
+                table=stepper.model.catalog.stored_state(),
+                attributes=stepper.model.catalog.attributes.state_dict(),
+                unaveraged={} if stepper.average is None else stepper.average.state_dict(),
+                progress=self.at.to_json() | {"data": self.at_data},
+                config=stored_without_keys(to_json(self.run.config)),
+            )
+            reports = self.run.writer.save(self.at.step, state, best=best)
+        self._report_checkpoints(reports)
         self.saved_at = time.monotonic()
 
     def _report_checkpoints(self, reports: Sequence[CheckpointReport]) -> None:

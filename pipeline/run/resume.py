@@ -162,11 +162,15 @@ def restore(
     folder, state = found
     if Communicator(checkpoints.group).rank == 0:
         _warn_of_other_versions(folder, state.written_by)
+    stepper.start_average()
     try:
-        stepper.model.encoder.load_state_dict(dict(state.encoder))
+        with stepper.averaged():
+            stepper.model.encoder.load_state_dict(dict(state.encoder))
+            stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
+            stepper.model.catalog.load_state_dict(state.table)
+            if stepper.average is not None:
+                stepper.average.load_state_dict(state.unaveraged)
         stepper.load_optimizer(state.optimizer)
-        stepper.model.catalog.attributes.load_state_dict(dict(state.attributes))
-        stepper.model.catalog.load_state_dict(state.table)
         batches.load_state_dict(state.progress["data"])
         return Progress.from_json(state.progress)
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:

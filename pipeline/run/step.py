@@ -1,5 +1,6 @@
 """Take one optimizer step on a list of micro-batches, on all ranks together."""
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -22,6 +23,7 @@ from shardrec.pipeline.model.model import Model
 from shardrec.pipeline.model.profile_ranges import part
 from shardrec.pipeline.prepared.loader import Batch
 from shardrec.pipeline.ranks import on_all_ranks
+from shardrec.pipeline.run.average import AveragedWeights
 from shardrec.pipeline.run.config import OptimizerConfig
 
 __all__ = ["StepFlags", "StepOutcome", "Stepper", "learning_rate_factor"]
@@ -98,6 +100,7 @@ class Stepper:
         self.seed = seed
         self.total_steps = total_steps
         self.item_counts = None if item_counts is None else ItemCounts(item_counts)
+        self.average: AveragedWeights | None = None
         self._ahead: tuple[Batch, _InFlight] | None = None
         replicated = [*model.encoder.parameters(), *model.catalog.attributes.parameters()]
         self.parameters = [one for one in replicated if one.requires_grad]
@@ -109,6 +112,17 @@ class Stepper:
             weight_decay=config.weight_decay,
             fused=model.device.type == "cuda" or None,
         )
+
+    def start_average(self) -> None:
+        """Average the weights from now on, if the config asks for it."""
+        decay, every = self.config.ema_decay, self.config.ema_every
+        if decay:
+            catalog, parameters = self.model.catalog, list[Tensor](self.parameters)
+            self.average = AveragedWeights(parameters, catalog, decay=decay, every=every)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: the model holds the averaged weights, if there are any."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Load the state of the optimizer, which another kind of device may have written."""
@@ -150,6 +164,8 @@ class Stepper:
         factor = learning_rate_factor(step, self.config, self.total_steps)
         with part("update"):
             self._update(norm, factor, finite)
+            if self.average is not None:
+                self.average.update(step)
         return StepOutcome(
             loss=losses,
             gradient_norm=norm,

@@ -20,6 +20,7 @@ from shardrec.pipeline.outputs.json_files import read_json
 from shardrec.pipeline.outputs.storage import Folder
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
+from shardrec.pipeline.run.average import UNAVERAGED
 from shardrec.pipeline.run.build import build_model, open_attributes, pick_device
 from shardrec.pipeline.run.config import TrainConfig
 from shardrec.pipeline.run.folder import END, MEMORY, open_checkpoints, open_run
@@ -133,7 +134,8 @@ def load_model(
     try:
         model.encoder.load_state_dict(state.encoder)
         model.catalog.attributes.load_state_dict(state.attributes)
-        model.catalog.load_state_dict(state.table)
+        table = {name: one for name, one in state.table.items() if name != UNAVERAGED}
+        model.catalog.load_state_dict(table)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RuntimeError(
             f"{checkpoint} must hold the weights of this model, got {error}; give the encoder that "

@@ -22,7 +22,13 @@ from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.attributes import read_columns
 from shardrec.pipeline.prepared.folder import Prepared
 from shardrec.pipeline.recommend import RecommendConfig, recommend
-from shardrec.pipeline.run.config import InitConfig, LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import (
+    InitConfig,
+    LimitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.run.trained import Source
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.train import build, train
@@ -115,6 +121,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     rest = dataclasses.replace(first, limits=LimitConfig(max_steps=6))
     for found in ranks(2).run(losses_of, rest, "yes"):
         assert found == pytest.approx(losses[3:], rel=1e-4)
+
+
+@pytest.mark.parametrize("catalog", [ADD, ONLY], ids=["add", "only"])
+def test_the_composed_rows_of_a_run_with_averages_are_those_of_averaged_vectors(
+    data: str, tmp_path: Path, catalog: CatalogConfig
+) -> None:
+    average = OptimizerConfig(ema_decay=0.5, ema_every=1)
+    validation = ValidationConfig(every_epochs=None, every_steps=6)
+    config = config_of(data, tmp_path, catalog, optimizer=average, validation=validation)
+    recorder = Recorder()
+    train(config, callbacks=[recorder])
+    found = evaluate(str(tmp_path), data, validation.measure, split="validation")["metrics"]
+    for name, value in recorder.validations[-1].metrics.items():
+        assert found[name] == pytest.approx(value, nan_ok=True), name
 
 
 def test_metrics_of_new_targets_are_told_apart(run: str, data: str) -> None:
