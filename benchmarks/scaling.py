@@ -5,20 +5,32 @@ medians; the share of communication is that of the time in which a collective is
 0, waiting for the other rank included, from a profile of the steps after the timed ones.
 
     python benchmarks/scaling.py PREPARED --losses cce cce_minus sce rece --workers 1 2
+
+With ``--layouts`` the workers are replicas x shards and a step is two batches of half the size; CPU
+seconds of all workers and the bytes that a rank sends by group are counted too, because on a
+machine with fewer cores than workers seconds say nothing.
+
+    python benchmarks/scaling.py PREPARED --layouts 1x1 1x2 2x1 2x2
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent / "tests"))
+from group_traffic import Traffic, counted_traffic
 from record import RESULTS, Results, median, run_logged
 
 from shardrec.kernels.ranks.communicator import Communicator
@@ -28,7 +40,13 @@ from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import LOSSES
 from shardrec.pipeline.prepared.loader import BatchConfig, Prepared
 from shardrec.pipeline.run.callbacks import StepReport
-from shardrec.pipeline.run.config import LimitConfig, TrainConfig, ValidationConfig
+from shardrec.pipeline.run.config import (
+    LimitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from shardrec.pipeline.train import train
 
 
@@ -43,6 +61,9 @@ class Probe:
         self.profiled_seconds: list[float] = []
         self.positions: list[int] = []
         self.memory_bytes = 0
+        self.cpu_seconds = 0.0
+        self.traffic: Traffic = Counter()
+        self._counting = contextlib.ExitStack()
         self._profile = profile(activities=[ProfilerActivity.CPU])
 
     def on_step(self, report: StepReport) -> None:
@@ -50,12 +71,17 @@ class Probe:
         (self.seconds if report.step in self.timed else []).append(report.seconds)
         self.positions.append(report.positions)
         self.memory_bytes = report.memory_bytes
+        if report.step == self.timed.start - 1:
+            self.cpu_seconds = -time.process_time()
         if report.step == self.timed.stop - 1:
+            self.cpu_seconds += time.process_time()
             self._profile.start()
+            self.traffic = self._counting.enter_context(counted_traffic())
         elif report.step >= self.timed.stop:
             self.profiled_seconds.append(report.seconds)
         if report.step == self.last:
             self._profile.stop()
+            self._counting.close()
 
     def on_validation(self, report: Any) -> None:
         """Nothing to note."""
@@ -79,6 +105,23 @@ class Probe:
             reached = max(reached, end)
         return total / 1e6
 
+    def bytes_sent(self, job: dict[str, Any]) -> dict[str, float]:
+        """Of a step: by this rank, to those that share its table, to its copies, to all.
+
+        With one shard the copies are all ranks, and count as copies.
+        """
+        sent: Counter[str] = Counter()
+        for (ranks, _), number in self.traffic.items():
+            if len(ranks) > 1:
+                distance = ranks[1] - ranks[0]
+                if (len(ranks), distance) == (job["shards"], 1):
+                    sent["shards"] += number
+                elif (len(ranks), distance) == (job["replicas"], job["shards"]):
+                    sent["replicas"] += number
+                else:
+                    sent["all ranks"] += number
+        return {name: number / len(self.profiled_seconds) for name, number in sent.items()}
+
 
 def work(job: dict[str, Any]) -> None:
     """The work of one worker; rank 0 writes the answer to ``job['answer']``."""
@@ -92,16 +135,23 @@ def work(job: dict[str, Any]) -> None:
         loss=loss,
         catalog=CatalogConfig(optimizer=job["optimizer"]),
         encoder=EncoderConfig(width=job["width"], max_length=job["length"], num_heads=2),
-        batches=BatchConfig(batch_size=job["batch"]),
+        batches=BatchConfig(batch_size=job["batch"] // job["accumulate"]),
+        optimizer=OptimizerConfig(accumulate=job["accumulate"]),
+        parallel=ParallelConfig(shards=job["shards"]),
         limits=LimitConfig(max_epochs=None, max_steps=probe.last),
         validation=ValidationConfig(every_epochs=None),
         show_progress=False,
     )
     with process_group() as (group, _):
         train(config, callbacks=[probe])
+        cpu = torch.tensor(probe.cpu_seconds / len(probe.timed))
+        if group is not None:
+            dist.all_reduce(cpu, group=group)
         if Communicator(group).rank:
             return
-    answer = {
+    answer: dict[str, Any] = {
+        "cpu_s": float(cpu),
+        "sent": probe.bytes_sent(job),
         "times_s": probe.seconds,
         "communication_share": probe.communication_seconds() / sum(probe.profiled_seconds),
         "peak_gib": probe.memory_bytes / 2**30,
@@ -130,6 +180,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="folder of `shardrec prepare`")
     parser.add_argument("--losses", nargs="+", default=["cce", "cce_minus", "sce", "rece"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--layouts", nargs="+", help="replicas x shards, such as 2x1")
     parser.add_argument("--batch", type=int, default=128, help="sequences of all workers together")
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--width", type=int, default=64)
@@ -148,17 +199,48 @@ def main() -> None:
     shape = {name: getattr(options, name) for name in names}
     num_items = Prepared.open(options.data).num_items
     for loss in options.losses:
-        for workers in options.workers:
-            key = {"loss": loss, "workers": workers, "data": Path(options.data).name} | shape
+        for name, layout in layouts(options):
+            key = {"loss": loss, **name, "data": Path(options.data).name} | shape
             if results.has(key):
                 continue
-            answer = measure(shape | {"loss": loss, "data": options.data}, workers)
-            times = answer.pop("times_s")
+            job = shape | layout | {"loss": loss, "data": options.data}
+            answer = measure(job, layout["replicas"] * layout["shards"])
+            times, sent = answer.pop("times_s"), answer.pop("sent")
             answer = {name: round(value, 4) for name, value in answer.items()}
-            results.append(
-                key, num_items=num_items, median_s=median(times), times_s=times, **answer
-            )
-    print(summary(results))
+            figures = {"median_s": median(times), "times_s": times, "sent": sent, **answer}
+            results.append(key, num_items=num_items, **figures)
+    print(layout_summary(results) if options.layouts else summary(results))
+
+
+def layouts(options: argparse.Namespace) -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """What names each layout in a row, and its sizes."""
+    if not options.layouts:
+        return [
+            ({"workers": one}, {"replicas": 1, "shards": one, "accumulate": 1})
+            for one in options.workers
+        ]
+    pairs = [(one, *map(int, one.split("x"))) for one in options.layouts]
+    return [
+        ({"layout": one}, {"replicas": replicas, "shards": shards, "accumulate": 2})
+        for one, replicas, shards in pairs
+    ]
+
+
+def layout_summary(results: Results) -> str:
+    """The rows with a layout as a Markdown table."""
+    groups = ("shards", "replicas", "all ranks")
+    lines = [
+        "| loss | replicas x shards | CPU s/step, all workers | MB sent by a rank to its "
+        + " | ".join(groups)
+        + " |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in results.rows:
+        if "layout" in row["key"]:
+            sent = " | ".join(f"{row['sent'].get(name, 0) / 1e6:.2f}" for name in groups)
+            key = row["key"]
+            lines.append(f"| {key['loss']} | {key['layout']} | {row['cpu_s']:.3f} | {sent} |")
+    return "\n".join(lines)
 
 
 def summary(results: Results) -> str:
@@ -168,6 +250,8 @@ def summary(results: Results) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
+        if "layout" in row["key"]:
+            continue
         alone = results.find(row["key"] | {"workers": 1}) or row
         lines.append(
             f"| {row['key']['loss']} | {row['key']['workers']} | {row['median_s']:.3f} "
