@@ -47,6 +47,7 @@ from shardrec.pipeline.run.config import (
     TrainConfig,
     ValidationConfig,
 )
+from shardrec.pipeline.run.step import StepOutcome, Stepper
 from shardrec.pipeline.train import train
 
 
@@ -123,9 +124,21 @@ class Probe:
         return {name: number / len(self.profiled_seconds) for name, number in sent.items()}
 
 
+def send_ids_late() -> None:
+    """Makes a step send its own ids at its start, not those of the next during its backward."""
+    take = Stepper.take
+
+    def late(self: Stepper, batches: Any, step: int, flags: Any, _: Any) -> StepOutcome:
+        return take(self, batches, step, flags)
+
+    Stepper.take = late  # type: ignore[assignment, method-assign]
+
+
 def work(job: dict[str, Any]) -> None:
     """The work of one worker; rank 0 writes the answer to ``job['answer']``."""
     torch.set_num_threads(1)
+    if job["late_ids"]:
+        send_ids_late()
     probe = Probe(job["warmup"], job["steps"], job["profiled"])
     folder = Path(job["answer"]).parent / "run"
     loss: Any = LOSSES[job["loss"]]()  # one of those that TrainConfig names
@@ -181,6 +194,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["cce", "cce_minus", "sce", "rece"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--layouts", nargs="+", help="replicas x shards, such as 2x1")
+    parser.add_argument("--late-ids", action="store_true", help="of each step at its start")
     parser.add_argument("--batch", type=int, default=128, help="sequences of all workers together")
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--width", type=int, default=64)
@@ -201,9 +215,11 @@ def main() -> None:
     for loss in options.losses:
         for name, layout in layouts(options):
             key = {"loss": loss, **name, "data": Path(options.data).name} | shape
+            key |= {"late_ids": True} if options.late_ids else {}
             if results.has(key):
                 continue
             job = shape | layout | {"loss": loss, "data": options.data}
+            job |= {"late_ids": options.late_ids}
             answer = measure(job, layout["replicas"] * layout["shards"])
             times, sent = answer.pop("times_s"), answer.pop("sent")
             answer = {name: round(value, 4) for name, value in answer.items()}
@@ -230,16 +246,16 @@ def layout_summary(results: Results) -> str:
     """The rows with a layout as a Markdown table."""
     groups = ("shards", "replicas", "all ranks")
     lines = [
-        "| loss | replicas x shards | CPU s/step, all workers | MB sent by a rank to its "
-        + " | ".join(groups)
-        + " |",
-        "|---|---|--:|--:|--:|--:|",
+        "| loss | replicas x shards | CPU s/step, all workers | communication | MB sent by a rank "
+        f"to its {' | '.join(groups)} |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in results.rows:
         if "layout" in row["key"]:
             sent = " | ".join(f"{row['sent'].get(name, 0) / 1e6:.2f}" for name in groups)
-            key = row["key"]
-            lines.append(f"| {key['loss']} | {key['layout']} | {row['cpu_s']:.3f} | {sent} |")
+            layout = row["key"]["layout"] + ", late ids" * row["key"].get("late_ids", False)
+            cost = f"{row['cpu_s']:.3f} | {row['communication_share']:.0%}"
+            lines.append(f"| {row['key']['loss']} | {layout} | {cost} | {sent} |")
     return "\n".join(lines)
 
 
