@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).parent.parent / "tests"))
-from group_traffic import Traffic, counted_traffic
+from group_traffic import Traffic, counted_traffic  # type: ignore[import-not-found]
 from record import RESULTS, Results, median, run_logged
 
 from shardrec.kernels.ranks.communicator import Communicator
@@ -131,7 +132,7 @@ def send_ids_late() -> None:
     def late(self: Stepper, batches: Any, step: int, flags: Any, _: Any) -> StepOutcome:
         return take(self, batches, step, flags)
 
-    Stepper.take = late  # type: ignore[assignment, method-assign]
+    mock.patch.object(Stepper, "take", late).start()
 
 
 def work(job: dict[str, Any]) -> None:
@@ -235,11 +236,12 @@ def layouts(options: argparse.Namespace) -> list[tuple[dict[str, Any], dict[str,
             ({"workers": one}, {"replicas": 1, "shards": one, "accumulate": 1})
             for one in options.workers
         ]
-    pairs = [(one, *map(int, one.split("x"))) for one in options.layouts]
-    return [
-        ({"layout": one}, {"replicas": replicas, "shards": shards, "accumulate": 2})
-        for one, replicas, shards in pairs
-    ]
+    found = []
+    for one in options.layouts:
+        replicas, shards = map(int, one.split("x"))
+        sizes = {"replicas": replicas, "shards": shards, "accumulate": 2}
+        found.append(({"layout": one}, sizes))
+    return found
 
 
 def layout_summary(results: Results) -> str:

@@ -127,7 +127,7 @@ def can_start_again(role: Role) -> bool:
 
 def can_lose_nodes(role: Role) -> bool:
     """Whether the job goes on with fewer nodes, as by ``-j 2:4x8``."""
-    return (role.min_replicas or role.num_replicas) < role.num_replicas
+    return bool((role.min_replicas or role.num_replicas) < role.num_replicas)
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:

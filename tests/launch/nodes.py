@@ -35,7 +35,7 @@ class Slow(Callback):
     @override
     def on_step(self, report: StepReport) -> None:
         if Path(os.environ["TEST_HOLD"]).exists():
-            time.sleep(0.25)
+            time.sleep(0.5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ def test_a_replica_inside_a_node_is_killed_and_the_end_is_bit_equal(
 def test_ten_killed_nodes_lose_nothing(ranks: Ranks, data: str, tmp_path: Path) -> None:
     run, whole = tmp_path / "lost" / "run", tmp_path / "whole"
     run.parent.mkdir()
-    words = [*options(1500), "optimizer.decay=cosine"]
+    words = [*options(600), "optimizer.decay=cosine"]
     ((codes, done),) = ranks(1).run(
         kill_nodes_at_random, run, stage(data, run, *words, SLOW), timeout=1200
     )
