@@ -109,7 +109,12 @@ def connect(place: Place, timeout_s: float, *, is_host: bool) -> Any:
             f"all {place.world_size} ranks must come to {at} within {timeout_s:g} s, got none of "
             f"rank {', '.join(ranks)}; look for its last lines and start all of them again"
         ) from error
-    require_reachable([json.loads(machine) for machine in store.multi_get(keys)])
+    machines = [json.loads(machine) for machine in store.multi_get(keys)]
+    read = [f"read/{rank}" for rank in range(place.world_size)]
+    store.set(read[place.rank], "")
+    if is_host:  # the store ends with this process, and the others must know why
+        store.wait(read, timeout)
+    require_reachable(machines)
     return store
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import time
 from pathlib import Path
 
 import psutil
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.slow
 # Three batches a step, of which one of two replicas takes two; five an epoch.
 OPTIONS = ["optimizer.accumulate=3", "validation.every_steps=none", "optimizer.eps=1e-4"]
 SLOW = "callbacks=tests.launch.nodes:Slow"
-STEPS, KILLS = 60, 10
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +60,6 @@ def kill_a_replica(run: Path, words: list[str]) -> list[int | None]:
                 break
         psutil.Process(job.of[0].pid).children()[1].kill()
         return job.end(60)
-
-
-def kill_nodes_at_random(run: Path, words: list[str]) -> tuple[list[int | None], list[str]]:
-    """Two nodes of two workers each, killed as wholes or in part; exit codes, and what was done."""
-    rng, done = random.Random(7), list[str]()
-    with nodes(run, words, most=2, workers=2, max_restarts=3 * KILLS) as job:
-        for index in range(2):
-            job.start(index)
-        starts = 0
-        for _ in job.until("step 8"):
-            if last_step(run) >= 8:
-                break
-        for number in range(KILLS):
-            time.sleep(rng.uniform(0, 3))
-            victim, told = rng.randrange(2), len(lines(run, "resume"))
-            job.kill(victim)
-            if number % 3 < 2:  # else it is back before the other has gone on alone
-                starts = job.wait_for_ranks(2, told)
-                time.sleep(rng.uniform(0, 2))
-            job.start(victim)
-            starts = job.wait_for_ranks(4, max(starts, told))
-            done.append(f"node {victim} after step {last_step(run)}, start {starts}")
-        (run.parent / HOLD).unlink()
-        return job.end(200), done
 
 
 def assert_same_end(run: Path, undisturbed: Path) -> None:
@@ -126,18 +100,3 @@ def test_a_replica_inside_a_node_is_killed_and_the_end_is_bit_equal(
     assert [line["ranks"] for line in lines(run, "resume")] == [2]
     ranks(2).run(train_undisturbed, stage(data, whole, *words))
     assert_bit_equal(run, whole)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-def test_ten_killed_nodes_lose_nothing(ranks: Ranks, data: str, tmp_path: Path) -> None:
-    run, whole = tmp_path / "lost" / "run", tmp_path / "whole"
-    run.parent.mkdir()
-    words = [*options(600), "optimizer.decay=cosine"]
-    ((codes, done),) = ranks(1).run(
-        kill_nodes_at_random, run, stage(data, run, *words, SLOW), timeout=1200
-    )
-    print(*done, sep="\n")
-    assert codes == [0, 0] and len(done) == KILLS
-    ranks(1).run(train_undisturbed, stage(data, whole, *words), timeout=600)
-    assert_same_end(run, whole)
