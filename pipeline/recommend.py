@@ -197,8 +197,9 @@ class _Work:
         self.config, self.ranker, self.fallback = config, ranker, fallback
         self.histories, self.candidates = histories, candidates
         self.k = min(config.k, len(candidates.allowed))  # no list is longer
-        has_states = config.vectors and isinstance(ranker, StateRanker)
-        self.width = ranker.shard.rows.shape[1] if has_states else 0
+        self.width = 0
+        if config.vectors and isinstance(ranker, StateRanker):
+            self.width = ranker.shard.rows.shape[1]
         self.allowed = None if candidates.allowed.all() else candidates.allowed
         self.rank, self.size = Communicator(ranker.group).rank, Communicator(ranker.group).size
         # users without history, items of histories, unknown items, lists shorter than k
