@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
@@ -220,17 +221,21 @@ def _tile_gflops(N: int, D: int, width: int) -> float:
 
 
 def time_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of several operations, run in turn so that noise affects all."""
+    """Seconds and CPU seconds of operations, run in turn so that noise affects all."""
     batch = make_batch(job["positions"], job["width"], job["catalog"])
     functions = {name: operation(job["loss"], name) for name in job["operations"]}
     times: dict[str, list[float]] = {name: [] for name in functions}
+    of_cpu: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(job["repeats"] + 1):
         for name, function in functions.items():
             # Giving 256 MB back to the system would count for whoever comes next.
             batch[0].grad = batch[1].grad = None
+            used = process_time()
             seconds = timed(partial(step, function, batch))
             times[name] += [seconds] * (repeat > 0)  # the first one warms up
-    return {"times_s": times, "gemm_gflops": gemm_gflops(job["positions"], job["width"])}
+            of_cpu[name] += [round(process_time() - used, 4)] * (repeat > 0)
+    gflops = gemm_gflops(job["positions"], job["width"])
+    return {"times_s": times, "cpu_s": of_cpu, "gemm_gflops": gflops}
 
 
 def search_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -289,13 +294,9 @@ def measure(loss: str, catalog: int, options: argparse.Namespace, results: Resul
         run[run.index("chunked")] = "chunked_" + min(searched, key=lambda block: searched[block])
     names += run
     answer = call_fresh(__file__, job | {"kind": "time", "operations": names})
-    row: dict[str, Any] = {
-        "times_s": answer["times_s"],
-        "gemm_gflops": round(answer["gemm_gflops"], 1),
-    }
-    row["searched_s"] = searched
+    row: dict[str, Any] = answer | {"gemm_gflops": round(answer["gemm_gflops"], 1)}
+    row |= {"searched_s": searched, "peak_mib": {}}
     row["median_s"] = {name: median(times) for name, times in answer["times_s"].items()}
-    row["peak_mib"] = {}
     for name in names:
         memory = job | {"kind": "memory", "operation": name}
         peak = call_fresh(__file__, memory, environment=RETURN_AT_ONCE)["peak_bytes"]

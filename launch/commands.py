@@ -125,12 +125,15 @@ def train(options: Namespace, config: "TrainConfig") -> int:
     from shardrec.kernels.ranks.communicator import Communicator
     from shardrec.launch.signals import grace_seconds, stop_on_signals
     from shardrec.launch.workers import check_restarts, workers
+    from shardrec.pipeline.default_recipe import read_size, said
     from shardrec.pipeline.evaluate import evaluate_baselines
     from shardrec.pipeline.train import train as run_train
 
     check_restarts(options.resume, os.environ)
     grace_s = grace_seconds(options.grace, os.environ)
     with workers(options.timeout) as found:
+        if options.recipe == "default" and Communicator(found.group).rank == 0:
+            print(said(read_size(config.data)), file=sys.stderr)
         with stop_on_signals(grace_s, found.peers) as interrupted:
             job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
             end = run_train(config, resume=options.resume, force=options.force, **job)

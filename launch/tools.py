@@ -66,7 +66,9 @@ def options(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.recipes import recipe_named
 
     parser = parser_for("options")
-    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--recipe", default="default", help="config to start from (default: default)"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="loss=sce, optimizer, loss.share")
     asked = parser.parse(arguments)
     choices = [name for name in asked.names if "=" in name]
@@ -81,6 +83,7 @@ def options(arguments: Sequence[str]) -> int:
 def plan(arguments: Sequence[str]) -> int:
     """Print the cost of a run on each rank: memory, traffic, FLOP."""
     from shardrec.pipeline.config import override
+    from shardrec.pipeline.default_recipe import LogSize, options_for
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
     from shardrec.pipeline.recipes import recipe_named
@@ -89,7 +92,9 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--num-items", required=True, metavar="INT", type=int, help="items of the catalog"
     )
-    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--recipe", default="default", help="config to start from (default: default)"
+    )
     parser.add_argument(
         "--measured",
         metavar="RUN",
@@ -101,9 +106,12 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     parser.dotted = dotted_names()
     options = parser.parse(arguments)
-    recipe = recipe_named(options.recipe)
     require_set_once(options.overrides, {})
-    config = override(recipe("none", "none"), options.overrides)
+    if options.recipe == "default":
+        start = options_for(LogSize.of_items(options.num_items), "none", "none")
+    else:
+        start = recipe_named(options.recipe)("none", "none")
+    config = override(start, options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
     print(run_plan(config, options.num_items, *parts).describe())
     if options.measured is not None:

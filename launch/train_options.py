@@ -52,15 +52,15 @@ def read_train(arguments: Sequence[str]) -> "tuple[Namespace, TrainConfig]":
 
 
 def dotted_names() -> list[str]:
-    """The options that are set by dotted names, with the values of the recipe ``demo``."""
+    """The options that are set by dotted names, with the values of the recipe ``default``."""
     from shardrec.pipeline.config import flatten
     from shardrec.pipeline.recipes import RECIPES
 
-    return [name for name, _ in flatten(RECIPES["demo"]("DIR", "DIR"))]
+    return [name for name, _ in flatten(RECIPES["default"]("DIR", "DIR"))]
 
 
 def _explained() -> str:
-    """The recipes, and every option by its part, as the recipe ``demo`` sets it."""
+    """The recipes, and every option by its part, as the recipe ``default`` sets it."""
     from shardrec.launch.described import as_text, first_line, groups
     from shardrec.pipeline.recipes import RECIPES
 
@@ -68,7 +68,7 @@ def _explained() -> str:
         textwrap.fill(f"  {name:<16} {first_line(recipe)}", 100, subsequent_indent=" " * 19)
         for name, recipe in RECIPES.items()
     ]
-    config = RECIPES["demo"]("DIR", "DIR")
+    config = RECIPES["default"]("DIR", "DIR")
     itself, *parts = groups(type(config), config)
     of_the_run = [one for one in itself.options if one.name not in OWN_OPTIONS]
     itself = dataclasses.replace(itself, options=of_the_run)
@@ -77,8 +77,9 @@ def _explained() -> str:
             "recipes:",
             *recipes,
             "",
-            "options, as the recipe `demo` sets them (`shardrec options loss=sce` explains another",
-            "loss, `shardrec options optimizer` one part):",
+            "options, as the recipe `default` sets them for a middling log",
+            "(`shardrec options loss=sce` explains another loss, `shardrec options optimizer` one",
+            "part):",
             "",
             as_text([itself, *parts]),
         ]
@@ -94,7 +95,9 @@ def add_train_options(parser: Parser) -> None:
         metavar="DIR",
         help="folder to write: new or empty, except with --resume and --force",
     )
-    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--recipe", default="default", help="config to start from (default: default)"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",

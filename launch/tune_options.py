@@ -26,7 +26,9 @@ def read_tune(arguments: Sequence[str]) -> "tuple[Namespace, TuneConfig]":
 
     parser = parser_for("tune")
     parser.add_argument("--prepared", required=True, metavar="DIR", help="folder of `prepare`")
-    parser.add_argument("--recipe", default="demo", help="config to start from (default: demo)")
+    parser.add_argument(
+        "--recipe", default="default", help="config to start from (default: default)"
+    )
     parser.add_argument(
         "--search",
         action="append",

@@ -66,7 +66,7 @@ def train(
     prepared: Place,
     run: Place,
     *overrides: str,
-    recipe: str = "demo",
+    recipe: str = "default",
     encoder: "nn.Module | None" = None,
     callbacks: "Sequence[Callback]" = (),
     resume: "Resume" = "auto",

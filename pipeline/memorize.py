@@ -55,7 +55,9 @@ class MemorizeConfig:
             model alone. The validation users are ranked once per value. A single value is taken
             without ranking, as for a run on all data with the scale that another run chose.
         metric: metric on the validation users; the scale with the largest value is chosen.
+        ks: list lengths of the metrics.
         filter_seen: leave out items of the history while the scale is chosen, as in the lists.
+        sample_users: choose by this many validation users only; they are a random sample.
         checkpoint: the weights that the scale is chosen for.
         force: replace an earlier memory.
         batch_size: users at a time on each rank.
@@ -68,7 +70,9 @@ class MemorizeConfig:
     neighbors: int = 32
     scales: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
     metric: str = DEFAULT_METRIC
+    ks: tuple[int, ...] = (5, 10, 20)
     filter_seen: bool = True
+    sample_users: int | None = None
     checkpoint: Literal["best", "last"] = "best"
     force: bool = False
     batch_size: int = 256
@@ -90,7 +94,9 @@ class MemorizeConfig:
     def measure(self) -> MeasureConfig:
         """The options by which the validation users are ranked."""
         return MeasureConfig(
+            ks=self.ks,
             filter_seen=self.filter_seen,
+            sample_users=self.sample_users,
             batch_size=self.batch_size,
             block_states=self.block_states,
             block_rows=self.block_rows,
@@ -112,6 +118,20 @@ class Memorized:
     manifest: dict[str, Any]
     is_new: bool
     seconds: float
+
+    def describe(self) -> str:
+        """One line: the scale, and the metric on the validation users with and without it."""
+        tried = {one["scale"]: one for one in self.manifest["tried"]}
+        request = self.manifest["request"]
+        name, pairs = request["metric"], self.manifest["files"][0]["rows"]
+        if not tried:
+            return f"memory of {pairs:,} item pairs, at the scale {request['scales'][0]:g}"
+        best = max(tried, key=lambda scale: (tried[scale][name], -scale))
+        alone = f", {tried[0.0][name]:.4f} without it" if 0.0 in tried else ""
+        return (
+            f"memory of {pairs:,} item pairs, at the scale {best:g} that is best on the validation "
+            f"users: {name} {tried[best][name]:.4f}{alone}"
+        )
 
 
 def memorize(config: MemorizeConfig, *, encoder: nn.Module | None = None) -> Memorized:
@@ -203,10 +223,13 @@ def _require_validation_users(prepared: Prepared) -> None:
 
 def _request(config: MemorizeConfig) -> dict[str, Any]:
     """The options that change the content, as JSON."""
-    return {
+    request = {
         "neighbors": config.neighbors,
         "scales": list(config.scales),
         "metric": config.metric,
         "filter_seen": config.filter_seen,
         "checkpoint": config.checkpoint,
     }
+    # Absent where it is not set, as in memories that were written before there was the option.
+    sample = {} if config.sample_users is None else {"sample_users": config.sample_users}
+    return request | sample

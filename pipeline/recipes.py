@@ -11,6 +11,7 @@ from typing import Protocol
 from shardrec.modules.catalog_config import CatalogConfig
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE, CCEMinus
+from shardrec.pipeline.default_recipe import default
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.near_names import unknown_name
 from shardrec.pipeline.prepared.loader import BatchConfig
@@ -20,6 +21,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "beauty",
+    "default",
     "demo",
     "epinions",
     "large_catalog",
@@ -120,7 +122,7 @@ def large_catalog(data: str, output: str) -> TrainConfig:
     )
 
 
-_ALL: tuple[Recipe, ...] = (demo, tiny_cpu, beauty, epinions, large_catalog)
+_ALL: tuple[Recipe, ...] = (default, demo, tiny_cpu, beauty, epinions, large_catalog)
 RECIPES: dict[str, Recipe] = {recipe.__name__: recipe for recipe in _ALL}
 
 

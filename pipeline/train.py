@@ -16,6 +16,7 @@ from torch import nn
 
 from shardrec.kernels.ranks.communicator import Communicator
 from shardrec.pipeline.config import flatten
+from shardrec.pipeline.memorize import MemorizeConfig, memorize
 from shardrec.pipeline.outputs.addresses import warn_of_keys
 from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.agreement import code_facts, require_same
@@ -102,6 +103,7 @@ def train(
         folder = on_first_rank(lambda: held.enter_context(find()), group)
         placed = moved_to(folder, config)
         report = on_first_rank(lambda: find_end(placed, resume, encoder_name(encoder)), group)
+        was_done = report is not None
         if report is not None:
             done = f"{output} is finished already ({report.reason}): nothing to do"
             _show(config, lambda: done)
@@ -124,8 +126,27 @@ def train(
                 report = Loop(run, called, interrupted).run_to_end()
         if folder != output:
             report = on_first_rank(functools.partial(replace_run, config, folder, report), group)
-        _show(config, lambda: ending(report, config))
-        return report
+    if config.memory.neighbors:
+        memorized = memorize(_memory_of(config, is_new=not was_done), encoder=encoder)
+        _show(config, memorized.describe)
+    _show(config, lambda: ending(report, config))
+    return report
+
+
+def _memory_of(config: TrainConfig, *, is_new: bool) -> MemorizeConfig:
+    """The memory that the run ends with, chosen as the best checkpoint is."""
+    measure = config.validation.measure
+    return MemorizeConfig(
+        run=config.output,
+        prepared=config.data,
+        neighbors=config.memory.neighbors,
+        scales=config.memory.scales,
+        metric=config.validation.metric,
+        ks=measure.ks,
+        filter_seen=measure.filter_seen,
+        sample_users=measure.sample_users,
+        force=is_new,
+    )
 
 
 def _start(config: TrainConfig, encoder: str, resume: Resume, force: bool) -> dict[str, Any]:

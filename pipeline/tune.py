@@ -23,7 +23,7 @@ from typing_extensions import override
 from shardrec.pipeline.config import override as with_options
 from shardrec.pipeline.ranks import default_group, on_first_rank
 from shardrec.pipeline.run.callbacks import Callback, EndReport, ValidationReport
-from shardrec.pipeline.run.config import TrainConfig
+from shardrec.pipeline.run.config import MemoryConfig, TrainConfig
 from shardrec.pipeline.train import train
 from shardrec.pipeline.tuning.space import DEFAULT_SPACE, check_space, read_space
 from shardrec.pipeline.tuning.study import TRIALS, Claim, Study, Trial, TuneConfig, Tuned
@@ -93,6 +93,7 @@ def _run(
     placed = replace(
         with_options(base, [f"{name}={text}" for name, text in claim.options.items()]),
         output=str(folder),
+        memory=MemoryConfig(),  # a memory would be ranked with for every trial
     )
     minutes = min(claim.minutes, placed.limits.max_minutes or math.inf)
     placed = replace(placed, limits=replace(placed.limits, max_minutes=minutes))

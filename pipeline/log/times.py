@@ -22,7 +22,7 @@ _FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
 _SPELLINGS = (
     (r"^\s+|\s+$", ""),
     (r"^(\d{4})/(\d{2})/(\d{2})", r"\1-\2-\3"),
-    (r"\[[A-Za-z0-9_+/-]+\]$", ""),  # Java's name of the zone, which follows the offset
+    (r"(Z|[+-]\d{2}:?\d{2})\[[A-Za-z0-9_+/-]+\]$", r"\1"),  # Java's name of the zone
     (r"(:\d{2}(?:\.\d+)?) ([+-]\d{2}(?::?\d{2})?)(?: [A-Z]{1,5})?$", r"\1\2"),
     (r"(:\d{2}(?:\.\d+)?) ?(?:UTC|GMT|utc|z)$", r"\1Z"),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.modules.metrics import MeanOverUsers, ranking_metrics
+from shardrec.modules.metrics import MeanOverUsers, combine_ranks, ranking_metrics
 from shardrec.modules.ranking import Ragged, ranks_in_lists
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.ranker import Ranker
@@ -62,7 +62,7 @@ def measure(
         ValueError: a row group is damaged; raised on all ranks.
 
     Collectives: an all-gather of small objects; for each batch an all-reduce of one number and the
-    collectives of the ranker; at the end an all-reduce and those of the metrics.
+    collectives of the ranker; at the end an all-reduce and those of ``combine_ranks``.
     """
     meter = _Meter(ranker, config, prepared)
     with torch.no_grad():
@@ -142,6 +142,8 @@ class _Meter:
     def result(self) -> Measurement:
         """The numbers of all ranks."""
         Communicator(self.ranker.group).sum_(self.sums)
+        sets = (self.all, self.known, self.new)
+        combine_ranks([one for metrics in sets for one in metrics.values()], self.ranker.group)
         users, targets, new, repeated = self.sums.tolist()
         values = {name: float(value) for name, value in self.all.compute().items()}
         for name, value in self.known.compute().items():

@@ -24,6 +24,7 @@ from shardrec.pipeline.ranks import default_group, on_first_rank, on_this_rank
 from shardrec.pipeline.run.agreement import require_same
 from shardrec.pipeline.run.config import (
     LimitConfig,
+    MemoryConfig,
     ParallelConfig,
     TrainConfig,
     ValidationConfig,
@@ -69,6 +70,7 @@ def build(
         is_new = on_first_rank(lambda: check_folder(config, prepared, name, resume, lock), group)
         batches = on_this_rank(lambda: _open_batches(config, prepared, layout), group)
         _check_validation(config.validation, prepared)
+        _check_memory(config.memory, prepared)
         on_this_rank(lambda: _require_reasonable(config, prepared, encoder, layout), group)
         stepper = _build_stepper(config, prepared, encoder, len(batches), layout)
         checkpoints = open_checkpoints(folder, config, group)
@@ -263,4 +265,14 @@ def _check_validation(config: ValidationConfig, prepared: Prepared) -> None:
             "validation must be off where the data has no validation users, got "
             f"every_epochs={config.every_epochs} and every_steps={config.every_steps}; set "
             "validation.every_epochs=none, or prepare with validation users"
+        )
+
+
+def _check_memory(config: MemoryConfig, prepared: Prepared) -> None:
+    is_open = config.neighbors and len(config.scales) > 1
+    if is_open and not prepared.manifest.counts["validation_users"]:
+        raise ValueError(
+            "memory.scales must be one value where the data has no validation users, got "
+            f"{','.join(f'{scale:g}' for scale in config.scales)}; give the one that another run "
+            "chose, or prepare with validation users"
         )

@@ -23,6 +23,7 @@ __all__ = [
     "InitConfig",
     "LimitConfig",
     "MLflowConfig",
+    "MemoryConfig",
     "OptimizerConfig",
     "OwnEncoderConfig",
     "ParallelConfig",
@@ -225,6 +226,28 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """A memory of item pairs that training ends with, as ``memorize`` adds it; off by default.
+
+    Attributes:
+        neighbors: number of successors of each item to keep, the strongest; 0: no memory.
+        scales: candidates for how much a strength of 1 adds to a logit; the best on the validation
+            users is kept, and a single value without asking them.
+    """
+
+    neighbors: int = 0
+    scales: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 0, and an empty list."""
+        require_at_least("memory.neighbors", self.neighbors, 0, "0 is no memory")
+        if not self.scales or not all(0 <= scale < float("inf") for scale in self.scales):
+            raise ValueError(
+                f"memory.scales must be numbers of at least 0, got {self.scales}; use 0,1,2,4,8"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MLflowConfig:
     """The MLflow store that a run is logged to, in addition to its own folder.
 
@@ -307,6 +330,7 @@ class TrainConfig:
         limits: when to stop.
         validation: when to measure.
         checkpoints: when they are written, where to, how many are kept.
+        memory: item pairs that are counted after training and added to the scores.
         init_from: the earlier run to take weights from (a warm start).
         seed: seed of all random choices, in [0, 2**63).
         device: "auto", "cpu" or "cuda"; auto takes CUDA if available.
@@ -332,6 +356,7 @@ class TrainConfig:
     limits: LimitConfig = field(default_factory=LimitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     init_from: InitConfig = field(default_factory=InitConfig)
     seed: int = 1
     device: str = "auto"

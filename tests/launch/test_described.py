@@ -6,7 +6,7 @@ from shardrec.launch import cli
 from shardrec.launch.described import as_text, chosen, descriptions, groups
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.config import flatten, override
-from shardrec.pipeline.recipes import demo
+from shardrec.pipeline.recipes import default, demo
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
@@ -19,13 +19,13 @@ def test_the_help_of_train_explains_every_option_in_groups(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = said(capsys, "train", "--help")
-    for name, value in flatten(demo("DIR", "DIR")):
+    for name, value in flatten(default("DIR", "DIR")):
         if name not in ("data", "output") and not name.endswith(".type"):
             assert f"  {name}=" in text, name
             assert value is not None or f"  {name}=none " in text
     meaning = descriptions(CCEMinus)["num_negatives"]
     assert f"  loss.num_negatives=1024   (int)\n      {meaning}" in text
-    assert "optimizer.decay=constant   (`constant` or `cosine`)" in text
+    assert "optimizer.decay=cosine   (`constant` or `cosine`)" in text
     assert "the run itself: " in text and "optimizer: How encoder and table are updated" in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -95,7 +95,7 @@ def test_torchx_trains_by_the_path_of_the_component(
 def test_a_failing_worker_is_quoted_and_its_exit_code_passed_on(tmp_path: Path) -> None:
     lines = list[str]()
     stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
-    job = Job(component="train", arguments=("-j", "1x2", "--", *stage), log_dir=tmp_path / "logs")
+    job = Job(component="train", arguments=("-j", "1x1", "--", *stage), log_dir=tmp_path / "logs")
     failure = run_here(job, lines.append)
     assert failure is not None and "nothing" in failure.complaint, "\n".join(lines)
     assert failure.exit_code == cli.BAD_INPUT
