@@ -99,10 +99,19 @@ def open_users(
     )
 
 
+_LONGEST_LIST = 10_000  # of a smaller catalog; a longer list is mostly padding
+
+
 class _Meter:
     """Sums over users."""
 
     def __init__(self, ranker: Ranker, config: MeasureConfig, prepared: Prepared) -> None:
+        most = max(prepared.num_items, _LONGEST_LIST)
+        if max(config.ks) > most:
+            raise ValueError(
+                f"ks must be list lengths of at most {most:,} for this catalog, got "
+                f"{max(config.ks):,}; shorten the lists"
+            )
         self.ranker = ranker
         self.config = config
         self.num_items = prepared.num_items

@@ -327,6 +327,8 @@ def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
     config = MeasureConfig(ks=(100,), filter_seen=False, min_count=0)
     found = evaluate(run, data, config, force=True)["metrics"]
     assert found["Recall@100"] == 1.0
+    with pytest.raises(ValueError, match="ks must be list lengths of at most 10,000 for this cat"):
+        evaluate(run, data, MeasureConfig(ks=(10, 10**9)), force=True)
 
 
 def test_evaluate_is_idempotent_and_refuses_another_report(
