@@ -47,9 +47,9 @@ test: setup  ## all tests that need no GPU
 test-quick: setup  ## the tests that take seconds
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image and not spark" $(ARGS)
 
-test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files
+test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files; 2.3 GB of item ids
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m soak tests/launch/test_elastic.py \
-		tests/pipeline/test_spoiled_files.py $(ARGS)
+		tests/pipeline/test_spoiled_files.py tests/pipeline/test_long_text.py $(ARGS)
 
 test-slurm: setup  ## training as a job of a real Slurm on this machine (root, Slurm)
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m slurm tests/launch/test_slurm.py $(ARGS)
@@ -57,8 +57,9 @@ test-slurm: setup  ## training as a job of a real Slurm on this machine (root, S
 test-image: setup  ## the Dockerfile's instructions in a fresh Debian, without Docker (root, debootstrap)
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m image tests/launch/test_dockerfile.py $(ARGS)
 
-test-spark: setup  ## prepare on Spark clusters of several processes (Java, pip install pyspark)
-	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m spark tests/pipeline/test_spark_clusters.py $(ARGS)
+test-spark: setup  ## prepare on Spark, in one process and on clusters (Java, pip install pyspark)
+	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m spark tests/pipeline/test_spark.py \
+		tests/pipeline/test_spark_clusters.py $(ARGS)
 
 lint: setup  ## what CI checks besides the tests
 	$(AT_ROOT).venv/bin/ruff check .

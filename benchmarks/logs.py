@@ -2,7 +2,8 @@ r"""Generate event logs of any size for benchmarks; equal arguments give equal l
 
 ``integers`` and ``strings`` are the same draws with the two kinds of ids: a million users and
 200,000 items for 20 million events, both skewed, in no order of time. In ``one-user`` one of
-100,000 users has three fifths of the events, and in ``text-users`` most users have one event.
+100,000 users has three fifths of the events, in ``skew`` one user and one item have a tenth each,
+and in ``text-users`` most users have one event.
 ``synth`` is the log of ``shardrec synth``, which lies in order of time.
 
     python benchmarks/logs.py strings log.parquet --events 20_000_000
@@ -43,6 +44,13 @@ def one_user(draw: np.random.Generator, count: int, total: int) -> tuple[Ints, I
     return user, draw.integers(0, items, count)
 
 
+def one_user_and_item(draw: np.random.Generator, count: int, total: int) -> tuple[Ints, Ints]:
+    """Users and items of ``count`` events, a tenth of them of user 0 and a tenth of item 0."""
+    users = items = max(2, total // 60)
+    user = np.where(draw.random(count) < 0.1, 0, draw.integers(1, users, count))
+    return user, np.where(draw.random(count) < 0.1, 0, draw.integers(1, items, count))
+
+
 def many_users(draw: np.random.Generator, count: int, _: int) -> tuple[Ints, Ints]:
     """Users and items of ``count`` events, nearly all of them of a user of their own."""
     user = draw.integers(0, 1 << 40, count)
@@ -52,7 +60,7 @@ def many_users(draw: np.random.Generator, count: int, _: int) -> tuple[Ints, Int
 
 DRAWS: dict[str, Draw] = {
     **{"integers": skewed, "strings": skewed},
-    **{"one-user": one_user, "text-users": many_users},
+    **{"one-user": one_user, "skew": one_user_and_item, "text-users": many_users},
 }
 KINDS = ("synth", *DRAWS)
 

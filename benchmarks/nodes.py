@@ -1,59 +1,23 @@
-"""Seconds of a step on many nodes, on paper: one table over all ranks, or a replica on each node.
+"""Efficiency of many nodes, on paper: one table over all ranks, or a replica on each node.
 
-Nothing is measured: bytes and FLOP are those of ``shardrec plan``, divided by bandwidths and speed
-that are options here. Nothing overlaps, so the efficiencies are pessimistic; a real network adds
-latency. The batch of a node stays the same (weak scaling): n nodes take n batches a step, as one
-step of ``optimizer.accumulate=n``. States of an all-gather enter each node once, as NCCL's rings
-do it, and rows of an all-to-all once for each rank.
+Nothing is measured: the seconds are those of ``shardrec plan --node-gbps``, for several losses and
+catalogs. The batch of a node stays the same: n nodes take n batches a step.
 
     python benchmarks/nodes.py
 """
 
 import argparse
-from collections.abc import Mapping
 
 from shardrec.pipeline.config import override
-from shardrec.pipeline.plan import Machine, Plan, plan
 from shardrec.pipeline.recipes import recipe_named
+from shardrec.pipeline.run.machine import Machine
+from shardrec.pipeline.scaling import NODES, Cluster, scaled
 
-GPUS = 8  # of a node
-NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (10**6, 10**7, 10**8, 10**9)
-# Received from each rank apart, and not by all ranks alike.
-OF_EACH_RANK = ("ids and vectors looked up", "gradients of vectors", "candidates")
-OVER_ALL = ("encoder gradients", "attribute gradients")
 
 
-def across(moved: Mapping[str, float], nodes: int, *, replicas: bool) -> float:
-    """Bytes that enter a node in a step."""
-    ranks, others = nodes * GPUS, 1 - 1 / nodes
-    total = 0.0
-    for name, received in moved.items():
-        whole = received / (1 - 1 / ranks)  # of one rank, its own part included
-        if name == "row gradients of replicas":
-            total += GPUS * received
-        elif name in OVER_ALL:
-            total += whole * others
-        elif not replicas:
-            total += whole * others * (GPUS if name in OF_EACH_RANK else 1)
-    return total
-
-
-def inside(moved: Mapping[str, float]) -> float:
-    """Bytes that a rank receives, over the links of its node."""
-    return sum(value for name, value in moved.items() if name != "row gradients of replicas")
-
-
-def seconds(planned: Plan, nodes: int, options: argparse.Namespace, *, replicas: bool) -> float:
-    """Of a step: products, links inside the node, network."""
-    products = sum(planned.flops.values()) / (options.tflops * 1e12)
-    links = inside(planned.moved) / (options.gpu_gbps * 1e9 / 8)
-    network = across(planned.moved, nodes, replicas=replicas) / (options.node_gbps * 1e9 / 8)
-    return float(products + links + network)
-
-
-def efficiencies(loss: str, size: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """By layout, seconds of one node over those of each number of nodes."""
+def seconds(loss: str, size: int, options: argparse.Namespace) -> dict[str, list[float]]:
+    """By layout, seconds of a step on each number of nodes."""
     config = override(
         recipe_named("large_catalog")("none", "none"),
         [
@@ -63,14 +27,9 @@ def efficiencies(loss: str, size: int, options: argparse.Namespace) -> dict[str,
             f"encoder.max_length={options.length}",
         ],
     )
-    found: dict[str, list[float]] = {"one table": [], "replicas": []}
-    for nodes in NODES:
-        for name, shards in (("one table", 0), ("replicas", GPUS)):
-            asked = [f"optimizer.accumulate={nodes}", f"parallel.shards={shards}"]
-            machine = Machine(ranks=nodes * GPUS, device="cuda")
-            planned = plan(override(config, asked), size, machine)
-            found[name].append(seconds(planned, nodes, options, replicas=name == "replicas"))
-    return found
+    speeds = {name: getattr(options, name) for name in ("node_gbps", "gpu_gbps", "tflops")}
+    steps = scaled(config, size, Machine(device="cuda"), Cluster(**speeds))
+    return {layout: [one.seconds for one in found] for layout, found in steps.items()}
 
 
 def main() -> None:
@@ -88,7 +47,7 @@ def main() -> None:
     print("|---|--:|---|--:|" + "--:|" * (len(NODES) - 1))
     for loss in options.losses:
         for size in SIZES:
-            for name, taken in efficiencies(loss, size, options).items():
+            for name, taken in seconds(loss, size, options).items():
                 shares = " | ".join(f"{taken[0] / one:.0%}" for one in taken[1:])
                 print(f"| {loss} | {size:,} | {name} | {taken[0]:.3f} | {shares} |")
 

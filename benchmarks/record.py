@@ -146,11 +146,14 @@ class Watch:
         memory: peak resident memory of this process and those it started, by name; processes of one
             name are added up.
         disk: peak bytes of the files in the folder.
+        disk_by_name: the same for files with a part of their path that begins with a given name.
     """
 
-    def __init__(self, folder: str) -> None:
-        """Watch this process's descendants and ``folder``."""
+    def __init__(self, folder: str, names: Sequence[str] = ()) -> None:
+        """Watch this process's descendants and ``folder``, where ``names`` are told apart."""
         self.folder, self.memory, self.disk = folder, dict[str, int](), 0
+        self.disk_by_name = dict.fromkeys(names, 0)
+        self._cpu: dict[tuple[int, float], tuple[str, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -164,21 +167,45 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def cpu_seconds(self) -> dict[str, float]:
+        """User and system time by name of the process, as last seen while it ran."""
+        found: dict[str, float] = {}
+        for name, seconds in self._cpu.values():
+            found[name] = round(found.get(name, 0.0) + seconds, 1)
+        return found
+
     def _watch(self) -> None:
         while not self._stop.wait(0.3):
-            found: dict[str, int] = {}
-            me = psutil.Process()
-            for process in (me, *me.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    name = "driver" if process == me else process.name()
-                    found[name] = found.get(name, 0) + process.memory_info().rss
-            for name, held in found.items():
-                self.memory[name] = max(self.memory.get(name, 0), held)
-            sizes = 0
-            for path in Path(self.folder).rglob("*"):
+            self._look_at_processes()
+            self._look_at_files()
+
+    def _look_at_processes(self) -> None:
+        found: dict[str, int] = {}
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                name = "driver" if process == me else process.name()
+                found[name] = found.get(name, 0) + process.memory_info().rss
+                times = process.cpu_times()
+                key = process.pid, process.create_time()
+                self._cpu[key] = name, times.user + times.system
+        for name, held in found.items():
+            self.memory[name] = max(self.memory.get(name, 0), held)
+
+    def _look_at_files(self) -> None:
+        total, named = 0, dict.fromkeys(self.disk_by_name, 0)
+        for folder, _, files in os.walk(self.folder):  # passes over folders that go meanwhile
+            for path in (f"{folder}/{file}" for file in files):
                 with contextlib.suppress(OSError):
-                    sizes += path.stat().st_size if path.is_file() else 0
-            self.disk = max(self.disk, sizes)
+                    size = os.stat(path).st_size
+                    total += size
+                    inside = path.removeprefix(self.folder)
+                    for name in (name for name in named if f"/{name}" in inside):
+                        named[name] += size
+        self.disk = max(self.disk, total)
+        for name, size in named.items():
+            self.disk_by_name[name] = max(self.disk_by_name[name], size)
 
 
 def reset_peak_rss() -> None:

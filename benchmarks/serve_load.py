@@ -1,8 +1,10 @@
 """How many requests does the example service answer, how quickly, in how much memory?
 
 Generates a log, trains one step, exports, starts ``examples/serve_fastapi.py`` under uvicorn on
-loopback and asks it for a while from several connections, one history a request. Client and service
-share the machine's cores.
+loopback and asks it for a minute from one connection and from eight, one history a request. Client
+and service share the machine's cores, so leave it alone meanwhile. Two rows, in three minutes:
+
+    python benchmarks/serve_load.py
 """
 
 import argparse
@@ -46,6 +48,7 @@ def main() -> None:
         model = make_export(Path(folder), options.items)
         for connections in options.connections:
             key = {"items": options.items, "width": 64, "connections": connections}
+            key["seconds"] = options.seconds
             if not results.has(key):
                 results.append(key, **measure(model, connections, options.seconds))
 
@@ -96,7 +99,6 @@ def measure(model: Path, connections: int, seconds: float) -> dict[str, Any]:
         "p50_ms": round(1000 * cuts[49], 2),
         "p99_ms": round(1000 * cuts[98], 2),
         "peak_rss_mb": int(peak.split()[1]) // 1024,
-        "seconds": seconds,
     }
 
 

@@ -127,6 +127,7 @@ def train(options: Namespace, config: "TrainConfig") -> int:
     from shardrec.launch.workers import check_restarts, workers
     from shardrec.pipeline.default_recipe import read_size, said
     from shardrec.pipeline.evaluate import evaluate_baselines
+    from shardrec.pipeline.outputs.files import BESIDE
     from shardrec.pipeline.train import train as run_train
 
     check_restarts(options.resume, os.environ)
@@ -138,7 +139,8 @@ def train(options: Namespace, config: "TrainConfig") -> int:
             job: dict[str, Any] = {"interrupted": interrupted, "node_size": found.node_size}
             end = run_train(config, resume=options.resume, force=options.force, **job)
         if end.best_metrics:
-            beside = evaluate_baselines(config.data, config.validation.measure, "validation")
+            measure, output = config.validation.measure, Path(config.output) / BESIDE
+            beside = evaluate_baselines(config.data, measure, "validation", output=output)
             if Communicator(found.group).rank == 0:
                 print("on the validation users, beside what a model must beat:")
                 label, metric = Path(config.output).name, config.validation.metric

@@ -23,6 +23,7 @@ from torchx.components import dist
 from torchx.specs import AppDef
 
 import shardrec
+from shardrec.launch import slurm
 from shardrec.launch.stages import STAGES
 
 IMAGE = f"shardrec:{shardrec.__version__}"
@@ -36,13 +37,17 @@ SHUTDOWN_S = 5
 # More than any node has cores for; each is a process that loads torch.
 MOST_WORKERS = 1024
 
+# From LEAST to NODES nodes, if both are given, of WORKERS each.
+PLACES = re.compile(r"(0*(?P<least>[1-9]\d*):)?0*(?P<nodes>[1-9]\d*)x0*(?P<workers>[1-9]\d*)")
+
 # A worker's threads that compute at the same time: its steps, their backward pass, the next batch,
 # and a checkpoint.
 CPUS_A_GPU = 4
 
 HELP = {
     "arguments": "after ``--``, the arguments of the stage's own command",
-    "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU",
+    "j": "nodes x workers on each, such as 1x2 or 4x8; one worker a GPU; train: also 2:4x8, from "
+    "two to four nodes",
     "image": "container image that has shardrec installed (local_cwd and slurm use no image)",
     "name": "name of the job; for workers, experiment/job or /job",
     "h": "named resource of the scheduler; replaces cpu, gpu and memMB",
@@ -75,16 +80,7 @@ def _workers(
     rdzv_port: int = 29500,
 ) -> AppDef:
     """The TorchX job of one stage: torchrun's workers, on one node or many."""
-    if not re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", j):
-        raise ValueError(
-            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
-        )
-    workers = int(j.rpartition("x")[2])
-    if workers > MOST_WORKERS:
-        raise ValueError(
-            f"-j must ask for at most {MOST_WORKERS} workers on a node, got {j!r}; take one for "
-            "each GPU, or for a few CPUs"
-        )
+    workers = _num_workers(stage, j)
     app = dist.ddp(
         "--",  # without it torchrun takes our `--run` for an abbreviation of its own `--run-path`
         stage,
@@ -103,6 +99,27 @@ def _workers(
     role.resource = _resource(cpu or max(2 * workers, CPUS_A_GPU * gpu), gpu, memMB, h)
     role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // workers)))
     return app
+
+
+def _num_workers(stage: str, j: str) -> int:
+    """Workers on each node, of a valid ``-j``."""
+    found = PLACES.fullmatch(j)
+    if not found:
+        raise ValueError(
+            f"-j must be NODESxWORKERS, both 1 or more, got {j!r}; use 1x2 for two workers here"
+        )
+    if found["least"] and (stage != "train" or int(found["least"]) > int(found["nodes"])):
+        raise ValueError(
+            f"-j must be LEAST:MOSTxWORKERS for train alone, which can go on with fewer nodes, "
+            f"got {j!r} for {stage}; use {found['nodes']}x{found['workers']}"
+        )
+    workers = int(found["workers"])
+    if workers > MOST_WORKERS:
+        raise ValueError(
+            f"-j must ask for at most {MOST_WORKERS} workers on a node, got {j!r}; take one for "
+            "each GPU, or for a few CPUs"
+        )
+    return workers
 
 
 def _process(
@@ -179,17 +196,26 @@ def train(app: AppDef, *, max_restarts: int = 0, grace: int = 25) -> AppDef:
     """Trains on a prepared folder, the catalog sharded over all workers of all nodes.
 
     With `--resume=auto` after the `--`, restarted workers resume from the last complete
-    checkpoint, on the same nodes (max_restarts) or in a new job (max_retries).
+    checkpoint, on the same nodes (max_restarts) or in a new job (max_retries). With -j 2:4x8 they
+    go on with two to four nodes: each loss of a node is one of max_restarts, its return is none.
     """
-    words = shlex.split(app.roles[0].args[-1])
-    again = {"max_restarts": max_restarts, "max_retries": app.roles[0].max_retries}
+    (role,) = app.roles
+    if slurm.can_lose_nodes(role):
+        if not max_restarts:
+            raise ValueError(
+                "--max_restarts must be at least 1 where nodes may leave and come back, got 0; "
+                "give the number of losses that the job may survive"
+            )
+        role.retry_policy = specs.RetryPolicy.REPLICA
+    words = shlex.split(role.args[-1])
+    again = {"max_restarts": max_restarts, "max_retries": role.max_retries}
     given = ", ".join(f"{name}={value}" for name, value in again.items() if value)
     if given and not any(word.startswith("--resume") for word in words):
         raise ValueError(
             "--resume=auto must follow the -- where training may be started again, got none with "
             f"{given}; without it the second start refuses the existing run"
         )
-    app.roles[0].env |= {
+    role.env |= {
         "PET_MAX_RESTARTS": str(max_restarts),  # how torchrun names its options in variables
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace + SHUTDOWN_S),
         # With one store for all restarts, new workers would read the addresses of dead ones.

@@ -266,7 +266,7 @@ def report(facts: Facts) -> str:
         "NVIDIA driver": facts.driver or "none",
         "GPUs": str(facts.gpus or "none"),
         "backends": ", ".join(facts.backends) or "none",
-        "layout": "a node shares a table; nodes hold replicas if they divide optimizer.accumulate",
+        "layout": "a node shares a table; nodes hold replicas if optimizer.accumulate is no less",
     }
     findings = diagnose(facts)
     lines = [f"{name:<16} {value}" for name, value in rows.items()]

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from shardrec.launch.described import descriptions
@@ -71,7 +72,8 @@ class Parser(argparse.ArgumentParser):
         known = [name for name in self.names() if name.startswith("--")]
         options = [word for word in unknown if word.startswith("-")]
         if not options:
-            self.error(f"arguments must follow an option, got {unknown[0]!r}; see --help")
+            hint = "put a glob in quotes" if Path(unknown[0]).exists() else "see --help"
+            self.error(f"arguments must follow an option, got {unknown[0]!r}; {hint}")
         name = options[0].partition("=")[0]
         if near := usual_names(name.strip("-"), self.dotted):
             ours = " or ".join(f"{one}=VALUE" for one in near)

@@ -1,6 +1,6 @@
 """Print the results of the stages."""
 
-import datetime
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +39,20 @@ def print_split(manifest: "Manifest") -> None:
 
 
 def _shown_time(time: int, of: str) -> str:
-    """A time of the log; numbers as they are, microseconds as a date.
+    """A time of the log; microseconds as a date, numbers as they are, with the date they look like.
 
     Example:
         >>> _shown_time(1409529600000000, "timestamp[us]"), _shown_time(7, "int64")
-        ('2014-09-01 00:00:00 UTC', '7')
+        ('2014-09-01T00:00:00Z', '7')
+        >>> _shown_time(1409529600, "int64")
+        '1409529600 (2014-09-01T00:00:00Z)'
     """
-    if not of.startswith("timestamp"):
-        return str(time)
-    began = datetime.datetime(1970, 1, 1)
-    return f"{began + datetime.timedelta(microseconds=time):%Y-%m-%d %H:%M:%S} UTC"
+    from shardrec.pipeline.log.times import as_date, unix_unit
+
+    if of.startswith("timestamp"):
+        return as_date(time)
+    found = unix_unit(time, time)
+    return str(time) if found is None else f"{time} ({as_date(int(time * found[1]))})"
 
 
 def print_end(
@@ -62,7 +66,8 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
     """Print one metric per line and one list length per column, then user and target counts.
 
     Means over users are followed by their standard errors. Metrics of some of the targets alone
-    (those that end in /known and the like) are counted, and left to the report.
+    (those that end in /known and the like) are left to the report. With three list lengths 60
+    columns are enough.
     """
     table: dict[str, dict[int, str]] = {}
     for name, value in metrics.items():
@@ -71,15 +76,21 @@ def print_metrics(metrics: Mapping[str, float], errors: Mapping[str, float]) -> 
             error = f" ±{errors[name]:.4f}" if name in errors else " " * 8
             table.setdefault(kind, {})[int(length)] = f"{value:.4f}{error}"
     lengths = sorted({length for row in table.values() for length in row})
-    print(f"{'':<22}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
+    print(f"{'':<11}" + "".join(f"{f'@{length}':>8}{'':<8}" for length in lengths).rstrip())
     for kind, row in table.items():
-        print(f"{kind:<22}" + "".join(f"{row[length]:>16}" for length in lengths).rstrip())
-    for name in (name for name in metrics if "@" not in name):
-        value = metrics[name]
-        print(f"{name:<22}{value:>8,}" if isinstance(value, int) else f"{name:<22}{value:>8.4f}")
+        print(f"{kind:<11}" + "".join(f"{row[length]:>16}" for length in lengths).rstrip())
+    print(f"{metrics['users']:,} users, {metrics['targets']:,} targets; meanings: evaluate --help")
     parts = dict.fromkeys(name.partition("/")[2] for name in metrics if "@" in name and "/" in name)
     if parts:
-        print(f"in the report also of parts of the targets: {', '.join(parts)}")
+        _print_wrapped(f"in the report also of parts of the targets: {', '.join(parts)}")
+
+
+def _print_wrapped(line: str) -> None:
+    """Print a line in lines of at most 60 columns, broken at blanks."""
+    indented = textwrap.TextWrapper(
+        60, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    print(indented.fill(line))
 
 
 def print_beside(
@@ -89,6 +100,8 @@ def print_beside(
     name: str | None = None,
 ) -> None:
     """Print one metric of a run and of the baselines that it must beat, best first.
+
+    A line follows if a baseline is better.
 
     Args:
         metrics: metrics of the run.
@@ -100,8 +113,11 @@ def print_beside(
 
     name = name or default_metric(metrics)
     rows = {**baselines, label: metrics}
-    for row in sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True):
+    best, *others = sorted(rows, key=lambda row: rows[row][name] or 0.0, reverse=True)
+    for row in (best, *others):
         print(f"{name} {rows[row][name] or 0.0:.4f} {row}")
+    if best != label and (rows[best][name] or 0.0) > (metrics[name] or 0.0):
+        print(f"{label} is worse than {best}: see docs, When it fails")
 
 
 def print_lists(report: Mapping[str, Any]) -> None:
@@ -110,14 +126,14 @@ def print_lists(report: Mapping[str, Any]) -> None:
     print_protocol(protocol)
     seen, new = metrics["repeated_target_share"], metrics["new_target_share"]
     if protocol["seen_items"] == "removed" and seen > 0.05:
-        print(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
+        _print_wrapped(f"{seen:.0%} of the targets are in the history, so missed: --no-filter-seen")
     if protocol["candidates"] != "the whole catalog" and new > 0.05:
-        print(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
+        _print_wrapped(f"{new:.0%} of the targets have no training event, so missed: --min-count 0")
 
 
 def print_protocol(protocol: Mapping[str, str]) -> None:
-    """Print in one line which items may be in the lists."""
-    print(
+    """Print which items may be in the lists."""
+    _print_wrapped(
         f"candidates: {protocol['candidates']}; seen items: {protocol['seen_items']}; ties: "
         f"{protocol['ties']}"
     )

@@ -4,15 +4,17 @@ The variables are those of torchrun (or of a script that starts workers by hand)
 a port in use and a host without an address are reported before torch waits for them.
 """
 
+import json
+import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Place", "connect"]
+__all__ = ["Place", "connect", "own_machine", "require_reachable"]
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START = "start workers with `shardrec launch` or torchrun"
@@ -80,7 +82,8 @@ def connect(place: Place, timeout_s: float, *, is_host: bool) -> Any:
 
     Raises:
         TimeoutError: a worker has not joined; the message names it.
-        ValueError: the host has no address, or the port is in use.
+        ValueError: the host has no address, the port is in use, or there are several machines, of
+            which the name of one leads to itself.
     """
     at, timeout = f"{place.host}:{place.port}", timedelta(seconds=timeout_s)
     _require_address(place.host)
@@ -97,7 +100,7 @@ def connect(place: Place, timeout_s: float, *, is_host: bool) -> Any:
     except RuntimeError as error:
         raise _unreachable(error, at, timeout_s, is_host=is_host) from error
     keys = [f"here/{rank}" for rank in range(place.world_size)]
-    store.set(keys[place.rank], "")
+    store.set(keys[place.rank], json.dumps(own_machine(os.environ)))
     try:
         store.wait(keys, timeout)
     except RuntimeError as error:
@@ -106,7 +109,39 @@ def connect(place: Place, timeout_s: float, *, is_host: bool) -> Any:
             f"all {place.world_size} ranks must come to {at} within {timeout_s:g} s, got none of "
             f"rank {', '.join(ranks)}; look for its last lines and start all of them again"
         ) from error
+    machines = [json.loads(machine) for machine in store.multi_get(keys)]
+    read = [f"read/{rank}" for rank in range(place.world_size)]
+    store.set(read[place.rank], "")
+    if is_host:  # the store ends with this process, and the others must know why
+        store.wait(read, timeout)
+    require_reachable(machines)
     return store
+
+
+def own_machine(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The name of this machine, and the address at which gloo will listen; "" if that is named."""
+    name = socket.gethostname()
+    if "GLOO_SOCKET_IFNAME" in environment:
+        return name, ""
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, "no address"
+
+
+def require_reachable(machines: Sequence[tuple[str, str]]) -> None:
+    """Refuse names that lead a machine to itself where there are several; by rank."""
+    lost = {
+        name: f"{address} for {name} (rank {rank})"
+        for rank, (name, address) in reversed(list(enumerate(machines)))
+        if address == "no address" or address.startswith("127.")
+    }
+    if lost and len({name for name, _ in machines}) > 1:
+        raise ValueError(
+            "the name of each machine must lead to an address that the others reach, got "
+            f"{', '.join(reversed(lost.values()))}; correct /etc/hosts there, or name the network "
+            "interface: --env GLOO_SOCKET_IFNAME=eth0"
+        )
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> int:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from torchx.specs import AppDef, AppDryRunInfo, AppState
 
 from shardrec.launch import components, slurm
 from shardrec.launch.cli import BAD_INPUT, FAILED, PREEMPTED, REFUSED
+from shardrec.launch.cores import usable_cores
 from shardrec.launch.orphans import LAUNCHER, logs_of_launch, this_process
 from shardrec.launch.signals import leave_terminal, taken
 from shardrec.launch.stages import STAGES
@@ -35,6 +38,10 @@ COMPLAINT = re.compile(rf"(\[[^]]*\]:)?shardrec ({'|'.join(STAGES)}): (?P<what>.
 EXIT_CODE = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) \(pid: \d+\)")
 # The last line of a worker's traceback.
 CRASH = re.compile(r"\[[^]]*\]:(?P<what>[\w.]*(Error|Exception)(:.*)?)$")
+
+# Of the 63 characters of a name in Kubernetes, those that are left by "-s9c3920ptzvnh" and
+# "-recommend-1023-0".
+NAME_LENGTH = 32
 
 TELLING = (BAD_INPUT, REFUSED, PREEMPTED)  # exit codes that are passed on; others become FAILED
 
@@ -85,7 +92,16 @@ def describe(job: Job) -> str:
 
 
 def submit(job: Job) -> str:
-    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH."""
+    """Submit ``job`` and return its TorchX handle; on Slurm the workers inherit our PATH.
+
+    Raises:
+        ValueError: Slurm's programs are not on this machine.
+    """
+    if job.scheduler == "slurm" and shutil.which("sbatch") is None:
+        raise ValueError(
+            "-s slurm must find Slurm's sbatch on PATH, got none; submit on a login node, or see "
+            "the request with --dryrun"
+        )
     _find_our_programs()
     with open_runner() as runner:
         return str(runner.schedule(request_of(runner, job)))
@@ -252,7 +268,7 @@ def share_cores(request: AppDryRunInfo, job: Job) -> None:
         return
     replicas = [one for group in request.request.role_params.values() for one in group]
     workers = sum(_num_workers(one.args) for one in replicas)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, usable_cores() // workers)
     for one in replicas:
         one.env["OMP_NUM_THREADS"] = str(threads)
 
@@ -287,9 +303,35 @@ def request_of(runner: Runner, job: Job) -> AppDryRunInfo:
         settings = {**settings, "log_dir": str(job.log_dir)}
     path = f"{components.__file__}:{job.component}"
     try:
-        return runner.dryrun_component(path, list(job.arguments), job.scheduler, cfg=settings)
+        return runner.dryrun_component(path, for_scheduler(job), job.scheduler, cfg=settings)
     except (AssertionError, ValueError) as refused:  # by TorchX, or a component run from its text
         raise ValueError(str(refused)) from refused
+
+
+def for_scheduler(job: Job) -> list[str]:
+    """The arguments of the component, with a port or a name that the scheduler can use.
+
+    On this machine the rendezvous of nodes gets a free port: two jobs with one port would share the
+    store of the first, and end with it. Kubernetes appends a unique word, role and number to the
+    name of a job and takes 63 characters.
+    """
+    own, stage = split(job.arguments)
+    given = [word.partition("=")[0] for word in own]
+    if job.is_local and STAGES[job.component].kind == "distributed" and "--rdzv_port" not in given:
+        own += ["--rdzv_port", str(_free_port())]
+    if job.scheduler.startswith("kubernetes") and "--name" in given:
+        at = given.index("--name")
+        words = own[at].split("=", 1) if "=" in own[at] else own[at : at + 2]
+        folder, slash, name = words[-1].rpartition("/")
+        cut = re.sub(r"[^a-z0-9]+", "-", name.lower())[:NAME_LENGTH].strip("-")
+        own[at : at + 1 + ("=" not in own[at])] = ["--name", folder + slash + cut]
+    return [*own, "--", *stage] if "--" in job.arguments else own
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 class _Node(threading.Thread):

@@ -74,7 +74,8 @@ class Request(SlurmBatchRequest):
 
         Since Slurm 22.05 `srun` gives a task one CPU unless the number is repeated, and it cuts the
         values in `--export` at commas. A job that cannot resume its run is not requeued, because it
-        would only find its own folder and fail.
+        would only find its own folder and fail. A job that may lose nodes is not ended by the
+        first one.
         """
         exported: dict[str, str] = {}
         for replica in made.replicas.values():
@@ -83,6 +84,9 @@ class Request(SlurmBatchRequest):
             replica.env = {n: value for n, value in replica.env.items() if n not in with_commas}
             if cpus := replica.sbatch_opts.get("cpus-per-task"):
                 replica.srun_opts["cpus-per-task"] = cpus
+            if can_lose_nodes(role):
+                replica.sbatch_opts["no-kill"] = None
+                replica.srun_opts |= {"no-kill": None, "kill-on-bad-exit": "0", "wait": "0"}
             if not can_start_again(role):
                 del replica.sbatch_opts["requeue"]
                 replica.sbatch_opts["no-requeue"] = None
@@ -119,6 +123,11 @@ def can_start_again(role: Role) -> bool:
     """Whether a stage may be started again: all may, but training only with ``--resume``."""
     words = shlex.split(" ".join(role.args))
     return role.name != "train" or any(word.startswith("--resume") for word in words)
+
+
+def can_lose_nodes(role: Role) -> bool:
+    """Whether the job goes on with fewer nodes, as by ``-j 2:4x8``."""
+    return bool((role.min_replicas or role.num_replicas) < role.num_replicas)
 
 
 def create_scheduler(session_name: str, **_: Any) -> Scheduler:

@@ -146,11 +146,13 @@ COMMANDS = {
         summary="rank the whole catalog for the test users and write the metrics",
         description=(
             "Ranks the whole catalog for the users of a split and writes metrics.json into the "
-            "run: NDCG, Recall, HitRate, MRR and Coverage at several list lengths, Surprisal, "
-            "recall by popularity, and the protocol they follow. Metrics that end in /known leave"
-            " out targets that training never saw, those in /new all others. Any number of workers "
-            "may evaluate, whatever number trained. Repeated with the same options, it does "
-            "nothing."
+            "run, at several list lengths. Means over users: Recall, the share of a user's targets "
+            "in the list; HitRate, whether there is at least one; NDCG, with less credit further "
+            "down; MRR, one over the place of the first. Coverage: the share of the catalog that "
+            "is in any list. Surprisal: how rare the listed items are, from 0 (all users know them)"
+            " to 1. Metrics that end in /known leave out targets that training never saw, those in "
+            "/new all others. Any number of workers may evaluate, whatever number trained. "
+            "Repeated with the same options, it does nothing."
         ),
         epilog="example: shardrec evaluate --prepared data --run run --ks 10,100",
         config="pipeline.model.config.MeasureConfig",

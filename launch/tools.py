@@ -87,6 +87,7 @@ def plan(arguments: Sequence[str]) -> int:
     from shardrec.pipeline.plan import AttributeCounts, Machine
     from shardrec.pipeline.plan import plan as run_plan
     from shardrec.pipeline.recipes import recipe_named
+    from shardrec.pipeline.scaling import Cluster, describe_scaling, scaled
 
     parser = parser_for("plan")
     parser.add_argument(
@@ -101,7 +102,7 @@ def plan(arguments: Sequence[str]) -> int:
         help="folder of a run with these options that has taken some steps, here or there: its "
         "times give the time of the whole run",
     )
-    for options_of in (Machine, AttributeCounts):
+    for options_of in (Machine, AttributeCounts, Cluster):
         add_options(parser, options_of)
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options to change")
     parser.dotted = dotted_names()
@@ -114,6 +115,10 @@ def plan(arguments: Sequence[str]) -> int:
     config = override(start, options.overrides)
     parts = read_options(Machine, options), read_options(AttributeCounts, options)
     print(run_plan(config, options.num_items, *parts).describe())
+    cluster = read_options(Cluster, options)
+    if cluster.node_gbps is not None:
+        steps = scaled(config, options.num_items, parts[0], cluster, parts[1])
+        print(f"\n{describe_scaling(steps, cluster)}")
     if options.measured is not None:
         from shardrec.pipeline.duration import duration
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PositionKeys", "causal_attention", "dropout", "random_bytes"]
+__all__ = ["PositionKeys", "causal_attention", "dropout", "pointwise_attention", "random_bytes"]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -93,6 +93,42 @@ def causal_attention(
     future = torch.ones(length, length, dtype=torch.bool).triu_(1)
     scores = (query / math.sqrt(query.shape[3])) @ key.transpose(2, 3)
     weights = scores.masked_fill_(future, -torch.inf).softmax(3)
+    return _dropped(weights, share, drawn) @ value
+
+
+def pointwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    share: float,
+    drawn: Tensor | None = None,
+) -> Tensor:
+    """(B, heads, L, D / heads) sums over earlier and equal positions, without a softmax.
+
+    The weights are silu(q . k + bias), divided by the number of biases. Source: Zhai et al.,
+    "Actions Speak Louder than Words", arXiv 2402.17152, section 3.2. Stores the (L, L) weights on
+    every device.
+
+    Args:
+        query: (B, heads, L, D / heads).
+        key: shape of ``query``.
+        value: shape of ``query``.
+        bias: (n,) added to the products by distance, from 0 on; n is at least L.
+        share: as in ``causal_attention``.
+        drawn: as in ``causal_attention``.
+    """
+    places = torch.arange(query.shape[2], device=query.device)
+    distance = places[:, None] - places
+    # The backward pass of an embedding adds in a fixed order, that of an index does not.
+    of_pairs = F.embedding(distance.clamp(min=0), bias[:, None])[..., 0]
+    weights = F.silu(query @ key.transpose(2, 3) + of_pairs) / len(bias)
+    weights = weights.masked_fill(distance < 0, 0.0)
+    if share == 0:
+        return weights @ value
+    if query.device.type != "cpu":
+        return F.dropout(weights, share) @ value
+    assert drawn is not None
     return _dropped(weights, share, drawn) @ value
 
 

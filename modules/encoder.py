@@ -1,4 +1,4 @@
-"""Causal transformers over item vectors: SASRec as published, and a modern variant."""
+"""Causal transformers over item vectors: SASRec as published, and newer kinds of block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardrec.modules.dropout import PositionKeys, causal_attention, dropout, random_bytes
+from shardrec.modules.dropout import (
+    PositionKeys,
+    causal_attention,
+    dropout,
+    pointwise_attention,
+    random_bytes,
+)
 from shardrec.modules.encoder_config import EncoderConfig
 from shardrec.modules.length_groups import LengthGroups
 
@@ -27,24 +33,39 @@ def saved_floats(config: EncoderConfig, length: int, *, on_cpu: bool = True) -> 
     width, hidden, heads = config.width, config.resolved_hidden, config.num_heads
     is_dropped, is_numbered = config.dropout > 0, config.resolved_positions != "rotary"
     stores_weights = on_cpu and config.resolved_attention_dropout > 0
+    weights = 3 * heads * length if stores_weights else heads
+    first = (1 + is_dropped) * width
     if config.kind == "sasrec":
         copied = stores_weights and heads > 1  # the scaled query is one more if not
         block = (8 - copied + is_dropped) * width + (1 + 2 * is_dropped) * hidden
-        first = (1 + is_dropped) * width
+    elif config.kind == "hstu":
+        copied = heads > 1  # query, key and value of each head
+        block = (13 + 3 * copied + is_dropped) * width
+        weights = (2 + (config.resolved_attention_dropout > 0)) * heads * length
     else:
         # The values of one head are a view of the projection, which is then saved whole.
         copies = 0 if heads == 1 else 1 - 3 * stores_weights
+        if is_numbered:  # queries and keys are views too, unless they are scaled or rotated
+            copies = (stores_weights and heads == 1) - 2
         block = (12 + copies + 2 * is_dropped) * width + 4 * hidden
-        first = (2 + is_dropped) * width
-    block += 3 * heads * length if stores_weights else heads
+        if config.kind == "ligr":
+            block += 4 * width
+        if config.resolved_norm == "rms":  # which saves its normalised input too
+            first += width
+        else:
+            block -= 2 * width
+    block += weights
     return float(first + 2 * is_numbered + config.num_blocks * (block + 4) + 2)
 
 
 def encoder_flops(config: EncoderConfig, length: int) -> float:
     """FLOP of the matrix products per position, forward and backward, with unmasked attention."""
     width, hidden = config.width, config.resolved_hidden
-    modern = config.kind == "modern"
-    projections = (4 if modern else 3) * width * width + (3 if modern else 2) * width * hidden
+    # Products of D x D weights, and of weights to and from the hidden units.
+    square, inner = {"sasrec": (3, 2), "modern": (4, 3), "ligr": (6, 3), "hstu": (5, 0)}[
+        config.kind
+    ]
+    projections = square * width * width + inner * width * hidden
     return 6.0 * config.num_blocks * (projections + 2 * length * width)
 
 
@@ -74,7 +95,7 @@ class TransformerEncoder(nn.Module):
         if config.resolved_positions != "rotary":
             self.position_vectors = nn.Parameter(torch.empty(config.max_length, width))
         self.rotary = _Rotary(config) if config.resolved_positions == "rotary" else None
-        block = _SASRecBlock if config.kind == "sasrec" else _ModernBlock
+        block = _KINDS[config.kind]
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
         self.final_norm = _build_norm(config)
         self._draw_weights(torch.Generator().manual_seed(seed))
@@ -214,8 +235,16 @@ class _Block(nn.Module, ABC):
             query, key = _rotate(query, rotary(length)), _rotate(key, rotary(length))
         if drawn is not None:
             drawn = drawn[..., :length].transpose(1, 2)
-        share = self.attention_dropout if self.training else 0.0
-        return causal_attention(query, key, value, share, drawn).transpose(1, 2).flatten(2)
+        return self.mixed(query, key, value, drawn).transpose(1, 2).flatten(2)
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, drawn: Tensor | None) -> Tensor:
+        """(b, heads, l, D / heads) values mixed by the products of query and key."""
+        return causal_attention(query, key, value, self.attention_share, drawn)
+
+    @property
+    def attention_share(self) -> float:
+        """Share of attention weights to drop now."""
+        return self.attention_dropout if self.training else 0.0
 
     def dropped(self, values: Tensor, call: _Call) -> Tensor:
         return dropout(values, self.dropout, call.next_keys())
@@ -265,9 +294,63 @@ class _ModernBlock(_Block):
 
     def forward(self, x: Tensor, call: _Call) -> Tensor:
         projected = self.query_key_value(self.attention_norm(x))
-        x = x + self.dropped(self.attention_out(self.attend(projected, call)), call)
+        x = self.added(x, self.dropped(self.attention_out(self.attend(projected, call)), call), 0)
         gate, inner = self.feed_forward_in(self.feed_forward_norm(x)).chunk(2, dim=-1)
-        return x + self.dropped(self.feed_forward_out(F.silu(gate) * inner), call)
+        return self.added(x, self.dropped(self.feed_forward_out(F.silu(gate) * inner), call), 1)
+
+    def added(self, x: Tensor, branch: Tensor, index: int) -> Tensor:
+        """The residual sum after attention, 0, or after the feed-forward, 1."""
+        return x + branch
+
+
+class _LiGRBlock(_ModernBlock):
+    """The modern block with a gate on each branch: x + sigmoid(G x + g) * branch."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.gates = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(2))
+
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        gates = [(gate, 1) for gate in self.gates if isinstance(gate, nn.Linear)]
+        return [*super().projections(), *gates]
+
+    def added(self, x: Tensor, branch: Tensor, index: int) -> Tensor:
+        gate: Tensor = self.gates[index](x).sigmoid()
+        return x + gate * branch
+
+
+class _HSTUBlock(_Block):
+    """Pre-norm pointwise attention whose normalised result is gated; no feed-forward."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        self.gate_query_key_value = nn.Linear(width, 4 * width, bias=False)
+        self.distance_bias = nn.Parameter(torch.zeros(config.max_length))
+        self.mixed_norm = _build_norm(config)
+        self.attention_out = nn.Linear(width, width)
+
+    def projections(self) -> list[tuple[nn.Linear, int]]:
+        return [(self.gate_query_key_value, 4), (self.attention_out, 1)]
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, drawn: Tensor | None) -> Tensor:
+        share = self.attention_share
+        return pointwise_attention(query, key, value, self.distance_bias, share, drawn)
+
+    def forward(self, x: Tensor, call: _Call) -> Tensor:
+        projected = F.silu(self.gate_query_key_value(self.attention_norm(x)))
+        gate, projected = projected.split([x.shape[-1], 3 * x.shape[-1]], dim=-1)
+        gated = gate * self.mixed_norm(self.attend(projected, call))
+        added: Tensor = x + self.attention_out(self.dropped(gated, call))
+        return added
+
+
+_KINDS: dict[str, type[_Block]] = {
+    "sasrec": _SASRecBlock,
+    "modern": _ModernBlock,
+    "ligr": _LiGRBlock,
+    "hstu": _HSTUBlock,
+}
 
 
 class _Rotary(nn.Module):

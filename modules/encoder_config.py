@@ -9,6 +9,7 @@ from shardrec.modules.option_checks import require_at_least, require_choice
 __all__ = ["EncoderConfig"]
 
 
+Kind = Literal["sasrec", "modern", "ligr", "hstu"]
 Positions = Literal["learned", "learned_from_last", "rotary"]
 
 
@@ -22,26 +23,29 @@ class EncoderConfig:
         kind: "sasrec" is the block of the SASRec paper and its public code: only the query is
             normalised, the residual adds the normalised query, attention has no output
             projection, the feed-forward is point-wise with ReLU and D hidden units. "modern" is
-            pre-norm with SwiGLU.
+            pre-norm with SwiGLU; "ligr" (eSASRec, arXiv 2508.06450) is that with a learned sigmoid
+            gate on each residual branch. "hstu" (arXiv 2402.17152) has no softmax and no
+            feed-forward: weights silu(q k + bias by distance), gated values.
         num_blocks: transformer blocks.
         num_heads: attention heads; must divide ``width``.
         dropout: share of activations dropped in training, on the input and in the residual
             branches.
         attention_dropout: share of attention weights dropped in training. None means ``dropout``
-            for "sasrec" (as published) and 0 for "modern". Above 0 a CPU stores (L, L) weights.
-        norm: "layer" or "rms"; None means "layer" for "sasrec" (the only choice there) and "rms"
-            for "modern".
+            for "sasrec" (as published) and 0 for the others. Above 0 a CPU stores (L, L) weights,
+            which "hstu" always does.
+        norm: "layer" or "rms"; None means "rms" for "modern" and "layer" for the others; "sasrec"
+            has no other choice.
         positions: "learned" counts positions from the first item of a sequence,
             "learned_from_last" from the last item, as left padding does, and "rotary" rotates
-            queries and keys; None means "learned" for "sasrec" (which cannot be "rotary") and
-            "rotary" for "modern".
+            queries and keys, except for "sasrec"; None means "learned" for "sasrec" and "hstu",
+            "rotary" for "modern", "learned_from_last" for "ligr", each as published.
         hidden: hidden units of the feed-forward; None means ``width`` for "sasrec" and 8/3 of it,
-            rounded up to a multiple of 16, for "modern".
+            rounded up to a multiple of 16, for "modern" and "ligr". "hstu" has none.
     """
 
     width: int
     max_length: int
-    kind: Literal["sasrec", "modern"] = "sasrec"
+    kind: Kind = "sasrec"
     num_blocks: int = 2
     num_heads: int = 1
     dropout: float = 0.2
@@ -54,7 +58,7 @@ class EncoderConfig:
         """Raises ValueError for an option out of range or an invalid combination."""
         for name in ("width", "max_length", "num_blocks", "num_heads", "hidden"):
             require_at_least(f"encoder.{name}", getattr(self, name), 1)
-        require_choice("encoder.kind", self.kind, ("sasrec", "modern"))
+        require_choice("encoder.kind", self.kind, get_args(Kind))
         if self.norm is not None:
             require_choice("encoder.norm", self.norm, ("layer", "rms"))
         if self.positions is not None:
@@ -74,6 +78,11 @@ class EncoderConfig:
                 "encoder.norm and encoder.positions must be 'layer' and not 'rotary' for kind "
                 f"'sasrec', got {self.norm!r} and {self.positions!r}; use kind 'modern'"
             )
+        if self.kind == "hstu" and self.hidden is not None:
+            raise ValueError(
+                f"encoder.hidden must be none for kind 'hstu', got {self.hidden}; it has no "
+                "feed-forward layer"
+            )
         if self.resolved_positions == "rotary" and (self.width // self.num_heads) % 2:
             raise ValueError(
                 "encoder.width / encoder.num_heads must be even for rotary positions, got "
@@ -90,19 +99,21 @@ class EncoderConfig:
     @property
     def resolved_positions(self) -> str:
         """The kind of positions, after None is resolved."""
-        return self.positions or ("learned" if self.kind == "sasrec" else "rotary")
+        own = {"modern": "rotary", "ligr": "learned_from_last"}
+        return self.positions or own.get(self.kind, "learned")
 
     @property
     def resolved_norm(self) -> str:
         """The kind of norm, layer or rms, after None is resolved."""
-        return self.norm or ("layer" if self.kind == "sasrec" else "rms")
+        return self.norm or ("rms" if self.kind == "modern" else "layer")
 
     @property
     def resolved_hidden(self) -> int:
         """Hidden units of the feed-forward, after None is resolved."""
         if self.hidden is not None:
             return self.hidden
-        return self.width if self.kind == "sasrec" else 16 * math.ceil(self.width / 6)
+        has_gates = self.kind in ("modern", "ligr")
+        return 16 * math.ceil(self.width / 6) if has_gates else self.width
 
 
 def _require_share(name: str, value: float | None) -> None:

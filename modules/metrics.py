@@ -14,12 +14,15 @@ without targets, and is NaN before the first user. Sums are float64 and counts i
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+
+from shardrec.kernels.ranks.communicator import Communicator
 
 __all__ = [
     "MRR",
@@ -30,6 +33,7 @@ __all__ = [
     "PopularityRecall",
     "Recall",
     "Surprisal",
+    "combine_ranks",
     "popularity_buckets",
     "ranking_metrics",
 ]
@@ -71,6 +75,36 @@ def ranking_metrics(
         }
     # Compute groups would merge metrics of different k if their sums are equal after one batch.
     return MetricCollection(metrics, compute_groups=False)
+
+
+def combine_ranks(metrics: Sequence[Metric], group: dist.ProcessGroup | None) -> None:
+    """Give every metric the states of all ranks at once; add nothing to it afterwards.
+
+    `compute` and `standard_error` return what they would have returned, without the collectives
+    that torchmetrics needs for every single state. In a single process nothing is exchanged.
+
+    Args:
+        metrics: those of this module, the same on every rank.
+        group: the ranks; None for a single process.
+
+    Collectives: an all-gather of all sums for each of their dtypes, and an all-reduce for each
+    `Coverage`.
+    """
+    ranks, sums = Communicator(group), defaultdict[torch.dtype, list[tuple[Metric, str]]](list)
+    for metric in metrics:
+        metric.distributed_available_fn = lambda: False
+        for name in metric._defaults:  # the oldest torchmetrics has no public name for it
+            state = getattr(metric, name)
+            if isinstance(metric, Coverage):
+                setattr(metric, name, ranks.max(state))
+            else:
+                sums[state.dtype].append((metric, name))
+    for places in sums.values() if ranks.size > 1 else ():
+        states = [getattr(metric, name) for metric, name in places]
+        gathered = ranks.all_gather(torch.cat([state.flatten() for state in states]))
+        parts = gathered.split([state.numel() for state in states], dim=1)
+        for (metric, name), state, part in zip(places, states, parts, strict=True):
+            setattr(metric, name, part.contiguous().view(ranks.size, *state.shape).sum(0))
 
 
 class _ListMetric(Metric):

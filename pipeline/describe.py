@@ -20,7 +20,7 @@ from shardrec.pipeline.log.config import PrepareConfig, sort_threads
 from shardrec.pipeline.log.reader import EventLog, read_schema
 from shardrec.pipeline.log.sort import SortedLog, SortOptions, sort_log
 from shardrec.pipeline.log.split import Cuts, split_log, training_counts
-from shardrec.pipeline.log.times import as_date
+from shardrec.pipeline.log.times import as_date, unix_unit
 
 __all__ = ["DescribeConfig", "Description", "describe"]
 
@@ -38,8 +38,6 @@ _NAMES = {
     "time": "timestamp time eventtime ts datetime unixtime createdat occurredat date when zeit "
     "zeitpunkt zeitstempel datum",
 }
-_UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
-_RECENT = (631_152_000_000_000, 4_102_444_800_000_000)  # 1990 and 2100, in microseconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,11 +245,10 @@ def _times(bounds: tuple[int, int], time_type: str) -> dict[str, Any]:
     first, last = bounds
     if time_type == "timestamp[us]":
         return {"first": as_date(first), "last": as_date(last)}
-    for unit, scale in _UNITS.items():
-        ends = [int(time * scale) for time in bounds]
-        if _RECENT[0] <= ends[0] and ends[1] <= _RECENT[1]:
-            shown = {"first_as_date": as_date(ends[0]), "last_as_date": as_date(ends[1])}
-            return {"first": first, "last": last, "looks_like": unit, **shown}
+    if (found := unix_unit(first, last)) is not None:
+        unit, ends = found[0], [as_date(int(time * found[1])) for time in bounds]
+        shown = {"first_as_date": ends[0], "last_as_date": ends[1]}
+        return {"first": first, "last": last, "looks_like": unit, **shown}
     return {"first": first, "last": last, "looks_like": "numbers of no known unit"}
 
 

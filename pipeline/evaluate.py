@@ -1,5 +1,6 @@
 """The evaluate stage: measure a run on its prepared folder and write ``metrics.json``."""
 
+import json
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from shardrec.pipeline.model.measure import Measurement, Split, measure, open_us
 from shardrec.pipeline.model.ranker import Ranker
 from shardrec.pipeline.outputs.files import sha256
 from shardrec.pipeline.outputs.formats import METRICS
-from shardrec.pipeline.outputs.json_files import read_json
+from shardrec.pipeline.outputs.json_files import read_json, write_atomically
 from shardrec.pipeline.outputs.stage_output import StageOutput
 from shardrec.pipeline.outputs.staging import staged_file
 from shardrec.pipeline.prepared.batches import gathered
@@ -130,7 +131,7 @@ def evaluate_popularity(
 
 
 def evaluate_baselines(
-    data: str, config: MeasureConfig, split: Split = "test"
+    data: str, config: MeasureConfig, split: Split = "test", *, output: Path | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of popularity, and of the baselines in ``data`` evaluated by the same protocol.
 
@@ -138,6 +139,7 @@ def evaluate_baselines(
         data: a prepared folder.
         config: list lengths and candidates.
         split: the users to rank for.
+        output: JSON file to write the metrics to; None writes none.
 
     Returns:
         The metrics of each baseline, by its name.
@@ -146,7 +148,12 @@ def evaluate_baselines(
     """
     users = _Users.open(data, split, config)
     popularity = users.measure(users.popularity()).metrics
-    return {"popularity": popularity} | on_first_rank(users.baselines, users.group)
+    found = {"popularity": popularity} | on_first_rank(users.baselines, users.group)
+    if output is not None:
+        stored = {name: _json(metrics) for name, metrics in found.items()}
+        text = json.dumps({"split": split, "metrics": stored}, indent=1)
+        on_first_rank(lambda: write_atomically(output, text), users.group)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

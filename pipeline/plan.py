@@ -170,7 +170,7 @@ class _Planner:
         self.on_cpu = machine.device == "cpu"
         accumulate = config.optimizer.accumulate
         self.layout = choose_layout(config.parallel.shards, accumulate, machine.ranks, None)
-        self.turns = accumulate // self.layout.num_replicas
+        self.turns = self.layout.turns(accumulate)
         self.width, self.length = config.encoder.width, config.encoder.max_length
         sequences = config.batches.batch_size
         # The encoder sees hardly any padding (``LengthGroups``).
@@ -243,7 +243,7 @@ class _Planner:
 
     def batches(self) -> int:
         """Bytes of two batches: items, targets, weights and the indices of real positions."""
-        sequences = -(-self.config.batches.batch_size // self.machine.ranks)
+        sequences = -(-self.config.batches.batch_size // self.layout.num_shards)
         return 2 * sequences * self.length * (8 + 8 + 4 + 8)
 
     def memorized(self, num_items: int) -> int:

@@ -24,7 +24,7 @@ from shardrec.pipeline.log.user_lists import UserLists
 from shardrec.pipeline.model.baseline_ranker import BaselineRanker
 from shardrec.pipeline.model.config import TIES, describe_lists
 from shardrec.pipeline.model.lists import Lists, list_schema
-from shardrec.pipeline.model.ranker import Ranker
+from shardrec.pipeline.model.ranker import Ranker, StateRanker
 from shardrec.pipeline.outputs.files import FileEntry, describe_parquet
 from shardrec.pipeline.outputs.formats import RECOMMENDATIONS
 from shardrec.pipeline.outputs.stage_output import StageOutput
@@ -58,6 +58,8 @@ class RecommendConfig:
         items_column: column of the lists of item ids in histories.
         item_column, time_column: columns of the events.
         k: number of items for each user.
+        vectors: write the model's state of each user too, in a column vector; its inner products
+            with the item vectors of an export are the scores without a memory's share.
         filter_seen: leave out items of the user's history.
         allow: Parquet with a column item_id; only these items are recommended.
         deny: Parquet with a column item_id; these items are never recommended.
@@ -81,6 +83,7 @@ class RecommendConfig:
     item_column: str = "item_id"
     time_column: str = "timestamp"
     k: int = 10
+    vectors: bool = False
     filter_seen: bool = True
     allow: str | None = None
     deny: str | None = None
@@ -165,6 +168,7 @@ def recommend(config: RecommendConfig, *, encoder: nn.Module | None = None) -> R
     if found is not None:
         return Recommendations(found, False, time.monotonic() - started, 0.0)
     ranker, _ = ranked.load()
+    _check_vectors(config, ranker)
     counts = on_this_rank(prepared.item_counts, group)
     fallback = BaselineRanker.of_order(by_popularity(counts), group)
     loaded = time.monotonic()
@@ -193,6 +197,9 @@ class _Work:
         self.config, self.ranker, self.fallback = config, ranker, fallback
         self.histories, self.candidates = histories, candidates
         self.k = min(config.k, len(candidates.allowed))  # no list is longer
+        self.width = 0
+        if config.vectors and isinstance(ranker, StateRanker):
+            self.width = ranker.shard.rows.shape[1]
         self.allowed = None if candidates.allowed.all() else candidates.allowed
         self.rank, self.size = Communicator(ranker.group).rank, Communicator(ranker.group).size
         # users without history, items of histories, unknown items, lists shorter than k
@@ -201,7 +208,7 @@ class _Work:
     def write(self, folder: Path) -> list[FileEntry]:
         name = f"part-{self.rank:05d}-of-{self.size:05d}.parquet"
         ids = self.histories.catalog.ids.type
-        schema = list_schema("user_id", self.histories.user_type, ids)
+        schema = list_schema("user_id", self.histories.user_type, ids, self.width)
         group = self.ranker.group
         with on_this_rank(lambda: pq.ParquetWriter(folder / name, schema), group) as writer:
             for batch in in_step(self._batches(writer), group, self.ranker.device):
@@ -227,18 +234,23 @@ class _Work:
             },
         }
 
-    def _rank(self, batch: "_Batch") -> tuple[Tensor, Tensor]:
-        """Scores and items (B, k) of a batch, on the CPU."""
-        device = self.ranker.device
+    def _rank(self, batch: "_Batch") -> list[Tensor]:
+        """Scores and items (B, k) of a batch, and (B, D) vectors if asked for, on the CPU."""
+        device, ranker, vectors = self.ranker.device, self.ranker, list[Tensor]()
         seen = (batch.seen[0].to(device), batch.seen[1].to(device))
-        scores, items = self.ranker.top(
-            batch.items.to(device),
-            batch.lengths.to(device),
+        items, lengths = batch.items.to(device), batch.lengths.to(device)
+        if self.width:
+            assert isinstance(ranker, StateRanker)
+            vectors = [ranker.scorer(items, lengths)]
+            ranker = dataclasses.replace(ranker, scorer=lambda *_: vectors[0])
+        found = ranker.top(
+            items,
+            lengths,
             self.k,
             seen if self.config.filter_seen else None,
             None if self.allowed is None else self.allowed.to(device),
         )
-        return scores.cpu(), items.cpu()
+        return [one.cpu() for one in (*found, *vectors)]
 
     def _popular(self) -> Tensor:
         """(k,) the list of a user without history; -1 at the end of a short one."""
@@ -251,7 +263,7 @@ class _Work:
         first, last = (num_users * rank // self.size for rank in (self.rank, self.rank + 1))
         given, popular = 0, self._popular()
         for chunk in self.histories.chunks(first, last, size * _BATCHES_PER_CHUNK):
-            lists = Lists.of_everybody(popular, len(chunk.user_ids))
+            lists = Lists.of_everybody(popular, len(chunk.user_ids), self.width)
             for rows in torch.argsort(chunk.offsets.diff(), stable=True).split(size):
                 given += 1
                 yield _Batch.of(chunk, rows, lists, self.ranker.max_length)
@@ -259,7 +271,7 @@ class _Work:
             writer.write_table(lists.table(chunk.user_ids, self.histories.catalog, writer.schema))
         most = -(-num_users // self.size)
         for _ in range(given, -(-most // size)):
-            yield _Batch.empty(self.k)
+            yield _Batch.empty(self.k, self.width)
 
     def _count(self, chunk: HistoryChunk, lists: Lists) -> None:
         lengths = chunk.offsets.diff()
@@ -292,9 +304,9 @@ class _Batch:
         return cls(items, lengths, seen, rows, lists)
 
     @classmethod
-    def empty(cls, k: int) -> "_Batch":
+    def empty(cls, k: int, width: int) -> "_Batch":
         none = torch.zeros(0, dtype=torch.int64)
-        lists = Lists.of_everybody(none.new_zeros(k), 0)
+        lists = Lists.of_everybody(none.new_zeros(k), 0, width)
         return cls(none.new_zeros(0, 1), none, (none, none), none, lists)
 
 
@@ -365,6 +377,14 @@ def _lists_of(
     return on_this_rank(lambda: Histories(path, catalog, users="user_id", items="items"), group)
 
 
+def _check_vectors(config: RecommendConfig, ranker: Ranker) -> None:
+    if config.vectors and not isinstance(ranker, StateRanker):
+        raise ValueError(
+            f"vectors must be false for a baseline, got true for {config.run}, which has no states "
+            "of users; name the run of a model"
+        )
+
+
 def _request(config: RecommendConfig) -> dict[str, Any]:
     """The options that change the content, without those about how it is computed."""
     how = ("run", "prepared", "output", "force", "batch_size", "block_states", "block_rows")
@@ -372,4 +392,6 @@ def _request(config: RecommendConfig) -> dict[str, Any]:
     if config.events is None:  # lists of earlier versions do not name these
         for name in ("events", "item_column", "time_column"):
             del asked[name]
+    if not config.vectors:
+        del asked["vectors"]
     return asked | {"ties": TIES}

@@ -91,7 +91,7 @@ class Recommender:
             catalog_version: the catalog version that the export must have; None accepts any.
             min_count: fewest training events of an item to be recommended; 0 accepts all.
             approximate: search the index of `shardrec export --faiss`, which holds the items with
-                a training event.
+                a training event; exactly where it finds too few items for a list.
             trust_code: also open files that can run arbitrary code: an encoder.pt2 (a user-supplied
                 encoder, or an export of version 0.2.0 or earlier) and a FAISS index. Set it only
                 for exports that you made, or that come from someone you trust.
@@ -232,7 +232,7 @@ class Recommender:
     def _top(
         self, histories: Sequence[Tensor], k: int, filter_seen: bool, allowed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores and items (B, k), by the index where there is one."""
+        """Scores and items (B, k), by the index where there is one and where it finds enough."""
         lengths = torch.tensor([len(items) for items in histories])
         seen = (torch.cat(list(histories)), lengths) if filter_seen else None
         states, recent = self.states(histories), None
@@ -252,10 +252,16 @@ class Recommender:
                 recent=recent,
             )
         if self.memory is None or recent is None:
-            return index_top_items(self.index, states, k, seen)
-        added = self.memory.scores(recent)
-        added = added.where(allowed[added.items])
-        return index_top_with(self.index, states, k, seen, added, self.scored)
+            scores, items = index_top_items(self.index, states, k, seen)
+        else:
+            added = self.memory.scores(recent)
+            added = added.where(allowed[added.items])
+            scores, items = index_top_with(self.index, states, k, seen, added, self.scored)
+        short = (items[:, -1] < 0).nonzero()[:, 0]
+        if len(short):  # few lists were probed, or many equal vectors hide the others
+            exact, asked = dataclasses.replace(self, index=None), [histories[row] for row in short]
+            scores[short], items[short] = exact._top(asked, k, filter_seen, allowed)
+        return scores, items
 
 
 def read_recommender(

@@ -6,6 +6,7 @@ a few simple rankings on them.
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = ["SynthConfig", "SynthReport", "generate"]
 
 DISCOUNTS: Floats = 1.0 / np.log2(np.arange(TOP) + 2.0)
 SCHEMA = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())])
+_LEAST_BYTES = 1  # of an event in the compressed file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +92,7 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
 
     Raises:
         FileExistsError: ``path`` holds something else.
-        ValueError: the path is invalid.
+        ValueError: the path is invalid, or the disk cannot hold so many events.
     """
     check_path("output", str(path))
     target = Path(path)
@@ -100,6 +102,11 @@ def generate(config: SynthConfig, path: str | Path, *, force: bool = False) -> S
         logging.getLogger(__name__).warning(message, target)
         return from_json(SynthReport, found["report"])
     target.parent.mkdir(parents=True, exist_ok=True)
+    if _LEAST_BYTES * config.events > (free := shutil.disk_usage(target.parent).free):
+        raise ValueError(
+            f"events must fit on the disk of the output, got {config.events:,} with {free:,} bytes "
+            "free; ask for fewer, or choose another disk"
+        )
     world = World(config)
     judge = _Judge(world)
     with (

@@ -172,7 +172,14 @@ def _built_in_callbacks(run: Run) -> list[Callback]:
         JsonLines(folder / METRICS, every),
         TensorBoard(folder / "tensorboard", every, first_step),
     ]
-    return [*written, progress(run.total_steps)] if run.config.show_progress else written
+    if not run.config.show_progress:
+        return written
+    shown = [progress(run.total_steps)]
+    if in_notebook():
+        from shardrec.pipeline.run.live_curve import live_curve
+
+        shown.append(live_curve())
+    return [*written, *shown]
 
 
 def _profiling(config: TrainConfig) -> list[Callback]:

@@ -14,16 +14,22 @@ runs commands as a user does     workers, restarts, packages, orchestrators
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from tests.ranks import Ranks
+
+if TYPE_CHECKING:  # the process that shares out the files needs no torch
+    from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """``ranks(W).run(function, *args)``: what the function returned on each of W gloo ranks."""
+    from tests.ranks import Ranks
+
     pool = Ranks()
     yield pool
     pool.close()
@@ -32,6 +38,11 @@ def ranks() -> Iterator[Ranks]:
 def pytest_configure() -> None:
     """Take interrupts: started in the background, this process and what it starts ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

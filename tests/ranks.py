@@ -23,6 +23,7 @@ forks the workers, so that a fresh one costs nothing.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -277,5 +278,7 @@ def fork_on_request(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("shardrec.pipeline.train")
+    for name in ("shardrec.pipeline.train", "torch.utils.tensorboard"):
+        importlib.import_module(name)
+    gc.freeze()  # what was imported stays, in every process that is forked
     fork_on_request(Connection(int(sys.argv[1])))

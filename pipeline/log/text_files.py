@@ -1,13 +1,16 @@
 """CSV and JSON lines as files of a log, compressed or not.
 
 CSV has no types, so a first pass infers them: a column is int64 if all rows of all files hold whole
-numbers, or numbers that all end in .0; otherwise it is text, unchanged. The types of JSON lines are
-those of the first megabytes; a later value of another type is an error.
+numbers, or numbers that all end in .0 or .00; otherwise it is text, unchanged. The types of JSON
+lines are those of the first megabytes; a later value of another type is an error.
 """
 
+import codecs
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +32,7 @@ _DELIMITERS = ",;\t|"
 _NULLS = ["", "NULL", "null", r"\N"]
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _WHOLE = r"^\s*(0|-?[1-9][0-9]{0,17})\s*$"
-_WHOLE_FLOAT = r"^\s*(0|-?[1-9][0-9]{0,14})\.0+\s*$"
+_WHOLE_FLOAT = r"^\s*(0|-?[1-9][0-9]{0,14})\.00?\s*$"  # 1.000 may be a thousand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,13 @@ class CsvLog:
             delimiter=_delimiter(header),
             encoding=encoding,
         )
+        with _errors_of(path), _opened(filesystem, path, kind) as stream:
+            if not _has_closed_quotes(stream, file.delimiter, encoding):
+                raise ValueError(
+                    f"{path!r} must double quotes inside of quoted values, got one that goes on "
+                    "after its closing quote, or has none; write it without an escape character "
+                    "(for Spark, escape='\"'), or as Parquet"
+                )
         with _errors_of(path), file._reader() as reader:
             header_names = reader.schema.names
         rows, types = file._types(columns, header_names)
@@ -225,6 +235,37 @@ def _delimiter(header: str) -> str:
     """
     plain = "".join(header.split('"')[::2])
     return max(_DELIMITERS, key=plain.count)
+
+
+def _has_closed_quotes(stream: Any, delimiter: str, encoding: str) -> bool:
+    """Whether every value that begins with a quote ends with one, and holds only doubled ones.
+
+    Arrow takes what follows a closing quote as a part of the value, and a quote that is never
+    closed, or closed by a backslash and a quote, takes in the rows up to the next one.
+    """
+    edge = re.escape(delimiter.encode()) + rb"\r\n"
+    begin = rb'(?<![^%b])"' % edge
+    closed = rb'[^"]*(?:""[^"]*)*"(?=[%b])' % edge
+    value = re.compile(rb"%b(?:%b|(?P<open>(?s:.*)))" % (begin, closed))
+    decode = codecs.getincrementaldecoder("utf-16")("replace").decode
+    rest = b"\n"
+    while block := stream.read(_BLOCK_BYTES):
+        rest += block if encoding == "utf8" else decode(block).encode()
+        rest = rest.replace(codecs.BOM_UTF8, b"", 1)
+        opened = _open_value(value, rest)
+        # A quote at the end that opens nothing stands inside of a value; so must what follows it.
+        rest = rest[-1:].replace(b'"', b"-") if opened is None else b"\n" + opened
+        if len(rest) > 2 * _BLOCK_BYTES:
+            return False
+    return _open_value(value, rest + b"\n") is None
+
+
+def _open_value(value: re.Pattern[bytes], text: bytes) -> bytes | None:
+    """From the quote of the value on that does not end properly in the text, if there is one."""
+    if b'"' not in text:
+        return None
+    last = collections.deque(value.finditer(text), maxlen=1)  # an open one takes in all the rest
+    return last[0][0] if last and last[0]["open"] is not None else None
 
 
 def _all_match(column: pa.Array, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from shardrec.pipeline.prepared.ids import (
     whole_numbers,
 )
 
-__all__ = ["as_date", "date_of_digits", "parse_time", "read_times", "time_kind"]
+__all__ = ["as_date", "date_of_digits", "parse_time", "read_times", "time_kind", "unix_unit"]
 
 _MICROSECONDS = pa.timestamp("us")
 _ZONE = r"[T ].*(Z|[+-]\d\d(:?\d\d)?)$"
@@ -22,13 +22,15 @@ _FINER_THAN_MICROSECONDS = r"(\.\d{6})\d+"
 _SPELLINGS = (
     (r"^\s+|\s+$", ""),
     (r"^(\d{4})/(\d{2})/(\d{2})", r"\1-\2-\3"),
-    (r"\[[A-Za-z0-9_+/-]+\]$", ""),  # Java's name of the zone, which follows the offset
+    (r"(Z|[+-]\d{2}:?\d{2})\[[A-Za-z0-9_+/-]+\]$", r"\1"),  # Java's name of the zone
     (r"(:\d{2}(?:\.\d+)?) ([+-]\d{2}(?::?\d{2})?)(?: [A-Z]{1,5})?$", r"\1\2"),
     (r"(:\d{2}(?:\.\d+)?) ?(?:UTC|GMT|utc|z)$", r"\1Z"),
 )
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _DATE_DIGITS = 8
+_UNITS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}  # microseconds of each
+_RECENT = (631_152_000_000_000, 4_102_444_800_000_000)  # 1990 and 2100, in microseconds
 
 
 def time_kind(dtype: pa.DataType, name: str, path: str) -> str:
@@ -114,6 +116,19 @@ def as_date(microseconds: int) -> str:
         return (_EPOCH + microseconds * _MICROSECOND).isoformat().replace("+00:00", "Z")
     except OverflowError:
         return str(microseconds)
+
+
+def unix_unit(first: int, last: int) -> tuple[str, float] | None:
+    """The unit, and its microseconds, in which both numbers are of 1990 to 2100; None for none.
+
+    Example:
+        >>> unix_unit(1_630_298_749, 1_630_298_750), unix_unit(1, 7)
+        (('s', 1000000.0), None)
+    """
+    for unit, scale in _UNITS.items():
+        if _RECENT[0] <= int(first * scale) and int(last * scale) <= _RECENT[1]:
+            return unit, scale
+    return None
 
 
 def _parse(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, bool]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from shardrec.kernels.ranks.communicator import Communicator
-from shardrec.modules.metrics import MeanOverUsers, ranking_metrics
+from shardrec.modules.metrics import MeanOverUsers, combine_ranks, ranking_metrics
 from shardrec.modules.ranking import Ragged, ranks_in_lists
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.model.ranker import Ranker
@@ -62,7 +62,7 @@ def measure(
         ValueError: a row group is damaged; raised on all ranks.
 
     Collectives: an all-gather of small objects; for each batch an all-reduce of one number and the
-    collectives of the ranker; at the end an all-reduce and those of the metrics.
+    collectives of the ranker; at the end an all-reduce and those of ``combine_ranks``.
     """
     meter = _Meter(ranker, config, prepared)
     with torch.no_grad():
@@ -99,10 +99,19 @@ def open_users(
     )
 
 
+_LONGEST_LIST = 10_000  # of a smaller catalog; a longer list is mostly padding
+
+
 class _Meter:
     """Sums over users."""
 
     def __init__(self, ranker: Ranker, config: MeasureConfig, prepared: Prepared) -> None:
+        most = max(prepared.num_items, _LONGEST_LIST)
+        if max(config.ks) > most:
+            raise ValueError(
+                f"ks must be list lengths of at most {most:,} for this catalog, got "
+                f"{max(config.ks):,}; shorten the lists"
+            )
         self.ranker = ranker
         self.config = config
         self.num_items = prepared.num_items
@@ -142,6 +151,8 @@ class _Meter:
     def result(self) -> Measurement:
         """The numbers of all ranks."""
         Communicator(self.ranker.group).sum_(self.sums)
+        sets = (self.all, self.known, self.new)
+        combine_ranks([one for metrics in sets for one in metrics.values()], self.ranker.group)
         users, targets, new, repeated = self.sums.tolist()
         values = {name: float(value) for name, value in self.all.compute().items()}
         for name, value in self.known.compute().items():

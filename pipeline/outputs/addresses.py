@@ -8,11 +8,13 @@ import logging
 import re
 from typing import Any
 
-__all__ = ["stored_without_keys", "warn_of_keys", "without_keys"]
+__all__ = ["clean", "stored_without_keys", "warn_of_keys", "without_keys"]
 
 # All between "://" and "@": up to the first slash, or, after a colon, a secret with slashes in it.
+# As a path, an address has lost a slash.
 _USER_INFO = re.compile(
-    r"(?<=://)(?:[^\s/?#'\"@]*|[^\s/?#'\"@:]+:(?!\d+[/?#])[^\s'\"@]*)@(?=[^\s'\"])"
+    r"(://|\b(?:s3a?|gc?s|hdfs|abfss?|https?):/)"
+    r"(?:[^\s/?#'\"@]*|[^\s/?#'\"@:]+:(?!\d+[/?#])[^\s'\"@]*)@(?=[^\s'\"])"
 )
 _QUERY = re.compile(r"\?[^\s'\"#?]+=[^\s'\"#?]*")
 _SECRET_NAME = re.compile("secret|token|passw|pwd|key|sig|sas|credential|auth", re.IGNORECASE)
@@ -24,8 +26,10 @@ def without_keys(text: str) -> str:
     Example:
         >>> without_keys("got 's3://KEY:SECRET@bucket/run?scheme=http&session_token=T'; check it")
         "got 's3://bucket/run?scheme=http'; check it"
+        >>> without_keys("s3:/KEY:SECRET@bucket/run")
+        's3:/bucket/run'
     """
-    return _QUERY.sub(lambda found: _cleaned(found[0]), _USER_INFO.sub("", text))
+    return _QUERY.sub(lambda found: _cleaned(found[0]), _USER_INFO.sub(r"\1", text))
 
 
 def stored_without_keys(value: Any) -> Any:
@@ -37,6 +41,12 @@ def stored_without_keys(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(stored_without_keys(one) for one in value)
     return value
+
+
+def clean(record: logging.LogRecord) -> bool:
+    """Filter of a logger: applies ``without_keys`` to each message, and keeps all of them."""
+    record.msg, record.args = without_keys(record.getMessage()), None
+    return True
 
 
 def warn_of_keys(name: str, address: str | None) -> None:

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 from shardrec.pipeline.outputs.json_files import Shape, is_inside, require_shape
 
 MANIFEST_NAME = "manifest.json"
+# In a run: metrics of the baselines on the validation users.
+BESIDE = "baselines.json"
 _HASH_BLOCK_BYTES = 1 << 20
 _ENTRY: Shape = {"path": str, "bytes": int, "sha256": str}
 

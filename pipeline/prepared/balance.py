@@ -83,21 +83,18 @@ def largest_load(shares_by_ranks: Mapping[str, Sequence[float]]) -> tuple[float,
 
 
 def describe_loads(shares_by_ranks: Mapping[str, Sequence[float]]) -> list[str]:
-    """For each number of ranks, a line with each rank's load as a multiple of the mean.
+    """A line with the largest load of a rank as a multiple of the mean, by the number of ranks.
 
     Args:
         shares_by_ranks: each rank's share of the load, by the number of ranks W; sums to 1 for
             each.
 
     Example:
-        >>> describe_loads({"2": [0.55, 0.45]})
-        ['load of each of 2 ranks, over the mean: 1.10 0.90']
+        >>> describe_loads({"2": [0.55, 0.45], "3": [0.5, 0.25, 0.25]})
+        ['load of the fullest of 2, 3 ranks: 1.10 1.50']
     """
-    return [
-        f"load of each of {ranks} ranks, over the mean: "
-        + " ".join(f"{share * len(shares):.2f}" for share in shares)
-        for ranks, shares in shares_by_ranks.items()
-    ]
+    largest = [f"{max(shares) * len(shares):.2f}" for shares in shares_by_ranks.values()]
+    return [f"load of the fullest of {', '.join(shares_by_ranks)} ranks: {' '.join(largest)}"]
 
 
 def describe_uneven_load(counts: Array) -> str | None:

@@ -140,7 +140,8 @@ class EpochOrder:
             (T,) indices of the samples, batch by batch and by slot inside a batch, and
             (num_steps,) number of samples in each batch.
         """
-        starts = window.slot_start(np.arange(slots[0], slots[1] + 1))
+        last = min(slots[1], max(slots[0], window.num_samples))  # later slots hold no sample
+        starts = window.slot_start(np.arange(slots[0], last + 1))
         index = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         # The samples of a slot by their keys; the first goes to the window's first batch, and so
         # on. Slots that the last batch of an epoch lacks hold one sample less.

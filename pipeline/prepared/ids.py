@@ -128,7 +128,10 @@ def stored_type(dtype: pa.DataType) -> pa.DataType:
 def stored(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table cast to ``schema``, where text is ``string``, in chunks below 2 GiB."""
     if table.nbytes <= _MOST_BYTES or table.num_rows < 2:
-        return table.cast(schema)
+        try:
+            return table.cast(schema)
+        except pa.ArrowInvalid:  # of a slice, Arrow counts the bytes before it as well
+            return table.take(np.arange(table.num_rows)).cast(schema)
     half = table.num_rows // 2
     return pa.concat_tables(
         [stored(table.slice(0, half), schema), stored(table.slice(half), schema)]

@@ -71,8 +71,8 @@ class TrainingBatches:
     ``for batch in batches`` runs from the current step to the end of the epoch; the next such loop
     runs through the next epoch. Over all ranks, every real position occurs exactly once per epoch.
     All ranks take the same number of steps; in the last, short batch of an epoch some may have no
-    sequences. With R replicas, replica r has batches r, r + R, … of an epoch, and no sequences in
-    the others.
+    sequences. With R replicas, replica r has batches r, r + R, … of each optimizer step, and no
+    sequences in the others.
 
     Collectives: none.
 
@@ -92,6 +92,7 @@ class TrainingBatches:
         seed: int = 0,
         replica: int = 0,
         num_replicas: int = 1,
+        accumulate: int = 1,
     ) -> None:
         """Read the training files' footers, and for windows="all" the lengths of all sequences.
 
@@ -104,6 +105,7 @@ class TrainingBatches:
             seed: seed of the order; the same on every rank.
             replica: index of this rank's replica.
             num_replicas: R.
+            accumulate: batches of an optimizer step; a short step ends the epoch.
 
         Raises:
             FileNotFoundError: a training file is missing.
@@ -113,7 +115,7 @@ class TrainingBatches:
         _check_rank(rank, world_size)
         _check_rank(replica, num_replicas)
         self.prepared, self.config = prepared, config
-        self.replica, self.num_replicas = replica, num_replicas
+        self.replica, self.num_replicas, self.accumulate = replica, num_replicas, accumulate
         self.max_length, self.rank, self.world_size, self.seed = max_length, rank, world_size, seed
         self.epoch = self.step = 0
         self._columns = ["items", "weights"] if prepared.has_weights else ["items"]
@@ -204,7 +206,8 @@ class TrainingBatches:
         chosen, counts = order.assign(window, slots, random_keys)
         parts = torch.from_numpy(chosen).split(counts.tolist())
         for index in range(self.step - window.first_step, window.num_steps):
-            own = (window.first_step + index) % self.num_replicas == self.replica
+            in_step = (window.first_step + index) % self.accumulate
+            own = in_step % self.num_replicas == self.replica
             self.step = window.first_step + index + 1
             yield samples.batch(parts[index] if own else parts[index][:0])
 

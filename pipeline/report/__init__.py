@@ -16,7 +16,9 @@ from shardrec.pipeline.report.paired import compare_pairs
 from shardrec.pipeline.report.records import RunRecord, read_runs
 from shardrec.pipeline.report.tables import (
     all_metrics,
-    compare_runs,
+    baselines,
+    compare_quality,
+    compare_speed,
     differences,
     format_metric,
     format_option,
@@ -69,12 +71,12 @@ def render(records: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    titles, rows = compare_runs(records, metric, k)
     page = environment.get_template("page.html").render(
         records=records,
-        titles=titles,
-        rows=rows,
-        panels=[panel for curve in _curves(metric) if (panel := _panel(curve, records))],
+        quality=compare_quality(records, metric, k),
+        speed=compare_speed(records),
+        quality_panels=_panels(_quality_curves(metric), records, metric),
+        speed_panels=_panels(_speed_curves(), records, metric),
         popularity=popularity(records, k),
         k=k,
         split=split_of(records),
@@ -96,14 +98,24 @@ def _is_report(path: Path) -> bool:
         return file.read(len(_MARK)) == _MARK.encode()
 
 
-def _panel(curve: Curve, records: Sequence[RunRecord]) -> tuple[Curve, str] | None:
-    """A curve and its drawing; None if no run has a number for it."""
-    lines = []
-    for index, record in enumerate(records):
-        events = record.validations if curve.is_validation else record.steps
-        line = Line.of(record.name, index, events, curve)
-        lines += [line] if len(line.steps) else []
-    return (curve, draw(curve, lines)) if lines else None
+def _panels(
+    curves: Sequence[Curve], records: Sequence[RunRecord], metric: str
+) -> list[tuple[Curve, str]]:
+    """The curves for which a run has a number, and their drawings."""
+    beside = baselines(records, [record.beside for record in records])
+    levels = {
+        name: value for name, found in beside.items() if (value := found.get(metric)) is not None
+    }
+    panels = []
+    for curve in curves:
+        lines = []
+        for index, record in enumerate(records):
+            events = record.validations if curve.is_validation else record.steps
+            line = Line.of(record.name, index, events, curve)
+            lines += [line] if len(line.steps) else []
+        if lines:
+            panels.append((curve, draw(curve, lines, levels if curve.is_validation else {})))
+    return panels
 
 
 def _deciding_metric(records: Sequence[RunRecord]) -> str:
@@ -121,49 +133,60 @@ def _list_length(records: Sequence[RunRecord]) -> int:
     return 10 if 10 in found or not found else max(found)
 
 
-def _curves(metric: str) -> list[Curve]:
+def _quality_curves(metric: str) -> list[Curve]:
     return [
         Curve(
-            title="Loss",
-            explanation="mean over the positions of a batch",
-            value=lambda event: event["loss"],
-            to_text="{:.3f}".format,
-        ),
-        Curve(
             title=f"Validation {metric}",
-            explanation="over the whole catalog",
+            explanation="over the whole catalog; dashed: baselines on the same users",
+            unit=metric,
             value=lambda event: event["metrics"].get(metric),
             to_text=format_metric,
             from_zero=True,
             is_validation=True,
         ),
         Curve(
+            title="Loss",
+            explanation="mean over the positions of a batch",
+            unit="loss",
+            value=lambda event: event["loss"],
+            to_text="{:.3f}".format,
+        ),
+        Curve(
+            title="Gradient norm",
+            explanation="over encoder and table, before clipping",
+            unit="norm",
+            value=lambda event: event["gradient_norm"],
+            to_text="{:.3g}".format,
+            may_be_log=True,
+        ),
+    ]
+
+
+def _speed_curves() -> list[Curve]:
+    return [
+        Curve(
             title="Throughput",
-            explanation="real positions per second, all ranks together",
+            explanation="real positions, all ranks together",
+            unit="positions/s",
             value=lambda event: event["positions"] / max(1e-9, event["seconds"]),
             to_text=_thousands,
             from_zero=True,
         ),
         Curve(
             title="Memory",
-            explanation="peak so far, GiB, of the process or GPU that uses most",
+            explanation="peak so far, of the process or GPU that uses most",
+            unit="GiB",
             value=lambda event: event["memory_bytes"] / 2**30,
             to_text="{:.2f}".format,
             from_zero=True,
         ),
         Curve(
             title="Padding",
-            explanation="% of the encoder's positions",
+            explanation="share of the positions that attention processes",
+            unit="%",
             value=lambda event: 100 * event["padding_share"],
             to_text="{:.0f} %".format,
             from_zero=True,
-        ),
-        Curve(
-            title="Gradient norm",
-            explanation="over encoder and table, before clipping",
-            value=lambda event: event["gradient_norm"],
-            to_text="{:.3g}".format,
-            may_be_log=True,
         ),
     ]
 

@@ -1,4 +1,8 @@
-"""Draw curves of several runs over their steps, as SVG in the page's own colours."""
+"""Draw curves of several runs over their steps, as SVG in the page's own colours.
+
+A drawing fills the width that it is given and keeps the size of its text: positions along the
+horizontal axis are percentages of the plot, all other lengths are pixels.
+"""
 
 import dataclasses
 import math
@@ -9,19 +13,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
-__all__ = ["NUM_HUES", "Curve", "Line", "draw", "place_labels", "thin"]
+__all__ = ["HEIGHT", "NUM_HUES", "Curve", "Line", "draw", "place_labels", "thin"]
 
 Array = npt.NDArray[np.float64]
 
 NUM_HUES = 6
-_WIDTH, _HEIGHT = 520, 250  # px
-_LEFT, _TOP, _BOTTOM = 46, 12, 26
-_FONT, _LETTER, _LINE_GAP = 11, 5.9, 13.5  # px: size, mean width of a letter, between two labels
+HEIGHT = 260  # px
+_LEFT, _TOP, _BOTTOM = 46, 24, 40  # px beside the plot
+_PLOT = HEIGHT - _TOP - _BOTTOM
+_ALONG = 1000  # units of a curve's points along the plot
+_FONT, _LETTER, _LINE_GAP = 12, 6.9, 14.0  # px: size, mean width of a letter, between two labels
 _MOST_POINTS, _LEAST_POINTS = 160, 40  # of a single line, of one line among many
 _LOG_FROM = 12  # an axis is logarithmic where its largest number is so many times the smallest
 _NAME = 18  # letters of a run's name at the end of a line
+_STEPS = (1, 2, 2.5, 5, 10)  # between two ticks, times a power of ten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +36,8 @@ class Curve:
 
     Attributes:
         title: title of the panel.
-        explanation: the quantity and its unit.
+        explanation: what the quantity is.
+        unit: label of the vertical axis.
         value: function that takes a logged event and returns its number; None if it has none.
         to_text: formats the number at the end of a line.
         from_zero: whether the axis begins at 0.
@@ -41,6 +48,7 @@ class Curve:
 
     title: str
     explanation: str
+    unit: str
     value: Callable[[Mapping[str, Any]], float | None]
     to_text: Callable[[float], str]
     from_zero: bool = False
@@ -72,25 +80,47 @@ class Line:
         return f"var(--hue-{self.index % NUM_HUES})"
 
 
-def draw(curve: Curve, lines: Sequence[Line]) -> str:
-    """An ``<svg>`` with a label at the end of every line; a line needs at least one point."""
+def draw(
+    curve: Curve,
+    lines: Sequence[Line],
+    levels: Mapping[str, float] | None = None,
+    width: int | None = None,
+) -> str:
+    """An ``<svg>`` with a label at the end of every line; a line needs at least one point.
+
+    Args:
+        curve: what is drawn.
+        lines: one for each run.
+        levels: values by name, such as those of baselines, drawn as dashed lines across the plot.
+        width: pixels, for a drawing within another; None takes the width of the page's column.
+    """
+    levels = levels or {}
     is_log = _spans_decades(lines)
     most = max(_LEAST_POINTS, _MOST_POINTS // len(lines))
     lines = [thin(line, most, is_log=is_log) for line in lines]
-    labels = [_label(curve, line, alone=len(lines) == 1) for line in lines]
+    labels = [_label(curve, line, alone=len(lines) == 1 and not levels) for line in lines]
+    labels += [f"{curve.to_text(value)}  {_shortened(name)}" for name, value in levels.items()]
     right = 16 + _LETTER * max(map(len, labels))
-    x = _Axis.of([line.steps for line in lines], (_LEFT, _WIDTH - right), is_log=is_log)
-    values = np.concatenate([line.values for line in lines])
+    x = _Axis.of([line.steps for line in lines], (0, 100), is_log=is_log)
+    values = np.concatenate([*(line.values for line in lines), np.array([*levels.values()])])
     y_is_log = curve.may_be_log and values.min() > 0 and values.max() >= _LOG_FROM * values.min()
-    y = _Axis.of([values], (_HEIGHT - _BOTTOM, _TOP), is_log=y_is_log).widened(curve.from_zero)
+    y = _Axis.of([values], (_PLOT, 0), is_log=y_is_log).widened(curve.from_zero)
+    ends = [_End.of(line, x, y) for line in lines]
+    ends += [_End(100.0, y.pixel(value), "var(--muted)") for value in levels.values()]
     parts = [
-        *_grid(x, y),
+        *_grid(curve, x, y),
+        *(_level(end.top) for end in ends[len(lines) :]),
         *(part for line in lines for part in _line(curve, line, x, y)),
-        *_labels(lines, labels, x, y),
+        *_labels(ends, labels),
     ]
+    if width is None:
+        margins = f"margin: {_TOP}px 0 {_BOTTOM}px {_LEFT}px"
+        place = f'style="width: calc(100% - {_LEFT + right:.0f}px); {margins}"'
+    else:
+        place = f'x="{_LEFT}" y="{_TOP}" width="{width - _LEFT - right:.0f}"'
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="{_FONT}" '
-        f'aria-label="{escape(_in_words(curve, lines))}">{"".join(parts)}</svg>'
+        f'<svg {place} height="{_PLOT}" overflow="visible" role="img" font-size="{_FONT}" '
+        f'aria-label="{escape(_in_words(curve, lines, levels))}">{"".join(parts)}</svg>'
     )
 
 
@@ -138,7 +168,7 @@ def place_labels(wanted: Sequence[float], gap: float, low: float, high: float) -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """A range of numbers and the pixels at its two ends."""
+    """A range of numbers, and the places of its two ends: percent along, pixels upwards."""
 
     low: float
     high: float
@@ -168,64 +198,132 @@ class _Axis:
         result: Array = np.interp(numbers, bounds, self.ends)
         return result
 
+    def pixel(self, number: float) -> float:
+        return float(self.pixels(np.array([number]))[0])
+
     def ticks(self, *, whole: bool = False) -> Iterator[tuple[float, str]]:
-        """The pixel and the text of each tick."""
+        """The place and the text of each tick."""
         if self.is_log:
-            decades = range(math.ceil(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            numbers = np.array([10.0**decade for decade in decades])
+            numbers = _round_factors(self.low, self.high)
         else:
-            locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
-            numbers = np.asarray(locator.tick_values(self.low, self.high))
-        numbers = numbers[(numbers >= self.low) & (numbers <= self.high)]
-        short = self.is_log or max(abs(self.low), abs(self.high)) >= 10_000
-        to_text = EngFormatter(sep="") if short else "{:g}".format
-        return zip(self.pixels(numbers).tolist(), map(to_text, numbers.tolist()), strict=True)
+            numbers = _round_numbers(self.low, self.high, whole=whole)
+        return zip(self.pixels(np.array(numbers)).tolist(), map(_short, numbers), strict=True)
 
 
-def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
-    left, right = x.ends
-    for place, text in y.ticks():
-        yield f'<path d="M{left:.1f} {place:.1f}H{right:.1f}" stroke="var(--grid)"/>'
-        yield _text(left - 5, place, text, 'text-anchor="end" fill="var(--muted)"')
-    yield f'<path d="M{left:.1f} {y.ends[0]:.1f}H{right:.1f}" stroke="var(--grid)"/>'
-    yield _text(left - 5, _HEIGHT - 10, "step", 'text-anchor="end" fill="var(--muted)"')
-    for place, text in x.ticks(whole=True):
-        yield _text(place, _HEIGHT - 10, text, 'text-anchor="middle" fill="var(--muted)"')
+def _round_factors(low: float, high: float) -> list[float]:
+    """Powers of ten in [low, high]; where they are fewer than three, also 2 and 5 times them.
+
+    Example:
+        >>> _round_factors(0.3, 4.0), _round_factors(1.0, 100.0)
+        ([0.5, 1.0, 2.0], [1.0, 10.0, 100.0])
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for factors in ((1,), (1, 2, 5)):
+        every = [round(factor * 10.0**decade, 12) for decade in decades for factor in factors]
+        found = [number for number in every if low <= number <= high]
+        if len(found) > 2:
+            break
+    return found
+
+
+def _round_numbers(low: float, high: float, *, whole: bool) -> list[float]:
+    """At most six round numbers at equal distances in [low, high].
+
+    Example:
+        >>> _round_numbers(0.0, 0.11, whole=False)
+        [0.0, 0.025, 0.05, 0.075, 0.1]
+        >>> _round_numbers(0.5, 3.5, whole=True)
+        [1.0, 2.0, 3.0]
+    """
+    least = (high - low) / 5
+    decade = 10.0 ** math.floor(math.log10(least))
+    found = (step * decade for step in _STEPS)
+    if whole:
+        found = (max(1.0, float(math.ceil(step))) for step in found)
+    step = next(step for step in found if step >= least * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _short(number: float) -> str:
+    """The number with k, M or G where it has more than four digits.
+
+    Example:
+        >>> _short(0.25), _short(2500), _short(25_000), _short(2_500_000)
+        ('0.25', '2500', '25k', '2.5M')
+    """
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= max(unit, 1e4):
+            return f"{number / unit:g}{letter}"
+    return f"{number:g}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _End:
+    """Where a line ends: percent along, pixels from the top, and its colour."""
+
+    along: float
+    top: float
+    colour: str
+
+    @classmethod
+    def of(cls, line: Line, x: _Axis, y: _Axis) -> "_End":
+        return cls(x.pixel(line.steps[-1]), y.pixel(line.values[-1]), line.colour)
+
+
+def _grid(curve: Curve, x: _Axis, y: _Axis) -> Iterator[str]:
+    """Ticks and names of both axes, and a line for each tick of the vertical one."""
+    for top, text in y.ticks():
+        yield _across(top, 'stroke="var(--grid)"')
+        yield _text("-5", top, text, 'text-anchor="end" fill="var(--muted)"')
+    yield _across(_PLOT, 'stroke="var(--grid)"')
+    yield _text(str(5 - _LEFT), -14, curve.unit, 'fill="var(--muted)"')
+    for along, text in x.ticks(whole=True):
+        yield _text(f"{along:.2f}%", _PLOT + 12, text, 'text-anchor="middle" fill="var(--muted)"')
+    yield _text("50%", _PLOT + 29, curve.along, 'text-anchor="middle" fill="var(--muted)"')
+
+
+def _across(top: float, attributes: str) -> str:
+    return f'<line x1="0" x2="100%" y1="{top:.1f}" y2="{top:.1f}" {attributes}/>'
+
+
+def _level(top: float) -> str:
+    return _across(top, 'stroke="var(--muted)" stroke-width="1.2" stroke-dasharray="7 4"')
 
 
 def _line(curve: Curve, line: Line, x: _Axis, y: _Axis) -> Iterator[str]:
-    points = list(zip(x.pixels(line.steps), y.pixels(line.values), strict=True))
+    places = list(zip(x.pixels(line.steps), y.pixels(line.values), strict=True))
     dashes = ' stroke-dasharray="6 2.5"' if line.index >= NUM_HUES else ""
-    path = " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
-    stroke = f'stroke="{line.colour}" stroke-width="1.6"{dashes}'
-    yield f'<polyline points="{path}" fill="none" {stroke}/>'
-    for left, top in points if curve.is_validation else points[-1:]:
+    path = " ".join(f"{along / 100 * _ALONG:.1f},{top:.1f}" for along, top in places)
+    # Stretched along the plot; the width of the stroke is not.
+    yield (
+        f'<svg viewBox="0 0 {_ALONG} {_PLOT}" preserveAspectRatio="none" width="100%" '
+        f'height="{_PLOT}" overflow="visible"><polyline points="{path}" fill="none" '
+        f'stroke="{line.colour}" stroke-width="1.6" stroke-linejoin="round"{dashes} '
+        'vector-effect="non-scaling-stroke"/></svg>'
+    )
+    for along, top in places if curve.is_validation else places[-1:]:
         yield (
-            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="2.5" fill="{line.colour}" '
+            f'<circle cx="{along:.2f}%" cy="{top:.1f}" r="2.5" fill="{line.colour}" '
             'stroke="var(--paper)"/>'
         )
 
 
-def _labels(lines: Sequence[Line], labels: Sequence[str], x: _Axis, y: _Axis) -> Iterator[str]:
-    """One label a line, right of the axes, and a dotted line from the end of the curve to it."""
-    ends = sorted(
-        (y.pixels(line.values[-1:])[0], x.pixels(line.steps[-1:])[0], line.colour, label)
-        for line, label in zip(lines, labels, strict=True)
-    )
-    heights = place_labels([end[0] for end in ends], _LINE_GAP, _TOP + 2, _HEIGHT - _BOTTOM - 4)
-    left = x.ends[1] + 10
-    for (top, start, colour, label), height in zip(ends, heights, strict=True):
+def _labels(ends: Sequence[_End], labels: Sequence[str]) -> Iterator[str]:
+    """One label a line, right of the plot, and a dotted line from the end of the curve to it."""
+    pairs = sorted(zip(ends, labels, strict=True), key=lambda pair: (pair[0].top, pair[1]))
+    heights = place_labels([end.top for end, _ in pairs], _LINE_GAP, 2, _PLOT - 4)
+    for (end, label), height in zip(pairs, heights, strict=True):
+        dotted = f'stroke="{end.colour}" stroke-width=".7" stroke-dasharray="1 2"'
         yield (
-            f'<path d="M{start + 4:.1f} {top:.1f}L{left - 1:.1f} {height:.1f}" '
-            f'stroke="{colour}" stroke-width=".7" stroke-dasharray="1 2"/>'
+            f'<line x1="{end.along:.2f}%" y1="{end.top:.1f}" x2="100%" y2="{height:.1f}" {dotted}/>'
         )
-        yield _text(left, height, label, f'fill="{colour}" style="white-space: pre"')
+        yield _text("100%", height, label, f'dx="6" fill="{end.colour}" style="white-space: pre"')
 
 
-def _text(left: float, middle: float, text: str, attributes: str) -> str:
-    return (
-        f'<text x="{left:.1f}" y="{middle + 0.35 * _FONT:.1f}" {attributes}>{escape(text)}</text>'
-    )
+def _text(left: str, middle: float, text: str, attributes: str) -> str:
+    return f'<text x="{left}" y="{middle + 0.35 * _FONT:.1f}" {attributes}>{escape(text)}</text>'
 
 
 def _label(curve: Curve, line: Line, *, alone: bool) -> str:
@@ -250,10 +348,11 @@ def _spans_decades(lines: Sequence[Line]) -> bool:
     return max(longest) >= _LOG_FROM * min(longest) and min(line.steps[0] for line in lines) > 0
 
 
-def _in_words(curve: Curve, lines: Sequence[Line]) -> str:
+def _in_words(curve: Curve, lines: Sequence[Line], levels: Mapping[str, float]) -> str:
     ends = [
         f"{line.name} {curve.to_text(float(line.values[-1]))} "
         f"at {curve.along} {int(line.steps[-1]):,}"
         for line in lines
     ]
+    ends += [f"{name} {curve.to_text(value)} throughout" for name, value in levels.items()]
     return f"{curve.title} by {curve.along}. Last values: {'; '.join(ends)}."

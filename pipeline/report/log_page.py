@@ -14,8 +14,8 @@ __all__ = ["write_log_page"]
 _MARK = "<!doctype html>\n<!-- shardrec describe -->\n"
 # Name in the facts -> title, what is drawn, and along what.
 _PANELS = {
-    "events_over_time": ("Events over time", "% of the events, in 50 equal parts of the time", "%"),
-    "popularity": ("Popularity", "% of the events of the most popular items", "% of the items"),
+    "events_over_time": ("Events over time", "in 50 equal parts of the time", "% of the time"),
+    "popularity": ("Popularity", "share of the most popular items", "% of the items"),
     "user_events": ("Events of a user", "at least so many", "% of the users"),
     "item_events": ("Events of an item", "at least so many", "% of the items"),
 }
@@ -64,13 +64,15 @@ def _is_ours(path: Path) -> bool:
 def _panel(name: str, points: list[float]) -> tuple[str, str, str]:
     """Title, explanation and drawing; the points are at equal distances up to 100 %."""
     title, explanation, along = _PANELS[name]
+    is_count = name.endswith("_events")
     curve = Curve(
         title=title,
-        explanation=f"{explanation}; along: {along}",
+        explanation=explanation,
+        unit="events" if is_count else "% of the events",
         value=lambda _: None,
         to_text="{:,.3g}".format,
-        from_zero=not name.endswith("_events"),
-        may_be_log=name.endswith("_events"),
+        from_zero=not is_count,
+        may_be_log=is_count,
         along=along,
     )
     steps = np.linspace(100 / len(points), 100, len(points), dtype=np.float64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardrec.pipeline.config import flatten
-from shardrec.pipeline.outputs.files import MANIFEST_NAME
+from shardrec.pipeline.outputs.files import BESIDE, MANIFEST_NAME
 from shardrec.pipeline.outputs.formats import BASELINE
 from shardrec.pipeline.outputs.json_files import (
     Shape,
@@ -57,6 +57,7 @@ class RunRecord:
         end: the end event; None if the run has not ended.
         last_time: seconds since 1970 of the last event; None before the first.
         evaluation: content of metrics.json; None before ``evaluate``.
+        beside: metrics of the baselines on the validation users, by name.
         num_resumes: how often the run was resumed.
         num_unreadable: number of lines in metrics.jsonl that a crash truncated.
         folder: the run folder; None for a record that was not read from a folder.
@@ -70,6 +71,7 @@ class RunRecord:
     end: Mapping[str, Any] | None = None
     last_time: float | None = None
     evaluation: Mapping[str, Any] | None = None
+    beside: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     num_resumes: int = 0
     num_unreadable: int = 0
     folder: Path | None = None
@@ -78,6 +80,11 @@ class RunRecord:
     def test_metrics(self) -> Mapping[str, float | None]:
         """Metrics of ``evaluate`` by name; empty before ``evaluate``."""
         return {} if self.evaluation is None else self.evaluation["metrics"]
+
+    @property
+    def test_baselines(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Metrics of the baselines on the users of ``evaluate``, by name."""
+        return {} if self.evaluation is None else self.evaluation.get("baselines", {})
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Add one logged event; if a resumed run logs a step again, the later event replaces it."""
@@ -137,6 +144,10 @@ def read_record(folder: Path, name: str) -> RunRecord:
     record.folder = folder
     if (folder / "metrics.json").is_file():
         record.evaluation = _evaluation(folder)
+    if (folder / BESIDE).is_file():
+        beside = str(folder / BESIDE)
+        stored = require_shape(_required(folder, BESIDE), {"metrics": dict}, beside, _REMEDY)
+        record.beside = _baselines(stored["metrics"], f"'metrics' in {beside}")
     log = folder / "metrics.jsonl"
     text = ""
     if log.is_file():
@@ -161,7 +172,17 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     require_shape(stored["protocol"], protocol, f"'protocol' in {where}", remedy)
     if not _are_numbers(stored["metrics"]):
         raise ValueError(f"'metrics' in {where} must be numbers, got other values; {remedy}")
+    _baselines(stored.get("baselines", {}), f"'baselines' in {where}")
     return stored
+
+
+def _baselines(stored: Any, where: str) -> Mapping[str, Mapping[str, float | None]]:
+    """Metrics of baselines by name, after checking that they are numbers."""
+    if not isinstance(stored, dict) or not all(
+        isinstance(one, dict) and _are_numbers(one) for one in stored.values()
+    ):
+        raise ValueError(f"{where} must be numbers by name, got other values; {_REMEDY}")
+    return {_printable(name): metrics for name, metrics in stored.items()}
 
 
 def _config_and_details(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

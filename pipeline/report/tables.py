@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,11 @@ from shardrec.pipeline.report.records import RunRecord
 
 __all__ = [
     "Cell",
+    "Row",
     "all_metrics",
-    "compare_runs",
+    "baselines",
+    "compare_quality",
+    "compare_speed",
     "differences",
     "format_metric",
     "format_option",
@@ -44,20 +47,52 @@ class Cell:
     share: float | None = None
 
 
-def compare_runs(
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a comparison table: a run, or a baseline where ``place`` is None.
+
+    Attributes:
+        name: name of the run or baseline.
+        place: index of the run, which chooses its colour.
+        detail: small print below the name.
+        cells: one for each column.
+    """
+
+    name: str
+    place: int | None
+    detail: str
+    cells: Sequence[Cell]
+
+
+def compare_quality(
     records: Sequence[RunRecord], metric: str, k: int
-) -> tuple[list[str], list[list[Cell]]]:
-    """The comparison table: column titles, and a row of cells for each run.
+) -> tuple[list[str], list[Row]]:
+    """Titles and rows of the metrics of the runs and of the baselines that they must beat.
 
     Args:
         records: the runs.
         metric: the validation metric to show the best value of.
         k: list length of the test metrics.
     """
-    totals = [_totals(record) for record in records]
     best = [_best_validation(record, metric) for record in records]
+    validated = baselines(records, [record.beside for record in records])
+    tested = baselines(records, [record.test_baselines for record in records])
+    names = list(dict.fromkeys([*validated, *tested]))
+    values = [value for value, _ in best] + [_value(validated, name, metric) for name in names]
+    steps = [f"step {step:,}" for _, step in best] + [""] * len(names)
+    columns = {f"best validation {metric}": _cells(values, format_metric, max, steps)}
+    for kind in ("NDCG", "Recall", "Coverage"):
+        found = [record.test_metrics.get(f"{kind}@{k}") for record in records]
+        found += [_value(tested, name, f"{kind}@{k}") for name in names]
+        better = None if kind in _NOT_JUDGED else max
+        columns[f"{split_of(records)} {kind}@{k}"] = _cells(found, format_metric, better)
+    return list(columns), _rows(records, columns.values(), names)
+
+
+def compare_speed(records: Sequence[RunRecord]) -> tuple[list[str], list[Row]]:
+    """Titles and rows of what the runs took: steps, time, memory."""
+    totals = [_totals(record) for record in records]
     epochs = [f"{total['epoch']:.1f} epochs" for total in totals]
-    best_steps = [f"step {step:,}" for _, step in best]
 
     def column(
         name: str, to_text: Callable[[float], str], better: Callable[..., float] | None = None
@@ -66,13 +101,6 @@ def compare_runs(
 
     columns = {
         "steps": _cells([total["step"] for total in totals], "{:,.0f}".format, details=epochs),
-        f"best validation {metric}": _cells(
-            [value for value, _ in best], format_metric, max, best_steps
-        ),
-        **{
-            f"{split_of(records)} {kind}@{k}": _test_cells(records, f"{kind}@{k}")
-            for kind in ("NDCG", "Recall", "Coverage")
-        },
         "s/step": column("seconds_per_step", "{:.3g}".format, min),
         "positions/s": column("positions_per_second", "{:,.0f}".format, max),
         "peak memory, GiB": column("memory_bytes", lambda size: f"{size / 2**30:.2f}", min),
@@ -80,7 +108,39 @@ def compare_runs(
         "skipped steps": column("num_skipped", "{:,.0f}".format),
         "wall time": column("seconds", _format_seconds),
     }
-    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+    return list(columns), _rows(records, columns.values())
+
+
+def baselines(
+    records: Sequence[RunRecord], found: Sequence[Mapping[str, Mapping[str, float | None]]]
+) -> dict[str, Mapping[str, float | None]]:
+    """The metrics of each baseline on which the runs agree, by its name.
+
+    Args:
+        records: the runs; a baseline that is one of them is left out.
+        found: for each run, the metrics of the baselines beside it.
+    """
+    shown = {record.config.get("baseline.kind") for record in records}
+    names = dict.fromkeys(name for one in found for name in one if name not in shown)
+    known = {name: [one[name] for one in found if name in one] for name in names}
+    return {name: ones[0] for name, ones in known.items() if all(one == ones[0] for one in ones)}
+
+
+def _value(found: Mapping[str, Mapping[str, float | None]], name: str, metric: str) -> float | None:
+    return found.get(name, {}).get(metric)
+
+
+def _rows(
+    records: Sequence[RunRecord], columns: Iterable[Sequence[Cell]], names: Sequence[str] = ()
+) -> list[Row]:
+    """A row for each run, then for each baseline."""
+    heads: list[tuple[str, int | None, str]] = [
+        (record.name, place, state_of(record)) for place, record in enumerate(records)
+    ]
+    heads += [(name, None, "baseline") for name in names]
+    return [
+        Row(*head, cells) for head, cells in zip(heads, zip(*columns, strict=True), strict=True)
+    ]
 
 
 def split_of(records: Sequence[RunRecord]) -> str:

@@ -31,17 +31,25 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
 
     Collectives: one all-gather of small objects.
     """
-    first, *others = on_all_ranks(lambda: dict(facts), group)
+    first, *others = found = on_all_ranks(lambda: dict(facts), group)
+    if not all(isinstance(one, dict) for one in found):  # they are at another collective
+        raise ValueError(
+            "all ranks must be started with the same command, got another on one of them; start "
+            "them with the same command"
+        )
     for rank, theirs in enumerate(others, start=1):
         differing = [
             f"{name}={_shown(theirs, name)} for {_shown(first, name)}"
-            for name in sorted(first.keys() | theirs.keys())
+            for name in sorted(
+                first.keys() | theirs.keys(), key=lambda name: (name != "stage", name)
+            )
             if first.get(name) != theirs.get(name)
         ]
         if differing:
+            shown = differing[:5] + [f"{len(differing) - 5} more"] * (len(differing) > 5)
             raise ValueError(
                 "all ranks must be started with the same options, data and code as rank 0, got "
-                f"{', '.join(differing[:5])} on rank {rank}; start them with the same command"
+                f"{', '.join(shown)} on rank {rank}; start them with the same command"
             )
 
 

@@ -223,6 +223,7 @@ def _open_batches(config: TrainConfig, prepared: Prepared, layout: Layout) -> Tr
         seed=config.seed,
         replica=replica,
         num_replicas=layout.num_replicas,
+        accumulate=config.optimizer.accumulate,
     )
     if not prepared.train_files or not len(batches):
         raise ValueError(

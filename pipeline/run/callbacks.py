@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ __all__ = [
     "in_notebook",
     "progress",
     "step_scalars",
+    "wrapped",
 ]
 
 
@@ -310,6 +312,13 @@ def progress(total: int | None, stream: TextIO = sys.stderr) -> Callback:
     return ProgressBar(total, stream) if has_bar else MinuteLines(total, stream)
 
 
+def wrapped(line: str) -> str:
+    """The line in lines of at most 60 columns, broken at blanks; all but the first are indented."""
+    return textwrap.fill(
+        line, 60, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
@@ -362,6 +371,7 @@ def _line(report: ValidationReport) -> str:
     place = "@" + report.metric.rpartition("@")[2]
     shown = {report.metric: report.metrics[report.metric]}
     shown |= {name: value for name, value in report.metrics.items() if name.endswith(place)}
-    metrics = " ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    metrics = " ".join(f"{name}\N{NO-BREAK SPACE}{value:.4f}" for name, value in shown.items())
     mark = " (best)" if report.improved else ""
-    return f"validation at step {report.step}{mark}: {metrics}"
+    line = f"validation at step {report.step}{mark}: {metrics}"
+    return wrapped(line).replace("\N{NO-BREAK SPACE}", " ")

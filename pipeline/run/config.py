@@ -151,8 +151,7 @@ class ParallelConfig:
     Attributes:
         shards: ranks that share one table. More ranks than that hold replicas of it, which take
             the batches of a step (``optimizer.accumulate``) side by side. 0: all ranks; None: those
-            of a node, if there are several nodes and their number divides the batches of a step,
-            else all.
+            of a node, if there are several nodes and at least as many batches in a step, else all.
     """
 
     shards: int | None = None

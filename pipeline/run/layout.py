@@ -12,12 +12,20 @@ class Layout:
     Attributes:
         num_replicas: R.
         num_shards: S.
-        advice: what to set where replicas would be possible; "" otherwise.
+        advice: what to set where replicas would be possible, or idle less; "" otherwise.
     """
 
     num_replicas: int
     num_shards: int
     advice: str = ""
+
+    def turns(self, accumulate: int) -> int:
+        """Batches one after another in a step; where R does not divide them, some replicas wait.
+
+        >>> Layout(4, 8).turns(4), Layout(3, 8).turns(4)
+        (1, 2)
+        """
+        return -(-accumulate // self.num_replicas)
 
     def describe(self, accumulate: int) -> str:
         """Replicas, shards, and the batches of a step that each replica takes.
@@ -29,9 +37,10 @@ class Layout:
         copies = f"{self.num_replicas} replica{'s' * (self.num_replicas > 1)}"
         text = f"{ranks} rank{'s' * (ranks > 1)}: {copies} x {self.num_shards} shard"
         text += f"{'s' * (self.num_shards > 1)} of the table"
-        turns = accumulate // self.num_replicas
         if self.num_replicas > 1:
-            text += f"; each replica takes {turns} of {accumulate} batches of a step"
+            most = self.turns(accumulate)
+            least = f"{most - 1} or " if accumulate % self.num_replicas else ""
+            text += f"; each replica takes {least}{most} of {accumulate} batches of a step"
         return text
 
 
@@ -47,7 +56,7 @@ def choose_layout(
         node_size: ranks of each node; None where unknown or not the same on all nodes.
 
     Raises:
-        ValueError: ``shards`` does not divide W, or the replicas do not divide ``accumulate``.
+        ValueError: ``shards`` does not divide W, or there are more replicas than batches.
 
     >>> choose_layout(None, 4, num_ranks=16, node_size=8)
     Layout(num_replicas=2, num_shards=8, advice='')
@@ -65,15 +74,13 @@ def choose_layout(
             f"{' or '.join(map(str, near))}"
         )
     replicas = num_ranks // size
-    if accumulate % replicas:
-        below = accumulate // replicas * replicas
-        near = [one for one in (below, below + replicas) if one]
+    if accumulate < replicas:
         raise ValueError(
-            f"optimizer.accumulate must be a multiple of the {replicas} replicas ({num_ranks} "
-            f"ranks by parallel.shards={shards}), which take its batches side by side, got "
-            f"{accumulate}; use {' or '.join(map(str, near))}, or parallel.shards=0"
+            f"optimizer.accumulate must be at least the {replicas} replicas ({num_ranks} ranks by "
+            f"parallel.shards={shards}), which take its batches side by side, got {accumulate}; "
+            f"use {replicas} or a multiple, or parallel.shards=0"
         )
-    return Layout(replicas, size)
+    return _with_replicas(replicas, size, accumulate)
 
 
 def layout_for_ranking(shards: int | None, num_ranks: int) -> Layout:
@@ -91,11 +98,24 @@ def _by_node(accumulate: int, num_ranks: int, node_size: int | None) -> Layout:
     if not node_size or node_size >= num_ranks or num_ranks % node_size:
         return Layout(1, num_ranks)
     nodes = num_ranks // node_size
-    if accumulate % nodes == 0:
-        return Layout(nodes, node_size)
+    if accumulate >= nodes:
+        return _with_replicas(nodes, node_size, accumulate)
     advice = (
         f"the {nodes} nodes share one table, so the states of each batch go to all {num_ranks} "
         f"ranks; with optimizer.accumulate={nodes} (or a multiple) each node holds a replica, "
         "takes its own batches of a step, and states stay inside the node"
     )
     return Layout(1, num_ranks, advice)
+
+
+def _with_replicas(replicas: int, shards: int, accumulate: int) -> Layout:
+    """A layout, with advice where some replicas wait for the last batch of the others."""
+    layout = Layout(replicas, shards)
+    if accumulate % replicas == 0:
+        return layout
+    full = layout.turns(accumulate) * replicas
+    advice = (
+        f"{replicas} replicas share {accumulate} batches of a step unevenly, and a step takes as "
+        f"long as one of {full}; optimizer.accumulate={full} (another step size) would use them all"
+    )
+    return Layout(replicas, shards, advice)

@@ -1,6 +1,7 @@
 """Log to MLflow in a callback: the config as parameters, steps and validations as metrics."""
 
 import json
+import logging
 import math
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from shardrec.pipeline.checkpoint.writer import CheckpointReport
-from shardrec.pipeline.outputs.addresses import without_keys
+from shardrec.pipeline.outputs.addresses import clean, without_keys
 from shardrec.pipeline.outputs.json_files import read_object
 from shardrec.pipeline.run.callbacks import (
     Callback,
@@ -149,6 +150,8 @@ def open_mlflow(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    # It logs the addresses that it asks again.
+    logging.getLogger("urllib3.connectionpool").addFilter(clean)
     try:
         client = MlflowClient(tracking_uri=config.uri)
         experiment = _experiment(client, config.experiment)

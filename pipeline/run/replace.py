@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from shardrec.pipeline.outputs.files import BESIDE
 from shardrec.pipeline.outputs.json_files import write_atomically
 from shardrec.pipeline.outputs.lock import RunLock
 from shardrec.pipeline.outputs.staging import (
@@ -31,7 +32,7 @@ __all__ = ["check_force", "moved_to", "replace_run", "training_folder"]
 # What train, memorize, evaluate and gate write into a run folder.
 RUN_FILES = {
     *("config.json", "run.json", "mlflow.json", "checkpoints", "tensorboard", "profile"),
-    *(METRICS, END, "metrics.json", "metrics.users.parquet", "gate.json", MEMORY),
+    *(METRICS, END, BESIDE, "metrics.json", "metrics.users.parquet", "gate.json", MEMORY),
 }
 
 

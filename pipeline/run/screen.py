@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from shardrec.pipeline.config import describe_changes
-from shardrec.pipeline.run.callbacks import EndReport
+from shardrec.pipeline.run.callbacks import EndReport, wrapped
 from shardrec.pipeline.run.config import TrainConfig
 
 __all__ = ["ending", "opening"]
@@ -21,10 +21,11 @@ def opening(config: TrainConfig, plan: str, target_share: float) -> str:
     changes = [f"  {line}" for line in describe_changes(config).splitlines()]
     lines = [heading, *changes, plan]
     if target_share < 1:
-        lines.append(
+        left_out = (
             f"an epoch has {target_share:.1%} of the training targets: the last "
             f"{config.encoder.max_length} of each sequence; batches.windows=all takes them all"
         )
+        lines.append(wrapped(left_out))
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ It holds only items with a training event. ``faiss`` is imported by the function
 that exports without an index do not depend on it.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from shardrec.modules.ranking import top_items
 __all__ = ["INDEX", "IndexConfig", "build_index", "index_top_items", "index_top_with", "open_index"]
 
 INDEX = "items.faiss"
-RECALL_K = 10
+RECALL_K, _LEAST_RECALL = 10, 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ def build_index(
 
     Returns:
         JSON: the options, the number of items, and the recall@10 of the queries relative to exact
-        search.
+        search. A low recall is warned of: a graph such as HNSW leads astray where many vectors are
+        equal.
 
     Raises:
         ValueError: FAISS does not know the options, or has too few rows to train them.
@@ -88,12 +90,20 @@ def build_index(
         ) from error
     index.add_with_ids(rows, items.numpy())
     faiss.write_index(index, str(path))
+    recall = _recall(index, scored, allowed, states)
+    if recall < _LEAST_RECALL:
+        message = (
+            "the index finds only %.0f %% of the %d best items (%d of %d vectors are equal to "
+            "another); search more widely (faiss_search), or exactly"
+        )
+        equal = len(items) - len(scored[items].unique(dim=0))
+        logging.getLogger(__name__).warning(message, 100 * recall, RECALL_K, equal, len(items))
     return {
         "factory": config.factory,
         "search": config.search,
         "num_items": len(items),
         "queries": len(states),
-        f"recall@{RECALL_K}": _recall(index, scored, allowed, states),
+        f"recall@{RECALL_K}": recall,
     }
 
 

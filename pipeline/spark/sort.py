@@ -41,7 +41,7 @@ class SparkLog:
     Attributes:
         users: user (number in the seeded order of the hash) and user_id.
         items: item (number in the order of the ids), item_id, and former, the earlier index or -1.
-        events: user, item, place (ascending inside a user), time, and weight if there is one.
+        events: user, item, place (0, 1, 2, ... inside a user), time, and weight if there is one.
         num_users: rows of ``users``.
         num_items: rows of ``items``.
         num_events: rows of ``events``.
@@ -63,8 +63,8 @@ class SparkLog:
         return time_of_share(share, self.num_events, self.time_range, self._count_times)
 
     def _count_times(self, low: int, high: int, width: int) -> tuple[int, Array]:
-        # Two times may lie 2**64 apart, so their distance is a decimal.
-        whole = "CAST({} AS DECIMAL(20, 0))".format
+        # Two times may lie 2**64 apart: such distances are decimals, which take ten times as long.
+        whole = f"CAST({{}} AS {'BIGINT' if high - low < 2**63 else 'DECIMAL(20, 0)'})".format
         cell = F.expr(f"({whole('time')} - {whole(repr(str(low)))}) DIV {whole(width)}")
         cell = F.when(F.col("time") < low, F.lit(-1)).otherwise(cell).alias("cell")
         inside = self.events.filter(F.col("time") <= high)
@@ -85,9 +85,9 @@ def sort_log(workspace: Workspace, source: Source, config: PrepareConfig) -> Spa
     events = _read(workspace, log)
     seed = f"{config.seed}:"
     key = _hash_key(F.concat(F.lit(seed), F.col("user_id").cast("string")))
-    users = events.select("user_id").distinct().withColumn("key", key)
-    numbered, num_users = workspace.numbered(users, "user", "key", "user_id")
-    users = workspace.hold(numbered.drop("key"))
+    users = workspace.hold(events.select("user_id").distinct().withColumn("key", key))
+    users, num_users = workspace.numbered(users, "user", "key", "user_id")
+    users = workspace.hold(users.drop("key"))  # small, so that it may be broadcast
     items, num_items = _number_items(workspace, events, source.former)
     found = Tallies(workspace)
     ordered = _ordered(events, users, items, config, log.columns.has_weights)
@@ -157,8 +157,7 @@ def _number_items(
         ids = ids.withColumn("former", F.lit(-1).cast("bigint"))
     else:
         ids = ids.join(_former_items(workspace, former), "item_id", "full").fillna(-1, ["former"])
-    numbered, count = workspace.numbered(ids, "item", "item_id")
-    return workspace.hold(numbered), count
+    return workspace.numbered(workspace.hold(ids), "item", "item_id")
 
 
 def _former_items(workspace: Workspace, former: FormerItems) -> DataFrame:
@@ -192,16 +191,32 @@ def _ordered(
     return kept.repartition("user").sortWithinPartitions("user", "time", *ties).select(*columns)
 
 
+def _places(user: Array, last: tuple[int, int]) -> Array:
+    """0, 1, 2, ... inside each user, who stand together; ``last`` is the user before, and how many.
+
+    Example:
+        >>> _places(np.array([7, 7, 8]), (7, 5)).tolist()
+        [5, 6, 0]
+    """
+    first = np.flatnonzero(np.append(True, user[1:] != user[:-1]))
+    starts = first.copy()
+    starts[0] = -last[1] if user[0] == last[0] else 0
+    places: Array = np.arange(len(user)) - np.repeat(starts, np.diff(np.append(first, len(user))))
+    return places
+
+
 def _reduce(config: PrepareConfig, found: Tallies) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
     """Drops duplicates and repeats as the other engine does, and numbers the places."""
 
     def reduce(batches: Batches) -> Iterator[pa.RecordBatch]:
         repetitions = Repetitions(config.keep_duplicates, config.drop_repeats)
-        place = 0
+        last = (-1, 0)
         for columns in tie_aligned(batch for batch in batches if batch.num_rows):
             user, item, time, _, *weight = repetitions.reduce(columns)
-            places = np.arange(place, place + len(user))
-            place += len(user)
+            if not len(user):
+                continue
+            places = _places(user, last)
+            last = (int(user[-1]), int(places[-1]) + 1)
             arrays = [user, item, places, time, *weight]
             names = ["user", "item", "place", "time", "weight"][: len(arrays)]
             yield pa.RecordBatch.from_arrays([pa.array(array) for array in arrays], names)

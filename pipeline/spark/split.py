@@ -31,7 +31,8 @@ class Split:
         users: of kept users: user, total, train_end, test_start (as in ``Cuts``), and train_row,
             the row in the training files, null without one.
         num_train: training sequences.
-        events: those of ``users`` and ``items``: user, item, position in the sequence, and weight.
+        events: those of ``items``, also of users who are not kept: user, item, position in the
+            sequence, and weight.
         events_in_catalog: events of ``items``, with those of dropped users.
         counts: numbers of users, by their names in the manifest.
     """
@@ -59,15 +60,16 @@ def split_log(workspace: Workspace, log: SparkLog, config: PrepareConfig, time_t
     items, num_items = _kept_items(workspace, log, config, test_time)
     require_catalog(num_items)
     events = log.events
+    placed = events.drop("time").withColumnRenamed("place", "position")
     if num_items < log.num_items:
         events = events.join(items.select("item"), "item", "left_semi")
+        place = F.row_number().over(Window.partitionBy("user").orderBy("place")) - 1
+        placed = events.withColumn("position", place.cast("bigint")).drop("place", "time")
+        placed = workspace.hold(placed)
     users = _cut_users(workspace, events, config, test_time, validation_time)
     trains = F.col("kept") & (F.col("train_end") >= LEAST_TO_TRAIN)
     rows, num_train = workspace.numbered(users.filter(trains).select("user"), "train_row", "user")
     kept = workspace.hold(users.filter("kept").drop("kept").join(rows, "user", "left"))
-    place = F.row_number().over(Window.partitionBy("user").orderBy("place")) - 1
-    placed = events.join(kept.select("user"), "user", "left_semi")
-    placed = placed.withColumn("position", place.cast("bigint")).drop("place", "time")
     counts, in_catalog = _count_users(users, log.num_users)
     return Split(
         test_time=test_time,
@@ -76,7 +78,7 @@ def split_log(workspace: Workspace, log: SparkLog, config: PrepareConfig, time_t
         num_items=num_items,
         users=kept,
         num_train=num_train,
-        events=workspace.hold(placed),
+        events=placed,
         events_in_catalog=in_catalog,
         counts=counts,
     )

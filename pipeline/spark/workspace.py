@@ -18,6 +18,8 @@ __all__ = ["SPARK_TYPES", "Tallies", "Workspace", "guarded", "map_on_executors",
 _SETTINGS = {
     "spark.sql.adaptive.enabled": "true",
     "spark.sql.adaptive.skewJoin.enabled": "true",  # an item with a tenth of all events
+    # Joins with users and items need no sort of the events where a partition's part fits.
+    "spark.sql.adaptive.maxShuffledHashJoinLocalMapThreshold": "64MB",
     "spark.sql.ansi.enabled": "true",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "16384",
     "spark.sql.execution.arrow.maxBytesPerBatch": "67108864",
@@ -94,16 +96,14 @@ class Workspace:
         ordered = self.hold(
             table.orderBy(*order).withColumn("_place", F.monotonically_increasing_id())
         )
-        part = F.shiftright("_place", _ROW_BITS)
-        sizes = dict(ordered.groupBy(part.alias("part")).count().collect())
-        shifts, total = [], 0
-        for index in sorted(sizes):
-            shifts.append((index, total - (index << _ROW_BITS)))
-            total += sizes[index]
-        starts = self.session.createDataFrame(shifts, "_part bigint, _shift bigint")
-        placed = ordered.join(F.broadcast(starts), part == F.col("_part"))
-        number = (F.col("_place") + F.col("_shift")).alias(name)
-        return placed.select(*table.columns, number), total
+        part = f"CAST(shiftright(_place, {_ROW_BITS}) AS INT)"
+        sizes = dict(ordered.groupBy(F.expr(part)).count().collect())
+        shifts, total = ["0L"], 0
+        for index in range(max(sizes, default=-1) + 1):
+            shifts[index:] = [f"{total - (index << _ROW_BITS)}L"]
+            total += sizes.get(index, 0)
+        number = F.expr(f"_place + array({', '.join(shifts)})[{part}]")
+        return ordered.select(*table.columns, number.alias(name)), total
 
 
 def map_on_executors(

@@ -49,6 +49,7 @@ __all__ = ["write_item_map", "write_items", "write_sequences"]
 Array = npt.NDArray[np.int64]
 _ENTRY = "path string, bytes bigint, sha256 string, rows bigint, row_groups bigint"
 _ID_TYPES = {"bigint": pa.int64(), "string": pa.string()}
+_USER = -1
 _NUMBERS = ("users", "targets", "targets_new_items")
 
 MakeWriter = Callable[[Path, str], RowGroupWriter]
@@ -110,13 +111,15 @@ def _rows_of_file(config: PrepareConfig) -> int:
 
 
 def _ordered(log: SparkLog, split: Split, catalog: Catalog) -> DataFrame:
-    """The events of each user in order, with the user's cuts; ids of users on their first event."""
+    """Each kept user's id and cuts in a row of position -1, then the user's events in order.
+
+    One shuffle and one sort; a join of the users would be another of each.
+    """
     items = catalog.items.select("item", "index", (F.col("count") == 0).alias("is_new"))
     events = split.events.join(items, "item").drop("item")
-    users = split.users.join(log.users, "user")
-    first = F.when(F.col("position") == 0, F.col("user_id"))
-    joined = events.join(users, "user").withColumn("user_id", first)
-    return joined.repartition("user").sortWithinPartitions("user", "position")
+    users = split.users.join(log.users, "user").withColumn("position", F.lit(_USER).cast("bigint"))
+    rows = users.unionByName(events, allowMissingColumns=True)
+    return rows.repartition("user").sortWithinPartitions("user", "position")
 
 
 def _sequences(
@@ -127,22 +130,22 @@ def _sequences(
 
     def build(batches: Batches) -> Iterator[pa.RecordBatch]:
         tally = np.zeros((len(HELD_OUT), len(_NUMBERS)), np.int64)
-        for events in _whole_users(batches):
-            user = events["user"].to_numpy()
-            first = np.flatnonzero(np.append(True, user[1:] != user[:-1]))
-            of_users = events.take(first)
+        for of_users, events in map(_kept, _whole_users(batches)):
+            if not of_users.num_rows:
+                continue
+            user = of_users["user"].to_numpy()
             sequences = _sequences_of(events, of_users)
             rows, table = sequences.train()
             parts = of_users["train_row"].take(rows).to_numpy() // rows_of_file
             names = [TRAIN_FILES.format(part=int(part)) for part in parts]
-            yield from _with_names(table, names, user[first[rows]], sequences)
+            yield from _with_names(table, names, user[rows], sequences)
             news = dataclasses.replace(
                 sequences, items=events["is_new"].cast(pa.int64()).to_numpy()
             )
             for index, split in enumerate(HELD_OUT):
                 rows, table = sequences.held_out(split, last_only)
                 names = [f"{split}.parquet"] * len(rows)
-                yield from _with_names(table, names, user[first[rows]], sequences)
+                yield from _with_names(table, names, user[rows], sequences)
                 new = news.held_out(split, last_only)[1]["targets"]
                 targets = pc.list_flatten(new).to_numpy()
                 tally[index] += [len(rows), len(targets), int(targets.sum())]
@@ -167,6 +170,15 @@ def _whole_users(batches: Batches) -> Iterator[pa.Table]:
         rest.append(batch.slice(cut))
     if rest:
         yield pa.Table.from_batches(rest)
+
+
+def _kept(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows of kept users, and those of their events; see ``_ordered``."""
+    user = rows["user"].to_numpy()
+    is_user = rows["position"].to_numpy() == _USER
+    first = np.flatnonzero(np.append(True, user[1:] != user[:-1]))
+    kept = np.repeat(is_user[first], np.diff(np.append(first, len(user))))
+    return rows.filter(pa.array(is_user)), rows.filter(pa.array(kept & ~is_user))
 
 
 def _sequences_of(events: pa.Table, users: pa.Table) -> Sequences:

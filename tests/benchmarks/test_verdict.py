@@ -22,9 +22,11 @@ MORE = {"torchrec", "fbgemm_gpu", "pyarrow", "duckdb", "rich", "torchx", "torchm
 @pytest.mark.slow
 def test_every_stage_runs_and_leaves_its_lines(tmp_path: Path) -> None:
     """As a command of its own, so that the interpreter is on, and nothing but torch is needed."""
-    code = "import sys, verdict_gpu; done = verdict_gpu.main(); print(*sys.modules); sys.exit(done)"
+    code = "import sys, shortcuts, verdict_gpu; shortcuts.take_shortcuts(); "
+    code += "done = verdict_gpu.main(); print(*sys.modules); sys.exit(done)"
     variables = {"TRITON_INTERPRET": "1", "OUT": str(tmp_path)}
-    path = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'benchmarks'}"}
+    folders = ("src", "benchmarks", "tests/kernels/interpreted")
+    path = {"PYTHONPATH": ":".join(str(ROOT / folder) for folder in folders)}
     command = [sys.executable, "-P", "-c", code, "--toy"]
     done = subprocess.run(
         command, env=os.environ | variables | path, capture_output=True, text=True, timeout=300

@@ -11,8 +11,10 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 from tests.pipeline.small_data import write_log
+from tests.ranks import Ranks
 
 from shardrec.launch.cli import main
+from shardrec.pipeline.export import ExportConfig, export
 from shardrec.pipeline.serve import Recommender
 from shardrec.pipeline.served.pointer import read_published
 
@@ -124,18 +126,45 @@ def test_a_refused_day_publishes_nothing_and_rollback_needs_a_day_before(
 
 
 @pytest.fixture(scope="module")
-def on_two_workers(
-    first_day: Any, example: ModuleType, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same day, whose lists and export are made once more, by jobs of two workers."""
+def copied(first_day: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same day, whose lists and export are to be made once more."""
     copied = tmp_path_factory.mktemp("two") / "shop"
     shutil.copytree(root, copied)
     for name in ("lists", "export"):
         shutil.rmtree(copied / "days" / "2026-11-19" / name)
-    stages = ("lists", "exported")
-    result = run_day(example, copied, "2026-11-19", GOOD, workers="1x2", stages=stages)
-    assert result.success and sorted(finished(result)) == sorted(stages)
-    return copied / "days" / "2026-11-19"
+    return copied
+
+
+@pytest.fixture(scope="module")
+def lists(example: ModuleType, copied: Path) -> Path:
+    """Made by a job of two workers."""
+    result = run_day(example, copied, "2026-11-19", GOOD, workers="1x2", stages=("lists",))
+    assert result.success and finished(result) == ["lists"]
+    return copied / "days" / "2026-11-19" / "lists"
+
+
+def export_on_rank(words: list[str]) -> None:
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    export(ExportConfig(run=given["--run"], prepared=given["--prepared"], output=given["--output"]))
+
+
+@pytest.fixture(scope="module")
+def exported(example: ModuleType, copied: Path, ranks: Ranks) -> Path:
+    """Made by the workers of the job that the example asks for, without a launcher."""
+    asked = list[list[str]]()
+
+    def record(words: list[str]) -> int:
+        asked.append(words)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "main", record)
+        result = run_day(example, copied, "2026-11-19", GOOD, workers="1x2", stages=("exported",))
+    assert result.success and finished(result) == ["exported"]
+    job = ["launch", "-s", "local_cwd", "--wait", "export", "-j", "1x2", "--"]
+    assert asked[0][: len(job)] == job and len(asked) == 1
+    ranks(2).run(export_on_rank, asked[0][len(job) :])
+    return copied / "days" / "2026-11-19" / "export"
 
 
 def rows_of(folder: Path, num_parts: int) -> list[dict[str, Any]]:
@@ -145,25 +174,25 @@ def rows_of(folder: Path, num_parts: int) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-def test_jobs_of_two_workers_write_what_one_process_does(on_two_workers: Path, root: Path) -> None:
+def test_jobs_of_two_workers_write_what_one_process_does(
+    lists: Path, exported: Path, root: Path
+) -> None:
     alone = root / "days" / "2026-11-19"
-    ours, theirs = rows_of(on_two_workers / "lists", 2), rows_of(alone / "lists", 1)
+    ours, theirs = rows_of(lists, 2), rows_of(alone / "lists", 1)
     for row, other in zip(ours, theirs, strict=True):
         assert (row["user_id"], row["item_ids"]) == (other["user_id"], other["item_ids"])
         assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
-    assert rows_of(on_two_workers / "export/items", 2) == rows_of(alone / "export/items", 1)
+    assert rows_of(exported / "items", 2) == rows_of(alone / "export/items", 1)
 
 
-def test_gate_publish_and_rollback_run_as_jobs(
-    on_two_workers: Path, root: Path, tmp_path: Path
-) -> None:
+def test_gate_publish_and_rollback_run_as_jobs(exported: Path, root: Path, tmp_path: Path) -> None:
     alone, report = root / "days" / "2026-11-19", str(tmp_path / "gate.json")
     pointer = ["--published", str(tmp_path / "published.json")]
     asked = ["--run", str(alone / "run"), "--prepared", str(alone / "prepared"), *pointer]
     assert main(["launch", "gate", "--", *asked, "--output", report]) == 0
     first = ["--export", str(alone / "export"), "--gate", report]
     assert main(["launch", "publish", "--", *pointer, *first]) == 0
-    assert main(["publish", *pointer, "--export", str(on_two_workers / "export"), "--force"]) == 0
+    assert main(["publish", *pointer, "--export", str(exported), "--force"]) == 0
     assert main(["launch", "rollback", "--", *pointer]) == 0
     moves = [(one["action"], one["to"]) for one in read_published(Path(pointer[1])).swaps]
     assert moves == [("publish", 1), ("publish", 2), ("rollback", 1)]

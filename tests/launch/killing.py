@@ -30,11 +30,13 @@ def stage(data: str, run: Path, *options: str) -> list[str]:
 
 
 class Job:
-    """``shardrec launch train`` with two workers, and the lines it has written."""
+    """``shardrec launch train`` with two workers or one, and the lines it has written."""
 
-    def __init__(self, words: list[str], log: Path, max_restarts: int = 0) -> None:
-        self.log = log
-        component = ["-j", "1x2", "--max_restarts", str(max_restarts), "--cpu", "2"]
+    def __init__(
+        self, words: list[str], log: Path, max_restarts: int = 0, workers: int = 2
+    ) -> None:
+        self.log, self.num_workers = log, workers
+        component = ["-j", f"1x{workers}", "--max_restarts", str(max_restarts), "--cpu", "2"]
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*CLI, "launch", "train", *component, "--", *words],
@@ -116,8 +118,8 @@ def stopped(processes: Iterable[psutil.Process]) -> Iterator[None]:
 
 
 def wait_for_workers(job: Job) -> dict[int, psutil.Process]:
-    for _ in until(60, "two workers", job):
-        if len(workers := job.workers()) == 2:
+    for _ in until(60, f"{job.num_workers} workers", job):
+        if len(workers := job.workers()) == job.num_workers:
             return workers
         time.sleep(0.05)
     raise AssertionError

@@ -134,6 +134,22 @@ def test_training_that_may_start_twice_must_resume(option: str) -> None:
         torchx("--dryrun", "-s", "slurm", *words)
 
 
+@pytest.mark.parametrize(
+    ("component", "words", "said"),
+    [
+        ("train", ["-j", "2:4x8"], "--max_restarts must be at least 1 where nodes may leave"),
+        ("train", ["-j", "4:2x8"], "LEAST:MOSTxWORKERS .* got '4:2x8' for train; use 2x8"),
+        ("evaluate", ["-j", "2:4x8"], "for train alone.* got '2:4x8' for evaluate; use 4x8"),
+        ("train", ["-j", "2:4x"], "must be NODESxWORKERS"),
+    ],
+)
+def test_nodes_from_least_to_most_are_for_training_that_restarts(
+    component: str, words: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        describe(Job(component=component, arguments=(*words, *STAGE), scheduler="slurm"))
+
+
 def test_prepare_is_one_process_without_a_rendezvous() -> None:
     text = dry_run(["slurm"], "prepare", "--cpu", "16", "--", "--events", "log.parquet")
     assert "torchrun" not in text

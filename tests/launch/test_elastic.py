@@ -89,16 +89,16 @@ def test_a_run_killed_twice_and_preempted_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["launcher", "torchrun", "both"])
+@pytest.mark.parametrize(("lost", "number"), [("launcher", 1), ("torchrun", 1), ("both", 2)])
 def test_workers_end_with_a_checkpoint_when_what_started_them_is_killed(
-    lost: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, number: int, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs, run = tmp_path / "logs", tmp_path / "run"
     logs.mkdir()
     monkeypatch.setenv("TMPDIR", str(logs))
     monkeypatch.setattr(tempfile, "tempdir", str(logs))
     words = stage(data, run, *ENDLESS)
-    with Job(words, tmp_path / "log") as job:
+    with Job(words, tmp_path / "log", workers=number) as job:
         workers = wait_for_workers(job)
         for _ in until(60, "step", job):
             if last_step(run) > 3:
@@ -143,13 +143,16 @@ def test_ctrl_c_reaches_the_workers_of_a_launch(data: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGKILL, 2)]
+)
 def test_plain_torchrun_leaves_a_checkpoint_however_it_ends(
-    number: signal.Signals, data: str, tmp_path: Path
+    number: signal.Signals, workers: int, data: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    words = [*torchrun, "-m", "shardrec.launch.cli", "--", "train", *stage(data, run, *ENDLESS)]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run"]
+    ours = ["-m", "shardrec.launch.cli", "--", "train", *stage(data, run, *ENDLESS)]
+    words = [*torchrun, "--nproc-per-node", str(workers), *ours]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -157,10 +160,11 @@ def test_plain_torchrun_leaves_a_checkpoint_however_it_ends(
         while last_step(run) <= 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        workers = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= workers
         process.send_signal(number)
         process.wait(40)
-        _, alive = psutil.wait_procs(workers, timeout=40)
+        _, alive = psutil.wait_procs(children, timeout=40)
     finally:
         process.kill()
         process.wait()

@@ -107,7 +107,8 @@ def test_the_help_says_what_the_docstring_says_with_type_and_default() -> None:
         (["--source", "log", "--pan", "4,a"], "cook: --pan must be int,int,…, got '4,a'; "),
         (["--source"], "cook: --source must be followed by a value, got none; give one"),
         (["--source", "log", "--kind", "oil"], "--kind must be 'gas' or 'coal', got 'oil'"),
-        (["--source", "log", "more"], "arguments must follow an option, got 'more'"),
+        (["--source", "log", "more"], "arguments must follow an option, got 'more'; see"),
+        (["--source", "/dev/null", "/dev/zero"], "got '/dev/zero'; put a glob in quotes"),
     ],
 )
 def test_bad_options_are_refused_in_one_line_with_exit_code_2(

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardrec.launch.rendezvous import Place, connect
+from shardrec.launch.rendezvous import Place, connect, own_machine, require_reachable
 
+IFNAME = "GLOO_SOCKET_IFNAME"
 TORCHRUN = {
     "RANK": "5",
     "LOCAL_RANK": "1",
@@ -93,3 +94,20 @@ def test_a_host_without_an_address_is_named(free: int) -> None:
         ValueError, match="MASTER_ADDR must be a host name .* 'no-such-host.invalid'"
     ):
         connect(at(free, host="no-such-host.invalid"), 0.5, is_host=True)
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "no address"])
+def test_a_machine_whose_name_leads_to_itself_is_named_where_there_are_others(address: str) -> None:
+    machines = [("one", "10.0.0.1"), ("two", address), ("two", address), ("three", "10.0.0.3")]
+    with pytest.raises(ValueError, match=rf"got {address} for two \(rank 1\); correct /etc/hosts"):
+        require_reachable(machines)
+    require_reachable([("two", address)] * 4)  # it finds itself
+    require_reachable([("one", "10.0.0.1"), ("two", "")])  # by its interface
+
+
+@pytest.mark.parametrize(("variables", "address"), [({}, "no address"), ({IFNAME: "eth0"}, "")])
+def test_an_interface_that_is_named_needs_no_address(
+    variables: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardrec.launch.rendezvous.socket.gethostname", lambda: "no-such.invalid")
+    assert own_machine(variables) == ("no-such.invalid", address)

@@ -1,6 +1,8 @@
 """Jobs that really run: TorchX starts torchrun, which starts workers that connect over gloo."""
 
+import dataclasses
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from shardrec.launch.runner import (
     run_here,
     share_cores,
     split,
+    submit,
 )
 from shardrec.pipeline.prepare import PrepareConfig, prepare
 from shardrec.pipeline.synth import SynthConfig, generate
@@ -95,7 +98,7 @@ def test_torchx_trains_by_the_path_of_the_component(
 def test_a_failing_worker_is_quoted_and_its_exit_code_passed_on(tmp_path: Path) -> None:
     lines = list[str]()
     stage = ("--prepared", str(tmp_path / "nothing"), "--run", str(tmp_path / "run"))
-    job = Job(component="train", arguments=("-j", "1x2", "--", *stage), log_dir=tmp_path / "logs")
+    job = Job(component="train", arguments=("-j", "1x1", "--", *stage), log_dir=tmp_path / "logs")
     failure = run_here(job, lines.append)
     assert failure is not None and "nothing" in failure.complaint, "\n".join(lines)
     assert failure.exit_code == cli.BAD_INPUT
@@ -170,7 +173,7 @@ def test_prepare_runs_as_a_job(prepared: Path, tmp_path: Path) -> None:
 def test_local_workers_share_the_cores_of_this_machine(
     words: tuple[str, ...], threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardrec.launch.runner.os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("shardrec.launch.runner.usable_cores", lambda: 8)
     stage = ("--", "--prepared", "data", "--run", "run")
     job = Job(component="train", arguments=(*words, *stage))
     with open_runner() as runner:
@@ -178,6 +181,35 @@ def test_local_workers_share_the_cores_of_this_machine(
         share_cores(request, job)
     replicas = [one for group in request.request.role_params.values() for one in group]
     assert {one.env["OMP_NUM_THREADS"] for one in replicas} == {threads}
+
+
+def test_two_jobs_on_this_machine_have_different_ports() -> None:
+    """With one port the second job would use the store of the first, and end with it."""
+    job = Job(component="train", arguments=("-j", "2x1", "--", "--prepared", "p", "--run", "r"))
+    endpoints = [re.findall(r"localhost}:(\d+)", describe(job)) for _ in range(2)]
+    assert endpoints[0][0] != endpoints[1][0] and "29500" not in endpoints[0] + endpoints[1]
+    asked = dataclasses.replace(job, arguments=("--rdzv_port=4711", *job.arguments))
+    assert "localhost}:4711" in describe(asked)
+    assert "}:29500" in describe(dataclasses.replace(job, scheduler="slurm"))
+
+
+def test_names_for_kubernetes_are_cut_to_what_is_allowed() -> None:
+    pytest.importorskip("kubernetes")
+    name = "weekly/My_Run.of the whole_catalogue-with-a-very-long-name-indeed"
+    words = ("--mounts", "type=volume,src=claim,dst=/data", "-j", "2x1")
+    for given in (("--name", name), (f"--name={name}",)):
+        job = Job(
+            component="train",
+            arguments=(*words, *given),
+            scheduler="kubernetes",
+            settings="queue=q",
+        )
+        text = describe(job).partition("apiVersion:")[2]
+        (app,) = re.findall(r"\n  name: (my-run-[-\w]+)\n", text)
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", app) and len(f"{app}-train-1-0") <= 63
+        assert "claimName: claim" in text
+        # NCCL needs more shared memory than the 64 MB that a container has.
+        assert text.count("mountPath: /dev/shm") == 2 and text.count("medium: Memory") == 2
 
 
 def test_containers_keep_the_threads_that_they_were_given() -> None:
@@ -189,6 +221,12 @@ def test_a_request_for_another_scheduler_is_described_and_not_submitted() -> Non
     text = describe(Job(component="train", arguments=("-j", "2x8"), scheduler="slurm"))
     assert "sbatch" in text
     assert "--nproc_per_node 8" in text
+
+
+def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="must find Slurm's sbatch on PATH, got none; .* --dryrun"):
+        submit(Job(component="train", arguments=("-j", "2x8"), scheduler="slurm"))
 
 
 def test_the_stage_s_arguments_follow_two_dashes() -> None:

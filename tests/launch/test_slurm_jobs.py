@@ -43,6 +43,15 @@ def test_only_a_job_that_can_start_twice_is_put_back_in_the_queue() -> None:
         assert " --requeue" in line_of(lines, "#SBATCH")
 
 
+def test_a_job_that_may_lose_nodes_is_not_ended_by_the_first() -> None:
+    lines = script("-j", "2:4x8", "--max_restarts", "9", *STAGE, "--resume=auto")
+    assert len([line for line in lines if " --no-kill" in line and "#SBATCH" in line]) == 4
+    srun = line_of(lines, "srun")
+    assert "--no-kill" in srun and "--kill-on-bad-exit=0" in srun and "--wait=0" in srun
+    assert "--nnodes 2:4 --nproc_per_node 8" in srun
+    assert "--kill-on-bad-exit=1" in line_of(script("-j", "4x8", *STAGE), "srun")
+
+
 @pytest.fixture
 def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose lines a program named sacct prints."""

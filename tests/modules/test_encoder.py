@@ -22,6 +22,8 @@ CONFIGS = {
     "sasrec-from-last": EncoderConfig(
         width=8, max_length=7, num_heads=2, positions="learned_from_last"
     ),
+    "ligr": EncoderConfig(width=8, max_length=7, num_heads=2, kind="ligr"),
+    "hstu": EncoderConfig(width=8, max_length=7, num_heads=2, kind="hstu"),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -178,10 +180,10 @@ def test_training_is_repeatable_under_a_seed_and_dropout_acts_only_there(
     assert torch.equal(encoder(vectors), encoder(vectors))
 
 
-def layer_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+def layer_norm(x: Tensor, state: dict[str, Tensor], name: str, epsilon: float = 1e-8) -> Tensor:
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square().mean(-1, keepdim=True)
-    scaled = (x - mean) / (variance + 1e-8).sqrt()
+    scaled = (x - mean) / (variance + epsilon).sqrt()
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
@@ -219,6 +221,49 @@ def test_sasrec_is_the_published_network() -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     vectors = vectors_of(3, 6, 8).double()
     expected = published_sasrec(vectors, encoder.state_dict(), num_heads=2)
+    torch.testing.assert_close(encoder(vectors), expected)
+
+
+def published_block(kind: str, x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    """One head of LiGR or HSTU, one position at a time, from the papers."""
+    length, width = x.shape[1:]
+    normed = layer_norm(x, state, f"{name}.attention_norm", 1e-6)
+    mixed = torch.zeros_like(x)
+    if kind == "hstu":
+        projected = F.silu(normed @ state[f"{name}.gate_query_key_value.weight"].T)
+        gate, query, key, value = projected.split(width, dim=-1)
+        for i in range(length):
+            for j in range(i + 1):
+                bias = state[f"{name}.distance_bias"][i - j]
+                weight = F.silu((query[:, i] * key[:, j]).sum(-1) + bias) / 7
+                mixed[:, i] += weight[:, None] * value[:, j]
+        gated = layer_norm(mixed, state, f"{name}.mixed_norm", 1e-6) * gate
+        return x + linear(gated, state, f"{name}.attention_out")
+    query, key, value = (normed @ state[f"{name}.query_key_value.weight"].T).split(width, dim=-1)
+    for i in range(length):
+        share = ((query[:, i, None] * key[:, : i + 1]).sum(-1) / width**0.5).softmax(-1)
+        mixed[:, i] = (share[..., None] * value[:, : i + 1]).sum(1)
+    branch = mixed @ state[f"{name}.attention_out.weight"].T
+    x = x + linear(x, state, f"{name}.gates.0").sigmoid() * branch
+    normed = layer_norm(x, state, f"{name}.feed_forward_norm", 1e-6)
+    gate, inner = (normed @ state[f"{name}.feed_forward_in.weight"].T).chunk(2, dim=-1)
+    branch = (F.silu(gate) * inner) @ state[f"{name}.feed_forward_out.weight"].T
+    return x + linear(x, state, f"{name}.gates.1").sigmoid() * branch
+
+
+@pytest.mark.parametrize("kind", ["ligr", "hstu"])
+def test_ligr_and_hstu_are_the_published_blocks(kind: Literal["ligr", "hstu"]) -> None:
+    config = EncoderConfig(width=8, max_length=7, kind=kind, positions="learned")
+    encoder = TransformerEncoder(config, seed=4).double().eval()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    vectors, state = vectors_of(3, 6, 8).double(), encoder.state_dict()
+    x = vectors * 8**0.5 + state["position_vectors"][:6]
+    for block in range(2):
+        x = published_block(kind, x, state, f"blocks.{block}")
+    expected = layer_norm(x, state, "final_norm", 1e-6)
     torch.testing.assert_close(encoder(vectors), expected)
 
 
@@ -269,10 +314,11 @@ def test_the_defaults_of_each_kind() -> None:
         ({"num_blocks": 0}, "encoder.num_blocks must be at least 1"),
         ({"hidden": -1}, "encoder.hidden must be at least 1"),
         ({"num_heads": 3}, "divisible by encoder.num_heads, got 8 and 3"),
-        ({"kind": "gpt"}, "encoder.kind must be one of sasrec, modern, got 'gpt'"),
+        ({"kind": "gpt"}, "encoder.kind must be one of sasrec, modern, ligr, hstu, got 'gpt'"),
         ({"dropout": 1.0}, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, "encoder.attention_dropout must be in"),
         ({"positions": "rotary"}, "use kind 'modern'"),
+        ({"kind": "hstu", "hidden": 8}, "encoder.hidden must be none for kind 'hstu', got 8"),
         ({"norm": "rms"}, "use kind 'modern'"),
         ({"kind": "modern", "num_heads": 8}, "must be even for rotary positions, got 1"),
     ],
@@ -299,16 +345,17 @@ def test_attention_runs_through_the_fused_operator(monkeypatch: pytest.MonkeyPat
         return real(query, key, value, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    for config in CONFIGS.values():
+    with_softmax = [config for config in CONFIGS.values() if config.kind != "hstu"]
+    for config in with_softmax:
         TransformerEncoder(config).eval()(torch.zeros(1, 2, 8))
-    assert calls == [{"dropout_p": 0.0, "is_causal": True}] * 8
+    assert calls == [{"dropout_p": 0.0, "is_causal": True}] * 2 * len(with_softmax)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])
 @pytest.mark.parametrize("shares", [(0.0, 0.0), (0.2, 0.0), (0.2, 0.2)], ids=str)
-@pytest.mark.parametrize("kind", ["sasrec", "modern"])
+@pytest.mark.parametrize("kind", ["sasrec", "modern", "ligr", "hstu"])
 def test_the_formula_of_saved_floats_counts_what_backward_keeps(
-    kind: Literal["sasrec", "modern"], shares: tuple[float, float], num_heads: int
+    kind: Literal["sasrec", "modern", "ligr", "hstu"], shares: tuple[float, float], num_heads: int
 ) -> None:
     config = EncoderConfig(
         width=32, max_length=32, kind=kind, num_heads=num_heads, dropout=shares[0],
@@ -324,7 +371,7 @@ def test_the_formula_of_saved_floats_counts_what_backward_keeps(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        states = encoder(vectors_of(16, 32, 32).requires_grad_())
+        states = encoder(vectors_of(64, 32, 32).requires_grad_())
     kept.pop(states.untyped_storage().data_ptr(), None)
     counted = sum(size for place, size in kept.items() if place not in own) / 4
     assert saved_floats(config, 32) == pytest.approx(counted / states.shape[:2].numel(), rel=0.005)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.group_traffic import counted_traffic
 from tests.ranks import Ranks
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from shardrec.kernels.shard import RowShard
 from shardrec.modules.metrics import (
@@ -18,9 +21,11 @@ from shardrec.modules.metrics import (
     NDCG,
     Coverage,
     HitRate,
+    MeanOverUsers,
     PopularityRecall,
     Recall,
     Surprisal,
+    combine_ranks,
     popularity_buckets,
     ranking_metrics,
 )
@@ -117,7 +122,26 @@ def measure(world: World, row_edges: list[int], user_edges: list[int]) -> dict[s
         _, items = top_items(world.states[start:stop], shard, max(KS))
         ranks = ranks_in_lists(items, (targets, lengths), missing=len(world.table))
         metrics.update(ranks=ranks, lengths=lengths, targets=targets, items=items)
+    assert_combined_alike(metrics, group)
     return {name: value.item() for name, value in metrics.compute().items()}
+
+
+def assert_combined_alike(metrics: MetricCollection, group: dist.ProcessGroup | None) -> None:
+    """Combined at once the metrics are bit by bit those that torchmetrics gathers one by one."""
+    combined = copy.deepcopy(metrics)
+    combine_ranks(list(combined.values()), group)
+    with counted_traffic() as traffic:
+        found = combined.compute()
+        found |= {name: one.standard_error() for name, one in means(combined)}
+    assert not traffic
+    expected = copy.deepcopy(metrics).compute()
+    expected |= {name: one.standard_error() for name, one in means(metrics)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())
+
+
+def means(metrics: MetricCollection) -> list[tuple[str, MeanOverUsers]]:
+    return [(f"{n} error", one) for n, one in metrics.items() if isinstance(one, MeanOverUsers)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from tests.pipeline.small_data import prepare_small
 
 from shardrec.launch.cli import main
 from shardrec.pipeline.config import describe, flatten
-from shardrec.pipeline.outputs.addresses import stored_without_keys, warn_of_keys, without_keys
+from shardrec.pipeline.outputs.addresses import (
+    clean,
+    stored_without_keys,
+    warn_of_keys,
+    without_keys,
+)
 from shardrec.pipeline.outputs.storage import open_folder
 from shardrec.pipeline.recipes import RECIPES
 from shardrec.pipeline.run.config import CheckpointConfig
@@ -30,6 +35,7 @@ from shardrec.pipeline.run.config import CheckpointConfig
         ("https://x/y?X-Amz-Signature=SECRET&X-Amz-Credential=SECRET", "https://x/y"),
         ("postgresql://me:SECRET@host:5432/runs", "postgresql://host:5432/runs"),
         ("s3://SECRET:@bucket/x", "s3://bucket/x"),
+        (str(Path("s3://KEY:SECRET@bucket/x")), "s3:/bucket/x"),
     ],
 )
 def test_keys_are_left_out_wherever_an_address_stands(address: str, shown: str) -> None:
@@ -57,6 +63,18 @@ def test_a_config_shows_no_keys_and_keeps_them() -> None:
     config = dataclasses.replace(config, checkpoints=folder)
     assert "SECRET" not in describe(config) + str(dict(flatten(config)))
     assert config.checkpoints.folder == "s3://KEY:SECRET@bucket/run"
+
+
+def test_the_retries_of_an_http_client_are_logged_without_keys(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("urllib3.connectionpool")
+    logger.addFilter(clean)
+    try:
+        logger.warning("Retrying after %s: %s", "an error", "/?token=SECRET/api/2.0")
+    finally:
+        logger.removeFilter(clean)
+    assert "Retrying after an error" in caplog.text and "SECRET" not in caplog.text
 
 
 def test_a_warning_says_where_keys_belong(caplog: pytest.LogCaptureFixture) -> None:

@@ -116,6 +116,45 @@ def test_lists_are_full_after_long_histories(tmp_path: Path) -> None:
     assert scores[0].tolist() == [2.0, 1.0, float("-inf")]
 
 
+@pytest.mark.parametrize("factory", ["HNSW8", "IVF8,Flat"])
+def test_a_search_that_finds_too_few_items_is_repeated_exactly(
+    run: str, data: str, tmp_path: Path, factory: str
+) -> None:
+    search = "nprobe=1" if "IVF" in factory else "efSearch=1"
+    export(configured(run, data, tmp_path / "out", faiss=factory, faiss_search=search))
+    exact = Recommender.open(tmp_path / "out")
+    quick = Recommender.open(tmp_path / "out", approximate=True, trust_code=True)
+    ids = exact.ids.ids.to_pylist()
+    asked = [ids[:20], ids[30:31]]
+    ours, theirs = (model.recommend(asked, k=25) for model in (quick, exact))
+    assert [len(one) for one in ours] == [len(one) for one in theirs] == [25, 25]
+    for one, history in zip(ours, asked, strict=True):
+        assert not {name for name, _ in one} & set(history)
+    if "IVF" in factory:
+        _, found = index_top_items(quick.index, quick.states([torch.tensor([0])]), 25)
+        assert (found < 0).any(), "the index alone finds too few"
+
+
+def test_an_index_that_equal_vectors_spoil_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As new items that begin with the mean vector: the links of a graph lead to one another."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = F.normalize(torch.randn(1500, 16, generator=generator))
+    vectors[500:] = vectors[500]
+    states = torch.randn(40, 16, generator=generator)
+    allowed, path = torch.ones(1500, dtype=torch.bool), tmp_path / "index"
+    built = build_index(path, IndexConfig("HNSW32", "efSearch=16"), vectors, allowed, states)
+    assert built["recall@10"] < 0.8
+    assert "best items (999 of 1500 vectors are equal to another)" in caplog.text
+    seen = torch.arange(50).repeat(40), torch.full((40,), 50)
+    _, items = index_top_items(open_index(path), states, 10, seen)
+    assert (items >= 50).all(), "full lists, without seen items"
+    caplog.clear()
+    build_index(path, IndexConfig("Flat"), vectors[:500], allowed[:500], states)
+    assert not caplog.text
+
+
 def export_on_ranks(config: ExportConfig) -> dict[str, Any]:
     return export(config).manifest
 

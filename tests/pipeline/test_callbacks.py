@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -128,6 +129,29 @@ def test_the_bar_shows_loss_and_validation() -> None:
     stream = Terminal()
     play(progress(3, stream))
     assert "loss 2.5000" in stream.getvalue() and "ndcg@10 0.2500" in stream.getvalue()
+
+
+def test_a_notebook_gets_a_drawing_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    live_curve = pytest.importorskip("shardrec.pipeline.run.live_curve")
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(live_curve, "_MOST_POINTS", 60)
+    curve = live_curve.LiveCurve(shown.append, interval_s=0)
+    for step in range(1, 200):
+        skipped = dataclasses.replace(STEP, step=step, loss=float("nan") if step == 7 else 2 / step)
+        curve.on_step(skipped)
+        assert len(curve.losses) <= 60 and curve.losses[-1]["step"] in (step, step - 1)
+    assert len(shown) == 199 and shown[-1]["text/plain"] == "loss 0.0101 at step 199"
+    assert "Validation" not in shown[-1]["image/svg+xml"]
+    curve.on_validation(VALIDATION)
+    drawing = ElementTree.fromstring(shown[-1]["image/svg+xml"])
+    labels = [one.get("aria-label") or "" for one in drawing.iter() if one.get("aria-label")]
+    assert [label.partition(" by ")[0] for label in labels] == ["Validation ndcg@10", "Loss"]
+    assert "0.2500 at step 2" in labels[0] and "at step 199" in labels[1]
+    assert len(shown[-1]["image/svg+xml"]) < 10_000
+    quiet = live_curve.LiveCurve(shown.append)
+    quiet.on_end(END)
+    quiet.on_step(STEP)
+    assert len(shown) == 200, "nothing to draw, or too soon"
 
 
 def test_hooks_left_out_do_nothing() -> None:

@@ -131,7 +131,7 @@ def test_the_page_is_one_file_without_scripts_and_the_same_again(tmp_path: Path)
     log, page = write_log(tmp_path / "<log>.parquet", make_events()), tmp_path / "page.html"
     assert main(["describe", log, "--html", str(page)]) == 0
     first = page.read_text()
-    assert first.count("<svg ") == 4 and "&lt;log&gt;" in first and "<log>" not in first
+    assert first.count("<figure>") == 4 and "&lt;log&gt;" in first and "<log>" not in first
     assert "<script" not in first and "http" not in first.replace("http-equiv", "")
     assert main(["describe", log, "--html", str(page)]) == 0
     assert page.read_text() == first

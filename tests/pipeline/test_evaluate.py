@@ -154,7 +154,7 @@ def test_equal_scores_do_no_better_than_chance(tmp_path: Path) -> None:
 
 
 def measure_on_ranks(run: str, data: str) -> tuple[dict[str, float], dict[str, float]]:
-    config = MeasureConfig(ks=(5, 10), filter_seen=True, batch_size=9, block_rows=7)
+    config = MeasureConfig(ks=(5, 10), filter_seen=True, batch_size=25, block_rows=15)
     popularity = evaluate_popularity(data, config)
     return evaluate(run, data, config, force=True)["metrics"], popularity["metrics"]
 
@@ -203,7 +203,7 @@ def test_a_sample_is_said_in_the_report_and_another_is_another_report(
 def ranks_on_ranks(run: str, data: str, folder: str) -> list[list[int]]:
     """The ranks of all targets that evaluation writes, user by user."""
     size = Communicator(default_group()).size
-    config = MeasureConfig(ks=(5,), batch_size=9)
+    config = MeasureConfig(ks=(5,), batch_size=25)
     evaluate(run, data, config, output=f"{folder}/{size}.json")
     lists: list[list[int]] = pq.read_table(f"{folder}/{size}.users.parquet")["ranks"].to_pylist()
     return lists
@@ -327,6 +327,8 @@ def test_lists_may_be_longer_than_the_catalog(run: str, data: str) -> None:
     config = MeasureConfig(ks=(100,), filter_seen=False, min_count=0)
     found = evaluate(run, data, config, force=True)["metrics"]
     assert found["Recall@100"] == 1.0
+    with pytest.raises(ValueError, match="ks must be list lengths of at most 10,000 for this cat"):
+        evaluate(run, data, MeasureConfig(ks=(10, 10**9)), force=True)
 
 
 def test_evaluate_is_idempotent_and_refuses_another_report(

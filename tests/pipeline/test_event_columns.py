@@ -74,7 +74,10 @@ def test_times_are_whole_microseconds_of_utc(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "1970-01-02T00:00:00 CET", "1970-01-02Z", "1970-01-02T00:00:00+25:00"]
+    "text",
+    ["", "soon", "1970-01-02T00:00:00 CET", "1970-01-02Z", "1970-01-02T00:00:00+25:00"]
+    + ["1970-01-02 00:00:00[Europe/Berlin]", "1970-01-02T23:59:60", "1970-01-02 08:00:00 PM"]
+    + ["1970-1-2", "1970-01-02T00:00:00,5", "10000-01-01"],
 )
 def test_a_time_that_cannot_be_read_says_what_can(text: str) -> None:
     for before in ("1970-01-02", "1970-01-02T00:00:00Z"):

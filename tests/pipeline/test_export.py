@@ -86,7 +86,14 @@ class Foreign(TransformerEncoder):
     ("encoder_class", "file"), [(TransformerEncoder, WEIGHTS), (Foreign, PROGRAM)]
 )
 @pytest.mark.parametrize(
-    ("kind", "positions"), [("sasrec", None), ("modern", None), ("sasrec", "learned_from_last")]
+    ("kind", "positions"),
+    [
+        ("sasrec", None),
+        ("modern", None),
+        ("sasrec", "learned_from_last"),
+        ("ligr", None),
+        ("hstu", None),
+    ],
 )
 def test_the_exported_encoder_is_the_live_one_for_any_batch_and_length(
     kind: Any,

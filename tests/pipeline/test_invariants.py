@@ -7,6 +7,7 @@ losses on plain tensors, optimizers of torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -167,7 +168,9 @@ def clip_alone(encoder: TransformerEncoder, table: Tensor, optimizer: str) -> fl
     return norm
 
 
+@cache
 def train_alone(loss: str, optimizer: str) -> Outcome:
+    """What runs on any number of ranks are compared with."""
     table = make_catalog("sgd", None).shard.rows.detach().clone().requires_grad_()
     encoder = make_encoder().train()
     adam = torch.optim.AdamW(

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from tests.pipeline.small_data import small_config
 from tests.ranks import Ranks
 
+from shardrec.pipeline.prepared.folder import Prepared
+from shardrec.pipeline.prepared.loader import BatchConfig, TrainingBatches
 from shardrec.pipeline.run.config import OptimizerConfig, ParallelConfig, TrainConfig
 from shardrec.pipeline.run.layout import Layout, choose_layout
 from shardrec.pipeline.run.mesh import agreed_node_size
@@ -20,8 +22,12 @@ def test_one_node_is_one_group() -> None:
     assert choose_layout(None, 4, num_ranks=8, node_size=None) == Layout(1, 8)
 
 
-def test_nodes_hold_replicas_where_their_number_divides_the_batches_of_a_step() -> None:
+def test_nodes_hold_replicas_where_a_step_has_a_batch_for_each() -> None:
     assert choose_layout(None, 8, num_ranks=32, node_size=8) == Layout(4, 8)
+    uneven = choose_layout(None, 6, num_ranks=32, node_size=8)
+    assert (uneven.num_replicas, uneven.num_shards, uneven.turns(6)) == (4, 8, 2)
+    assert "a step takes as long as one of 8; optimizer.accumulate=8" in uneven.advice
+    assert uneven.describe(6).endswith("each replica takes 1 or 2 of 6 batches of a step")
     kept = choose_layout(None, 1, num_ranks=32, node_size=8)
     assert (kept.num_replicas, kept.num_shards) == (1, 32)
     assert "the 4 nodes share one table" in kept.advice
@@ -43,11 +49,10 @@ def test_shards_that_do_not_divide_the_ranks_are_refused(
         choose_layout(shards, 1, num_ranks=ranks, node_size=None)
 
 
-@pytest.mark.parametrize(("accumulate", "said"), [(6, "use 4 or 8"), (1, "use 4")])
-def test_replicas_that_do_not_divide_the_batches_of_a_step_are_refused(
-    accumulate: int, said: str
-) -> None:
-    with pytest.raises(ValueError, match=f"multiple of the 4 replicas .* got {accumulate}; {said}"):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_replicas_without_a_batch_are_refused(accumulate: int) -> None:
+    said = f"at least the 4 replicas .* got {accumulate}; use 4 or a multiple"
+    with pytest.raises(ValueError, match=said):
         choose_layout(2, accumulate, num_ranks=8, node_size=None)
 
 
@@ -59,6 +64,24 @@ def test_nodes_of_different_sizes_are_no_replicas(ranks: Ranks) -> None:
     """A size that only some ranks go by would leave them in different groups."""
     assert ranks(3).run(node_size_of, [2, 2, 1]) == [None] * 3
     assert ranks(3).run(node_size_of, [1, 1, 1]) == [1] * 3
+
+
+def test_replicas_deal_the_batches_of_each_step_among_themselves(plain_data: str) -> None:
+    """Also a number of them that does not divide the batches of a step, or of an epoch."""
+    held = []
+    for replica in range(2):
+        batches = TrainingBatches(
+            Prepared.open(plain_data),
+            BatchConfig(batch_size=8),
+            max_length=8,
+            replica=replica,
+            num_replicas=2,
+            accumulate=3,
+        )
+        held.append([batch.num_positions > 0 for batch in batches])
+    assert len(held[0]) % 3, "the last step of the epoch is short"
+    dealt = [index % 3 % 2 for index in range(len(held[0]))]
+    assert held == [[one == replica for one in dealt] for replica in range(2)]
 
 
 def built(config: TrainConfig, node_size: int | None) -> tuple[str, int | None]:

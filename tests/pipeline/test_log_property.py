@@ -142,7 +142,7 @@ def require_exact_or_refused(
 def _typed(value: Any, events: list[tuple[Any, Any, int]], place: int) -> Any:
     """CSV has no types: a column of whole numbers alone, all with .0 or none, is numbers."""
     column = [str(event[place]) for event in events]
-    for zeros in ("", r"\.0+"):
+    for zeros in ("", r"\.00?"):
         whole = re.compile(rf"[ \t\n\r\f]*(0|-?[1-9][0-9]{{0,14}}){zeros}[ \t\n\r\f]*")
         if all(whole.fullmatch(text) for text in column):
             return int(float(value))

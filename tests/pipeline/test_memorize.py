@@ -1,5 +1,6 @@
 """A memory beside a run: its counts, its scale, and that every stage ranks by both."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -128,9 +129,9 @@ def expected_lists(run: str, data: str, scale: float, k: int) -> list[list[int]]
     return lists
 
 
-def lists_of(run: str, data: str, output: Path) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"k": 5, "batch_size": 4, "block_rows": 7, "force": True}
-    recommend(RecommendConfig(run=run, prepared=data, output=str(output), **options))
+def lists_of(run: str, data: str, output: Path, **options: Any) -> list[dict[str, Any]]:
+    given: dict[str, Any] = {"k": 5, "batch_size": 4, "block_rows": 7, "force": True} | options
+    recommend(RecommendConfig(run=run, prepared=data, output=str(output), **given))
     parts = sorted(output.glob("part-*"))
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
@@ -163,10 +164,13 @@ def test_the_scale_is_the_best_of_the_validation_users(
 
 
 def run_all(run: str, data: str, folder: Path, force: bool) -> tuple[Any, Any, Any]:
+    """Few batches of several blocks on every rank: each costs all ranks collectives."""
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    manifest = memorize(configured(run, data, force=force)).manifest
-    metrics = evaluate(run, data, MEASURE, output=str(folder / f"{size}.json"))["metrics"]
-    return manifest["tried"], metrics, len(lists_of(run, data, folder / str(size)))
+    few: dict[str, Any] = {"batch_size": 25, "block_rows": 15}
+    manifest = memorize(configured(run, data, force=force, **few)).manifest
+    measure = dataclasses.replace(MEASURE, batch_size=25)
+    metrics = evaluate(run, data, measure, output=str(folder / f"{size}.json"))["metrics"]
+    return manifest["tried"], metrics, len(lists_of(run, data, folder / str(size), **few))
 
 
 def test_the_number_of_ranks_changes_nothing(

@@ -15,6 +15,7 @@ from tests.pipeline.logs_as_written import columns, expected, prepared, read, se
 from shardrec.launch.cli import main
 from shardrec.pipeline.log.files import decoding_remedy
 from shardrec.pipeline.prepared.data_files import find_files, natural_order
+from shardrec.pipeline.prepared.ids import stored
 
 ORDER: Any = "little"  # of the bytes of DuckDB's md5_number
 NO_END = datetime.datetime(9999, 12, 31)
@@ -239,6 +240,18 @@ def test_text_columns_are_joined_where_32_bit_offsets_end(
     for name in (file.path for file in whole.files):
         assert pq.read_table(tmp_path / "parts" / name) == pq.read_table(tmp_path / "whole" / name)
         assert pq.read_schema(tmp_path / "parts" / name).field(0).type == pa.string()
+
+
+def test_text_behind_2_gib_of_other_text_is_stored() -> None:
+    words, before = [b"a", "ü".encode(), b""], 2**31
+    text = np.zeros(before + 3, np.uint8)  # the system gives no memory to what is never touched
+    text[before:] = np.frombuffer(b"".join(words), np.uint8)
+    offsets = np.append(0, before + np.append(0, np.cumsum([len(word) for word in words])))
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+    column = pa.Array.from_buffers(pa.large_string(), len(words) + 1, buffers)
+    table = pa.table({"id": column}).slice(1)
+    found = stored(table, pa.schema({"id": pa.string()}))
+    assert found["id"].to_pylist() == [word.decode() for word in words]
 
 
 @pytest.mark.parametrize("kind", ["integers", "text"])

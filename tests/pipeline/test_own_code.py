@@ -57,12 +57,10 @@ def test_a_run_with_an_encoder_by_name_is_evaluated_and_exported(
 
 
 @pytest.mark.slow
-def test_every_worker_of_a_launch_finds_the_encoder(
-    data: str, package: Path, tmp_path: Path
-) -> None:
+def test_a_worker_of_a_launch_finds_the_encoder(data: str, package: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     callback = "callbacks=own_net:CountSteps"
-    assert cli.main(["launch", "train", "-j", "1x2", "--", *words(data, run, callback)]) == 0
+    assert cli.main(["launch", "train", "-j", "1x1", "--", *words(data, run, callback)]) == 0
     assert (run / "end.json").exists() and (tmp_path / "steps").read_text() == "4"
 
 

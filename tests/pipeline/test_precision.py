@@ -67,7 +67,7 @@ def test_every_loss_trains_in_bfloat16(
     options: dict[str, Any] = {
         "loss": loss,
         "catalog": CatalogConfig(optimizer="adam", learning_rate=1e-2),
-        "validation": ValidationConfig(metric="NDCG@10"),
+        "validation": ValidationConfig(metric="NDCG@10", every_epochs=3),
         "limits": LimitConfig(max_epochs=6),
     }
     exact = train(small_config(plain_data, tmp_path / "exact", **options))

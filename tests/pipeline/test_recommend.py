@@ -18,6 +18,7 @@ from shardrec.launch.cli import main
 from shardrec.modules.encoder import EncoderConfig
 from shardrec.modules.losses import CCE
 from shardrec.modules.ranking import by_popularity, tie_keys
+from shardrec.pipeline.baseline import BaselineConfig, baseline
 from shardrec.pipeline.evaluate import evaluate
 from shardrec.pipeline.model.config import MeasureConfig
 from shardrec.pipeline.prepared.item_ids import ItemIds
@@ -83,6 +84,40 @@ def by_brute_force(
         left = [i for i in left if not filter_seen or i not in known]
         result.append([ids[i] for i in sorted(left, key=lambda i: (-scores[i], keys[i]))[:k]])
     return result
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_vectors_are_the_states_whose_products_are_the_scores(
+    ranks: Ranks, run: str, data: str, histories: str, tmp_path: Path, size: int
+) -> None:
+    config = configured(run, data, tmp_path / "out", **of_file(histories, vectors=True))
+    ranks(size).run(recommend, config)
+    plain = configured(run, data, tmp_path / "plain", **of_file(histories))
+    recommend(plain)
+    prepared = Prepared.open(data)
+    rows, ids = Source.find(run, prepared, "best").load(prepared), prepared.item_ids().to_pylist()
+    table = rows.scored_shard().rows
+    found = rows_of(config.output)
+    assert sum(row["vector"] is None for row in found) >= 3, "users without history have none"
+    for row, expected in zip(found, rows_of(plain.output), strict=True):
+        vector = row.pop("vector")
+        assert row["item_ids"] == expected["item_ids"]
+        if vector is not None:
+            places = [ids.index(item) for item in row["item_ids"]]
+            scores = (table[places] @ torch.tensor(vector)).tolist()
+            assert scores == pytest.approx(row["scores"], rel=1e-5, abs=1e-6)
+        else:
+            assert row["scores"] is None
+
+
+def test_a_baseline_has_no_vectors(data: str, histories: str, tmp_path: Path) -> None:
+    baseline(BaselineConfig(prepared=data, output=str(tmp_path / "knn"), kind="knn"))
+    config = configured(
+        str(tmp_path / "knn"), data, tmp_path / "out", **of_file(histories, vectors=True)
+    )
+    with pytest.raises(ValueError, match="vectors must be false for a baseline"):
+        recommend(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("filter_seen", [True, False], ids=["seen-hidden", "all-items"])

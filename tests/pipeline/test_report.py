@@ -17,6 +17,7 @@ from shardrec.launch.cli import main
 from shardrec.modules.losses import CCEMinus
 from shardrec.pipeline.config import to_json
 from shardrec.pipeline.evaluate import evaluate
+from shardrec.pipeline.outputs.files import BESIDE
 from shardrec.pipeline.report import report
 from shardrec.pipeline.report.curves import Line, place_labels, thin
 from shardrec.pipeline.report.records import read_runs
@@ -24,7 +25,7 @@ from shardrec.pipeline.run.callbacks import EndReport, JsonLines, StepReport, Va
 from shardrec.pipeline.train import train
 
 HOSTILE = """<img src=x onerror=alert(1)>&"'$x^2$ {{ 7 * 7 }}\N{ESCAPE}"""
-PANELS = ("loss", "validation", "throughput", "memory", "padding", "gradient")
+PANELS = ("validation", "loss", "gradient", "throughput", "memory", "padding")
 METRICS = {
     "NDCG@10": 0.1234,
     "Recall@10": 0.25,
@@ -134,9 +135,15 @@ END = EndReport(
 )
 
 
-def judge(folder: Path, metrics: dict[str, float | None], seen: str = "not removed") -> None:
+def judge(
+    folder: Path,
+    metrics: dict[str, float | None],
+    seen: str = "not removed",
+    baselines: dict[str, dict[str, float]] | None = None,
+) -> None:
     """What evaluate writes into a run."""
     written = {
+        "baselines": baselines or {},
         "metrics": metrics,
         "protocol": {"split": "test", "seen_items": seen},
         "checkpoint": {"which": "best", "folder": "step-10", "step": 10},
@@ -205,7 +212,7 @@ def test_many_runs_of_very_different_length_fit_one_page(tmp_path: Path) -> None
 
 def test_every_colour_is_the_page_s_own(tmp_path: Path) -> None:
     html = report([play(tmp_path / "run", 30)], tmp_path / "report.html").read_text()
-    (drawing, *others) = re.findall(r"<svg(?! class).*?</svg>", html, re.DOTALL)
+    (drawing, *others) = re.findall(r"<svg style.*?</figure>", html, re.DOTALL)
     assert len(others) == len(PANELS) - 1
     assert "var(--hue-0)" in drawing and "var(--grid)" in drawing
     assert re.findall(r"#[0-9a-f]{6}", drawing) == []
@@ -230,12 +237,7 @@ def test_equal_runs_give_an_equal_page(tmp_path: Path) -> None:
     page = report(folders, tmp_path / "report.html").read_bytes()
     assert report(folders, tmp_path / "report.html").read_bytes() == page
     assert report(folders, tmp_path / "other.html").read_bytes() == page
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a",
-        "b",
-        "other.html",
-        "report.html",
-    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "other.html", "report.html"}
 
 
 def test_a_run_in_progress_is_reported_as_far_as_it_got(tmp_path: Path) -> None:
@@ -294,6 +296,28 @@ def test_popularity_and_the_best_of_each_column_are_shown(tmp_path: Path) -> Non
     assert "<strong>0.2222</strong>" in html and "<strong>0.1234</strong>" not in html
     assert "<strong>0.8000</strong>" in html and "width: 100.0%" in html and "width: 50.0%" in html
     assert "no targets" in text and "1,234" in text
+
+
+def test_baselines_stand_beside_the_runs_in_table_and_curve(tmp_path: Path) -> None:
+    folders = [play(tmp_path / name, 5) for name in ("a", "b")]
+    tested = {"popularity": {"NDCG@10": 0.0111}, "knn_next": {"NDCG@10": 0.3333}}
+    for folder in folders:
+        judge(folder, METRICS, baselines=tested)
+        beside = {"popularity": {"NDCG@10": 0.0222}, "knn": {"NDCG@10": 0.2444}}
+        (folder / BESIDE).write_text(json.dumps({"split": "validation", "metrics": beside}))
+    html = report(folders, tmp_path / "report.html").read_text()
+    text = Page(html).text
+    assert "popularity baseline 0.0222 0.0111" in text and "<strong>0.3333</strong>" in html
+    (validation, *others) = (v for v in Page(html).values("aria-label") if "by step" in v)
+    assert "popularity 0.0222 throughout; knn 0.2444 throughout" in validation
+    assert not any("throughout" in label for label in others)
+    (folders[0] / BESIDE).write_text(json.dumps({"metrics": {"popularity": {"NDCG@10": 0.5}}}))
+    html = report(folders, tmp_path / "report.html").read_text()
+    (validation, *_) = (v for v in Page(html).values("aria-label") if "by step" in v)
+    assert "popularity" not in validation and "knn 0.2444" in validation, "on it they agree"
+    (folders[0] / BESIDE).write_text(json.dumps({"metrics": {"popularity": "much"}}))
+    with pytest.raises(ValueError, match=r"'metrics' in .*baselines\.json must be numbers"):
+        report(folders, tmp_path / "report.html")
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

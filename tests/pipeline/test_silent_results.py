@@ -226,6 +226,6 @@ def test_options_beyond_reason_are_refused_before_the_start(
 
 
 def test_a_batch_larger_than_the_data_is_fine(data: str, tmp_path: Path) -> None:
-    limits = ["limits.max_steps=1", "validation.every_epochs=none", "batches.batch_size=10000000"]
+    limits = ["limits.max_steps=1", "validation.every_epochs=none", f"batches.batch_size={10**12}"]
     words = ["train", "--prepared", data, "--run", str(tmp_path / "run"), "--recipe", "tiny_cpu"]
     assert main([*words, *limits]) == 0

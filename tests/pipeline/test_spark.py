@@ -84,7 +84,7 @@ def require_equal(found: Manifest, other: Manifest) -> None:
 
 
 @needs_spark
-@pytest.mark.slow
+@pytest.mark.spark
 def test_both_engines_write_the_same_bytes(spark: SparkSession, tmp_path: Path) -> None:
     first = write_random_log(tmp_path / "first", 0, users=60)
     prepare(PrepareConfig(events=first, output=str(tmp_path / "before"), min_item_events=8))
@@ -108,7 +108,7 @@ def test_both_engines_write_the_same_bytes(spark: SparkSession, tmp_path: Path) 
 
 
 @needs_spark
-@pytest.mark.slow
+@pytest.mark.spark
 def test_what_duckdb_refuses_spark_refuses_in_the_same_words(
     spark: SparkSession, tmp_path: Path
 ) -> None:

@@ -120,3 +120,16 @@ def test_given_logs_are_the_same_on_a_cluster(
     spark: SparkSession, tmp_path: Path, log: str, options: dict[str, Any]
 ) -> None:
     require_equal(*on_both(spark, tmp_path, log, **options))
+
+
+@pytest.mark.parametrize("log", LOGS)
+@pytest.mark.parametrize("name", ["by time", "leave one out"])
+def test_given_logs_with_former_items_are_the_same_on_a_cluster(
+    spark: SparkSession, tmp_path: Path, log: str, name: str
+) -> None:
+    former = tmp_path / "before"
+    prepare(PrepareConfig(events=log, output=str(former), min_item_events=20, validation="none"))
+    items = str(former / "items.parquet")
+    found, other = on_both(spark, tmp_path, log, items=items, **OPTIONS[name])
+    require_equal(found, other)
+    assert found.counts["former_items"] and found.counts["new_items"]

@@ -196,7 +196,7 @@ def complaint(
 @pytest.mark.parametrize(
     "tries",
     [
-        pytest.param(300, marks=pytest.mark.slow),
+        pytest.param(120, marks=pytest.mark.slow),
         pytest.param(5000, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
     ],
 )

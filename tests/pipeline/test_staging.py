@@ -21,8 +21,15 @@ from shardrec.launch import cli
 from shardrec.pipeline.outputs import staging
 from shardrec.pipeline.outputs.formats import METRICS
 from shardrec.pipeline.outputs.json_files import write_atomically
+from shardrec.pipeline.outputs.lock import LOCK, RunLock
 from shardrec.pipeline.outputs.stage_output import StageOutput
-from shardrec.pipeline.outputs.staging import locked, partial_of, settle, staged_folder
+from shardrec.pipeline.outputs.staging import (
+    locked,
+    partial_of,
+    settle,
+    staged_file,
+    staged_folder,
+)
 from shardrec.pipeline.prepare import PrepareConfig, prepare, prepare_once
 from shardrec.pipeline.prepared.manifest import read_manifest
 
@@ -287,3 +294,27 @@ def test_a_kill_while_the_old_folder_is_deleted_loses_nothing_new(tmp_path: Path
     assert not prepare_once(PrepareConfig(events=log, output=str(tmp_path / "out"), seed=7)).is_new
     assert read_manifest(tmp_path / "out", verify_checksums=True) == new
     assert not partial.exists()
+
+
+def test_links_in_the_place_of_locks_and_temporary_files_are_not_written_through(
+    tmp_path: Path,
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    (partial / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="lock"), locked(partial):
+        raise AssertionError
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(victim)
+    with pytest.raises(OSError, match=LOCK):
+        RunLock(tmp_path / "run").acquire()
+    (tmp_path / ".report.json.partial").symlink_to(victim)
+    with staged_file(tmp_path / "report.json") as written:
+        written.write_text("report")
+    aside = partial_of(tmp_path / "other")
+    aside.symlink_to(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="a staging folder of its own"), locked(aside):
+        raise AssertionError
+    assert victim.read_text() == "precious" and not (tmp_path / "report.json").is_symlink()

@@ -129,6 +129,12 @@ def test_one_cluster_and_one_item_each_are_legal(tmp_path: Path) -> None:
         assert generate(config, tmp_path / f"{clusters}.parquet").events == 2
 
 
+def test_a_log_that_no_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="events must fit on the disk of the output, got 1,000,0"):
+        generate(replace(SMALL, events=10**18), tmp_path / "log.parquet")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_log_is_written_once_and_another_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

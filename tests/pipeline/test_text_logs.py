@@ -2,9 +2,11 @@
 
 import bz2
 import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -65,6 +67,7 @@ SPELLINGS: dict[str, bytes] = {
     "quoted.csv": as_csv(lambda row: tuple(f'"{value}"' for value in row)).encode(),
     "blanks.csv": as_csv(lambda row: tuple(f" {value} " for value in row)).encode(),
     "floats.csv": as_csv(lambda row: (f"{row[0]}.0", *row[1:])).encode(),
+    "decimals.csv": as_csv(lambda row: (f"{row[0]}.00", *row[1:])).encode(),
     "misnamed.csv.gz": as_csv().encode(),
     "lines.jsonl": as_json().encode(),
     "LINES.NDJSON": as_json().encode(),
@@ -94,12 +97,33 @@ def test_ids_with_zeros_commas_lines_and_quotes_are_text_as_it_stands(tmp_path: 
     (tmp_path / "zeros.csv").write_text(zeros)
     found = read(tmp_path / "zeros.csv", tmp_path / "zeros")
     assert found == {f"{user:02d}": items for user, items in expected().items()}
-    names = ["007", "a,b", "one\ntwo", 'say "hi"', "ü", "1e5", "12345678901234567890", " x "]
+    names = ["1.000", "007", "a,b", "one\ntwo", 'say "hi"', "ü", "1e5", "12345678901234567890"]
     quoted = [f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names]
     text = as_csv(lambda row: (row[0], quoted[row[1] % 8], row[2]))
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     found = read(tmp_path / "a.csv", tmp_path / "out")
     assert found == {user: [names[i % 8] for i in items] for user, items in expected().items()}
+
+
+def test_quotes_are_checked_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ['a,""b"",""""c', "7", 'x""', "one\ntwo,", '5" tv']
+    quoted = [*(f'"{name}"' for name in names[:4]), names[4]]
+    text = as_csv(lambda row: (row[0], quoted[row[1] % 5], row[2])).encode("utf-8-sig")
+    broken = text.replace(b'"7"', b'"7"7', 1)
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 64)
+    for size in (3, 7, 64):
+        assert has_closed_quotes(text, size) and not has_closed_quotes(broken, size)
+    monkeypatch.undo()
+    (tmp_path / "a.csv").write_bytes(text)
+    found = read(tmp_path / "a.csv", tmp_path / "out")
+    meant = [name.replace('""', '"') for name in names]
+    assert found == {user: [meant[i % 5] for i in items] for user, items in expected().items()}
+
+
+def has_closed_quotes(text: bytes, size: int) -> bool:
+    stream = io.BytesIO(text)
+    pieces = SimpleNamespace(read=lambda _: stream.read(size))
+    return text_files._has_closed_quotes(pieces, ",", "utf8")
 
 
 def test_a_folder_of_csv_has_one_type_for_all_files(tmp_path: Path) -> None:
@@ -156,6 +180,18 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         "in UTF-8, got .*invalid UTF8",
     ),
     "twice.csv": (as_csv(names=("user_id", "user_id", "timestamp")).encode(), "column 'user_id'"),
+    "escaped.csv": (
+        as_csv(lambda row: (f'"say \\"{row[0]}\\""', *row[1:])).encode(),
+        "must double quotes inside of quoted values",
+    ),
+    "escaped-end.csv": (
+        as_csv(lambda row: (f'"{row[0]}\\""', *row[1:])).encode("utf-16"),
+        "must double quotes inside of quoted values",
+    ),
+    "never-closed.csv": (
+        as_csv(lambda row: ('"' * (row[0] < 2) + str(row[0]), *row[1:])).encode(),
+        "must double quotes inside of quoted values",
+    ),
     "times.csv": (as_csv(lambda row: (*row[:2], "soon")).encode(), "'timestamp' must hold times"),
     "truncated.csv.gz": (packed(".gz", as_csv().encode())[:-30], "Truncated compressed stream"),
     "no-header.csv": (as_csv().partition("\n")[2].encode(), "--user-column must be a known name"),

@@ -24,7 +24,7 @@ SEARCH = (
     "encoder.num_blocks=1:2",
     "encoder.kind=sasrec,modern",
 )
-MEASURE = MeasureConfig(ks=(10,), batch_size=9)
+MEASURE = MeasureConfig(ks=(10,), batch_size=50)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def base(data: str, **options: Any) -> TrainConfig:
 
 def study(folder: Path, **options: Any) -> TuneConfig:
     """Trials are not ended early unless a test asks for it."""
-    return TuneConfig(output=str(folder), **({"trials": 4, "patience": 99} | options))
+    return TuneConfig(output=str(folder), **({"trials": 3, "patience": 99} | options))
 
 
 @pytest.fixture(scope="module")
 def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tuned]:
-    """A study of four trials that nothing disturbs."""
+    """A study of three trials that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     return folder, tune(study(folder), base(data), SEARCH)
 
@@ -69,7 +69,7 @@ def test_trials_stay_in_the_space_and_the_best_one_is_kept(
     data: str, whole: tuple[Path, Tuned]
 ) -> None:
     folder, found = whole
-    assert sorted(values(found)) == [0, 1, 2, 3] and found.num_pruned == 0
+    assert sorted(values(found)) == [0, 1, 2] and found.num_pruned == 0
     for trial in found.trials:
         assert 1e-4 <= float(trial.options["catalog.learning_rate"]) <= 0.1
         assert trial.options["encoder.num_blocks"] in ("1", "2")
@@ -98,6 +98,7 @@ def test_the_first_trial_is_the_recipe_itself(data: str, whole: tuple[Path, Tune
     assert first["encoder.kind"] == config.encoder.kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [6, 17], ids=["in the first trial", "in the second trial"])
 def test_an_interrupted_study_ends_as_an_undisturbed_one(
     after: int, data: str, whole: tuple[Path, Tuned], tmp_path: Path
@@ -108,13 +109,15 @@ def test_an_interrupted_study_ends_as_an_undisturbed_one(
     assert values(tune(study(tmp_path), base(data), SEARCH)) == values(whole[1])
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_with_a_finished_study(data: str, tmp_path: Path) -> None:
-    two, four = (study(tmp_path, trials=trials) for trials in (2, 4))
+    two, three = (study(tmp_path, trials=trials) for trials in (2, 3))
     first = tune(two, base(data), SEARCH)
     assert values(tune(two, base(data), SEARCH)) == values(first)
-    assert len(tune(four, base(data), SEARCH).trials) == 4
+    assert len(tune(three, base(data), SEARCH).trials) == 3
 
 
+@pytest.mark.slow
 def test_a_trial_below_the_median_is_ended_early(data: str, tmp_path: Path) -> None:
     search = ["catalog.learning_rate=0.0,0.01"]
     found = tune(study(tmp_path, trials=8, patience=1), base(data), search)
@@ -126,6 +129,7 @@ def test_a_trial_below_the_median_is_ended_early(data: str, tmp_path: Path) -> N
     assert found.best is not None and found.best.options == {"catalog.learning_rate": "0.01"}
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_does_not_end_the_study(data: str, tmp_path: Path) -> None:
     search = ["optimizer.learning_rate=0.001,1e29"]
     found = tune(study(tmp_path, trials=6), base(data), search)

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.interpreted.shortcuts import take_shortcuts
 from torch import Tensor
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if IS_INTERPRETING else ["test_*.py"]
+
+if IS_INTERPRETING:
+    take_shortcuts()
 
 
 @pytest.fixture(autouse=True)
