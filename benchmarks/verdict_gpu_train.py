@@ -37,7 +37,7 @@ from shardrec.pipeline.train import TrainConfig, train
 
 LOSSES = ("cce_minus", "cce", "sce", "rece", "hce")
 LOG = SynthConfig(users=200_000, items=1_000_000, events=5_000_000)
-TOY_LOG = SynthConfig(users=60, items=40, events=900, report_users=50)
+TOY_LOG = SynthConfig(users=200, items=60, events=3_000, clusters=8, report_users=50)
 # 2,048 sequences of up to 20 positions, about 32,000 positions a step.
 OPTIONS = ("encoder.width=128", "batches.batch_size=2048")
 TOY_OPTIONS = ("encoder.width=8", "batches.batch_size=16", "device=cpu")
