@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -98,7 +99,7 @@ def lived_through(job: Job, loss: str, *more: str) -> dict[str, Any]:
         "skipped": end.num_skipped,
         "losses": [round(value, 4) for value in losses.seen],
         "metrics": metrics,
-        "items": len(model.recommend([list(model.ids[:2])], k=3)[0]),
+        "items": len(model.recommend([model.ids.of(np.arange(2)).to_pylist()], k=3)[0]),
         "profile": summary,
     }
 
