@@ -31,7 +31,7 @@ SHARED_OUT := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 .PHONY: help setup install demo test test-quick test-slow test-slurm test-image test-spark lint format docs lock bench bench-compile verdict-gpu verdict-gpu-train clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the matching set of packages (nothing to do when it is there)
 	@$(PYTHON) $(ROOT)launch/setup_env.py --venv $(ROOT).venv $(if $(DEVICE),--device $(DEVICE)) $(if $(TORCH),--torch $(TORCH))
