@@ -130,5 +130,6 @@ def test_a_run_lives_through_all_stages(tmp_path: Path, monkeypatch: pytest.Monk
     assert not failed, rows
     begin, row, end = rows
     assert (begin["kind"], row["kind"], end["bad"]) == ("begin", "train", 0)
-    assert (row["stopped_after"], len(row["losses"]), row["items"]) == (6, 12, 3)
+    assert 6 <= row["stopped_after"] < 12, "a step that has begun is ended first"
+    assert (len(row["losses"]), row["items"]) == (12, 3)
     assert row["profile"].startswith("3 steps, ") and "NDCG@10" in row["metrics"]
