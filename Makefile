@@ -28,10 +28,10 @@ TEST_PROCESSES ?= 2
 SHARED_OUT := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test test-quick test-slow test-slurm test-image test-spark lint format docs lock bench bench-compile verdict-gpu clean
+.PHONY: help setup install demo test test-quick test-slow test-slurm test-image test-spark lint format docs lock bench bench-compile verdict-gpu verdict-gpu-train clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the matching set of packages (nothing to do when it is there)
 	@$(PYTHON) $(ROOT)launch/setup_env.py --venv $(ROOT).venv $(if $(DEVICE),--device $(DEVICE)) $(if $(TORCH),--torch $(TORCH))
@@ -87,6 +87,9 @@ bench-compile: setup  ## build every Triton kernel for sm_80, sm_90 and sm_100 a
 
 verdict-gpu:  ## check and time every kernel on one GPU in 8 minutes; needs torch and Triton alone
 	$(AT_ROOT)PYTHONPATH=src:benchmarks $(PYTHON) benchmarks/verdict_gpu.py $(ARGS)
+
+verdict-gpu-train:  ## train each loss for 30 steps on one GPU: checkpoint, resume, profile, evaluate, export
+	$(AT_ROOT)PYTHONPATH=src:benchmarks $(PYTHON) benchmarks/verdict_gpu_train.py $(ARGS)
 
 clean:  ## forget the environment and what the demo wrote
 	$(AT_ROOT)rm -rf .venv demo site .pytest_cache .mypy_cache .ruff_cache

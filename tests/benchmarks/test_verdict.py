@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import verdict_gpu
+import verdict_gpu_train
 from verdict import checks
 from verdict.checks import LOSSES, Case, cases, check
 from verdict.lines import Lines
@@ -118,3 +119,17 @@ def test_on_a_gpu_the_most_telling_comes_first_and_only_failures_are_bad(
     out["wrong"] = True
     verdict_gpu.on_gpu(verdict_gpu.Verdict(lines, "cpu"))
     assert [row["loss"] for row in verdict_gpu.bad_rows(lines)] == ["cce"]
+
+
+@pytest.mark.slow  # trains, resumes under the profiler, evaluates and exports
+def test_a_run_lives_through_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--toy", "--steps", "12", "--losses", "cce_minus", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["verdict_gpu_train.py", *words])
+    failed = verdict_gpu_train.main()
+    rows = [json.loads(line) for line in (tmp_path / "verdict_gpu_train.jsonl").open()]
+    assert not failed, rows
+    begin, row, end = rows
+    assert (begin["kind"], row["kind"], end["bad"]) == ("begin", "train", 0)
+    assert 6 <= row["stopped_after"] < 12, "a step that has begun is ended first"
+    assert (len(row["losses"]), row["items"]) == (12, 3)
+    assert row["profile"].startswith("3 steps, ") and "NDCG@10" in row["metrics"]

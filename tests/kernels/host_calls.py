@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = ["HostCalls", "counted_host_calls"]
@@ -55,7 +54,7 @@ class _Counting(TorchDispatchMode):
         if func.namespace == "shardrec":
             # A mode is off inside of an operation that it handles: here it comes back.
             with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
         if func._can_decompose():
             with self:
                 return func.decompose(*args, **kwargs)
