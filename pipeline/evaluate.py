@@ -152,8 +152,14 @@ def evaluate_baselines(
     if output is not None:
         stored = {name: _json(metrics) for name, metrics in found.items()}
         text = json.dumps({"split": split, "metrics": stored}, indent=1)
-        on_first_rank(lambda: write_atomically(output, text), users.group)
+        on_first_rank(lambda: _replace_text(output, text), users.group)
     return found
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Leave a file alone that has this text already: that of a finished run started again."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ pytestmark = pytest.mark.slow
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Takes hangups, which are ignored where ``nohup`` has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_is_a_question_for_the_next_step(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
