@@ -124,7 +124,9 @@ _SINGLE = {
 _HALF_EXCEPTIONS = {
     (90, "full_states_backward", 256): Tile(128, 64, 256, 256, 8, 2),
     (80, "listed_states_backward", _WIDEST): Tile(64, 32, 64, 256, 8, 2),
+    (80, "full_rows_backward", 128): Tile(64, 128, 64, 128, 8, 2),
     (80, "listed_rows_backward", 128): Tile(64, 64, 64, 128, 8, 3),
+    (80, "listed_rows_backward_rounds", _WIDEST): Tile(64, 32, 64, 256, 8, 2),
     (100, "listed_rows_backward_rounds", 64): Tile(32, 64, 64, 64, 4, 2),
 }
 _SINGLE_EXCEPTIONS: dict[tuple[int, str, int], Tile] = {}

@@ -48,10 +48,11 @@ def test_item_ids_beyond_2_gib_are_prepared_trained_on_and_recommended(
     first = pq.read_table("prepared/test.parquet").slice(0, 1).to_pylist()[0]
     numbers = range(20 * first["user_id"], 20 * first["user_id"] + 20)
     dense = first["items"] + first["targets"]
-    assert items["item_id"].take(dense).to_pylist() == 2 * ids(numbers)
-    catalog = ItemIds(items["item_id"].cast(pa.large_string()).combine_chunks())
+    item_ids = items["item_id"].cast(pa.large_string())
+    assert item_ids.take(dense).to_pylist() == 2 * ids(numbers)
+    catalog = ItemIds(item_ids.combine_chunks())
     assert catalog.items(pa.array(ids(numbers))).tolist() == dense[:20]
-    del items, catalog
+    del items, item_ids, catalog
     train = ["train", "--prepared", "prepared", "--run", "run", "--recipe", "tiny_cpu"]
     train += ["validation.every_epochs=none", "validation.every_steps=none"]
     assert main([*train, "limits.max_steps=1", "encoder.width=8", "show_progress=false"]) == 0
