@@ -5,6 +5,7 @@ and the rest for the test. Each split of ``prepare`` is a way to choose these tw
 """
 
 import dataclasses
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ Array = npt.NDArray[Any]
 
 # Events that a user needs for one of them to be held out: its target, and two that train.
 LEAST_TO_HOLD_OUT = 3
+MOST_BEGIN_TOGETHER = 0.5
+_LOG = logging.getLogger(__name__)
 
 
 class Times(Protocol):
@@ -71,8 +74,24 @@ def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
     if config.split == "leave_one_out":
         return _leave_one_out_cuts(log, _kept_items(log, config, None), config)
     test_time, validation_time = cut_times(log, config, time_type)
+    if time_type == "int64":
+        _warn_of_places(log)
     item_kept = _kept_items(log, config, test_time)
     return _temporal_cuts(log, item_kept, config, test_time, validation_time)
+
+
+def _warn_of_places(log: SortedLog) -> None:
+    """Warn if most users begin at one time: then it counts events of a session and is no clock."""
+    firsts = [block.time[np.append(True, np.diff(block.user) != 0)] for block in log.blocks()]
+    times, counts = np.unique(np.concatenate(firsts), return_counts=True)
+    share = counts.max() / counts.sum()
+    if share > MOST_BEGIN_TOGETHER and len(log.user_ids) > 1:
+        _LOG.warning(
+            "%.0f %% of the users begin at time %d: if times are places in a session they are no "
+            "clock, and the test part is the ends of long sessions; use split=leave_one_out",
+            100 * share,
+            times[counts.argmax()],
+        )
 
 
 def positions(block: UserBlock, cuts: Cuts) -> tuple[Array, Array]:

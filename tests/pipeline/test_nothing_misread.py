@@ -182,6 +182,17 @@ def test_ties_repeats_and_duplicates_are_counted_and_printed(
     assert "28.6 % of the events have the item of the user's event before" in printed
 
 
+def test_places_in_a_session_are_not_taken_for_a_clock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = write(tmp_path / "ticks.parquet", timestamp=columns()["timestamp"] // 1000)
+    prepared(ticks, tmp_path / "out", split="temporal")
+    assert "100 % of the users begin at time 0" in caplog.text
+    caplog.clear()
+    prepared(write(tmp_path / "times.parquet"), tmp_path / "real", split="temporal")
+    assert "begin at time" not in caplog.text
+
+
 def _padded(values: Any) -> np.ndarray[Any, Any]:
     return np.append(np.array(values), np.zeros(173, int))
 
