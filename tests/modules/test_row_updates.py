@@ -23,6 +23,10 @@ def test_rows_without_a_gradient_stay_as_they_are(optimizer: str) -> None:
     assert changed.tolist() == [4, 7]
 
 
+# Pages of libraries that a step is the first to use, or that others had pushed out.
+FIRST_TOUCHED = 1 << 20
+
+
 def step_memory(optimizer: str, dense: bool) -> tuple[int, int]:
     """(extra bytes at the peak of step(), bytes of the shard) in a fresh heap."""
     config = CatalogConfig(optimizer=optimizer)
@@ -60,4 +64,4 @@ def test_a_step_needs_one_dense_gradient_and_a_tenth_of_the_shard(
     ((extra, shard),) = ranks(1).run(step_memory, optimizer, gradient == "dense")
     # The gradient is there before step(), but adam has to make a sparse one dense.
     makes_dense = optimizer == "adam" and gradient == "sparse"
-    assert extra <= (0.1 + makes_dense) * shard
+    assert extra <= (0.1 + makes_dense) * shard + FIRST_TOUCHED
