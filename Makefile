@@ -47,7 +47,7 @@ test: setup  ## all tests that need no GPU
 test-quick: setup  ## the tests that take seconds
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest $(SHARED_OUT) -m "not gpu and not slow and not soak and not slurm and not image and not spark" $(ARGS)
 
-test-slow: setup  ## a run killed twenty times at random moments (ARGS=-s shows each); 5,000 spoiled files; 2.3 GB of item ids
+test-slow: setup  ## a run killed 100 times (ARGS='-s --kills 20': fewer, each shown); 5,000 spoiled files; 2.3 GB of item ids
 	$(AT_ROOT)$(TEST_THREADS) .venv/bin/pytest -m soak tests/launch/test_elastic.py \
 		tests/pipeline/test_spoiled_files.py tests/pipeline/test_long_text.py $(ARGS)
 

@@ -35,6 +35,12 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the test that kills a run (``make test-slow``)."""
+    parser.addoption("--kills", type=int, default=100, help="kills of the soak test")
+    parser.addoption("--kills-seed", type=int, default=4, help="seed of their moments")
+
+
 def pytest_configure() -> None:
     """Take interrupts: started in the background, this process and what it starts ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ class Job:
     ) -> None:
         self.log, self.num_workers = log, workers
         component = ["-j", f"1x{workers}", "--max_restarts", str(max_restarts), "--cpu", "2"]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*CLI, "launch", "train", *component, "--", *words],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        self.command = [*CLI, "launch", "train", *component, "--", *words]
+        self.process = self.start()
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """A launcher, whose lines follow those of the one before."""
+        with self.log.open("a") as file:
+            return subprocess.Popen(
+                self.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def workers(self) -> dict[int, psutil.Process]:
@@ -85,8 +87,10 @@ def until(seconds: float, what: str, job: Job) -> Iterator[None]:
     raise AssertionError(f"no {what} in {seconds} s:\n{job.said()[-4000:]}")
 
 
-def kill_during_a_write(run: Path, job: Job, rank: int, after_step: int = 0) -> str:
-    """SIGKILL a worker while a checkpoint has no manifest yet; the name of that checkpoint.
+def kill_during_a_write(
+    run: Path, job: Job, victims: Sequence[psutil.Process], after_step: int = 0
+) -> str:
+    """SIGKILL processes while a checkpoint has no manifest yet; the name of that checkpoint.
 
     Both workers are stopped first, so that it is certain that the manifest was not written.
     """
@@ -97,7 +101,8 @@ def kill_during_a_write(run: Path, job: Job, rank: int, after_step: int = 0) -> 
         with stopped(workers.values()):
             name = newest(checkpoints)
             if not (checkpoints / name / "manifest.json").exists():
-                workers[rank].kill()
+                for victim in victims:
+                    victim.kill()
                 return name
     raise AssertionError
 
@@ -114,7 +119,8 @@ def stopped(processes: Iterable[psutil.Process]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def wait_for_workers(job: Job) -> dict[int, psutil.Process]:
@@ -178,7 +184,8 @@ class Kill:
     """What was killed when, and how the run went on.
 
     Attributes:
-        rank: of the worker.
+        target: "worker", "torchrun", "launcher", or "all" of them.
+        rank: of the worker; None where it was no worker alone.
         moment: "write" of a checkpoint, "step", or "start" of the workers.
         step: the last one told before.
         whole: step of the last whole checkpoint before; 0 where there was none.
@@ -186,7 +193,8 @@ class Kill:
         seconds: from the kill to the next step told.
     """
 
-    rank: int
+    target: str
+    rank: int | None
     moment: str
     step: int
     whole: int
@@ -194,27 +202,43 @@ class Kill:
     seconds: float
 
 
+TARGETS = ("worker", "worker", "launcher", "torchrun", "all")
+
+
 def kill_at_random(run: Path, job: Job, rng: random.Random) -> Kill:
-    """SIGKILL a worker at a random moment and wait until the run goes on."""
-    workers, step = wait_for_workers(job), last_step(run)
-    rank, moment = rng.randrange(2), rng.choice(["write", "step", "step", "start"])
-    starts = len(lines(run, "resume"))
+    """SIGKILL something at a random moment, start a lost launcher again, and wait for a step."""
+    workers, step, starts = wait_for_workers(job), last_step(run), len(lines(run, "resume"))
+    target, rank = rng.choice(TARGETS), rng.randrange(2)
+    moment = rng.choice(["write", "step", "step", "start"])
+    everybody = [
+        psutil.Process(job.process.pid),
+        psutil.Process(workers[0].ppid()),
+        *workers.values(),
+    ]
+    victims = {"worker": [workers[rank]], "launcher": everybody[:1], "torchrun": everybody[1:2]}
+    hit = victims.get(target, everybody)
     if moment == "write":
-        kill_during_a_write(run, job, rank, step)
+        kill_during_a_write(run, job, hit, step)
     else:
-        target = step + rng.randint(1, 60)
-        for _ in until(60, f"step {target}", job) if moment == "step" else ():
-            if last_step(run) >= target:
+        wanted = step + rng.randint(1, 60)
+        for _ in until(60, f"step {wanted}", job) if moment == "step" else ():
+            if last_step(run) >= wanted:
                 break
         time.sleep(rng.uniform(0, 0.05 if moment == "step" else 6))
-        workers[rank].kill()
+        for victim in hit:
+            victim.kill()
     killed_at, step, whole = time.time(), last_step(run), last_whole(run)
+    if target != "worker":
+        job.process.wait(60)
+        assert not psutil.wait_procs(everybody[1:], timeout=60)[1], "they train on"
+        job.process = job.start()
     for _ in until(120, "step after a restart", job):
         if len(lines(run, "resume")) > starts and lines(run, "step")[-1]["time"] > killed_at:
             break
     resumed = int(lines(run, "resume")[-1]["step"])
     seconds = lines(run, "step")[-1]["time"] - killed_at
-    return Kill(rank, moment, step, whole, resumed, seconds)
+    own_rank = rank if target == "worker" else None
+    return Kill(target, own_rank, moment, step, whole, resumed, seconds)
 
 
 def last_whole(run: Path) -> int:
