@@ -3,7 +3,7 @@ r"""The sweep behind ``recipe=default``: validation metrics of options of train 
 A plan names one run a line: a log of LOGS, then options that differ from BASE. It is read again
 after each run, so that lines can be added meanwhile; a run that has its row is not repeated. Users
 of the test part are never ranked. Each run is trained, ranked and memorized in a process of its
-own, whose CPU seconds (user and system, of all threads) the row has.
+own; the row has its CPU seconds (user and system, all threads).
 
     python benchmarks/default_recipe.py plan.txt --data DIR --work runs/default
     # plan.txt:  beauty encoder.width=128

@@ -320,7 +320,7 @@ class _LiGRBlock(_ModernBlock):
 
 
 class _HSTUBlock(_Block):
-    """Pre-norm pointwise attention whose normalised result is gated; no feed-forward."""
+    """Pre-norm pointwise attention with a normalized, gated output; no feed-forward."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)

@@ -226,7 +226,7 @@ class SmoothedLoss(Loss):
         return LossOutput(loss)
 
     def drawn_for_smoothing(self, batch: Batch) -> Tensor | None:
-        """(K,) int64 items whose mean stands for that of the catalog; None for all items."""
+        """(K,) int64 sampled items that estimate the mean over the catalog; None: all items."""
         return None
 
     def smoothed(self, cost: LossCost, work: Workload, drawn: int | None = None) -> LossCost:

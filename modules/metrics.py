@@ -80,8 +80,7 @@ def ranking_metrics(
 def combine_ranks(metrics: Sequence[Metric], group: dist.ProcessGroup | None) -> None:
     """Give every metric the states of all ranks at once; add nothing to it afterwards.
 
-    `compute` and `standard_error` return what they would have returned, without the collectives
-    that torchmetrics needs for every single state. In a single process nothing is exchanged.
+    `compute` and `standard_error` return the same, without a collective for every single state.
 
     Args:
         metrics: those of this module, the same on every rank.

@@ -179,8 +179,8 @@ class _Planner:
         vectors = attributes.attribute_values + attributes.attribute_numbers
         self.of_attributes = vectors * self.width
         self.parameters = count_parameters(config.encoder)
-        # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
         self.is_averaged = config.optimizer.ema_decay > 0
+        # A GPU counts as one of compute capability 8.0 or more: there may be none here to ask.
         precision = config.precision
         self.in_bfloat16 = precision == "bfloat16" or (precision == "auto" and not self.on_cpu)
 

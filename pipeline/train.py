@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +106,6 @@ def train(
         if report is not None:
             done = f"{output} is finished already ({report.reason}): nothing to do"
             _show(config, lambda: done)
-            logging.getLogger(__name__).info(done)
         else:
             tracking = on_this_rank(lambda: _tracking(placed), group)
             run = build(placed, encoder=encoder, resume=resume, node_size=node_size)

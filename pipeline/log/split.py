@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shardrec.pipeline.log.config import PrepareConfig
 from shardrec.pipeline.log.sort import SortedLog, UserBlock
-from shardrec.pipeline.log.times import as_date, date_of_digits, parse_time
+from shardrec.pipeline.log.times import as_date, date_of_digits, parse_time, unix_unit
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +74,7 @@ def split_log(log: SortedLog, config: PrepareConfig, time_type: str) -> Cuts:
     if config.split == "leave_one_out":
         return _leave_one_out_cuts(log, _kept_items(log, config, None), config)
     test_time, validation_time = cut_times(log, config, time_type)
-    if time_type == "int64":
+    if time_type == "int64" and unix_unit(*log.time_range) is None:
         _warn_of_places(log)
     item_kept = _kept_items(log, config, test_time)
     return _temporal_cuts(log, item_kept, config, test_time, validation_time)

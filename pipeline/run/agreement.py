@@ -35,7 +35,7 @@ def require_same(facts: Mapping[str, Any], group: dist.ProcessGroup | None) -> N
     if not all(isinstance(one, dict) for one in found):  # they are at another collective
         raise ValueError(
             "all ranks must be started with the same command, got another on one of them; start "
-            "them with the same command"
+            "all of them again with one"
         )
     for rank, theirs in enumerate(others, start=1):
         differing = [

@@ -101,7 +101,7 @@ def test_a_day_that_is_run_again_does_nothing_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = stamps(root)
-    caplog.set_level("INFO", "shardrec.pipeline.train")
+    caplog.set_level("INFO", "shardrec.pipeline.run.resume")
     assert run_day(example, root, "2026-11-19", GOOD).success
     shown = capfd.readouterr()
     said = shown.out + shown.err + caplog.text
@@ -127,7 +127,7 @@ def test_a_refused_day_publishes_nothing_and_rollback_needs_a_day_before(
 
 @pytest.fixture(scope="module")
 def copied(first_day: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same day, whose lists and export are to be made once more."""
+    """The same day, with its lists and export removed."""
     copied = tmp_path_factory.mktemp("two") / "shop"
     shutil.copytree(root, copied)
     for name in ("lists", "export"):
